@@ -1,0 +1,1 @@
+"""The gRPC services: checking, translating and pacing; no steering logic."""

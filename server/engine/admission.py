@@ -1,0 +1,55 @@
+"""Who may enter the bank now. The same ledger as the worker's, ahead of it: places come back only when the worker has
+given them back, so the worker never overflows.
+"""
+
+import asyncio
+from collections import OrderedDict
+
+from server.engine.layout import Layout
+from server.engine.ledger import Ledger
+from server.steering import wire
+
+
+class QueueFull(Exception):
+    """The waiting line is at its bound; `resource` names what those in front wait for."""
+
+    def __init__(self, resource: str, retry_after_s: float) -> None:
+        super().__init__(f"{resource}: all taken, and the queue is full")
+        self.resource, self.retry_after_s = resource, retry_after_s
+
+
+class Admission:
+    """First come, first served for requests that need the bank; the others pass."""
+
+    def __init__(self, layout: Layout, bound: int) -> None:
+        self.ledger, self.bound = Ledger(layout), bound
+        self.waiting: OrderedDict[int, tuple[wire.Request, asyncio.Future[None]]] = OrderedDict()
+
+    async def acquire(self, handle: int, request: wire.Request) -> None:
+        """Wait until the bank has room. Raises QueueFull at once when too many wait."""
+        lacking = self.ledger.lacking(request)
+        needs_nothing = not request.rows() and not request.reads
+        if needs_nothing or (lacking is None and not self.waiting):
+            self.ledger.acquire(handle, request)
+            return
+        if len(self.waiting) >= self.bound:
+            raise QueueFull(lacking or "queue", retry_after_s=1.0 + 0.05 * len(self.waiting))
+        future = asyncio.get_running_loop().create_future()
+        self.waiting[handle] = request, future
+        try:
+            await future
+        except asyncio.CancelledError:
+            if self.waiting.pop(handle, None) is None:
+                self.release(handle)
+            raise
+
+    def release(self, handle: int) -> None:
+        """Give back what `handle` holds, and let in whoever now fits, in order."""
+        self.ledger.release(handle)
+        while self.waiting:
+            head, (request, future) = next(iter(self.waiting.items()))
+            if self.ledger.lacking(request) is not None:
+                return
+            del self.waiting[head]
+            self.ledger.acquire(head, request)
+            future.set_result(None)

@@ -1,0 +1,425 @@
+"""The async engine around vLLM: the only door through which requests reach it."""
+
+import asyncio
+import hashlib
+import hmac
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zmq
+import zmq.asyncio
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs import TokensPrompt
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from rudder.v1 import program_pb2
+from sae_models import bundle as bundles
+from sae_models.bundle import Bundle
+from server import config as configuration
+from server.engine.admission import Admission
+from server.engine.hub import Hub, Inbox
+from server.engine.layout import Layout
+from server.engine.telemetry import Array, Capture, TelemetryLost
+from server.monitoring import metrics
+from server.steering import wire
+from server.steering.compile import Compiled, compile_program
+from server.steering.programs import load_programs
+from server.steering.rows import Dictionary, Registry
+from server.steering.watch import compile_watch, with_watch
+
+TELEMETRY_TIMEOUT_S = 30.0
+RELEASE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One choice of one request, checked and compiled."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    compiled: Compiled | None = None
+    watch: tuple[tuple[str, program_pb2.Row], ...] = ()
+    top_k: int = 0
+    top_k_sites: tuple[str, ...] = ()
+    report_prompt: bool = False
+    tenant: str = ""
+    cache_salt: str = ""
+    capture: bool = False
+
+
+@dataclass(frozen=True)
+class Output:
+    """What happened since the last one; the last has `finish_reason` and what ran.
+
+    `positions` [n] are those whose features follow: active [n, rows of `Call.watch`], top_latents and top_values
+    [n, sites, k].
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Any]] | None
+    positions: Array
+    active: Array
+    top_latents: Array
+    top_values: Array
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cached_tokens: int = 0
+    moved: tuple[int, ...] = ()
+    policy_moved: tuple[int, ...] = ()
+    tokens_seen: int = 0
+    captures: tuple[Capture, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is served. `vocab_size` is the width of the logits."""
+
+    name: str
+    sha256: str
+    hidden_size: int
+    layers: int
+    max_model_len: int
+    vocab_size: int
+    bos_token_id: int | None
+
+
+@dataclass
+class Engine:
+    """A running vLLM engine with its bank, telemetry and admission."""
+
+    llm: AsyncLLM
+    model: ModelFacts
+    registry: Registry
+    bundles: dict[str, Bundle]
+    programs: dict[str, tuple[program_pb2.Program, Compiled]]
+    policy: Compiled | None
+    admission: Admission
+    hub: Hub
+    epoch: str
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+    handles: Any = field(default_factory=lambda: count(1))
+    tasks: set["asyncio.Task[None]"] = field(default_factory=set)
+    self_tested: bool = False
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; not to be used from two threads at once."""
+        return self.llm.get_tokenizer()
+
+    @property
+    def healthy(self) -> bool:
+        """Self-tested, alive, and no telemetry lost."""
+        return self.self_tested and self.llm.is_running and not self.llm.errored and self.hub.lost is None
+
+    @classmethod
+    async def start(cls, config: configuration.Config) -> "Engine":
+        """Start vLLM with the bank, load the bundles, open the telemetry, and pass the self-test."""
+        loop = asyncio.get_running_loop()
+        served = await loop.run_in_executor(None, load_bundles, config)
+        layout = layout_of(config, served)
+        # The constructor returns when the engine process is up: health and signals are served meanwhile.
+        llm = await loop.run_in_executor(None, lambda: AsyncLLM.from_engine_args(engine_args(config, layout)))
+        model = await loop.run_in_executor(None, model_facts, llm, config)
+        for bundle in served.values():
+            bundles.check_model(bundle, model.sha256, model.hidden_size)
+        registry = registry_of(layout, model, served, config)
+        programs = compiled_programs(config, registry)
+        policy = programs[config.programs.always][1] if config.programs.always else None
+        admission = Admission(layout, config.limits.queue)
+        metrics.watch_admission(admission.ledger, admission.waiting)
+        hub = Hub(metrics.feature_totals, admission.release)
+        engine = cls(llm, model, registry, served, programs, policy, admission, hub, secrets.token_hex(8))
+        await engine.connect(config)
+        return engine
+
+    async def connect(self, config: configuration.Config) -> None:
+        """Open the telemetry channel and give the workers their bundles and pinned rows."""
+        folder = tempfile.mkdtemp(prefix="rudder-")
+        address = f"ipc://{folder}/telemetry"
+        key = secrets.token_bytes(32)
+        socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.bind(address)
+        os.chmod(f"{folder}/telemetry", 0o600)
+        self.spawn(self.hub.listen(socket, key))
+        paths = {name: str(bundle.path) for name, bundle in self.bundles.items()}
+        for loaded in await self.llm.collective_rpc("rudder_load", args=(paths,)):
+            if loaded != {name: bundle.sha256 for name, bundle in self.bundles.items()}:
+                raise bundles.BundleError("bundles: a worker loaded another bundle than the server")
+        await self.llm.collective_rpc("rudder_connect", args=(address, key))
+        watched = [(site_of(w, self.bundles), row_of(w, self.bundles)) for w in config.watch]
+        if watched:
+            sites, columns = with_watch((), compile_watch(watched, self.registry, "watch"))
+            request = self.padded(wire.Request(0, 0, False, (sites,)))
+            self.admission.ledger.acquire(0, request)
+            await self.llm.collective_rpc("rudder_pin", args=(wire.encode(request),))
+            metrics.pin([(self.bundles[row.feature.bundle], row.feature.index) for _, row in watched], columns)
+
+    def spawn(self, work: Any) -> None:
+        """Run a task that lives no longer than the engine."""
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def stop(self) -> None:
+        """Abort what runs and shut the engine down."""
+        for task in self.tasks:
+            task.cancel()
+        self.llm.shutdown()
+
+    def padded(self, request: wire.Request) -> wire.Request:
+        """The request with as many stages as the bank has."""
+        missing = self.registry.layout.stages - len(request.stages)
+        stages = (*request.stages, *((),) * missing)
+        return wire.Request(*(stages if name == "stages" else getattr(request, name) for name in request.__struct_fields__))
+
+    def compile(self, call: Call) -> tuple[wire.Request, tuple[int, ...]]:
+        """What the worker is told, and the column of each of `call.watch`."""
+        registry = self.registry
+        sites, columns = with_watch(
+            call.compiled.sites if call.compiled else (), compile_watch(call.watch, registry, "report.features")
+        )
+        limit = len(call.prompt_ids) + (call.sampling.max_tokens or 0)
+        request = wire.Request(
+            prompt_tokens=len(call.prompt_ids),
+            max_tokens=min(limit, self.model.max_model_len),
+            bos=call.prompt_ids[0] == self.model.bos_token_id,
+            stages=(sites, self.policy.sites) if self.policy else (sites,),
+            watch_prompt=call.report_prompt,
+            top_k=call.top_k,
+            top_k_sites=tuple(registry.layout.sites.index(site) for site in call.top_k_sites),
+            capture=call.capture,
+        )
+        return request, columns
+
+    def salt(self, call: Call) -> str:
+        """Prefix-cache salt: keys and values are shared only by one tenant's requests with one effective program."""
+        parts = (call.tenant, digest(call.compiled), digest(self.policy), call.cache_salt)
+        return hmac.new(self.secret, "\0".join(parts).encode(), hashlib.sha256).hexdigest()
+
+    def parameters(self, call: Call, request: wire.Request) -> SamplingParams:
+        """The call's sampling parameters with the program in them; nothing a client wrote reaches `extra_args`."""
+        params = call.sampling.clone()
+        params.extra_args = {wire.EXTRA_ARG: wire.encode(request)}
+        params.output_kind = RequestOutputKind.DELTA
+        # Tokens served from the cache produce no activations.
+        params.skip_reading_prefix_cache = (
+            call.report_prompt or call.capture or any(c is not None and c.in_sequence for c in (call.compiled, self.policy))
+        )
+        return params
+
+    async def stream(self, call: Call) -> AsyncIterator[Output]:
+        """Run a call. Closing or cancelling the iterator aborts it in the engine at once.
+
+        Raises QueueFull, TelemetryLost, EngineDeadError, ProgramError (a watched row that does not exist).
+        """
+        if self.hub.lost:
+            raise self.hub.lost
+        handle = next(self.handles)
+        request, columns = self.compile(call)
+        await self.admission.acquire(handle, request)
+        inbox = self.hub.open(handle, request)
+        try:
+            prompt = TokensPrompt(prompt_token_ids=list(call.prompt_ids), cache_salt=self.salt(call))
+            outputs = self.llm.generate(prompt, self.parameters(call, request), f"{handle}-{secrets.token_hex(4)}")
+            async with aclosing(self.joined(outputs, inbox, call, columns)) as joined:
+                async for output in joined:
+                    yield output
+        finally:
+            self.spawn(self.see_released(handle, inbox))
+
+    async def joined(
+        self, outputs: AsyncIterator[RequestOutput], inbox: Inbox, call: Call, columns: tuple[int, ...]
+    ) -> AsyncIterator[Output]:
+        """vLLM's outputs with the telemetry of their tokens."""
+        generated = cached = 0
+        async with aclosing(outputs) as stream:  # type: ignore[type-var]
+            async for out in stream:
+                choice = out.outputs[0]
+                generated += len(choice.token_ids)
+                cached = max(cached, out.num_cached_tokens or 0)
+                if not choice.finish_reason:
+                    features = self.features(inbox, columns, None)
+                    yield Output(choice.text, list(choice.token_ids), choice.logprobs, *features)
+                    continue
+                last = len(call.prompt_ids) + generated - 1
+                await self.covered(inbox, last)
+                features = self.features(inbox, columns, last)
+                yield self.final(choice, features, inbox, call, generated, cached)
+
+    def final(
+        self, choice: Any, features: tuple[Array, ...], inbox: Inbox, call: Call, generated: int, cached: int
+    ) -> Output:
+        """The last Output, with what the worker counted."""
+        last = len(call.prompt_ids) + generated - 1
+        moved = inbox.moved_before(last)
+        own = len(call.compiled.edits) if call.compiled else 0
+        return Output(
+            choice.text, list(choice.token_ids), choice.logprobs, *features,
+            finish_reason=choice.finish_reason, stop_reason=choice.stop_reason,
+            prompt_tokens=len(call.prompt_ids), generated_tokens=generated, cached_tokens=cached,
+            moved=moved[:own], policy_moved=moved[own:], tokens_seen=max(0, min(inbox.covered, last) - inbox.first),
+            captures=tuple(inbox.captures),
+        )  # fmt: skip
+
+    def features(self, inbox: Inbox, columns: tuple[int, ...], last: int | None) -> tuple[Array, Array, Array, Array]:
+        """The inbox's news, in the order of the call's `watch`; nothing from position `last` on.
+
+        With asynchronous scheduling the engine may have run one token more than the answer has.
+        """
+        positions, active, latents, values = inbox.take()
+        keep = slice(None) if last is None else positions < last
+        return positions[keep], active[keep][:, list(columns)], latents[keep], values[keep]
+
+    async def covered(self, inbox: Inbox, position: int) -> None:
+        """Wait until every token before `position` has been reported."""
+        deadline = time.monotonic() + TELEMETRY_TIMEOUT_S
+        while inbox.covered < position:
+            inbox.arrived.clear()
+            if self.hub.lost:
+                raise self.hub.lost
+            if self.llm.errored:
+                raise EngineDeadError
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise TelemetryLost(f"no telemetry for position {inbox.covered}")
+            waiter = asyncio.ensure_future(inbox.arrived.wait())
+            await asyncio.wait([waiter], timeout=min(remaining, 1.0))
+            waiter.cancel()
+
+    async def see_released(self, handle: int, inbox: Inbox) -> None:
+        """Make sure that a request's places come back, also when it never reached the worker."""
+        while not inbox.released.is_set() and not self.llm.errored:
+            waiter = asyncio.ensure_future(inbox.released.wait())
+            await asyncio.wait([waiter], timeout=RELEASE_TIMEOUT_S)
+            waiter.cancel()
+            if inbox.released.is_set():
+                return
+            held = await self.llm.collective_rpc("rudder_holds", args=(handle,))
+            if not any(held):
+                self.hub.inboxes.pop(handle, None)
+                self.admission.release(handle)
+                return
+
+
+def digest(compiled: Compiled | None) -> str:
+    """A program's digest; empty for none."""
+    return compiled.digest if compiled else ""
+
+
+def load_bundles(config: configuration.Config) -> dict[str, Bundle]:
+    """The configured bundles by name."""
+    loaded = [bundles.load(Path(path)) for path in config.engine.bundles]
+    names = [bundle.manifest.name for bundle in loaded]
+    if len(set(names)) < len(names):
+        raise configuration.ConfigError("engine.bundles", "two bundles have the same name")
+    sites = [bundle.manifest.site for bundle in loaded]
+    if len(set(sites)) < len(sites):
+        raise configuration.ConfigError("engine.bundles", "two bundles are for the same site")
+    return dict(zip(names, loaded, strict=True))
+
+
+def layout_of(config: configuration.Config, served: dict[str, Bundle]) -> Layout:
+    """The bank's shape: the bundles' sites and those named beside them."""
+    engine = config.engine
+    sites = dict.fromkeys([*(bundle.manifest.site for bundle in served.values()), *engine.sites])
+    return Layout(
+        tuple(sites), engine.rows, engine.slots, 2 if config.programs.always else 1, engine.window,
+        engine.sequence_sites, engine.capture_tokens,
+    )  # fmt: skip
+
+
+def engine_args(config: configuration.Config, layout: Layout) -> AsyncEngineArgs:
+    """vLLM's arguments, with the steering worker and the bank's shape in them."""
+    from vllm.platforms import current_platform
+
+    engine = config.engine
+    on_cpu = engine.device == "cpu" or (engine.device == "auto" and current_platform.is_cpu())
+    sizes = {"kv_cache_memory_bytes": engine.kv_cache_memory_bytes} if engine.kv_cache_memory_bytes else {}
+    return AsyncEngineArgs(
+        model=engine.model,
+        dtype=engine.dtype,
+        max_model_len=engine.max_model_len,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        enforce_eager=engine.enforce_eager,
+        tensor_parallel_size=engine.tensor_parallel_size,
+        enable_prefix_caching=True,
+        enable_chunked_prefill=True,
+        worker_cls=f"server.engine.worker_{'cpu' if on_cpu else 'gpu'}.Worker",
+        additional_config=layout.additional_config(),
+        disable_log_stats=False,
+        **sizes,
+    )
+
+
+def model_facts(llm: AsyncLLM, config: configuration.Config) -> ModelFacts:
+    """What vLLM says of the model, and its hash."""
+    model = llm.model_config
+    folder = Path(model.model)
+    return ModelFacts(
+        name=folder.name or model.model,
+        sha256=bundles.model_sha256(folder) if folder.is_dir() else "",
+        hidden_size=model.get_hidden_size(),
+        layers=model.hf_text_config.num_hidden_layers,
+        max_model_len=model.max_model_len,
+        vocab_size=model.get_vocab_size(),
+        bos_token_id=llm.get_tokenizer().bos_token_id,
+    )
+
+
+def registry_of(
+    layout: Layout, model: ModelFacts, served: dict[str, Bundle], config: configuration.Config
+) -> Registry:
+    """What compiling a program needs to know."""
+    dictionaries = {
+        name: Dictionary(
+            name=name, site=b.manifest.site, sha256=b.sha256, latents=b.sae.latents,
+            max_activation=b.statistics.max_activation.numpy(), decoder_norm=b.sae.decoder.norm(dim=1).numpy(),
+            mean=b.statistics.mean.numpy().astype(np.float32),
+        )
+        for name, b in served.items()
+    }  # fmt: skip
+    return Registry(layout, model.hidden_size, dictionaries, max_edits=config.limits.max_edits)
+
+
+def compiled_programs(
+    config: configuration.Config, registry: Registry
+) -> dict[str, tuple[program_pb2.Program, Compiled]]:
+    """The operator's programs, each compiled: one that does not fit stops the start."""
+    folder = config.programs.folder
+    programs = load_programs(Path(folder)) if folder else {}
+    always = config.programs.always
+    if always and always not in programs:
+        raise configuration.ConfigError("programs.always", f"{always!r} is not in {folder}")
+    return {
+        name: (program, compile_program(program, registry, policy=name == always, field=name))
+        for name, program in programs.items()
+    }
+
+
+def site_of(watched: configuration.WatchedFeature, served: dict[str, Bundle]) -> str:
+    """The site of a feature counted in Prometheus."""
+    return watched.site or served[watched.bundle or next(iter(served))].manifest.site
+
+
+def row_of(watched: configuration.WatchedFeature, served: dict[str, Bundle]) -> program_pb2.Row:
+    """Its row."""
+    bundle = watched.bundle or next(iter(served))
+    return program_pb2.Row(feature=program_pb2.Feature(bundle=bundle, index=watched.index))

@@ -1,0 +1,71 @@
+"""The bank's fixed shape: what the compiled graph depends on and the compile cache is keyed by."""
+
+import hashlib
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SITE = re.compile(r"layers\.(\d+)\.(resid_pre|attn_out|mlp_out|resid_post)")
+POINTS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sites in the order the forward pass reaches them, and the size of each resource."""
+
+    sites: tuple[str, ...]
+    rows: int = 256
+    slots: int = 256
+    stages: int = 1
+    window: int = 32
+    sequence_sites: tuple[str, ...] | None = None
+    capture_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [site for site in self.sites if not SITE.fullmatch(site)]
+        if unknown:
+            raise ValueError(f"sites: {unknown[0]!r} is not layers.<L>.<{'|'.join(POINTS)}>")
+        if len(set(self.sites)) < len(self.sites):
+            raise ValueError("sites: a site is named twice")
+        for name in ("rows", "slots", "stages", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1")
+        stray = [site for site in self.sequence_sites or () if site not in self.sites]
+        if stray:
+            raise ValueError(f"sequence_sites: {stray[0]!r} is not among the sites")
+        object.__setattr__(self, "sites", tuple(sorted(self.sites, key=depth)))
+
+    def keeps_sequences(self, site: str) -> bool:
+        """Whether a gate with a sequence condition can be read at `site`."""
+        return self.sequence_sites is None or site in self.sequence_sites
+
+    def additional_config(self) -> dict[str, Any]:
+        """For vLLM's `additional_config`, which its compile-cache key hashes; the code's own digest is part of it."""
+        return {"rudder": asdict(self) | {"code": code_digest()}}
+
+    @staticmethod
+    def from_additional_config(config: dict[str, Any]) -> "Layout":
+        """Inverse of `additional_config`, in the worker."""
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config["rudder"].items() if k != "code"}
+        return Layout(**fields)
+
+
+def depth(site: str) -> tuple[int, int]:
+    """Order in which the forward pass reaches a site."""
+    layer, point = parse(site)
+    return layer, POINTS.index(point)
+
+
+def parse(site: str) -> tuple[int, str]:
+    """(layer, point) of a site's name."""
+    match = SITE.fullmatch(site)
+    if match is None:
+        raise ValueError(f"site: {site!r} is not layers.<L>.<{'|'.join(POINTS)}>")
+    return int(match[1]), match[2]
+
+
+def code_digest() -> str:
+    """Hash of the code that is traced into the graph: a change of it must not meet an old artifact."""
+    here = Path(__file__).parent
+    return hashlib.sha256(b"".join((here / name).read_bytes() for name in ("bank.py", "sites.py"))).hexdigest()[:16]

@@ -1,0 +1,100 @@
+"""Who holds which row places and slots. The worker fills the bank by it; the server's admission mirrors it."""
+
+import heapq
+from dataclasses import dataclass
+from math import inf
+
+from server.engine.layout import Layout
+from server.steering import wire
+
+
+class BankFull(Exception):
+    """A request does not fit now. `resource` is `rows`, `slots` or `capture_tokens`."""
+
+    def __init__(self, resource: str) -> None:
+        super().__init__(f"the bank has no free {resource}")
+        self.resource = resource
+
+
+@dataclass(frozen=True)
+class Lease:
+    """What one request holds: its slot (0: none), the place of each of its rows, and those to be filled first."""
+
+    slot: int
+    places: dict[tuple[int, wire.Row], int]
+    fresh: tuple[tuple[int, wire.Row], ...]
+
+
+class Ledger:
+    """Reference-counted row places per site and slots. Lowest free place first, so that all ranks agree."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.free_slots = list(range(1, layout.slots + 1))
+        self.free_rows = [list(range(layout.rows)) for _ in layout.sites]
+        self.held: dict[tuple[int, wire.Row], list[int]] = {}
+        self.leases: dict[int, tuple[wire.Request, Lease]] = {}
+        self.capture_free = layout.capture_tokens or inf
+
+    def lacking(self, request: wire.Request) -> str | None:
+        """The first resource that does not suffice for `request`, if any."""
+        if request.edits and not self.free_slots:
+            return "slots"
+        if request.reads and self.capture_cost(request) > self.capture_free:
+            return "capture_tokens"
+        new = [site for site, row in request.rows() if (site, row) not in self.held]
+        if any(new.count(site) > len(self.free_rows[site]) for site in set(new)):
+            return "rows"
+        return None
+
+    def capture_cost(self, request: wire.Request) -> float:
+        """Tokens of one step that may have to be captured: a preempted request recomputes everything."""
+        return min(request.max_tokens, self.layout.capture_tokens or inf)
+
+    def acquire(self, handle: int, request: wire.Request) -> Lease:
+        """Give `request` its slot and places. Raises BankFull and changes nothing when something lacks."""
+        if resource := self.lacking(request):
+            raise BankFull(resource)
+        if request.reads:
+            self.capture_free -= self.capture_cost(request)
+        slot = heapq.heappop(self.free_slots) if request.edits else 0
+        places, fresh = {}, []
+        for key in ordered_rows(request):
+            if key not in self.held:
+                self.held[key] = [heapq.heappop(self.free_rows[key[0]]), 0]
+                fresh.append(key)
+            self.held[key][1] += 1
+            places[key] = self.held[key][0]
+        lease = Lease(slot, places, tuple(fresh))
+        self.leases[handle] = request, lease
+        return lease
+
+    def release(self, handle: int) -> Lease | None:
+        """Take back what `handle` holds; None when it holds nothing."""
+        request, lease = self.leases.pop(handle, (None, None))
+        if request is None or lease is None:
+            return None
+        if request.reads:
+            self.capture_free += self.capture_cost(request)
+        if lease.slot:
+            heapq.heappush(self.free_slots, lease.slot)
+        for key in lease.places:
+            self.held[key][1] -= 1
+            if self.held[key][1] == 0:
+                heapq.heappush(self.free_rows[key[0]], self.held.pop(key)[0])
+        return lease
+
+    @property
+    def slots_used(self) -> int:
+        """Slots held now."""
+        return self.layout.slots - len(self.free_slots)
+
+    def rows_used(self, site: int) -> int:
+        """Row places held now at site number `site`."""
+        return self.layout.rows - len(self.free_rows[site])
+
+
+def ordered_rows(request: wire.Request) -> list[tuple[int, wire.Row]]:
+    """The request's distinct (site, row) pairs in the order the program names them: the same on every rank."""
+    pairs = ((site.site, row) for stage in request.stages for site in stage for row in site.rows)
+    return list(dict.fromkeys(pairs))

@@ -1,0 +1,188 @@
+"""After a forward pass: from the banks' buffers to the step's telemetry frame."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sae_models.sae import SAE
+from server.engine.bank import SiteBank
+from server.engine.driver import Live, Step
+from server.engine.telemetry import Array, Capture, Frame
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Where a column's values lie: buffer `source` at [row, place], to be put at `target` of the column."""
+
+    source: int
+    row: Array
+    place: Array
+    target: Array
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The gathers of a batch composition; steady decoding reuses them step after step."""
+
+    key: tuple[object, ...]
+    active: tuple[Gather, ...]
+    active_size: int
+    moved: tuple[Gather, ...]
+    moved_size: int
+
+
+class Reader:
+    """Reads the buffers of all sites; `pinned` rows [(site, place)] are summed over all requests."""
+
+    def __init__(self, banks: Sequence[SiteBank]) -> None:
+        self.banks = banks
+        self.saes: dict[int, SAE] = {}
+        self.pinned: dict[int, list[int]] = {}
+        self.columns = Columns((), (), 0, (), 0)
+
+    def frame(self, sequence: int, step: Step, released: Sequence[int]) -> Frame:
+        """The frame of a step whose forward pass has run."""
+        if not step.tokens:
+            return Frame(sequence, released=packed(released, "<i8"))
+        columns = self.columns_of(step)
+        top_latents, top_values = self.top(step)
+        return Frame(
+            sequence,
+            handles=packed([r.handle if r else 0 for r in step.live], "<i8"),
+            starts=packed(step.starts, "<i4"),
+            lengths=packed(step.lengths, "<i4"),
+            moved=self.moved(columns, step).tobytes(),
+            active=self.active(columns, step).tobytes(),
+            top_values=top_values,
+            top_latents=top_latents,
+            captures=tuple(self.captures(step)),
+            pinned=self.totals(step).tobytes(),
+            released=packed(released, "<i8"),
+        )
+
+    def columns_of(self, step: Step) -> Columns:
+        """The gathers for this composition, made anew when it changed."""
+        key = (*(id(r) for r in step.live), step.lengths.tobytes(), *map(phase_cut, step.live, step.starts))
+        if key != self.columns.key:
+            active, active_size = watch_gathers(step)
+            moved, moved_size = moved_gathers(step, self.banks[0].stages)
+            self.columns = Columns(key, active, active_size, moved, moved_size)
+        return self.columns
+
+    def active(self, columns: Columns, step: Step) -> Array:
+        """fp32: activations of watched rows."""
+        column = np.empty(columns.active_size, "<f4")
+        for gather in columns.active:
+            column[gather.target] = to_host(self.banks[gather.source].active[: step.tokens])[gather.row, gather.place]
+        return column
+
+    def moved(self, columns: Columns, step: Step) -> Array:
+        """int32: tokens that each edit touched in this step."""
+        column = np.empty(columns.moved_size, "<i4")
+        for gather in columns.moved:
+            bank = self.banks[gather.source // self.banks[0].stages]
+            flags = to_host(bank.moved[gather.source % bank.stages, : step.tokens])
+            counts = np.add.reduceat(flags, step.offsets, axis=0, dtype=np.int32)
+            column[gather.target] = counts[gather.row, gather.place]
+        return column
+
+    def top(self, step: Step) -> tuple[bytes, bytes]:
+        """The strongest latents of each token that asked, by the whole dictionary: (latents, values)."""
+        latents, values = [], []
+        for request, rows in captured(step):
+            for site in request.request.top_k_sites:
+                x = self.banks[site].before[torch.from_numpy(rows)]
+                strongest = self.saes[site].encode(x).topk(request.request.top_k, dim=1)
+                latents.append(to_host(strongest.indices).astype("<i4").tobytes())
+                values.append(to_host(strongest.values).astype("<f4").tobytes())
+        return b"".join(latents), b"".join(values)
+
+    def captures(self, step: Step) -> list[Capture]:
+        """Residuals of the requests that asked for them."""
+        found = []
+        for request, rows in captured(step):
+            for site, bank in enumerate(self.banks if request.request.capture else ()):
+                index = torch.from_numpy(rows)
+                before, after = (to_host(t[index]).tobytes() for t in (bank.before, bank.after))
+                found.append(Capture(request.handle, site, before, after))
+        return found
+
+    def totals(self, step: Step) -> NDArray[np.float64]:
+        """[pinned rows, 4]: active tokens, tokens, sum and maximum over the step, position 0 left out."""
+        counted = np.ones(step.tokens, bool)
+        counted[step.offsets[step.starts == 0]] = False
+        parts = []
+        for site, places in self.pinned.items():
+            f = to_host(self.banks[site].active[: step.tokens])[:, places][counted]
+            parts.append(np.stack([(f > 0).sum(0), np.full(len(places), len(f)), f.sum(0), f.max(0, initial=0)], 1))
+        return np.concatenate(parts) if parts else np.zeros((0, 4))
+
+
+def phase_cut(request: Live | None, start: int) -> int:
+    """Prompt tokens at the front of a request's part of the step that it does not want reported."""
+    if request is None or request.request.watch_prompt:
+        return 0
+    return max(0, min(request.length, request.request.prompt_tokens - int(start)))
+
+
+def watch_gathers(step: Step) -> tuple[tuple[Gather, ...], int]:
+    """Gathers of the `active` column: per request, [tokens reported, rows watched over its sites]."""
+    parts: dict[int, list[tuple[Array, Array, Array]]] = {}
+    size = 0
+    for request, start, offset in zip(step.live, step.starts, step.offsets, strict=True):
+        if request is None:
+            continue
+        tokens = np.arange(offset + phase_cut(request, start), offset + request.length)
+        watched = [(site.site, request.places(site)[row]) for site in request.request.stages[0] for row in site.watch]
+        for number, (site, place) in enumerate(watched):
+            target = size + np.arange(len(tokens)) * len(watched) + number
+            parts.setdefault(site, []).append((tokens, np.full(len(tokens), place), target))
+        size += len(tokens) * len(watched)
+    return joined(parts), size
+
+
+def moved_gathers(step: Step, stages: int) -> tuple[tuple[Gather, ...], int]:
+    """Gathers of the `moved` column: per request, one count for each edit, then one for the blend, of each site."""
+    parts: dict[int, list[tuple[Array, Array, Array]]] = {}
+    size = 0
+    for number, request in enumerate(step.live):
+        if request is None:
+            continue
+        for stage, sites in enumerate(request.request.stages):
+            for site in sites:
+                rows = [e.row for e in site.edits] + ([site.blend.row] if site.blend else [])
+                places = np.array([request.places(site)[row] for row in rows], np.int64)
+                target = np.arange(size, size + len(rows))
+                parts.setdefault(site.site * stages + stage, []).append((np.full(len(rows), number), places, target))
+                size += len(rows)
+    return joined(parts), size
+
+
+def joined(parts: dict[int, list[tuple[Array, Array, Array]]]) -> tuple[Gather, ...]:
+    """One gather per source."""
+    return tuple(Gather(s, *(np.concatenate(c) for c in zip(*ps, strict=True))) for s, ps in parts.items())
+
+
+def captured(step: Step) -> list[tuple[Live, Array]]:
+    """The requests that read residuals, and their rows of the capture buffer in this step."""
+    found = []
+    for request, offset in zip(step.live, step.offsets, strict=True):
+        if request and request.request.reads:
+            rows = step.capture[offset : offset + request.length]
+            found.append((request, rows[rows > 0]))
+    return found
+
+
+def packed(values: object, dtype: str) -> bytes:
+    """Values as a little-endian column."""
+    return np.asarray(values, dtype).tobytes()
+
+
+def to_host(tensor: Tensor) -> Array:
+    """A tensor's values on the host; free on CPU."""
+    array: Array = tensor.cpu().numpy()
+    return array

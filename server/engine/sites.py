@@ -1,0 +1,98 @@
+"""Where a bank meets a model: hook points found by what decoder layers look like, not by model name.
+
+A decoder layer returns (hidden, residual), whose sum is the residual stream, or one tensor that is it. An edit is added to
+one half; whatever reads sees the sum.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from server.engine.bank import SiteBank
+from server.engine.layout import parse
+
+ATTENTION = ("self_attn", "attn", "attention")
+MLP = ("mlp", "fc2", "feed_forward")
+
+
+class UnknownLayout(ValueError):
+    """The model has no such site, or its layers do not look like decoder layers."""
+
+
+def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
+    """The model's decoder layers: its one list of `count` layers."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(lists) != 1:
+        raise UnknownLayout(f"sites: {type(model).__name__} has {len(lists)} lists of {count} layers, need exactly one")
+    return lists[0]
+
+
+def attach(bank: SiteBank, layers: nn.ModuleList) -> None:
+    """Hook `bank` at its site. Raises UnknownLayout rather than leave a site unhooked."""
+    number, point = parse(bank.site)
+    if number >= len(layers):
+        raise UnknownLayout(f"site: {bank.site} of a model with {len(layers)} layers")
+    layer = layers[number]
+    if point == "resid_pre":
+        hook_inputs(layer, bank)
+        return
+    module = layer if point == "resid_post" else branch(layer, point, bank.site)
+    module.add_module("rudder_" + point, bank)
+    module.register_forward_hook(output_hook(bank, fused=point == "resid_post"))
+
+
+def branch(layer: nn.Module, point: str, site: str) -> nn.Module:
+    """The module whose output is what the attention or MLP branch adds to the residual stream.
+
+    On sandwich-norm models (Gemma 2 and 3) that is the norm behind the branch.
+    """
+    sandwich = hasattr(layer, "pre_feedforward_layernorm") and hasattr(layer, "post_feedforward_layernorm")
+    norm = "post_attention_layernorm" if point == "attn_out" else "post_feedforward_layernorm"
+    names = (norm,) if sandwich else ATTENTION if point == "attn_out" else MLP
+    found = [getattr(layer, name) for name in names if hasattr(layer, name)]
+    if not found:
+        raise UnknownLayout(f"site: {site}: {type(layer).__name__} has none of {', '.join(names)}")
+    return found[0]
+
+
+def output_hook(bank: SiteBank, fused: bool) -> Callable[..., Any]:
+    """A forward hook that edits what a module returns."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return steered(bank, output)
+        hidden, *rest = output
+        if fused and rest and isinstance(rest[0], Tensor) and rest[0].shape == hidden.shape:
+            return (steered(bank, hidden, rest[0]), *rest)
+        return (steered(bank, hidden), *rest)
+
+    return hook
+
+
+def hook_inputs(layer: nn.Module, bank: SiteBank) -> None:
+    """Edit what a layer is given: `hidden_states`, read together with `residual` where the layer takes one."""
+    names = list(inspect.signature(layer.forward).parameters)
+    if "hidden_states" not in names:
+        raise UnknownLayout(f"site: {bank.site}: {type(layer).__name__} takes no hidden_states")
+    hidden_at = names.index("hidden_states")
+    residual_at = names.index("residual") if "residual" in names else len(names)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        residual = kwargs["residual"] if "residual" in kwargs else args[residual_at] if residual_at < len(args) else None
+        if "hidden_states" in kwargs:
+            return args, kwargs | {"hidden_states": steered(bank, kwargs["hidden_states"], residual)}
+        hidden = steered(bank, args[hidden_at], residual)
+        return (*args[:hidden_at], hidden, *args[hidden_at + 1 :]), kwargs
+
+    layer.add_module("rudder_resid_pre", bank)
+    layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def steered(bank: SiteBank, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
+    """`hidden` moved by the bank's displacement, added once in fp32 and rounded once."""
+    x = hidden.float() if residual is None else hidden.float() + residual.float()
+    move = bank(x.reshape(-1, bank.width)).reshape(hidden.shape)
+    return (hidden.float() + move).to(hidden.dtype)
+

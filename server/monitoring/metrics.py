@@ -1,0 +1,135 @@
+"""Rudder's Prometheus series, each declared once, beside vLLM's own in the same registry. A metric is added here."""
+
+import re
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from sae_models.bundle import Bundle
+from server.engine.ledger import Ledger
+from server.engine.telemetry import Array
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+INTER_TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
+
+REQUESTS = Counter("rudder_requests", "Calls ended, by method and outcome (OK or the reason of the error).", ["method", "outcome"])
+REQUEST_SECONDS = Histogram("rudder_request_seconds", "Time from call to end.", ["method"], buckets=SECONDS)
+FIRST_TOKEN = Histogram("rudder_time_to_first_token_seconds", "Time from call to first token.", buckets=SECONDS)
+INTER_TOKEN = Histogram("rudder_inter_token_seconds", "Time between tokens of a choice.", buckets=INTER_TOKEN_SECONDS)
+STREAM_MESSAGES = Counter("rudder_stream_messages", "Messages of token streams.")
+STREAM_TOKENS = Counter("rudder_stream_tokens", "Tokens of token streams.")
+EDITED_TOKENS = Counter("rudder_edits_applied_tokens", "Tokens that an edit touched.", ["site", "operation", "origin"])
+SELF_TEST_FAILURES = Counter("rudder_selftest_failures", "Self-tests that a site's bank did not pass.")
+
+
+def request_done(method: str, outcome: str, seconds: float) -> None:
+    """A call has ended. `method` and `outcome` are from closed sets, so the series are bounded."""
+    REQUESTS.labels(method, outcome).inc()
+    REQUEST_SECONDS.labels(method).observe(seconds)
+
+
+def stream_message(tokens: int) -> None:
+    """A message of a stream was sent."""
+    STREAM_MESSAGES.inc()
+    STREAM_TOKENS.inc(tokens)
+
+
+def first_token(seconds: float) -> None:
+    """A call's first token came."""
+    FIRST_TOKEN.observe(seconds)
+
+
+def inter_token(seconds: float) -> None:
+    """A later token came."""
+    INTER_TOKEN.observe(seconds)
+
+
+def edits_applied(site: str, operation: str, origin: str, tokens: int) -> None:
+    """An edit touched tokens. `operation` is its first word: the closed set of edit operations."""
+    EDITED_TOKENS.labels(site, operation.split(" ", 1)[0], origin).inc(tokens)
+
+
+@dataclass
+class Pinned:
+    """The features counted over all requests, and the row of the telemetry's `pinned` column of each."""
+
+    names: list[tuple[Bundle, int]]
+    columns: tuple[int, ...]
+    totals: list[list[float]]
+
+
+class Bank(Collector):
+    """Gauges and per-feature counters read from their owners at scrape time."""
+
+    def __init__(self) -> None:
+        self.ledger: Ledger | None = None
+        self.waiting: Sized = ()
+        self.pinned = Pinned([], (), [])
+
+    def collect(self) -> list[Metric]:
+        """All series of the bank."""
+        return [*self.usage(), *self.features()] if self.ledger else []
+
+    def usage(self) -> list[Metric]:
+        """Rows and slots held, and the requests that wait for them."""
+        assert self.ledger
+        layout = self.ledger.layout
+        rows = GaugeMetricFamily("rudder_bank_rows", "Row places of a site's bank.", labels=["site", "state"])
+        for number, site in enumerate(layout.sites):
+            used = self.ledger.rows_used(number)
+            rows.add_metric([site, "used"], used)
+            rows.add_metric([site, "free"], layout.rows - used)
+        slots = GaugeMetricFamily("rudder_bank_slots", "Slots for requests with a program.", labels=["state"])
+        slots.add_metric(["used"], self.ledger.slots_used)
+        slots.add_metric(["free"], layout.slots - self.ledger.slots_used)
+        inflight = GaugeMetricFamily("rudder_inflight_choices", "Choices that the engine is running.")
+        inflight.add_metric([], len([handle for handle in self.ledger.leases if handle]))
+        queue = GaugeMetricFamily("rudder_queue_requests", "Requests that wait for the bank.")
+        queue.add_metric([], len(self.waiting))
+        return [rows, slots, inflight, queue]
+
+    def features(self) -> list[Metric]:
+        """Per watched feature: active tokens, tokens, sum and maximum of activations; its label in a series of its own."""
+        labels = ["bundle", "site", "feature"]
+        families = (
+            CounterMetricFamily("rudder_feature_active_tokens", "Tokens on which the feature was active.", labels=labels),
+            CounterMetricFamily("rudder_feature_tokens", "Tokens on which the feature was evaluated.", labels=labels),
+            CounterMetricFamily("rudder_feature_activation_sum", "Sum of its activations.", labels=labels),
+            GaugeMetricFamily("rudder_feature_activation_max", "Largest activation since the start.", labels=labels),
+        )
+        info = GaugeMetricFamily("rudder_feature_info", "Always 1; carries the feature's label.", labels=[*labels, "label"])
+        for (bundle, index), values in zip(self.pinned.names, self.pinned.totals, strict=True):
+            key = [bundle.manifest.name, bundle.manifest.site, str(index)]
+            for family, value in zip(families, values, strict=True):
+                family.add_metric(key, value)
+            info.add_metric([*key, plain(bundle.catalogue.get(index).label)], 1)
+        return [*families, info]
+
+
+BANK = Bank()
+REGISTRY.register(BANK)
+
+
+def watch_admission(ledger: Ledger, waiting: Sized) -> None:
+    """Show this ledger's use and this queue."""
+    BANK.ledger, BANK.waiting = ledger, waiting
+
+
+def pin(names: Sequence[tuple[Bundle, int]], columns: tuple[int, ...]) -> None:
+    """Count these features; `columns` are their rows in the telemetry's `pinned` column."""
+    BANK.pinned = Pinned(list(names), columns, [[0.0] * 4 for _ in names])
+
+
+def feature_totals(totals: Array) -> None:
+    """Add a step's [pinned rows, 4]: active tokens, tokens, sum, maximum."""
+    for kept, column in zip(BANK.pinned.totals, BANK.pinned.columns, strict=True):
+        active, tokens, total, largest = totals[column].tolist()
+        kept[:] = kept[0] + active, kept[1] + tokens, kept[2] + total, max(kept[3], largest)
+
+
+def plain(label: str) -> str:
+    """A label of at most 80 characters, without control characters."""
+    return re.sub(r"[\x00-\x1f\x7f]", " ", label)[:80]

@@ -1,0 +1,1 @@
+"""What a request means: programs compiled to bank parameters."""

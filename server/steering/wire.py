@@ -1,0 +1,131 @@
+"""The compiled form of a request's program: what travels to the worker in `SamplingParams.extra_args`.
+
+Every operation has been resolved to the numbers of the bank's one formula; nothing here knows an operation's name.
+"""
+
+from math import inf
+
+import msgspec
+
+EXTRA_ARG = "rudder"
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """What a row place is filled with: latent `latent` of bundle `bundle`, or raw little-endian fp32 vectors.
+
+    `copy` tells apart equal rows that must have a place each, so that each of their edits is counted for itself.
+    """
+
+    bundle: str = ""
+    latent: int = -1
+    encoder: bytes = b""
+    decoder: bytes = b""
+    bias: float = 0.0
+    threshold: float = -inf
+    copy: int = 0
+
+
+class Edit(msgspec.Struct, frozen=True, array_like=True):
+    """new = clip(scale * f + shift, lower, upper) on row `row` of the site, where f > above.
+
+    `relative`: shift, lower and upper count in units of ||x|| at the token.
+    """
+
+    row: int
+    scale: float = 1.0
+    shift: float = 0.0
+    lower: float = -inf
+    upper: float = inf
+    above: float = -inf
+    relative: bool = False
+    prompt: bool = True
+    generated: bool = True
+
+
+class Blend(msgspec.Struct, frozen=True, array_like=True):
+    """x' = x + weight * (decoder of `row` - x)."""
+
+    row: int
+    weight: float
+    prompt: bool = True
+    generated: bool = True
+
+
+class Sequence(msgspec.Struct, frozen=True, array_like=True):
+    """State s_t = max(floor, decay * s_{t-1} + gain * u_t + offset) with u_t the score, or 1[score > binary].
+
+    With `window` > 0 the state is the mean of the last `window` scores instead. The condition is
+    s_t > level + level_rate * n_t, with n_t the tokens counted so far, and n_t >= min_tokens.
+    """
+
+    score: int
+    binary: float | None = None
+    decay: float = 1.0
+    gain: float = 1.0
+    offset: float = 0.0
+    floor: float = -1e300
+    window: int = 0
+    level: float = 0.0
+    level_rate: float = 0.0
+    min_tokens: int = 0
+    latch: bool = False
+
+
+class Gate(msgspec.Struct, frozen=True, array_like=True):
+    """Open where any trigger row is above its threshold AND the sequence condition holds; an absent part holds."""
+
+    triggers: tuple[tuple[int, float], ...] = ()
+    sequence: Sequence | None = None
+
+
+class Site(msgspec.Struct, frozen=True, array_like=True):
+    """One stage's business at site number `site` of the layout. Row numbers index `rows`."""
+
+    site: int
+    rows: tuple[Row, ...] = ()
+    edits: tuple[Edit, ...] = ()
+    blend: Blend | None = None
+    restore_norm: bool = False
+    max_displacement: float = inf
+    gate: Gate | None = None
+    watch: tuple[int, ...] = ()
+
+
+class Request(msgspec.Struct, frozen=True, array_like=True):
+    """All that the worker knows of a request. `stages[0]` is the request's own program, `stages[1]` the policy's.
+
+    `max_tokens` bounds prompt and generated tokens together; `bos`: position 0 holds the BOS token.
+    """
+
+    prompt_tokens: int
+    max_tokens: int
+    bos: bool
+    stages: tuple[tuple[Site, ...], ...] = ()
+    watch_prompt: bool = False
+    top_k: int = 0
+    top_k_sites: tuple[int, ...] = ()
+    capture: bool = False
+
+    @property
+    def edits(self) -> bool:
+        """Whether anything can be changed: such a request needs a slot."""
+        return any(site.edits or site.blend or site.gate for stage in self.stages for site in stage)
+
+    @property
+    def reads(self) -> bool:
+        """Whether the residual itself is read after the forward pass."""
+        return self.top_k > 0 or self.capture
+
+    def rows(self) -> set[tuple[int, Row]]:
+        """The distinct (site, row) places that the request holds while it lives."""
+        return {(site.site, row) for stage in self.stages for site in stage for row in site.rows}
+
+
+def encode(request: Request) -> bytes:
+    """The payload for `extra_args`."""
+    return msgspec.msgpack.encode(request)
+
+
+def decode(payload: bytes) -> Request:
+    """Inverse of `encode`; raises msgspec.DecodeError on anything else."""
+    return msgspec.msgpack.decode(payload, type=Request)

@@ -1,0 +1,264 @@
+"""The bank by definition, one token and one row at a time in float64, and random programs to hold it against.
+
+Numbers come from a grid that fp32 represents exactly, so that a strict comparison means the same in both precisions.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from random import Random
+
+import numpy as np
+import torch
+from hypothesis import reject
+from numpy.typing import NDArray
+
+from sae_models.sae import SAE
+from server.engine.driver import Driver
+from server.engine.layout import Layout
+from server.engine.worker import build_banks
+from server.steering import wire
+
+Floats = NDArray[np.float64]
+WIDTH = 8
+LATENTS = 12
+BUNDLE = "toy"
+TINY = 1e-12
+
+
+def grid(rng: Random, *shape: int, step: float = 0.5, top: int = 2) -> Floats:
+    """Random multiples of `step` up to `top` steps."""
+    count = int(np.prod(shape))
+    return np.array([rng.randint(-top, top) * step for _ in range(count)], np.float64).reshape(shape)
+
+
+def toy_sae(rng: Random) -> SAE:
+    """An SAE with numbers on the grid."""
+    encoder, decoder, bias = grid(rng, LATENTS, WIDTH), grid(rng, LATENTS, WIDTH), grid(rng, LATENTS)
+    threshold = np.abs(grid(rng, LATENTS))
+    tensors = (torch.tensor(a, dtype=torch.float32) for a in (encoder, bias, threshold, decoder, np.zeros(WIDTH)))
+    return SAE(*tensors)
+
+
+def make_driver(layout: Layout, sae: SAE, max_tokens: int = 48, width: int = WIDTH) -> Driver:
+    """A driver with banks as the worker builds them."""
+    driver = Driver(layout, build_banks(layout, width, max_tokens, torch.device("cpu")))
+    driver.load_sae(BUNDLE, sae)
+    return driver
+
+
+def run_step(
+    driver: Driver, chunks: Sequence[tuple[str, int, int]], xs: Mapping[str, Floats], padding: int = 2
+) -> dict[str, Floats]:
+    """One forward pass over chunks (request, start, tokens): how far each moves, [sites, tokens, d].
+
+    xs [sites, all tokens, d] of each request. Padding rows hold NaN, as a buffer nobody wrote may.
+    """
+    ids = [request_id for request_id, _, _ in chunks]
+    starts, lengths = (np.array([c[i] for c in chunks], np.int64) for i in (1, 2))
+    driver.place(ids, starts, lengths)
+    moves: dict[str, list[Floats]] = {request_id: [] for request_id in ids}
+    for site, bank in enumerate(driver.banks):
+        parts = [xs[i][site, start : start + length] for i, start, length in chunks]
+        x = torch.tensor(np.concatenate([*parts, np.full((padding, WIDTH), np.nan)]), dtype=torch.float32)
+        move = bank(x).double().numpy()
+        for (request_id, _, length), offset in zip(chunks, np.cumsum(lengths) - lengths, strict=True):
+            moves[request_id].append(move[offset : offset + length])
+    return {request_id: np.stack(parts) for request_id, parts in moves.items()}
+
+
+@dataclass
+class Trace:
+    """What the definition says of one request: displacement [sites, tokens, d], edits' and blends' touches, the gates."""
+
+    moved: Floats
+    touched: list[tuple[int, wire.Site, int, int]] = field(default_factory=list)
+    is_open: dict[tuple[int, int], bool] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """A gate's memory of the tokens before."""
+
+    scores: list[float] = field(default_factory=list)
+    value: float = 0.0
+    latched: bool = False
+
+
+def by_definition(request: wire.Request, x: Floats, sae: SAE) -> Trace:
+    """Every token of a request, x [sites, tokens, d], by a loop over tokens and rows."""
+    trace = Trace(np.zeros_like(x))
+    states = [State() for _ in request.stages]
+    for t in range(x.shape[1]):
+        if request.bos and t == 0:
+            continue
+        for stage, sites in enumerate(request.stages):
+            gate_open = True
+            for site in sorted(sites, key=lambda s: s.site):
+                y = x[site.site, t] + trace.moved[site.site, t]
+                if site.gate:
+                    gate_open = gate_holds(site, y, sae, states[stage])
+                    trace.is_open[stage, t] = gate_open
+                prompt = t < request.prompt_tokens
+                move, touched = edited(site, y, sae, gate_open, prompt)
+                trace.moved[site.site, t] += move
+                trace.touched += [(stage, site, number, t) for number in touched]
+    return trace
+
+
+def vectors(row: wire.Row, sae: SAE) -> tuple[Floats, float, float, Floats]:
+    """Encoder, bias, threshold and decoder of a row."""
+    if row.bundle:
+        encoder, bias, threshold, decoder = (getattr(sae, n) for n in ("encoder", "bias", "threshold", "decoder"))
+        i = row.latent
+        return encoder[i].double().numpy(), float(bias[i]), float(threshold[i]), decoder[i].double().numpy()
+    raw = [np.frombuffer(b, "<f4").astype(np.float64) if b else np.zeros(WIDTH) for b in (row.encoder, row.decoder)]
+    return raw[0], row.bias, row.threshold, raw[1]
+
+
+def activation(row: wire.Row, y: Floats, sae: SAE) -> float:
+    """f of a row."""
+    encoder, bias, threshold, _ = vectors(row, sae)
+    z = float(y @ encoder) + bias
+    return z if clearly_above(z, threshold) else 0.0
+
+
+def clearly_above(value: float, bound: float) -> bool:
+    """value > bound; an example in which fp32 could see it otherwise is given up."""
+    if value != bound and abs(value - bound) < 1e-5 * max(1.0, abs(value)):
+        reject()
+    return value > bound
+
+
+def edited(site: wire.Site, y: Floats, sae: SAE, gate_open: bool, prompt: bool) -> tuple[Floats, list[int]]:
+    """How far one token moves at a site, and which edits (the blend comes after the last) moved it."""
+    norm = max(float(np.linalg.norm(y)), TINY)
+    new_y, touched = y.copy(), []
+    for number, edit in enumerate(site.edits):
+        f = activation(site.rows[edit.row], y, sae)
+        if gate_open and (edit.prompt if prompt else edit.generated) and clearly_above(f, edit.above):
+            unit = norm if edit.relative else 1.0
+            new = min(max(edit.scale * f + edit.shift * unit, edit.lower * unit), edit.upper * unit)
+            new_y = new_y + (new - f) * vectors(site.rows[edit.row], sae)[3]
+            touched += [number] if new != f else []
+    blend = site.blend
+    if blend and gate_open and blend.weight > 0 and (blend.prompt if prompt else blend.generated):
+        new_y = new_y + blend.weight * (vectors(site.rows[blend.row], sae)[3] - new_y)
+        touched.append(len(site.edits))
+    if site.restore_norm:
+        well_posed(new_y, norm)
+        new_y = new_y * (norm / max(float(np.linalg.norm(new_y)), TINY))
+    move = new_y - y
+    if np.isfinite(site.max_displacement) and move.any():
+        well_posed(move, norm)
+        move = move * min(1.0, site.max_displacement * norm / max(float(np.linalg.norm(move)), TINY))
+    return move, touched
+
+
+def well_posed(vector: Floats, norm: float) -> None:
+    """Give up an example in which a difference that is all rounding would be scaled up."""
+    length = float(np.linalg.norm(vector))
+    if 0 < length < 1e-3 * norm or (length == 0 and norm > TINY):
+        reject()
+
+
+def gate_holds(site: wire.Site, y: Floats, sae: SAE, state: State) -> bool:
+    """The gate at one token; counts the token."""
+    gate = site.gate
+    assert gate
+    token = not gate.triggers or any(
+        clearly_above(activation(site.rows[row], y, sae), above) for row, above in gate.triggers
+    )
+    return sequence_holds(gate.sequence, activation(site.rows[gate.sequence.score], y, sae), state) and token if (
+        gate.sequence
+    ) else token
+
+
+def sequence_holds(s: wire.Sequence, score: float, state: State) -> bool:
+    """The sequence condition, by the statistic's own definition; counts the token."""
+    u = score if s.binary is None else float(score > s.binary)
+    state.scores.append(u)
+    state.value = max(s.floor, s.decay * state.value + s.gain * u + s.offset)
+    recent = state.scores[-s.window :] if s.window else []
+    statistic = sum(recent) / len(recent) if recent else state.value
+    count = len(state.scores)
+    alarm = clearly_above(statistic, s.level + s.level_rate * count) and count >= s.min_tokens
+    state.latched |= alarm
+    return state.latched if s.latch else alarm
+
+
+def random_row(rng: Random, reads: bool, writes: bool) -> wire.Row:
+    """A latent, a probe, a vector, or a raw row with both halves."""
+    if rng.random() < 0.6:
+        return wire.Row(bundle=BUNDLE, latent=rng.randrange(LATENTS))
+    encoder = grid(rng, WIDTH).astype("<f4").tobytes() if reads else b""
+    decoder = grid(rng, WIDTH).astype("<f4").tobytes() if writes else b""
+    return wire.Row(encoder=encoder, decoder=decoder, bias=rng.choice((0.0, 0.5)), threshold=rng.choice((-inf, 0.0, 0.5)))
+
+
+def random_edit(rng: Random, row: int) -> wire.Edit:
+    """One of the operations, in one of the units, in one of the phases."""
+    value = rng.randint(-6, 6) * 0.25
+    formula = rng.choice(
+        (
+            {"shift": value},
+            {"scale": 0.0, "shift": value},
+            {"scale": 0.0},
+            {"scale": value},
+            {"upper": value},
+            {"lower": value},
+            {"scale": 0.0, "shift": value, "above": rng.choice((0.0, 0.5))},
+            {"scale": value, "shift": 0.5, "lower": -1.0, "upper": 1.0, "above": -0.5},
+        )
+    )
+    prompt, generated = rng.choice(((True, True), (True, False), (False, True)))
+    return wire.Edit(row, **formula, relative=rng.random() < 0.3, prompt=prompt, generated=generated)
+
+
+def random_sequence(rng: Random, score: int, window: int) -> wire.Sequence:
+    """One of the statistics."""
+    statistic = rng.choice(
+        (
+            {"binary": rng.choice((0.0, 0.5)), "level_rate": rng.choice((0.125, 0.25, 0.5))},
+            {"decay": 0.75, "gain": 0.25, "level": rng.choice((0.0, 0.25))},
+            {"offset": -rng.choice((0.25, 0.5)), "floor": 0.0, "level": rng.choice((0.5, 1.0))},
+            {"window": rng.randint(1, window), "level": rng.choice((0.0, 0.25, 0.5))},
+        )
+    )
+    return wire.Sequence(score, **statistic, min_tokens=rng.randrange(4), latch=rng.random() < 0.5)
+
+
+def random_site(rng: Random, number: int, gate: str, window: int) -> wire.Site:
+    """A site with up to three edits; `gate`: '', or any of the letters t(oken) and s(equence)."""
+    rows = list(dict.fromkeys(random_row(rng, reads=rng.random() < 0.7, writes=True) for _ in range(rng.randint(1, 3))))
+    edits = tuple(random_edit(rng, i) for i in range(len(rows)))
+    blend = None
+    if rng.random() < 0.3:
+        rows.append(wire.Row(decoder=grid(rng, WIDTH).astype("<f4").tobytes(), copy=1))
+        blend = wire.Blend(len(rows) - 1, rng.choice((0.0, 0.25, 1.0)), *rng.choice(((True, True), (True, False))))
+    indices = {row: i for i, row in enumerate(rows)}
+    readers = [indices.setdefault(random_row(rng, True, False), len(indices)) for _ in range(2 if gate else 0)]
+    triggers = tuple(dict.fromkeys((row, rng.choice((0.0, 0.5))) for row in dict.fromkeys(readers))) if "t" in gate else ()
+    sequence = random_sequence(rng, readers[-1], window) if "s" in gate else None
+    return wire.Site(
+        number,
+        tuple(indices),
+        edits,
+        blend,
+        restore_norm=rng.random() < 0.2,
+        max_displacement=rng.choice((inf, inf, 0.5)),
+        gate=wire.Gate(triggers, sequence) if gate else None,
+    )
+
+
+def random_stage(rng: Random, layout: Layout, gates: Sequence[str] = ("", "t", "s", "ts")) -> tuple[wire.Site, ...]:
+    """A program over some of the sites; a gate is read at the first."""
+    numbers = sorted(rng.sample(range(len(layout.sites)), rng.randint(1, len(layout.sites))))
+    gate = rng.choice(tuple(gates))
+    return tuple(random_site(rng, n, gate if n == numbers[0] else "", layout.window) for n in numbers)
+
+
+def random_request(rng: Random, layout: Layout, tokens: int, gates: Iterable[str] = ("", "t", "s", "ts")) -> wire.Request:
+    """A request of `tokens` tokens in all, with a program in each stage or none."""
+    stages = tuple(random_stage(rng, layout, tuple(gates)) if rng.random() < 0.8 else () for _ in range(layout.stages))
+    return wire.Request(rng.randint(1, tokens), tokens, rng.random() < 0.5, stages)
