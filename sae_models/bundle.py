@@ -1,14 +1,15 @@
 """The artifact that goes from trainer to server: a folder with one SAE and all that is needed to trust it.
 
-    manifest.json             what it is, what it fits, and the SHA-256 of every other file
-    sae.safetensors           the canonical form (sae.SAE), bfloat16 or float32 on disk, float32 once loaded
-    statistics.safetensors    max_activation [F], frequency [F], mean [d] (mean residual), residual_norm [] (mean ||x||)
-    conformance.safetensors   inputs [n, d], real residuals, and the activations [m, F] expected of the first m of them
-    catalogue.sqlite          labels and contexts (catalogue.Catalogue)
+manifest.json             what it is, what it fits, and the SHA-256 of every other file
+sae.safetensors           the canonical form (sae.SAE), bfloat16 or float32 on disk, float32 once loaded
+statistics.safetensors    max_activation [F], frequency [F], mean [d] (mean residual), residual_norm [] (mean ||x||)
+conformance.safetensors   inputs [n, d], real residuals, and the activations [m, F] expected of the first m of them
+catalogue.sqlite          labels and contexts (catalogue.Catalogue)
 """
 
 import hashlib
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -17,7 +18,7 @@ from pathlib import Path
 import msgspec
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sae_models import sae
@@ -115,18 +116,25 @@ def load(path: Path) -> Bundle:
     _check_files(path, manifest)
     weights = SAE(**_tensors(path, WEIGHTS, _weight_shapes(manifest)))
     statistics = Statistics(**_tensors(path, STATISTICS, _statistics_shapes(manifest)))
-    conformance = Conformance(**_tensors(path, CONFORMANCE, {"inputs": (-1, manifest.d), "activations": (-1, manifest.latents)}))
+    conformance = Conformance(
+        **_tensors(path, CONFORMANCE, {"inputs": (-1, manifest.d), "activations": (-1, manifest.latents)})
+    )
     _check_conformance(manifest, weights, conformance)
-    catalogue = Catalogue(path / CATALOGUE)
-    _require(len(catalogue) == manifest.latents, CATALOGUE, f"{len(catalogue)} latents, the manifest says {manifest.latents}")
+    catalogue = _catalogue(path, manifest)
     return Bundle(path, manifest, hashlib.sha256(raw).hexdigest(), weights, statistics, conformance, catalogue)
 
 
 def check_model(bundle: Bundle, sha256: str, hidden_size: int) -> None:
     """BundleError unless the bundle was made for the checkpoint with this `model_sha256` and width."""
     model = bundle.manifest.model
-    _require(model.hidden_size == hidden_size, "model.hidden_size", f"the bundle fits {model.hidden_size}, the model has {hidden_size}")
-    _require(model.sha256 == sha256, "model.sha256", f"the bundle fits {model.name} {model.sha256}, the model is {sha256}")
+    _require(
+        model.hidden_size == hidden_size,
+        "model.hidden_size",
+        f"the bundle fits {model.hidden_size}, the model has {hidden_size}",
+    )
+    _require(
+        model.sha256 == sha256, "model.sha256", f"the bundle fits {model.name} {model.sha256}, the model is {sha256}"
+    )
 
 
 def model_sha256(folder: Path) -> str:
@@ -142,14 +150,17 @@ def model_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def write(path: Path, manifest: Manifest, weights: SAE, statistics: Statistics, conformance: Conformance, catalogue: Path) -> Bundle:
-    """Writes the bundle beside `path` and moves it there whole, in place of an older one; `manifest.files` is filled in."""
+def write(
+    path: Path, manifest: Manifest, weights: SAE, statistics: Statistics, conformance: Conformance, catalogue: Path
+) -> Bundle:
+    """Writes the bundle beside `path` and moves it there whole, in place of an older; `manifest.files` is filled in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         folder = Path(scratch) / path.name
         folder.mkdir()
         for name, content in ((WEIGHTS, weights), (STATISTICS, statistics), (CONFORMANCE, conformance)):
-            save_file({field.name: getattr(content, field.name).contiguous() for field in fields(content)}, folder / name)
+            tensors = {field.name: getattr(content, field.name).contiguous() for field in fields(content)}
+            (folder / name).write_bytes(save(tensors))
         shutil.copyfile(catalogue, folder / CATALOGUE)
         files = {name: _sha256(folder / name) for name in sorted(FILES)}
         encoded = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, files=files)), indent=2)
@@ -185,8 +196,16 @@ def _parse(raw: bytes) -> Manifest:
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{MANIFEST}: {error}") from error
-    _require(manifest.format_version == FORMAT_VERSION, "format_version", f"{manifest.format_version}, this program reads {FORMAT_VERSION}")
-    _require(manifest.d == manifest.model.hidden_size, "d", f"{manifest.d}, the model's hidden size is {manifest.model.hidden_size}")
+    _require(
+        manifest.format_version == FORMAT_VERSION,
+        "format_version",
+        f"{manifest.format_version}, this program reads {FORMAT_VERSION}",
+    )
+    _require(
+        manifest.d == manifest.model.hidden_size,
+        "d",
+        f"{manifest.d}, the model's hidden size is {manifest.model.hidden_size}",
+    )
     _require(manifest.latents > 0, "latents", f"{manifest.latents}")
     return manifest
 
@@ -195,7 +214,9 @@ def _check_files(path: Path, manifest: Manifest) -> None:
     _require(manifest.files.keys() == FILES, "files", f"{sorted(manifest.files)} instead of {sorted(FILES)}")
     for name, expected in manifest.files.items():
         _read(path, name)
-        _require(_sha256(path / name) == expected, f"files.{name}", "the content does not have the SHA-256 of the manifest")
+        _require(
+            _sha256(path / name) == expected, f"files.{name}", "the content does not have the SHA-256 of the manifest"
+        )
 
 
 def _weight_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
@@ -217,20 +238,47 @@ def _tensors(path: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> di
     _require(tensors.keys() == shapes.keys(), name, f"holds {sorted(tensors)} instead of {sorted(shapes)}")
     for key, tensor in tensors.items():
         shape = tuple(tensor.shape)
-        fits = len(shape) == len(shapes[key]) and all(want in (-1, have) for have, want in zip(shape, shapes[key], strict=True))
+        fits = len(shape) == len(shapes[key]) and all(
+            want in (-1, have) for have, want in zip(shape, shapes[key], strict=True)
+        )
         _require(fits, f"{name} {key}", f"shape {shape} instead of {shapes[key]}")
         _require(bool(torch.isfinite(tensor).all()), f"{name} {key}", "has values that are not finite")
     return {key: tensor.float() for key, tensor in tensors.items()}
 
 
+def _catalogue(path: Path, manifest: Manifest) -> Catalogue:
+    """Opens the catalogue, and reads from each of its tables."""
+    try:
+        catalogue = Catalogue(path / CATALOGUE)
+        _require(
+            len(catalogue) == manifest.latents,
+            CATALOGUE,
+            f"{len(catalogue)} latents, the manifest says {manifest.latents}",
+        )
+        catalogue.get(manifest.latents - 1)
+        catalogue.search(manifest.name, 1)
+    except (sqlite3.DatabaseError, LookupError) as error:
+        raise BundleError(f"{CATALOGUE}: {error}") from error
+    return catalogue
+
+
 def _check_conformance(manifest: Manifest, weights: SAE, conformance: Conformance) -> None:
     """The arithmetic reproduces, and the SAE is as sparse and as faithful as the manifest claims."""
     inputs, expected = conformance.inputs, conformance.activations
-    _require(0 < len(expected) <= len(inputs), f"{CONFORMANCE} activations", f"{len(expected)} rows for {len(inputs)} inputs")
+    _require(
+        0 < len(expected) <= len(inputs), f"{CONFORMANCE} activations", f"{len(expected)} rows for {len(inputs)} inputs"
+    )
     encoded = weights.encode(inputs)
     difference = float((encoded[: len(expected)] - expected).abs().max())
-    _require(difference < ACTIVATION_TOLERANCE * float(expected.abs().max()), f"{CONFORMANCE} activations", f"differ by {difference}")
-    claims = (("l0", sae.l0(encoded), manifest.training.l0), ("fvu", sae.fvu(inputs, weights.decode(encoded)), manifest.training.fvu))
+    _require(
+        difference < ACTIVATION_TOLERANCE * float(expected.abs().max()),
+        f"{CONFORMANCE} activations",
+        f"differ by {difference}",
+    )
+    claims = (
+        ("l0", sae.l0(encoded), manifest.training.l0),
+        ("fvu", sae.fvu(inputs, weights.decode(encoded)), manifest.training.fvu),
+    )
     for name, measured, claimed in claims:
         near = abs(measured - claimed) <= CLAIM_TOLERANCE * claimed
         _require(near, f"training.{name}", f"{claimed:.4g} claimed, {measured:.4g} measured on the conformance inputs")

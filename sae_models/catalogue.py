@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SCHEMA = """
-CREATE TABLE latents ("index" INTEGER PRIMARY KEY, label TEXT NOT NULL, frequency REAL NOT NULL, max_activation REAL NOT NULL);
-CREATE TABLE tokens (latent INTEGER NOT NULL, rank INTEGER NOT NULL, token TEXT NOT NULL, PRIMARY KEY (latent, rank)) WITHOUT ROWID;
-CREATE TABLE contexts (latent INTEGER NOT NULL, rank INTEGER NOT NULL, before TEXT NOT NULL, token TEXT NOT NULL,
-    after TEXT NOT NULL, activation REAL NOT NULL, source TEXT NOT NULL, PRIMARY KEY (latent, rank)) WITHOUT ROWID;
+CREATE TABLE latents (
+    "index" INTEGER PRIMARY KEY, label TEXT NOT NULL, frequency REAL NOT NULL, max_activation REAL NOT NULL);
+CREATE TABLE tokens (
+    latent INTEGER NOT NULL, rank INTEGER NOT NULL, token TEXT NOT NULL, PRIMARY KEY (latent, rank)) WITHOUT ROWID;
+CREATE TABLE contexts (
+    latent INTEGER NOT NULL, rank INTEGER NOT NULL, before TEXT NOT NULL, token TEXT NOT NULL, after TEXT NOT NULL,
+    activation REAL NOT NULL, source TEXT NOT NULL, PRIMARY KEY (latent, rank)) WITHOUT ROWID;
 CREATE VIRTUAL TABLE labels USING fts5(label, content='latents', content_rowid='index');
 """
 SUMMARY = 'SELECT "index", latents.label, frequency, max_activation FROM latents'
@@ -52,7 +55,9 @@ class Catalogue:
 
     def __init__(self, path: Path) -> None:
         # One connection serves all threads: SQLite is built serialized, and an immutable file takes no locks.
-        self._database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False)
+        self._database = sqlite3.connect(
+            f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
+        )
 
     def __len__(self) -> int:
         count: int = self._database.execute("SELECT count(*) FROM latents").fetchone()[0]
@@ -60,14 +65,15 @@ class Catalogue:
 
     def get(self, index: int) -> Latent:
         """One latent. LookupError: there is none with this index."""
-        if not 0 <= index < len(self):
-            raise LookupError(f"index: latent {index} is not in 0..{len(self) - 1}")
-        summary = Summary(*self._database.execute(f'{SUMMARY} WHERE "index" = ?', (index,)).fetchone())
+        # An index that SQLite's integers cannot hold is not a latent either.
+        row = self._database.execute(f'{SUMMARY} WHERE "index" = ?', (min(max(index, -1), 2**62),)).fetchone()
+        if row is None:
+            raise LookupError(f"index: latent {index} is not in the catalogue")
         tokens = self._database.execute("SELECT token FROM tokens WHERE latent = ? ORDER BY rank", (index,))
         contexts = self._database.execute(
             "SELECT before, token, after, activation, source FROM contexts WHERE latent = ? ORDER BY rank", (index,)
         )
-        return Latent(summary, tuple(token for (token,) in tokens), tuple(Context(*row) for row in contexts))
+        return Latent(Summary(*row), tuple(token for (token,) in tokens), tuple(Context(*row) for row in contexts))
 
     def page(self, after: int, limit: int) -> list[Summary]:
         """Up to `limit` latents with an index above `after` (-1: from the first), in order."""
@@ -75,12 +81,14 @@ class Catalogue:
         return [Summary(*row) for row in rows]
 
     def search(self, words: str, limit: int) -> list[Summary]:
-        """Up to `limit` latents whose label has all the words, or words that begin so, best match first. Any text is fine."""
+        """Up to `limit` latents whose label has all the words, or words that begin so, best first. Any text is fine."""
         query = " ".join(f'"{word}"*' for word in re.findall(r"[^\W_]+", words)[:MAX_SEARCH_WORDS])
         if not query:
             return []
-        ranked = 'JOIN labels ON labels.rowid = latents."index" WHERE labels MATCH ? ORDER BY labels.rank, labels.rowid LIMIT ?'
-        rows = self._database.execute(f"{SUMMARY} {ranked}", (query, max(limit, 0)))
+        matching = 'JOIN labels ON labels.rowid = latents."index" WHERE labels MATCH ?'
+        rows = self._database.execute(
+            f"{SUMMARY} {matching} ORDER BY labels.rank, labels.rowid LIMIT ?", (query, max(limit, 0))
+        )
         return [Summary(*row) for row in rows]
 
     def close(self) -> None:
@@ -95,11 +103,18 @@ def write(path: Path, latents: Iterable[Latent]) -> None:
     for latent in latents:
         summary = latent.summary
         index = summary.index
-        database.execute("INSERT INTO latents VALUES (?, ?, ?, ?)", (index, summary.label, summary.frequency, summary.max_activation))
-        database.executemany("INSERT INTO tokens VALUES (?, ?, ?)", ((index, rank, token) for rank, token in enumerate(latent.tokens)))
+        database.execute(
+            "INSERT INTO latents VALUES (?, ?, ?, ?)", (index, summary.label, summary.frequency, summary.max_activation)
+        )
+        database.executemany(
+            "INSERT INTO tokens VALUES (?, ?, ?)", ((index, rank, token) for rank, token in enumerate(latent.tokens))
+        )
         database.executemany(
             "INSERT INTO contexts VALUES (?, ?, ?, ?, ?, ?, ?)",
-            ((index, rank, c.before, c.token, c.after, c.activation, c.source) for rank, c in enumerate(latent.contexts)),
+            (
+                (index, rank, c.before, c.token, c.after, c.activation, c.source)
+                for rank, c in enumerate(latent.contexts)
+            ),
         )
     database.execute("INSERT INTO labels(labels) VALUES ('rebuild')")
     database.commit()

@@ -25,8 +25,8 @@ class Rows(NamedTuple):
 class SAE:
     """float32 tensors: encoder [F, d], bias [F], threshold [F], decoder [F, d], decoder_bias [d].
 
-    ReLU is threshold 0, JumpReLU (arXiv 2407.14435) a threshold per latent, and BatchTopK (arXiv 2412.06410) at inference
-    one threshold for all.
+    ReLU is threshold 0, JumpReLU (arXiv 2407.14435) a threshold per latent, and BatchTopK (arXiv 2412.06410) at
+    inference one threshold for all.
     """
 
     encoder: Tensor
@@ -68,7 +68,7 @@ class SAE:
 
 
 def activations(x: Tensor, rows: Rows) -> Tensor:
-    """Activations [..., n] of rows on residuals x [..., d]; the threshold test is strict, as in every published format."""
+    """Activations [..., n] of rows on residuals x [..., d]; the test is strict, as in every published format."""
     z = x.float() @ rows.encoder.T + rows.bias
     return torch.where(z > rows.threshold, z, 0.0)
 

@@ -33,7 +33,9 @@ class Engine:
     """The model and the bank in its forward pass."""
 
     model: str = option(str(PRETRAINED / "textbook-lm"), "folder or hub name of the language model")
-    bundles: tuple[str, ...] = option((str(PRETRAINED / "textbook-lm-layers.2"),), "folders of the SAE bundles to serve")
+    bundles: tuple[str, ...] = option(
+        (str(PRETRAINED / "textbook-lm-layers.2"),), "folders of the SAE bundles to serve"
+    )
     sites: tuple[str, ...] = option((), "sites to hook beside those of the bundles, such as layers.3.mlp_out")
     rows: int = option(256, "row places of each site's bank", 1, 1 << 16)
     slots: int = option(256, "requests with a program that can run at once", 1, 1 << 16)
@@ -45,6 +47,7 @@ class Engine:
     max_num_batched_tokens: int = option(2048, "tokens of one step", 1)
     kv_cache_memory_bytes: int | None = option(None, "size of the KV cache; null: the engine's own choice", 1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "arithmetic of the model")
+    load_format: Literal["auto", "dummy"] = option("auto", "dummy: random weights, for benchmarks")
     enforce_eager: bool = option(False, "do not compile the model: a quicker start, a slower engine")
     tensor_parallel_size: int = option(1, "devices that share each layer", 1)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
@@ -133,7 +136,7 @@ class Flag:
 
 
 def load(path: Path | None = None, overrides: Mapping[str, str] | None = None) -> Config:
-    """The configuration of a YAML file with `overrides` (dotted field to its text) in place. ConfigError names the field."""
+    """The configuration of a YAML file with `overrides` (dotted field: text) in place. ConfigError names the field."""
     tree = parse_yaml(path.read_text(), str(path)) if path else None
     if not isinstance(tree, dict | NoneType):
         raise ConfigError(str(path), f"must be a mapping, not {yaml_name(tree)}")
@@ -147,7 +150,8 @@ def load(path: Path | None = None, overrides: Mapping[str, str] | None = None) -
         if not isinstance(target, dict):
             raise ConfigError(section, f"must be a mapping, not {yaml_name(target)}")
         target[last] = parse_flag(kinds[name], text, name)
-    return build(Config, tree, "")
+    config: Config = build(Config, tree, "")
+    return config
 
 
 def flags(kind: type = Config, prefix: str = "") -> Iterator[Flag]:

@@ -1,4 +1,4 @@
-"""BatchTopK (arXiv 2412.06410): the k * batch largest activations of a batch survive, so k is a mean, not a cap, a token."""
+"""BatchTopK (arXiv 2412.06410): of a batch, the k * n largest activations survive; a token has k on average."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from sae_models.sae import SAE
 
-# A token may keep at most ROOM * k latents, so that the batch's cut is sought among few values. In practice none has so many.
+# A token may keep at most ROOM * k latents, so that the batch's cut is sought among few values.
 ROOM = 4
+
 
 class Output(NamedTuple):
     """Of a batch [n, d]: sparse latents [n, F], reconstruction [n, d], and the smallest activation kept."""

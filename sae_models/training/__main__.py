@@ -17,15 +17,14 @@ from torch import Tensor
 from sae_models import bundle, catalogue
 from sae_models.bundle import Bundle, Manifest, Model, Statistics, Training
 from sae_models.sae import SAE
-from sae_models.training import corpus, harvest, metrics, trainer
 from sae_models.training import catalogue as entries
+from sae_models.training import corpus, harvest, metrics, trainer
 from sae_models.training.corpus import CorpusError, Document, Windows
 from sae_models.training.sites import Site, parse_site
 
-HELD_OUT_FOLDS = range(2)
 POOL_TOKENS = 400_000
 SAMPLE_TOKENS = 100_000
-CATALOGUE_TOKENS = 1_500_000
+CATALOGUE_TOKENS = 1_000_000
 HELD_OUT_TOKENS = 200_000
 LOSS_TOKENS = 40_000
 CONFORMANCE_TOKENS = 512
@@ -33,15 +32,24 @@ CREDIT = "contains knowledge from OpenStax textbooks, CC BY 4.0"
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m sae_models.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True, help="JSON lines (.jsonl or .jsonl.xz) with `text`, `book`, `module`, `title`")
+    parser = argparse.ArgumentParser(
+        prog="python -m sae_models.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        required=True,
+        help="JSON lines (.jsonl or .jsonl.xz) with `text`, `book`, `module`, `title`",
+    )
     parser.add_argument("--model", type=Path, required=True, help="folder of a transformers causal language model")
     parser.add_argument("--site", required=True, help="layers.<L>.resid_post or layers.<L>.resid_pre")
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle; its name is the bundle's name")
     parser.add_argument("--latents", type=positive, default=4096, help="size of the dictionary (default %(default)s)")
     parser.add_argument("--k", type=positive, default=32, help="mean active latents a token (default %(default)s)")
-    parser.add_argument("--tokens", type=positive, default=6_000_000, help="tokens to train on (default %(default)s)")
-    parser.add_argument("--length", type=positive, default=256, help="tokens in a window, BOS included (default %(default)s)")
+    parser.add_argument("--tokens", type=positive, default=4_000_000, help="tokens to train on (default %(default)s)")
+    parser.add_argument(
+        "--length", type=positive, default=256, help="tokens in a window, BOS included (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of initialisation and order (default %(default)s)")
     parser.add_argument("--credit", default=CREDIT, help="line of attribution for the corpus (default: %(default)s)")
     return parser.parse_args(argv)
@@ -65,41 +73,48 @@ def build(options: argparse.Namespace) -> Bundle:
     train, held_out = split(corpus.windows(documents, tokenizer, options.length), documents, options.seed)
     config = trainer.Config(options.latents, options.k, options.tokens, options.seed)
     sae = fit(trunk, site, train, config)
-    sample = train.first(CATALOGUE_TOKENS)
-    words = entries.words_of(sample, tokenizer)
-    books = sorted({document.book for document in documents})
-    sums = entries.tally(trunk, site, sae, sample, words, torch.tensor([books.index(document.book) for document in documents]))
+    sample = entries.sample_of(train.first(CATALOGUE_TOKENS), documents, tokenizer)
+    sums = entries.tally(trunk, site, sae, sample)
     statistics = entries.statistics_of(sums)
     training, inputs = measure(trunk, site, sae, statistics, held_out, options)
     with tempfile.TemporaryDirectory() as scratch:
         database = Path(scratch) / bundle.CATALOGUE
-        catalogue.write(database, entries.describe(sums, sample, words, documents, books, tokenizer))
-        return bundle.write(options.out, manifest_of(options, sae, training), sae, statistics, bundle.conformance_of(sae, inputs), database)
+        catalogue.write(database, entries.describe(sums, sample))
+        manifest, vectors = manifest_of(options, sae, training), bundle.conformance_of(sae, inputs)
+        return bundle.write(options.out, manifest, sae, statistics, vectors, database)
 
 
 def split(windows: Windows, documents: Sequence[Document], seed: int) -> tuple[Windows, Windows]:
     """Training and held-out windows, shuffled; whole documents fall on one side."""
-    held = torch.tensor([document.fold in HELD_OUT_FOLDS for document in documents])[windows.document]
+    held = corpus.in_folds(windows, documents, corpus.HELD_OUT_FOLDS)
     if held.all() or not held.any():
         raise CorpusError(f"corpus: {len(documents)} documents are too few to hold some out")
-    return windows.take((~held).nonzero().flatten()).shuffled(seed), windows.take(held.nonzero().flatten()).shuffled(seed)
+    return windows.where(~held).shuffled(seed), windows.where(held).shuffled(seed)
 
 
 def fit(trunk: Any, site: Site, train: Windows, config: trainer.Config) -> SAE:
     """Harvests as many passes over the windows as the tokens ask for, and trains."""
     sample = harvest.counted_residuals(trunk, site, train.first(SAMPLE_TOKENS))
     passes = -(-config.tokens // int(train.counted.sum()))
-    chunks = (x[counted] for seed in range(passes) for x, counted in harvest.residuals(trunk, site, train.shuffled(config.seed + seed)))
+    chunks = (
+        x[counted]
+        for seed in range(passes)
+        for x, counted in harvest.residuals(trunk, site, train.shuffled(config.seed + seed))
+    )
     generator = torch.Generator().manual_seed(config.seed)
     stream = harvest.batches(chunks, config.batch, POOL_TOKENS, generator)
     return trainer.train(stream, sample, config)
 
 
-def measure(trunk: Any, site: Site, sae: SAE, statistics: Statistics, held_out: Windows, options: argparse.Namespace) -> tuple[Training, Tensor]:
+def measure(
+    trunk: Any, site: Site, sae: SAE, statistics: Statistics, held_out: Windows, options: argparse.Namespace
+) -> tuple[Training, Tensor]:
     """The manifest's figures on held-out sections, and residuals of them for the conformance vectors."""
     x = harvest.counted_residuals(trunk, site, held_out.first(HELD_OUT_TOKENS))
     fidelity = metrics.fidelity(sae, x)
-    recovered = metrics.ce_recovered(harvest.load_model(options.model), site, sae, statistics.mean, held_out.first(LOSS_TOKENS))
+    recovered = metrics.ce_recovered(
+        harvest.load_model(options.model), site, sae, statistics.mean, held_out.first(LOSS_TOKENS)
+    )
     dead = float((statistics.frequency == 0).float().mean())
     training = Training(options.tokens, options.seed, fidelity.l0, fidelity.fvu, recovered, dead, options.credit)
     chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(options.seed))[:CONFORMANCE_TOKENS]
@@ -125,10 +140,10 @@ def manifest_of(options: argparse.Namespace, sae: SAE, training: Training) -> Ma
     )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 with the reason on stderr."""
     try:
-        built = build(arguments())
+        built = build(arguments(argv))
     except (CorpusError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,11 +1,10 @@
-"""What each latent stands for: how often and how strongly it fires, on which words and books, and a label made from them."""
+"""What each latent stands for: how often and how strongly it fires, on which words and books, and a label from them."""
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -26,42 +25,50 @@ BOOK_SHARE = 0.3
 INACTIVE = "(inactive)"
 
 
+@dataclass(frozen=True)
+class Sample:
+    """The text a catalogue is made from. `word` [n, length] is the word of `vocabulary` each token belongs to, and
+    `book` [n] the book of `books` that each window is from."""
+
+    windows: Windows
+    tokenizer: Any
+    vocabulary: list[str]
+    word: Tensor
+    books: list[str]
+    book: Tensor
+
+
 @dataclass
 class Tally:
-    """Sums over a pass through the corpus; F latents, V tokens, W words, B books, C contexts."""
+    """Sums over a pass: per latent [F] or [F, tokens | words | books], over residuals [d] or [], and the strongest
+    places of each latent [places, F]."""
 
     tokens: int
     active: Tensor
     strongest: Tensor
-    total: Tensor
-    norm: Tensor
-    mass_of_token: Tensor
-    mass_of_word: Tensor
+    energy_of_token: Tensor
+    energy_of_word: Tensor
     fired_in_book: Tensor
     tokens_of_book: Tensor
+    total: Tensor
+    norm: Tensor
     peaks: Tensor
     peak_window: Tensor
     peak_position: Tensor
 
 
-@dataclass(frozen=True)
-class Words:
-    """The vocabulary of whole words, lower case, and the word [n, length] that each token of the windows belongs to."""
-
-    vocabulary: list[str]
-    of_token: Tensor
-
-
-def words_of(windows: Windows, tokenizer: Any) -> Words:
-    """A word is a run of tokens of which only the first begins with a space or follows a non-letter."""
+def sample_of(windows: Windows, documents: Sequence[Document], tokenizer: Any) -> Sample:
+    """Finds the words and books of windows. A word is lower case and whole, however many tokens spell it."""
     pieces = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     index: dict[str, int] = {"": 0}
-    of_token = torch.zeros_like(windows.tokens)
+    word = torch.zeros_like(windows.tokens)
     for row, ids in enumerate(windows.tokens.tolist()):
         for first, last in _runs([pieces[token] for token in ids]):
-            word = _bare("".join(pieces[token] for token in ids[first:last]))
-            of_token[row, first:last] = index.setdefault(word, len(index))
-    return Words(list(index), of_token)
+            text = re.sub(r"\s+", " ", "".join(pieces[token] for token in ids[first:last])).strip().lower()
+            word[row, first:last] = index.setdefault(text, len(index))
+    books = sorted({document.book for document in documents})
+    book = torch.tensor([books.index(documents[source].book) for source in windows.document.tolist()])
+    return Sample(windows, tokenizer, list(index), word, books, book)
 
 
 def _runs(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -72,49 +79,63 @@ def _runs(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
             first = position
 
 
-def _bare(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip().lower()
-
-
-def tally(trunk: Any, site: Site, sae: SAE, windows: Windows, words: Words, book_of: Tensor) -> Tally:
-    """One pass over the windows; `book_of` [documents] numbers each document's book."""
-    sums = _zeros(sae, len(words.vocabulary), int(windows.tokens.max()) + 1, int(book_of.max()) + 1)
+def tally(trunk: Any, site: Site, sae: SAE, sample: Sample) -> Tally:
+    """One pass over the sample."""
+    sums = _zeros(sae, sample)
     start = 0
-    for x, counted in tqdm(residuals(trunk, site, windows), total=-(-len(windows) // 32), unit="pass", desc="catalogue"):
-        index = torch.arange(start, start + len(x))
-        latents = sae.encode(x) * counted[..., None]
-        _add_tokens(sums, x, latents, counted, windows.tokens[index], words.of_token[index], book_of[windows.document[index]])
-        _add_peaks(sums, latents, index)
-        start += len(x)
+    with tqdm(total=len(sample.windows), unit="window", desc="catalogue") as progress:
+        for x, counted in residuals(trunk, site, sample.windows):
+            index = torch.arange(start, start + len(x))
+            latents = sae.encode(x) * counted[..., None]
+            _add_residuals(sums, x[counted])
+            _add_latents(sums, latents, sample, index)
+            _add_peaks(sums, latents, index)
+            start += len(x)
+            progress.update(len(x))
     return sums
 
 
-def _zeros(sae: SAE, words: int, tokens: int, books: int) -> Tally:
-    f, d = sae.latents, sae.width
-    peaks = torch.zeros(TOP_CONTEXTS, f), torch.zeros(TOP_CONTEXTS, f, dtype=torch.long), torch.zeros(TOP_CONTEXTS, f, dtype=torch.long)
-    sizes = (torch.zeros(f, n) for n in (tokens, words, books))
-    return Tally(0, torch.zeros(f), torch.zeros(f), torch.zeros(d), torch.zeros(()), *sizes, torch.zeros(books), *peaks)
+def _zeros(sae: SAE, sample: Sample) -> Tally:
+    f, books = sae.latents, len(sample.books)
+    return Tally(
+        tokens=0,
+        active=torch.zeros(f),
+        strongest=torch.zeros(f),
+        energy_of_token=torch.zeros(f, len(sample.tokenizer)),
+        energy_of_word=torch.zeros(f, len(sample.vocabulary)),
+        fired_in_book=torch.zeros(f, books),
+        tokens_of_book=torch.zeros(books),
+        total=torch.zeros(sae.width),
+        norm=torch.zeros(()),
+        peaks=torch.zeros(TOP_CONTEXTS, f),
+        peak_window=torch.zeros(TOP_CONTEXTS, f, dtype=torch.long),
+        peak_position=torch.zeros(TOP_CONTEXTS, f, dtype=torch.long),
+    )
 
 
-def _add_tokens(sums: Tally, x: Tensor, latents: Tensor, counted: Tensor, tokens: Tensor, words: Tensor, books: Tensor) -> None:
+def _add_residuals(sums: Tally, x: Tensor) -> None:
+    sums.tokens += len(x)
+    sums.total += x.sum(0)
+    sums.norm += x.norm(dim=1).sum()
+
+
+def _add_latents(sums: Tally, latents: Tensor, sample: Sample, index: Tensor) -> None:
     window, position, latent = latents.nonzero(as_tuple=True)
-    strength = latents[window, position, latent]
-    sums.tokens += int(counted.sum())
+    book, place = sample.book[index], (index[window], position)
+    # Squares, because a latent's weak activations are many and say little.
+    energy = latents[window, position, latent].square()
     sums.active += (latents > 0).sum((0, 1))
     sums.strongest = torch.maximum(sums.strongest, latents.amax((0, 1)))
-    sums.total += x[counted].sum(0)
-    sums.norm += x[counted].norm(dim=1).sum()
-    sums.mass_of_token.index_put_((latent, tokens[window, position]), strength, accumulate=True)
-    sums.mass_of_word.index_put_((latent, words[window, position]), strength, accumulate=True)
-    sums.fired_in_book.index_put_((latent, books[window]), torch.ones_like(strength), accumulate=True)
-    sums.tokens_of_book.index_add_(0, books, counted.sum(1).float())
+    sums.energy_of_token.index_put_((latent, sample.windows.tokens[place]), energy, accumulate=True)
+    sums.energy_of_word.index_put_((latent, sample.word[place]), energy, accumulate=True)
+    sums.fired_in_book.index_put_((latent, book[window]), torch.ones_like(energy), accumulate=True)
+    sums.tokens_of_book.index_add_(0, book, sample.windows.counted[index].sum(1).float())
 
 
 def _add_peaks(sums: Tally, latents: Tensor, index: Tensor) -> None:
     """Keeps the strongest windows of each latent, one place in each."""
     strength, position = latents.max(1)
-    peaks = torch.cat([sums.peaks, strength])
-    sums.peaks, order = peaks.topk(TOP_CONTEXTS, dim=0)
+    sums.peaks, order = torch.cat([sums.peaks, strength]).topk(TOP_CONTEXTS, dim=0)
     sums.peak_window = torch.cat([sums.peak_window, index[:, None].expand_as(strength)]).gather(0, order)
     sums.peak_position = torch.cat([sums.peak_position, position]).gather(0, order)
 
@@ -124,43 +145,49 @@ def statistics_of(sums: Tally) -> Statistics:
     return Statistics(sums.strongest, sums.active / sums.tokens, sums.total / sums.tokens, sums.norm / sums.tokens)
 
 
-def describe(sums: Tally, windows: Windows, words: Words, documents: Sequence[Document], books: Sequence[str], tokenizer: Any) -> Iterator[Latent]:
+def describe(sums: Tally, sample: Sample) -> Iterator[Latent]:
     """Every latent's catalogue entry, in order."""
     rate = sums.fired_in_book / sums.tokens_of_book.clamp(min=1)
-    share = rate / rate.sum(1, keepdim=True).clamp(min=1e-12)
-    top_tokens, top_words = _strongest(sums.mass_of_token, TOP_TOKENS), _strongest(sums.mass_of_word, 4 * LABEL_WORDS)
-    for index in range(len(sums.active)):
-        label = label_of([words.vocabulary[word] for word in top_words[index]], dict(zip(books, share[index].tolist(), strict=True)))
-        summary = Summary(index, label, float(sums.active[index] / sums.tokens), float(sums.strongest[index]))
-        contexts = _contexts(sums, index, windows, documents, tokenizer)
-        yield Latent(summary, tuple(tokenizer.decode([token]) for token in top_tokens[index]), contexts)
+    share = (rate / rate.sum(1, keepdim=True).clamp(min=1e-12)).tolist()
+    tokens, words = _strongest(sums.energy_of_token, TOP_TOKENS), _strongest(sums.energy_of_word, 4 * LABEL_WORDS)
+    frequency, strongest = (sums.active / sums.tokens).tolist(), sums.strongest.tolist()
+    for index in range(len(frequency)):
+        spoken = [sample.vocabulary[word] for word in words[index]]
+        label = label_of(spoken, dict(zip(sample.books, share[index], strict=True)))
+        summary = Summary(index, label, frequency[index], strongest[index])
+        top = tuple(sample.tokenizer.decode([token]) for token in tokens[index])
+        yield Latent(summary, top, tuple(_contexts(sums, index, sample)))
 
 
-def _strongest(mass: Tensor, k: int) -> list[list[int]]:
-    top = mass.topk(k, dim=1)
-    return [np.array(ids)[np.array(values) > 0].tolist() for ids, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+def _strongest(energy: Tensor, k: int) -> list[list[int]]:
+    top = energy.topk(min(k, energy.shape[1]), dim=1)
+    return [ids[values > 0].tolist() for ids, values in zip(top.indices, top.values, strict=True)]
 
 
 def label_of(words: Sequence[str], share_of_book: dict[str, float]) -> str:
-    """`virus, viral, viruses (microbiology)`: the words by activation mass, and the books that hold much of its firing.
+    """`virus, viral, viruses (microbiology)`: the strongest words, and the books that hold much of the firing.
 
     Shares are of the firing rate, so that long books do not win by length.
     """
     if not words:
         return INACTIVE
     spoken = [word for word in dict.fromkeys(words) if any(letter.isalnum() for letter in word)] or list(words)
-    named = sorted((book for book, share in share_of_book.items() if share >= BOOK_SHARE), key=lambda book: -share_of_book[book])
+    named = sorted(
+        (book for book in share_of_book if share_of_book[book] >= BOOK_SHARE), key=lambda b: -share_of_book[b]
+    )
     return ", ".join(spoken[:LABEL_WORDS]) + (f" ({', '.join(named)})" if named else "")
 
 
-def _contexts(sums: Tally, index: int, windows: Windows, documents: Sequence[Document], tokenizer: Any) -> tuple[Context, ...]:
-    places = zip(sums.peaks[:, index].tolist(), sums.peak_window[:, index].tolist(), sums.peak_position[:, index].tolist(), strict=True)
-    return tuple(_context(windows, window, position, strength, documents, tokenizer) for strength, window, position in places if strength > 0)
+def _contexts(sums: Tally, index: int, sample: Sample) -> Iterator[Context]:
+    places = (sums.peaks[:, index], sums.peak_window[:, index], sums.peak_position[:, index])
+    for strength, window, position in zip(*(place.tolist() for place in places), strict=True):
+        if strength > 0:
+            yield _context(sample, window, position, strength)
 
 
-def _context(windows: Windows, window: int, position: int, strength: float, documents: Sequence[Document], tokenizer: Any) -> Context:
-    ids = windows.tokens[window][: int(windows.counted[window].nonzero().max()) + 1].tolist()
+def _context(sample: Sample, window: int, position: int, strength: float) -> Context:
+    ids = sample.windows.tokens[window][: int(sample.windows.counted[window].nonzero().max()) + 1].tolist()
     before = ids[max(1, position - TOKENS_BEFORE) : position]
     after = ids[position + 1 : position + 1 + TOKENS_AFTER]
-    text = (tokenizer.decode(part) for part in (before, [ids[position]], after))
-    return Context(*text, activation=strength, source=documents[int(windows.document[window])].book)
+    decode, book = sample.tokenizer.decode, sample.books[int(sample.book[window])]
+    return Context(decode(before), decode([ids[position]]), decode(after), strength, book)

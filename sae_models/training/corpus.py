@@ -3,7 +3,7 @@
 import json
 import lzma
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 FOLDS = 20
+# No SAE, selection or threshold sees the held-out folds; thresholds are set on the tuning folds.
+HELD_OUT_FOLDS = (0, 1)
+TUNING_FOLDS = (2, 3)
 
 
 class CorpusError(Exception):
@@ -34,7 +37,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Windows:
-    """tokens [n, length]: BOS, text, padding; counted [n, length]: true on text alone; document [n]: where it is from."""
+    """tokens [n, length]: BOS, text, padding; counted [n, length]: true on text alone; document [n]: the source."""
 
     tokens: Tensor
     counted: Tensor
@@ -46,6 +49,10 @@ class Windows:
     def take(self, index: Tensor) -> "Windows":
         """The windows with these indices [m]."""
         return Windows(self.tokens[index], self.counted[index], self.document[index])
+
+    def where(self, keep: Tensor) -> "Windows":
+        """The windows for which keep [n] is true."""
+        return self.take(keep.nonzero().flatten())
 
     def shuffled(self, seed: int) -> "Windows":
         """All windows in random order: neighbours are no longer of one document."""
@@ -66,6 +73,11 @@ def read(path: Path) -> list[Document]:
     if not documents:
         raise CorpusError(f"corpus: {path} holds no text")
     return documents
+
+
+def in_folds(windows: Windows, documents: Sequence[Document], folds: Collection[int]) -> Tensor:
+    """Which windows [n] are from documents of these folds."""
+    return torch.tensor([document.fold in folds for document in documents])[windows.document]
 
 
 def _documents(path: Path) -> Iterator[Document]:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from sae_models.sae import SAE
 from sae_models.training.corpus import Windows
@@ -39,7 +39,7 @@ def fidelity(sae: SAE, x: Tensor) -> Fidelity:
 
 @torch.inference_mode()
 def losses(model: Any, windows: Windows, site: Site | None = None, edit: Edit | None = None) -> Tensor:
-    """Cross-entropy in nats of each window's counted tokens [windows, 2]: sum and count; with the residual at a site edited."""
+    """Nats and number of each window's counted tokens [windows, 2]; with the residual stream edited at a site."""
     rows = []
     for start in range(0, len(windows), WINDOWS_A_PASS):
         part = windows.take(torch.arange(start, min(start + WINDOWS_A_PASS, len(windows))))
@@ -53,7 +53,7 @@ def _losses(model: Any, part: Windows, site: Site | None, edit: Edit | None) -> 
     else:
         with hooked(model, site, edit):
             logits = model(part.tokens, use_cache=False).logits
-    nats = F.cross_entropy(logits[:, :-1].flatten(0, 1), part.tokens[:, 1:].flatten(), reduction="none")
+    nats = functional.cross_entropy(logits[:, :-1].flatten(0, 1), part.tokens[:, 1:].flatten(), reduction="none")
     counted = part.counted[:, 1:]
     return torch.stack([(nats.view_as(counted) * counted).sum(1), counted.sum(1)], dim=1)
 
@@ -65,7 +65,7 @@ def mean_loss(model: Any, windows: Windows, site: Site | None = None, edit: Edit
 
 
 def ce_recovered(model: Any, site: Site, sae: SAE, mean: Tensor, windows: Windows) -> float:
-    """Share of the loss that mean ablation of the site costs, which the SAE's reconstruction saves; BOS stays as it is."""
+    """Share of the loss of mean ablation at the site that the SAE's reconstruction saves; BOS stays as it is."""
     clean = mean_loss(model, windows)
     spliced = mean_loss(model, windows, site, behind_bos(lambda x: sae.forward(x)[0]))
     ablated = mean_loss(model, windows, site, behind_bos(lambda x: mean.expand_as(x)))
@@ -80,5 +80,3 @@ def behind_bos(edit: Edit) -> Edit:
         return None if changed is None else torch.cat([x[:, :1], changed], dim=1)
 
     return edited
-
-

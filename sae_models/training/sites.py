@@ -9,7 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 Edit = Callable[[Tensor], Tensor | None]
-LAYER_PATHS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers", "model.language_model.layers")
+LAYER_PATHS = (
+    "model.layers",
+    "transformer.h",
+    "gpt_neox.layers",
+    "model.decoder.layers",
+    "model.language_model.layers",
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ def layer_at(model: nn.Module, site: Site) -> nn.Module:
 
 @contextmanager
 def hooked(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
-    """Within the block, `edit` sees the residual stream [batch, length, d] at the site; what it returns, if not None, replaces it."""
+    """Within the block, `edit` sees the residual stream [batch, length, d] at the site; what it returns replaces it."""
     layer = layer_at(model, site)
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -67,7 +73,9 @@ def hooked(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
             return None
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    handle = layer.register_forward_pre_hook(before) if site.point == "resid_pre" else layer.register_forward_hook(after)
+    handle = (
+        layer.register_forward_pre_hook(before) if site.point == "resid_pre" else layer.register_forward_hook(after)
+    )
     try:
         yield
     finally:

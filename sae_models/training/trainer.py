@@ -31,14 +31,16 @@ class Config:
 
 
 def train(batches: Iterable[Tensor], sample: Tensor, config: Config) -> SAE:
-    """The canonical SAE learned from batches of residuals [batch, d]; `sample` [n, d] sets scale, offset and threshold."""
+    """The canonical SAE of batches of residuals [batch, d]; `sample` [n, d] sets scale, offset and threshold."""
     generator = torch.Generator().manual_seed(config.seed)
     scale = float((sample.shape[1] / sample.square().sum(1).mean()).sqrt())
     sae = BatchTopK(sample.shape[1], config.latents, config.k, generator)
     with torch.no_grad():
         sae.decoder_bias.copy_(sample.mean(0) * scale)
     optimiser = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step * config.batch / config.tokens, config))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: rate(step * config.batch / config.tokens, config)
+    )
     silent = torch.zeros(config.latents)
     with tqdm(total=config.tokens, unit="tok", unit_scale=True, desc="train") as progress:
         for x in islice(batches, config.tokens // config.batch):
@@ -57,7 +59,7 @@ def rate(progress: float, config: Config) -> float:
 
 
 def step(sae: BatchTopK, x: Tensor, silent: Tensor, config: Config) -> float:
-    """Gradients of one batch [n, d]; `silent` [F], the tokens since a latent fired, is brought up to date. Returns the FVU."""
+    """Gradients of one batch [n, d], and its FVU; `silent` [F], the tokens since a latent fired, is brought up to date."""
     sae.zero_grad(set_to_none=True)
     output = sae(x)
     error = x - output.reconstruction
@@ -69,7 +71,7 @@ def step(sae: BatchTopK, x: Tensor, silent: Tensor, config: Config) -> float:
     auxiliary = auxiliary_loss(sae, x, error.detach(), silent > config.dead_after, config.auxiliary_k)
     (unexplained + config.auxiliary_weight * auxiliary).backward()
     remove_radial_gradient(sae)
-    return unexplained.item()
+    return float(unexplained.detach())
 
 
 def auxiliary_loss(sae: BatchTopK, x: Tensor, error: Tensor, dead: Tensor, k: int) -> Tensor:
@@ -84,7 +86,7 @@ def auxiliary_loss(sae: BatchTopK, x: Tensor, error: Tensor, dead: Tensor, k: in
 
 @torch.no_grad()
 def remove_radial_gradient(sae: BatchTopK) -> None:
-    """Takes out the part of the decoder's gradient that the normalisation would undo, so that Adam does not count it."""
+    """Takes out the part of the decoder's gradient that normalisation would undo, so that Adam does not count it."""
     gradient = sae.decoder.grad
     if gradient is not None:
         gradient.sub_((gradient * sae.decoder).sum(1, keepdim=True) * sae.decoder)

@@ -12,7 +12,6 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from rudder.v1 import error_pb2
 from server.engine.admission import QueueFull
 from server.engine.telemetry import TelemetryLost
 from server.steering.errors import ProgramError
@@ -158,6 +157,3 @@ async def abort(context: "grpc.aio.ServicerContext[Message, Message]", refusal: 
         trailers.append(("grpc-retry-pushback-ms", str(ceil(refusal.retry_after_s * 1000))))
     await context.abort(refusal.code, clipped(refusal.message, MAX_MESSAGE_CHARS), tuple(trailers))
     raise AssertionError("abort raises")
-
-
-assert {f"REASON_{reason}" for reason in CODES} == set(error_pb2.Reason.keys()) - {"REASON_UNSPECIFIED"}

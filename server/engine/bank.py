@@ -11,6 +11,7 @@ nothing allocates state, nothing leaves the device. Shapes: T tokens, d width, K
 
 from math import inf
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -87,9 +88,8 @@ def window_mean(u: Tensor, ring: Tensor, token: Tensor, window: Tensor) -> Tenso
     here = torch.arange(u.shape[0], device=u.device)[:, None] - back
     # The count, not the batch index, numbers scores: BOS stands in the batch but is not counted.
     number = count[:, None] - back
-    in_batch = (here >= start[:, None]) & (number > (count[start] - 1)[:, None].clamp_min(0))
     earlier = ring[slot[:, None], number.remainder(ring.shape[1])]
-    scores = torch.where(in_batch, u[here.clamp_min(0)], earlier)
+    scores = torch.where(here >= start[:, None], u[here.clamp_min(0)], earlier)
     used = (number > 0) & (back < window[:, None])
     return torch.where(used, scores, 0.0).sum(1) / used.sum(1).clamp_min(1)
 
@@ -116,6 +116,14 @@ def sequence_condition(
 
 class Sequences(nn.Module):
     """Per stage and slot, the state of the one gate a program may have; shared by all sites."""
+
+    state: Tensor
+    latched: Tensor
+    ring: Tensor
+    is_open: Tensor
+    token_state: Tensor
+    token_alarms: Tensor
+    token_score: Tensor
 
     def __init__(self, layout: Layout, max_tokens: int, device: torch.device) -> None:
         super().__init__()
@@ -217,14 +225,14 @@ class SiteBank(nn.Module):
 
 def edit_parameters(program: wire.Site, places: list[int], rows: int, prompt: bool) -> Tensor:
     """[len(EDIT), rows] of a program at a site in one phase; `places` maps its rows to row places."""
-    table = torch.tensor(IDENTITY_EDIT)[:, None].repeat(1, rows)
-    for e in program.edits:
-        if e.prompt if prompt else e.generated:
-            values = (e.scale, e.shift, e.lower, e.upper, e.above, float(e.relative))
-            table[:6, places[e.row]] = torch.tensor(values)
+    table = np.repeat(np.array(IDENTITY_EDIT, np.float32)[:, None], rows, 1)
+    edits = [e for e in program.edits if (e.prompt if prompt else e.generated)]
+    if edits:
+        values = [(e.scale, e.shift, e.lower, e.upper, e.above, e.relative) for e in edits]
+        table[:6, [places[e.row] for e in edits]] = np.array(values, np.float32).T
     for row, above in program.gate.triggers if program.gate else ():
         table[6, places[row]] = above
-    return table
+    return torch.from_numpy(table)
 
 
 def entry_parameters(program: wire.Site, places: list[int], prompt: bool) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sae_models.sae import SAE
 from server.engine.bank import SiteBank, edit_parameters, entry_parameters
-from server.engine.ledger import Ledger, Lease
 from server.engine.layout import Layout
+from server.engine.ledger import Lease, Ledger
 from server.steering import wire
 
 Ints = NDArray[np.int64]
@@ -21,7 +21,9 @@ Ints = NDArray[np.int64]
 
 @dataclass
 class Live:
-    """A request that the worker has seen: what it asked for and where it stood in the last step that ran it."""
+    """A request that the worker has seen. `start`, `length` and `offset` of its last step, and the states of that step's
+    tokens when it sits out the next, are for sequences only.
+    """
 
     handle: int
     request: wire.Request
@@ -29,37 +31,53 @@ class Live:
     start: int = 0
     length: int = 0
     offset: int = 0
-    # States, alarms and scores of its last step's tokens, once another step without it has overwritten them.
     kept: tuple[Tensor, Tensor, Tensor] | None = None
 
-    @property
-    def in_sequence(self) -> bool:
-        """Whether it has a sequence condition, whose state must be carried."""
-        return any(s.gate and s.gate.sequence for stage in self.request.stages for s in stage)
+    def __post_init__(self) -> None:
+        self.in_sequence = any(s.gate and s.gate.sequence for stage in self.request.stages for s in stage)
 
     def places(self, site: wire.Site) -> list[int]:
         """Row places of a site's rows."""
         return [self.lease.places[site.site, row] for row in site.rows]
 
 
+class Batch:
+    """The requests of a step in row order, and per-request columns; steady decoding reuses it step after step."""
+
+    def __init__(self, request_ids: Sequence[str], live: Sequence[Live | None]) -> None:
+        self.request_ids, self.live = list(request_ids), list(live)
+        self.handles = np.array([r.handle if r else 0 for r in live], np.int64)
+        self.slot = np.array([r.lease.slot if r else 0 for r in live], np.int64)
+        self.prompt = np.array([r.request.prompt_tokens if r else 0 for r in live], np.int64)
+        self.bos = np.array([bool(r and r.request.bos) for r in live])
+        self.reported = np.array([bool(r and r.request.watch_prompt) for r in live])
+        # 0: captures nothing, 1: generated tokens, 2: all tokens.
+        self.reads = np.array([reading(r) for r in live], np.int64)
+        self.in_sequence = [(row, r) for row, r in enumerate(live) if r and r.in_sequence]
+
+
 @dataclass
 class Step:
-    """One step's batch: requests in row order, tokens in batch order."""
+    """One step: its batch, the first position and number of tokens of each request, and rows in the capture buffer."""
 
-    live: list[Live | None] = field(default_factory=list)
+    batch: Batch = field(default_factory=lambda: Batch((), ()))
     starts: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     lengths: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     capture: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    @property
-    def offsets(self) -> Ints:
-        """Batch index of each request's first token."""
-        return np.cumsum(self.lengths) - self.lengths
+    def __post_init__(self) -> None:
+        self.offsets = np.cumsum(self.lengths) - self.lengths
+        self.tokens = int(self.lengths.sum())
 
     @property
-    def tokens(self) -> int:
-        """Tokens of the step, padding not counted."""
-        return int(self.lengths.sum())
+    def live(self) -> list[Live | None]:
+        """The requests in row order; None for one without a payload."""
+        return self.batch.live
+
+    def unreported(self) -> Ints:
+        """Prompt tokens at the front of each request's part that it does not want reported."""
+        cut = np.clip(self.batch.prompt - self.starts, 0, self.lengths)
+        return np.where(self.batch.reported, 0, cut)
 
 
 class Driver:
@@ -130,36 +148,41 @@ class Driver:
 
     def place(self, request_ids: Sequence[str], starts: Ints, lengths: Ints) -> None:
         """Before a forward pass: tell each token its entry. Requests in row order, positions from `starts`."""
-        live = [self.live.get(request_id) for request_id in request_ids]
-        step = Step(live, starts.astype(np.int64), lengths.astype(np.int64))
+        batch = self.step.batch
+        if batch.request_ids != list(request_ids):
+            batch = Batch(request_ids, [self.live.get(request_id) for request_id in request_ids])
+        step = Step(batch, starts, lengths)
         self.carry_sequences(step)
-        tokens = token_columns(step)
-        step.capture = tokens[4]
-        for request, start, length, offset in zip(live, step.starts, step.lengths, step.offsets, strict=True):
-            if request:
-                request.start, request.length, request.offset = int(start), int(length), int(offset)
-        extent = max(tokens.shape[1], self.extent)
-        padded = np.zeros((len(tokens), extent), np.int32)
-        padded[:, : tokens.shape[1]] = tokens
-        padded[2, tokens.shape[1] :] = np.arange(tokens.shape[1], extent)
+        step.capture = self.write_tokens(step)
+        for row, request in batch.in_sequence:
+            request.start, request.length, request.offset = int(starts[row]), int(lengths[row]), int(step.offsets[row])
+        self.step = step
+
+    def write_tokens(self, step: Step) -> Ints:
+        """Write the TOKEN columns of a step and make padding harmless; the capture column."""
+        columns = token_columns(step)
+        extent = max(step.tokens, self.extent)
+        padded = np.zeros((len(columns), extent), np.int32)
+        padded[:, : step.tokens] = columns
+        padded[2, step.tokens :] = np.arange(step.tokens, extent)
         self.token[:, :extent].copy_(to_device(padded, self.token.device))
         self.sequences.is_open.fill_(True)
-        self.step, self.extent = step, tokens.shape[1]
+        self.extent = step.tokens
+        return columns[4]
 
     def carry_sequences(self, step: Step) -> None:
-        """Move the sequence state of the last step's tokens into the slots.
+        """Move the sequence state of the tokens before this step into the slots.
 
         The last token that counts is the one before the next start: a rejected draft leaves no trace, and a request that
-        begins again at 0 starts afresh.
+        begins again at 0 starts afresh. One that sits this step out keeps its tokens' states until it returns.
         """
-        coming = {id(request) for request in step.live}
-        for request in filter(None, self.step.live):
-            if request.in_sequence and id(request) not in coming and self.live_now(request):
-                states, alarms, scores = (part.clone() for part in self.last_step_of(request))
-                request.kept = states, alarms, scores
-        for request, begin in zip(step.live, step.starts, strict=True):
-            if request and request.in_sequence:
-                self.carry(request, int(begin))
+        now = {request.handle for _, request in step.batch.in_sequence}
+        for _, request in self.step.batch.in_sequence:
+            if request.handle not in now and self.live_now(request) and request.kept is None:
+                states, alarms, scores = self.last_step_of(request)
+                request.kept = states.clone(), alarms.clone(), scores.clone()
+        for row, request in step.batch.in_sequence:
+            self.carry(request, int(step.starts[row]))
 
     def live_now(self, request: Live) -> bool:
         """Whether the request still holds its slot."""
@@ -197,13 +220,11 @@ class Driver:
 
 def token_columns(step: Step) -> Ints:
     """The TOKEN columns [5, tokens] of a step."""
-    lengths, offsets = step.lengths, step.offsets
-    slot = per_token([r.lease.slot if r else 0 for r in step.live], lengths)
-    prompt = per_token([r.request.prompt_tokens if r else 0 for r in step.live], lengths)
-    bos = per_token([r.request.bos if r else 0 for r in step.live], lengths)
-    reads = per_token([reading(r) for r in step.live], lengths)
-    start = np.repeat(offsets, lengths)
-    position = np.arange(step.tokens) - start + np.repeat(step.starts, lengths)
+    batch, lengths = step.batch, step.lengths
+    slot, prompt, bos, reads, first, start = np.repeat(
+        np.stack([batch.slot, batch.prompt, batch.bos, batch.reads, step.starts, step.offsets]), lengths, axis=1
+    )
+    position = np.arange(step.tokens) - start + first
     entry = np.where((bos > 0) & (position == 0), 0, 2 * slot + (position >= prompt))
     read = (reads == 2) | ((reads == 1) & (position >= prompt))
     capture = np.where(read, np.cumsum(read), 0)
@@ -215,11 +236,6 @@ def reading(live: Live | None) -> int:
     if live is None or not live.request.reads:
         return 0
     return 2 if live.request.watch_prompt or live.request.capture else 1
-
-
-def per_token(values: Sequence[int], lengths: Ints) -> Ints:
-    """A per-request value repeated for each of its tokens."""
-    return np.repeat(np.asarray(values, np.int64), lengths)
 
 
 def raw_vector(data: bytes, width: int) -> Tensor:

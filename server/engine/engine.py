@@ -355,6 +355,7 @@ def engine_args(config: configuration.Config, layout: Layout) -> AsyncEngineArgs
     return AsyncEngineArgs(
         model=engine.model,
         dtype=engine.dtype,
+        load_format=engine.load_format,
         max_model_len=engine.max_model_len,
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
@@ -375,7 +376,7 @@ def model_facts(llm: AsyncLLM, config: configuration.Config) -> ModelFacts:
     folder = Path(model.model)
     return ModelFacts(
         name=folder.name or model.model,
-        sha256=bundles.model_sha256(folder) if folder.is_dir() else "",
+        sha256=bundles.model_sha256(folder) if folder.is_dir() and config.engine.load_format != "dummy" else "",
         hidden_size=model.get_hidden_size(),
         layers=model.hf_text_config.num_hidden_layers,
         max_model_len=model.max_model_len,

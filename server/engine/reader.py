@@ -52,7 +52,7 @@ class Reader:
         top_latents, top_values = self.top(step)
         return Frame(
             sequence,
-            handles=packed([r.handle if r else 0 for r in step.live], "<i8"),
+            handles=packed(step.batch.handles, "<i8"),
             starts=packed(step.starts, "<i4"),
             lengths=packed(step.lengths, "<i4"),
             moved=self.moved(columns, step).tobytes(),
@@ -66,9 +66,10 @@ class Reader:
 
     def columns_of(self, step: Step) -> Columns:
         """The gathers for this composition, made anew when it changed."""
-        key = (*(id(r) for r in step.live), step.lengths.tobytes(), *map(phase_cut, step.live, step.starts))
+        cut = step.unreported()
+        key = (step.batch, step.lengths.tobytes(), cut.tobytes())
         if key != self.columns.key:
-            active, active_size = watch_gathers(step)
+            active, active_size = watch_gathers(step, cut)
             moved, moved_size = moved_gathers(step, self.banks[0].stages)
             self.columns = Columns(key, active, active_size, moved, moved_size)
         return self.columns
@@ -91,15 +92,21 @@ class Reader:
         return column
 
     def top(self, step: Step) -> tuple[bytes, bytes]:
-        """The strongest latents of each token that asked, by the whole dictionary: (latents, values)."""
-        latents, values = [], []
-        for request, rows in captured(step):
-            for site in request.request.top_k_sites:
-                x = self.banks[site].before[torch.from_numpy(rows)]
-                strongest = self.saes[site].encode(x).topk(request.request.top_k, dim=1)
-                latents.append(to_host(strongest.indices).astype("<i4").tobytes())
-                values.append(to_host(strongest.values).astype("<f4").tobytes())
-        return b"".join(latents), b"".join(values)
+        """The strongest latents of each token that asked, by the whole dictionary: (latents, values).
+
+        One encode per site for all requests of the step.
+        """
+        readers = captured(step)
+        wanted = sorted({site for request, _ in readers for site in request.request.top_k_sites})
+        most = max((request.request.top_k for request, _ in readers), default=0)
+        captured_rows = slice(1, 1 + int(step.capture.max(initial=0)))
+        found = {site: strongest(self.saes[site], self.banks[site].before[captured_rows], most) for site in wanted}
+        parts = [
+            [found[site][column][rows - 1, : request.request.top_k].tobytes() for column in (0, 1)]
+            for request, rows in readers
+            for site in request.request.top_k_sites
+        ]
+        return b"".join(part[0] for part in parts), b"".join(part[1] for part in parts)
 
     def captures(self, step: Step) -> list[Capture]:
         """Residuals of the requests that asked for them."""
@@ -122,21 +129,32 @@ class Reader:
         return np.concatenate(parts) if parts else np.zeros((0, 4))
 
 
-def phase_cut(request: Live | None, start: int) -> int:
-    """Prompt tokens at the front of a request's part of the step that it does not want reported."""
-    if request is None or request.request.watch_prompt:
-        return 0
-    return max(0, min(request.length, request.request.prompt_tokens - int(start)))
+def strongest(sae: SAE, x: Tensor, k: int) -> tuple[Array, Array]:
+    """The k strongest latents of each token of x [n, d]: int32 and fp32 [n, k], strongest first, 0 where none is active."""
+    if x.device.type != "cpu":
+        top = sae.encode(x).topk(k, dim=1)
+        return to_host(top.indices).astype("<i4"), to_host(top.values).astype("<f4")
+    # Few latents are active, so a sort of those beats a selection over the dictionary.
+    f = sae.encode(x)
+    token, latent = (index.numpy() for index in f.nonzero(as_tuple=True))
+    value = f.numpy()[token, latent]
+    order = np.lexsort((-value, token))
+    token, latent, value = token[order], latent[order], value[order]
+    rank = np.arange(len(token)) - np.searchsorted(token, token)
+    kept = rank < k
+    latents, values = np.zeros((len(x), k), "<i4"), np.zeros((len(x), k), "<f4")
+    latents[token[kept], rank[kept]], values[token[kept], rank[kept]] = latent[kept], value[kept]
+    return latents, values
 
 
-def watch_gathers(step: Step) -> tuple[tuple[Gather, ...], int]:
+def watch_gathers(step: Step, cut: Array) -> tuple[tuple[Gather, ...], int]:
     """Gathers of the `active` column: per request, [tokens reported, rows watched over its sites]."""
     parts: dict[int, list[tuple[Array, Array, Array]]] = {}
     size = 0
-    for request, start, offset in zip(step.live, step.starts, step.offsets, strict=True):
+    for request, first, end in zip(step.live, step.offsets + cut, step.offsets + step.lengths, strict=True):
         if request is None:
             continue
-        tokens = np.arange(offset + phase_cut(request, start), offset + request.length)
+        tokens = np.arange(first, end)
         watched = [(site.site, request.places(site)[row]) for site in request.request.stages[0] for row in site.watch]
         for number, (site, place) in enumerate(watched):
             target = size + np.arange(len(tokens)) * len(watched) + number
@@ -170,9 +188,11 @@ def joined(parts: dict[int, list[tuple[Array, Array, Array]]]) -> tuple[Gather, 
 def captured(step: Step) -> list[tuple[Live, Array]]:
     """The requests that read residuals, and their rows of the capture buffer in this step."""
     found = []
-    for request, offset in zip(step.live, step.offsets, strict=True):
+    if not step.batch.reads.any():
+        return []
+    for request, offset, length in zip(step.live, step.offsets, step.lengths, strict=True):
         if request and request.request.reads:
-            rows = step.capture[offset : offset + request.length]
+            rows = step.capture[offset : offset + length]
             found.append((request, rows[rows > 0]))
     return found
 

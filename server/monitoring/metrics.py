@@ -105,7 +105,7 @@ class Bank(Collector):
             key = [bundle.manifest.name, bundle.manifest.site, str(index)]
             for family, value in zip(families, values, strict=True):
                 family.add_metric(key, value)
-            info.add_metric([*key, plain(bundle.catalogue.get(index).label)], 1)
+            info.add_metric([*key, plain(bundle.catalogue.get(index).summary.label)], 1)
         return [*families, info]
 
 

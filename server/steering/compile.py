@@ -44,7 +44,7 @@ Operation = Callable[[float], dict[str, float]]
 FORMULAS: dict[str, Operation] = {
     "add": lambda v: {"shift": v},
     "set": lambda v: {"scale": 0.0, "shift": v},
-    "ablate": lambda v: {"scale": 0.0},
+    "ablate": lambda _: {"scale": 0.0},
     "scale": lambda v: {"scale": v},
     "cap": lambda v: {"upper": v},
     "floor": lambda v: {"lower": v},
@@ -68,13 +68,16 @@ class Compiled:
     """A program ready to run.
 
     `edits` are in the order of the telemetry's `moved` column: per site its edits, then its blend. `digest` is equal
-    where the numbers that run are equal: names, spelling and the order of sites do not enter it.
+    where the numbers that run are equal: names, spelling and the order of sites do not enter it. `in_sequence`: a
+    token's edits depend on the tokens before it. `by_phase`: they depend on where the prompt ends, and so do cached keys
+    and values, which the digest alone does not tell apart.
     """
 
     sites: tuple[wire.Site, ...]
     digest: str
     edits: tuple[EditName, ...]
     in_sequence: bool
+    by_phase: bool
 
 
 def compile_program(
@@ -94,7 +97,8 @@ def compile_program(
         sites[gate_site] = with_gate(sites[gate_site], program.gate, registry, f"{field}.gate")
     ordered = tuple(sites[here] for here in sorted(sites))
     check_capacity([ordered], registry, f"{field}.sites")
-    return Compiled(ordered, digest_of(ordered, registry), tuple(names), program.gate.HasField("sequence"))
+    by_phase = any(part.prompt != part.generated for site in ordered for part in phased_parts(site))
+    return Compiled(ordered, digest_of(ordered, registry), tuple(names), program.gate.HasField("sequence"), by_phase)
 
 
 Parts = dict[int, tuple[program_pb2.SiteEdits, str]]
@@ -189,6 +193,11 @@ def displacement_cap(part: program_pb2.SiteEdits, field: str) -> float:
         return inf
     require(part.max_displacement > 0, field, f"{part.max_displacement:g} is not above 0")
     return number(part.max_displacement, field)
+
+
+def phased_parts(site: wire.Site) -> tuple[wire.Edit | wire.Blend, ...]:
+    """What has a phase at a site."""
+    return (*site.edits, site.blend) if site.blend else site.edits
 
 
 def phases(phase: program_pb2.Phase, field: str) -> tuple[bool, bool]:

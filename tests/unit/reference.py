@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from random import Random
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ def run_step(
 
 @dataclass
 class Trace:
-    """What the definition says of one request: displacement [sites, tokens, d], edits' and blends' touches, the gates."""
+    """What the definition says of one request: displacement [sites, tokens, d], what touched it, the gates."""
 
     moved: Floats
     touched: list[tuple[int, wire.Site, int, int]] = field(default_factory=list)
@@ -83,12 +84,14 @@ class State:
     scores: list[float] = field(default_factory=list)
     value: float = 0.0
     latched: bool = False
+    exact: bool = True
 
 
 def by_definition(request: wire.Request, x: Floats, sae: SAE) -> Trace:
     """Every token of a request, x [sites, tokens, d], by a loop over tokens and rows."""
     trace = Trace(np.zeros_like(x))
     states = [State() for _ in request.stages]
+    rows = {row: vectors(row, sae) for _, row in request.rows()}
     for t in range(x.shape[1]):
         if request.bos and t == 0:
             continue
@@ -96,54 +99,82 @@ def by_definition(request: wire.Request, x: Floats, sae: SAE) -> Trace:
             gate_open = True
             for site in sorted(sites, key=lambda s: s.site):
                 y = x[site.site, t] + trace.moved[site.site, t]
+                # Behind another stage's edits x is off the grid.
+                exact = not trace.moved[site.site, t].any()
+                here = [rows[row] for row in site.rows]
+                f = [activation(row, y, exact) for row in here]
                 if site.gate:
-                    gate_open = gate_holds(site, y, sae, states[stage])
+                    gate_open = gate_holds(site.gate, f, states[stage], exact)
                     trace.is_open[stage, t] = gate_open
-                prompt = t < request.prompt_tokens
-                move, touched = edited(site, y, sae, gate_open, prompt)
+                force = Force(gate_open, t < request.prompt_tokens, exact)
+                move, touched = edited(site, y, f, here, force)
                 trace.moved[site.site, t] += move
                 trace.touched += [(stage, site, number, t) for number in touched]
     return trace
 
 
-def vectors(row: wire.Row, sae: SAE) -> tuple[Floats, float, float, Floats]:
-    """Encoder, bias, threshold and decoder of a row."""
+class RowVectors(NamedTuple):
+    """A row in numbers."""
+
+    encoder: Floats
+    bias: float
+    threshold: float
+    decoder: Floats
+
+
+class Force(NamedTuple):
+    """What holds at a token. `exact`: fp32 computes its activations without rounding."""
+
+    gate_open: bool
+    prompt: bool
+    exact: bool
+
+    def covers(self, part: wire.Edit | wire.Blend) -> bool:
+        """Whether an edit or blend is in force."""
+        return self.gate_open and (part.prompt if self.prompt else part.generated)
+
+
+def vectors(row: wire.Row, sae: SAE) -> RowVectors:
+    """The numbers of a row."""
     if row.bundle:
-        encoder, bias, threshold, decoder = (getattr(sae, n) for n in ("encoder", "bias", "threshold", "decoder"))
-        i = row.latent
-        return encoder[i].double().numpy(), float(bias[i]), float(threshold[i]), decoder[i].double().numpy()
+        encoder, bias, threshold, decoder = (t[row.latent].double().numpy() for t in sae.all_rows())
+        return RowVectors(encoder, float(bias), float(threshold), decoder)
     raw = [np.frombuffer(b, "<f4").astype(np.float64) if b else np.zeros(WIDTH) for b in (row.encoder, row.decoder)]
-    return raw[0], row.bias, row.threshold, raw[1]
+    return RowVectors(raw[0], row.bias, row.threshold, raw[1])
 
 
-def activation(row: wire.Row, y: Floats, sae: SAE) -> float:
+def activation(row: RowVectors, y: Floats, exact: bool) -> float:
     """f of a row."""
-    encoder, bias, threshold, _ = vectors(row, sae)
-    z = float(y @ encoder) + bias
-    return z if clearly_above(z, threshold) else 0.0
+    z = float(y @ row.encoder) + row.bias
+    if not exact and row.encoder.any() and abs(z - row.threshold) < 1e-5:
+        reject()
+    return z if clearly_above(z, row.threshold, exact) else 0.0
 
 
-def clearly_above(value: float, bound: float) -> bool:
+def clearly_above(value: float, bound: float, exact: bool) -> bool:
     """value > bound; an example in which fp32 could see it otherwise is given up."""
-    if value != bound and abs(value - bound) < 1e-5 * max(1.0, abs(value)):
+    certain = value == bound and (exact or value == 0)
+    if not certain and abs(value - bound) < 1e-5 * max(1.0, abs(value)):
         reject()
     return value > bound
 
 
-def edited(site: wire.Site, y: Floats, sae: SAE, gate_open: bool, prompt: bool) -> tuple[Floats, list[int]]:
+def edited(
+    site: wire.Site, y: Floats, f: list[float], rows: list[RowVectors], force: Force
+) -> tuple[Floats, list[int]]:
     """How far one token moves at a site, and which edits (the blend comes after the last) moved it."""
     norm = max(float(np.linalg.norm(y)), TINY)
     new_y, touched = y.copy(), []
     for number, edit in enumerate(site.edits):
-        f = activation(site.rows[edit.row], y, sae)
-        if gate_open and (edit.prompt if prompt else edit.generated) and clearly_above(f, edit.above):
+        before = f[edit.row]
+        if force.covers(edit) and clearly_above(before, edit.above, force.exact):
             unit = norm if edit.relative else 1.0
-            new = min(max(edit.scale * f + edit.shift * unit, edit.lower * unit), edit.upper * unit)
-            new_y = new_y + (new - f) * vectors(site.rows[edit.row], sae)[3]
-            touched += [number] if new != f else []
+            new = min(max(edit.scale * before + edit.shift * unit, edit.lower * unit), edit.upper * unit)
+            new_y = new_y + (new - before) * rows[edit.row].decoder
+            touched += [number] if abs(new - before) > 1e-6 else []
     blend = site.blend
-    if blend and gate_open and blend.weight > 0 and (blend.prompt if prompt else blend.generated):
-        new_y = new_y + blend.weight * (vectors(site.rows[blend.row], sae)[3] - new_y)
+    if blend and force.covers(blend) and blend.weight > 0:
+        new_y = new_y + blend.weight * (rows[blend.row].decoder - new_y)
         touched.append(len(site.edits))
     if site.restore_norm:
         well_posed(new_y, norm)
@@ -162,27 +193,23 @@ def well_posed(vector: Floats, norm: float) -> None:
         reject()
 
 
-def gate_holds(site: wire.Site, y: Floats, sae: SAE, state: State) -> bool:
+def gate_holds(gate: wire.Gate, f: list[float], state: State, exact: bool) -> bool:
     """The gate at one token; counts the token."""
-    gate = site.gate
-    assert gate
-    token = not gate.triggers or any(
-        clearly_above(activation(site.rows[row], y, sae), above) for row, above in gate.triggers
-    )
-    return sequence_holds(gate.sequence, activation(site.rows[gate.sequence.score], y, sae), state) and token if (
-        gate.sequence
-    ) else token
+    above = [clearly_above(f[row], bound, exact) for row, bound in gate.triggers]
+    in_sequence = not gate.sequence or sequence_holds(gate.sequence, f[gate.sequence.score], state, exact)
+    return in_sequence and (any(above) or not above)
 
 
-def sequence_holds(s: wire.Sequence, score: float, state: State) -> bool:
+def sequence_holds(s: wire.Sequence, score: float, state: State, exact: bool) -> bool:
     """The sequence condition, by the statistic's own definition; counts the token."""
-    u = score if s.binary is None else float(score > s.binary)
+    u = score if s.binary is None else float(clearly_above(score, s.binary, exact))
+    state.exact &= exact or s.binary is not None
     state.scores.append(u)
     state.value = max(s.floor, s.decay * state.value + s.gain * u + s.offset)
     recent = state.scores[-s.window :] if s.window else []
     statistic = sum(recent) / len(recent) if recent else state.value
     count = len(state.scores)
-    alarm = clearly_above(statistic, s.level + s.level_rate * count) and count >= s.min_tokens
+    alarm = clearly_above(statistic, s.level + s.level_rate * count, state.exact) and count >= s.min_tokens
     state.latched |= alarm
     return state.latched if s.latch else alarm
 
@@ -193,7 +220,9 @@ def random_row(rng: Random, reads: bool, writes: bool) -> wire.Row:
         return wire.Row(bundle=BUNDLE, latent=rng.randrange(LATENTS))
     encoder = grid(rng, WIDTH).astype("<f4").tobytes() if reads else b""
     decoder = grid(rng, WIDTH).astype("<f4").tobytes() if writes else b""
-    return wire.Row(encoder=encoder, decoder=decoder, bias=rng.choice((0.0, 0.5)), threshold=rng.choice((-inf, 0.0, 0.5)))
+    return wire.Row(
+        encoder=encoder, decoder=decoder, bias=rng.choice((0.0, 0.5)), threshold=rng.choice((-inf, 0.0, 0.5))
+    )
 
 
 def random_edit(rng: Random, row: int) -> wire.Edit:
@@ -217,7 +246,7 @@ def random_edit(rng: Random, row: int) -> wire.Edit:
 
 def random_sequence(rng: Random, score: int, window: int) -> wire.Sequence:
     """One of the statistics."""
-    statistic = rng.choice(
+    statistic: dict[str, Any] = rng.choice(
         (
             {"binary": rng.choice((0.0, 0.5)), "level_rate": rng.choice((0.125, 0.25, 0.5))},
             {"decay": 0.75, "gain": 0.25, "level": rng.choice((0.0, 0.25))},
@@ -238,7 +267,9 @@ def random_site(rng: Random, number: int, gate: str, window: int) -> wire.Site:
         blend = wire.Blend(len(rows) - 1, rng.choice((0.0, 0.25, 1.0)), *rng.choice(((True, True), (True, False))))
     indices = {row: i for i, row in enumerate(rows)}
     readers = [indices.setdefault(random_row(rng, True, False), len(indices)) for _ in range(2 if gate else 0)]
-    triggers = tuple(dict.fromkeys((row, rng.choice((0.0, 0.5))) for row in dict.fromkeys(readers))) if "t" in gate else ()
+    triggers = (
+        tuple(dict.fromkeys((row, rng.choice((0.0, 0.5))) for row in dict.fromkeys(readers))) if "t" in gate else ()
+    )
     sequence = random_sequence(rng, readers[-1], window) if "s" in gate else None
     return wire.Site(
         number,
@@ -258,7 +289,9 @@ def random_stage(rng: Random, layout: Layout, gates: Sequence[str] = ("", "t", "
     return tuple(random_site(rng, n, gate if n == numbers[0] else "", layout.window) for n in numbers)
 
 
-def random_request(rng: Random, layout: Layout, tokens: int, gates: Iterable[str] = ("", "t", "s", "ts")) -> wire.Request:
+def random_request(
+    rng: Random, layout: Layout, tokens: int, gates: Iterable[str] = ("", "t", "s", "ts")
+) -> wire.Request:
     """A request of `tokens` tokens in all, with a program in each stage or none."""
     stages = tuple(random_stage(rng, layout, tuple(gates)) if rng.random() < 0.8 else () for _ in range(layout.stages))
     return wire.Request(rng.randint(1, tokens), tokens, rng.random() < 0.5, stages)

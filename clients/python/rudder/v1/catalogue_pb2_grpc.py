@@ -63,7 +63,7 @@ class FeatureServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Every latent of a bundle, in order or by frequency.
+        """Every latent of a bundle, in the order of its index.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,55 @@
+"""Client of the Rudder server: generation steered inside the model, and what its features say of it.
+
+from rudder_client import Client, Program
+
+with Client("localhost:50051") as client:
+    calm = Program().at("layers.2.resid_post").clamp(feature=12, to=-2, unit="residual")
+    for chunk in client.generate("The virus", steer=calm, max_tokens=50):
+        print(chunk.text, end="", flush=True)
+"""
+
+from rudder_client.aio import AsyncClient, AsyncStream
+from rudder_client.client import Client, Stream
+from rudder_client.errors import FieldViolation, RudderError
+from rudder_client.program import Feature, Probe, Program, Vector
+from rudder_client.requests import Message, Report, Sampling
+from rudder_client.results import (
+    Activation,
+    Attestation,
+    Chunk,
+    Completion,
+    EditCount,
+    FeatureName,
+    Inspection,
+    Logprobs,
+    PooledActivation,
+    Token,
+    Usage,
+)
+
+__all__ = [
+    "Activation",
+    "AsyncClient",
+    "AsyncStream",
+    "Attestation",
+    "Chunk",
+    "Client",
+    "Completion",
+    "EditCount",
+    "Feature",
+    "FeatureName",
+    "FieldViolation",
+    "Inspection",
+    "Logprobs",
+    "Message",
+    "PooledActivation",
+    "Probe",
+    "Program",
+    "Report",
+    "RudderError",
+    "Sampling",
+    "Stream",
+    "Token",
+    "Usage",
+    "Vector",
+]

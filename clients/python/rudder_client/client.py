@@ -1,0 +1,148 @@
+"""The client for plain code; see `aio` for asyncio."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+
+from rudder.v1 import catalogue_pb2, catalogue_pb2_grpc, inference_pb2_grpc
+from rudder_client import channel as wire
+from rudder_client.errors import error_of, not_ready, translated
+from rudder_client.requests import Prompt, Report, Sampling, Steer, complete_request, generate_request, inspect_request
+from rudder_client.results import Chunk, Completion, Inspection, Names, chunk_of, completion_of, inspection_of
+
+PAGE_SIZE = 1000
+
+
+class Stream:
+    """An answer as it comes: an iterator of chunks. Leaving its `with` block, or `cancel`, ends it in the engine."""
+
+    def __init__(self, call: Any) -> None:
+        self.call, self.names, self.waiting = call, Names(), deque[Chunk]()
+        self.request_id = ""
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        """The next chunk. RudderError: the call failed."""
+        while not self.waiting:
+            with translated():
+                message = next(self.call)
+            self.request_id = self.request_id or message.request_id
+            self.names.learn(message.features)
+            self.waiting.extend(chunk_of(delta, self.names) for delta in message.choices)
+        return self.waiting.popleft()
+
+    def cancel(self) -> None:
+        """End the answer now."""
+        self.call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+
+class Client:
+    """A connection to a server. `timeout`: seconds that each call may take, unless it says otherwise."""
+
+    def __init__(self, address: str = "localhost:50051", *, timeout: float | None = None) -> None:
+        self.channel = grpc.insecure_channel(address, wire.OPTIONS)
+        self.timeout = timeout
+        self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
+        self.catalogue = catalogue_pb2_grpc.FeatureServiceStub(self.channel)
+        self.models = catalogue_pb2_grpc.ModelServiceStub(self.channel)
+        self.health = self.channel.unary_unary(wire.HEALTH_CHECK, wire.as_bytes, wire.as_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection and what runs over it."""
+        self.channel.close()
+
+    def generate(
+        self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, cache_salt: str = "",
+        stream_interval: int = 0, timeout: float | None = None, **sampling: Unpack[Sampling],
+    ) -> Stream:  # fmt: skip
+        """Generate, chunk by chunk; `prompt` is text, token ids or the messages of a chat."""
+        request = generate_request(prompt, steer, report, cache_salt, stream_interval, sampling)
+        return Stream(self.inference.Generate(request, timeout=timeout or self.timeout))
+
+    def complete(
+        self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, cache_salt: str = "",
+        timeout: float | None = None, **sampling: Unpack[Sampling],
+    ) -> Completion:  # fmt: skip
+        """Generate, and return when all choices are whole."""
+        request = complete_request(prompt, steer, report, cache_salt, sampling)
+        with translated():
+            return completion_of(self.inference.Complete(request, timeout=timeout or self.timeout))
+
+    def inspect(
+        self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, timeout: float | None = None
+    ) -> Inspection:
+        """The features of a text; by default the five strongest of each token."""
+        request = inspect_request(prompt, steer, report or Report(top_k=5))
+        with translated():
+            return inspection_of(self.inference.Inspect(request, timeout=timeout or self.timeout))
+
+    def feature(self, index: int, bundle: str = "") -> catalogue_pb2.FeatureDetail:
+        """One latent: label, frequency, strongest tokens and contexts."""
+        request = catalogue_pb2.FeatureServiceGetRequest(bundle=bundle, index=index)
+        with translated():
+            response: catalogue_pb2.FeatureServiceGetResponse = self.catalogue.Get(request, timeout=self.timeout)
+        return response.feature
+
+    def features(self, bundle: str = "") -> Iterator[catalogue_pb2.FeatureSummary]:
+        """Every latent of a bundle, in order."""
+        request = catalogue_pb2.FeatureServiceListRequest(bundle=bundle, page_size=PAGE_SIZE)
+        while True:
+            with translated():
+                page = self.catalogue.List(request, timeout=self.timeout)
+            yield from page.features
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def search(self, words: str, *, bundle: str = "", limit: int = 20) -> list[catalogue_pb2.FeatureSummary]:
+        """Latents by words of their label, best first."""
+        request = catalogue_pb2.FeatureServiceSearchRequest(bundle=bundle, query=words, limit=limit)
+        with translated():
+            return list(self.catalogue.Search(request, timeout=self.timeout).features)
+
+    def model(self) -> catalogue_pb2.ModelServiceGetResponse:
+        """What is served, and within which limits."""
+        request = catalogue_pb2.ModelServiceGetRequest()
+        with translated():
+            response: catalogue_pb2.ModelServiceGetResponse = self.models.Get(request, timeout=self.timeout)
+        return response
+
+    def programs(self) -> list[catalogue_pb2.NamedProgram]:
+        """The operator's programs, which `steer` takes by name."""
+        with translated():
+            return list(self.models.ListPrograms(catalogue_pb2.ListProgramsRequest(), timeout=self.timeout).programs)
+
+    def wait_ready(self, timeout: float = 60.0) -> None:
+        """Return when the server is SERVING. RudderError when it is not in time."""
+        deadline = time.monotonic() + timeout
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                if self.health(wire.WHOLE_SERVER, timeout=max(min(left, wire.CHECK_S), 0.01)) == wire.IS_SERVING:
+                    return
+                problem = None
+            except grpc.RpcError as failure:
+                problem = failure
+            if left <= 0:
+                raise not_ready(timeout) if problem is None else error_of(problem)
+            time.sleep(wire.BETWEEN_CHECKS_S)

@@ -1,0 +1,132 @@
+"""From plain Python values to the contract's requests."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+from rudder.v1 import inference_pb2, program_pb2
+from rudder_client.program import Program, Row, row_message
+
+
+class Message(TypedDict):
+    """One message of a chat."""
+
+    role: str
+    content: str
+
+
+class Sampling(TypedDict, total=False):
+    """How tokens are chosen; what is left out has vLLM's default. Choice i of n has seed + i."""
+
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    seed: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    include_stop: bool
+    logprobs: int
+    n: int
+    logit_bias: Mapping[int, float]
+
+
+Prompt = str | Sequence[int] | Sequence[Message]
+Steer = Program | program_pb2.Program | str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Which features to report: those named per site, and the `top_k` strongest of the whole dictionary, per token.
+
+    `prompt`: of the prompt's tokens too. `pooled`: sum, maximum and count at the end. `tokens`: per token at all.
+    """
+
+    features: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    top_k: int = 0
+    sites: Sequence[str] = ()
+    prompt: bool = False
+    pooled: bool = False
+    tokens: bool = True
+
+
+def prompt_message(prompt: Prompt) -> inference_pb2.Prompt:
+    """Text, token ids or the messages of a chat."""
+    if isinstance(prompt, str):
+        return inference_pb2.Prompt(text=prompt)
+    messages = [part for part in prompt if not isinstance(part, int)]
+    if messages:
+        chat = [inference_pb2.ChatMessage(role=m["role"], content=m["content"]) for m in messages]
+        return inference_pb2.Prompt(chat=inference_pb2.Chat(messages=chat))
+    ids = [part for part in prompt if isinstance(part, int)]
+    return inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=ids))
+
+
+def steering_message(steer: Steer) -> inference_pb2.Steering | None:
+    """A program, or the name of one of the server's."""
+    match steer:
+        case None:
+            return None
+        case str():
+            return inference_pb2.Steering(name=steer)
+        case Program():
+            return inference_pb2.Steering(program=steer.message)
+    return inference_pb2.Steering(program=steer)
+
+
+def report_message(report: Report | None) -> inference_pb2.Report | None:
+    """The contract's form of a report."""
+    if report is None:
+        return None
+    return inference_pb2.Report(
+        features=[
+            inference_pb2.SiteFeature(site=site, row=row_message(row))
+            for site, rows in report.features.items()
+            for row in rows
+        ],
+        top_k=report.top_k,
+        sites=report.sites,
+        prompt=report.prompt,
+        pooled=report.pooled,
+        no_tokens=not report.tokens,
+    )
+
+
+def generate_request(
+    prompt: Prompt, steer: Steer, report: Report | None, cache_salt: str, stream_interval: int, sampling: Sampling
+) -> inference_pb2.GenerateRequest:
+    """The request of `generate`."""
+    return inference_pb2.GenerateRequest(
+        prompt=prompt_message(prompt),
+        sampling=inference_pb2.Sampling(**sampling),
+        steering=steering_message(steer),
+        report=report_message(report),
+        stream_interval=stream_interval,
+        cache_salt=cache_salt,
+    )
+
+
+def complete_request(
+    prompt: Prompt, steer: Steer, report: Report | None, cache_salt: str, sampling: Sampling
+) -> inference_pb2.CompleteRequest:
+    """The request of `complete`."""
+    return inference_pb2.CompleteRequest(
+        prompt=prompt_message(prompt),
+        sampling=inference_pb2.Sampling(**sampling),
+        steering=steering_message(steer),
+        report=report_message(report),
+        cache_salt=cache_salt,
+    )
+
+
+def inspect_request(prompt: Prompt, steer: Steer, report: Report) -> inference_pb2.InspectRequest:
+    """The request of `inspect`."""
+    return inference_pb2.InspectRequest(
+        prompt=prompt_message(prompt), steering=steering_message(steer), report=report_message(report)
+    )

@@ -1,0 +1,215 @@
+"""From the contract's columns to plain Python values."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rudder.v1 import inference_pb2
+
+FINISH_REASONS = {
+    inference_pb2.FINISH_REASON_UNSPECIFIED: None,
+    inference_pb2.FINISH_REASON_STOP: "stop",
+    inference_pb2.FINISH_REASON_LENGTH: "length",
+    inference_pb2.FINISH_REASON_ABORT: "abort",
+}
+Delta = inference_pb2.ChoiceDelta | inference_pb2.Choice
+
+
+@dataclass(frozen=True)
+class FeatureName:
+    """A reported feature. `label`: from the catalogue, or the name of a probe."""
+
+    site: str
+    bundle: str
+    index: int
+    label: str
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A feature's activation at a position of prompt and answer, counted from 0."""
+
+    position: int
+    feature: FeatureName
+    value: float
+
+
+@dataclass(frozen=True)
+class PooledActivation:
+    """A feature over a whole choice: `tokens` were read, on `active_tokens` of them it was active."""
+
+    feature: FeatureName
+    sum: float
+    max: float
+    active_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Per token: its log-probability, and the (id, log-probability) of the likeliest."""
+
+    chosen: tuple[float, ...]
+    alternatives: tuple[tuple[tuple[int, float], ...], ...]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a choice. `cached_tokens`: of the prompt, served from the prefix cache."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class EditCount:
+    """How many tokens an edit touched. `origin`: request, or policy."""
+
+    origin: str
+    site: str
+    row: str
+    operation: str
+    tokens_touched: int
+
+
+@dataclass(frozen=True)
+class Attestation:
+    """What ran, as counted in the engine's worker."""
+
+    program_digest: str
+    policy_digest: str
+    edits: tuple[EditCount, ...]
+    tokens_seen: int
+    engine_epoch: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some tokens of choice `choice`. The last of a choice has a `finish_reason`, and with it what follows that."""
+
+    choice: int
+    text: str
+    token_ids: tuple[int, ...]
+    activations: tuple[Activation, ...]
+    logprobs: Logprobs | None
+    finish_reason: str | None
+    stop_reason: str
+    pooled: tuple[PooledActivation, ...]
+    usage: Usage | None
+    attestation: Attestation | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Whole choices."""
+
+    request_id: str
+    choices: tuple[Chunk, ...]
+
+    @property
+    def text(self) -> str:
+        """Of the first choice."""
+        return self.choices[0].text
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that was read, and the features active on it, strongest first."""
+
+    position: int
+    id: int
+    text: str
+    activations: tuple[Activation, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The features of a text."""
+
+    request_id: str
+    tokens: tuple[Token, ...]
+    pooled: tuple[PooledActivation, ...]
+    attestation: Attestation
+
+
+class Names:
+    """The features of a stream, in the order in which the server named them."""
+
+    def __init__(self) -> None:
+        self.known: list[FeatureName] = []
+
+    def learn(self, infos: Sequence[inference_pb2.FeatureInfo]) -> None:
+        """Take in further names."""
+        self.known += [FeatureName(i.site, i.bundle, i.index, i.label) for i in infos]
+
+    def activations(self, columns: inference_pb2.FeatureColumns) -> tuple[Activation, ...]:
+        """The entries of columns."""
+        rows = zip(columns.positions, columns.features, columns.activations, strict=True)
+        return tuple(Activation(position, self.known[place], value) for position, place, value in rows)
+
+    def pooled(self, features: Sequence[inference_pb2.PooledFeature]) -> tuple[PooledActivation, ...]:
+        """Pooled features, strongest first."""
+        found = [PooledActivation(self.known[f.feature], f.sum, f.max, f.active_tokens, f.tokens) for f in features]
+        return tuple(sorted(found, key=lambda pooled: -pooled.sum))
+
+
+def chunk_of(delta: Delta, names: Names) -> Chunk:
+    """A delta, or a whole choice."""
+    return Chunk(
+        choice=delta.index,
+        text=delta.text,
+        token_ids=tuple(delta.token_ids),
+        activations=names.activations(delta.activations),
+        logprobs=logprobs_of(delta.logprobs) if delta.HasField("logprobs") else None,
+        finish_reason=FINISH_REASONS[delta.finish_reason],
+        stop_reason=delta.stop_reason,
+        pooled=names.pooled(delta.pooled),
+        usage=usage_of(delta.usage) if delta.HasField("usage") else None,
+        attestation=attestation_of(delta.attestation) if delta.HasField("attestation") else None,
+    )
+
+
+def logprobs_of(columns: inference_pb2.Logprobs) -> Logprobs:
+    """Columns of log-probabilities as rows."""
+    pairs = list(zip(columns.alternative_ids, columns.alternatives, strict=True))
+    width = columns.width
+    rows = [tuple(pairs[i * width : (i + 1) * width]) for i in range(len(columns.chosen))]
+    return Logprobs(tuple(columns.chosen), tuple(rows))
+
+
+def usage_of(usage: inference_pb2.Usage) -> Usage:
+    """Token counts."""
+    return Usage(usage.prompt_tokens, usage.generated_tokens, usage.cached_tokens)
+
+
+def attestation_of(attestation: inference_pb2.Attestation) -> Attestation:
+    """What ran."""
+    edits = (EditCount(e.origin, e.site, e.row, e.operation, e.tokens_touched) for e in attestation.edits)
+    return Attestation(
+        program_digest=attestation.program_digest,
+        policy_digest=attestation.policy_digest,
+        edits=tuple(edits),
+        tokens_seen=attestation.tokens_seen,
+        engine_epoch=attestation.engine_epoch,
+    )
+
+
+def completion_of(response: inference_pb2.CompleteResponse) -> Completion:
+    """Whole choices."""
+    names = Names()
+    names.learn(response.features)
+    return Completion(response.request_id, tuple(chunk_of(choice, names) for choice in response.choices))
+
+
+def inspection_of(response: inference_pb2.InspectResponse) -> Inspection:
+    """The tokens of a text with their features."""
+    names = Names()
+    names.learn(response.features)
+    at: dict[int, list[Activation]] = {}
+    for activation in names.activations(response.activations):
+        at.setdefault(activation.position, []).append(activation)
+    tokens = tuple(
+        Token(i, id_, text, tuple(sorted(at.get(i, ()), key=lambda activation: -activation.value)))
+        for i, (id_, text) in enumerate(zip(response.token_ids, response.token_texts, strict=True))
+    )
+    return Inspection(response.request_id, tokens, names.pooled(response.pooled), attestation_of(response.attestation))

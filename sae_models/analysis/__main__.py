@@ -1,0 +1,99 @@
+"""Makes the shipped programs from a labelled corpus, and measures what a program costs each book.
+
+python -m sae_models.analysis derive --corpus textbooks.jsonl.xz --bundle BUNDLE --model MODEL --out PROGRAMS
+python -m sae_models.analysis evaluate --corpus textbooks.jsonl.xz --bundle BUNDLE --model MODEL --program FILE
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sae_models import bundle
+from sae_models.analysis import derive, unlearning
+from sae_models.analysis import program as programs
+from sae_models.analysis.derive import Material
+from sae_models.analysis.shipped import SHIPPED
+from sae_models.bundle import BundleError
+from sae_models.training import corpus, harvest, metrics
+from sae_models.training.sites import parse_site
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sae_models.analysis", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--corpus", type=Path, required=True, help="JSON lines (.jsonl or .jsonl.xz) with `text`, `book`, `module`"
+    )
+    common.add_argument("--bundle", type=Path, required=True, help="folder of an SAE bundle")
+    common.add_argument("--model", type=Path, required=True, help="folder of the model that the bundle was made for")
+    common.add_argument(
+        "--length", type=int, default=256, help="tokens in a window, BOS included (default %(default)s)"
+    )
+    making = commands.add_parser("derive", parents=[common], help="make the shipped programs")
+    making.add_argument("--out", type=Path, required=True, help="folder of the programs' YAML files")
+    measuring = commands.add_parser(
+        "evaluate", parents=[common], help="loss by book on held-out sections, with and without a program"
+    )
+    measuring.add_argument("--program", type=Path, required=True, help="YAML file of the program")
+    measuring.add_argument(
+        "--windows", type=int, default=24, help="at most so many windows of each book (default %(default)s)"
+    )
+    return parser.parse_args(argv)
+
+
+def material(options: argparse.Namespace) -> Material:
+    """The bundle checked against its model, and the corpus in windows."""
+    loaded = bundle.load(options.bundle)
+    trunk = harvest.load_trunk(options.model, parse_site(loaded.manifest.site))
+    bundle.check_model(loaded, bundle.model_sha256(options.model), trunk.config.hidden_size)
+    documents = corpus.read(options.corpus)
+    windows = corpus.windows(documents, harvest.load_tokenizer(options.model), options.length)
+    return derive.material_of(loaded, trunk, documents, windows)
+
+
+def write_programs(options: argparse.Namespace) -> None:
+    """One YAML file a shipped program."""
+    using = material(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, make in SHIPPED.items():
+        programs.write(options.out / f"{name}.yaml", make(using, name))
+        print(options.out / f"{name}.yaml")
+
+
+def print_losses(options: argparse.Namespace) -> None:
+    """A table by book, most harmed first."""
+    program = programs.read(options.program)
+    using = material(options)
+    windows = derive.chosen(using, corpus.HELD_OUT_FOLDS, dict.fromkeys(using.books, options.windows))
+    model = harvest.load_model(options.model)
+    plain = metrics.losses(model, windows)
+    table = Table(title=f"{program.name}: nats a token on held-out sections")
+    for column in ("book", "tokens", "without", "with", "rise", "touched"):
+        table.add_column(column, justify="left" if column == "book" else "right")
+    for row in unlearning.table(model, using.trunk, using.bundle, program, windows, using.documents, plain):
+        rise = f"{row.edited - row.plain:+.3f}"
+        table.add_row(row.book, f"{row.tokens:,}", f"{row.plain:.3f}", f"{row.edited:.3f}", rise, f"{row.touched:.2%}")
+    Console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 with the reason on stderr."""
+    options = arguments(argv)
+    try:
+        write_programs(options) if options.command == "derive" else print_losses(options)
+    except (BundleError, ValueError, OSError, corpus.CorpusError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,60 @@
+"""Which latents stand for a topic: frequent on its texts, rare on all others, and rarer on its near neighbours.
+
+Frequencies are shares of tokens on which a latent is active, as in Farrell et al. (arXiv 2410.19278); the ratio to the
+neighbours is the filter of CRISP (arXiv 2508.13650), which keeps what merely shares the topic's vocabulary out.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_models.sae import SAE
+from sae_models.training.corpus import Document, Windows
+from sae_models.training.harvest import residuals
+from sae_models.training.sites import Site
+
+RARE = 1e-4
+
+
+def book_frequencies(
+    trunk: Any, site: Site, sae: SAE, windows: Windows, documents: Sequence[Document], books: Sequence[str]
+) -> Tensor:
+    """Frequency [books, F] of each latent on the windows of each book; 0 where a book has none."""
+    number = torch.tensor([books.index(document.book) for document in documents])[windows.document]
+    active, tokens = torch.zeros(len(books), sae.latents), torch.zeros(len(books))
+    start = 0
+    for x, counted in residuals(trunk, site, windows):
+        book = number[start : start + len(x)]
+        fired = (sae.encode(x) > 0) & counted[..., None]
+        active.index_add_(0, book, fired.sum(1).float())
+        tokens.index_add_(0, book, counted.sum(1).float())
+        start += len(x)
+    return active / tokens.clamp(min=1)[:, None]
+
+
+def select(
+    frequency: Tensor,
+    books: Sequence[str],
+    target: Collection[str],
+    neighbours: Collection[str],
+    count: int,
+    ceiling: float = 0.01,
+    ratio: float = 3.0,
+) -> list[int]:
+    """Up to `count` latents, most frequent on the target books first, of frequency [books, F].
+
+    Left out: latents at or above the ceiling on the mean of the other books, and those on any neighbour more than
+    1 / ratio as frequent as on the target.
+    """
+    forget = _mean(frequency, books, target)
+    retain = _mean(frequency, books, set(books) - set(target))
+    near = torch.stack([frequency[books.index(book)] for book in neighbours]).amax(0) if neighbours else retain
+    eligible = (retain < ceiling) & (forget >= ratio * (near + RARE))
+    ranked = torch.where(eligible, forget, -1.0).argsort(descending=True)
+    return [index for index in ranked[:count].tolist() if eligible[index]]
+
+
+def _mean(frequency: Tensor, books: Sequence[str], chosen: Collection[str]) -> Tensor:
+    return torch.stack([frequency[index] for index, book in enumerate(books) if book in chosen]).mean(0)

@@ -1,0 +1,71 @@
+"""What a program costs, book by book: loss in nats a token with and without it, and the share of tokens it touches."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_models.analysis import program as programs
+from sae_models.analysis.program import Program
+from sae_models.bundle import Bundle
+from sae_models.training.corpus import Document, Windows
+from sae_models.training.harvest import residuals
+from sae_models.training.metrics import behind_bos, losses
+from sae_models.training.sites import parse_site
+
+
+class BookLoss(NamedTuple):
+    """Of one book: counted tokens, nats a token without and with the program, share of tokens touched."""
+
+    book: str
+    tokens: int
+    plain: float
+    edited: float
+    touched: float
+
+
+def table(
+    model: Any,
+    trunk: Any,
+    bundle: Bundle,
+    program: Program,
+    windows: Windows,
+    documents: Sequence[Document],
+    plain: Tensor,
+) -> list[BookLoss]:
+    """One row a book, most harmed first; `plain` are metrics.losses of the windows without a program.
+
+    Only windows that the program touches are run again: in all others the model's output cannot differ.
+    """
+    touched = touched_tokens(trunk, bundle, program, windows)
+    hit = touched.any(1).nonzero().flatten()
+    edited = plain.clone()
+    if len(hit):
+        edit = behind_bos(lambda x: programs.apply(program, bundle, x).x)
+        edited[hit] = losses(model, windows.take(hit), parse_site(program.sites[0].site), edit)
+    rows = [_row(book, chosen, plain, edited, touched) for book, chosen in _by_book(windows, documents)]
+    return sorted(rows, key=lambda row: row.plain - row.edited)
+
+
+def touched_tokens(trunk: Any, bundle: Bundle, program: Program, windows: Windows) -> Tensor:
+    """Which counted tokens behind BOS the program touches [windows, length - 1]."""
+    site = parse_site(bundle.manifest.site)
+    passes = residuals(trunk, site, windows)
+    return torch.cat([programs.apply(program, bundle, x[:, 1:]).touched & counted[:, 1:] for x, counted in passes])
+
+
+def _by_book(windows: Windows, documents: Sequence[Document]) -> list[tuple[str, Tensor]]:
+    books = [documents[index].book for index in windows.document.tolist()]
+    return [(book, torch.tensor([other == book for other in books])) for book in sorted(set(books))]
+
+
+def _row(book: str, chosen: Tensor, plain: Tensor, edited: Tensor, touched: Tensor) -> BookLoss:
+    total, count = plain[chosen].double().sum(0).tolist()
+    return BookLoss(
+        book,
+        int(count),
+        total / count,
+        float(edited[chosen, 0].double().sum()) / count,
+        float(touched[chosen].sum()) / count,
+    )

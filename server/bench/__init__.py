@@ -1,0 +1,1 @@
+"""Benchmarks: each a paired comparison in one run, written as JSON."""

@@ -1,0 +1,275 @@
+"""`rudder bench engine`: plain vLLM against Rudder, alternating in one run, each in a process of its own."""
+
+import asyncio
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from server import config as configuration
+from server.bench.shapes import SHAPES, write_bundle, write_model
+from server.engine.layout import parse
+
+WATCHED = 64
+PROGRAM_EDITS = 4
+
+
+@dataclass(frozen=True)
+class Load:
+    """The load, and the bank it meets."""
+
+    shape: str = "llama-100m"
+    requests: int = 64
+    prompt_tokens: int = 32
+    new_tokens: int = 48
+    pairs: int = 5
+    rows: int = 256
+    latents: int = 16384
+    sites: int = 1
+    programs: int = 64
+    eager: bool = False
+    cases: tuple[str, ...] = ()
+
+    def all_cases(self) -> tuple[str, ...]:
+        """Names of the cases to run."""
+        size = f"{self.latents // 1024}k"
+        names = ("idle", "one_program", f"{self.programs}_programs", f"watch_{WATCHED}_features", f"full_encode_{size}")
+        return tuple(name for name in names if not self.cases or name in self.cases)
+
+
+def run(load: Load, output: Path | None) -> dict[str, Any]:
+    """Run every case and write the result. `pairs` are (plain, Rudder) tokens per second measured one after the other."""
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix="rudder-bench-") as folder:
+        model, bundle = prepare(Path(folder), load)
+        with Side("plain", model, bundle, load) as plain, Side("rudder", model, bundle, load) as rudder:
+            result = {"machine": machine(), "load": asdict(load), "cases": measure(load, plain, rudder, console)}
+    console.print(table(result["cases"]))
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def measure(load: Load, plain: "Side", rudder: "Side", console: Console) -> dict[str, Any]:
+    """Alternate the two sides, case by case; the first pair of each case warms up."""
+    cases: dict[str, Any] = {}
+    with Progress(console=console) as progress:
+        bar = progress.add_task("pairs", total=len(load.all_cases()) * (load.pairs + 1))
+        for case in load.all_cases():
+            pairs = []
+            for number in range(load.pairs + 1):
+                order = (plain, rudder) if number % 2 else (rudder, plain)
+                rates = {side.name: side.measure(case) for side in order}
+                pairs.append((rates["plain"], rates["rudder"]))
+                progress.advance(bar)
+            cases[case] = summary(pairs[1:])
+    return cases
+
+
+def summary(pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    """The case's entry of the result."""
+    plain, ours = zip(*pairs, strict=True)
+    return {
+        "plain_tok_s": round(statistics.median(plain), 1),
+        "tok_s": round(statistics.median(ours), 1),
+        "ratio": round(statistics.median(b / a for a, b in pairs), 4),
+        "pairs": [[round(a, 1), round(b, 1)] for a, b in pairs],
+    }
+
+
+def table(cases: dict[str, Any]) -> Table:
+    """The cases for people."""
+    shown = Table("case", "plain tok/s", "Rudder tok/s", "ratio", "ratios of the pairs")
+    for name, case in cases.items():
+        ratios = " ".join(f"{b / a:.3f}" for a, b in case["pairs"])
+        shown.add_row(name, f"{case['plain_tok_s']:.0f}", f"{case['tok_s']:.0f}", f"{case['ratio']:.3f}", ratios)
+    return shown
+
+
+def machine() -> dict[str, Any]:
+    """Where this was measured."""
+    import torch
+    import vllm
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"device": name, "cores": os.cpu_count(), "torch": torch.__version__, "vllm": vllm.__version__}
+
+
+def sites_of(load: Load) -> tuple[str, ...]:
+    """The bundle's site in the middle, and as many others as asked for."""
+    layers = SHAPES[load.shape].layers
+    middle = layers // 2
+    others = [layer for layer in range(layers) if layer != middle]
+    return tuple(f"layers.{layer}.resid_post" for layer in [middle, *others][: load.sites])
+
+
+def prepare(folder: Path, load: Load) -> tuple[Path, Path]:
+    """Write the model and the bundle."""
+    shape = SHAPES[load.shape]
+    model = write_model(folder / "model", shape)
+    write_bundle(folder / "bundle", sites_of(load)[0], shape.width, load.latents).catalogue.close()
+    return model, folder / "bundle"
+
+
+class Side:
+    """One engine in a process of its own, which runs the load when told."""
+
+    def __init__(self, name: str, model: Path, bundle: Path, load: Load) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=side_main, args=(name, str(model), str(bundle), load, theirs))
+
+    def __enter__(self) -> "Side":
+        self.process.start()
+        self.receive()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.pipe.send(None)
+        self.process.join(30)
+        self.process.terminate()
+
+    def measure(self, case: str) -> float:
+        """Tokens per second of one run."""
+        self.pipe.send(case)
+        return float(self.receive())
+
+    def receive(self) -> Any:
+        """The process's next answer; RuntimeError when it has died."""
+        while not self.pipe.poll(1):
+            if not self.process.is_alive():
+                raise RuntimeError(f"the {self.name} engine stopped with exit code {self.process.exitcode}")
+        return self.pipe.recv()
+
+
+def side_main(name: str, model: str, bundle: str, load: Load, pipe: Connection) -> None:
+    """The process of one side."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    asyncio.run(serve_side(name, model, bundle, load, pipe))
+
+
+async def serve_side(name: str, model: str, bundle: str, load: Load, pipe: Connection) -> None:
+    """Start the engine, then run the load for every case that comes through the pipe."""
+    config = configuration.Config(
+        engine=configuration.Engine(
+            model=model, bundles=(bundle,), sites=sites_of(load)[1:], sequence_sites=sites_of(load)[:1], rows=load.rows,
+            max_num_seqs=load.requests, slots=load.requests, max_model_len=1024, max_num_batched_tokens=2048,
+            kv_cache_memory_bytes=2 << 30, dtype="bfloat16", enforce_eager=load.eager, load_format="dummy",
+        ),
+        programs=configuration.Programs(folder=None),
+    )  # fmt: skip
+    generate, stop = await (start_plain if name == "plain" else start_rudder)(config, load)
+    pipe.send("ready")
+    loop = asyncio.get_running_loop()
+    while case := await loop.run_in_executor(None, pipe.recv):
+        begin = time.perf_counter()
+        await asyncio.gather(*(drain(generate(case, number)) for number in range(load.requests)))
+        pipe.send(load.requests * load.new_tokens / (time.perf_counter() - begin))
+    stop()
+
+
+Generate = Callable[[str, int], AsyncIterator[Any]]
+
+
+async def drain(outputs: AsyncIterator[Any]) -> None:
+    """Read a stream to its end."""
+    async for _ in outputs:
+        pass
+
+
+def sampling(load: Load) -> Any:
+    """Greedy, of exact length, ids only."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=0.0, max_tokens=load.new_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+    )
+
+
+def prompt(load: Load, number: int) -> list[int]:
+    """A prompt that shares no prefix with the others; BOS first."""
+    return [1, *((7 * number + 13 * i) % 8000 + 2 for i in range(load.prompt_tokens - 1))]
+
+
+async def start_plain(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
+    """Unmodified vLLM with the same arguments."""
+    from dataclasses import replace
+
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from server.engine.engine import engine_args
+    from server.engine.layout import Layout
+
+    args = engine_args(config, Layout(sites_of(load)))
+    llm = AsyncLLM.from_engine_args(replace(args, worker_cls="auto", additional_config={}))
+
+    def generate(case: str, number: int) -> AsyncIterator[Any]:
+        return llm.generate({"prompt_token_ids": prompt(load, number)}, sampling(load), f"{time.perf_counter_ns()}-{number}")
+
+    return generate, llm.shutdown
+
+
+async def start_rudder(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
+    """Rudder's engine, self-tested."""
+    from server.engine import selftest
+    from server.engine.engine import Engine
+    from server.steering.compile import compile_program
+
+    engine = await Engine.start(config)
+    await selftest.run(engine)
+    programs = [compile_program(program_of(load, number), engine.registry) for number in range(load.programs)]
+
+    def generate(case: str, number: int) -> AsyncIterator[Any]:
+        return engine.stream(call_of(case, number, load, programs))
+
+    return generate, engine.llm.shutdown
+
+
+def call_of(case: str, number: int, load: Load, programs: list[Any]) -> Any:
+    """Request `number` of a case."""
+    from rudder.v1 import program_pb2
+    from server.engine.engine import Call
+
+    site = sites_of(load)[0]
+    more: dict[str, Any] = {}
+    if case.endswith("program"):
+        more = {"compiled": programs[0]}
+    if case.endswith("programs"):
+        more = {"compiled": programs[number % len(programs)]}
+    if case.startswith("watch"):
+        feature = program_pb2.Feature
+        more = {"watch": tuple((site, program_pb2.Row(feature=feature(index=i))) for i in range(WATCHED))}
+    if case.startswith("full_encode"):
+        more = {"top_k": 8, "top_k_sites": (site,)}
+    return Call(tuple(prompt(load, number)), sampling(load), **more)
+
+
+def program_of(load: Load, number: int) -> Any:
+    """A program that edits a few latents at the bundle's site and pushes at every other one."""
+    from rudder.v1 import program_pb2
+
+    edits = [
+        program_pb2.Edit(row=program_pb2.Row(feature=program_pb2.Feature(index=(3 * number + i) % (load.rows // 2))), clamp=-1.0)
+        for i in range(PROGRAM_EDITS)
+    ]
+    width = SHAPES[load.shape].width
+    vector = program_pb2.Vector(name="push", values=[0.01] * width)
+    push = program_pb2.Edit(row=program_pb2.Row(vector=vector), add=1.0 + number)
+    first, *others = sorted(sites_of(load), key=lambda site: (site != sites_of(load)[0], parse(site)))
+    sites = [program_pb2.SiteEdits(site=first, edits=edits)]
+    return program_pb2.Program(sites=[*sites, *(program_pb2.SiteEdits(site=site, edits=[push]) for site in others)])

@@ -1,0 +1,113 @@
+"""One real server process for all end-to-end tests: the shipped model and bundle, in float32 so that texts compare."""
+
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from rudder_client import AsyncClient, Client, RudderError
+from server.cli import free_port, stop
+
+WRITE_TIMEOUT_S = 3
+WATCHED = (7, 12)
+FLAGS = {
+    "engine.enforce_eager": "true",
+    "engine.dtype": "float32",
+    "engine.kv_cache_memory_bytes": str(256 << 20),
+    "limits.write_timeout_s": str(WRITE_TIMEOUT_S),
+    "limits.queue": "100",
+    "watch": f"[{', '.join(f'{{index: {index}}}' for index in WATCHED)}]",
+}
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server process, where it is reached, and where its log goes."""
+
+    process: "subprocess.Popen[bytes]"
+    port: int
+    metrics_port: int
+    log: Path
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of the samples with these labels."""
+        text = urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics").read().decode()
+        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+        return sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
+
+    def held(self) -> tuple[float, ...]:
+        """Slots, choices, waiting requests, what vLLM runs, and rows beyond those pinned by `watch`."""
+        return (
+            self.metric("rudder_bank_slots", state="used"),
+            self.metric("rudder_inflight_choices"),
+            self.metric("rudder_queue_requests"),
+            self.metric("vllm:num_requests_running"),
+            self.metric("vllm:num_requests_waiting"),
+            self.metric("rudder_bank_rows", state="used") - len(WATCHED),
+        )
+
+    def wait_idle(self, seconds: float = 10) -> None:
+        """Until nothing is held any more; fails when that takes too long."""
+        deadline = time.monotonic() + seconds
+        while any(self.held()):
+            assert time.monotonic() < deadline, f"still held: {self.held()}"
+            time.sleep(0.1)
+
+
+@contextmanager
+def running(folder: Path, **flags: str) -> Iterator[Running]:
+    """A server with these flags beside FLAGS, SERVING; stopped afterwards, whatever happens."""
+    ports = {"listen.port": str(free_port()), "listen.metrics_port": str(free_port())}
+    given = [f"--{name}={value}" for name, value in {**FLAGS, **ports, **flags}.items()]
+    log = folder / "server.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen([sys.executable, "-m", "server", "serve", *given], stdout=out, stderr=out)
+    server = Running(process, int(ports["listen.port"]), int(ports["listen.metrics_port"]), log)
+    try:
+        wait_serving(server)
+        yield server
+    finally:
+        stop(process)
+
+
+def wait_serving(server: Running) -> None:
+    """Until health says SERVING, or fail with the end of the log."""
+    deadline = time.monotonic() + 300
+    with Client(server.address) as client:
+        while True:
+            try:
+                return client.wait_ready(timeout=1)
+            except RudderError:
+                assert server.process.poll() is None, server.log.read_text()[-4000:]
+                assert time.monotonic() < deadline, server.log.read_text()[-4000:]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running(tmp_path_factory.mktemp("server")) as started:
+        yield started
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[Client]:
+    with Client(server.address, timeout=60) as connected:
+        yield connected
+    server.wait_idle()
+
+
+@pytest.fixture
+async def aclient(server: Running) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(server.address, timeout=120) as connected:
+        yield connected
+    server.wait_idle()

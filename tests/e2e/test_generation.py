@@ -1,0 +1,243 @@
+"""What a user gets from a running server: text, steering, features, attestation."""
+
+import pytest
+
+from rudder.v1 import inference_pb2, inference_pb2_grpc
+from rudder_client import Chunk, Client, Feature, Probe, Program, Report, RudderError, Vector
+from rudder_client.requests import generate_request
+
+pytestmark = pytest.mark.e2e
+SITE = "layers.2.resid_post"
+PROMPT = "The cells of the body"
+
+
+def push(feature: int, to: float = 40.0) -> Program:
+    """Enough to change what is said."""
+    return Program().at(SITE).set(feature=feature, to=to)
+
+
+def joined(chunks: list[Chunk]) -> tuple[str, tuple[int, ...]]:
+    return "".join(c.text for c in chunks), tuple(t for c in chunks for t in c.token_ids)
+
+
+def test_a_stream_and_its_whole_are_the_same(client: Client) -> None:
+    chunks = list(client.generate(PROMPT, max_tokens=30, temperature=0))
+    whole = client.complete(PROMPT, max_tokens=30, temperature=0).choices[0]
+    assert joined(chunks) == (whole.text, whole.token_ids)
+    assert len(whole.token_ids) == 30
+    assert len(chunks) > 5
+    assert [c.finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert (chunks[-1].finish_reason, whole.finish_reason) == ("length", "length")
+    assert chunks[-1].usage == whole.usage
+    assert whole.usage is not None
+    assert whole.usage.generated_tokens == 30
+
+
+def test_steering_changes_what_is_said_and_is_attested(client: Client) -> None:
+    plain = client.complete(PROMPT, max_tokens=20, temperature=0)
+    steered = client.complete(PROMPT, steer=push(7), max_tokens=20, temperature=0).choices[0]
+    assert steered.text != plain.text
+    assert steered.attestation is not None
+    assert steered.usage is not None
+    (edit,) = steered.attestation.edits
+    assert (edit.origin, edit.site, edit.operation) == ("request", SITE, "set 40")
+    assert edit.row == "feature 7 of textbook-lm-layers.2"
+    # The last generated token is never read; BOS is left alone.
+    seen = steered.usage.prompt_tokens + 20 - 1
+    assert (steered.attestation.tokens_seen, edit.tokens_touched) == (seen, seen - 1)
+    assert client.complete(PROMPT, max_tokens=20, temperature=0).text == plain.text
+
+
+def test_what_did_not_run_is_told_as_zero(client: Client) -> None:
+    never = Program().at(SITE).clamp(feature=7, to=-40, when_above=1e6)
+    choice = client.complete(PROMPT, steer=never, max_tokens=5).choices[0]
+    assert choice.attestation is not None
+    assert [edit.tokens_touched for edit in choice.attestation.edits] == [0]
+
+
+def test_a_vector_of_zero_strength_changes_nothing(client: Client) -> None:
+    width = client.model().hidden_size
+    nothing = Program().at(SITE).add(vector=Vector([1.0] * width, "ones"), value=0.0)
+    plain = client.complete(PROMPT, max_tokens=15, temperature=0).text
+    assert client.complete(PROMPT, steer=nothing, max_tokens=15, temperature=0).text == plain
+
+
+def test_named_programs_run_by_name(client: Client) -> None:
+    programs = client.programs()
+    assert programs
+    for program in programs:
+        choice = client.complete(PROMPT, steer=program.name, max_tokens=3).choices[0]
+        assert choice.attestation is not None
+        assert choice.attestation.program_digest == program.digest
+
+
+def test_ids_and_digest_are_in_the_trailers(client: Client) -> None:
+    stub = inference_pb2_grpc.InferenceServiceStub(client.channel)
+    call = stub.Generate(generate_request(PROMPT, push(7), None, "", 0, {"max_tokens": 3}))
+    messages = list(call)
+    trailers = {key: value for key, value in call.trailing_metadata()}  # noqa: C416
+    assert trailers["rudder-request-id"] == messages[0].request_id
+    assert all(message.request_id == "" for message in messages[1:])
+    assert trailers["rudder-program-digest"] == messages[-1].choices[0].attestation.program_digest
+
+
+def test_choices_have_their_own_seeds(client: Client) -> None:
+    three = client.complete(PROMPT, n=3, seed=11, max_tokens=12).choices
+    assert [c.choice for c in three] == [0, 1, 2]
+    assert len({c.text for c in three}) == 3
+    for i, choice in enumerate(three):
+        assert client.complete(PROMPT, seed=11 + i, max_tokens=12).text == choice.text
+    chunks = list(client.generate(PROMPT, n=3, seed=11, max_tokens=12))
+    for i, choice in enumerate(three):
+        assert joined([c for c in chunks if c.choice == i])[0] == choice.text
+
+
+def test_stop_strings_and_tokens_end_a_choice(client: Client) -> None:
+    plain = client.complete(PROMPT, max_tokens=30, temperature=0).choices[0]
+    word = plain.text.split()[3]
+    stopped = client.complete(PROMPT, max_tokens=30, temperature=0, stop=[word]).choices[0]
+    assert stopped.text == plain.text[: plain.text.index(word)]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", word)
+    included = client.complete(PROMPT, max_tokens=30, temperature=0, stop=[word], include_stop=True).choices[0]
+    assert included.text == stopped.text + word
+    token = plain.token_ids[4]
+    by_token = client.complete(PROMPT, max_tokens=30, temperature=0, stop_token_ids=[token]).choices[0]
+    assert by_token.token_ids == plain.token_ids[: plain.token_ids.index(token) + 1]
+    assert by_token.stop_reason == str(token)
+
+
+def test_logprobs_are_those_of_the_greedy_choice(client: Client) -> None:
+    choice = client.complete(PROMPT, max_tokens=6, temperature=0, logprobs=3).choices[0]
+    assert choice.logprobs is not None
+    assert len(choice.logprobs.chosen) == 6
+    for token, chosen, row in zip(choice.token_ids, choice.logprobs.chosen, choice.logprobs.alternatives, strict=True):
+        assert len(row) == 3
+        assert row[0] == (token, chosen)
+        assert chosen <= 0
+        assert [value for _, value in row] == sorted((value for _, value in row), reverse=True)
+
+
+def test_logit_bias_and_min_tokens_reach_the_engine(client: Client) -> None:
+    forced = client.complete(PROMPT, max_tokens=4, temperature=0, logit_bias={100: 100.0}).choices[0]
+    assert forced.token_ids == (100,) * 4
+
+
+def test_text_ids_and_chat_are_the_same_prompt(client: Client) -> None:
+    ids = [token.id for token in client.inspect(PROMPT).tokens]
+    by_text = client.complete(PROMPT, max_tokens=10, temperature=0)
+    assert client.complete(ids, max_tokens=10, temperature=0).text == by_text.text
+    chat = client.inspect([{"role": "user", "content": PROMPT}])
+    assert [t.id for t in chat.tokens].count(ids[0]) == 1
+    assert chat.tokens[0].id == ids[0]
+
+
+def test_one_bos_even_where_the_text_spells_it(client: Client) -> None:
+    tokens = client.inspect(PROMPT).tokens
+    again = client.inspect(tokens[0].text + PROMPT).tokens
+    assert [t.id for t in again] == [t.id for t in tokens]
+
+
+def test_features_belong_to_their_tokens(client: Client) -> None:
+    """Named features, the strongest of the dictionary and Inspect agree, position by position."""
+    inspection = client.inspect(PROMPT, report=Report(top_k=3))
+    strongest = [token.activations[0] for token in inspection.tokens]
+    named = sorted({a.feature.index for a in strongest})
+    report = Report(features={SITE: named}, prompt=True)
+    chunks = list(client.generate(PROMPT, report=report, max_tokens=8, temperature=0))
+    told = {(a.position, a.feature.index): a.value for c in chunks for a in c.activations}
+    for activation in strongest:
+        assert told[activation.position, activation.feature.index] == pytest.approx(activation.value, rel=1e-3)
+    _, ids = joined(chunks)
+    whole = client.inspect([t.id for t in inspection.tokens] + list(ids), report=Report(features={SITE: named}))
+    again = {(a.position, a.feature.index): a.value for t in whole.tokens[:-1] for a in t.activations}
+    assert told.keys() == again.keys()
+    for key, value in told.items():
+        assert value == pytest.approx(again[key], rel=2e-3, abs=2e-3), key
+
+
+def test_labels_come_from_the_catalogue(client: Client) -> None:
+    for token in client.inspect(PROMPT).tokens:
+        for activation in token.activations:
+            feature = activation.feature
+            assert feature.label == client.feature(feature.index, feature.bundle).summary.label
+
+
+def test_only_generated_tokens_unless_the_prompt_is_asked_for(client: Client) -> None:
+    length = len(client.inspect(PROMPT).tokens)
+    chunks = list(client.generate(PROMPT, report=Report(top_k=2), max_tokens=6, temperature=0))
+    positions = {a.position for c in chunks for a in c.activations}
+    assert positions == set(range(length, length + 5))
+
+
+def test_pooled_is_the_sum_of_the_tokens(client: Client) -> None:
+    report = Report(features={SITE: [7]}, top_k=4, prompt=True, pooled=True)
+    choice = client.complete(PROMPT, report=report, max_tokens=10, temperature=0).choices[0]
+    after_bos = [a for a in choice.activations if a.position > 0]
+    for pooled in choice.pooled:
+        values = [a.value for a in after_bos if a.feature == pooled.feature]
+        assert pooled.sum == pytest.approx(sum(values), rel=1e-4)
+        assert pooled.active_tokens == len(values)
+        assert pooled.max == pytest.approx(max(values, default=0))
+    assert 7 in [p.feature.index for p in choice.pooled]
+    quiet = Report(features={SITE: [7]}, top_k=4, prompt=True, pooled=True, tokens=False)
+    silent = client.complete(PROMPT, report=quiet, max_tokens=10, temperature=0).choices[0]
+    assert silent.activations == ()
+    assert silent.pooled == choice.pooled
+
+
+def test_a_probe_reports_its_score(client: Client) -> None:
+    width = client.model().hidden_size
+    probe = Probe([0.0] * (width - 1) + [1e-9], bias=2.5, name="constant")
+    inspection = client.inspect(PROMPT, report=Report(features={SITE: [probe]}))
+    for token in inspection.tokens:
+        (activation,) = token.activations
+        assert activation.feature.label == "constant"
+        assert activation.value == pytest.approx(2.5, rel=1e-4)
+
+
+def test_inspect_under_a_program_sees_what_it_does(client: Client) -> None:
+    """A later site would see it; the site itself reads before its edits, and attests them."""
+    inspection = client.inspect(PROMPT, steer=push(7), report=Report(features={SITE: [Feature(7)]}))
+    assert inspection.attestation.edits[0].tokens_touched == len(inspection.tokens) - 1
+
+
+def test_stream_interval_gathers_tokens(client: Client) -> None:
+    chunks = list(client.generate(PROMPT, max_tokens=33, temperature=0, stream_interval=10))
+    assert sum(len(c.token_ids) for c in chunks) == 33
+    assert len(chunks) <= 5
+
+
+def test_the_catalogue(client: Client) -> None:
+    bundle = client.model().bundles[0]
+    features = list(client.features())
+    assert [f.index for f in features] == list(range(bundle.latents))
+    detail = client.feature(7)
+    assert detail.summary == features[7]
+    word = next(w for f in features for w in f.label.replace(",", " ").split() if w.isalpha() and len(w) > 5)
+    found = client.search(word, limit=5)
+    assert found
+    assert all(word[:5].lower() in f.label.lower() for f in found)
+    assert client.search('foo AND (" OR NEAR') == []
+    with pytest.raises(RudderError, match="FEATURE_UNKNOWN"):
+        client.feature(bundle.latents)
+
+
+def test_the_model_and_its_limits(client: Client) -> None:
+    model = client.model()
+    assert (model.hidden_size, model.layers, model.max_model_len) == (192, 6, 1024)
+    assert [site.site for site in model.sites] == [SITE]
+    assert len(model.bundles[0].sha256) == len(model.model_sha256) == 64
+    told = {field.name: value for field, value in model.limits.ListFields()}
+    assert told.keys() == set(model.limits.DESCRIPTOR.fields_by_name)
+    assert told["max_tokens"] == 1023
+
+
+def test_delta_messages_name_features_once(client: Client) -> None:
+    stub = inference_pb2_grpc.InferenceServiceStub(client.channel)
+    request = generate_request(PROMPT, None, Report(features={SITE: [7]}, top_k=5), "", 0, {"max_tokens": 12})
+    messages: list[inference_pb2.GenerateResponse] = list(stub.Generate(request))
+    named = [(f.site, f.index) for message in messages for f in message.features]
+    assert len(named) == len(set(named))
+    assert named[0] == (SITE, 7)
+    used = {place for m in messages for choice in m.choices for place in choice.activations.features}
+    assert max(used) < len(named)

@@ -1,0 +1,206 @@
+"""What is absurd gets an error that names the field, and the server keeps serving."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+from rudder.v1 import inference_pb2, inference_pb2_grpc, program_pb2
+from rudder_client import Client, Feature, Program, Report, RudderError
+from rudder_client.errors import error_of
+from rudder_client.requests import generate_request
+from tests.e2e.conftest import Running
+
+pytestmark = pytest.mark.e2e
+SITE = "layers.2.resid_post"
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def keeps_serving(client: Client) -> Iterator[None]:
+    yield
+    assert len(client.complete("x", max_tokens=2, ignore_eos=True).choices[0].token_ids) == 2
+
+
+def at() -> Program:
+    return Program().at(SITE)
+
+
+REFUSED: list[tuple[str, dict[str, Any], str, str, str]] = [
+    ("", {}, "INVALID_ARGUMENT", "FIELD_INVALID", "prompt.text"),
+    ("x", {"max_tokens": 2_000_000_000}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.max_tokens"),
+    ("x", {"max_tokens": 0}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.max_tokens"),
+    ("x", {"max_tokens": 1023}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.max_tokens"),
+    ("x", {"temperature": NAN}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.temperature"),
+    ("x", {"n": 10_000}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.n"),
+    ("x", {"stop": ["y"] * 1000}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.stop"),
+    ("x", {"logit_bias": {2**31: 1.0}}, "INVALID_ARGUMENT", "FIELD_INVALID", f"sampling.logit_bias[{2**31}]"),
+    ("x", {"logprobs": 10**9}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.logprobs"),
+    ("x", {"cache_salt": "s" * 129}, "INVALID_ARGUMENT", "FIELD_INVALID", "cache_salt"),
+    ("x", {"stream_interval": 2**31}, "INVALID_ARGUMENT", "FIELD_INVALID", "stream_interval"),
+    ("word " * 3000, {}, "INVALID_ARGUMENT", "FIELD_INVALID", "prompt.text"),
+    ("x" * 1_000_001, {}, "INVALID_ARGUMENT", "FIELD_INVALID", "prompt.text"),
+    ("x", {"steer": "no such program"}, "NOT_FOUND", "PROGRAM_UNKNOWN", "steering.name"),
+    ("x", {"steer": Program()}, "INVALID_ARGUMENT", "FIELD_INVALID", "steering.program.sites"),
+    (
+        "x",
+        {"steer": at().ablate(10**6)},
+        "NOT_FOUND",
+        "FEATURE_UNKNOWN",
+        "steering.program.sites[0].edits[0].row.feature.index",
+    ),
+    (
+        "x",
+        {"steer": at().ablate(Feature(1, "other"))},
+        "NOT_FOUND",
+        "FEATURE_UNKNOWN",
+        "steering.program.sites[0].edits[0].row.feature.bundle",
+    ),
+    (
+        "x",
+        {"steer": Program().at("layers.99.resid_post").ablate(1)},
+        "NOT_FOUND",
+        "SITE_UNKNOWN",
+        "steering.program.sites[0].site",
+    ),
+    (
+        "x",
+        {"steer": at().set(feature=1, to=NAN)},
+        "INVALID_ARGUMENT",
+        "FIELD_INVALID",
+        "steering.program.sites[0].edits[0].set",
+    ),
+    (
+        "x",
+        {"steer": at().add(vector=[1.0, 2.0])},
+        "INVALID_ARGUMENT",
+        "FIELD_INVALID",
+        "steering.program.sites[0].edits[0].row.vector.values",
+    ),
+    ("x", {"report": Report(top_k=65)}, "INVALID_ARGUMENT", "FIELD_INVALID", "report.top_k"),
+    ("x", {"report": Report(top_k=1, sites=["nowhere"])}, "NOT_FOUND", "SITE_UNKNOWN", "report.sites[0]"),
+    (
+        "x",
+        {"report": Report(features={SITE: [0, 10**6]})},
+        "NOT_FOUND",
+        "FEATURE_UNKNOWN",
+        "report.features[1].row.feature.index",
+    ),
+    ("x", {"report": Report(features={"nowhere": [0]})}, "NOT_FOUND", "SITE_UNKNOWN", "report.features[0].site"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "given", "code", "reason", "field"), REFUSED, ids=lambda value: str(value)[:40])
+def test_refused_by_name(
+    client: Client, prompt: str, given: dict[str, Any], code: str, reason: str, field: str
+) -> None:
+    methods: list[Callable[..., Any]] = [lambda *a, **k: list(client.generate(*a, **k))]
+    if "stream_interval" not in given:
+        methods.append(client.complete)
+    for method in methods:
+        with pytest.raises(RudderError) as caught:
+            method(prompt, **given)
+        error = caught.value
+        assert (error.code, error.reason, error.violations[0].field) == (code, reason, field)
+        assert error.metadata["request_id"]
+
+
+def edits(number: int) -> program_pb2.Program:
+    row = program_pb2.Row(feature=program_pb2.Feature(index=1))
+    return program_pb2.Program(
+        sites=[program_pb2.SiteEdits(site=SITE, edits=[program_pb2.Edit(row=row, ablate=True)] * number)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "reason"),
+    [
+        (257, "INVALID_ARGUMENT", "FIELD_INVALID"),
+        (300_000, "INVALID_ARGUMENT", "FIELD_INVALID"),
+        (10**6, "RESOURCE_EXHAUSTED", ""),
+    ],
+)
+def test_too_many_edits(client: Client, number: int, code: str, reason: str) -> None:
+    with pytest.raises(RudderError) as caught:
+        client.complete("x", steer=edits(number))
+    assert (caught.value.code, caught.value.reason) == (code, reason)
+
+
+def test_a_message_that_is_too_big(client: Client) -> None:
+    with pytest.raises(RudderError) as caught:
+        client.complete("x" * (5 << 20))
+    assert caught.value.code == "RESOURCE_EXHAUSTED"
+
+
+def test_bytes_that_are_no_message(client: Client) -> None:
+    call = client.channel.unary_unary("/rudder.v1.InferenceService/Complete", lambda b: b, lambda b: b)
+    with pytest.raises(grpc.RpcError) as caught:
+        call(b"\xff\xff\xff not a message", timeout=10)
+    assert caught.value.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT)
+
+
+def test_an_empty_request_and_empty_parts(client: Client) -> None:
+    stub = inference_pb2_grpc.InferenceServiceStub(client.channel)
+    for request, field in (
+        (inference_pb2.CompleteRequest(), "prompt"),
+        (inference_pb2.CompleteRequest(prompt=inference_pb2.Prompt(chat=inference_pb2.Chat())), "prompt.chat.messages"),
+        (
+            inference_pb2.CompleteRequest(prompt=inference_pb2.Prompt(token_ids=inference_pb2.TokenIds())),
+            "prompt.token_ids.ids",
+        ),
+        (
+            inference_pb2.CompleteRequest(prompt=inference_pb2.Prompt(text="x"), steering=inference_pb2.Steering()),
+            "steering",
+        ),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Complete(request, timeout=10)
+        assert error_of(caught.value).violations[0].field == field
+
+
+def test_token_ids_beyond_the_logits(client: Client) -> None:
+    with pytest.raises(RudderError) as caught:
+        client.complete([1, 8192])
+    assert caught.value.violations[0].field == "prompt.token_ids.ids[1]"
+
+
+def test_everything_wrong_at_once_fits_the_trailer(client: Client) -> None:
+    with pytest.raises(RudderError) as caught:
+        client.complete([10**6] * 1000)
+    assert len(caught.value.violations) == 16
+    assert caught.value.metadata["violations"] == "1000"
+
+
+def test_refusals_are_counted_by_reason(client: Client, server: Running) -> None:
+    labels = {"method": "InferenceService.Complete", "outcome": "PROGRAM_UNKNOWN"}
+    before = server.metric("rudder_requests_total", **labels)
+    with pytest.raises(RudderError):
+        client.complete("x", steer="no such program")
+    assert server.metric("rudder_requests_total", **labels) == before + 1
+
+
+def test_a_salt_keeps_caches_apart(client: Client) -> None:
+    prompt = (
+        "The cells of the body are made of many kinds of proteins and of water and of many other small molecules. " * 4
+    )
+
+    def cached(**given: Any) -> int:
+        usage = client.complete(prompt, max_tokens=1, **given).choices[0].usage
+        assert usage is not None
+        return usage.cached_tokens
+
+    cached(cache_salt="one")
+    assert cached(cache_salt="one") > 0
+    assert cached(cache_salt="two") == 0
+    program = at().set(feature=7, to=1.0, phase="generated")
+    assert cached(cache_salt="one", steer=program) == 0
+    assert cached(cache_salt="one", steer=program) > 0
+
+
+def test_generate_refuses_before_it_says_anything(client: Client) -> None:
+    stub = inference_pb2_grpc.InferenceServiceStub(client.channel)
+    call = stub.Generate(generate_request("x", "no such program", None, "", 0, {}))
+    with pytest.raises(grpc.RpcError):
+        next(call)
+    assert error_of(call).reason == "PROGRAM_UNKNOWN"

@@ -1,0 +1,185 @@
+"""The client's builders and readers, against the contract's messages."""
+
+import subprocess
+import sys
+
+import pytest
+from google.protobuf import json_format
+
+from rudder.v1 import inference_pb2, program_pb2
+from rudder_client import Feature, Probe, Program, Report, Vector
+from rudder_client.requests import generate_request, prompt_message, report_message, steering_message
+from rudder_client.results import Names, chunk_of, completion_of, inspection_of
+
+SITE = "layers.2.resid_post"
+
+
+def test_a_program_reads_as_it_is_sent() -> None:
+    program = (
+        Program("calm", "less of it")
+        .at(SITE, restore_norm=True, max_displacement=0.5)
+        .clamp(feature=12, to=-2, unit="residual")
+        .add(vector=Vector([1.0, 2.0], "truth"), value=4, phase="generated")
+        .scale(Feature(3, "other"), by=0.5, when_above=1.5)
+        .at("layers.4.mlp_out")
+        .blend(0.25)
+    )
+    assert json_format.MessageToDict(program.message, preserving_proto_field_name=True) == {
+        "name": "calm",
+        "description": "less of it",
+        "sites": [
+            {
+                "site": SITE,
+                "restore_norm": True,
+                "max_displacement": 0.5,
+                "edits": [
+                    {
+                        "row": {"feature": {"index": 12}},
+                        "clamp": -2.0,
+                        "unit": "UNIT_RESIDUAL_NORM",
+                        "phase": "PHASE_BOTH",
+                    },
+                    {
+                        "row": {"vector": {"name": "truth", "values": [1.0, 2.0]}},
+                        "add": 4.0,
+                        "unit": "UNIT_ABSOLUTE",
+                        "phase": "PHASE_GENERATED",
+                    },
+                    {
+                        "row": {"feature": {"bundle": "other", "index": 3}},
+                        "scale": 0.5,
+                        "unit": "UNIT_ABSOLUTE",
+                        "when_above": 1.5,
+                        "phase": "PHASE_BOTH",
+                    },
+                ],
+            },
+            {"site": "layers.4.mlp_out", "blend": {"weight": 0.25, "phase": "PHASE_BOTH"}},
+        ],
+    }
+
+
+@pytest.mark.parametrize("operation", ["set", "clamp", "cap", "floor", "add", "scale", "ablate"])
+def test_every_operation_of_the_contract_has_a_method(operation: str) -> None:
+    argument = () if operation == "ablate" else (1.5,)
+    program = getattr(Program().at(SITE), operation)(7, *argument)
+    (edit,) = program.message.sites[0].edits
+    assert edit.WhichOneof("operation") == operation
+    assert edit.row.feature.index == 7
+    oneof = program_pb2.Edit.DESCRIPTOR.oneofs_by_name["operation"]
+    assert operation in [field.name for field in oneof.fields]
+    assert len(oneof.fields) == 7
+
+
+def test_gates() -> None:
+    gated = Program().at(SITE).gate(7, above=0.5).gate(Probe([1.0], 0.25, "p"), above=1).ablate(3)
+    assert [trigger.above for trigger in gated.message.gate.any_of] == [0.5, 1.0]
+    assert gated.message.gate.any_of[1].row.probe.name == "p"
+    sequence = Program().at(SITE).gate_sequence(7, 0.5, share_above=2.0, latch=True, min_tokens=3).message.gate.sequence
+    assert (sequence.share.above, sequence.level, sequence.latch, sequence.min_tokens) == (2.0, 0.5, True, 3)
+    for name, keyword in (("moving_average", 0.1), ("window", 5), ("cusum", 0.2)):
+        argument = {"cusum": "cusum_drift"}.get(name, name)
+        made = Program().at(SITE).gate_sequence(7, 0.5, **{argument: keyword})  # type: ignore[arg-type]
+        assert made.message.gate.sequence.WhichOneof("statistic") == name
+    with pytest.raises(ValueError, match="one gate"):
+        gated.at("layers.3.mlp_out").gate(1)
+
+
+def test_programs_do_not_share_what_they_become() -> None:
+    base = Program().at(SITE).ablate(1)
+    left, right = base.ablate(2), base.ablate(3)
+    assert [len(p.message.sites[0].edits) for p in (base, left, right)] == [1, 2, 2]
+
+
+def test_what_is_missing_is_said() -> None:
+    with pytest.raises(ValueError, match="at"):
+        Program().ablate(1)
+    with pytest.raises(ValueError, match="feature or a vector"):
+        Program().at(SITE).add(value=1.0)
+    with pytest.raises(ValueError, match="feature or a vector"):
+        Program().at(SITE).add(feature=1, vector=[1.0])
+
+
+def test_prompts() -> None:
+    assert prompt_message("x").text == "x"
+    assert list(prompt_message([1, 2]).token_ids.ids) == [1, 2]
+    chat = prompt_message([{"role": "user", "content": "hi"}]).chat
+    assert [(m.role, m.content) for m in chat.messages] == [("user", "hi")]
+
+
+def test_steering() -> None:
+    assert steering_message(None) is None
+    named, inline = steering_message("calm"), steering_message(Program().at(SITE).ablate(1))
+    assert named is not None
+    assert named.name == "calm"
+    assert inline is not None
+    assert inline.program.sites[0].site == SITE
+
+
+def test_reports() -> None:
+    report = report_message(Report(features={SITE: [4, Probe([1.0], name="p")]}, top_k=2, tokens=False, pooled=True))
+    assert report is not None
+    assert [f.row.WhichOneof("row") for f in report.features] == ["feature", "probe"]
+    assert (report.top_k, report.no_tokens, report.pooled, report.prompt) == (2, True, True, False)
+
+
+def test_sampling_is_passed_by_name() -> None:
+    sampling = {"max_tokens": 5, "stop": ["a"], "logit_bias": {3: 1.0}, "n": 2}
+    request = generate_request("x", None, None, "s", 4, sampling)  # type: ignore[arg-type]
+    assert (request.sampling.max_tokens, list(request.sampling.stop), request.sampling.n) == (5, ["a"], 2)
+    assert (request.cache_salt, request.stream_interval, dict(request.sampling.logit_bias)) == ("s", 4, {3: 1.0})
+    with pytest.raises(ValueError, match="max_tokenz"):
+        generate_request("x", None, None, "", 0, {"max_tokenz": 5})  # type: ignore[typeddict-unknown-key]
+
+
+def test_chunks_join_columns_with_names() -> None:
+    names = Names()
+    names.learn([inference_pb2.FeatureInfo(site=SITE, bundle="b", index=9, label="nine")])
+    names.learn([inference_pb2.FeatureInfo(site=SITE, bundle="b", index=4, label="four")])
+    chunk = chunk_of(
+        inference_pb2.ChoiceDelta(
+            index=1,
+            text="t",
+            token_ids=[5],
+            activations=inference_pb2.FeatureColumns(positions=[3, 3], features=[1, 0], activations=[0.5, 2.0]),
+            logprobs=inference_pb2.Logprobs(chosen=[-1.0], width=2, alternative_ids=[5, 6], alternatives=[-1.0, -2.0]),
+            finish_reason=inference_pb2.FINISH_REASON_STOP,
+            pooled=[inference_pb2.PooledFeature(feature=1, sum=1.0), inference_pb2.PooledFeature(feature=0, sum=2.0)],
+        ),
+        names,
+    )
+    assert [(a.position, a.feature.label, a.value) for a in chunk.activations] == [(3, "four", 0.5), (3, "nine", 2.0)]
+    assert chunk.logprobs is not None
+    assert chunk.logprobs.alternatives == (((5, -1.0), (6, -2.0)),)
+    assert chunk.finish_reason == "stop"
+    assert [p.feature.index for p in chunk.pooled] == [9, 4]
+    assert chunk.usage is None
+
+
+def test_completions_and_inspections() -> None:
+    info = inference_pb2.FeatureInfo(site=SITE, index=9, label="nine")
+    choice = inference_pb2.Choice(text="whole", finish_reason=inference_pb2.FINISH_REASON_LENGTH)
+    done = completion_of(inference_pb2.CompleteResponse(request_id="r", features=[info], choices=[choice]))
+    assert (done.request_id, done.text, done.choices[0].finish_reason) == ("r", "whole", "length")
+    inspection = inspection_of(
+        inference_pb2.InspectResponse(
+            features=[info, info],
+            token_ids=[1, 7],
+            token_texts=["<bos>", "a"],
+            activations=inference_pb2.FeatureColumns(positions=[1, 1], features=[0, 1], activations=[1.0, 3.0]),
+        )
+    )
+    assert [a.value for a in inspection.tokens[1].activations] == [3.0, 1.0]
+    assert inspection.tokens[0].activations == ()
+
+
+def test_the_client_needs_grpc_and_protobuf_alone() -> None:
+    script = (
+        "import sys, rudder_client;"
+        "roots = {name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names;"
+        "print(*sorted(root for root in roots if not root.startswith('_')))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    # gRPC itself looks for its sister packages.
+    others = {root for root in loaded if not root.startswith("grpc")}
+    assert others <= {"google", "rudder", "rudder_client", "typing_extensions", "cython_runtime", "sitecustomize"}
