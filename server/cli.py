@@ -27,7 +27,7 @@ from server.config import ConfigError
 BENCHES = ("engine", "grpc")
 TOUR = Path(server.__file__).parent.parent / "clients/python/examples/tour.py"
 STARTED_S, STOPPED_S = 600.0, 60.0
-LOG_TAIL_LINES = 40
+LOG_TAIL_LINES = 120
 SAMPLING = {
     "max_tokens": (int, "tokens to generate at most"),
     "temperature": (float, "0: the likeliest token each time"),
@@ -37,16 +37,18 @@ SAMPLING = {
     "n": (int, "answers to generate"),
 }
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# Tables in a pipe are not cut to the width of a terminal that is not there.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
     commands = parser()
-    args, args.rest = commands.parse_known_args(argv)
-    if args.rest and not args.takes_rest:
-        commands.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    args, rest = commands.parse_known_args(argv)
+    if rest and not args.takes_rest:
+        commands.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
     try:
         status: int = args.run(args) or 0
     except (ConfigError, RudderError, OSError, ValueError) as error:
@@ -123,11 +125,14 @@ def add_bench(commands: Any, name: str) -> None:
 
 def run_serve(args: argparse.Namespace) -> int:
     """`rudder serve`."""
+    config = configured(args)
+    require_free(config.listen.host, config.listen.port, "listen.port")
+    require_free(config.listen.host, config.listen.metrics_port, "listen.metrics_port")
+
     import asyncio
 
     from server.api.service import serve
 
-    config = configured(args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     return asyncio.run(serve(config))
 
@@ -277,7 +282,7 @@ def run_demo(_: argparse.Namespace) -> int:
     return status
 
 
-def wait_serving(process: "subprocess.Popen[str]", address: str) -> None:
+def wait_serving(process: "subprocess.Popen[bytes]", address: str) -> None:
     """Wait until the server serves, or raise why it does not."""
     began = time.monotonic()
     with Client(address) as client, err.status("starting the server") as status:
@@ -292,7 +297,7 @@ def wait_serving(process: "subprocess.Popen[str]", address: str) -> None:
                 status.update(f"starting the server: {seconds:.0f} s")
 
 
-def stop(process: "subprocess.Popen[str]") -> None:
+def stop(process: "subprocess.Popen[bytes]") -> None:
     """End a server and all it started."""
     process.terminate()
     try:
@@ -307,6 +312,17 @@ def tell_tail(log: IO[str]) -> None:
     log.seek(0)
     err.rule("the end of the server's log")
     err.print("".join(log.readlines()[-LOG_TAIL_LINES:]), markup=False)
+
+
+def require_free(host: str, port: int, field: str) -> None:
+    """ConfigError when another process has the port: better told now than after the engine's start."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(field, f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
 def free_port() -> int:

@@ -51,7 +51,7 @@ def counted_residuals(trunk: Any, site: Site, windows: Windows) -> Tensor:
 
 
 def batches(chunks: Iterable[Tensor], size: int, pool: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches [size, d] drawn from a pool of about `pool` tokens that chunks [n, d] refill; the last rest is dropped."""
+    """Batches [size, d] drawn from a pool of about `pool` tokens that chunks [n, d] refill; a rest is dropped."""
     held: list[Tensor] = []
     count = 0
     for chunk in chunks:

@@ -59,7 +59,7 @@ def rate(progress: float, config: Config) -> float:
 
 
 def step(sae: BatchTopK, x: Tensor, silent: Tensor, config: Config) -> float:
-    """Gradients of one batch [n, d], and its FVU; `silent` [F], the tokens since a latent fired, is brought up to date."""
+    """Gradients of one batch [n, d], and its FVU; `silent` [F], tokens since a latent fired, is brought up to date."""
     sae.zero_grad(set_to_none=True)
     output = sae(x)
     error = x - output.reconstruction

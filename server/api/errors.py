@@ -8,7 +8,7 @@ from math import ceil
 from typing import NoReturn
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -87,6 +87,8 @@ def refusal_of(error: BaseException) -> Refusal:
             return error
         case BaseExceptionGroup():
             return refusal_of(error.exceptions[0])
+        case DecodeError():
+            return Refusal("FIELD_INVALID", "the bytes are not a request of this method")
         case ProgramError():
             return invalid(error.field, error.message, error.reason)
         case QueueFull():

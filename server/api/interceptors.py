@@ -35,15 +35,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
         behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
         name = method.rpartition(".")[2].replace("/", ".")
-        return make(
-            surrounded(behaviour, name, self.serving), handler.request_deserializer, handler.response_serializer
-        )
+        call = surrounded(behaviour, name, handler.request_deserializer, self.serving)
+        # The request stays bytes until `call`: what gRPC itself says of bytes that it cannot read has no reason.
+        return make(call, None, handler.response_serializer)
 
 
-def surrounded(behaviour: Behaviour, method: str, serving: Serving) -> Behaviour:
+def surrounded(behaviour: Behaviour, method: str, deserialize: Callable[[bytes], Any], serving: Serving) -> Behaviour:
     """`behaviour` with a fresh request id, its exceptions as statuses, and its outcome counted."""
 
-    async def call(request: Any, context: Context) -> Any:
+    async def call(request: bytes, context: Context) -> Any:
         request_id = secrets.token_hex(12)
         REQUEST_ID.set(request_id)
         context.set_trailing_metadata((("rudder-request-id", request_id),))
@@ -54,7 +54,7 @@ def surrounded(behaviour: Behaviour, method: str, serving: Serving) -> Behaviour
 
         try:
             check_open(serving)
-            response = await behaviour(request, context)
+            response = await behaviour(deserialize(request), context)
         except asyncio.CancelledError:
             ended(how_cancelled(context))
             raise

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import Any
 
 from google.protobuf.message import Message
@@ -134,7 +133,7 @@ def out_of_bounds(request: Message, bounds: Bounds) -> Iterator[Violation]:
             continue
         most = getattr(bounds.limits, row.most) if isinstance(row.most, str) else row.most
         number = value if isinstance(value, int | float) else len(value)
-        if not (isfinite(number) and row.least <= number <= most):
+        if not row.least <= number <= most:
             has = f"{number:g}" if number is value else f"has {number} {unit_of(value)},"
             yield Violation(row.field, f"{has} must be from {row.least:g} to {most}")
 

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import signal
-import socket
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -19,7 +18,7 @@ from server.api.limits import bounds_of
 from server.api.model import ModelServicer
 from server.api.pace import Pace
 from server.api.serving import Serving, labels_of
-from server.config import Config, ConfigError
+from server.config import Config
 from server.engine import selftest
 from server.engine.engine import Engine
 
@@ -58,8 +57,6 @@ def options(limits: configuration.Limits) -> tuple[tuple[str, int], ...]:
 
 async def serve(config: Config) -> int:
     """Start, serve until SIGTERM or SIGINT or the engine's end, and leave; the exit status."""
-    require_free(config.listen.host, config.listen.port, "listen.port")
-    require_free(config.listen.host, config.listen.metrics_port, "listen.metrics_port")
     stop = stop_signals()
     logger.info("starting the engine with %s", config.engine.model)
     engine = await Engine.start(config)
@@ -147,14 +144,3 @@ def stop_signals() -> "asyncio.Queue[signal.Signals]":
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.put_nowait, number)
     return told
-
-
-def require_free(host: str, port: int, field: str) -> None:
-    """ConfigError when another process has the port: better now than after the engine's start."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(field, f"cannot listen on {host}:{port}: {error.strerror}") from error

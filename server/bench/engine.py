@@ -219,7 +219,8 @@ async def start_plain(config: configuration.Config, load: Load) -> tuple[Generat
     llm = AsyncLLM.from_engine_args(replace(args, worker_cls="auto", additional_config={}))
 
     def generate(case: str, number: int) -> AsyncIterator[Any]:
-        return llm.generate({"prompt_token_ids": prompt(load, number)}, sampling(load), f"{time.perf_counter_ns()}-{number}")
+        outputs: AsyncIterator[Any] = llm.generate({"prompt_token_ids": prompt(load, number)}, sampling(load), f"{time.perf_counter_ns()}-{number}")
+        return outputs
 
     return generate, llm.shutdown
 

@@ -160,7 +160,7 @@ class Driver:
 
     def write_tokens(self, step: Step) -> Ints:
         """Write the TOKEN columns of a step and make padding harmless; the capture column."""
-        columns = token_columns(step)
+        columns: Ints = token_columns(step)
         extent = max(step.tokens, self.extent)
         padded = np.zeros((len(columns), extent), np.int32)
         padded[:, : step.tokens] = columns
@@ -168,7 +168,8 @@ class Driver:
         self.token[:, :extent].copy_(to_device(padded, self.token.device))
         self.sequences.is_open.fill_(True)
         self.extent = step.tokens
-        return columns[4]
+        capture: Ints = columns[4]
+        return capture
 
     def carry_sequences(self, step: Step) -> None:
         """Move the sequence state of the tokens before this step into the slots.

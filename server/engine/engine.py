@@ -7,13 +7,14 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import zmq
 import zmq.asyncio
@@ -30,14 +31,14 @@ from sae_models import bundle as bundles
 from sae_models.bundle import Bundle
 from server import config as configuration
 from server.engine.admission import Admission
-from server.engine.hub import Hub, Inbox
+from server.engine.hub import Features, Hub, Inbox
 from server.engine.layout import Layout
 from server.engine.telemetry import Array, Capture, TelemetryLost
 from server.monitoring import metrics
 from server.steering import wire
 from server.steering.compile import Compiled, compile_program
 from server.steering.programs import load_programs
-from server.steering.rows import Dictionary, Registry
+from server.steering.rows import Dictionary, Registry, check_capacity
 from server.steering.watch import compile_watch, with_watch
 
 TELEMETRY_TIMEOUT_S = 30.0
@@ -112,6 +113,7 @@ class Engine:
     admission: Admission
     hub: Hub
     epoch: str
+    pinned: tuple[wire.Site, ...] = ()
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     handles: Any = field(default_factory=lambda: count(1))
     tasks: set["asyncio.Task[None]"] = field(default_factory=set)
@@ -166,6 +168,7 @@ class Engine:
         watched = [(site_of(w, self.bundles), row_of(w, self.bundles)) for w in config.watch]
         if watched:
             sites, columns = with_watch((), compile_watch(watched, self.registry, "watch"))
+            self.pinned = sites
             request = self.padded(wire.Request(0, 0, False, (sites,)))
             self.admission.ledger.acquire(0, request)
             await self.llm.collective_rpc("rudder_pin", args=(wire.encode(request),))
@@ -187,7 +190,7 @@ class Engine:
         """The request with as many stages as the bank has."""
         missing = self.registry.layout.stages - len(request.stages)
         stages = (*request.stages, *((),) * missing)
-        return wire.Request(*(stages if name == "stages" else getattr(request, name) for name in request.__struct_fields__))
+        return msgspec.structs.replace(request, stages=stages)
 
     def compile(self, call: Call) -> tuple[wire.Request, tuple[int, ...]]:
         """What the worker is told, and the column of each of `call.watch`."""
@@ -206,12 +209,20 @@ class Engine:
             top_k_sites=tuple(registry.layout.sites.index(site) for site in call.top_k_sites),
             capture=call.capture,
         )
+        # What can never fit must be refused, or it would wait at the head of the queue for ever.
+        check_capacity([*request.stages, self.pinned], registry, "report.features")
         return request, columns
 
     def salt(self, call: Call) -> str:
-        """Prefix-cache salt: keys and values are shared only by one tenant's requests with one effective program."""
-        parts = (call.tenant, digest(call.compiled), digest(self.policy), call.cache_salt)
-        return hmac.new(self.secret, "\0".join(parts).encode(), hashlib.sha256).hexdigest()
+        """Prefix-cache salt: keys and values are shared only by one tenant's requests with one effective program.
+
+        What a program that tells phases apart generated comes back as prompt in the next turn, where it would have been
+        edited otherwise: so the prompt's length is part of its effect.
+        """
+        by_phase = any(c is not None and c.by_phase for c in (call.compiled, self.policy))
+        cut = len(call.prompt_ids) if by_phase else 0
+        parts = (call.tenant, digest(call.compiled), digest(self.policy), cut, call.cache_salt)
+        return hmac.new(self.secret, msgspec.json.encode(parts), hashlib.sha256).hexdigest()
 
     def parameters(self, call: Call, request: wire.Request) -> SamplingParams:
         """The call's sampling parameters with the program in them; nothing a client wrote reaches `extra_args`."""
@@ -224,7 +235,7 @@ class Engine:
         )
         return params
 
-    async def stream(self, call: Call) -> AsyncIterator[Output]:
+    async def stream(self, call: Call) -> AsyncGenerator[Output]:
         """Run a call. Closing or cancelling the iterator aborts it in the engine at once.
 
         Raises QueueFull, TelemetryLost, EngineDeadError, ProgramError (a watched row that does not exist).
@@ -245,11 +256,11 @@ class Engine:
             self.spawn(self.see_released(handle, inbox))
 
     async def joined(
-        self, outputs: AsyncIterator[RequestOutput], inbox: Inbox, call: Call, columns: tuple[int, ...]
-    ) -> AsyncIterator[Output]:
+        self, outputs: AsyncGenerator[RequestOutput], inbox: Inbox, call: Call, columns: tuple[int, ...]
+    ) -> AsyncGenerator[Output]:
         """vLLM's outputs with the telemetry of their tokens."""
         generated = cached = 0
-        async with aclosing(outputs) as stream:  # type: ignore[type-var]
+        async with aclosing(outputs) as stream:
             async for out in stream:
                 choice = out.outputs[0]
                 generated += len(choice.token_ids)
@@ -264,7 +275,7 @@ class Engine:
                 yield self.final(choice, features, inbox, call, generated, cached)
 
     def final(
-        self, choice: Any, features: tuple[Array, ...], inbox: Inbox, call: Call, generated: int, cached: int
+        self, choice: Any, features: Features, inbox: Inbox, call: Call, generated: int, cached: int
     ) -> Output:
         """The last Output, with what the worker counted."""
         last = len(call.prompt_ids) + generated - 1
@@ -278,14 +289,14 @@ class Engine:
             captures=tuple(inbox.captures),
         )  # fmt: skip
 
-    def features(self, inbox: Inbox, columns: tuple[int, ...], last: int | None) -> tuple[Array, Array, Array, Array]:
+    def features(self, inbox: Inbox, columns: tuple[int, ...], last: int | None) -> Features:
         """The inbox's news, in the order of the call's `watch`; nothing from position `last` on.
 
         With asynchronous scheduling the engine may have run one token more than the answer has.
         """
-        positions, active, latents, values = inbox.take()
-        keep = slice(None) if last is None else positions < last
-        return positions[keep], active[keep][:, list(columns)], latents[keep], values[keep]
+        news = inbox.take()
+        news = news._replace(active=news.active[:, list(columns)])
+        return news if last is None else Features(*(column[news.positions < last] for column in news))
 
     async def covered(self, inbox: Inbox, position: int) -> None:
         """Wait until every token before `position` has been reported."""

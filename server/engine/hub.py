@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import zmq
@@ -20,6 +21,15 @@ class Chunk:
     active: Array
     latents: Array
     values: Array
+
+
+class Features(NamedTuple):
+    """Of the tokens at `positions` [n]: active [n, rows], top_latents and top_values [n, sites, k]."""
+
+    positions: Array
+    active: Array
+    top_latents: Array
+    top_values: Array
 
 
 @dataclass
@@ -46,29 +56,30 @@ class Inbox:
         """Number of counts in the `moved` column."""
         return sum(len(s.edits) + bool(s.blend) for stage in self.request.stages for s in stage)
 
-    def take(self) -> tuple[Array, Array, Array, Array]:
-        """What has come since the last take: positions [n], active [n, rows], latents and values [n, sites, k].
+    def take(self) -> "Features":
+        """What has come since the last take.
 
         A position that ran again after a preemption is not told twice.
         """
-        parts = []
+        k, sites = self.request.top_k, len(self.request.top_k_sites)
+        none = np.zeros((0, sites, k), np.float32)
+        parts: list[Features] = [Features(np.zeros(0, np.int64), np.zeros((0, self.watched), np.float32), none, none)]
         for chunk in self.chunks:
             skip = max(0, self.delivered - chunk.start)
-            parts.append((np.arange(chunk.start, chunk.start + len(chunk.active)), chunk.active, chunk.latents, chunk.values))
-            parts[-1] = tuple(part[skip:] for part in parts[-1])
-            self.delivered = max(self.delivered, chunk.start + len(chunk.active))
+            end = chunk.start + len(chunk.active)
+            parts.append(
+                Features(
+                    np.arange(chunk.start + skip, end), chunk.active[skip:], chunk.latents[skip:], chunk.values[skip:]
+                )
+            )
+            self.delivered = max(self.delivered, end)
         self.chunks.clear()
-        if not parts:
-            k, sites = self.request.top_k, len(self.request.top_k_sites)
-            empty = np.zeros((0, sites, k))
-            return np.zeros(0, np.int64), np.zeros((0, self.watched), np.float32), empty, empty
-        positions, active, latents, values = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return positions, active, latents, values
+        return Features(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def moved_before(self, end: int) -> tuple[int, ...]:
         """Tokens touched per edit among positions before `end`."""
-        counts = [count for last, count in self.moved if last <= end]
-        return tuple(int(n) for n in np.sum(counts, axis=0, dtype=np.int64)) if counts else (0,) * self.edits
+        counts = [np.zeros(self.edits, np.int64), *(count for last, count in self.moved if last <= end)]
+        return tuple(np.sum(counts, axis=0).tolist())
 
 
 class Hub:

@@ -47,7 +47,8 @@ class Layout:
     @staticmethod
     def from_additional_config(config: dict[str, Any]) -> "Layout":
         """Inverse of `additional_config`, in the worker."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["rudder"].items() if k != "code"}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["rudder"].items()}
+        del fields["code"]
         return Layout(**fields)
 
 

@@ -51,7 +51,7 @@ def branch(layer: nn.Module, point: str, site: str) -> nn.Module:
     sandwich = hasattr(layer, "pre_feedforward_layernorm") and hasattr(layer, "post_feedforward_layernorm")
     norm = "post_attention_layernorm" if point == "attn_out" else "post_feedforward_layernorm"
     names = (norm,) if sandwich else ATTENTION if point == "attn_out" else MLP
-    found = [getattr(layer, name) for name in names if hasattr(layer, name)]
+    found: list[nn.Module] = [getattr(layer, name) for name in names if hasattr(layer, name)]
     if not found:
         raise UnknownLayout(f"site: {site}: {type(layer).__name__} has none of {', '.join(names)}")
     return found[0]
@@ -93,6 +93,6 @@ def hook_inputs(layer: nn.Module, bank: SiteBank) -> None:
 def steered(bank: SiteBank, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
     """`hidden` moved by the bank's displacement, added once in fp32 and rounded once."""
     x = hidden.float() if residual is None else hidden.float() + residual.float()
-    move = bank(x.reshape(-1, bank.width)).reshape(hidden.shape)
+    move: Tensor = bank(x.reshape(-1, bank.width)).reshape(hidden.shape)
     return (hidden.float() + move).to(hidden.dtype)
 

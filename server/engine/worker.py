@@ -26,7 +26,7 @@ class Channel:
 
     def __init__(self, address: str, key: bytes) -> None:
         self.key, self.sequence = key, 0
-        self.socket = zmq.Context.instance().socket(zmq.PUSH)
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self.socket.setsockopt(zmq.SNDHWM, 0)
         self.socket.connect(address)
 

@@ -94,7 +94,7 @@ class Bank(Collector):
     def features(self) -> list[Metric]:
         """Per watched feature: active tokens, tokens, sum and maximum of activations; its label in a series of its own."""
         labels = ["bundle", "site", "feature"]
-        families = (
+        families: tuple[CounterMetricFamily | GaugeMetricFamily, ...] = (
             CounterMetricFamily("rudder_feature_active_tokens", "Tokens on which the feature was active.", labels=labels),
             CounterMetricFamily("rudder_feature_tokens", "Tokens on which the feature was evaluated.", labels=labels),
             CounterMetricFamily("rudder_feature_activation_sum", "Sum of its activations.", labels=labels),

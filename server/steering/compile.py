@@ -1,6 +1,6 @@
 """From a program, as people write it, to the numbers of the bank's one formula.
 
-An edit operation is added here, in `formula`; nothing behind it knows operations by name.
+An edit operation is added here, in `FORMULAS`; nothing behind it knows operations by name.
 """
 
 import hashlib
@@ -12,20 +12,9 @@ import msgspec
 
 from rudder.v1 import program_pb2
 from server.steering import wire
-from server.steering.errors import ProgramError, number, require
+from server.steering.errors import number, require
 from server.steering.gates import with_gate
-from server.steering.rows import (
-    Dictionary,
-    Registry,
-    Resolved,
-    blend_target,
-    check_capacity,
-    own_place,
-    resolve,
-    site_number,
-)
-
-__all__ = ["Compiled", "Dictionary", "EditName", "ProgramError", "Registry", "check_capacity", "compile_program"]
+from server.steering.rows import Registry, Resolved, blend_target, check_capacity, own_place, resolve, site_number
 
 UNIT_NAMES = {
     program_pb2.UNIT_UNSPECIFIED: "",
@@ -69,8 +58,8 @@ class Compiled:
 
     `edits` are in the order of the telemetry's `moved` column: per site its edits, then its blend. `digest` is equal
     where the numbers that run are equal: names, spelling and the order of sites do not enter it. `in_sequence`: a
-    token's edits depend on the tokens before it. `by_phase`: they depend on where the prompt ends, and so do cached keys
-    and values, which the digest alone does not tell apart.
+    token's edits depend on the tokens before it. `by_phase`: they depend on where the prompt ends, and so do cached
+    keys and values, which the digest alone does not tell apart.
     """
 
     sites: tuple[wire.Site, ...]

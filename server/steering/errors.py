@@ -1,6 +1,5 @@
 """What is wrong with a program, by field."""
 
-from math import isfinite
 from typing import Literal
 
 Reason = Literal["FIELD_INVALID", "FEATURE_UNKNOWN", "SITE_UNKNOWN", "ROW_LOCKED"]
@@ -24,6 +23,5 @@ def require(condition: object, field: str, message: str, reason: Reason = "FIELD
 
 def number(value: float, field: str) -> float:
     """`value`, if it is finite and small enough for fp32 sums; ProgramError otherwise."""
-    require(isfinite(value), field, f"{value} is not finite")
-    require(abs(value) <= LARGEST, field, f"{value:g} is larger than {LARGEST:g}")
+    require(abs(value) <= LARGEST, field, f"{value:g} is not a finite number of at most {LARGEST:g}")
     return value

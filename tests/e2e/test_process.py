@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -55,20 +56,20 @@ async def test_64_streams_with_64_programs_are_each_their_own(aclient: AsyncClie
 
 
 async def test_cancelling_half_leaves_the_others_and_leaks_nothing(aclient: AsyncClient, server: Running) -> None:
-    expected = await answer(aclient, 1, tokens=100)
+    expected = (await answer(aclient, 1, tokens=100))[0]
 
-    async def cancelled(number: int) -> None:
+    async def one(number: int) -> str | None:
+        if number % 2 == 0:
+            return (await answer(aclient, 1, tokens=100))[0]
         async with aclient.generate(PROMPT, steer=program(number), max_tokens=900, ignore_eos=True) as stream:
             await anext(stream)
             await asyncio.sleep(0.01 * number)
-
-    async def one(number: int) -> tuple[str, list[int], str] | None:
-        return await cancelled(number) if number % 2 else await answer(aclient, 1, tokens=100)
+        return None
 
     results = await asyncio.gather(*(one(number) for number in range(STREAMS)))
-    texts = [result[0] for result in results if result]
+    texts = [text for text in results if text is not None]
     assert len(texts) == STREAMS / 2
-    assert sum(text == expected[0] for text in texts) >= len(texts) - 2
+    assert sum(text == expected for text in texts) >= len(texts) - 2
     server.wait_idle(seconds=5)
 
 
@@ -106,7 +107,7 @@ async def test_a_reader_that_stalls_is_left(server: Running) -> None:
 
 
 def test_health(client: Client) -> None:
-    stub = health_pb2_grpc.HealthStub(client.channel)
+    stub: Any = health_pb2_grpc.HealthStub(client.channel)
     for name in ("", "liveness", "readiness", *SERVICES):
         status = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5).status
         assert status == health_pb2.HealthCheckResponse.SERVING, name
@@ -116,9 +117,9 @@ def test_health(client: Client) -> None:
 
 
 def test_reflection_names_the_services(client: Client) -> None:
-    stub = reflection_pb2_grpc.ServerReflectionStub(client.channel)
-    asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
-    (response,) = stub.ServerReflectionInfo(asked, timeout=5)
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(client.channel)
+    asked = reflection_pb2.ServerReflectionRequest(list_services="")
+    (response,) = stub.ServerReflectionInfo(iter([asked]), timeout=5)
     assert set(SERVICES) <= {service.name for service in response.list_services_response.service}
 
 

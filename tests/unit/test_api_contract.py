@@ -5,6 +5,7 @@ import re
 import pytest
 from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FileDescriptor
+from google.protobuf.message import Message
 
 from rudder.v1 import catalogue_pb2, error_pb2, inference_pb2, program_pb2
 
@@ -47,9 +48,9 @@ def test_services_and_their_messages() -> None:
 
 
 def test_a_choice_is_the_sum_of_its_deltas() -> None:
-    def fields(message: Descriptor) -> list[bytes]:
+    def fields(message: type[Message]) -> list[bytes]:
         proto = descriptor_pb2.DescriptorProto()
-        message.CopyToProto(proto)
+        message.DESCRIPTOR.CopyToProto(proto)
         return [field.SerializeToString() for field in proto.field]
 
-    assert fields(inference_pb2.Choice.DESCRIPTOR) == fields(inference_pb2.ChoiceDelta.DESCRIPTOR)
+    assert fields(inference_pb2.Choice) == fields(inference_pb2.ChoiceDelta)

@@ -14,7 +14,7 @@ from sae_models.bundle import Bundle, Statistics
 from sae_models.sae import SAE
 
 BOOKS = ("microbiology", "anatomy", "history")
-# By latent: topic word, rarer topic word, everywhere, the neighbour's too, never, rare everywhere, common elsewhere too.
+# By latent: topic word, rarer topic word, everywhere, the neighbour's too, never, rare everywhere, common elsewhere.
 FREQUENCY = torch.tensor(
     [
         [0.020, 0.010, 0.500, 0.030, 0.000, 0.0001, 0.200],

@@ -63,7 +63,7 @@ def windows() -> Windows:
 
 
 def planted(tokens: int, directions: Tensor, generator: torch.Generator) -> Tensor:
-    """x = sum_j a_j v_j + noise, each direction active on one token in twenty with strength in [0.5, 2]; scaled, moved."""
+    """x = sum_j a_j v_j + noise, each direction active on 1 token in 20, strength in [0.5, 2]; scaled and moved."""
     active = torch.rand(tokens, len(directions), generator=generator) < 0.05
     strength = 0.5 + 1.5 * torch.rand(tokens, len(directions), generator=generator)
     noise = 0.02 * torch.randn(tokens, directions.shape[1], generator=generator)

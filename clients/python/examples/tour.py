@@ -46,9 +46,9 @@ with Client(ADDRESS) as client:
     # 2. A program of the server's own, by name: it was chosen to make the model forget microbiology and little else.
     title("2. Unlearning: a microbiology prompt, then another one")
     for prompt in ("Bacteria that cause disease", "The American Revolution began"):
-        for name in (None, "forget-microbiology"):
-            answer = client.complete(prompt, steer=name, max_tokens=25, temperature=0.7, seed=7)
-            print(f"{name or 'plain':>20}: {prompt}{answer.text!r}")
+        for steer in (None, "forget-microbiology"):
+            answer = client.complete(prompt, steer=steer, max_tokens=25, temperature=0.7, seed=7)
+            print(f"{steer or 'plain':>20}: {prompt}{answer.text!r}")
 
     # 3. What the model represents, token by token: the three strongest of all features.
     title("3. Inspect: the strongest features of each token")

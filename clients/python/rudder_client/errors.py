@@ -1,9 +1,9 @@
 """What a failed call says."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -52,8 +52,8 @@ def detail(status: error_pb2.ErrorStatus, empty: M) -> M:
 
 def error_of(failure: grpc.RpcError | grpc.aio.AioRpcError) -> RudderError:
     """A failed call as a RudderError."""
-    trailers = failure.trailing_metadata() or ()
-    packed = b"".join(bytes(value) for key, value in trailers if key == "grpc-status-details-bin")
+    trailers: Iterable[tuple[str, Any]] = cast(Any, failure).trailing_metadata() or ()
+    packed = b"".join(value for key, value in trailers if key == "grpc-status-details-bin")
     return RudderError(failure.code().name, failure.details() or "", error_pb2.ErrorStatus.FromString(packed))
 
 

@@ -8,13 +8,6 @@ from rudder.v1 import inference_pb2, program_pb2
 from rudder_client.program import Program, Row, row_message
 
 
-class Message(TypedDict):
-    """One message of a chat."""
-
-    role: str
-    content: str
-
-
 class Sampling(TypedDict, total=False):
     """How tokens are chosen; what is left out has vLLM's default. Choice i of n has seed + i."""
 
@@ -37,6 +30,8 @@ class Sampling(TypedDict, total=False):
     logit_bias: Mapping[int, float]
 
 
+# Of a chat: its `role` and `content`.
+Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
 Steer = Program | program_pb2.Program | str | None
 

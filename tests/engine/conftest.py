@@ -1,0 +1,38 @@
+"""One small engine for the tests that can share it, and settings that must be made before vLLM is imported."""
+
+import os
+from collections.abc import AsyncIterator
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import pytest_asyncio
+
+from server import config as configuration
+from server.engine import selftest
+from server.engine.engine import Engine
+
+# 12 blocks of 128 tokens: a few long requests at once are preempted. Steps of 96 tokens: long prompts come in chunks.
+KV_BLOCK_BYTES = 128 * 6 * 2 * 6 * 32 * 4
+SMALL = {
+    "engine.dtype": "float32",
+    "engine.enforce_eager": "true",
+    "engine.max_model_len": "512",
+    "engine.max_num_seqs": "16",
+    "engine.max_num_batched_tokens": "96",
+    "engine.kv_cache_memory_bytes": str(12 * KV_BLOCK_BYTES),
+    "engine.slots": "12",
+    "engine.rows": "24",
+    "engine.sites": "[layers.1.mlp_out, layers.4.resid_post]",
+    "programs.folder": "null",
+    "limits.queue": "8",
+}
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def engine() -> AsyncIterator[Engine]:
+    """Rudder's engine on the shipped model in float32, self-tested."""
+    started = await Engine.start(configuration.load(None, SMALL))
+    await selftest.run(started)
+    yield started
+    await started.stop()

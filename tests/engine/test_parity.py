@@ -1,0 +1,119 @@
+"""Edits in vLLM against the same edits by plain hooks on transformers, in batches where the neighbours do otherwise."""
+
+import gc
+from collections.abc import Iterator
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from server.engine.layout import Layout
+from server.steering import wire
+from tests.engine import models, transformers_hooks
+
+SITES = ("layers.0.resid_pre", "layers.1.attn_out", "layers.1.mlp_out", "layers.1.resid_post", "layers.2.resid_pre")
+LAYOUT = Layout(SITES, rows=16, slots=8)
+PROMPTS = ([1, 5, 9, 20, 33, 47], [1, 60, 61, 62], [1, 5, 9, 20, 33, 47], [1, 99, 98, 97, 96, 95, 94, 93])
+NEW_TOKENS = 4
+WIDTH = 64
+
+
+def vector(seed: int, norm: float) -> bytes:
+    """A random direction as a row's bytes."""
+    v = np.random.default_rng(seed).normal(size=WIDTH)
+    return (v * norm / np.linalg.norm(v)).astype("<f4").tobytes()
+
+
+def row(seed: int, threshold: float) -> wire.Row:
+    """A row that reads and writes."""
+    return wire.Row(encoder=vector(seed, 1.0), decoder=vector(seed + 100, 1.0), bias=0.1, threshold=threshold)
+
+
+def programs() -> list[tuple[wire.Site, ...]]:
+    """Programs that between them use every site, unit, phase and option."""
+    push = wire.Row(decoder=vector(1, 1.0))
+    mean = wire.Row(decoder=vector(2, 4.0), threshold=inf)
+    on = LAYOUT.sites.index
+    return [
+        (
+            wire.Site(on("layers.0.resid_pre"), (push,), (wire.Edit(0, shift=0.5, relative=True),)),
+            wire.Site(on("layers.1.resid_post"), (row(3, 0.0), row(4, -0.2)), (
+                wire.Edit(0, scale=0.0, shift=-2.0, above=0.0), wire.Edit(1, upper=0.3, generated=False),
+            ), restore_norm=True),
+        ),
+        (
+            wire.Site(on("layers.1.attn_out"), (row(5, -inf),), (wire.Edit(0, scale=3.0),)),
+            wire.Site(on("layers.1.mlp_out"), (row(6, -inf),), (wire.Edit(0, scale=0.0, shift=1.5, relative=True),)),
+            wire.Site(on("layers.2.resid_pre"), (mean, row(7, 0.1)), (wire.Edit(1, lower=1.0, prompt=False),),
+                      blend=wire.Blend(0, 0.4), max_displacement=0.5),
+        ),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=models.ARCHITECTURES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of each architecture."""
+    return models.write(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module", params=["eager", "compiled"])
+def llm(request: pytest.FixtureRequest, folder: Path) -> Iterator[Any]:
+    """An engine in this process, so that nothing but the worker differs from plain vLLM."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engine = LLM(
+        model=str(folder), dtype="float32", worker_cls="server.engine.worker_cpu.Worker", skip_tokenizer_init=True,
+        additional_config=LAYOUT.additional_config(), enforce_eager=request.param == "eager", max_model_len=64,
+        max_num_seqs=8, max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 26, distributed_executor_backend="uni",
+        max_logprobs=-1,
+    )  # fmt: skip
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+    del engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def logprobs_in_vllm(llm: Any, chosen: list[tuple[wire.Site, ...] | None]) -> list[tuple[list[int], np.ndarray]]:
+    """(generated ids, log-probabilities [tokens, vocabulary]) of one batch."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=-1,
+            extra_args={wire.EXTRA_ARG: wire.encode(wire.Request(len(prompt), 64, True, (program,)))} if program else None,
+        )
+        for prompt, program in zip(PROMPTS, chosen, strict=True)
+    ]  # fmt: skip
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
+    return [
+        (list(o.outputs[0].token_ids), np.array([[step[i].logprob for i in range(models.VOCAB)] for step in o.outputs[0].logprobs]))
+        for o in outputs
+    ]
+
+
+@torch.no_grad()
+def logprobs_in_transformers(
+    model: torch.nn.Module, prompt: list[int], generated: list[int], program: tuple[wire.Site, ...] | None
+) -> np.ndarray:
+    """Log-probabilities of the same tokens [tokens, vocabulary]."""
+    ids = torch.tensor([prompt + generated[:-1]])
+    with transformers_hooks.hooked(model, program or (), LAYOUT.sites, len(prompt)):
+        logits = model(ids).logits[0, len(prompt) - 1 :]
+    return torch.log_softmax(logits.double(), -1).numpy()
+
+
+def test_logits_equal_those_of_transformers(llm: Any, folder: Path) -> None:
+    first, second = programs()
+    chosen = [first, second, None, first]
+    model = transformers_hooks.load(folder)
+    for prompt, program, (generated, ours) in zip(PROMPTS, chosen, logprobs_in_vllm(llm, chosen), strict=True):
+        theirs = logprobs_in_transformers(model, prompt, generated, program)
+        assert np.abs(ours - theirs).max() < 2e-3
+    plain = logprobs_in_transformers(model, PROMPTS[0], [0], None)
+    steered = logprobs_in_transformers(model, PROMPTS[0], [0], first)
+    assert np.abs(plain - steered).max() > 0.05, "the edits must show, or this test shows nothing"

@@ -1,0 +1,145 @@
+"""What must stop a start: a layout that does not fit, a bank that does not steer, an artifact compiled for another bank."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zmq
+import zmq.asyncio
+from torch import nn
+from vllm import SamplingParams
+
+from server.engine import selftest, sites
+from server.engine.engine import Call, Engine
+from server.engine.hub import Hub
+from server.engine.layout import Layout
+from server.engine.telemetry import Frame, TelemetryLost, seal
+from server.engine.worker import build_banks
+from server.steering import wire
+
+
+def bank(site: str) -> Any:
+    """A bank of width 8."""
+    return build_banks(Layout((site,), rows=4, slots=2), 8, 9, torch.device("cpu"))[0]
+
+
+class Strange(nn.Module):
+    """Layers of a kind that nobody has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.more = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+
+def test_unknown_layouts_are_refused_by_name() -> None:
+    model = Strange()
+    with pytest.raises(sites.UnknownLayout, match="Strange has 2 lists of 2 layers"):
+        sites.decoder_layers(model, 2)
+    with pytest.raises(sites.UnknownLayout, match="layers.7.resid_post of a model with 2 layers"):
+        sites.attach(bank("layers.7.resid_post"), model.layers)
+    with pytest.raises(sites.UnknownLayout, match="layers.0.mlp_out: Linear has none of mlp"):
+        sites.attach(bank("layers.0.mlp_out"), model.layers)
+    with pytest.raises(sites.UnknownLayout, match="Linear takes no hidden_states"):
+        sites.attach(bank("layers.0.resid_pre"), model.layers)
+
+
+def test_the_fused_residual_is_read_as_a_sum() -> None:
+    seen = []
+
+    class Probe(nn.Module):
+        width = 8
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return torch.ones_like(x)
+
+    hidden, residual = torch.randn(3, 8), torch.randn(3, 8)
+    moved, kept = sites.output_hook(Probe(), fused=True)(nn.Identity(), (), (hidden, residual))  # type: ignore[arg-type]
+    torch.testing.assert_close(seen[0], hidden + residual)
+    torch.testing.assert_close(moved, hidden + 1)
+    assert kept is residual
+
+
+@pytest.mark.parametrize("change", [{"rows": 32}, {"slots": 9}, {"sites": ("layers.1.mlp_out",)}, {"stages": 2}, {"window": 8}])
+def test_the_compile_cache_key_knows_the_bank(change: dict[str, Any]) -> None:
+    from vllm.config import VllmConfig
+
+    layout = Layout(("layers.2.resid_post",), rows=16, slots=8)
+
+    def key(config: dict[str, Any]) -> str:
+        return VllmConfig(additional_config=config).compute_hash()
+
+    ours = key(layout.additional_config())
+    assert ours != key({}), "an artifact without hooks must not be used with them"
+    assert ours != key(replace(layout, **change).additional_config())
+    assert ours == key(layout.additional_config())
+
+
+def test_the_compile_cache_key_knows_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(("layers.2.resid_post",))
+    before = layout.additional_config()
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read(self) + b"#")
+    assert layout.additional_config() != before
+
+
+async def test_a_bank_that_does_not_steer_does_not_serve(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = engine.stream
+
+    async def unsteered(call: Call) -> Any:
+        async for output in stream(replace(call, compiled=None)):
+            moved = (12,) * len(call.compiled.edits) if call.compiled else ()
+            yield replace(output, moved=moved)
+
+    monkeypatch.setattr(engine, "stream", unsteered)
+    engine.self_tested = False
+    with pytest.raises(selftest.SelfTestFailed, match="the edit equals the reference"):
+        await selftest.run(engine)
+    assert not engine.healthy
+    monkeypatch.undo()
+    await selftest.run(engine)
+    assert engine.healthy
+
+
+async def test_a_hook_that_did_not_run_is_noticed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = engine.stream
+
+    async def silent(call: Call) -> Any:
+        async for output in stream(call):
+            yield replace(output, captures=())
+
+    monkeypatch.setattr(engine, "stream", silent)
+    with pytest.raises(selftest.SelfTestFailed, match="its hook did not run"):
+        await selftest.run(engine)
+    monkeypatch.undo()
+    await selftest.run(engine)
+
+
+async def test_lost_telemetry_fails_closed(engine: Engine) -> None:
+    engine.hub.lost = TelemetryLost("a gap")
+    with pytest.raises(TelemetryLost):
+        await anext(engine.stream(Call((1, 5, 9), SamplingParams(max_tokens=4, ignore_eos=True))))
+    assert not engine.healthy
+    engine.hub.lost = None
+    assert engine.healthy
+
+
+async def test_a_gap_on_the_channel_fails_all_who_wait(tmp_path: Path) -> None:
+    context = zmq.asyncio.Context()
+    server, worker = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    address = f"ipc://{tmp_path}/telemetry"
+    server.bind(address)
+    worker.connect(address)
+    hub = Hub(lambda totals: None, lambda handle: None)
+    inbox = hub.open(1, wire.Request(3, 8, False, ((),)))
+    task = asyncio.create_task(hub.listen(server, b"key"))
+    await worker.send(seal(Frame(0), b"key"))
+    await worker.send(seal(Frame(2), b"key"))
+    await asyncio.wait_for(inbox.arrived.wait(), 5)
+    await asyncio.wait_for(task, 5)
+    assert "frame 2 came where 1 was due" in str(hub.lost)
+    context.destroy(linger=0)

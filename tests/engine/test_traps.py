@@ -1,0 +1,222 @@
+"""Known traps of steering inside an engine (docs/design.md, Traps): each fails when its guard is taken out."""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client import REGISTRY
+from vllm import SamplingParams
+
+from rudder.v1 import program_pb2 as pb
+from server.engine.admission import QueueFull
+from server.engine.engine import Call, Engine, Output
+from server.steering.compile import Compiled, compile_program
+
+SITE = "layers.2.resid_post"
+LATE = "layers.4.resid_post"
+TEXT = "The cell membrane is a thin layer that separates the inside of the cell from the world outside. "
+
+
+def push(engine: Engine, strength: float, seed: int = 0, phase: int = pb.PHASE_BOTH, site: str = SITE) -> Compiled:
+    """A program that pushes along a direction of its own."""
+    direction = np.random.default_rng(seed).normal(size=engine.model.hidden_size).tolist()
+    row = pb.Row(vector=pb.Vector(name=f"direction {seed}", values=direction))
+    edit = pb.Edit(row=row, add=strength, unit=pb.UNIT_RESIDUAL_NORM, phase=phase)
+    return compile_program(pb.Program(sites=[pb.SiteEdits(site=site, edits=[edit])]), engine.registry)
+
+
+def prompt(engine: Engine, tokens: int, offset: int = 0) -> tuple[int, ...]:
+    """BOS and real text, of a given length."""
+    ids = engine.tokenizer.encode(TEXT * 40, add_special_tokens=False)
+    return (engine.model.bos_token_id, *ids[offset : offset + tokens - 1])
+
+
+def greedy(tokens: int, **more: Any) -> SamplingParams:
+    """Greedy decoding of exact length."""
+    return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, **more)
+
+
+async def run(engine: Engine, call: Call) -> list[Output]:
+    """All outputs of a call."""
+    return [output async for output in engine.stream(call)]
+
+
+def ids(outputs: Iterable[Output]) -> list[int]:
+    """The generated ids."""
+    return [i for output in outputs for i in output.token_ids]
+
+
+async def usage(engine: Engine) -> dict[str, Any]:
+    """What the worker holds, once nothing is in flight."""
+    for _ in range(100):
+        held = (await engine.llm.collective_rpc("rudder_usage"))[0]
+        if held["requests"] == 0 and not engine.admission.ledger.leases:
+            return held
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"still held: {held}, {engine.admission.ledger.leases.keys()}")
+
+
+async def test_unsteered_neighbours_equal_themselves_and_steered_ones_do_not(engine: Engine) -> None:
+    call = Call(prompt(engine, 20), greedy(24))
+    alone = ids(await run(engine, call))
+    steered = Call(call.prompt_ids, call.sampling, push(engine, 1.0))
+    batch = await asyncio.gather(*(run(engine, c) for c in (call, steered, call, steered, call)))
+    assert ids(batch[0]) == ids(batch[2]) == ids(batch[4]) == alone
+    assert ids(batch[1]) == ids(batch[3]) != alone
+
+
+async def test_each_of_many_programs_does_what_it_does_alone(engine: Engine) -> None:
+    calls = [Call(prompt(engine, 12), greedy(12), push(engine, 0.8, seed)) for seed in range(12)]
+    alone = [ids(await run(engine, call)) for call in calls]
+    together = [ids(outputs) for outputs in await asyncio.gather(*(run(engine, call) for call in calls))]
+    assert together == alone
+    assert len({tuple(i) for i in alone}) > 6
+
+
+async def test_prefix_cache_is_not_shared_across_programs(engine: Engine) -> None:
+    long, sampling = prompt(engine, 300), greedy(8)
+    plain, steered = Call(long, sampling), Call(long, sampling, push(engine, 0.7, 1))
+    first = ids(await run(engine, steered))
+    fresh = await run(engine, plain)
+    assert fresh[-1].cached_tokens == 0
+    again = await run(engine, steered)
+    assert again[-1].cached_tokens >= 128, "the same program does share its cache"
+    assert ids(again) == first != ids(fresh)
+
+
+async def test_prefix_cache_over_two_turns_when_only_generated_tokens_were_edited(engine: Engine) -> None:
+    call = Call(prompt(engine, 100, 7), greedy(200), push(engine, 0.7, 2, pb.PHASE_GENERATED))
+    answer = ids(await run(engine, call))
+    second_turn = await run(engine, Call((*call.prompt_ids, *answer), greedy(4)))
+    assert second_turn[-1].cached_tokens == 0
+    # With the same program the former answer is prompt now, and prompt tokens are not edited.
+    same_program = await run(engine, Call((*call.prompt_ids, *answer), greedy(4), call.compiled))
+    assert same_program[-1].cached_tokens == 0
+
+
+async def test_tenants_do_not_share_a_prefix_cache(engine: Engine) -> None:
+    long, sampling = prompt(engine, 200, 31), greedy(1)
+    await run(engine, Call(long, sampling, tenant="a"))
+    assert (await run(engine, Call(long, sampling, tenant="b")))[-1].cached_tokens == 0
+    assert (await run(engine, Call(long, sampling, tenant="a")))[-1].cached_tokens > 0
+
+
+async def test_reading_the_prompt_does_not_lose_cached_tokens(engine: Engine) -> None:
+    row = pb.Row(feature=pb.Feature(index=int(frequency(engine).argmax())))
+    call = Call(prompt(engine, 200, 63), greedy(2), watch=((SITE, row),), report_prompt=True)
+    for _ in range(2):
+        outputs = await run(engine, call)
+        positions = [p for output in outputs for p in output.positions.tolist()]
+        assert positions == list(range(201))
+
+
+def frequency(engine: Engine) -> Any:
+    """Share of tokens on which each latent is active."""
+    return next(iter(engine.bundles.values())).statistics.frequency
+
+
+def preemptions() -> float:
+    """vLLM's own count."""
+    return REGISTRY.get_sample_value("vllm:num_preemptions_total", preemption_labels()) or 0.0
+
+
+def preemption_labels() -> dict[str, str]:
+    """The labels of vLLM's series."""
+    family = next(f for f in REGISTRY.collect() if f.name == "vllm:num_preemptions")
+    return family.samples[0].labels
+
+
+async def test_preempted_requests_are_recomputed_alike(engine: Engine) -> None:
+    calls = [Call(prompt(engine, 60, seed), greedy(190), push(engine, 0.5, seed, pb.PHASE_GENERATED)) for seed in range(10)]
+    alone = [await run(engine, call) for call in calls]
+    before = preemptions()
+    together = await asyncio.gather(*(run(engine, call) for call in calls))
+    assert preemptions() > before, "nothing was preempted: this test shows nothing"
+    assert [ids(outputs) for outputs in together] == [ids(outputs) for outputs in alone]
+    assert [outputs[-1].moved for outputs in together] == [outputs[-1].moved for outputs in alone] == [(189,)] * 10
+
+
+@pytest.mark.parametrize(("phase", "touched"), [(pb.PHASE_PROMPT, 299), (pb.PHASE_GENERATED, 9), (pb.PHASE_BOTH, 308)])
+async def test_phases_across_chunks(engine: Engine, phase: int, touched: int) -> None:
+    outputs = await run(engine, Call(prompt(engine, 300, 11), greedy(10), push(engine, 0.3, 3, phase)))
+    assert outputs[-1].moved == (touched,)
+    assert outputs[-1].tokens_seen == 309
+
+
+async def test_a_sequence_gate_does_not_depend_on_chunks_or_neighbours(engine: Engine) -> None:
+    score = pb.Row(probe=pb.Probe(name="one", weights=[1e-9] * engine.model.hidden_size, bias=1.0))
+    gate = pb.Gate(site=SITE, sequence=pb.SequenceCondition(score=score, cusum=pb.Cusum(drift=0.5), level=100.2, latch=True))
+    edits = pb.SiteEdits(site=LATE, edits=[pb.Edit(row=pb.Row(vector=pb.Vector(values=[1.0] * engine.model.hidden_size)), add=1.0)])
+    program = compile_program(pb.Program(sites=[edits], gate=gate), engine.registry)
+    call = Call(prompt(engine, 290, 5), greedy(20), program)
+    # 0.5 a token over the 308 counted tokens: above 100.2 from token 201 on.
+    noise = [Call(prompt(engine, 70 + 9 * n, n), greedy(15), push(engine, 0.5, n)) for n in range(6)]
+    results = await asyncio.gather(run(engine, call), *(run(engine, c) for c in noise))
+    assert results[0][-1].moved == (308 - 200,)
+
+
+async def test_abort_in_mid_stream_gives_everything_back(engine: Engine) -> None:
+    stream = engine.stream(Call(prompt(engine, 30), greedy(400), push(engine, 0.5)))
+    seen = 0
+    async for _ in stream:
+        seen += 1
+        if seen == 3:
+            break
+    await stream.aclose()
+    assert await usage(engine) == {"slots": 0, "rows": [0, 0, 0], "requests": 0}
+
+
+async def test_abort_before_the_first_step_gives_everything_back(engine: Engine) -> None:
+    tasks = [asyncio.create_task(run(engine, Call(prompt(engine, 90, n), greedy(50), push(engine, 0.5, n)))) for n in range(6)]
+    for delay, task in enumerate(tasks):
+        await asyncio.sleep(0.002 * delay)
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(result, asyncio.CancelledError) for result in results)
+    assert (await usage(engine))["slots"] == 0
+
+
+async def test_a_full_bank_queues_and_then_refuses(engine: Engine) -> None:
+    calls = [Call(prompt(engine, 10, n), greedy(30), push(engine, 0.5, n)) for n in range(30)]
+    results = await asyncio.gather(*(run(engine, call) for call in calls), return_exceptions=True)
+    refused = [r for r in results if isinstance(r, QueueFull)]
+    served = [r for r in results if isinstance(r, list)]
+    # 12 slots and 8 places in the queue.
+    assert (len(served), len(refused)) == (20, 10)
+    assert {r.resource for r in refused} <= {"slots", "rows"}
+    assert all(outputs[-1].moved == (38,) for outputs in served)
+    assert (await usage(engine))["slots"] == 0
+
+
+async def test_reused_slots_and_rows_carry_nothing_over(engine: Engine) -> None:
+    plain = Call(prompt(engine, 15), greedy(12))
+    alone = ids(await run(engine, plain))
+    for seed in range(3):
+        await asyncio.gather(*(run(engine, Call(plain.prompt_ids, greedy(4), push(engine, 2.0, 10 * seed + n, site=LATE))) for n in range(12)))
+    weak = Call(plain.prompt_ids, plain.sampling, push(engine, 1e-6))
+    results = await asyncio.gather(*(run(engine, weak) for _ in range(12)))
+    assert {tuple(ids(outputs)) for outputs in results} == {tuple(alone)}
+
+
+async def test_features_are_those_of_the_token_they_are_reported_for(engine: Engine) -> None:
+    bundle = next(iter(engine.bundles.values()))
+    watched = np.argsort(-bundle.statistics.frequency.numpy())[:5].tolist()
+    rows = tuple((SITE, pb.Row(feature=pb.Feature(index=i))) for i in watched)
+    noise = [Call(prompt(engine, 40 + n, n), greedy(6), push(engine, 0.5, n)) for n in range(4)]
+    call = Call(prompt(engine, 150, 3), greedy(6), watch=rows, top_k=40, top_k_sites=(SITE,), report_prompt=True, capture=True)
+    outputs, *_ = await asyncio.gather(run(engine, call), *(run(engine, c) for c in noise))
+    residual = np.concatenate([np.frombuffer(c.before, "<f4") for c in outputs[-1].captures if c.site == engine.registry.layout.sites.index(SITE)])
+    encoded = bundle.sae.encode(torch_of(residual.reshape(-1, engine.model.hidden_size)[:155])).numpy()
+    active = np.concatenate([output.active for output in outputs])
+    np.testing.assert_allclose(active, encoded[:, watched], rtol=1e-3, atol=1e-3)
+    values = np.concatenate([output.top_values for output in outputs])[:, 0]
+    np.testing.assert_allclose(values, -np.sort(-encoded, axis=1)[:, :40], rtol=1e-3, atol=1e-3)
+
+
+def torch_of(array: Any) -> Any:
+    """As a tensor."""
+    import torch
+
+    return torch.from_numpy(array.copy())

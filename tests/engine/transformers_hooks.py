@@ -1,0 +1,115 @@
+"""The same edits on the transformers implementation, by plain hooks and a loop over tokens in float64."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from server.steering import wire
+
+LAYERS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
+ATTENTION = ("self_attn", "attn", "attention")
+
+
+def load(folder: Path) -> nn.Module:
+    """The model in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """Its decoder layers."""
+    named = dict(model.named_modules())
+    return next(named[name] for name in LAYERS if name in named)
+
+
+def module_of(model: nn.Module, site: str) -> tuple[nn.Module, bool]:
+    """The module of a site, and whether its input (not its output) is meant."""
+    _, number, point = site.split(".")
+    layer = layers_of(model)[int(number)]
+    sandwich = hasattr(layer, "pre_feedforward_layernorm")
+    if point == "resid_pre":
+        return layer, True
+    if point == "resid_post":
+        return layer, False
+    if point == "mlp_out":
+        return layer.post_feedforward_layernorm if sandwich else getattr(layer, "mlp", None) or layer.fc2, False
+    attention = next(getattr(layer, name) for name in ATTENTION if hasattr(layer, name))
+    return layer.post_attention_layernorm if sandwich else attention, False
+
+
+@contextmanager
+def hooked(model: nn.Module, programs: Sequence[wire.Site], sites: Sequence[str], prompt_tokens: int) -> Iterator[None]:
+    """The model with one program's edits; position 0 holds BOS and is left alone."""
+    handles = []
+    for program in programs:
+        module, takes_input = module_of(model, sites[program.site])
+
+        def change(x: Tensor, program: wire.Site = program) -> Tensor:
+            return torch.cat([x[:, :1], edited(program, x[:, 1:], prompt_tokens - 1)], 1)
+
+        if takes_input:
+            handles.append(module.register_forward_pre_hook(input_hook(change), with_kwargs=True))
+        else:
+            handles.append(module.register_forward_hook(output_hook(change)))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def input_hook(change: Any) -> Any:
+    """Change the hidden states that a layer is given."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+
+    return hook
+
+
+def output_hook(change: Any) -> Any:
+    """Change the hidden states that a module returns."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return change(output) if output.ndim == 3 else change(output[None])[0]
+        return (change(output[0]), *output[1:])
+
+    return hook
+
+
+def edited(program: wire.Site, x: Tensor, prompt_tokens: int) -> Tensor:
+    """x [1, tokens, d] after a program without a gate."""
+    rows = [tuple(np.frombuffer(data, "<f4").astype(np.float64) for data in (r.encoder, r.decoder)) for r in program.rows]
+    y = x[0].double().numpy().copy()
+    for t in range(len(y)):
+        y[t] = edited_token(program, y[t], rows, t < prompt_tokens)
+    return torch.from_numpy(y)[None].to(x.dtype)
+
+
+def edited_token(program: wire.Site, x: Any, rows: Any, prompt: bool) -> Any:
+    """One token, by the definition."""
+    norm, y = np.linalg.norm(x), x.copy()
+    for edit in program.edits:
+        if not (edit.prompt if prompt else edit.generated):
+            continue
+        row, (encoder, decoder) = program.rows[edit.row], rows[edit.row]
+        z = (x @ encoder if len(encoder) else 0.0) + row.bias
+        f = z if z > row.threshold else 0.0
+        unit = norm if edit.relative else 1.0
+        lower, upper = (v * unit if abs(v) < inf else v for v in (edit.lower, edit.upper))
+        if f > edit.above:
+            y = y + (min(max(edit.scale * f + edit.shift * unit, lower), upper) - f) * decoder
+    if program.blend:
+        y = y + program.blend.weight * (rows[program.blend.row][1] - y)
+    if program.restore_norm:
+        y = y * norm / np.linalg.norm(y)
+    if program.max_displacement < inf:
+        y = x + (y - x) * min(1.0, program.max_displacement * norm / np.linalg.norm(y - x))
+    return y

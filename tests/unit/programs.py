@@ -1,0 +1,93 @@
+"""Programs in their JSON form, and what they can refer to."""
+
+from typing import Any
+
+import numpy as np
+from google.protobuf import json_format
+
+from rudder.v1 import program_pb2
+from server.engine.layout import Layout
+from server.steering import wire
+from server.steering.compile import Compiled, compile_program
+from server.steering.rows import Dictionary, Registry
+from tests.unit.reference import BUNDLE, WIDTH
+
+EARLY, SITE, OTHER = "layers.0.resid_post", "layers.1.resid_post", "layers.2.mlp_out"
+LAYOUT = Layout((SITE, OTHER, EARLY), rows=4, slots=2, window=8, sequence_sites=(SITE, EARLY))
+MAXIMA, NORMS = np.array([4.0, 0.0, 2.0, 8.0, 1.0, 1.0], "<f4"), np.array([1.0, 1.0, 2.0, 1.0, 0.0, 1.0], "<f4")
+
+
+def dictionary(name: str, site: str, sha256: str = "ab") -> Dictionary:
+    """Six latents."""
+    return Dictionary(name, site, sha256, 6, MAXIMA, NORMS, np.ones(WIDTH, "<f4"))
+
+
+REGISTRY = Registry(
+    LAYOUT,
+    WIDTH,
+    {d.name: d for d in (dictionary(BUNDLE, SITE), dictionary("one", OTHER), dictionary("two", OTHER))},
+    max_edits=5,
+    locked=frozenset({(BUNDLE, 5)}),
+)
+VECTOR = {"vector": {"name": "joy", "values": [3.0, 4.0] + [0.0] * (WIDTH - 2)}}
+PROBE = {"probe": {"name": "lie", "weights": [1.0] * WIDTH, "bias": -0.5}}
+
+
+def feature(index: int = 0, bundle: str = "") -> dict[str, Any]:
+    """A row in JSON form."""
+    return {"feature": {"index": index, "bundle": bundle}}
+
+
+def program(*edits: dict[str, Any], gate: dict[str, Any] | None = None, **site: Any) -> program_pb2.Program:
+    """A program with these edits at SITE."""
+    document = {"sites": [{"site": SITE, "edits": list(edits)} | site]} | ({"gate": gate} if gate else {})
+    return json_format.ParseDict(document, program_pb2.Program())
+
+
+def compiled(*edits: dict[str, Any], **rest: Any) -> Compiled:
+    """The same, compiled."""
+    return compile_program(program(*edits, **rest), REGISTRY)
+
+
+def edit_of(**edit: Any) -> wire.Edit:
+    """The numbers of one edit."""
+    return compiled({"row": feature(2)} | edit).sites[0].edits[0]
+
+
+ADD = {"row": feature(0), "add": 1.0}
+
+
+def gated(**gate: Any) -> dict[str, Any]:
+    """A program behind a gate."""
+    return {"sites": [{"site": SITE, "edits": [ADD]}], "gate": {"site": SITE} | gate}
+
+
+def sequential(**condition: Any) -> dict[str, Any]:
+    """A program behind a sequence condition."""
+    return gated(sequence={"score": PROBE, "share": {}} | condition)
+
+
+def at(site: str = SITE, **fields: Any) -> dict[str, Any]:
+    """A program of one SiteEdits."""
+    return {"sites": [{"site": site} | fields]}
+
+
+def editing(**edit: Any) -> dict[str, Any]:
+    """A program of one edit, of feature 0 unless it says otherwise."""
+    return at(edits=[{"row": feature(0)} | edit])
+
+
+def statistic(name: str, **fields: Any) -> dict[str, Any]:
+    """A program behind one statistic."""
+    return gated(sequence={"score": PROBE, name: fields})
+
+
+SPREAD: dict[str, Any] = {
+    "name": "a",
+    "description": "b",
+    "sites": [
+        {"site": OTHER, "edits": [{"row": feature(1, "two"), "scale": 2}]},
+        {"site": SITE, "edits": [{"row": feature(0), "add": 1}], "blend": {"weight": 0.5}},
+    ],
+    "gate": {"site": SITE, "any_of": [{"row": feature(3), "above": 1}]},
+}
