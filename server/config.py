@@ -45,7 +45,7 @@ class Engine:
     max_num_seqs: int = option(128, "requests in one batch", 1)
     max_model_len: int | None = option(None, "longest prompt and answer together, in tokens; null: the model's own", 2)
     max_num_batched_tokens: int = option(2048, "tokens of one step", 1)
-    kv_cache_memory_bytes: int | None = option(None, "size of the KV cache; null: the engine's own choice", 1)
+    kv_cache_memory_bytes: int | None = option(1 << 30, "size of the KV cache; null: most of what a GPU has free", 1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "arithmetic of the model")
     load_format: Literal["auto", "dummy"] = option("auto", "dummy: random weights, for benchmarks")
     enforce_eager: bool = option(False, "do not compile the model: a quicker start, a slower engine")

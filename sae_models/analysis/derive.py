@@ -36,10 +36,11 @@ class Material:
 
 @dataclass(frozen=True)
 class Topic:
-    """Books to act on, and the books nearest to them that must be spared."""
+    """Books to act on, the books nearest to them that must be spared, and books too close to tell apart."""
 
     books: tuple[str, ...]
     neighbours: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Recipe:
     false_alarms: float = 0.02
     latents: int = 32
     ceiling: float = 0.02
-    ratio: float = 1.5
+    ratio: float = 2.0
     token_level: float = 0.0
     blend: float = 1.0
 
@@ -79,7 +80,8 @@ def for_selection(material: Material) -> set[int]:
 def counts(material: Material, topic: Topic, recipe: Recipe) -> dict[str, int]:
     """Windows to take of each book: more of the topic and its neighbours."""
     near = {*topic.books, *topic.neighbours}
-    return {book: recipe.windows_of_topic if book in near else recipe.windows_a_book for book in material.books}
+    kept = [book for book in material.books if book not in topic.ignored]
+    return {book: recipe.windows_of_topic if book in near else recipe.windows_a_book for book in kept}
 
 
 def fit_detector(material: Material, topic: Topic, recipe: Recipe) -> Detector:
@@ -124,12 +126,12 @@ def topic_latents(material: Material, topic: Topic, recipe: Recipe) -> list[int]
     """The latents that stand for the topic, on the folds for selection."""
     windows = chosen(material, for_selection(material), counts(material, topic, recipe))
     site = parse_site(material.bundle.manifest.site)
+    books = [book for book in material.books if book not in topic.ignored]
     frequency = selection.book_frequencies(
-        material.trunk, site, material.bundle.sae, windows, material.documents, material.books
+        material.trunk, site, material.bundle.sae, windows, material.documents, books
     )
-    return selection.select(
-        frequency, material.books, topic.books, topic.neighbours, recipe.latents, recipe.ceiling, recipe.ratio
-    )
+    limits = (recipe.latents, recipe.ceiling, recipe.ratio)
+    return selection.select(frequency, books, topic.books, topic.neighbours, *limits)
 
 
 def forget(material: Material, topic: Topic, recipe: Recipe, name: str, description: str) -> p.Program:
@@ -155,7 +157,7 @@ def forget(material: Material, topic: Topic, recipe: Recipe, name: str, descript
 def steer(
     material: Material, topic: Topic, recipe: Recipe, operation: str, value: float, name: str, description: str
 ) -> p.Program:
-    """Add to, set or clamp the topic's latents, in residual norms."""
+    """Adds to, sets or clamps (`operation`) the topic's latents, by a value in residual norms."""
     rows = [p.Row(feature=p.Feature(index)) for index in topic_latents(material, topic, recipe)]
     edits = tuple(p.Edit(row, **{operation: value}, unit=p.RESIDUAL_NORM) for row in rows)
     return p.Program(name, description, (p.SiteEdits(material.bundle.manifest.site, edits),))

@@ -45,13 +45,13 @@ def select(
 ) -> list[int]:
     """Up to `count` latents, most frequent on the target books first, of frequency [books, F].
 
-    Left out: latents at or above the ceiling on the mean of the other books, and those on any neighbour more than
-    1 / ratio as frequent as on the target.
+    Left out: latents at or above the ceiling on the mean of the other books, and those more than 1 / ratio as frequent
+    on any neighbour, or on that mean, as on the target. Without neighbours every other book is one.
     """
     forget = _mean(frequency, books, target)
     retain = _mean(frequency, books, set(books) - set(target))
-    near = torch.stack([frequency[books.index(book)] for book in neighbours]).amax(0) if neighbours else retain
-    eligible = (retain < ceiling) & (forget >= ratio * (near + RARE))
+    near = torch.stack([frequency[books.index(book)] for book in neighbours or set(books) - set(target)]).amax(0)
+    eligible = (retain < ceiling) & (forget >= ratio * (torch.maximum(near, retain) + RARE))
     ranked = torch.where(eligible, forget, -1.0).argsort(descending=True)
     return [index for index in ranked[:count].tolist() if eligible[index]]
 

@@ -6,36 +6,44 @@ from sae_models.analysis.derive import Material, Recipe, Topic, forget, steer
 from sae_models.analysis.program import Program
 
 MICROBIOLOGY = Topic(("microbiology",), ("anatomy-physiology", "chemistry"))
-ASTRONOMY = Topic(("astronomy",), ("college-physics",))
-HISTORY = Topic(("us-history", "world-history"), ("american-government",))
+ASTRONOMY = Topic(("astronomy",))
+HISTORY = Topic(
+    ("us-history", "world-history"),
+    ignored=("life-liberty-and-pursuit-happiness", "american-government", "introduction-political-science"),
+)
 
 FORGET_MICROBIOLOGY = """\
-Microbiology becomes inaccessible while it is spoken of; other text is left alone. A linear detector of microbiology \
-feeds a CUSUM; while that is above its level, tokens at which the detector is above {token_level:g} or one of {latents} \
-latents fires are replaced by the mean residual. Chosen on {folds} of the corpus's sections: latents by frequency on \
-microbiology (below {ceiling:.0%} on the other books, {ratio:g} times as frequent as on anatomy-physiology and \
-chemistry), the detector by logistic regression with {neighbour_weight:.0%} of its negative weight on those two. The \
-level lets {false_alarms:.0%} of benign windows of other sections pass it, most of them of those two books."""
+Microbiology becomes inaccessible where a text speaks of it; other text is left alone. A linear detector feeds a CUSUM. \
+While that is above its level, tokens on which the detector is above {token_level:g}, or one of {latents} latents is \
+active, are replaced by the mean residual. How it was chosen: the latents by frequency on microbiology, below \
+{ceiling:.0%} on the other books and {ratio:g} times as frequent as on anatomy-physiology or chemistry; the detector by \
+logistic regression with {neighbour_weight:.0%} of its negative weight on those two; both on four fifths of the \
+sections. The level is the one that {false_alarms:.0%} of the benign windows of another tenth pass, most of them from \
+those two books. A last tenth of the sections was kept for the report."""
+MORE_ASTRONOMY = """\
+Speaks of astronomy. Adds 0.1 residual norms to each of the {latents} latents that are most frequent on astronomy among \
+those {ratio:g} times as frequent there as in any other book."""
+LESS_HISTORY = """\
+Avoids history. Takes 0.1 residual norms from each of the {latents} latents that are most frequent on U.S. and world \
+history among those {ratio:g} times as frequent there as in any other book; books on government were not counted."""
 
 
 def forget_microbiology(material: Material, name: str) -> Program:
     """Blends what speaks of microbiology towards the mean."""
     recipe = Recipe()
-    return forget(material, MICROBIOLOGY, recipe, name, FORGET_MICROBIOLOGY.format(folds="four fifths", **vars(recipe)))
+    return forget(material, MICROBIOLOGY, recipe, name, FORGET_MICROBIOLOGY.format(**vars(recipe)))
 
 
 def more_astronomy(material: Material, name: str) -> Program:
     """Adds astronomy's latents."""
-    recipe = Recipe(latents=8, windows_of_topic=200)
-    description = "Speaks of astronomy: adds to the latents most frequent on astronomy and rare elsewhere."
-    return steer(material, ASTRONOMY, recipe, "add", 0.15, name, description)
+    recipe = Recipe(latents=8, ratio=3.0, windows_of_topic=80)
+    return steer(material, ASTRONOMY, recipe, "add", 0.1, name, MORE_ASTRONOMY.format(**vars(recipe)))
 
 
 def less_history(material: Material, name: str) -> Program:
-    """Clamps history's latents where they are active."""
-    recipe = Recipe(latents=32, windows_of_topic=200)
-    description = "Avoids history: clamps the latents most frequent on the two history books and rare elsewhere."
-    return steer(material, HISTORY, recipe, "clamp", -0.5, name, description)
+    """Takes history's latents away."""
+    recipe = Recipe(latents=8, windows_of_topic=80)
+    return steer(material, HISTORY, recipe, "add", -0.1, name, LESS_HISTORY.format(**vars(recipe)))
 
 
 SHIPPED: dict[str, Callable[[Material, str], Program]] = {

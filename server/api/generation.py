@@ -160,7 +160,7 @@ async def run_choice(serving: Serving, job: Job, progress: Progress, emit: Emit)
     serving.pace.streams += 1
     try:
         # The iterator is closed, and so the request aborted, in whatever way this ends.
-        async with aclosing(serving.engine.stream(progress.call)) as outputs:  # type: ignore[type-var]
+        async with aclosing(serving.engine.stream(progress.call)) as outputs:
             async for output in outputs:
                 await emit(delta_of(serving, job, progress, output))
                 await stream.rest(len(output.token_ids))

@@ -42,7 +42,7 @@ from server.steering.rows import Dictionary, Registry, check_capacity
 from server.steering.watch import compile_watch, with_watch
 
 TELEMETRY_TIMEOUT_S = 30.0
-RELEASE_TIMEOUT_S = 5.0
+RELEASE_TIMEOUT_S = 0.5
 
 
 @dataclass(frozen=True)

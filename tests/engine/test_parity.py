@@ -59,8 +59,20 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return models.write(request.param, tmp_path_factory.mktemp(request.param))
 
 
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[tuple[list[int], np.ndarray]]:
+    """What transformers answers: (greedy ids, log-probabilities [tokens, vocabulary]) of each prompt.
+
+    Made before vLLM sees the model: it rewrites the classes of those that it runs through transformers.
+    """
+    model = transformers_hooks.load(folder)
+    plain, steered = (answer_of_transformers(model, PROMPTS[0], program)[1][0] for program in (None, programs()[0]))
+    assert np.abs(plain - steered).max() > 0.05, "the edits must show, or this test shows nothing"
+    return [answer_of_transformers(model, prompt, program) for prompt, program in zip(PROMPTS, chosen(), strict=True)]
+
+
 @pytest.fixture(scope="module", params=["eager", "compiled"])
-def llm(request: pytest.FixtureRequest, folder: Path) -> Iterator[Any]:
+def llm(request: pytest.FixtureRequest, folder: Path, expected: object) -> Iterator[Any]:
     """An engine in this process, so that nothing but the worker differs from plain vLLM."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -78,8 +90,14 @@ def llm(request: pytest.FixtureRequest, folder: Path) -> Iterator[Any]:
     cleanup_dist_env_and_memory()
 
 
-def logprobs_in_vllm(llm: Any, chosen: list[tuple[wire.Site, ...] | None]) -> list[tuple[list[int], np.ndarray]]:
-    """(generated ids, log-probabilities [tokens, vocabulary]) of one batch."""
+def chosen() -> list[tuple[wire.Site, ...] | None]:
+    """The program of each prompt."""
+    first, second = programs()
+    return [first, second, None, first]
+
+
+def answers_of_vllm(llm: Any) -> list[tuple[list[int], np.ndarray]]:
+    """(greedy ids, log-probabilities [tokens, vocabulary]) of all prompts in one batch."""
     from vllm import SamplingParams
 
     params = [
@@ -87,33 +105,33 @@ def logprobs_in_vllm(llm: Any, chosen: list[tuple[wire.Site, ...] | None]) -> li
             temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=-1,
             extra_args={wire.EXTRA_ARG: wire.encode(wire.Request(len(prompt), 64, True, (program,)))} if program else None,
         )
-        for prompt, program in zip(PROMPTS, chosen, strict=True)
+        for prompt, program in zip(PROMPTS, chosen(), strict=True)
     ]  # fmt: skip
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
-    return [
-        (list(o.outputs[0].token_ids), np.array([[step[i].logprob for i in range(models.VOCAB)] for step in o.outputs[0].logprobs]))
-        for o in outputs
-    ]
+    return [(list(o.outputs[0].token_ids), np.array([row_of(step) for step in o.outputs[0].logprobs])) for o in outputs]
+
+
+def row_of(step: dict[int, Any]) -> list[float]:
+    """A step's log-probabilities in the order of the vocabulary."""
+    return [step[i].logprob for i in range(models.VOCAB)]
 
 
 @torch.no_grad()
-def logprobs_in_transformers(
-    model: torch.nn.Module, prompt: list[int], generated: list[int], program: tuple[wire.Site, ...] | None
-) -> np.ndarray:
-    """Log-probabilities of the same tokens [tokens, vocabulary]."""
-    ids = torch.tensor([prompt + generated[:-1]])
-    with transformers_hooks.hooked(model, program or (), LAYOUT.sites, len(prompt)):
-        logits = model(ids).logits[0, len(prompt) - 1 :]
-    return torch.log_softmax(logits.double(), -1).numpy()
+def answer_of_transformers(
+    model: torch.nn.Module, prompt: list[int], program: tuple[wire.Site, ...] | None
+) -> tuple[list[int], np.ndarray]:
+    """(greedy ids, log-probabilities [tokens, vocabulary]) of one prompt."""
+    ids: list[int] = []
+    logprobs = []
+    for _ in range(NEW_TOKENS):
+        with transformers_hooks.hooked(model, program or (), LAYOUT.sites, len(prompt)):
+            logits = model(torch.tensor([prompt + ids])).logits[0, -1]
+        logprobs.append(torch.log_softmax(logits.double(), -1).numpy())
+        ids.append(int(logits.argmax()))
+    return ids, np.array(logprobs)
 
 
-def test_logits_equal_those_of_transformers(llm: Any, folder: Path) -> None:
-    first, second = programs()
-    chosen = [first, second, None, first]
-    model = transformers_hooks.load(folder)
-    for prompt, program, (generated, ours) in zip(PROMPTS, chosen, logprobs_in_vllm(llm, chosen), strict=True):
-        theirs = logprobs_in_transformers(model, prompt, generated, program)
+def test_logits_equal_those_of_transformers(llm: Any, expected: list[tuple[list[int], np.ndarray]]) -> None:
+    for (ids, ours), (their_ids, theirs) in zip(answers_of_vllm(llm), expected, strict=True):
+        assert ids == their_ids
         assert np.abs(ours - theirs).max() < 2e-3
-    plain = logprobs_in_transformers(model, PROMPTS[0], [0], None)
-    steered = logprobs_in_transformers(model, PROMPTS[0], [0], first)
-    assert np.abs(plain - steered).max() > 0.05, "the edits must show, or this test shows nothing"

@@ -25,21 +25,21 @@ with Client(ADDRESS) as client:
     (bundle,) = model.bundles
     print(f"{model.model} on vLLM {model.engine_version}, with {bundle.latents} SAE features at {bundle.site}")
 
-    # 1. A feature, found by the words of its label, turned up and turned down. `max_activation` counts in multiples of
-    #    the largest activation seen in the training corpus.
+    # 1. Features, found by the words of their labels. One is given as much activation as it ever had in the training
+    #    corpus. The others are clamped: where one is active, x is moved against it, here by half of its own length.
     title("1. One prompt: plain, steered up, steered away")
-    feature = client.search("star", limit=1)[0]
-    print(f"feature {feature.index}, “{feature.label}”, is active on {feature.frequency:.2%} of tokens")
-    at = Program().at(bundle.site)
-    programs = {
-        "plain": None,
-        "up": at.set(feature=feature.index, to=1.5, unit="max_activation", phase="generated"),
-        "away": at.clamp(feature=feature.index, to=-1.0, unit="max_activation"),
-    }
-    prompt = "Astronomers study"
-    for name, program in programs.items():
+    star = client.search("star astronomy", limit=1)[0]
+    astronomy = client.search("astronomy", limit=30)
+    print(f"up: feature {star.index}, “{star.label}”, active on {star.frequency:.2%} of tokens")
+    print(f"away: it and {len(astronomy)} others, such as “{astronomy[0].label}”")
+    up = Program().at(bundle.site).set(star.index, to=1.0, unit="max_activation", phase="generated")
+    away = Program().at(bundle.site)
+    for feature in {found.index for found in [star, *astronomy]}:
+        away = away.clamp(feature, to=-0.5, unit="residual")
+    prompt = "The planet has"
+    for name, program in {"plain": None, "up": up, "away": away}.items():
         print(f"\n{name}: {prompt}", end="")
-        for chunk in client.generate(prompt, steer=program, max_tokens=30, temperature=0.7, seed=7):
+        for chunk in client.generate(prompt, steer=program, max_tokens=40, temperature=0.7, seed=3):
             print(chunk.text, end="", flush=True)
         print()
 
