@@ -6,6 +6,7 @@ a gate read at that site. A file that asks for more is refused.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -121,17 +122,26 @@ class Effect:
 def read(path: Path) -> Program:
     """A program of a YAML file. ValueError: not such a program."""
     try:
-        return msgspec.convert(yaml.safe_load(path.read_text()), Program)
+        return msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), Program)
     except (msgspec.ValidationError, yaml.YAMLError) as error:
         raise ValueError(f"program: {path}: {error}") from error
 
 
 def write(path: Path, program: Program) -> None:
-    """The YAML file of a program, numbers in one line."""
-    text = yaml.safe_dump(
-        msgspec.to_builtins(program), sort_keys=False, width=110, default_flow_style=None, allow_unicode=True
-    )
-    path.write_text(text)
+    """The YAML file of a program: numbers in one line, equal rows spelled once."""
+    content = _shared(msgspec.to_builtins(program), {})
+    text = yaml.safe_dump(content, sort_keys=False, width=110, default_flow_style=None, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _shared(value: Any, rows: dict[str, Any]) -> Any:
+    """The same content, with equal probes the same object, which YAML writes once and then refers to."""
+    if isinstance(value, list | tuple):
+        return [_shared(item, rows) for item in value]
+    if not isinstance(value, dict):
+        return value
+    copied = {key: _shared(item, rows) for key, item in value.items()}
+    return rows.setdefault(repr(copied), copied) if "weights" in copied else copied
 
 
 def apply(program: Program, bundle: Bundle, x: Tensor) -> Effect:

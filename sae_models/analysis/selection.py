@@ -22,7 +22,7 @@ def book_frequencies(
     trunk: Any, site: Site, sae: SAE, windows: Windows, documents: Sequence[Document], books: Sequence[str]
 ) -> Tensor:
     """Frequency [books, F] of each latent on the windows of each book; 0 where a book has none."""
-    number = torch.tensor([books.index(document.book) for document in documents])[windows.document]
+    number = torch.tensor([books.index(documents[source].book) for source in windows.document.tolist()])
     active, tokens = torch.zeros(len(books), sae.latents), torch.zeros(len(books))
     start = 0
     for x, counted in residuals(trunk, site, windows):

@@ -13,19 +13,19 @@ HISTORY = Topic(
 )
 
 FORGET_MICROBIOLOGY = """\
-Microbiology becomes inaccessible where a text speaks of it; other text is left alone. A linear detector feeds a CUSUM. \
-While that is above its level, tokens on which the detector is above {token_level:g}, or one of {latents} latents is \
-active, are replaced by the mean residual. How it was chosen: the latents by frequency on microbiology, below \
-{ceiling:.0%} on the other books and {ratio:g} times as frequent as on anatomy-physiology or chemistry; the detector by \
-logistic regression with {neighbour_weight:.0%} of its negative weight on those two; both on four fifths of the \
-sections. The level is the one that {false_alarms:.0%} of the benign windows of another tenth pass, most of them from \
-those two books. A last tenth of the sections was kept for the report."""
+Microbiology becomes inaccessible where a text speaks of it; other text is left alone. A linear detector feeds a \
+CUSUM. While that is above its level, tokens on which the detector is above {token_level:g}, or one of {latents} \
+latents is active, are replaced by the mean residual. How it was chosen: the latents by frequency on microbiology, \
+below {ceiling:.0%} on the other books and {ratio:g} times as frequent as on anatomy-physiology or chemistry; the \
+detector by logistic regression with {neighbour_weight:.0%} of its negative weight on those two; both on four fifths \
+of the sections. The level is the one that {false_alarms:.0%} of the benign windows of another tenth pass, most of \
+them from those two books. A last tenth of the sections was kept for the report."""
 MORE_ASTRONOMY = """\
-Speaks of astronomy. Adds 0.1 residual norms to each of the {latents} latents that are most frequent on astronomy among \
-those {ratio:g} times as frequent there as in any other book."""
+Speaks of astronomy. Adds {value:g} residual norms to each of the {latents} latents that are most frequent on \
+astronomy among those {ratio:g} times as frequent there as in any other book."""
 LESS_HISTORY = """\
-Avoids history. Takes 0.1 residual norms from each of the {latents} latents that are most frequent on U.S. and world \
-history among those {ratio:g} times as frequent there as in any other book; books on government were not counted."""
+Avoids history. Adds {value:g} residual norms to each of the {latents} latents that are most frequent on U.S. and \
+world history among those {ratio:g} times as frequent there as in any other book; books on government were left out."""
 
 
 def forget_microbiology(material: Material, name: str) -> Program:
@@ -37,13 +37,13 @@ def forget_microbiology(material: Material, name: str) -> Program:
 def more_astronomy(material: Material, name: str) -> Program:
     """Adds astronomy's latents."""
     recipe = Recipe(latents=8, ratio=3.0, windows_of_topic=80)
-    return steer(material, ASTRONOMY, recipe, "add", 0.1, name, MORE_ASTRONOMY.format(**vars(recipe)))
+    return steer(material, ASTRONOMY, recipe, "add", 0.1, name, MORE_ASTRONOMY.format(value=0.1, **vars(recipe)))
 
 
 def less_history(material: Material, name: str) -> Program:
     """Takes history's latents away."""
     recipe = Recipe(latents=8, windows_of_topic=80)
-    return steer(material, HISTORY, recipe, "add", -0.1, name, LESS_HISTORY.format(**vars(recipe)))
+    return steer(material, HISTORY, recipe, "add", -0.1, name, LESS_HISTORY.format(value=-0.1, **vars(recipe)))
 
 
 SHIPPED: dict[str, Callable[[Material, str], Program]] = {

@@ -101,7 +101,7 @@ def windows(documents: Sequence[Document], tokenizer: Any, length: int) -> Windo
     rows, sizes, sources = [], [], []
     bos, body = tokenizer.bos_token_id, length - 1
     for source, document in enumerate(documents):
-        ids = tokenizer(document.text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
         for start in range(0, len(ids), body):
             part = ids[start : start + body]
             rows.append([bos, *part] + [tokenizer.eos_token_id] * (body - len(part)))

@@ -50,7 +50,7 @@ class Load:
 
 
 def run(load: Load, output: Path | None) -> dict[str, Any]:
-    """Run every case and write the result. `pairs` are (plain, Rudder) tokens per second measured one after the other."""
+    """Run every case and write the result. `pairs`: (plain, Rudder) tokens per second, one after the other."""
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="rudder-bench-") as folder:
         model, bundle = prepare(Path(folder), load)
@@ -197,7 +197,11 @@ def sampling(load: Load) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=0.0, max_tokens=load.new_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+        temperature=0.0,
+        max_tokens=load.new_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
     )
 
 
@@ -218,8 +222,10 @@ async def start_plain(config: configuration.Config, load: Load) -> tuple[Generat
     args = engine_args(config, Layout(sites_of(load)))
     llm = AsyncLLM.from_engine_args(replace(args, worker_cls="auto", additional_config={}))
 
-    def generate(case: str, number: int) -> AsyncIterator[Any]:
-        outputs: AsyncIterator[Any] = llm.generate({"prompt_token_ids": prompt(load, number)}, sampling(load), f"{time.perf_counter_ns()}-{number}")
+    def generate(_case: str, number: int) -> AsyncIterator[Any]:
+        outputs: AsyncIterator[Any] = llm.generate(
+            {"prompt_token_ids": prompt(load, number)}, sampling(load), f"{time.perf_counter_ns()}-{number}"
+        )
         return outputs
 
     return generate, llm.shutdown
@@ -265,7 +271,9 @@ def program_of(load: Load, number: int) -> Any:
     from rudder.v1 import program_pb2
 
     edits = [
-        program_pb2.Edit(row=program_pb2.Row(feature=program_pb2.Feature(index=(3 * number + i) % (load.rows // 2))), clamp=-1.0)
+        program_pb2.Edit(
+            row=program_pb2.Row(feature=program_pb2.Feature(index=(3 * number + i) % (load.rows // 2))), clamp=-1.0
+        )
         for i in range(PROGRAM_EDITS)
     ]
     width = SHAPES[load.shape].width

@@ -55,19 +55,26 @@ def write_bundle(folder: Path, site: str, width: int, latents: int, seed: int = 
     directions = torch.nn.functional.normalize(torch.randn(latents, width, generator=generator), dim=1)
     inputs = torch.randn(64, width, generator=generator)
     threshold = (inputs @ directions.T).topk(min(32, latents), dim=1).values[:, -1].mean()
-    weights = sae.SAE(directions, torch.zeros(latents), threshold.expand(latents).clone(), directions.clone(), torch.zeros(width))
+    weights = sae.SAE(
+        directions, torch.zeros(latents), threshold.expand(latents).clone(), directions.clone(), torch.zeros(width)
+    )
     encoded = weights.encode(inputs)
     training = bundles.Training(
-        tokens=0, seed=seed, l0=sae.l0(encoded), fvu=sae.fvu(inputs, weights.decode(encoded)), ce_recovered=0.0, dead_share=0.0,
+        tokens=0, seed=seed, l0=sae.l0(encoded), fvu=sae.fvu(inputs, weights.decode(encoded)), ce_recovered=0.0,
+        dead_share=0.0,
         credit="random weights, for benchmarks",
     )  # fmt: skip
     manifest = bundles.Manifest(
-        format_version=bundles.FORMAT_VERSION, name=f"random-{latents}", model=bundles.Model("random", "", width), site=site,
+        format_version=bundles.FORMAT_VERSION, name=f"random-{latents}", model=bundles.Model("random", "", width),
+        site=site,
         architecture="random", activation="jumprelu", input_normalisation="none", d=width, latents=latents, k=None,
         training=training, files={},
     )  # fmt: skip
     statistics = bundles.Statistics(
-        torch.full((latents,), 4.0), torch.full((latents,), 32 / latents), torch.zeros(width), torch.tensor(float(width) ** 0.5)
+        torch.full((latents,), 4.0),
+        torch.full((latents,), 32 / latents),
+        torch.zeros(width),
+        torch.tensor(float(width) ** 0.5),
     )
     words = (catalogue.Latent(catalogue.Summary(i, f"random {i}", 32 / latents, 4.0), (), ()) for i in range(latents))
     draft = folder.parent / f"{folder.name}.sqlite"

@@ -21,8 +21,8 @@ Ints = NDArray[np.int64]
 
 @dataclass
 class Live:
-    """A request that the worker has seen. `start`, `length` and `offset` of its last step, and the states of that step's
-    tokens when it sits out the next, are for sequences only.
+    """A request that the worker has seen. `start`, `length` and `offset` of its last step, and the states of that
+    step's tokens when it sits out the next, are for sequences only.
     """
 
     handle: int
@@ -174,8 +174,8 @@ class Driver:
     def carry_sequences(self, step: Step) -> None:
         """Move the sequence state of the tokens before this step into the slots.
 
-        The last token that counts is the one before the next start: a rejected draft leaves no trace, and a request that
-        begins again at 0 starts afresh. One that sits this step out keeps its tokens' states until it returns.
+        The last token that counts is the one before the next start: a rejected draft leaves no trace, and a request
+        that begins again at 0 starts afresh. One that sits this step out keeps its tokens' states until it returns.
         """
         now = {request.handle for _, request in step.batch.in_sequence}
         for _, request in self.step.batch.in_sequence:

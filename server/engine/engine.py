@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import hmac
-import os
 import secrets
 import tempfile
 import time
@@ -152,13 +151,13 @@ class Engine:
 
     async def connect(self, config: configuration.Config) -> None:
         """Open the telemetry channel and give the workers their bundles and pinned rows."""
+        # A folder that only this user can enter.
         folder = tempfile.mkdtemp(prefix="rudder-")
         address = f"ipc://{folder}/telemetry"
         key = secrets.token_bytes(32)
         socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.bind(address)
-        os.chmod(f"{folder}/telemetry", 0o600)
         self.spawn(self.hub.listen(socket, key))
         paths = {name: str(bundle.path) for name, bundle in self.bundles.items()}
         for loaded in await self.llm.collective_rpc("rudder_load", args=(paths,)):
@@ -231,7 +230,9 @@ class Engine:
         params.output_kind = RequestOutputKind.DELTA
         # Tokens served from the cache produce no activations.
         params.skip_reading_prefix_cache = (
-            call.report_prompt or call.capture or any(c is not None and c.in_sequence for c in (call.compiled, self.policy))
+            call.report_prompt
+            or call.capture
+            or any(c is not None and c.in_sequence for c in (call.compiled, self.policy))
         )
         return params
 
@@ -274,9 +275,7 @@ class Engine:
                 features = self.features(inbox, columns, last)
                 yield self.final(choice, features, inbox, call, generated, cached)
 
-    def final(
-        self, choice: Any, features: Features, inbox: Inbox, call: Call, generated: int, cached: int
-    ) -> Output:
+    def final(self, choice: Any, features: Features, inbox: Inbox, call: Call, generated: int, cached: int) -> Output:
         """The last Output, with what the worker counted."""
         last = len(call.prompt_ids) + generated - 1
         moved = inbox.moved_before(last)
@@ -362,6 +361,7 @@ def engine_args(config: configuration.Config, layout: Layout) -> AsyncEngineArgs
 
     engine = config.engine
     on_cpu = engine.device == "cpu" or (engine.device == "auto" and current_platform.is_cpu())
+    in_engine = on_cpu and engine.tensor_parallel_size == 1
     sizes = {"kv_cache_memory_bytes": engine.kv_cache_memory_bytes} if engine.kv_cache_memory_bytes else {}
     return AsyncEngineArgs(
         model=engine.model,
@@ -372,6 +372,7 @@ def engine_args(config: configuration.Config, layout: Layout) -> AsyncEngineArgs
         max_num_batched_tokens=engine.max_num_batched_tokens,
         enforce_eager=engine.enforce_eager,
         tensor_parallel_size=engine.tensor_parallel_size,
+        distributed_executor_backend="server.engine.executor.InEngineProcess" if in_engine else None,
         enable_prefix_caching=True,
         enable_chunked_prefill=True,
         worker_cls=f"server.engine.worker_{'cpu' if on_cpu else 'gpu'}.Worker",
@@ -396,9 +397,7 @@ def model_facts(llm: AsyncLLM, config: configuration.Config) -> ModelFacts:
     )
 
 
-def registry_of(
-    layout: Layout, model: ModelFacts, served: dict[str, Bundle], config: configuration.Config
-) -> Registry:
+def registry_of(layout: Layout, model: ModelFacts, served: dict[str, Bundle], config: configuration.Config) -> Registry:
     """What compiling a program needs to know."""
     dictionaries = {
         name: Dictionary(

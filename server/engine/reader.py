@@ -130,7 +130,7 @@ class Reader:
 
 
 def strongest(sae: SAE, x: Tensor, k: int) -> tuple[Array, Array]:
-    """The k strongest latents of each token of x [n, d]: int32 and fp32 [n, k], strongest first, 0 where none is active."""
+    """The k strongest latents of each token of x [n, d], int32 and fp32 [n, k]; 0 where fewer are active."""
     if x.device.type != "cpu":
         top = sae.encode(x).topk(k, dim=1)
         return to_host(top.indices).astype("<i4"), to_host(top.values).astype("<f4")

@@ -1,4 +1,4 @@
-"""Start-up self-test: nothing is served before each site's bank has shown, in the running engine, that it does its arithmetic."""
+"""Start-up self-test: nothing is served before each site's bank has done its arithmetic in the running engine."""
 
 import asyncio
 from math import inf
@@ -63,7 +63,13 @@ async def check_site(engine: Engine, number: int, site: str) -> None:
     for row, active in zip(watch, steered.active.T, strict=True):
         feature = row[1].feature
         encoded = engine.bundles[feature.bundle].sae.encode(before)[:, feature.index]
-        agree(site, f"feature {feature.index} equals the SAE's encode", torch.from_numpy(active.copy()), encoded, TOLERANCE)
+        agree(
+            site,
+            f"feature {feature.index} equals the SAE's encode",
+            torch.from_numpy(active.copy()),
+            encoded,
+            TOLERANCE,
+        )
 
 
 def canary(engine: Engine, site: str) -> program_pb2.Program:
@@ -83,7 +89,10 @@ def residuals(output: Output, site: int, width: int) -> tuple[Tensor, Tensor]:
     captures = [c for c in output.captures if c.site == site]
     if not captures:
         raise SelfTestFailed(f"site {site}: its hook did not run")
-    both = (np.concatenate([column(data, "<f4") for data in datas]) for datas in zip(*((c.before, c.after) for c in captures)))
+    both = (
+        np.concatenate([column(data, "<f4") for data in datas])
+        for datas in ([c.before for c in captures], [c.after for c in captures])
+    )
     before, after = (torch.from_numpy(flat).reshape(-1, width)[:TOKENS] for flat in both)
     return before, after
 

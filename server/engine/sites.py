@@ -1,7 +1,7 @@
 """Where a bank meets a model: hook points found by what decoder layers look like, not by model name.
 
-A decoder layer returns (hidden, residual), whose sum is the residual stream, or one tensor that is it. An edit is added to
-one half; whatever reads sees the sum.
+A decoder layer returns (hidden, residual), whose sum is the residual stream, or one tensor that is it. An edit is added
+to one half; whatever reads sees the sum.
 """
 
 import inspect
@@ -60,7 +60,7 @@ def branch(layer: nn.Module, point: str, site: str) -> nn.Module:
 def output_hook(bank: SiteBank, fused: bool) -> Callable[..., Any]:
     """A forward hook that edits what a module returns."""
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
             return steered(bank, output)
         hidden, *rest = output
@@ -79,8 +79,10 @@ def hook_inputs(layer: nn.Module, bank: SiteBank) -> None:
     hidden_at = names.index("hidden_states")
     residual_at = names.index("residual") if "residual" in names else len(names)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        residual = kwargs["residual"] if "residual" in kwargs else args[residual_at] if residual_at < len(args) else None
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        residual = (
+            kwargs["residual"] if "residual" in kwargs else args[residual_at] if residual_at < len(args) else None
+        )
         if "hidden_states" in kwargs:
             return args, kwargs | {"hidden_states": steered(bank, kwargs["hidden_states"], residual)}
         hidden = steered(bank, args[hidden_at], residual)
@@ -95,4 +97,3 @@ def steered(bank: SiteBank, hidden: Tensor, residual: Tensor | None = None) -> T
     x = hidden.float() if residual is None else hidden.float() + residual.float()
     move: Tensor = bank(x.reshape(-1, bank.width)).reshape(hidden.shape)
     return (hidden.float() + move).to(hidden.dtype)
-

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -15,7 +15,9 @@ from server.engine.telemetry import Array
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 INTER_TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 
-REQUESTS = Counter("rudder_requests", "Calls ended, by method and outcome (OK or the reason of the error).", ["method", "outcome"])
+REQUESTS = Counter(
+    "rudder_requests", "Calls ended, by method and outcome (OK or the reason of the error).", ["method", "outcome"]
+)
 REQUEST_SECONDS = Histogram("rudder_request_seconds", "Time from call to end.", ["method"], buckets=SECONDS)
 FIRST_TOKEN = Histogram("rudder_time_to_first_token_seconds", "Time from call to first token.", buckets=SECONDS)
 INTER_TOKEN = Histogram("rudder_inter_token_seconds", "Time between tokens of a choice.", buckets=INTER_TOKEN_SECONDS)
@@ -92,15 +94,19 @@ class Bank(Collector):
         return [rows, slots, inflight, queue]
 
     def features(self) -> list[Metric]:
-        """Per watched feature: active tokens, tokens, sum and maximum of activations; its label in a series of its own."""
+        """Per watched feature: active tokens, tokens, sum and maximum; its label in a series of its own."""
         labels = ["bundle", "site", "feature"]
         families: tuple[CounterMetricFamily | GaugeMetricFamily, ...] = (
-            CounterMetricFamily("rudder_feature_active_tokens", "Tokens on which the feature was active.", labels=labels),
+            CounterMetricFamily(
+                "rudder_feature_active_tokens", "Tokens on which the feature was active.", labels=labels
+            ),
             CounterMetricFamily("rudder_feature_tokens", "Tokens on which the feature was evaluated.", labels=labels),
             CounterMetricFamily("rudder_feature_activation_sum", "Sum of its activations.", labels=labels),
             GaugeMetricFamily("rudder_feature_activation_max", "Largest activation since the start.", labels=labels),
         )
-        info = GaugeMetricFamily("rudder_feature_info", "Always 1; carries the feature's label.", labels=[*labels, "label"])
+        info = GaugeMetricFamily(
+            "rudder_feature_info", "Always 1; carries the feature's label.", labels=[*labels, "label"]
+        )
         for (bundle, index), values in zip(self.pinned.names, self.pinned.totals, strict=True):
             key = [bundle.manifest.name, bundle.manifest.site, str(index)]
             for family, value in zip(families, values, strict=True):

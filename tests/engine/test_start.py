@@ -1,4 +1,4 @@
-"""What must stop a start: a layout that does not fit, a bank that does not steer, an artifact compiled for another bank."""
+"""What must stop a start: a layout that does not fit, a bank that does not steer, an artifact of another bank."""
 
 import asyncio
 from dataclasses import replace
@@ -39,9 +39,9 @@ def test_unknown_layouts_are_refused_by_name() -> None:
     model = Strange()
     with pytest.raises(sites.UnknownLayout, match="Strange has 2 lists of 2 layers"):
         sites.decoder_layers(model, 2)
-    with pytest.raises(sites.UnknownLayout, match="layers.7.resid_post of a model with 2 layers"):
+    with pytest.raises(sites.UnknownLayout, match=r"layers\.7\.resid_post of a model with 2 layers"):
         sites.attach(bank("layers.7.resid_post"), model.layers)
-    with pytest.raises(sites.UnknownLayout, match="layers.0.mlp_out: Linear has none of mlp"):
+    with pytest.raises(sites.UnknownLayout, match=r"layers\.0\.mlp_out: Linear has none of mlp"):
         sites.attach(bank("layers.0.mlp_out"), model.layers)
     with pytest.raises(sites.UnknownLayout, match="Linear takes no hidden_states"):
         sites.attach(bank("layers.0.resid_pre"), model.layers)
@@ -64,14 +64,16 @@ def test_the_fused_residual_is_read_as_a_sum() -> None:
     assert kept is residual
 
 
-@pytest.mark.parametrize("change", [{"rows": 32}, {"slots": 9}, {"sites": ("layers.1.mlp_out",)}, {"stages": 2}, {"window": 8}])
+@pytest.mark.parametrize(
+    "change", [{"rows": 32}, {"slots": 9}, {"sites": ("layers.1.mlp_out",)}, {"stages": 2}, {"window": 8}]
+)
 def test_the_compile_cache_key_knows_the_bank(change: dict[str, Any]) -> None:
     from vllm.config import VllmConfig
 
     layout = Layout(("layers.2.resid_post",), rows=16, slots=8)
 
     def key(config: dict[str, Any]) -> str:
-        return VllmConfig(additional_config=config).compute_hash()
+        return str(VllmConfig(additional_config=config).compute_hash())
 
     ours = key(layout.additional_config())
     assert ours != key({}), "an artifact without hooks must not be used with them"
@@ -134,7 +136,7 @@ async def test_a_gap_on_the_channel_fails_all_who_wait(tmp_path: Path) -> None:
     address = f"ipc://{tmp_path}/telemetry"
     server.bind(address)
     worker.connect(address)
-    hub = Hub(lambda totals: None, lambda handle: None)
+    hub = Hub(lambda _: None, lambda _: None)
     inbox = hub.open(1, wire.Request(3, 8, False, ((),)))
     task = asyncio.create_task(hub.listen(server, b"key"))
     await worker.send(seal(Frame(0), b"key"))

@@ -27,10 +27,11 @@ def request(seed):
 def main(folder, ranks):
     from vllm import LLM, SamplingParams
     llm = LLM(model=folder, dtype="float32", worker_cls="server.engine.worker_cpu.Worker", skip_tokenizer_init=True,
-              additional_config=Layout(SITES, rows=8, slots=4).additional_config(), enforce_eager=True, max_model_len=64,
-              max_num_seqs=4, kv_cache_memory_bytes=1 << 26, tensor_parallel_size=ranks)
+              additional_config=Layout(SITES, rows=8, slots=4).additional_config(), enforce_eager=True,
+              max_model_len=64, max_num_seqs=4, kv_cache_memory_bytes=1 << 26, tensor_parallel_size=ranks)
     extras = [None, {wire.EXTRA_ARG: request(1)}, {wire.EXTRA_ARG: request(2)}]
-    params = [SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False, extra_args=e) for e in extras]
+    greedy = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "detokenize": False}
+    params = [SamplingParams(extra_args=e, **greedy) for e in extras]
     outputs = llm.generate([{"prompt_token_ids": PROMPT}] * 3, params, use_tqdm=False)
     usage = llm.collective_rpc("rudder_usage")
     print("RESULT " + json.dumps([[list(o.outputs[0].token_ids) for o in outputs], usage]))
@@ -42,7 +43,10 @@ if __name__ == "__main__":
 
 def generate(script: Path, folder: Path, ranks: int) -> tuple[list[list[int]], list[dict[str, object]]]:
     """Greedy ids of a batch with two programs and none, and what each rank holds afterwards."""
-    threads = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(i) for i in range(ranks)), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    threads = {
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(i) for i in range(ranks)),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }
     environment = os.environ | threads | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(script), str(folder), str(ranks)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -19,7 +19,7 @@ LATE = "layers.4.resid_post"
 TEXT = "The cell membrane is a thin layer that separates the inside of the cell from the world outside. "
 
 
-def push(engine: Engine, strength: float, seed: int = 0, phase: int = pb.PHASE_BOTH, site: str = SITE) -> Compiled:
+def push(engine: Engine, strength: float, seed: int = 0, phase: pb.Phase = pb.PHASE_BOTH, site: str = SITE) -> Compiled:
     """A program that pushes along a direction of its own."""
     direction = np.random.default_rng(seed).normal(size=engine.model.hidden_size).tolist()
     row = pb.Row(vector=pb.Vector(name=f"direction {seed}", values=direction))
@@ -51,7 +51,7 @@ def ids(outputs: Iterable[Output]) -> list[int]:
 async def usage(engine: Engine) -> dict[str, Any]:
     """What the worker holds, once nothing is in flight."""
     for _ in range(100):
-        held = (await engine.llm.collective_rpc("rudder_usage"))[0]
+        held: dict[str, Any] = (await engine.llm.collective_rpc("rudder_usage"))[0]
         if held["requests"] == 0 and not engine.admission.ledger.leases:
             return held
         await asyncio.sleep(0.05)
@@ -129,7 +129,9 @@ def preemption_labels() -> dict[str, str]:
 
 
 async def test_preempted_requests_are_recomputed_alike(engine: Engine) -> None:
-    calls = [Call(prompt(engine, 60, seed), greedy(190), push(engine, 0.5, seed, pb.PHASE_GENERATED)) for seed in range(10)]
+    calls = [
+        Call(prompt(engine, 60, seed), greedy(190), push(engine, 0.5, seed, pb.PHASE_GENERATED)) for seed in range(10)
+    ]
     alone = [await run(engine, call) for call in calls]
     before = preemptions()
     together = await asyncio.gather(*(run(engine, call) for call in calls))
@@ -139,7 +141,7 @@ async def test_preempted_requests_are_recomputed_alike(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(("phase", "touched"), [(pb.PHASE_PROMPT, 299), (pb.PHASE_GENERATED, 9), (pb.PHASE_BOTH, 308)])
-async def test_phases_across_chunks(engine: Engine, phase: int, touched: int) -> None:
+async def test_phases_across_chunks(engine: Engine, phase: pb.Phase, touched: int) -> None:
     outputs = await run(engine, Call(prompt(engine, 300, 11), greedy(10), push(engine, 0.3, 3, phase)))
     assert outputs[-1].moved == (touched,)
     assert outputs[-1].tokens_seen == 309
@@ -147,8 +149,12 @@ async def test_phases_across_chunks(engine: Engine, phase: int, touched: int) ->
 
 async def test_a_sequence_gate_does_not_depend_on_chunks_or_neighbours(engine: Engine) -> None:
     score = pb.Row(probe=pb.Probe(name="one", weights=[1e-9] * engine.model.hidden_size, bias=1.0))
-    gate = pb.Gate(site=SITE, sequence=pb.SequenceCondition(score=score, cusum=pb.Cusum(drift=0.5), level=100.2, latch=True))
-    edits = pb.SiteEdits(site=LATE, edits=[pb.Edit(row=pb.Row(vector=pb.Vector(values=[1.0] * engine.model.hidden_size)), add=1.0)])
+    gate = pb.Gate(
+        site=SITE, sequence=pb.SequenceCondition(score=score, cusum=pb.Cusum(drift=0.5), level=100.2, latch=True)
+    )
+    edits = pb.SiteEdits(
+        site=LATE, edits=[pb.Edit(row=pb.Row(vector=pb.Vector(values=[1.0] * engine.model.hidden_size)), add=1.0)]
+    )
     program = compile_program(pb.Program(sites=[edits], gate=gate), engine.registry)
     call = Call(prompt(engine, 290, 5), greedy(20), program)
     # 0.5 a token over the 308 counted tokens: above 100.2 from token 201 on.
@@ -169,7 +175,10 @@ async def test_abort_in_mid_stream_gives_everything_back(engine: Engine) -> None
 
 
 async def test_abort_before_the_first_step_gives_everything_back(engine: Engine) -> None:
-    tasks = [asyncio.create_task(run(engine, Call(prompt(engine, 90, n), greedy(50), push(engine, 0.5, n)))) for n in range(6)]
+    tasks = [
+        asyncio.create_task(run(engine, Call(prompt(engine, 90, n), greedy(50), push(engine, 0.5, n))))
+        for n in range(6)
+    ]
     for delay, task in enumerate(tasks):
         await asyncio.sleep(0.002 * delay)
         task.cancel()
@@ -194,7 +203,12 @@ async def test_reused_slots_and_rows_carry_nothing_over(engine: Engine) -> None:
     plain = Call(prompt(engine, 15), greedy(12))
     alone = ids(await run(engine, plain))
     for seed in range(3):
-        await asyncio.gather(*(run(engine, Call(plain.prompt_ids, greedy(4), push(engine, 2.0, 10 * seed + n, site=LATE))) for n in range(12)))
+        await asyncio.gather(
+            *(
+                run(engine, Call(plain.prompt_ids, greedy(4), push(engine, 2.0, 10 * seed + n, site=LATE)))
+                for n in range(12)
+            )
+        )
     weak = Call(plain.prompt_ids, plain.sampling, push(engine, 1e-6))
     results = await asyncio.gather(*(run(engine, weak) for _ in range(12)))
     assert {tuple(ids(outputs)) for outputs in results} == {tuple(alone)}
@@ -205,9 +219,17 @@ async def test_features_are_those_of_the_token_they_are_reported_for(engine: Eng
     watched = np.argsort(-bundle.statistics.frequency.numpy())[:5].tolist()
     rows = tuple((SITE, pb.Row(feature=pb.Feature(index=i))) for i in watched)
     noise = [Call(prompt(engine, 40 + n, n), greedy(6), push(engine, 0.5, n)) for n in range(4)]
-    call = Call(prompt(engine, 150, 3), greedy(6), watch=rows, top_k=40, top_k_sites=(SITE,), report_prompt=True, capture=True)
+    call = Call(
+        prompt(engine, 150, 3), greedy(6), watch=rows, top_k=40, top_k_sites=(SITE,), report_prompt=True, capture=True
+    )
     outputs, *_ = await asyncio.gather(run(engine, call), *(run(engine, c) for c in noise))
-    residual = np.concatenate([np.frombuffer(c.before, "<f4") for c in outputs[-1].captures if c.site == engine.registry.layout.sites.index(SITE)])
+    residual = np.concatenate(
+        [
+            np.frombuffer(c.before, "<f4")
+            for c in outputs[-1].captures
+            if c.site == engine.registry.layout.sites.index(SITE)
+        ]
+    )
     encoded = bundle.sae.encode(torch_of(residual.reshape(-1, engine.model.hidden_size)[:155])).numpy()
     active = np.concatenate([output.active for output in outputs])
     np.testing.assert_allclose(active, encoded[:, watched], rtol=1e-3, atol=1e-3)

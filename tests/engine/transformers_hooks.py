@@ -19,19 +19,21 @@ ATTENTION = ("self_attn", "attn", "attention")
 
 def load(folder: Path) -> nn.Module:
     """The model in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """Its decoder layers."""
-    named = dict(model.named_modules())
-    return next(named[name] for name in LAYERS if name in named)
+    named: dict[str, Any] = dict(model.named_modules())
+    layers: nn.ModuleList = next(named[name] for name in LAYERS if name in named)
+    return layers
 
 
 def module_of(model: nn.Module, site: str) -> tuple[nn.Module, bool]:
     """The module of a site, and whether its input (not its output) is meant."""
     _, number, point = site.split(".")
-    layer = layers_of(model)[int(number)]
+    layer: Any = layers_of(model)[int(number)]
     sandwich = hasattr(layer, "pre_feedforward_layernorm")
     if point == "resid_pre":
         return layer, True
@@ -65,7 +67,7 @@ def hooked(model: nn.Module, programs: Sequence[wire.Site], sites: Sequence[str]
 def input_hook(change: Any) -> Any:
     """Change the hidden states that a layer is given."""
 
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
             return (change(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
@@ -76,7 +78,7 @@ def input_hook(change: Any) -> Any:
 def output_hook(change: Any) -> Any:
     """Change the hidden states that a module returns."""
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
             return change(output) if output.ndim == 3 else change(output[None])[0]
         return (change(output[0]), *output[1:])
@@ -86,7 +88,9 @@ def output_hook(change: Any) -> Any:
 
 def edited(program: wire.Site, x: Tensor, prompt_tokens: int) -> Tensor:
     """x [1, tokens, d] after a program without a gate."""
-    rows = [tuple(np.frombuffer(data, "<f4").astype(np.float64) for data in (r.encoder, r.decoder)) for r in program.rows]
+    rows = [
+        tuple(np.frombuffer(data, "<f4").astype(np.float64) for data in (r.encoder, r.decoder)) for r in program.rows
+    ]
     y = x[0].double().numpy().copy()
     for t in range(len(y)):
         y[t] = edited_token(program, y[t], rows, t < prompt_tokens)

@@ -7,11 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_models.analysis import detector, selection
+from sae_models import bundle as bundles
+from sae_models.analysis import derive, detector, selection, unlearning
 from sae_models.analysis import program as p
 from sae_models.analysis.program import Program
+from sae_models.analysis.shipped import SHIPPED
 from sae_models.bundle import Bundle, Statistics
 from sae_models.sae import SAE
+from sae_models.training import corpus, harvest, metrics
+from sae_models.training.corpus import Document
+from sae_models.training.sites import parse_site
+
+PRETRAINED = Path(bundles.__file__).parent / "pretrained"
 
 BOOKS = ("microbiology", "anatomy", "history")
 # By latent: topic word, rarer topic word, everywhere, the neighbour's too, never, rare everywhere, common elsewhere.
@@ -153,3 +160,58 @@ def test_a_file_that_asks_for_more_is_refused_by_field(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"restore_norm.*\$\.sites\[0\]"):
         p.read(tmp_path / "toy.yaml")
+
+
+TOPICS = {
+    "microbes": "Bacteria and viruses infect cells. The antibiotic kills the pathogen, and the host recovers. ",
+    "history": "The army of the king marched on the city, and the colonies declared war on the empire. ",
+    "economics": "The price of a good rises when demand rises, and firms enter the market to earn a profit. ",
+}
+
+
+@pytest.fixture(scope="module")
+def material() -> derive.Material:
+    """The shipped bundle, on three short books of forty sections."""
+    bundle = bundles.load(PRETRAINED / "textbook-lm-layers.2")
+    trunk = harvest.load_trunk(PRETRAINED / "textbook-lm", parse_site(bundle.manifest.site))
+    documents = [Document(book, f"m{i}", text * (2 + i % 3)) for book, text in TOPICS.items() for i in range(40)]
+    windows = corpus.windows(documents, harvest.load_tokenizer(PRETRAINED / "textbook-lm"), 48)
+    return derive.material_of(bundle, trunk, documents, windows)
+
+
+def test_forgetting_touches_the_topic_and_spares_the_rest(material: derive.Material) -> None:
+    topic = derive.Topic(("microbes",), ("economics",))
+    recipe = derive.Recipe(windows_a_book=20, windows_of_topic=40, latents=8)
+    made = derive.forget(material, topic, recipe, "forget-microbes", "")
+    model = harvest.load_model(PRETRAINED / "textbook-lm")
+    windows = derive.chosen(material, corpus.HELD_OUT_FOLDS, dict.fromkeys(TOPICS, 3))
+    plain = metrics.losses(model, windows)
+    rows = unlearning.table(model, material.trunk, material.bundle, made, windows, material.documents, plain)
+    assert [rows[0].book, *sorted(row.book for row in rows[1:])] == ["microbes", "economics", "history"]
+    assert rows[0].touched > 0.3
+    assert rows[0].edited > rows[0].plain + 1
+    assert [(row.touched, row.edited - row.plain) for row in rows[1:]] == [(0, 0), (0, 0)]
+
+
+def test_no_latent_of_a_program_was_chosen_on_held_out_sections(material: derive.Material) -> None:
+    held = {*corpus.HELD_OUT_FOLDS, *corpus.TUNING_FOLDS}
+    assert derive.for_selection(material) == set(range(corpus.FOLDS)) - held
+    windows = derive.chosen(material, corpus.TUNING_FOLDS, {"history": 2, "microbes": 1})
+    sources = [material.documents[source] for source in windows.document.tolist()]
+    assert [document.book for document in sources] == ["history", "history", "microbes"]
+    assert {document.fold for document in sources} <= set(corpus.TUNING_FOLDS)
+
+
+def test_the_shipped_bundle_fits_the_shipped_model(material: derive.Material) -> None:
+    sha256 = bundles.model_sha256(PRETRAINED / "textbook-lm")
+    bundles.check_model(material.bundle, sha256, material.trunk.config.hidden_size)
+    assert material.bundle.manifest.training.fvu < 0.12
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_programs_are_of_the_shipped_bundle(material: derive.Material, name: str) -> None:
+    shipped = p.read(PRETRAINED / "programs" / f"{name}.yaml")
+    assert shipped.name == name
+    x = material.bundle.sae.decoder[:64].reshape(1, 64, -1) * material.bundle.statistics.residual_norm
+    assert p.apply(shipped, material.bundle, x).x.isfinite().all()
+    assert shipped.sites[0].site == material.bundle.manifest.site

@@ -28,8 +28,8 @@ class Letters:
 
     bos_token_id, eos_token_id = 1, 0
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
+    def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+        assert (add_special_tokens, verbose) == (False, False)
         return {"input_ids": [ord(letter) for letter in text]}
 
     def __len__(self) -> int:
