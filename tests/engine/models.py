@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 VOCAB = 160
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
-    "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False,
 }  # fmt: skip
 GROUPED = {"intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 32}
 SANDWICH = {"query_pre_attn_scalar": 32, "sliding_window": 64}
