@@ -5,11 +5,14 @@ import json
 import multiprocessing
 import os
 import platform
+import socket
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ from server.bench.shapes import SHAPES, write_bundle, write_model
 from server.engine.layout import parse
 
 WATCHED = 64
+# The server process and a client process, against the engine in one process.
+GRPC = "grpc"
 PROGRAM_EDITS = 4
 
 
@@ -45,7 +50,8 @@ class Load:
     def all_cases(self) -> tuple[str, ...]:
         """Names of the cases to run."""
         size = f"{self.latents // 1024}k"
-        names = ("idle", "one_program", f"{self.programs}_programs", f"watch_{WATCHED}_features", f"full_encode_{size}")
+        watch = f"watch_{WATCHED}_features"
+        names = ("idle", "one_program", f"{self.programs}_programs", watch, f"full_encode_{size}", GRPC)
         return tuple(name for name in names if not self.cases or name in self.cases)
 
 
@@ -54,8 +60,10 @@ def run(load: Load, output: Path | None) -> dict[str, Any]:
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="rudder-bench-") as folder:
         model, bundle = prepare(Path(folder), load)
-        with Side("plain", model, bundle, load) as plain, Side("rudder", model, bundle, load) as rudder:
-            result = {"machine": machine(), "load": asdict(load), "cases": measure(load, plain, rudder, console)}
+        sides = ("plain", "rudder", GRPC) if GRPC in load.all_cases() else ("plain", "rudder")
+        with ExitStack() as running:
+            started = {name: running.enter_context(Side(name, model, bundle, load)) for name in sides}
+            result = {"machine": machine(), "load": asdict(load), "cases": measure(load, started, console)}
     console.print(table(result["cases"]))
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -63,30 +71,32 @@ def run(load: Load, output: Path | None) -> dict[str, Any]:
     return result
 
 
-def measure(load: Load, plain: "Side", rudder: "Side", console: Console) -> dict[str, Any]:
-    """Alternate the two sides, case by case; the first pair of each case warms up."""
+def measure(load: Load, sides: dict[str, "Side"], console: Console) -> dict[str, Any]:
+    """Alternate two sides, case by case; the first pair of each case warms up."""
     cases: dict[str, Any] = {}
     with Progress(console=console) as progress:
         bar = progress.add_task("pairs", total=len(load.all_cases()) * (load.pairs + 1))
         for case in load.all_cases():
+            base, ours = ("rudder", GRPC) if case == GRPC else ("plain", "rudder")
             pairs = []
             for number in range(load.pairs + 1):
-                order = (plain, rudder) if number % 2 else (rudder, plain)
-                rates = {side.name: side.measure(case) for side in order}
-                pairs.append((rates["plain"], rates["rudder"]))
+                order = (base, ours) if number % 2 else (ours, base)
+                runs = {name: sides[name].measure(case) for name in order}
+                pairs.append((runs[base], runs[ours]))
                 progress.advance(bar)
             cases[case] = summary(pairs[1:])
     return cases
 
 
-def summary(pairs: list[tuple[float, float]]) -> dict[str, Any]:
+def summary(pairs: list[tuple["Run", "Run"]]) -> dict[str, Any]:
     """The case's entry of the result."""
-    plain, ours = zip(*pairs, strict=True)
+    base, ours = zip(*pairs, strict=True)
     return {
-        "plain_tok_s": round(statistics.median(plain), 1),
-        "tok_s": round(statistics.median(ours), 1),
-        "ratio": round(statistics.median(b / a for a, b in pairs), 4),
-        "pairs": [[round(a, 1), round(b, 1)] for a, b in pairs],
+        "plain_tok_s": round(statistics.median(run.tok_s for run in base), 1),
+        "tok_s": round(statistics.median(run.tok_s for run in ours), 1),
+        "ratio": round(statistics.median(b.tok_s / a.tok_s for a, b in pairs), 4),
+        "pairs": [[round(a.tok_s, 1), round(b.tok_s, 1)] for a, b in pairs],
+        "first_token_added_ms": round(statistics.median(b.first_ms - a.first_ms for a, b in pairs), 2),
     }
 
 
@@ -124,6 +134,14 @@ def prepare(folder: Path, load: Load) -> tuple[Path, Path]:
     return model, folder / "bundle"
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run of the load: tokens per second, and the median time to a request's first token."""
+
+    tok_s: float
+    first_ms: float
+
+
 class Side:
     """One engine in a process of its own, which runs the load when told."""
 
@@ -143,10 +161,11 @@ class Side:
         self.process.join(30)
         self.process.terminate()
 
-    def measure(self, case: str) -> float:
-        """Tokens per second of one run."""
+    def measure(self, case: str) -> Run:
+        """Run the load once."""
         self.pipe.send(case)
-        return float(self.receive())
+        run: Run = self.receive()
+        return run
 
     def receive(self) -> Any:
         """The process's next answer; RuntimeError when it has died."""
@@ -172,23 +191,27 @@ async def serve_side(name: str, model: str, bundle: str, load: Load, pipe: Conne
         ),
         programs=configuration.Programs(folder=None),
     )  # fmt: skip
-    generate, stop = await (start_plain if name == "plain" else start_rudder)(config, load)
+    start = {"plain": start_plain, "rudder": start_rudder, GRPC: start_grpc}[name]
+    generate, stop = await start(config, load)
     pipe.send("ready")
     loop = asyncio.get_running_loop()
     while case := await loop.run_in_executor(None, pipe.recv):
         begin = time.perf_counter()
-        await asyncio.gather(*(drain(generate(case, number)) for number in range(load.requests)))
-        pipe.send(load.requests * load.new_tokens / (time.perf_counter() - begin))
+        first = await asyncio.gather(*(drain(generate(case, number)) for number in range(load.requests)))
+        rate = load.requests * load.new_tokens / (time.perf_counter() - begin)
+        pipe.send(Run(rate, 1e3 * statistics.median(first)))
     stop()
 
 
 Generate = Callable[[str, int], AsyncIterator[Any]]
 
 
-async def drain(outputs: AsyncIterator[Any]) -> None:
-    """Read a stream to its end."""
+async def drain(outputs: AsyncIterator[Any]) -> float:
+    """Read a stream to its end; seconds to its first message."""
+    begin, first = time.perf_counter(), 0.0
     async for _ in outputs:
-        pass
+        first = first or time.perf_counter() - begin
+    return first
 
 
 def sampling(load: Load) -> Any:
@@ -212,8 +235,6 @@ def prompt(load: Load, number: int) -> list[int]:
 
 async def start_plain(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
     """Unmodified vLLM with the same arguments."""
-    from dataclasses import replace
-
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from server.engine.engine import engine_args
@@ -245,6 +266,27 @@ async def start_rudder(config: configuration.Config, load: Load) -> tuple[Genera
         return engine.stream(call_of(case, number, load, programs))
 
     return generate, engine.llm.shutdown
+
+
+async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
+    """A server process, reached by the Python client in this one."""
+    from rudder_client import AsyncClient
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    listening = replace(config, listen=configuration.Listen(port=port, metrics_port=0))
+    settings = Path(config.engine.bundles[0]).with_suffix(".yaml")
+    settings.write_text(configuration.show(listening))
+    server = await asyncio.create_subprocess_exec(sys.executable, "-m", "server", "serve", "--config", str(settings))
+    client = AsyncClient(f"127.0.0.1:{port}")
+    await client.wait_ready(timeout=600)
+
+    def generate(_case: str, number: int) -> AsyncIterator[Any]:
+        stream = client.generate(prompt(load, number), temperature=0.0, max_tokens=load.new_tokens, ignore_eos=True)
+        return aiter(stream)
+
+    return generate, server.terminate
 
 
 def call_of(case: str, number: int, load: Load, programs: list[Any]) -> Any:

@@ -20,7 +20,6 @@ import zmq.asyncio
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import TokensPrompt
-from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -30,7 +29,7 @@ from sae_models import bundle as bundles
 from sae_models.bundle import Bundle
 from server import config as configuration
 from server.engine.admission import Admission
-from server.engine.hub import Features, Hub, Inbox
+from server.engine.hub import Hub, Inbox
 from server.engine.layout import Layout
 from server.engine.telemetry import Array, Capture, TelemetryLost
 from server.monitoring import metrics
@@ -249,53 +248,37 @@ class Engine:
         inbox = self.hub.open(handle, request)
         try:
             prompt = TokensPrompt(prompt_token_ids=list(call.prompt_ids), cache_salt=self.salt(call))
-            outputs = self.llm.generate(prompt, self.parameters(call, request), f"{handle}-{secrets.token_hex(4)}")
-            async with aclosing(self.joined(outputs, inbox, call, columns)) as joined:
-                async for output in joined:
-                    yield output
+            request_id = f"{handle}-{secrets.token_hex(4)}"
+            generated = cached = 0
+            async with aclosing(self.llm.generate(prompt, self.parameters(call, request), request_id)) as outputs:
+                async for out in outputs:
+                    choice = out.outputs[0]
+                    generated += len(choice.token_ids)
+                    cached = max(cached, out.num_cached_tokens or 0)
+                    if choice.finish_reason:
+                        yield await self.final(choice, inbox, call, columns, generated, cached)
+                    else:
+                        news = inbox.take().reordered(columns)
+                        yield Output(choice.text, list(choice.token_ids), choice.logprobs, *news)
         finally:
             self.spawn(self.see_released(handle, inbox))
 
-    async def joined(
-        self, outputs: AsyncGenerator[RequestOutput], inbox: Inbox, call: Call, columns: tuple[int, ...]
-    ) -> AsyncGenerator[Output]:
-        """vLLM's outputs with the telemetry of their tokens."""
-        generated = cached = 0
-        async with aclosing(outputs) as stream:
-            async for out in stream:
-                choice = out.outputs[0]
-                generated += len(choice.token_ids)
-                cached = max(cached, out.num_cached_tokens or 0)
-                if not choice.finish_reason:
-                    features = self.features(inbox, columns, None)
-                    yield Output(choice.text, list(choice.token_ids), choice.logprobs, *features)
-                    continue
-                last = len(call.prompt_ids) + generated - 1
-                await self.covered(inbox, last)
-                features = self.features(inbox, columns, last)
-                yield self.final(choice, features, inbox, call, generated, cached)
-
-    def final(self, choice: Any, features: Features, inbox: Inbox, call: Call, generated: int, cached: int) -> Output:
-        """The last Output, with what the worker counted."""
+    async def final(
+        self, choice: Any, inbox: Inbox, call: Call, columns: tuple[int, ...], generated: int, cached: int
+    ) -> Output:
+        """The last Output, once all telemetry has come, with what the worker counted."""
+        # With asynchronous scheduling the engine may have run one token more than the answer has.
         last = len(call.prompt_ids) + generated - 1
+        await self.covered(inbox, last)
         moved = inbox.moved_before(last)
         own = len(call.compiled.edits) if call.compiled else 0
         return Output(
-            choice.text, list(choice.token_ids), choice.logprobs, *features,
+            choice.text, list(choice.token_ids), choice.logprobs, *inbox.take().reordered(columns).before(last),
             finish_reason=choice.finish_reason, stop_reason=choice.stop_reason,
             prompt_tokens=len(call.prompt_ids), generated_tokens=generated, cached_tokens=cached,
             moved=moved[:own], policy_moved=moved[own:], tokens_seen=max(0, min(inbox.covered, last) - inbox.first),
             captures=tuple(inbox.captures),
         )  # fmt: skip
-
-    def features(self, inbox: Inbox, columns: tuple[int, ...], last: int | None) -> Features:
-        """The inbox's news, in the order of the call's `watch`; nothing from position `last` on.
-
-        With asynchronous scheduling the engine may have run one token more than the answer has.
-        """
-        news = inbox.take()
-        news = news._replace(active=news.active[:, list(columns)])
-        return news if last is None else Features(*(column[news.positions < last] for column in news))
 
     async def covered(self, inbox: Inbox, position: int) -> None:
         """Wait until every token before `position` has been reported."""

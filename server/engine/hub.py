@@ -31,6 +31,22 @@ class Features(NamedTuple):
     top_latents: Array
     top_values: Array
 
+    def reordered(self, columns: tuple[int, ...]) -> "Features":
+        """With the columns of `active` in this order."""
+        if columns == tuple(range(self.active.shape[1])):
+            return self
+        return self._replace(active=self.active[:, list(columns)])
+
+    def before(self, position: int) -> "Features":
+        """Those of positions before this one."""
+        return Features(*(column[self.positions < position] for column in self))
+
+
+def no_features(rows: int, sites: int, k: int) -> Features:
+    """Features of no token."""
+    top = np.zeros((0, sites, k), np.float32)
+    return Features(np.zeros(0, np.int64), np.zeros((0, rows), np.float32), top, top)
+
 
 @dataclass
 class Inbox:
@@ -46,34 +62,27 @@ class Inbox:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @property
-    def watched(self) -> int:
-        """Number of rows reported per token."""
-        return sum(len(site.watch) for site in self.request.stages[0])
-
-    @property
-    def edits(self) -> int:
-        """Number of counts in the `moved` column."""
-        return sum(len(s.edits) + bool(s.blend) for stage in self.request.stages for s in stage)
+    def __post_init__(self) -> None:
+        stages = self.request.stages
+        # Rows reported per token, and counts in the `moved` column.
+        self.watched = sum(len(site.watch) for site in stages[0])
+        self.edits = sum(len(s.edits) + bool(s.blend) for stage in stages for s in stage)
+        self.nothing = no_features(self.watched, len(self.request.top_k_sites), self.request.top_k)
 
     def take(self) -> "Features":
         """What has come since the last take.
 
         A position that ran again after a preemption is not told twice.
         """
-        k, sites = self.request.top_k, len(self.request.top_k_sites)
-        none = np.zeros((0, sites, k), np.float32)
-        parts: list[Features] = [Features(np.zeros(0, np.int64), np.zeros((0, self.watched), np.float32), none, none)]
+        parts = []
         for chunk in self.chunks:
-            skip = max(0, self.delivered - chunk.start)
-            end = chunk.start + len(chunk.active)
-            parts.append(
-                Features(
-                    np.arange(chunk.start + skip, end), chunk.active[skip:], chunk.latents[skip:], chunk.values[skip:]
-                )
-            )
+            skip, end = max(0, self.delivered - chunk.start), chunk.start + len(chunk.active)
+            columns = (np.arange(chunk.start, end), chunk.active, chunk.latents, chunk.values)
+            parts.append(Features(*(column[skip:] for column in columns)) if skip else Features(*columns))
             self.delivered = max(self.delivered, end)
         self.chunks.clear()
+        if len(parts) < 2:
+            return parts[0] if parts else self.nothing
         return Features(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def moved_before(self, end: int) -> tuple[int, ...]:
@@ -145,9 +154,21 @@ class FrameReader:
 
     def read(self, inbox: Inbox, start: int, length: int) -> None:
         """Take the next request's part."""
-        request = inbox.request
+        if start < inbox.covered:
+            inbox.moved = [(last, count) for last, count in inbox.moved if last <= start]
+        inbox.first = start if inbox.first < 0 else min(inbox.first, start)
+        inbox.covered = start + length
+        if inbox.edits:
+            inbox.moved.append((start + length, self.moved[self.moved_at : self.moved_at + inbox.edits]))
+            self.moved_at += inbox.edits
+        if inbox.watched or inbox.request.top_k_sites:
+            self.read_features(inbox, start, length)
+
+    def read_features(self, inbox: Inbox, start: int, length: int) -> None:
+        """Take the part of a request that reports features."""
+        request, rows = inbox.request, inbox.watched
         cut = 0 if request.watch_prompt else max(0, min(length, request.prompt_tokens - start))
-        tokens, rows = length - cut, inbox.watched
+        tokens = length - cut
         active = self.active[self.active_at : self.active_at + tokens * rows].reshape(tokens, rows)
         self.active_at += tokens * rows
         sites, k = len(request.top_k_sites), request.top_k
@@ -156,10 +177,5 @@ class FrameReader:
         self.top_at += size
         # The worker writes site by site.
         latents, values = (a.reshape(sites, tokens, k).swapaxes(0, 1) for a in (latents, values))
-        moved = self.moved[self.moved_at : self.moved_at + inbox.edits]
-        self.moved_at += inbox.edits
-        inbox.moved = [(last, count) for last, count in inbox.moved if last <= start] + [(start + length, moved)]
-        inbox.first = start if inbox.first < 0 else min(inbox.first, start)
-        inbox.covered = start + length
-        if tokens and (rows or sites):
+        if tokens:
             inbox.chunks.append(Chunk(start + cut, active, latents, values))

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae_models.sae import SAE
+from sae_models.strongest import Screen, strongest
 from server.engine.bank import SiteBank
 from server.engine.driver import Live, Step
 from server.engine.telemetry import Array, Capture, Frame
@@ -40,7 +40,7 @@ class Reader:
 
     def __init__(self, banks: Sequence[SiteBank]) -> None:
         self.banks = banks
-        self.saes: dict[int, SAE] = {}
+        self.screens: dict[int, Screen] = {}
         self.pinned: dict[int, list[int]] = {}
         self.columns = Columns((), (), 0, (), 0)
 
@@ -100,7 +100,7 @@ class Reader:
         wanted = sorted({site for request, _ in readers for site in request.request.top_k_sites})
         most = max((request.request.top_k for request, _ in readers), default=0)
         captured_rows = slice(1, 1 + int(step.capture.max(initial=0)))
-        found = {site: strongest(self.saes[site], self.banks[site].before[captured_rows], most) for site in wanted}
+        found = {site: strongest(self.screens[site], self.banks[site].before[captured_rows], most) for site in wanted}
         parts = [
             [found[site][column][rows - 1, : request.request.top_k].tobytes() for column in (0, 1)]
             for request, rows in readers
@@ -127,24 +127,6 @@ class Reader:
             f = to_host(self.banks[site].active[: step.tokens])[:, places][counted]
             parts.append(np.stack([(f > 0).sum(0), np.full(len(places), len(f)), f.sum(0), f.max(0, initial=0)], 1))
         return np.concatenate(parts) if parts else np.zeros((0, 4))
-
-
-def strongest(sae: SAE, x: Tensor, k: int) -> tuple[Array, Array]:
-    """The k strongest latents of each token of x [n, d], int32 and fp32 [n, k]; 0 where fewer are active."""
-    if x.device.type != "cpu":
-        top = sae.encode(x).topk(k, dim=1)
-        return to_host(top.indices).astype("<i4"), to_host(top.values).astype("<f4")
-    # Few latents are active, so a sort of those beats a selection over the dictionary.
-    f = sae.encode(x)
-    token, latent = (index.numpy() for index in f.nonzero(as_tuple=True))
-    value = f.numpy()[token, latent]
-    order = np.lexsort((-value, token))
-    token, latent, value = token[order], latent[order], value[order]
-    rank = np.arange(len(token)) - np.searchsorted(token, token)
-    kept = rank < k
-    latents, values = np.zeros((len(x), k), "<i4"), np.zeros((len(x), k), "<f4")
-    latents[token[kept], rank[kept]], values[token[kept], rank[kept]] = latent[kept], value[kept]
-    return latents, values
 
 
 def watch_gathers(step: Step, cut: Array) -> tuple[tuple[Gather, ...], int]:

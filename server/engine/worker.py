@@ -9,6 +9,7 @@ import zmq
 
 from sae_models import bundle as bundles
 from sae_models.sae import SAE
+from sae_models.strongest import screen
 from server.engine import runners, telemetry
 from server.engine.bank import Sequences, SiteBank
 from server.engine.driver import Driver
@@ -87,7 +88,7 @@ class SteeringWorker:
         for name, bundle in loaded.items():
             sae = SAE(*(getattr(bundle.sae, f.name).to(self.model_runner.device) for f in fields(SAE)))
             self.driver.load_sae(name, sae)
-            self.reader.saes[layout.sites.index(bundle.manifest.site)] = sae
+            self.reader.screens[layout.sites.index(bundle.manifest.site)] = screen(sae)
         return {name: bundle.sha256 for name, bundle in loaded.items()}
 
     def rudder_pin(self, payload: bytes) -> None:
