@@ -45,7 +45,10 @@ RELEASE_TIMEOUT_S = 0.5
 
 @dataclass(frozen=True)
 class Call:
-    """One choice of one request, checked and compiled."""
+    """One choice of one request, checked and compiled.
+
+    `canary` is for the self-test: the stage that its program runs in, without the policy.
+    """
 
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
@@ -57,6 +60,7 @@ class Call:
     tenant: str = ""
     cache_salt: str = ""
     capture: bool = False
+    canary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,13 +133,24 @@ class Engine:
 
     @classmethod
     async def start(cls, config: configuration.Config) -> "Engine":
-        """Start vLLM with the bank, load the bundles, open the telemetry, and pass the self-test."""
+        """Start vLLM with the bank, load the bundles, open the telemetry. `selftest.run` must pass before it serves."""
         loop = asyncio.get_running_loop()
         served = await loop.run_in_executor(None, load_bundles, config)
         layout = layout_of(config, served)
         # The constructor returns when the engine process is up: health and signals are served meanwhile.
         llm = await loop.run_in_executor(None, lambda: AsyncLLM.from_engine_args(engine_args(config, layout)))
-        model = await loop.run_in_executor(None, model_facts, llm, config)
+        try:
+            engine = await loop.run_in_executor(None, cls.around, llm, layout, served, config)
+            await engine.connect(config)
+        except BaseException:
+            llm.shutdown()
+            raise
+        return engine
+
+    @classmethod
+    def around(cls, llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], config: configuration.Config) -> "Engine":
+        """What surrounds a running vLLM: everything checked against the model that it loaded."""
+        model = model_facts(llm, config)
         for bundle in served.values():
             bundles.check_model(bundle, model.sha256, model.hidden_size)
         registry = registry_of(layout, model, served, config)
@@ -144,9 +159,7 @@ class Engine:
         admission = Admission(layout, config.limits.queue)
         metrics.watch_admission(admission.ledger, admission.waiting)
         hub = Hub(metrics.feature_totals, admission.release)
-        engine = cls(llm, model, registry, served, programs, policy, admission, hub, secrets.token_hex(8))
-        await engine.connect(config)
-        return engine
+        return cls(llm, model, registry, served, programs, policy, admission, hub, secrets.token_hex(8))
 
     async def connect(self, config: configuration.Config) -> None:
         """Open the telemetry channel and give the workers their bundles and pinned rows."""
@@ -193,15 +206,17 @@ class Engine:
     def compile(self, call: Call) -> tuple[wire.Request, tuple[int, ...]]:
         """What the worker is told, and the column of each of `call.watch`."""
         registry = self.registry
-        sites, columns = with_watch(
-            call.compiled.sites if call.compiled else (), compile_watch(call.watch, registry, "report.features")
-        )
+        program = call.compiled.sites if call.compiled else ()
+        watched = compile_watch(call.watch, registry, "report.features")
+        sites, columns = with_watch(() if call.canary else program, watched)
+        policy = self.policy.sites if self.policy else ()
+        later = policy if call.canary is None else program if call.canary else ()
         limit = len(call.prompt_ids) + (call.sampling.max_tokens or 0)
         request = wire.Request(
             prompt_tokens=len(call.prompt_ids),
             max_tokens=min(limit, self.model.max_model_len),
             bos=call.prompt_ids[0] == self.model.bos_token_id,
-            stages=(sites, self.policy.sites) if self.policy else (sites,),
+            stages=(sites, later)[: registry.layout.stages],
             watch_prompt=call.report_prompt,
             top_k=call.top_k,
             top_k_sites=tuple(registry.layout.sites.index(site) for site in call.top_k_sites),

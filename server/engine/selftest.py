@@ -29,15 +29,16 @@ async def run(engine: Engine) -> None:
     """Steer one of two equal requests in one batch and check both at every site. Raises SelfTestFailed."""
     try:
         for number, site in enumerate(engine.registry.layout.sites):
-            await check_site(engine, number, site)
+            for stage in range(engine.registry.layout.stages):
+                await check_site(engine, number, site, stage)
     except SelfTestFailed:
         metrics.SELF_TEST_FAILURES.inc()
         raise
     engine.self_tested = True
 
 
-async def check_site(engine: Engine, number: int, site: str) -> None:
-    """Canary and neighbour at one site."""
+async def check_site(engine: Engine, number: int, site: str, stage: int) -> None:
+    """Canary and neighbour at one site, in one stage."""
     program = canary(engine, site)
     compiled = compile_program(program, engine.registry, policy=True, field="self-test")
     prompt = tuple(range(3, 3 + TOKENS))
@@ -48,18 +49,17 @@ async def check_site(engine: Engine, number: int, site: str) -> None:
 
     params = SamplingParams(temperature=0.0, max_tokens=1)
     steered, plain = await asyncio.gather(
-        one(Call(prompt, params, compiled, watch, report_prompt=True, capture=True)),
-        one(Call(prompt, params, None, watch, report_prompt=True, capture=True)),
+        one(Call(prompt, params, compiled, watch, report_prompt=True, capture=True, canary=stage)),
+        one(Call(prompt, params, None, watch, report_prompt=True, capture=True, canary=stage)),
     )
     width = engine.model.hidden_size
     (before, after), (plain_before, plain_after) = residuals(steered, number, width), residuals(plain, number, width)
-    if not engine.policy:
-        agree(site, "an unsteered neighbour is untouched", plain_after, plain_before, 0.0)
+    agree(site, "an unsteered neighbour is untouched", plain_after, plain_before, 0.0)
     agree(site, "both requests reach the site alike", before, plain_before, 0.05)
-    if not engine.policy:
-        agree(site, "the edit equals the reference", after, reference(engine, compiled.sites[0], before), TOLERANCE)
-    if min(steered.moved) != TOKENS:
-        raise SelfTestFailed(f"{site}: an edit touched {min(steered.moved)} of {TOKENS} tokens")
+    agree(site, "the edit equals the reference", after, reference(engine, compiled.sites[0], before), TOLERANCE)
+    touched = min((*steered.moved, *steered.policy_moved))
+    if touched != TOKENS:
+        raise SelfTestFailed(f"{site}: an edit touched {touched} of {TOKENS} tokens")
     for row, active in zip(watch, steered.active.T, strict=True):
         feature = row[1].feature
         encoded = engine.bundles[feature.bundle].sae.encode(before)[:, feature.index]

@@ -29,6 +29,8 @@ class Channel:
         self.key, self.sequence = key, 0
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self.socket.setsockopt(zmq.SNDHWM, 0)
+        # The server is gone when the worker stops: nothing is worth waiting for.
+        self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.connect(address)
 
     def send(self, frame: telemetry.Frame) -> None:
