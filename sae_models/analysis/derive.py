@@ -56,7 +56,7 @@ class Recipe:
     ceiling: float = 0.02
     ratio: float = 2.0
     token_level: float = 0.0
-    blend: float = 1.0
+    dose: float = -0.1
 
 
 def material_of(bundle: Bundle, trunk: Any, documents: Sequence[Document], windows: Windows) -> Material:
@@ -135,10 +135,10 @@ def topic_latents(material: Material, topic: Topic, recipe: Recipe) -> list[int]
 
 
 def forget(material: Material, topic: Topic, recipe: Recipe, name: str, description: str) -> p.Program:
-    """Blank what speaks of the topic, once the text is found to be about it.
+    """Turn away from the topic, once the text is found to be about it, as Dynamic SAE Guardrails do (arXiv 2504.08192).
 
     Sequence condition: CUSUM of the detector's score. Token condition: a topic latent is active, or the detector's
-    score is above `token_level`. Edit: towards the mean residual, which no constant added later can undo.
+    score is above `token_level`. Edit: every topic latent, active or not, is set to `dose` residual norms.
     """
     found = fit_detector(material, topic, recipe)
     manifest = material.bundle.manifest
@@ -150,8 +150,8 @@ def forget(material: Material, topic: Topic, recipe: Recipe, name: str, descript
     sequence = p.SequenceCondition(score, p.Cusum(recipe.drift), alarm_level(material, topic, found, recipe))
     features = [p.Row(feature=p.Feature(index)) for index in topic_latents(material, topic, recipe)]
     triggers = (p.Trigger(score, recipe.token_level), *(p.Trigger(feature) for feature in features))
-    edits = p.SiteEdits(manifest.site, blend=p.Blend(manifest.name, recipe.blend))
-    return p.Program(name, description, (edits,), p.Gate(manifest.site, triggers, sequence))
+    edits = tuple(p.Edit(feature, set=recipe.dose, unit=p.RESIDUAL_NORM) for feature in features)
+    return p.Program(name, description, (p.SiteEdits(manifest.site, edits),), p.Gate(manifest.site, triggers, sequence))
 
 
 def steer(

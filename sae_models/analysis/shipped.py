@@ -15,11 +15,13 @@ HISTORY = Topic(
 FORGET_MICROBIOLOGY = """\
 Microbiology becomes inaccessible where a text speaks of it; other text is left alone. A linear detector feeds a \
 CUSUM. While that is above its level, tokens on which the detector is above {token_level:g}, or one of {latents} \
-latents is active, are replaced by the mean residual. How it was chosen: the latents by frequency on microbiology, \
-below {ceiling:.0%} on the other books and {ratio:g} times as frequent as on anatomy-physiology or chemistry; the \
-detector by logistic regression with {neighbour_weight:.0%} of its negative weight on those two; both on four fifths \
-of the sections. The level is the one that {false_alarms:.0%} of the benign windows of another tenth pass, most of \
-them from those two books. A last tenth of the sections was kept for the report."""
+latents is active, have all of these latents set to {dose:g} residual norms. How it was chosen: the latents by \
+frequency on microbiology, below {ceiling:.0%} on the other books and {ratio:g} times as frequent as on \
+anatomy-physiology or chemistry; the detector by logistic regression with {neighbour_weight:.0%} of its negative \
+weight on those two; both on four fifths of the sections. The level is the one that {false_alarms:.0%} of the benign \
+windows of another tenth pass, most of them from those two books. On that tenth the dose was chosen among -0.1, \
+-0.15, -0.2 and blends towards the mean of weight 0.6 to 1: it is the one that leaves text fluent. A last tenth of \
+the sections was kept for the report."""
 MORE_ASTRONOMY = """\
 Speaks of astronomy. Adds {value:g} residual norms to each of the {latents} latents that are most frequent on \
 astronomy among those {ratio:g} times as frequent there as in any other book."""
@@ -29,7 +31,7 @@ world history among those {ratio:g} times as frequent there as in any other book
 
 
 def forget_microbiology(material: Material, name: str) -> Program:
-    """Blends what speaks of microbiology towards the mean."""
+    """Turns what speaks of microbiology to something else."""
     recipe = Recipe()
     return forget(material, MICROBIOLOGY, recipe, name, FORGET_MICROBIOLOGY.format(**vars(recipe)))
 

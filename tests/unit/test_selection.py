@@ -181,7 +181,7 @@ def material() -> derive.Material:
 
 def test_forgetting_touches_the_topic_and_spares_the_rest(material: derive.Material) -> None:
     topic = derive.Topic(("microbes",), ("economics",))
-    recipe = derive.Recipe(windows_a_book=20, windows_of_topic=40, latents=8)
+    recipe = derive.Recipe(windows_a_book=20, windows_of_topic=40, latents=8, dose=-0.5)
     made = derive.forget(material, topic, recipe, "forget-microbes", "")
     model = harvest.load_model(PRETRAINED / "textbook-lm")
     windows = derive.chosen(material, corpus.HELD_OUT_FOLDS, dict.fromkeys(TOPICS, 3))
