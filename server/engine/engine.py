@@ -261,9 +261,9 @@ class Engine:
         request, columns = self.compile(call)
         await self.admission.acquire(handle, request)
         inbox = self.hub.open(handle, request)
+        request_id = f"{handle}-{secrets.token_hex(4)}"
         try:
             prompt = TokensPrompt(prompt_token_ids=list(call.prompt_ids), cache_salt=self.salt(call))
-            request_id = f"{handle}-{secrets.token_hex(4)}"
             generated = cached = 0
             async with aclosing(self.llm.generate(prompt, self.parameters(call, request), request_id)) as outputs:
                 async for out in outputs:
@@ -276,7 +276,7 @@ class Engine:
                         news = inbox.take().reordered(columns)
                         yield Output(choice.text, list(choice.token_ids), choice.logprobs, *news)
         finally:
-            self.spawn(self.see_released(handle, inbox))
+            self.spawn(self.see_released(handle, inbox, request_id))
 
     async def final(
         self, choice: Any, inbox: Inbox, call: Call, columns: tuple[int, ...], generated: int, cached: int
@@ -311,7 +311,7 @@ class Engine:
             await asyncio.wait([waiter], timeout=min(remaining, 1.0))
             waiter.cancel()
 
-    async def see_released(self, handle: int, inbox: Inbox) -> None:
+    async def see_released(self, handle: int, inbox: Inbox, request_id: str) -> None:
         """Make sure that a request's places come back, also when it never reached the worker."""
         while not inbox.released.is_set() and not self.llm.errored:
             waiter = asyncio.ensure_future(inbox.released.wait())
@@ -319,6 +319,8 @@ class Engine:
             waiter.cancel()
             if inbox.released.is_set():
                 return
+            # A call cancelled while it was being handed over may run on unseen; the engine takes the abort first.
+            await self.llm.abort(request_id)
             held = await self.llm.collective_rpc("rudder_holds", args=(handle,))
             if not any(held):
                 self.hub.inboxes.pop(handle, None)
