@@ -119,6 +119,10 @@ class Engine:
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     handles: Any = field(default_factory=lambda: count(1))
     tasks: set["asyncio.Task[None]"] = field(default_factory=set)
+    # Only this user can enter it, and it goes with the engine.
+    folder: tempfile.TemporaryDirectory[str] = field(
+        default_factory=lambda: tempfile.TemporaryDirectory(prefix="rudder-")
+    )
     self_tested: bool = False
 
     @property
@@ -163,9 +167,7 @@ class Engine:
 
     async def connect(self, config: configuration.Config) -> None:
         """Open the telemetry channel and give the workers their bundles and pinned rows."""
-        # A folder that only this user can enter.
-        folder = tempfile.mkdtemp(prefix="rudder-")
-        address = f"ipc://{folder}/telemetry"
+        address = f"ipc://{self.folder.name}/telemetry"
         key = secrets.token_bytes(32)
         socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
         socket.setsockopt(zmq.RCVHWM, 0)
@@ -307,17 +309,12 @@ class Engine:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise TelemetryLost(f"no telemetry for position {inbox.covered}")
-            waiter = asyncio.ensure_future(inbox.arrived.wait())
-            await asyncio.wait([waiter], timeout=min(remaining, 1.0))
-            waiter.cancel()
+            await happened(inbox.arrived, min(remaining, 1.0))
 
     async def see_released(self, handle: int, inbox: Inbox, request_id: str) -> None:
         """Make sure that a request's places come back, also when it never reached the worker."""
         while not inbox.released.is_set() and not self.llm.errored:
-            waiter = asyncio.ensure_future(inbox.released.wait())
-            await asyncio.wait([waiter], timeout=RELEASE_TIMEOUT_S)
-            waiter.cancel()
-            if inbox.released.is_set():
+            if await happened(inbox.released, RELEASE_TIMEOUT_S):
                 return
             # A call cancelled while it was being handed over may run on unseen; the engine takes the abort first.
             await self.llm.abort(request_id)
@@ -326,6 +323,14 @@ class Engine:
                 self.hub.inboxes.pop(handle, None)
                 self.admission.release(handle)
                 return
+
+
+async def happened(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event, but not longer; whether it came."""
+    waiter = asyncio.ensure_future(event.wait())
+    await asyncio.wait([waiter], timeout=seconds)
+    waiter.cancel()
+    return event.is_set()
 
 
 def digest(compiled: Compiled | None) -> str:

@@ -12,7 +12,7 @@ from sae_models.sae import SAE
 from sae_models.strongest import screen
 from server.engine import runners, telemetry
 from server.engine.bank import Sequences, SiteBank
-from server.engine.driver import Driver
+from server.engine.driver import Driver, Step
 from server.engine.layout import Layout
 from server.engine.reader import Reader
 from server.engine.sites import attach, decoder_layers
@@ -68,7 +68,7 @@ class SteeringWorker:
         output = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         ran = scheduler_output.total_num_scheduled_tokens > 0
         if self.channel and (ran or self.released):
-            step = self.driver.step if ran else type(self.driver.step)()
+            step = self.driver.step if ran else Step()
             self.channel.send(self.reader.frame(self.channel.sequence, step, self.released))
             self.released = []
         return output
