@@ -114,7 +114,7 @@ def load(path: Path) -> Bundle:
     raw = _read(path, MANIFEST)
     manifest = _parse(raw)
     _check_files(path, manifest)
-    weights = SAE(**_tensors(path, WEIGHTS, _weight_shapes(manifest)))
+    weights = SAE(*_tensors(path, WEIGHTS, _weight_shapes(manifest)).values())
     statistics = Statistics(**_tensors(path, STATISTICS, _statistics_shapes(manifest)))
     conformance = Conformance(
         **_tensors(path, CONFORMANCE, {"inputs": (-1, manifest.d), "activations": (-1, manifest.latents)})
@@ -159,7 +159,8 @@ def write(
         folder = Path(scratch) / path.name
         folder.mkdir()
         for name, content in ((WEIGHTS, weights), (STATISTICS, statistics), (CONFORMANCE, conformance)):
-            tensors = {field.name: getattr(content, field.name).contiguous() for field in fields(content)}
+            values = {field.name: getattr(content, field.name) for field in fields(content)}
+            tensors = {key: value.contiguous() for key, value in values.items() if isinstance(value, Tensor)}
             (folder / name).write_bytes(save(tensors))
         shutil.copyfile(catalogue, folder / CATALOGUE)
         files = {name: _sha256(folder / name) for name in sorted(FILES)}
@@ -243,7 +244,7 @@ def _tensors(path: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> di
         )
         _require(fits, f"{name} {key}", f"shape {shape} instead of {shapes[key]}")
         _require(bool(torch.isfinite(tensor).all()), f"{name} {key}", "has values that are not finite")
-    return {key: tensor.float() for key, tensor in tensors.items()}
+    return {key: tensors[key].float() for key in shapes}
 
 
 def _catalogue(path: Path, manifest: Manifest) -> Catalogue:

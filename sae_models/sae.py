@@ -1,19 +1,101 @@
-"""The canonical inference form of every SAE: a threshold on an affine encoder, and a decoder that keeps what is missed.
+"""The canonical inference form of every SAE and transcoder.
 
-Formats and trainable variants are converted to this form once, with input normalisation and pre-encoder bias folded in:
+Formats and trainable variants are converted to this form once. Pre-encoder bias and constant input scales are folded
+in; a normalisation that depends on the token stays, as `Normalisation`; a choice among latents stays, as `Selection`:
 
-    z = x . encoder + bias        f = z where z > threshold, else 0        x = f . decoder + decoder_bias + error
+    h = (x - mean) * gain                         (without a normalisation: h = x)
+    z = h . encoder + bias
+    f = z where z > threshold, and the selection keeps it, else 0
+    y = (f . decoder + decoder_bias) / gain + mean + x . skip
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, replace
+from enum import StrEnum
+from math import sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+# Latents encoded at a time where the weights are not float32: bounds the memory of their conversion.
+BLOCK = 4096
+LAYER_NORM_EPSILON = 1e-5
+
+
+class Normalisation(StrEnum):
+    """Of each token's input over its width d, undone on the output.
+
+    CONSTANT_NORM gives it norm sqrt(d). LAYER_NORM takes off its mean and divides by (unbiased standard deviation +
+    1e-5), as OpenAI's sparse_autoencoder and SAELens' `layer_norm` do.
+    """
+
+    NONE = "none"
+    CONSTANT_NORM = "constant_norm"
+    LAYER_NORM = "layer_norm"
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keeps the k largest z of a token (arXiv 2406.04093)."""
+
+    k: int
+
+
+@dataclass(frozen=True)
+class GroupMax:
+    """Keeps the largest z of each of k consecutive groups of F / k latents (EleutherAI sparsify)."""
+
+    k: int
+
+
+@dataclass(frozen=True)
+class AdaptiveK:
+    """Keeps the k(c) largest z of a token, c = x . probe + offset its complexity, cut to [0, scale] (arXiv 2508.17320).
+
+    k(c) = round(k_min + sigmoid(steepness * (c / scale - 1/2)) * (k_max - k_min)); probe [d], offset [].
+    """
+
+    probe: Tensor
+    offset: Tensor
+    k_min: int
+    k_max: int
+    steepness: float = 6.0
+    scale: float = 10.0
+
+    def count(self, x: Tensor) -> Tensor:
+        """k [...] of inputs x [..., d]."""
+        c = (x.float() @ self.probe + self.offset).clamp(0.0, self.scale) / self.scale
+        return (self.k_min + torch.sigmoid(self.steepness * (c - 0.5)) * (self.k_max - self.k_min)).round()
+
+
+Selection = TopK | GroupMax | AdaptiveK
+
+
+@dataclass(frozen=True)
+class Router:
+    """Chooses for each token one of L sites to read (RouteSAE, arXiv 2503.08200); weight [L, d].
+
+    p = softmax(weight . sum over sites of the standardised x), or of their mean; the SAE reads p_max * x at the most
+    likely site, standardised.
+    """
+
+    weight: Tensor
+    mean: bool = False
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(site [...], p_max [...]) of inputs x [..., L, d], already standardised."""
+        pooled = x.mean(-2) if self.mean else x.sum(-2)
+        p, site = (pooled @ self.weight.T).softmax(-1).max(-1)
+        return site, p
+
 
 class Rows(NamedTuple):
-    """Some latents of an SAE, as a bank holds them: encoder [n, d], bias [n], threshold [n], decoder [n, d]."""
+    """Some latents, as a bank holds them, float32: encoder [n, d], bias [n], threshold [n], decoder [n, d_out].
+
+    z = gain * (x . encoder) + bias: the encoder is centred where the normalisation takes off the mean. A row is exact
+    by itself: f = z where z > threshold, else 0.
+    """
 
     encoder: Tensor
     bias: Tensor
@@ -21,12 +103,20 @@ class Rows(NamedTuple):
     decoder: Tensor
 
 
+class Candidates(NamedTuple):
+    """Rows of an SAE with a selection or a router: f needs all F latents, so what a row says alone is a candidate."""
+
+    rows: Rows
+
+
 @dataclass(frozen=True)
 class SAE:
-    """float32 tensors: encoder [F, d], bias [F], threshold [F], decoder [F, d], decoder_bias [d].
+    """encoder [F, d], bias [F], threshold [F], decoder [F, d_out], decoder_bias [d_out], skip [d, d_out].
 
-    ReLU is threshold 0, JumpReLU (arXiv 2407.14435) a threshold per latent, and BatchTopK (arXiv 2412.06410) at
-    inference one threshold for all.
+    ReLU is threshold 0, JumpReLU (arXiv 2407.14435) a threshold per latent, BatchTopK (arXiv 2412.06410) at inference
+    one threshold for all; Gated (arXiv 2404.16014) folds to JumpReLU. Thresholds are not negative. encoder and decoder
+    may be bfloat16 and memory-mapped; all arithmetic is in float32. A transcoder has d_out of its own, and `skip` where
+    the output has a linear part.
     """
 
     encoder: Tensor
@@ -34,6 +124,11 @@ class SAE:
     threshold: Tensor
     decoder: Tensor
     decoder_bias: Tensor
+    _: KW_ONLY
+    normalisation: Normalisation = Normalisation.NONE
+    selection: Selection | None = None
+    skip: Tensor | None = None
+    router: Router | None = None
 
     @property
     def latents(self) -> int:
@@ -45,38 +140,148 @@ class SAE:
         """d."""
         return self.encoder.shape[1]
 
+    @property
+    def exact(self) -> bool:
+        """Whether a latent's activation follows from its own row."""
+        return self.selection is None and self.router is None
+
     def encode(self, x: Tensor) -> Tensor:
-        """Activations [..., F] of residuals x [..., d], in float32."""
-        return activations(x, self.all_rows())
+        """Activations [..., F] of inputs x [..., d], or [..., L, d] with a router, in float32."""
+        x, h = self.prepared(x)
+        z = self.preactivations(h)
+        f = torch.where(z > self.threshold, z, 0.0)
+        return f if self.selection is None else kept(self.selection, f, x)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Reconstruction [..., d] of activations [..., F]."""
-        return latents @ self.decoder + self.decoder_bias
+    def prepared(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x as it is read [..., d], and the encoder's input h [..., d], both float32."""
+        x = x.float()
+        if self.router is None:
+            return x, normalised(x, self.normalisation)
+        h = normalised(x, self.normalisation)
+        site, p = self.router.route(h)
+        at = site[..., None, None].expand(*site.shape, 1, x.shape[-1])
+        return x.gather(-2, at).squeeze(-2), p[..., None] * h.gather(-2, at).squeeze(-2)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The reconstruction of x [..., d] and the error x - reconstruction."""
-        reconstruction = self.decode(self.encode(x))
-        return reconstruction, x.float() - reconstruction
+    def preactivations(self, h: Tensor) -> Tensor:
+        """z [..., F] of encoder inputs h [..., d]."""
+        if self.encoder.dtype == torch.float32:
+            return h @ self.encoder.T + self.bias
+        blocks = zip(self.encoder.split(BLOCK), self.bias.split(BLOCK), strict=True)
+        return torch.cat([h @ encoder.float().T + bias for encoder, bias in blocks], -1)
 
-    def rows(self, latents: Tensor) -> Rows:
+    def decode(self, latents: Tensor, x: Tensor | None = None) -> Tensor:
+        """Output y [..., d_out] of activations [..., F]; x [..., d], the input, where a normalisation is to be undone
+        or a skip connection adds to the output.
+        """
+        if self.decoder.dtype == torch.float32:
+            y = latents @ self.decoder + self.decoder_bias
+        else:
+            blocks = zip(latents.split(BLOCK, -1), self.decoder.split(BLOCK), strict=True)
+            y = self.decoder_bias + sum(f @ decoder.float() for f, decoder in blocks)
+        if x is None:
+            if self.normalisation is not Normalisation.NONE or self.skip is not None:
+                raise ValueError("decode: x is needed to undo the normalisation or for the skip connection")
+            return y
+        x = x.float()
+        y = y / gain(x, self.normalisation) + centre(x, self.normalisation)
+        return y if self.skip is None else y + x @ self.skip.float()
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The output y for x, and the error: target - y. The target is x itself but for a transcoder; with a router,
+        x [..., L, d], it is x at the routed site.
+        """
+        if self.router is None:
+            y = self.decode(self.encode(x), x)
+            return y, (x if target is None else target).float() - y
+        h = normalised(x.float(), self.normalisation)
+        read, _ = self.prepared(x)
+        _, p = self.router.route(h)
+        scaled = replace(self, router=None, normalisation=Normalisation.NONE).decode(self.encode(x)) / p[..., None]
+        y = scaled / gain(read, self.normalisation) + centre(read, self.normalisation)
+        return y, read - y
+
+    def rows(self, latents: Tensor) -> Rows | Candidates:
         """The rows of the latents with indices [n]."""
-        return Rows(*(tensor[latents] for tensor in self.all_rows()))
+        encoder = self.encoder[latents].float()
+        if self.normalisation is Normalisation.LAYER_NORM:
+            encoder = encoder - encoder.mean(1, keepdim=True)
+        rows = Rows(encoder, self.bias[latents], self.threshold[latents], self.decoder[latents].float())
+        return rows if self.exact else Candidates(rows)
 
-    def all_rows(self) -> Rows:
-        """Every latent."""
-        return Rows(self.encoder, self.bias, self.threshold, self.decoder)
+    def exact_rows(self, latents: Tensor) -> Rows:
+        """`rows` of an SAE whose rows are exact; ValueError of any other."""
+        rows = self.rows(latents)
+        if isinstance(rows, Candidates):
+            raise ValueError("rows: the selection makes every activation depend on all latents")
+        return rows
+
+    def to(self, device: torch.device) -> "SAE":
+        """The same on a device."""
+        return moved(self, lambda tensor: tensor.to(device))
+
+
+def moved(sae: SAE, move: Callable[[Tensor], Tensor]) -> SAE:
+    """A copy with `move` applied to every tensor."""
+    selection, router = sae.selection, sae.router
+    if isinstance(selection, AdaptiveK):
+        selection = replace(selection, probe=move(selection.probe), offset=move(selection.offset))
+    return SAE(
+        *(move(t) for t in (sae.encoder, sae.bias, sae.threshold, sae.decoder, sae.decoder_bias)),
+        normalisation=sae.normalisation,
+        selection=selection,
+        skip=None if sae.skip is None else move(sae.skip),
+        router=replace(router, weight=move(router.weight)) if router else None,
+    )
 
 
 def activations(x: Tensor, rows: Rows) -> Tensor:
-    """Activations [..., n] of rows on residuals x [..., d]; the test is strict, as in every published format."""
+    """Activations [..., n] of rows on encoder inputs x [..., d]; the test is strict, as in every published format."""
     z = x.float() @ rows.encoder.T + rows.bias
     return torch.where(z > rows.threshold, z, 0.0)
 
 
-def fvu(x: Tensor, reconstruction: Tensor) -> float:
-    """Fraction of variance unexplained over tokens [n, d]: squared error over squared distance from the mean of x."""
-    x = x.double()
-    return float((x - reconstruction).square().sum() / (x - x.mean(0)).square().sum())
+def gain(x: Tensor, normalisation: Normalisation) -> Tensor:
+    """What a normalisation multiplies inputs x [..., d] by, [..., 1]."""
+    match normalisation:
+        case Normalisation.NONE:
+            return x.new_ones(())
+        case Normalisation.CONSTANT_NORM:
+            return sqrt(x.shape[-1]) / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        case Normalisation.LAYER_NORM:
+            return 1 / (x.std(dim=-1, keepdim=True) + LAYER_NORM_EPSILON)
+
+
+def centre(x: Tensor, normalisation: Normalisation) -> Tensor:
+    """What a normalisation takes off inputs x [..., d], [..., 1]."""
+    return x.mean(-1, keepdim=True) if normalisation is Normalisation.LAYER_NORM else x.new_zeros(())
+
+
+def normalised(x: Tensor, normalisation: Normalisation) -> Tensor:
+    """The encoder's input of inputs x [..., d]."""
+    if normalisation is Normalisation.NONE:
+        return x
+    h: Tensor = (x - centre(x, normalisation)) * gain(x, normalisation)
+    return h
+
+
+def kept(selection: Selection, f: Tensor, x: Tensor) -> Tensor:
+    """f [..., F] where the selection keeps it, else 0; x [..., d] the inputs."""
+    if isinstance(selection, GroupMax):
+        groups = f.unflatten(-1, (selection.k, -1))
+        values, index = groups.max(-1, keepdim=True)
+        return torch.zeros_like(groups).scatter(-1, index, values).flatten(-2)
+    most = selection.k if isinstance(selection, TopK) else selection.k_max
+    values, index = f.topk(min(most, f.shape[-1]), dim=-1)
+    if isinstance(selection, AdaptiveK):
+        rank = torch.arange(values.shape[-1], device=f.device)
+        values = torch.where(rank < selection.count(x)[..., None], values, 0.0)
+    return torch.zeros_like(f).scatter(-1, index, values)
+
+
+def fvu(target: Tensor, output: Tensor) -> float:
+    """Fraction of variance unexplained over tokens [n, d]: squared error over squared distance from the mean."""
+    target = target.double()
+    return float((target - output).square().sum() / (target - target.mean(0)).square().sum())
 
 
 def l0(latents: Tensor) -> float:

@@ -174,7 +174,7 @@ def _score(row: Row, bundle: Bundle, x: Tensor) -> Tensor:
 
 
 def _activation(row: Row, bundle: Bundle, x: Tensor) -> Tensor:
-    return activations(x, bundle.sae.rows(torch.tensor([_index(row)])))[..., 0]
+    return activations(x, bundle.sae.exact_rows(torch.tensor([_index(row)])))[..., 0]
 
 
 def _index(row: Row) -> int:

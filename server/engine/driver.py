@@ -110,7 +110,7 @@ class Driver:
     def fill(self, bank: SiteBank, place: int, row: wire.Row) -> None:
         """Load a row place from its bundle or from the raw vectors."""
         if row.bundle:
-            rows = self.saes[row.bundle].rows(torch.tensor([row.latent]))
+            rows = self.saes[row.bundle].exact_rows(torch.tensor([row.latent]))
             encoder, bias, threshold, decoder = (t[0] for t in (rows.encoder, rows.bias, rows.threshold, rows.decoder))
         else:
             encoder, decoder = raw_vector(row.encoder, bank.width), raw_vector(row.decoder, bank.width)

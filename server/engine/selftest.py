@@ -112,7 +112,7 @@ def reference(engine: Engine, site: wire.Site, x: Tensor) -> Tensor:
 def raw_rows(engine: Engine, row: wire.Row, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(encoder, bias, threshold, decoder) of one row."""
     if row.bundle:
-        rows = engine.bundles[row.bundle].sae.rows(torch.tensor([row.latent]))
+        rows = engine.bundles[row.bundle].sae.exact_rows(torch.tensor([row.latent]))
         return rows.encoder[0], rows.bias[0], rows.threshold[0], rows.decoder[0]
     decoder = torch.from_numpy(column(row.decoder, "<f4").copy())
     return torch.zeros(width), torch.tensor(0.0), torch.tensor(-inf), decoder

@@ -1,6 +1,5 @@
 """The vLLM worker with a bank in its model. Named to vLLM by `worker_cls`; no file of vLLM is touched."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +7,6 @@ import torch
 import zmq
 
 from sae_models import bundle as bundles
-from sae_models.sae import SAE
 from sae_models.strongest import screen
 from server.engine import runners, telemetry
 from server.engine.bank import Sequences, SiteBank
@@ -88,7 +86,7 @@ class SteeringWorker:
         layout = self.driver.layout
         loaded = {name: bundles.load(Path(path)) for name, path in paths.items()}
         for name, bundle in loaded.items():
-            sae = SAE(*(getattr(bundle.sae, f.name).to(self.model_runner.device) for f in fields(SAE)))
+            sae = bundle.sae.to(self.model_runner.device)
             self.driver.load_sae(name, sae)
             self.reader.screens[layout.sites.index(bundle.manifest.site)] = screen(sae)
         return {name: bundle.sha256 for name, bundle in loaded.items()}

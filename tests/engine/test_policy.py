@@ -71,7 +71,7 @@ async def test_no_request_can_steer_it_away(guarded: Engine) -> None:
     steered = Call(PROMPT, params, compile_program(against(), guarded.registry), report_prompt=True, capture=True)
     last, after = await residuals_after(guarded, steered)
     sae = next(iter(guarded.bundles.values())).sae
-    row = sae.rows(torch.tensor([7]))
+    row = sae.exact_rows(torch.tensor([7]))
     before = np.concatenate([np.frombuffer(c.before, "<f4") for c in last.captures]).reshape(after.shape[0], -1)
     pushed = before + (-50.0) * row.decoder.numpy()
     z = pushed @ row.encoder.numpy()[0] + float(row.bias[0])

@@ -137,7 +137,9 @@ class Force(NamedTuple):
 def vectors(row: wire.Row, sae: SAE) -> RowVectors:
     """The numbers of a row."""
     if row.bundle:
-        encoder, bias, threshold, decoder = (t[row.latent].double().numpy() for t in sae.all_rows())
+        encoder, bias, threshold, decoder = (
+            t[row.latent].double().numpy() for t in sae.exact_rows(torch.arange(sae.latents))
+        )
         return RowVectors(encoder, float(bias), float(threshold), decoder)
     raw = [np.frombuffer(b, "<f4").astype(np.float64) if b else np.zeros(WIDTH) for b in (row.encoder, row.decoder)]
     return RowVectors(raw[0], row.bias, row.threshold, raw[1])

@@ -76,7 +76,7 @@ def test_what_was_written_is_read(path: Path) -> None:
 
 def test_weights_may_be_bfloat16_on_disk(path: Path) -> None:
     edit_tensors(path, bundle.WEIGHTS, lambda t: t.update({key: tensor.bfloat16() for key, tensor in t.items()}))
-    weights = SAE(**{key: tensor.float() for key, tensor in load_file(path / bundle.WEIGHTS).items()})
+    weights = SAE(**{key: tensor.float() for key, tensor in load_file(path / bundle.WEIGHTS).items()})  # type: ignore[arg-type]
     expected = weights.encode(load_file(path / bundle.CONFORMANCE)["inputs"][:16])
     edit_tensors(path, bundle.CONFORMANCE, lambda t: t.update(activations=expected))
     assert bundle.load(path).sae.encoder.dtype == torch.float32

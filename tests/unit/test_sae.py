@@ -27,9 +27,9 @@ def test_rows_give_the_columns_of_the_full_encode(data: st.DataObject, latents: 
     x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(seed + 1))
     z = x @ sae.encoder.T + sae.bias
     sure = ((z - sae.threshold).abs() > 1e-4)[..., chosen]
-    difference = (canonical.activations(x, sae.rows(chosen)) - sae.encode(x)[..., chosen]).abs()
+    difference = (canonical.activations(x, sae.exact_rows(chosen)) - sae.encode(x)[..., chosen]).abs()
     assert float((difference * sure).max()) < 1e-5
-    assert torch.equal(sae.rows(chosen).decoder, sae.decoder[chosen])
+    assert torch.equal(sae.exact_rows(chosen).decoder, sae.decoder[chosen])
 
 
 def test_threshold_is_strict_and_keeps_the_whole_value() -> None:
