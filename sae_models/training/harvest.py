@@ -1,17 +1,18 @@
-"""Residuals of a causal language model, as a stream of mixed batches."""
+"""Activations of a transformers model at chosen sites, pass by pass."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from sae_models.training.corpus import Windows
-from sae_models.training.sites import Site, hooked, layer_at, layers_of
+from sae_models.training.sites import Site, layers_of, module_at, recorded
 
 WINDOWS_A_PASS = 32
+CPU = torch.device("cpu")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -19,54 +20,70 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def load_model(folder: Path) -> Any:
-    """A checkpoint's causal LM in float32. FileNotFoundError: not a checkpoint."""
+def load_model(folder: Path, device: torch.device = CPU) -> Any:
+    """A checkpoint in float32: a causal LM with its head, of any other kind the bare model, of an encoder with a
+    decoder the encoder. FileNotFoundError: not a checkpoint.
+    """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model: no config.json in {folder}")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(folder)
+    kind = AutoModelForCausalLM if speaks(config) else AutoModel
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+    # Nothing here is read one token at a time.
+    model.config.get_text_config().use_cache = False
+    return model.get_encoder() if config.is_encoder_decoder else model
 
 
-def load_trunk(folder: Path, site: Site) -> Any:
-    """A checkpoint's causal LM without the layers above the site. ValueError: the model lacks the site."""
-    model = load_model(folder)
-    layer_at(model, site)
-    del layers_of(model)[site.layer + 1 :]
+def speaks(config: Any) -> bool:
+    """Whether a configuration is of a causal language model."""
+    return any("CausalLM" in name or name == "GPT2LMHeadModel" for name in config.architectures or ())
+
+
+def load_trunk(folder: Path, *sites: Site, device: torch.device = CPU) -> Any:
+    """A checkpoint's model without the layers above the deepest site. ValueError: the model lacks a site."""
+    model = load_model(folder, device)
+    for site in sites:
+        module_at(model, site)
+    depth = 1 + max(site.layer for site in sites)
+    del layers_of(model)[depth:]
+    model.config.get_text_config().num_hidden_layers = depth
     return model
 
 
 @torch.inference_mode()
+def activations(trunk: Any, sites: Sequence[Site], passes: Iterable[Mapping[str, Tensor]]) -> Iterator[list[Tensor]]:
+    """Pass by pass the vectors [batch, length, d] at each site; a pass is the keyword arguments of a forward."""
+    with recorded(trunk, sites) as seen:
+        for inputs in passes:
+            trunk.base_model(**{name: value.to(trunk.device) for name, value in inputs.items()})
+            yield [seen.pop(site) for site in sites]
+
+
+def text_passes(trunk: Any, windows: Windows) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Windows as the inputs of passes, and what is counted in each [windows, length]."""
+    causal = speaks(trunk.config)
+    for start in range(0, len(windows), WINDOWS_A_PASS):
+        part = windows.take(torch.arange(start, min(start + WINDOWS_A_PASS, len(windows))))
+        inputs = {"input_ids": part.tokens}
+        if not causal:
+            # Padding is at the end, so in a causal model nothing that counts can see it.
+            inputs["attention_mask"] = part.attended.long()
+        yield inputs, part.counted
+
+
+def text_activations(trunk: Any, sites: Sequence[Site], windows: Windows) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Pass by pass: at each site [windows, length, d], and counted [windows, length], without BOS and padding."""
+    vectors = activations(trunk, sites, (inputs for inputs, _ in text_passes(trunk, windows)))
+    for seen, (_, counted) in zip(vectors, text_passes(trunk, windows), strict=True):
+        yield seen, counted.to(trunk.device)
+
+
 def residuals(trunk: Any, site: Site, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pass by pass: residuals [windows, length, d] and counted [windows, length], which leaves out BOS and padding."""
-    seen: list[Tensor] = []
-    with hooked(trunk, site, seen.append):
-        for start in range(0, len(windows), WINDOWS_A_PASS):
-            part = windows.take(torch.arange(start, min(start + WINDOWS_A_PASS, len(windows))))
-            trunk.base_model(part.tokens, use_cache=False)
-            yield seen.pop(), part.counted
+    """`text_activations` of one site."""
+    for (x,), counted in text_activations(trunk, [site], windows):
+        yield x, counted
 
 
 def counted_residuals(trunk: Any, site: Site, windows: Windows) -> Tensor:
-    """All counted residuals [n, d] at once."""
+    """All counted vectors [n, d] of one site at once."""
     return torch.cat([x[counted] for x, counted in residuals(trunk, site, windows)])
-
-
-def batches(chunks: Iterable[Tensor], size: int, pool: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches [size, d] drawn from a pool of about `pool` tokens that chunks [n, d] refill; a rest is dropped."""
-    held: list[Tensor] = []
-    count = 0
-    for chunk in chunks:
-        held.append(chunk)
-        count += len(chunk)
-        if count >= pool:
-            mixed = _shuffled(held, generator)
-            half = count // 2 // size * size
-            yield from mixed[:half].split(size)
-            held, count = [mixed[half:]], count - half
-    if held:
-        mixed = _shuffled(held, generator)
-        yield from mixed[: count // size * size].split(size)
-
-
-def _shuffled(chunks: list[Tensor], generator: torch.Generator) -> Tensor:
-    tokens = torch.cat(chunks)
-    return tokens[torch.randperm(len(tokens), generator=generator)]

@@ -1,52 +1,65 @@
-"""Where in a transformers model the residual stream is read or replaced."""
+"""Where in a transformers model vectors are read or replaced."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 Edit = Callable[[Tensor], Tensor | None]
-LAYER_PATHS = (
-    "model.layers",
-    "transformer.h",
-    "gpt_neox.layers",
-    "model.decoder.layers",
-    "model.language_model.layers",
-)
+
+# In the order in which a layer's forward pass reaches them.
+POINTS = ("resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post")
+# Where in a layer a branch is, the first that the layer has: the norm or scale behind the branch where there is one,
+# and in post-norm encoders the projection, because what surrounds it already holds the residual stream.
+BRANCHES = {
+    "attn_out": ("layer_scale1", "attention.output.dense", "self_attn", "attn", "attention"),
+    "mlp_in": ("intermediate", "mlp", "fc1", "feed_forward"),
+    "mlp_out": ("layer_scale2", "output.dense", "mlp", "fc2", "feed_forward"),
+}
+SANDWICH = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
 
 
 @dataclass(frozen=True)
 class Site:
-    """`layers.<layer>.resid_post` or `layers.<layer>.resid_pre`."""
+    """`layers.<layer>.<point>`: what the layer is given or returns, what its MLP is given, what a branch adds."""
 
     layer: int
     point: str
 
+    def __str__(self) -> str:
+        return f"layers.{self.layer}.{self.point}"
+
 
 def parse_site(text: str) -> Site:
     """ValueError: the text does not name a site."""
-    match = re.fullmatch(r"layers\.(\d+)\.(resid_post|resid_pre)", text)
+    match = re.fullmatch(rf"layers\.(\d+)\.({'|'.join(POINTS)})", text)
     if not match:
-        raise ValueError(f"site: {text!r} is not layers.<L>.resid_post or layers.<L>.resid_pre")
+        raise ValueError(f"site: {text!r} is not layers.<L>.<{'|'.join(POINTS)}>")
     return Site(int(match[1]), match[2])
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal LM. ValueError: no known layout."""
-    for path in LAYER_PATHS:
-        layers = _attribute(model, path)
-        if isinstance(layers, nn.ModuleList):
-            return layers
-    raise ValueError(f"model: {type(model).__name__} has decoder layers at none of {', '.join(LAYER_PATHS)}")
+    """The layers of a model: its one outermost list of modules, or of several the one with as many as the text part
+    of its configuration says. ValueError: none, or no telling which.
+    """
+    lists = list(_outermost(model))
+    if len(lists) > 1 and hasattr(model, "config"):
+        count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        lists = [layers for layers in lists if len(layers) == count]
+    if len(lists) != 1:
+        raise ValueError(f"model: {type(model).__name__} has {len(lists)} lists of layers, need exactly one")
+    return lists[0]
 
 
-def _attribute(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
+def _outermost(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost(child)
 
 
 def layer_at(model: nn.Module, site: Site) -> nn.Module:
@@ -57,14 +70,35 @@ def layer_at(model: nn.Module, site: Site) -> nn.Module:
     return layers[site.layer]
 
 
+def module_at(model: nn.Module, site: Site) -> nn.Module:
+    """The module that is given (`resid_pre`, `mlp_in`) or returns (the others) the vectors. ValueError: none does."""
+    layer = layer_at(model, site)
+    if site.point not in BRANCHES:
+        return layer
+    sandwich = all(hasattr(layer, norm) for norm in ("pre_feedforward_layernorm", *SANDWICH.values()))
+    names = (SANDWICH[site.point],) if sandwich and site.point in SANDWICH else BRANCHES[site.point]
+    for name in names:
+        module = _attribute(layer, name)
+        if isinstance(module, nn.Module):
+            return module
+    raise ValueError(f"site: {site}: {type(layer).__name__} has none of {', '.join(names)}")
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
 @contextmanager
 def hooked(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
-    """Within the block, `edit` sees the residual stream [batch, length, d] at the site; what it returns replaces it."""
-    layer = layer_at(model, site)
+    """Within the block, `edit` sees the vectors [batch, length, d] at the site; what it returns replaces them."""
 
-    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        edited = edit(args[0])
-        return None if edited is None else (edited, *args[1:])
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        edited = edit(args[0] if args else kwargs["hidden_states"])
+        if edited is None:
+            return None
+        return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": edited})
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
@@ -73,10 +107,30 @@ def hooked(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
             return None
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
+    module = module_at(model, site)
     handle = (
-        layer.register_forward_pre_hook(before) if site.point == "resid_pre" else layer.register_forward_hook(after)
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        if site.point in ("resid_pre", "mlp_in")
+        else module.register_forward_hook(after)
     )
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def recorded(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
+    """Within the block, each forward pass leaves the vectors [batch, length, d] of every site in the mapping."""
+    seen: dict[Site, Tensor] = {}
+    with ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(hooked(model, site, _keep(seen, site)))
+        yield seen
+
+
+def _keep(seen: dict[Site, Tensor], site: Site) -> Edit:
+    def keep(x: Tensor) -> None:
+        seen[site] = x
+
+    return keep
