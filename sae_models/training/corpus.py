@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import hashlib
-import importlib
 import json
 import lzma
 import zlib
@@ -16,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from sae_models.extras import extra
 
 FOLDS = 20
 # No SAE, selection or threshold sees the held-out folds; thresholds are set on the tuning folds.
@@ -168,7 +169,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
-    parquet = _optional("pyarrow.parquet", path)
+    parquet = extra("pyarrow.parquet", f"corpus: {path}: Parquet")
     try:
         file = parquet.ParquetFile(path)
         columns = [name for name in COLUMNS if name in file.schema_arrow.names]
@@ -180,20 +181,11 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
 
 def _dataset_rows(path: Path) -> Iterator[Any]:
-    datasets = _optional("datasets", path)
+    datasets = extra("datasets", f"corpus: {path}: a saved dataset")
     try:
         yield from datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
         raise CorpusError(f"corpus: {path}: {error}") from error
-
-
-def _optional(module: str, path: Path) -> Any:
-    """A module that only some corpora need."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        name = module.partition(".")[0]
-        raise CorpusError(f"corpus: {path}: reading it needs the package {name}: pip install {name}") from error
 
 
 def windows(documents: Sequence[Document], tokenizer: Any, length: int) -> Windows:

@@ -1,5 +1,7 @@
 """How faithful an SAE is, on tokens it was not trained on."""
 
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,50 +14,92 @@ from sae_models.training.corpus import Windows
 from sae_models.training.sites import Edit, Site, hooked
 
 WINDOWS_A_PASS = 8
+# Activations held at once.
+BLOCK = 1 << 25
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Fraction of variance unexplained, mean active latents a token, share of latents that never fire."""
+    """Fraction of variance unexplained, mean active latents a token, share of latents that never fire, shrinkage, and
+    the share of tokens on which each latent fires, `frequency` [F].
+
+    Shrinkage is the relative reconstruction bias E||y||^2 / E[y . x] of arXiv 2404.16014, output and target taken from
+    the target's mean: below 1 the SAE's outputs are too small.
+    """
 
     fvu: float
     l0: float
     dead_share: float
+    shrinkage: float
+    frequency: Tensor
 
 
 @torch.no_grad()
-def fidelity(sae: SAE, x: Tensor) -> Fidelity:
-    """Of residuals [n, d]."""
-    active, count = torch.zeros(sae.latents), 0
-    error = torch.zeros((), dtype=torch.float64)
-    for part in x.split(4096):
-        latents = sae.encode(part)
+def fidelity(sae: SAE, x: Tensor, target: Tensor | None = None) -> Fidelity:
+    """Of inputs [n, d], or [n, L, d] with a router; the target [n, d_out] is the input itself but for a transcoder."""
+    active, count = torch.zeros(sae.latents, device=x.device), 0
+    error, variance, square, product = torch.zeros(4, dtype=torch.float64, device=x.device)
+    mean = (x if target is None else target).flatten(0, -2).mean(0)
+    part = max(1, BLOCK // sae.latents)
+    for index in torch.arange(len(x), device=x.device).split(part):
+        latents = sae.encode(x[index])
+        y, missing = sae.forward(x[index], None if target is None else target[index])
         active += (latents > 0).sum(0)
-        error += (part - sae.decode(latents)).square().sum()
-        count += len(part)
-    variance = (x - x.mean(0)).square().sum()
-    return Fidelity(float(error / variance), float(active.sum() / count), float((active == 0).float().mean()))
+        moved, wanted = y - mean, y + missing - mean
+        error += missing.square().sum()
+        variance += wanted.square().sum()
+        square += moved.square().sum()
+        product += (moved * wanted).sum()
+        count += len(index)
+    frequency = active / count
+    return Fidelity(
+        float(error / variance),
+        float(active.sum() / count),
+        float((active == 0).float().mean()),
+        float(square / product),
+        frequency.cpu(),
+    )
+
+
+@torch.no_grad()
+def nearest(directions: Tensor) -> Tensor:
+    """The largest cosine [F] of each direction of [F, d] with another one: near 1, two latents say the same."""
+    unit = functional.normalize(directions.float(), dim=1)
+    found = []
+    for first, part in enumerate(unit.split(1024)):
+        cosines = part @ unit.T
+        cosines[torch.arange(len(part)), 1024 * first + torch.arange(len(part))] = -1
+        found.append(cosines.amax(1))
+    return torch.cat(found)
 
 
 @torch.inference_mode()
 def losses(model: Any, windows: Windows, site: Site | None = None, edit: Edit | None = None) -> Tensor:
     """Nats and number of each window's counted tokens [windows, 2]; with the residual stream edited at a site."""
+    edits = [] if site is None or edit is None else [(site, edit)]
     rows = []
-    for start in range(0, len(windows), WINDOWS_A_PASS):
-        part = windows.take(torch.arange(start, min(start + WINDOWS_A_PASS, len(windows))))
-        rows.append(_losses(model, part, site, edit))
+    for part in _parts(windows):
+        nats = _nats(_logits(model, part, edits), part)
+        rows.append(torch.stack([nats.sum(1), part.counted[:, 1:].sum(1)], dim=1))
     return torch.cat(rows)
 
 
-def _losses(model: Any, part: Windows, site: Site | None, edit: Edit | None) -> Tensor:
-    if site is None or edit is None:
-        logits = model(part.tokens, use_cache=False).logits
-    else:
-        with hooked(model, site, edit):
-            logits = model(part.tokens, use_cache=False).logits
+def _parts(windows: Windows) -> list[Windows]:
+    return [windows.take(index) for index in torch.arange(len(windows)).split(WINDOWS_A_PASS)]
+
+
+def _logits(model: Any, part: Windows, edits: Sequence[tuple[Site, Edit]]) -> Tensor:
+    with ExitStack() as stack:
+        for site, edit in edits:
+            stack.enter_context(hooked(model, site, edit))
+        logits: Tensor = model(part.tokens.to(model.device), use_cache=False).logits
+    return logits.cpu()
+
+
+def _nats(logits: Tensor, part: Windows) -> Tensor:
+    """Loss [windows, length - 1] of each counted token, 0 at the others."""
     nats = functional.cross_entropy(logits[:, :-1].flatten(0, 1), part.tokens[:, 1:].flatten(), reduction="none")
-    counted = part.counted[:, 1:]
-    return torch.stack([(nats.view_as(counted) * counted).sum(1), counted.sum(1)], dim=1)
+    return nats.view_as(part.tokens[:, 1:]) * part.counted[:, 1:]
 
 
 def mean_loss(model: Any, windows: Windows, site: Site | None = None, edit: Edit | None = None) -> float:
@@ -64,15 +108,59 @@ def mean_loss(model: Any, windows: Windows, site: Site | None = None, edit: Edit
     return float(total / count)
 
 
-def ce_recovered(model: Any, site: Site, sae: SAE, mean: Tensor, windows: Windows) -> float:
-    """Share of the loss of mean ablation at the site that the SAE's reconstruction saves; BOS stays as it is."""
-    clean = mean_loss(model, windows)
-    spliced = mean_loss(model, windows, site, behind_bos(lambda x: sae.forward(x)[0]))
-    ablated = mean_loss(model, windows, site, behind_bos(lambda x: mean.expand_as(x)))
-    return (ablated - spliced) / (ablated - clean)
+@dataclass(frozen=True)
+class Splice:
+    """What a model loses when an SAE's output stands in for the vectors at its site, in nats per counted token.
+
+    `ce` of the model, `ce_spliced` with the SAE, `ce_ablated` with the mean vector in its place; `recovered` is the
+    share of the rise under ablation that the SAE saves, `kl` the divergence of the spliced from the model's own
+    distribution. BOS stays as it is.
+    """
+
+    ce: float
+    ce_spliced: float
+    ce_ablated: float
+    kl: float
+
+    @property
+    def recovered(self) -> float:
+        """1 for a perfect SAE, 0 for one that is no better than the mean."""
+        return (self.ce_ablated - self.ce_spliced) / (self.ce_ablated - self.ce)
 
 
-def behind_bos(edit: Edit) -> Edit:
+@torch.inference_mode()
+def splice(model: Any, site: Site, sae: SAE, mean: Tensor, windows: Windows, output_site: Site | None = None) -> Splice:
+    """Of an SAE at a site, or of a transcoder that reads there and writes at `output_site`; mean [d_out]."""
+    spliced_in = (
+        transcoded(site, output_site, sae) if output_site else [(site, behind_bos(lambda x: sae.forward(x)[0]))]
+    )
+    ablated_in = [(output_site or site, behind_bos(lambda x: mean.to(x.device).expand_as(x)))]
+    sums, count = torch.zeros(4, dtype=torch.float64), 0
+    for part in _parts(windows):
+        clean, spliced = _logits(model, part, []), _logits(model, part, spliced_in)
+        ablated = _logits(model, part, ablated_in)
+        counted = part.counted[:, 1:]
+        p, q = (logits[:, :-1].log_softmax(-1) for logits in (clean, spliced))
+        kl = functional.kl_div(q, p, reduction="none", log_target=True).sum(-1) * counted
+        sums += torch.stack([*(_nats(logits, part).sum() for logits in (clean, spliced, ablated)), kl.sum()]).double()
+        count += int(counted.sum())
+    return Splice(*(sums / count).tolist())
+
+
+def transcoded(site: Site, output_site: Site, sae: SAE) -> list[tuple[Site, Edit]]:
+    """Edits that put a transcoder's output for the vectors at `site` in the place of those at `output_site`."""
+    read: list[Tensor] = []
+
+    def write(_: Tensor) -> Tensor:
+        return sae.forward(read.pop())[0]
+
+    def keep(x: Tensor) -> None:
+        read.append(x[:, 1:])
+
+    return [(site, keep), (output_site, behind_bos(write))]
+
+
+def behind_bos(edit: Callable[[Tensor], Tensor | None]) -> Edit:
     """The edit at every position but the first."""
 
     def edited(x: Tensor) -> Tensor | None:

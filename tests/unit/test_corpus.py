@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sae_models.extras import MissingPackage, extra
 from sae_models.training import corpus
 from sae_models.training.corpus import CorpusError, Document
 
@@ -60,9 +61,9 @@ def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
     assert corpus.read(tmp_path / "saved") == DOCUMENTS
 
 
-def test_a_reader_that_is_not_installed_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=r"c\.parquet: reading it needs the package no_such: pip install no_such"):
-        corpus._optional("no_such.part", tmp_path / "c.parquet")
+def test_a_package_that_is_not_installed_is_named() -> None:
+    with pytest.raises(MissingPackage, match=r"^corpus: needs the package no_such: pip install no_such"):
+        extra("no_such.part", "corpus:")
 
 
 @pytest.mark.parametrize(
