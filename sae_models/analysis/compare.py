@@ -82,7 +82,7 @@ def _candidates(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> tuple[T
         found.append((row + first, column, mean[row, column]))
         nearest.append(mean.amax(1))
     rows, columns, cosines = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return rows, columns, cosines, torch.cat(nearest)
+    return rows, columns, cosines, torch.cat(nearest).clamp(max=1.0)
 
 
 def _assigned(rows: Tensor, columns: Tensor, cosines: Tensor, ours: int, theirs: int) -> tuple[Tensor, Tensor]:
