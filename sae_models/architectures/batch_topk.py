@@ -1,61 +1,82 @@
 """BatchTopK (arXiv 2412.06410): of a batch, the k * n largest activations survive; a token has k on average."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
+from sae_models.architectures.architecture import Architecture, Common, Loss, State
 from sae_models.sae import SAE
+from sae_models.training import sparse
+from sae_models.training.sparse import Read
 
-# A token may keep at most ROOM * k latents, so that the batch's cut is sought among few values.
+# Candidates are sought above this share of the last batch's cut, and where they are too few, among ROOM * k a token.
+MARGIN = 0.9
 ROOM = 4
+# Of the sample that the threshold is estimated on.
+BATCH = 2048
 
 
-class Output(NamedTuple):
-    """Of a batch [n, d]: sparse latents [n, F], reconstruction [n, d], and the smallest activation kept."""
-
-    latents: Tensor
-    reconstruction: Tensor
-    threshold: Tensor
+@dataclass(frozen=True, kw_only=True)
+class Config(Common):
+    """As TopK's, which the paper takes over."""
 
 
-class BatchTopK(nn.Module):
-    """A trainable SAE with unit decoder rows, on inputs scaled so that the mean of ||x||^2 is d."""
+class BatchTopK(Architecture):
+    """Trained with a cut for each batch; at inference its mean is the threshold."""
 
-    def __init__(self, d: int, latents: int, k: int, generator: torch.Generator) -> None:
-        super().__init__()
-        directions = nn.functional.normalize(torch.randn(latents, d, generator=generator), dim=1)
-        self.k = k
-        self.decoder = nn.Parameter(directions)
-        self.encoder = nn.Parameter(directions.clone())
-        self.bias = nn.Parameter(torch.zeros(latents))
-        self.decoder_bias = nn.Parameter(torch.zeros(d))
+    config_type = Config
+    SHARED: ClassVar[frozenset[str]] = Architecture.SHARED | {"cut"}
+    cut: Tensor
 
-    def forward(self, x: Tensor) -> Output:
-        z = nn.functional.linear(x - self.decoder_bias, self.encoder, self.bias)
-        top = z.topk(min(ROOM * self.k, z.shape[1]), dim=1, sorted=False)
-        threshold = batch_threshold(top.values.detach(), self.k)
-        kept = torch.where(top.values > threshold, top.values, 0.0)
-        latents = torch.zeros_like(z).scatter(1, top.indices, kept)
-        return Output(latents, latents @ self.decoder + self.decoder_bias, threshold)
+    def __init__(self, d: int, config: Common, generator: torch.Generator) -> None:
+        super().__init__(d, config, generator)
+        self.register_buffer("cut", torch.zeros(()))
+
+    def loss(self, x: Tensor, state: State, target: Tensor | None = None) -> Loss:
+        """FVU of x [n, d] and the auxiliary loss."""
+        del target
+        centred = x - self.centre
+        read = self.read(centred)
+        return self.loss_of(centred, x, read.z, read.active, state)
+
+    def read(self, centred: Tensor) -> Read:
+        """The k * n largest of the batch; `cut` becomes the least of them."""
+        read = self.candidates(centred)
+        assert isinstance(read.active, sparse.Pairs)
+        self.cut.copy_(batch_cut(self.everywhere(read.z.detach(), len(centred)), self.config.k * len(centred)))
+        kept = read.z.detach() > self.cut
+        return Read(read.z[kept], read.active.where(kept))
+
+    def candidates(self, centred: Tensor) -> Read:
+        """Pairs that hold the k * n largest."""
+        if float(self.cut) > 0:
+            found = sparse.above(centred, self.weights, MARGIN * self.cut)
+            if found is not None and self.shards.total(torch.tensor(len(found.z))) > self.config.k * len(centred):
+                return found
+        return sparse.strongest(centred, self.weights, min(ROOM * self.config.k, len(self.bias)))
+
+    def everywhere(self, z: Tensor, tokens: int) -> Tensor:
+        """The k * n largest and one more of this shard's z [m], and those of all others."""
+        most = self.config.k * tokens + 1
+        largest = z.topk(min(most, len(z)), sorted=False).values
+        mine = functional.pad(largest, (0, most - len(largest)))
+        return self.shards.gather(mine[None]).flatten()
 
     @torch.no_grad()
-    def normalise_decoder(self) -> None:
-        """Back to unit rows, as the size of an activation must not hide in its direction."""
-        self.decoder.div_(self.decoder.norm(dim=1, keepdim=True))
-
-    @torch.no_grad()
-    def canonical(self, threshold: float, scale: float) -> SAE:
-        """The inference form for raw residuals, of which the module saw `scale` times their value.
-
-        The decoder stays of unit norm, so an activation is the length of the displacement it explains.
-        """
-        bias = (self.bias - self.encoder @ self.decoder_bias) / scale
-        thresholds = torch.full_like(bias, threshold / scale)
-        return SAE(self.encoder.clone(), bias, thresholds, self.decoder.clone(), self.decoder_bias / scale)
+    def canonical(self, scale: float, sample: Tensor) -> SAE:
+        """With the mean cut of batches of the sample [n, d] as threshold."""
+        cuts = []
+        for part in sample.split(BATCH):
+            self.read(part - self.centre)
+            cuts.append(self.cut.clone())
+        return self.folded(scale, torch.stack(cuts).mean())
 
 
-def batch_threshold(z: Tensor, k: int) -> Tensor:
-    """The value [], at least 0, that exactly the k * n largest of z [n, m] are above."""
-    dropped = z.numel() - k * z.shape[0]
-    return z.flatten().kthvalue(dropped).values.clamp(min=0.0)
+def batch_cut(z: Tensor, most: int) -> Tensor:
+    """The value [], at least 0, above which the `most` largest of z [m] are."""
+    if len(z) <= most:
+        return z.new_zeros(())
+    return z.topk(most + 1, sorted=False).values.amin().clamp(min=0.0)

@@ -8,13 +8,16 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sae_models import bundle, catalogue
+from sae_models.architectures.batch_topk import BatchTopK
 from sae_models.bundle import Bundle, Manifest, Model, Statistics, Training
 from sae_models.sae import SAE
 from sae_models.training import catalogue as entries
@@ -22,6 +25,7 @@ from sae_models.training import corpus, harvest, metrics, trainer
 from sae_models.training.corpus import CorpusError, Document, Windows
 from sae_models.training.sites import Site, parse_site
 
+BATCH = 512
 POOL_TOKENS = 400_000
 SAMPLE_TOKENS = 100_000
 CATALOGUE_TOKENS = 1_000_000
@@ -71,8 +75,7 @@ def build(options: argparse.Namespace) -> Bundle:
     documents = corpus.read(options.corpus)
     tokenizer = harvest.load_tokenizer(options.model)
     train, held_out = split(corpus.windows(documents, tokenizer, options.length), documents, options.seed)
-    config = trainer.Config(options.latents, options.k, options.tokens, options.seed)
-    sae = fit(trunk, site, train, config)
+    sae = fit(trunk, site, train, options)
     sample = entries.sample_of(train.first(CATALOGUE_TOKENS), documents, tokenizer)
     sums = entries.tally(trunk, site, sae, sample)
     statistics = entries.statistics_of(sums)
@@ -92,18 +95,27 @@ def split(windows: Windows, documents: Sequence[Document], seed: int) -> tuple[W
     return windows.where(~held).shuffled(seed), windows.where(held).shuffled(seed)
 
 
-def fit(trunk: Any, site: Site, train: Windows, config: trainer.Config) -> SAE:
+def fit(trunk: Any, site: Site, train: Windows, options: argparse.Namespace) -> SAE:
     """Harvests as many passes over the windows as the tokens ask for, and trains."""
     sample = harvest.counted_residuals(trunk, site, train.first(SAMPLE_TOKENS))
-    passes = -(-config.tokens // int(train.counted.sum()))
+    passes = -(-options.tokens // int(train.counted.sum()))
     chunks = (
         x[counted]
         for seed in range(passes)
-        for x, counted in harvest.residuals(trunk, site, train.shuffled(config.seed + seed))
+        for x, counted in harvest.residuals(trunk, site, train.shuffled(options.seed + seed))
     )
-    generator = torch.Generator().manual_seed(config.seed)
-    stream = harvest.batches(chunks, config.batch, POOL_TOKENS, generator)
-    return trainer.train(stream, sample, config)
+    generator = torch.Generator().manual_seed(options.seed)
+    config = BatchTopK.config_type(latents=options.latents, k=options.k, learning_rate=4e-3, auxiliary_k=64)
+    run = trainer.Trainer(
+        BatchTopK(sample.shape[1], config, generator), trainer.Config(options.tokens, decay=0.5, dead_after=200_000)
+    )
+    run.initialise(sample)
+    with tqdm(total=options.tokens, unit="tok", unit_scale=True, desc="train") as progress:
+        for x in islice(harvest.batches(chunks, BATCH, POOL_TOKENS, generator), options.tokens // BATCH):
+            metrics = run.step(x)
+            progress.update(len(x))
+            progress.set_postfix(fvu=f"{float(metrics.fvu):.4f}", refresh=False)
+    return run.canonical(sample)
 
 
 def measure(

@@ -1,99 +1,118 @@
-"""Trains a BatchTopK SAE (arXiv 2412.06410) on a stream of residuals, with the auxiliary loss of arXiv 2406.04093."""
+"""The inner loop: one step of one SAE on one batch. Several SAEs are trained on one stream by stepping each on it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from sae_models.architectures.batch_topk import BatchTopK
+from sae_models.architectures.architecture import Architecture, State
 from sae_models.sae import SAE
+from sae_models.training.schedule import trapezoid
+
+# Averages tensors over data-parallel ranks, in place.
+Average = Callable[[Iterable[Tensor]], None]
 
 
 @dataclass(frozen=True)
 class Config:
-    """What a training run is made of; `tokens` are those seen, with repetition."""
+    """tokens: those of the run, with repetition; warm_up and decay: shares of the run; a latent is dead that has not
+    fired in dead_after tokens (arXiv 2406.04093: 10 million).
+    """
 
-    latents: int
-    k: int
     tokens: int
-    seed: int = 0
-    batch: int = 512
-    learning_rate: float = 4e-3
     warm_up: float = 0.02
-    decay: float = 0.5
-    auxiliary_k: int = 64
-    auxiliary_weight: float = 1 / 32
-    dead_after: int = 200_000
-    threshold_batches: int = 100
+    decay: float = 0.2
+    dead_after: int = 10_000_000
 
 
-def train(batches: Iterable[Tensor], sample: Tensor, config: Config) -> SAE:
-    """The canonical SAE of batches of residuals [batch, d]; `sample` [n, d] sets scale, offset and threshold."""
-    generator = torch.Generator().manual_seed(config.seed)
-    scale = float((sample.shape[1] / sample.square().sum(1).mean()).sqrt())
-    sae = BatchTopK(sample.shape[1], config.latents, config.k, generator)
-    with torch.no_grad():
-        sae.decoder_bias.copy_(sample.mean(0) * scale)
-    optimiser = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: rate(step * config.batch / config.tokens, config)
-    )
-    silent = torch.zeros(config.latents)
-    with tqdm(total=config.tokens, unit="tok", unit_scale=True, desc="train") as progress:
-        for x in islice(batches, config.tokens // config.batch):
-            loss = step(sae, x * scale, silent, config)
-            optimiser.step()
-            schedule.step()
-            sae.normalise_decoder()
-            progress.update(len(x))
-            progress.set_postfix(fvu=f"{loss:.4f}", dead=int((silent > config.dead_after).sum()), refresh=False)
-    return sae.canonical(estimate_threshold(sae, sample * scale, config), scale)
+class Metrics(NamedTuple):
+    """Of one step: loss and its parts, FVU, mean active latents a token, share of dead latents, learning rate."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    fvu: Tensor
+    l0: Tensor
+    dead: Tensor
+    learning_rate: float
 
 
-def rate(progress: float, config: Config) -> float:
-    """Share of the learning rate at a share of the run: linear warm-up, constant, linear decay to zero."""
-    return min(1.0, (progress + 1e-6) / config.warm_up, max(0.0, 1 - progress) / config.decay)
+class Trainer:
+    """An architecture, its optimiser and how far they are. Nothing here is random after the architecture was made."""
 
+    def __init__(
+        self, architecture: Architecture, config: Config, average: Average | None = None, ranks: int = 1
+    ) -> None:
+        """`average`, `ranks`: of data-parallel runs, in which every rank steps on a batch of its own."""
+        self.architecture, self.config, self.average, self.ranks = architecture, config, average, ranks
+        settings = architecture.config
+        self.optimiser = torch.optim.Adam(
+            architecture.parameters(), settings.rate, (settings.beta1, settings.beta2), settings.epsilon, fused=True
+        )
+        self.silent = torch.zeros(len(architecture.bias), device=architecture.bias.device)
+        self.scale = 1.0
+        self.tokens = self.steps = 0
 
-def step(sae: BatchTopK, x: Tensor, silent: Tensor, config: Config) -> float:
-    """Gradients of one batch [n, d], and its FVU; `silent` [F], tokens since a latent fired, is brought up to date."""
-    sae.zero_grad(set_to_none=True)
-    output = sae(x)
-    error = x - output.reconstruction
-    variance = (x - x.mean(0)).square().sum()
-    unexplained = error.square().sum() / variance
-    fired = (output.latents.detach() > 0).any(0)
-    silent += len(x)
-    silent[fired] = 0
-    auxiliary = auxiliary_loss(sae, x, error.detach(), silent > config.dead_after, config.auxiliary_k)
-    (unexplained + config.auxiliary_weight * auxiliary).backward()
-    remove_radial_gradient(sae)
-    return float(unexplained.detach())
+    def initialise(self, sample: Tensor, target: Tensor | None = None) -> None:
+        """Takes scale, offset and variance from raw inputs [n, d] or [n, L, d] (and a transcoder's outputs)."""
+        self.scale = float((sample.shape[-1] / sample.square().sum(-1).mean()).sqrt())
+        self.architecture.initialise(sample * self.scale, target)
 
+    def step(self, x: Tensor, target: Tensor | None = None) -> Metrics:
+        """One step on raw inputs [n, d] (or [n, L, d]); x is left as it is."""
+        progress = self.tokens / self.config.tokens
+        state = State(self.steps, progress, self.silent > self.config.dead_after)
+        loss = self.architecture.loss(x * self.scale, state, target)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.total.backward()
+        rate = self._update(progress)
+        count = self._count(loss.active.totals((loss.values > 0).float()), len(x))
+        return Metrics(loss.total.detach(), loss.parts, loss.fvu, count, state.dead.float().mean(), rate)
 
-def auxiliary_loss(sae: BatchTopK, x: Tensor, error: Tensor, dead: Tensor, k: int) -> Tensor:
-    """Share of the error [n, d] that the k strongest dead latents of each token leave: it calls dead latents back."""
-    if not dead.any():
-        return x.new_zeros(())
-    z = torch.nn.functional.linear(x - sae.decoder_bias, sae.encoder[dead], sae.bias[dead])
-    top = z.topk(min(k, z.shape[1]), dim=1)
-    latents = torch.zeros_like(z).scatter(1, top.indices, top.values.relu())
-    return (error - latents @ sae.decoder[dead]).square().sum() / error.square().sum()
+    def _update(self, progress: float) -> float:
+        settings = self.architecture.config
+        parameters = [p for p in self.architecture.parameters() if p.grad is not None]
+        if self.average is not None:
+            self.average([p.grad for p in parameters if p.grad is not None])
+        self.architecture.constrain_gradient()
+        if settings.gradient_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_norm)
+        rate = settings.rate * trapezoid(progress, self.config.warm_up, self.config.decay)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.step()
+        self.architecture.constrain()
+        return rate
 
+    def _count(self, fired: Tensor, tokens: int) -> Tensor:
+        """L0 of how often each latent fired [F]; counts the tokens, and for how long each latent has been silent."""
+        if self.average is not None:
+            self.average([fired])
+        self.silent += tokens * self.ranks
+        self.silent[fired > 0] = 0
+        self.tokens += tokens * self.ranks
+        self.steps += 1
+        return self.architecture.shards.total(fired.sum() / tokens)
 
-@torch.no_grad()
-def remove_radial_gradient(sae: BatchTopK) -> None:
-    """Takes out the part of the decoder's gradient that normalisation would undo, so that Adam does not count it."""
-    gradient = sae.decoder.grad
-    if gradient is not None:
-        gradient.sub_((gradient * sae.decoder).sum(1, keepdim=True) * sae.decoder)
+    def canonical(self, sample: Tensor) -> SAE:
+        """The inference form; raw inputs [n, d] set what it does by threshold."""
+        return self.architecture.canonical(self.scale, sample * self.scale)
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on exactly; tensors and numbers alone."""
+        return {
+            "architecture": self.architecture.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "silent": self.silent,
+            "scale": self.scale,
+            "tokens": self.tokens,
+            "steps": self.steps,
+        }
 
-@torch.no_grad()
-def estimate_threshold(sae: BatchTopK, x: Tensor, config: Config) -> float:
-    """The smallest activation kept, averaged over batches of x [n, d]: what stands in for the batch at inference."""
-    parts = x.split(config.batch)[: config.threshold_batches]
-    return float(torch.stack([sae(part).threshold for part in parts]).mean())
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken; of an architecture made with the same config."""
+        self.architecture.load_state_dict(state["architecture"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.silent.copy_(state["silent"])
+        self.scale, self.tokens, self.steps = state["scale"], state["tokens"], state["steps"]

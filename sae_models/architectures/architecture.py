@@ -1,0 +1,204 @@
+"""What every trainable SAE has: weights and their beginning, unit decoder rows, the call of dead latents, folding."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sae_models.sae import SAE
+from sae_models.training import initial, sparse
+from sae_models.training.sparse import Active, Weights
+
+PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """Of every architecture. The defaults are those of TopK (arXiv 2406.04093); others say where theirs are from.
+
+    latents F; k the mean number of active latents a token, kept or aimed at; precision of the encoder's product;
+    offset, what decoder_bias begins as: `median` (geometric) or `mean`; auxiliary_k, how many dead latents a token are
+    asked to explain the error (None: d / 2), at auxiliary_weight; learning_rate, beta1, beta2, epsilon of Adam;
+    gradient_norm, to which the gradient is cut (None: it is not).
+    """
+
+    latents: int
+    k: int = 32
+    precision: str = "bfloat16"
+    offset: str = "median"
+    auxiliary_k: int | None = None
+    auxiliary_weight: float = 1 / 32
+    learning_rate: float | None = None
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 6.25e-10
+    gradient_norm: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """The learning rate: where none is set, 2e-4 / sqrt(F / 2^14)."""
+        return self.learning_rate if self.learning_rate is not None else 2e-4 / (self.latents / 2**14) ** 0.5
+
+
+class State(NamedTuple):
+    """Where a run is: steps taken, their share of the run, and which latents [F] are dead."""
+
+    step: int
+    progress: float
+    dead: Tensor
+
+
+class Loss(NamedTuple):
+    """Of one batch: what is minimised, its parts, the FVU, and the activations [m] or [n, F] at the active pairs."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    fvu: Tensor
+    values: Tensor
+    active: Active
+
+
+class Shards(NamedTuple):
+    """How ranks that hold different latents of one SAE meet. Alone, both give back what they get.
+
+    total: the sum over ranks, in place of a tensor. gather: the ranks' tensors [n, m] side by side, [n, m * ranks].
+    """
+
+    total: Callable[[Tensor], Tensor] = lambda t: t
+    gather: Callable[[Tensor], Tensor] = lambda t: t
+
+
+class Architecture(nn.Module):
+    """A trainable SAE: encoder [F, d], bias [F], decoder [F, d_out] of unit rows, decoder_bias [d_out].
+
+    Inputs are scaled so that the mean of ||x||^2 is d. The encoder reads x - centre, a constant: as good as reading
+    x - decoder_bias, and spares the product over all latents that the gradient of the bias would take.
+    """
+
+    config_type: ClassVar[type[Common]] = Common
+    config: Common
+    # Parameters and buffers that are not per latent: whole on every rank where latents are sharded.
+    SHARED: ClassVar[frozenset[str]] = frozenset({"decoder_bias", "centre", "variance"})
+    centre: Tensor
+    variance: Tensor
+
+    def __init__(self, d: int, config: Common, generator: torch.Generator) -> None:
+        super().__init__()
+        self.config = config
+        self.shards = Shards()
+        directions = functional.normalize(torch.randn(config.latents, d, generator=generator), dim=1)
+        self.encoder = nn.Parameter(directions.clone())
+        self.bias = nn.Parameter(torch.zeros(config.latents))
+        self.decoder = nn.Parameter(directions)
+        self.decoder_bias = nn.Parameter(torch.zeros(d))
+        self.register_buffer("centre", torch.zeros(d))
+        self.register_buffer("variance", torch.ones(()))
+
+    @property
+    def weights(self) -> Weights:
+        """What reads centred inputs."""
+        return Weights(self.encoder, self.bias, PRECISIONS[self.config.precision])
+
+    @torch.no_grad()
+    def initialise(self, sample: Tensor, target: Tensor | None = None) -> None:
+        """Sets centre, decoder bias and variance from scaled inputs [n, d] (`target`: a transcoder's outputs)."""
+        del target
+        self.centre.copy_(initial.OFFSETS[self.config.offset](sample))
+        self.decoder_bias.copy_(self.centre)
+        self.variance.copy_((sample - sample.mean(0)).square().sum(1).mean())
+
+    def loss(self, x: Tensor, state: State, target: Tensor | None = None) -> Loss:
+        """Of scaled inputs [n, d] ([n, L, d] where layers are routed); `target`: outputs, or what a probe is taught."""
+        raise NotImplementedError
+
+    def canonical(self, scale: float, sample: Tensor) -> SAE:
+        """The inference form for raw inputs, of which the module saw `scale` times their value; sample: such [n, d]."""
+        raise NotImplementedError
+
+    def reconstruct(self, values: Tensor, active: Active) -> Tensor:
+        """The output [n, d_out] of activations at the active pairs."""
+        return total(active.decode(values, self.decoder), self.shards) + self.decoder_bias
+
+    def unexplained(self, error: Tensor) -> Tensor:
+        """The FVU of an error [n, d_out], against the variance of the sample the module began with."""
+        return error.square().sum(1).mean() / self.variance
+
+    def auxiliary(self, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+        """Share of the error [n, d_out] that the strongest dead latents of centred x leave: it calls them back."""
+        count = int(dead.sum())
+        if count == 0:
+            return x.new_zeros(())
+        k = min(self.config.auxiliary_k or x.shape[1] // 2, count)
+        z, active = sparse.dense(x, Weights(self.encoder[dead], self.bias[dead], self.weights.precision))
+        least = z.detach().topk(k, dim=1).values[:, -1:]
+        explained = active.decode(torch.where(z >= least, z.relu(), 0.0), self.decoder[dead])
+        error = error.detach()
+        return (error - explained).square().sum() / error.square().sum()
+
+    def loss_of(self, x: Tensor, target: Tensor, values: Tensor, active: Active, state: State, **terms: Tensor) -> Loss:
+        """Reconstruction, the call of dead latents, and further terms, of activations of centred x."""
+        error = target - self.reconstruct(values, active)
+        fvu = self.unexplained(error)
+        auxiliary = self.config.auxiliary_weight * self.auxiliary(x, error, state.dead)
+        parts = {"fvu": fvu, "auxiliary": auxiliary, **terms}
+        loss = torch.stack(list(parts.values())).sum()
+        detached = {name: part.detach() for name, part in parts.items()}
+        return Loss(loss, detached, fvu.detach(), values.detach(), active)
+
+    @torch.no_grad()
+    def constrain_gradient(self) -> None:
+        """Takes out the part of the decoder's gradient that normalisation would undo: Adam must not count it."""
+        if self.decoder.grad is not None:
+            radial = torch.linalg.vecdot(self.decoder.grad, self.decoder)
+            self.decoder.grad.addcmul_(radial[:, None], self.decoder, value=-1)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Back to unit decoder rows, as the size of an activation must not hide in its direction."""
+        self.decoder.div_(torch.linalg.vector_norm(self.decoder, dim=1, keepdim=True))
+
+    @torch.no_grad()
+    def folded(self, scale: float, threshold: Tensor, **rest: Any) -> SAE:
+        """The SAE of raw inputs; threshold [] or [F] of the module's own pre-activations.
+
+        Decoder rows stay of unit norm, so an activation is the length of the displacement it explains.
+        """
+        bias = (self.bias - self.encoder @ self.centre) / scale
+        thresholds = (threshold / scale).expand_as(bias).clone()
+        weights = self.encoder.detach().clone(), bias, thresholds, self.decoder.detach().clone()
+        return SAE(*weights, self.decoder_bias.detach() / scale, **rest)
+
+
+class _Total(torch.autograd.Function):
+    """A sum over ranks, each of which goes on with all of it: so the gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, shards: Shards) -> Tensor:
+        del ctx
+        return shards.total(t)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        del ctx
+        return g, None
+
+
+def total(t: Tensor, shards: Shards) -> Tensor:
+    """The sum over ranks of a tensor of each."""
+    summed: Tensor = _Total.apply(t, shards)  # type: ignore[no-untyped-call]
+    return summed
+
+
+def shard(architecture: Architecture, rank: int, ranks: int, shards: Shards) -> Architecture:
+    """Keeps one rank's part of the latents of an architecture, in place, and lets it meet the others."""
+    architecture.shards = shards
+    for name, parameter in architecture.named_parameters():
+        if name not in architecture.SHARED:
+            parameter.data = parameter.data.chunk(ranks)[rank].clone()
+    for name, buffer in list(architecture.named_buffers()):
+        if name not in architecture.SHARED:
+            setattr(architecture, name, buffer.chunk(ranks)[rank].clone())
+    return architecture
