@@ -1,9 +1,9 @@
-"""What a run needs to go on exactly: one file for each part of the latents, and a note of the last whole step."""
+"""What a run needs to go on exactly: a file for each part of the latents, and a note of the last whole step."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from sae_models.training.distributed import Mesh
@@ -16,28 +16,57 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be read or written; the message names the file."""
 
 
+class Note(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The content of latest.json."""
+
+    step: int
+    latent_parts: int
+
+
 def save(folder: Path, step: int, state: dict[str, Any], mesh: Mesh) -> None:
-    """Writes a step's state beside the one before, makes it the latest, then removes the older.
+    """Writes a step's state, makes it the latest, then removes the older.
 
     CheckpointError: it could not be written; the one before is whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if mesh.batch_part == 0:
+        _write(folder / _name(step, mesh.latent_part), state)
+    mesh.barrier()
+    if mesh.leads:
+        write_whole(folder / LATEST, msgspec.json.encode(Note(step, mesh.latent_parts)))
+        for old in folder.iterdir():
+            if old.name != LATEST and not old.name.startswith(f"{step:09}."):
+                old.unlink()
+
+
+def load(folder: Path, mesh: Mesh) -> tuple[int, dict[str, Any]] | None:
+    """The last whole step and its state; None: there is none. CheckpointError: it is damaged or does not fit."""
+    if not (folder / LATEST).exists():
+        return None
     try:
-        if mesh.batch_part == 0:
-            path = folder / _name(step, mesh.latent_part)
-            with write_stream(path) as file:
-                torch.save(state, file)
-        mesh.barrier()
-        if mesh.leads:
-            note = {"step": step, "latent_parts": mesh.latent_parts}
-            write_whole(folder / LATEST, json.dumps(note).encode())
-            for old in folder.glob("*.pt*"):
-                if not old.name.startswith(f"{step:09}."):
-                    old.unlink()
-    # torch tells of a disk that is full by a RuntimeError of its own writer.
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint: {folder}: {error}; the one before it is whole") from error
+        note = msgspec.json.decode((folder / LATEST).read_bytes(), type=Note)
+        path = folder / _name(note.step, mesh.latent_part)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # torch raises whatever its reader meets in a damaged file.
+    except Exception as error:
+        raise CheckpointError(f"checkpoint: {folder}: {error}") from error
+    if note.latent_parts != mesh.latent_parts:
+        raise CheckpointError(f"checkpoint: {folder}: of {note.latent_parts} latent_ranks, not {mesh.latent_parts}")
+    return note.step, state
 
 
 def _name(step: int, latent_part: int) -> str:
     return f"{step:09}.{latent_part}.pt"
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        # torch hides what the operating system said behind an error of its own.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise CheckpointError(f"checkpoint: {path}: {cause}; the one before it is whole") from error

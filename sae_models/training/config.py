@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import re
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,11 +27,25 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message begins with the dotted field that is wrong."""
 
 
+class Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e6 for text; here it is a number."""
+
+
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
+    number = float(loader.construct_scalar(node))
+    return int(number) if number.is_integer() else number
+
+
+EXPONENT = re.compile(r"[-+]?[0-9][0-9.]*[eE][-+]?[0-9]+")
+Loader.add_implicit_resolver("!exponent", EXPONENT, list("-+0123456789"))
+Loader.add_constructor("!exponent", _number)
+
+
 class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How activations come from the model to the trainer."""
 
     store: Annotated[str | None, Meta(description="folder to keep them in; null: harvested on the fly")] = None
-    precision: Annotated[Precision, Meta(description="of the store: bfloat16, or int8 with a scale a token")] = "bfloat16"
+    precision: Annotated[Precision, Meta(description="of the store; int8 has a scale a token")] = "bfloat16"
     tokens: Annotated[Count | None, Meta(description="tokens to store; null: the whole training split once")] = None
     block: Annotated[Count, Meta(description="tokens in memory, mixed with each other")] = 400_000
 
@@ -59,7 +74,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     batch: Annotated[Count, Meta(description="tokens a step, over all ranks")] = 512
     window: Annotated[int, Meta(ge=2, description="tokens of a text that the model sees at once")] = 256
     seed: Annotated[int, Meta(ge=0, description="of the order, and of an SAE that has none of its own")] = 0
-    warm_up: Annotated[Share, Meta(description="share of the run in which the learning rate rises")] = trainer.Config.warm_up
+    warm_up: Annotated[Share, Meta(description="share of the run in which the rate rises")] = trainer.Config.warm_up
     decay: Annotated[Share, Meta(description="share of the run in which it falls")] = trainer.Config.decay
     dead_after: Annotated[
         Count | None, Meta(description="tokens without firing that make a latent dead; null: a twentieth of the run")
@@ -95,7 +110,7 @@ EXAMPLE = {
     "out": "runs/textbook",
     "sweep": {"k": [16, 32, 64]},
 }
-EXAMPLE_SAE = {"architecture": "batch_topk", "site": "layers.2.resid_post", "latents": 4096, "k": 32}
+EXAMPLE_SAE: dict[str, Any] = {"architecture": "batch_topk", "site": "layers.2.resid_post", "latents": 4096, "k": 32}
 # Keys of `sae` beside the fields of the architecture's configuration.
 OWN = {
     "name": "of the bundle; null: the model and the site",
@@ -109,7 +124,7 @@ OWN = {
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file, with `key=value` in place of what it says. ConfigError names the field."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
@@ -130,7 +145,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"{dotted}: {key} has no keys")
     try:
-        tree[last] = yaml.safe_load(text)
+        tree[last] = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{dotted}: {error}") from error
 
@@ -166,11 +181,15 @@ def trained(config: Config) -> list[Trained]:
         raise ConfigError("sweep.name: names follow from the other keys")
     found = []
     for values in itertools.product(*config.sweep.values()):
-        suffix = "".join(f"-{key}-{value}" for key, value in zip(keys, values, strict=True))
+        suffix = "".join(f"-{_named(key, value)}" for key, value in zip(keys, values, strict=True) if key != "site")
         found.append(_one(config, config.sae | dict(zip(keys, values, strict=True)), suffix))
     if not found or len({sae.name for sae in found}) < len(found):
         raise ConfigError("sweep: a key without values, or a value twice")
     return found
+
+
+def _named(key: str, value: Any) -> str:
+    return str(value) if isinstance(value, str) else f"{key}{value}"
 
 
 def _one(config: Config, given: dict[str, Any], suffix: str) -> Trained:
@@ -183,10 +202,13 @@ def _one(config: Config, given: dict[str, Any], suffix: str) -> Trained:
     sites, output_site = _sites(given.get("site")), given.get("output_site")
     try:
         settings = msgspec.convert({key: given[key] for key in fields if key in given}, kind)
-        seed = msgspec.convert(given.get("seed", config.seed), int)
+        seed = msgspec.convert(config.seed if given.get("seed") is None else given["seed"], int)
     except msgspec.ValidationError as error:
         raise ConfigError(f"sae: {error}") from error
-    base = given.get("name") or f"{Path(config.model).resolve().name}-layers.{sites[-1].layer}"
+    if not 0 < settings.k <= settings.latents:
+        raise ConfigError(f"sae.k: {settings.k} of {settings.latents} latents")
+    place = str(sites[-1]).removesuffix(".resid_post")
+    base = given.get("name") or f"{Path(config.model).resolve().name}-{place}"
     return Trained(
         name=f"{base}{suffix}",
         architecture=name,
@@ -210,7 +232,9 @@ def difference(one: Config, other: Config) -> str | None:
     a, b = msgspec.to_builtins(one), msgspec.to_builtins(other)
     for key in a:
         if a[key] != b[key]:
-            inner = [name for name in a[key] if a[key].get(name) != b[key].get(name)] if isinstance(a[key], dict) else []
+            inner = (
+                [name for name in a[key] if a[key].get(name) != b[key].get(name)] if isinstance(a[key], dict) else []
+            )
             return ".".join([key, *inner[:1]])
     return None
 
@@ -239,7 +263,9 @@ def described(kind: type[msgspec.Struct]) -> Iterator[tuple[str, Any, str]]:
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in msgspec.structs.fields(kind):
         metas = [meta for meta in getattr(hints[field.name], "__metadata__", ()) if isinstance(meta, Meta)]
-        default = field.default_factory() if field.default is msgspec.NODEFAULT and not field.required else field.default
+        default = (
+            field.default_factory() if field.default is msgspec.NODEFAULT and not field.required else field.default
+        )
         yield field.name, default, next((meta.description for meta in metas if meta.description), "") or ""
 
 

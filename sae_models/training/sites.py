@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 Edit = Callable[[Tensor], Tensor | None]
 
@@ -45,9 +46,9 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     """The layers of a model: its one outermost list of modules, or of several the one with as many as the text part
     of its configuration says. ValueError: none, or no telling which.
     """
-    lists = list(_outermost(model))
-    if len(lists) > 1 and hasattr(model, "config"):
-        count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists, settings = list(_outermost(model)), getattr(model, "config", None)
+    if len(lists) > 1 and isinstance(settings, PreTrainedConfig):
+        count = getattr(settings.get_text_config(), "num_hidden_layers", None)
         lists = [layers for layers in lists if len(layers) == count]
     if len(lists) != 1:
         raise ValueError(f"model: {type(model).__name__} has {len(lists)} lists of layers, need exactly one")

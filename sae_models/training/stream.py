@@ -6,7 +6,7 @@ in memory, and permutes the vectors of each block. A position is the number of a
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -116,7 +116,7 @@ def _blocks(sizes: Sequence[int], order: Order, number: int) -> Iterator[tuple[l
         yield group, held
 
 
-def prefetched(vectors: Iterator[Vectors], depth: int = 2) -> Iterator[Vectors]:
+def prefetched(vectors: Iterator[Vectors], depth: int = 2) -> Generator[Vectors]:
     """The same, with up to `depth` batches made ahead in a thread; what the thread raises is raised here."""
     ready: queue.Queue[Vectors | BaseException] = queue.Queue(depth)
     stop = threading.Event()

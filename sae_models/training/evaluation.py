@@ -1,0 +1,146 @@
+"""What becomes of a trained SAE: it is measured on what it was not trained on, described, and written as a bundle."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_models import bundle, catalogue
+from sae_models.analysis import probing
+from sae_models.analysis.probing import Labelled
+from sae_models.bundle import Manifest, Model, Training
+from sae_models.sae import SAE
+from sae_models.training import catalogue as entries
+from sae_models.training import corpus, harvest, material, metrics
+from sae_models.training.config import Config, Trained
+from sae_models.training.corpus import Windows
+from sae_models.training.material import Material
+from sae_models.training.metrics import Fidelity
+from sae_models.training.record import Record
+from sae_models.training.sites import parse_site
+
+PROBE_LATENTS = (1, 5, 20)
+# Bounds of the histograms: of log10 of the share of tokens on which a latent fires, and of cosines.
+DENSITY = (-6.0, 0.0, 24)
+COSINE = (0.0, 1.0, 20)
+
+
+def conclude(asked: Config, spec: Trained, sae: SAE, made: Material, folder: Path) -> None:
+    """Measures an SAE, adds the figures to the record, and writes its bundle into the run's folder."""
+    sample = entries.sample_of(made.train.first(asked.evaluation.catalogue_tokens), made.documents, made.tokenizer)
+    sums = entries.tally(made.trunk, parse_site(spec.sites[0]), sae, sample)
+    statistics = entries.statistics_of(sums)
+    vectors = material.held_out(made, made.held_out.first(asked.evaluation.tokens))
+    x, target = material.inputs(spec, vectors), material.target(spec, vectors)
+    fidelity = metrics.fidelity(sae, x, target)
+    figures = measured(asked, spec, sae, fidelity, made, (x if target is None else target).flatten(0, -2).mean(0))
+    steps = asked.tokens // asked.batch
+    with Record(folder, steps) as record:
+        record.add("evaluation", steps, steps * asked.batch, {spec.name: figures})
+    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(asked.seed))
+    conformance = bundle.conformance_of(sae, x[chosen[: asked.evaluation.conformance_tokens]])
+    with tempfile.TemporaryDirectory() as scratch:
+        database = Path(scratch) / bundle.CATALOGUE
+        catalogue.write(database, entries.describe(sums, sample))
+        manifest = manifest_of(asked, spec, sae, figures)
+        bundle.write(folder / spec.name, manifest, sae, statistics, conformance, database).catalogue.close()
+
+
+def measured(
+    asked: Config, spec: Trained, sae: SAE, fidelity: Fidelity, made: Material, mean: Tensor
+) -> dict[str, Any]:
+    """All figures of an SAE, as the record and the report hold them; what cannot be measured is left out."""
+    density = fidelity.frequency[fidelity.frequency > 0].log10().clamp(min=DENSITY[0])
+    figures: dict[str, Any] = {
+        "fvu": fidelity.fvu,
+        "l0": fidelity.l0,
+        "dead_share": fidelity.dead_share,
+        "shrinkage": fidelity.shrinkage,
+        "density": histogram(density, *DENSITY),
+        "decoder_cosine": histogram(metrics.nearest(sae.decoder), *COSINE),
+    }
+    figures |= spliced(asked, spec, sae, made, mean)
+    return figures | probed(asked, spec, sae, made)
+
+
+def histogram(values: Tensor, low: float, high: float, bins: int) -> list[int]:
+    """How many values are in each of equal bins from low to high."""
+    found: list[int] = values.float().cpu().histc(bins, low, high).long().tolist()
+    return found
+
+
+def spliced(asked: Config, spec: Trained, sae: SAE, made: Material, mean: Tensor) -> dict[str, float]:
+    """What the language model loses; nothing of another model, or of an SAE that routes: it may read above its site."""
+    model = harvest.load_model(Path(asked.model), made.device)
+    if not harvest.speaks(model.config) or len(spec.sites) > 1:
+        return {}
+    windows = made.held_out.first(asked.evaluation.loss_tokens)
+    output = parse_site(spec.output_site) if spec.output_site else None
+    found = metrics.splice(model, parse_site(spec.sites[0]), sae, mean, windows, output)
+    return {
+        "ce": found.ce,
+        "ce_spliced": found.ce_spliced,
+        "ce_ablated": found.ce_ablated,
+        "ce_recovered": found.recovered,
+        "kl": found.kl,
+    }
+
+
+def probed(asked: Config, spec: Trained, sae: SAE, made: Material) -> dict[str, float]:
+    """Sparse probes for the book of a window, on latents and on as many plain dimensions; nothing without labels."""
+    most = asked.evaluation.probe_windows // 2
+    folds = [made.held_out.where(corpus.in_folds(made.held_out, made.documents, [f])) for f in corpus.HELD_OUT_FOLDS]
+    parts = [fold.take(torch.arange(min(most, len(fold)))) for fold in folds]
+    books = [[made.documents[source].book for source in part.document.tolist()] for part in parts]
+    shared = sorted(set.intersection(*map(set, books)))
+    if len(shared) < 2:
+        return {}
+    pairs = [pooled(spec, sae, made, part, names, shared) for part, names in zip(parts, books, strict=True)]
+    latents, plain = zip(*pairs, strict=True)
+    found = {f"probe_{k}": probing.balanced_accuracy(latents[0], latents[1], k) for k in PROBE_LATENTS}
+    return found | {f"probe_{k}_of_inputs": probing.balanced_accuracy(plain[0], plain[1], k) for k in PROBE_LATENTS}
+
+
+def pooled(
+    spec: Trained, sae: SAE, made: Material, windows: Windows, books: list[str], shared: list[str]
+) -> tuple[Labelled, Labelled]:
+    """Mean activations, and mean inputs, of each window of one of the shared books."""
+    windows = windows.where(torch.tensor([book in shared for book in books]))
+    label = torch.tensor([shared.index(book) for book in books if book in shared])
+    latents, plain = [], []
+    for seen, counted in harvest.text_activations(made.trunk, made.sites, windows):
+        by_site = {str(site): x for site, x in zip(made.sites, seen, strict=True)}
+        for row, positions in enumerate(counted):
+            x = material.inputs(spec, {site: x[row][positions] for site, x in by_site.items()})
+            latents.append(sae.encode(x).mean(0))
+            plain.append(x.flatten(0, -2).mean(0))
+    return Labelled(torch.stack(latents).cpu(), label), Labelled(torch.stack(plain).cpu(), label)
+
+
+def manifest_of(asked: Config, spec: Trained, sae: SAE, figures: dict[str, Any]) -> Manifest:
+    """The manifest but for the hashes of the files."""
+    folder = Path(asked.model)
+    return Manifest(
+        format_version=bundle.FORMAT_VERSION,
+        name=spec.name,
+        model=Model(folder.resolve().name, bundle.model_sha256(folder), sae.width),
+        site=spec.sites[0],
+        architecture=spec.architecture,
+        activation="jumprelu",
+        input_normalisation="folded",
+        d=sae.width,
+        latents=sae.latents,
+        k=spec.settings.k,
+        training=Training(
+            tokens=asked.tokens,
+            seed=spec.seed,
+            l0=figures["l0"],
+            fvu=figures["fvu"],
+            ce_recovered=figures.get("ce_recovered", 0.0),
+            dead_share=figures["dead_share"],
+            credit=asked.credit,
+        ),
+        files={},
+    )

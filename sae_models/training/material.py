@@ -1,0 +1,106 @@
+"""What a run is made from: a corpus cut into windows, a model, and the activations that it gives."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_models import bundle
+from sae_models.training import corpus, harvest, store
+from sae_models.training.config import Config, Trained, trained
+from sae_models.training.corpus import CorpusError, Document, Windows
+from sae_models.training.distributed import Mesh
+from sae_models.training.sites import Site, parse_site
+from sae_models.training.stream import Live, Source, Vectors
+
+
+@dataclass(frozen=True)
+class Material:
+    """Documents, their windows in two parts, and the model cut off above the deepest of the sites."""
+
+    documents: list[Document]
+    tokenizer: Any
+    train: Windows
+    held_out: Windows
+    trunk: Any
+    sites: tuple[Site, ...]
+    device: torch.device
+
+
+def gather(config: Config) -> Material:
+    """Reads model and corpus. ValueError, CorpusError or FileNotFoundError names what is wrong with them."""
+    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    names = dict.fromkeys(site for spec in trained(config) for site in spec.all_sites)
+    sites = tuple(map(parse_site, names))
+    model = Path(config.model)
+    trunk = harvest.load_trunk(model, *sites, device=device)
+    tokenizer = harvest.load_tokenizer(model)
+    documents = corpus.read(Path(config.corpus))
+    windows = corpus.windows(documents, tokenizer, config.window)
+    return Material(documents, tokenizer, *split(windows, documents, config.seed), trunk, sites, device)
+
+
+def split(windows: Windows, documents: list[Document], seed: int) -> tuple[Windows, Windows]:
+    """Training and held-out windows, shuffled; whole documents fall on one side."""
+    held = corpus.in_folds(windows, documents, corpus.HELD_OUT_FOLDS)
+    if held.all() or not held.any():
+        raise CorpusError(f"corpus: {len(documents)} documents are too few to hold some out")
+    return windows.where(~held).shuffled(seed), windows.where(held).shuffled(seed)
+
+
+def source_of(config: Config, material: Material, mesh: Mesh) -> Source:
+    """The activations of the training windows: out of a store, which is harvested first, or on the fly."""
+    live = Live(material.trunk, material.sites, material.train)
+    if config.data.store is None:
+        return live
+    folder = Path(config.data.store)
+    if mesh.leads:
+        store.write(folder, content_of(config, live), live)
+    mesh.barrier()
+    return store.load(folder)
+
+
+def content_of(config: Config, live: Live) -> store.Content:
+    """What the run's store must hold."""
+    held = sum(live.sizes)
+    return store.Content(
+        model=Path(config.model).resolve().name,
+        model_sha256=bundle.model_sha256(Path(config.model)),
+        corpus_sha256=corpus.sha256(Path(config.corpus)),
+        sites=tuple(map(str, live.sites)),
+        window=config.window,
+        seed=config.seed,
+        tokens=min(config.data.tokens or held, held),
+        precision=config.data.precision,
+    )
+
+
+def sample_of(source: Source, tokens: int) -> Vectors:
+    """The first vectors of a source, at least so many where it has them."""
+    count, held = 0, 0
+    while held < tokens and count < len(source.sizes):
+        held += source.sizes[count]
+        count += 1
+    return {site: x.float() for site, x in source.load(range(count)).items()}
+
+
+def held_out(material: Material, windows: Windows) -> Vectors:
+    """The counted vectors of windows at every site."""
+    parts: list[list[Tensor]] = [[] for _ in material.sites]
+    for seen, counted in harvest.text_activations(material.trunk, material.sites, windows):
+        for part, x in zip(parts, seen, strict=True):
+            part.append(x[counted])
+    return {str(site): torch.cat(part) for site, part in zip(material.sites, parts, strict=True)}
+
+
+def inputs(spec: Trained, vectors: Vectors) -> Tensor:
+    """What an SAE reads: [n, d], or [n, L, d] of L sites."""
+    found = [vectors[site] for site in spec.sites]
+    return found[0] if len(found) == 1 else torch.stack(found, 1)
+
+
+def target(spec: Trained, vectors: Vectors) -> Tensor | None:
+    """What a transcoder predicts [n, d_out]; None of an SAE."""
+    return vectors[spec.output_site] if spec.output_site else None

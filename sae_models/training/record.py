@@ -1,0 +1,67 @@
+"""What a run writes down as it goes: metrics.jsonl, and TensorBoard's events where the package is installed.
+
+A line of metrics.jsonl is an object with `step`, `tokens`, `sae` and either `train` or `evaluation`, an object of
+figures.
+"""
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Self
+
+from sae_models.training.files import write_whole
+
+METRICS = "metrics.jsonl"
+EVENTS = "events"
+
+
+class Record:
+    """The record of a run in a folder, open for appending; what is behind `step` is cut off, as it will come again.
+
+    Of several processes only the one that `speaks` writes.
+    """
+
+    def __init__(self, folder: Path, step: int, speaks: bool = True) -> None:
+        self._file: IO[str] | None = None
+        self._board: Any = None
+        if speaks:
+            path = folder / METRICS
+            kept = [line for line in lines(path) if line["step"] <= step] if path.exists() else []
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            self._file = path.open("a", encoding="utf-8")
+            self._board = _board(folder / EVENTS, step)
+
+    def add(self, kind: str, step: int, tokens: int, figures: Mapping[str, Mapping[str, Any]]) -> None:
+        """Writes a line for each SAE; single numbers go to TensorBoard also."""
+        if self._file is None:
+            return
+        for sae, found in figures.items():
+            self._file.write(json.dumps({"step": step, "tokens": tokens, "sae": sae, kind: found}) + "\n")
+            for name, value in found.items() if self._board is not None else ():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}/{sae}", value, tokens)
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self._file, self._board):
+            if file is not None:
+                file.close()
+
+
+def _board(folder: Path, step: int) -> Any:
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl; the last is left out if a kill cut it short."""
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)

@@ -1,0 +1,187 @@
+"""A run from its configuration to its bundles: it can be killed at any moment and goes on from its last checkpoint.
+
+config.yaml        what was asked for
+metrics.jsonl      how it went, events/ the same for TensorBoard
+checkpoints/       the last one
+report.html        the same for a person to read
+NAME/              the bundle of each SAE, written once it is whole
+"""
+
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from sae_models.architectures import ARCHITECTURES
+from sae_models.architectures.architecture import Architecture
+from sae_models.sae import SAE
+from sae_models.training import checkpoint, config, distributed, evaluation, material, report, stream, trainer
+from sae_models.training.config import Config, ConfigError, Trained
+from sae_models.training.distributed import Mesh
+from sae_models.training.files import locked, write_whole
+from sae_models.training.material import Material
+from sae_models.training.record import Record
+from sae_models.training.stream import Source, Vectors
+from sae_models.training.trainer import Metrics, Trainer
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+SAMPLE_TOKENS = 100_000
+# A twentieth of a run without firing: arXiv 2406.04093 takes 10 million tokens, in runs of billions.
+DEAD_SHARE = 1 / 20
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One SAE in training."""
+
+    spec: Trained
+    trainer: Trainer
+
+
+def run(asked: Config) -> list[Path]:
+    """Trains what is asked for and returns its bundles. In a process group, each rank calls this.
+
+    ConfigError, CorpusError, StoreError, CheckpointError, ValueError or OSError: the one thing that is wrong.
+    """
+    mesh = distributed.join(asked.latent_ranks, asked.batch)
+    folder = Path(asked.out)
+    try:
+        with locked(folder) if mesh.leads else nullcontext():
+            if mesh.leads:
+                keep(folder, asked)
+            made = material.gather(asked)
+            source = material.source_of(asked, made, mesh)
+            sample = material.sample_of(source, SAMPLE_TOKENS)
+            learners = [begin(spec, asked, sample, made.device, mesh) for spec in config.trained(asked)]
+            train(asked, learners, source, mesh, folder)
+            saes = [canonical(learner, sample, mesh) for learner in learners]
+            return finish(asked, learners, saes, made, folder) if mesh.leads else []
+    finally:
+        distributed.leave()
+
+
+def keep(folder: Path, asked: Config) -> None:
+    """Writes the configuration into the run's folder. ConfigError: the folder is of a run with another one."""
+    path = folder / CONFIG
+    if path.exists():
+        field = config.difference(config.load(path), asked)
+        if field is not None:
+            raise ConfigError(f"{field}: differs from {path}; give another out, or go on as that run was begun")
+    else:
+        write_whole(path, config.dump(asked).encode())
+
+
+def begin(spec: Trained, asked: Config, sample: Vectors, device: torch.device, mesh: Mesh) -> Learner:
+    """An SAE at its beginning, this rank's part of it."""
+    x, target = material.inputs(spec, sample), material.target(spec, sample)
+    architecture = distributed.sharded(fresh(spec, x.shape[-1]), mesh).to(device)
+    schedule = trainer.Config(
+        asked.tokens, asked.warm_up, asked.decay, asked.dead_after or int(asked.tokens * DEAD_SHARE)
+    )
+    average = mesh.average if mesh.batch_parts > 1 else None
+    learner = Learner(spec, Trainer(architecture, schedule, average, mesh.batch_parts))
+    learner.trainer.initialise(x, target)
+    return learner
+
+
+def fresh(spec: Trained, d: int) -> Architecture:
+    """An architecture as its seed makes it."""
+    generator = torch.Generator().manual_seed(spec.seed)
+    return ARCHITECTURES[spec.architecture](d, spec.settings, generator)
+
+
+def train(asked: Config, learners: Sequence[Learner], source: Source, mesh: Mesh, folder: Path) -> None:
+    """All steps that are still to be made."""
+    steps, done = asked.tokens // asked.batch, resume(learners, folder / CHECKPOINTS, mesh)
+    order = stream.Order(asked.batch, asked.data.block, asked.seed)
+    batches = stream.prefetched(islice(stream.batches(source, order, done), steps - done))
+    intervals = [Interval() for _ in learners]
+    size = asked.batch
+    with (
+        Record(folder, done, mesh.leads) as record,
+        closing(batches),
+        tqdm(total=steps * size, initial=done * size, unit="tok", unit_scale=True, desc="train") as progress,
+    ):
+        for step, vectors in enumerate(batches, done + 1):
+            for learner, interval in zip(learners, intervals, strict=True):
+                interval.add(advance(learner, vectors, mesh))
+            progress.update(size)
+            saves = step % asked.checkpoint_every == 0 or step == steps
+            if saves or step % asked.log_every == 0:
+                figures = {one.spec.name: interval.take() for one, interval in zip(learners, intervals, strict=True)}
+                record.add("train", step, step * size, figures)
+                progress.set_postfix(fvu=" ".join(f"{f['fvu']:.4f}" for f in figures.values()), refresh=False)
+            if saves:
+                checkpoint.save(folder / CHECKPOINTS, step, state_of(learners), mesh)
+
+
+def advance(learner: Learner, vectors: Vectors, mesh: Mesh) -> Metrics:
+    """One step of one SAE on this rank's part of a batch."""
+    device = learner.trainer.silent.device
+    part = {site: mesh.part(x).to(device) for site, x in vectors.items()}
+    return learner.trainer.step(material.inputs(learner.spec, part), material.target(learner.spec, part))
+
+
+class Interval:
+    """Means over the steps since the last line of the record. Figures stay on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self._steps: list[Metrics] = []
+
+    def add(self, metrics: Metrics) -> None:
+        """One more step."""
+        self._steps.append(metrics)
+
+    def take(self) -> dict[str, float]:
+        """The means, and the state at the last step; begins anew."""
+        last, steps = self._steps[-1], self._steps
+        self._steps = []
+        means = {
+            name: float(torch.stack([getattr(step, name) for step in steps]).double().mean())
+            for name in ("loss", "fvu", "l0")
+        }
+        parts = {name: float(value) for name, value in last.parts.items() if name not in means}
+        return means | parts | {"dead_share": float(last.dead), "learning_rate": last.learning_rate}
+
+
+def state_of(learners: Sequence[Learner]) -> dict[str, Any]:
+    """What a checkpoint holds: the position in the stream is the step, so this and the random state are all."""
+    return {
+        "trainers": {learner.spec.name: learner.trainer.state_dict() for learner in learners},
+        "random": torch.get_rng_state(),
+    }
+
+
+def resume(learners: Sequence[Learner], folder: Path, mesh: Mesh) -> int:
+    """Brings SAEs to where the last checkpoint has them; the steps made."""
+    found = checkpoint.load(folder, mesh)
+    if found is None:
+        return 0
+    step, state = found
+    for learner in learners:
+        learner.trainer.load_state_dict(state["trainers"][learner.spec.name])
+    torch.set_rng_state(state["random"])
+    return step
+
+
+def canonical(learner: Learner, sample: Vectors, mesh: Mesh) -> SAE:
+    """The inference form, put together from all ranks."""
+    x, scale = material.inputs(learner.spec, sample), learner.trainer.scale
+    template = fresh(learner.spec, x.shape[-1]).to(x.device)
+    joined = distributed.whole(learner.trainer.architecture, template, mesh)
+    return joined.canonical(scale, x * scale)
+
+
+def finish(asked: Config, learners: Sequence[Learner], saes: Sequence[SAE], made: Material, folder: Path) -> list[Path]:
+    """Measures, describes and writes each SAE that has no bundle yet, then the report."""
+    for learner, sae in zip(learners, saes, strict=True):
+        if not (folder / learner.spec.name).exists():
+            evaluation.conclude(asked, learner.spec, sae, made, folder)
+    report.write(folder)
+    return [folder / learner.spec.name for learner in learners]
