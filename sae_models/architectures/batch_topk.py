@@ -27,7 +27,7 @@ class Config(Common):
 class BatchTopK(Architecture):
     """Trained with a cut for each batch; at inference its mean is the threshold."""
 
-    config_type = Config
+    config_type: ClassVar[type[Common]] = Config
     SHARED: ClassVar[frozenset[str]] = Architecture.SHARED | {"cut"}
     cut: Tensor
 

@@ -1,6 +1,7 @@
 """TopK (arXiv 2406.04093): of each token the k largest pre-activations survive."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Config(Common):
 class TopK(Architecture):
     """Exactly k latents a token, all of one z = encoder . x + bias."""
 
-    config_type = Config
+    config_type: ClassVar[type[Common]] = Config
 
     def loss(self, x: Tensor, state: State, target: Tensor | None = None) -> Loss:
         """FVU of x [n, d] and the auxiliary loss."""

@@ -19,7 +19,7 @@ def row_sums(rows: Tensor, index: Tensor, start: Tensor, weight: Tensor) -> Tens
 def row_dots(left: Tensor, right: Tensor, group: Tensor, index: Tensor, start: Tensor) -> Tensor:
     """left[group] . right[index], [m], of left [groups, d] and right [r, d]; `start` [groups] as in `row_sums`."""
     if left.is_cuda:
-        return torch.linalg.vecdot(left[group], right[index])
+        return (left[group] * right[index]).sum(1)
     # The gradient of embedding_bag's weights, which on a CPU gathers no rows.
     of_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward
     dots: Tensor = of_weights(left, right, index, start, group, SUM_MODE, -1)

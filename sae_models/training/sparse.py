@@ -58,7 +58,7 @@ class Pairs:
 
     def of_latents(self, parameter: Tensor) -> Tensor:
         """A parameter [F] of the latents at the pairs [m]."""
-        return parameter[self.latent]
+        return parameter.index_select(0, self.latent)
 
     def decode(self, values: Tensor, decoder: Tensor) -> Tensor:
         """Sums of decoder rows [n, d] of activations [m]."""
@@ -132,6 +132,12 @@ def above(x: Tensor, weights: Weights, floor: Tensor) -> Read | None:
     pairs = Pairs(torch.cat(tokens), torch.cat(latents), len(x), len(weights.bias))
     z = torch.cat(excesses).float() + (pairs.of_latents(floor) if floor.ndim else floor)
     return read(x, weights, pairs, z.detach())
+
+
+def positives(x: Tensor, weights: Weights, floor: Tensor | None = None) -> Read:
+    """The pairs of x [n, d] whose pre-activation is above the floor [F] (none: 0); all pairs where those are many."""
+    found = above(x, weights, weights.bias.new_zeros(()) if floor is None else floor)
+    return dense(x, weights) if found is None else found
 
 
 def dense(x: Tensor, weights: Weights) -> Read:
@@ -229,5 +235,6 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         (values, decoder), pairs = ctx.saved_tensors, ctx.pairs
         order, start = pairs.by_latent
+        of_decoder = row_sums(g, pairs.token[order], start, values[order]) if ctx.needs_input_grad[1] else None
         of_values = row_dots(g, decoder, pairs.token, pairs.latent, pairs.start) if ctx.needs_input_grad[0] else None
-        return of_values, row_sums(g, pairs.token[order], start, values[order]), None
+        return of_values, of_decoder, None

@@ -1,0 +1,65 @@
+"""Gated SAE (arXiv 2404.16014): one path says whether a latent is active, another how much, with tied weights."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from sae_models.architectures import penalty
+from sae_models.architectures.architecture import Common, Loss, State
+from sae_models.architectures.penalty import Penalised
+from sae_models.sae import SAE
+from sae_models.training import sparse
+from sae_models.training.sparse import Active
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(penalty.Config):
+    """l1: weight of the sum of a token's gate pre-activations above 0. Adam without momentum, as the paper has it."""
+
+    l1: float = 2.0
+    learning_rate: float | None = 5e-5
+    beta1: float = 0.0
+
+
+class Gated(Penalised):
+    """u = encoder . x; pi = u + bias; f = relu(exp(log_gain) * u + magnitude_bias) where pi > 0."""
+
+    config_type = Config
+    config: Config
+
+    def __init__(self, d: int, config: Common, generator: torch.Generator) -> None:
+        super().__init__(d, config, generator)
+        self.log_gain = nn.Parameter(torch.zeros(config.latents))
+        self.magnitude_bias = nn.Parameter(torch.zeros(config.latents))
+
+    def loss(self, x: Tensor, state: State, target: Tensor | None = None) -> Loss:
+        """FVU of x [n, d], L1 of the gates, FVU of what the gates alone explain, auxiliary loss."""
+        del target
+        centred = x - self.centre
+        pi, active = sparse.positives(centred, self.weights)
+        f, gate = self.magnitudes(pi, active), pi.relu()
+        weight = self.config.l1 * self.follow(gate, len(x), state)
+        l1 = weight * gate.sum() / (len(x) * self.variance)
+        return self.loss_of(centred, x, f, active, state, l1=l1, gate=self.explained_by_gates(x, gate, active))
+
+    def magnitudes(self, pi: Tensor, active: Active) -> Tensor:
+        """Activations of gate pre-activations at the active pairs."""
+        gain, gate_bias, bias = map(active.of_latents, (self.log_gain.exp(), self.bias, self.magnitude_bias))
+        return torch.where(pi > 0, (gain * (pi - gate_bias) + bias).relu(), 0.0)
+
+    def explained_by_gates(self, x: Tensor, gate: Tensor, active: Active) -> Tensor:
+        """FVU of x [n, d] where relu(pi) are the activations; decoder and its bias are frozen copies."""
+        frozen = active.decode(gate, self.decoder.detach())
+        return self.unexplained(x - frozen - self.decoder_bias.detach())
+
+    @torch.no_grad()
+    def canonical(self, scale: float, sample: Tensor) -> SAE:
+        """JumpReLU on p = gain * u + magnitude_bias: pi > 0 where p > magnitude_bias - gain * bias."""
+        del sample
+        gain = self.log_gain.exp()
+        threshold = (self.magnitude_bias - gain * self.bias).clamp(min=0.0)
+        encoder = self.encoder * gain[:, None]
+        bias = self.magnitude_bias - encoder @ self.centre
+        folded = self.folded(scale, threshold)
+        return replace(folded, encoder=encoder, bias=bias / scale)

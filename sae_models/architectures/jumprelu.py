@@ -1,0 +1,93 @@
+"""JumpReLU (arXiv 2407.14435): a threshold for each latent, learned through straight-through estimates."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sae_models.architectures import architecture
+from sae_models.architectures.architecture import Architecture, Common, Loss, State
+from sae_models.architectures.penalty import quantiles
+from sae_models.sae import SAE
+from sae_models.training import sparse
+from sae_models.training.schedule import ramp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Common):
+    """bandwidth of the estimates: the paper's 0.001 for inputs of unit norm is about 0.03 for norm sqrt(768).
+    sparsity: weight of (L0 / k - 1)^2, the paper's penalty for a wanted L0; it rises over a share warm_up of the run.
+    threshold: where thresholds begin; None: so that start * k latents a token are active, each equally often (our own).
+    """
+
+    bandwidth: float = 0.03
+    sparsity: float = 0.1
+    warm_up: float = 0.05
+    threshold: float | None = None
+    start: float = 4.0
+    learning_rate: float | None = 7e-5
+    beta1: float = 0.0
+    epsilon: float = 1e-8
+
+
+class JumpReLU(Architecture):
+    """f = z where z > exp(log_threshold)."""
+
+    config_type = Config
+    config: Config
+
+    def __init__(self, d: int, config: Common, generator: torch.Generator) -> None:
+        super().__init__(d, config, generator)
+        self.log_threshold = nn.Parameter(torch.zeros(config.latents))
+
+    @torch.no_grad()
+    def initialise(self, sample: Tensor, target: Tensor | None = None) -> None:
+        """As every architecture; and the thresholds."""
+        super().initialise(sample, target)
+        share = self.config.start * self.config.k / self.config.latents
+        given = self.config.threshold
+        threshold = quantiles(self, sample, share) if given is None else torch.full_like(self.bias, given)
+        self.log_threshold.copy_(threshold.clamp(min=self.config.bandwidth).log())
+
+    def loss(self, x: Tensor, state: State, target: Tensor | None = None) -> Loss:
+        """FVU of x [n, d], L0 penalty, auxiliary loss."""
+        del target
+        centred, threshold = x - self.centre, self.log_threshold.exp()
+        z, active = sparse.positives(centred, self.weights, threshold - self.config.bandwidth / 2)
+        f, gate = jump(z, active.of_latents(threshold), self.config.bandwidth)
+        l0 = architecture.total(gate.sum() / len(x), self.shards)
+        weight = self.config.sparsity * ramp(state.progress, self.config.warm_up)
+        return self.loss_of(centred, x, f, active, state, l0=weight * (l0 / self.config.k - 1).square())
+
+    @torch.no_grad()
+    def canonical(self, scale: float, sample: Tensor) -> SAE:
+        """Exact."""
+        del sample
+        return self.folded(scale, self.log_threshold.exp())
+
+
+class _Jump(torch.autograd.Function):
+    """z above a threshold, and whether it is. The threshold's gradients are estimated by a rectangle of a bandwidth
+    around it: -threshold / bandwidth of the value's, -1 / bandwidth of the gate's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        gate = (z > threshold).to(z.dtype)
+        return z * gate, gate
+
+    @staticmethod
+    def backward(ctx: Any, of_value: Tensor, of_gate: Tensor) -> Any:
+        z, threshold = ctx.saved_tensors
+        near = (z - threshold).abs() < ctx.bandwidth / 2
+        of_threshold = near * (threshold * of_value + of_gate) / -ctx.bandwidth
+        return of_value * (z > threshold), of_threshold.sum_to_size(threshold.shape), None
+
+
+def jump(z: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    """Activations and gates, 0 or 1, of pre-activations z; thresholds of the same or a broadcast shape."""
+    f, gate = _Jump.apply(z, threshold, bandwidth)  # type: ignore[no-untyped-call]
+    return f, gate

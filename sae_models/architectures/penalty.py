@@ -1,0 +1,62 @@
+"""What SAEs with a sparsity penalty share: a penalty that finds the wanted L0, and a beginning near it."""
+
+from dataclasses import dataclass
+from math import exp
+
+import torch
+from torch import Tensor
+
+from sae_models.architectures.architecture import Architecture, Common, State
+from sae_models.training import sparse
+from sae_models.training.schedule import ramp
+
+# Tokens of a sample that biases and thresholds are set by, and latents at a time.
+TOKENS = 4096
+BLOCK = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Common):
+    """warm_up: share of the run in which the penalty rises to its weight. aim: by how much the logarithm of the weight
+    follows L0 / k - 1 at each step (0: the weight stays as published). start: how many times k latents a token are
+    active at first, each latent equally often: the first steps are sparse, and no latent is dead (None: as published,
+    biases begin at 0). The last two are our own.
+    """
+
+    warm_up: float = 0.05
+    aim: float = 0.02
+    start: float | None = 4.0
+
+
+class Penalised(Architecture):
+    """`level` []: by how much the weight of the penalty has been changed to reach k."""
+
+    config: Config
+    SHARED = Architecture.SHARED | {"level"}
+    level: Tensor
+
+    def __init__(self, d: int, config: Common, generator: torch.Generator) -> None:
+        super().__init__(d, config, generator)
+        self.register_buffer("level", torch.ones(()))
+
+    @torch.no_grad()
+    def initialise(self, sample: Tensor, target: Tensor | None = None) -> None:
+        """As every architecture; and biases so that start * k latents a token are active."""
+        super().initialise(sample, target)
+        if self.config.start is not None:
+            self.bias.sub_(quantiles(self, sample, self.config.start * self.config.k / self.config.latents))
+
+    def follow(self, f: Tensor, tokens: int, state: State) -> float:
+        """The factor of the penalty at a step with activations f; moves `level` towards L0 = k."""
+        l0 = float(self.shards.total((f.detach() > 0).sum() / tokens))
+        self.level.mul_(exp(self.config.aim * max(-1.0, min(1.0, l0 / self.config.k - 1))))
+        return float(self.level) * ramp(state.progress, self.config.warm_up)
+
+
+def quantiles(module: Architecture, sample: Tensor, share: float) -> Tensor:
+    """The values [F] above which each latent's pre-activations of scaled inputs [n, d] are on a share of the tokens."""
+    x = sample[:: max(1, len(sample) // TOKENS)] - module.centre
+    count = max(1, round(min(share, 0.5) * len(x)))
+    parts = zip(module.encoder.split(BLOCK), module.bias.split(BLOCK), strict=True)
+    blocks = (torch.cat(list(sparse.products(x, encoder, bias, torch.float32))) for encoder, bias in parts)
+    return torch.cat([z.topk(count, dim=0).values[-1] for z in blocks])

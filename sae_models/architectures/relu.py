@@ -1,0 +1,42 @@
+"""ReLU with an L1 penalty (Bricken et al. 2023, with the constants of Anthropic's update of April 2024)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sae_models.architectures import penalty
+from sae_models.architectures.architecture import Loss, State
+from sae_models.architectures.penalty import Penalised
+from sae_models.sae import SAE
+from sae_models.training import sparse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(penalty.Config):
+    """l1: weight of the sum of a token's activations, where inputs have mean squared norm d."""
+
+    l1: float = 5.0
+    learning_rate: float | None = 5e-5
+    gradient_norm: float | None = 1.0
+
+
+class ReLU(Penalised):
+    """f = relu(z)."""
+
+    config_type = Config
+    config: Config
+
+    def loss(self, x: Tensor, state: State, target: Tensor | None = None) -> Loss:
+        """FVU of x [n, d], L1 penalty, auxiliary loss."""
+        del target
+        centred = x - self.centre
+        z, active = sparse.positives(centred, self.weights)
+        f = z.relu()
+        weight = self.config.l1 * self.follow(f, len(x), state)
+        return self.loss_of(centred, x, f, active, state, l1=weight * f.sum() / (len(x) * self.variance))
+
+    def canonical(self, scale: float, sample: Tensor) -> SAE:
+        """Exact."""
+        del sample
+        return self.folded(scale, torch.zeros(()))

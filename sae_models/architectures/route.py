@@ -1,0 +1,65 @@
+"""RouteSAE (arXiv 2503.08200): one dictionary for several layers, of which a router reads one for each token."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sae_models import sae
+from sae_models.architectures.architecture import Common, Loss, State
+from sae_models.architectures.topk import TopK
+from sae_models.sae import SAE, Normalisation, Router
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Common):
+    """sites: how many layers are read. mean: whether the router sees their mean, not their sum."""
+
+    sites: int = 9
+    mean: bool = False
+    k: int = 64
+    learning_rate: float | None = 5e-4
+
+
+class Route(TopK):
+    """TopK on p_max * x of the most likely layer, each layer's x standardised; it reconstructs what it read."""
+
+    config_type = Config
+    config: Config
+    SHARED = TopK.SHARED | {"router"}
+
+    def __init__(self, d: int, config: Common, generator: torch.Generator) -> None:
+        super().__init__(d, config, generator)
+        self.router = nn.Parameter(torch.randn(self.config.sites, d, generator=generator) / d**0.5 / self.config.sites)
+
+    def initialise(self, sample: Tensor, target: Tensor | None = None) -> None:
+        """Of [n, L, d] nothing is taken: standardised vectors need no scale, and the factor p no offset."""
+        del target
+        if sample.ndim != 3 or sample.shape[1] != self.config.sites:
+            raise ValueError(f"route: a sample of {self.config.sites} sites is [n, {self.config.sites}, d]")
+
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What is read [n, d] of inputs [n, L, d], and from which site [n]."""
+        h = sae.normalised(x, Normalisation.LAYER_NORM)
+        site, p = Router(self.router, self.config.mean).route(h)
+        return p[:, None] * h[torch.arange(len(h)), site], site
+
+    def loss(self, x: Tensor, state: State, target: Tensor | None = None) -> Loss:
+        """||y - h||^2 / ||h||^2 of the routed h, and the auxiliary loss; parts tell the share of the commonest site."""
+        del target
+        h, site = self.routed(x)
+        z, active = self.read(h)
+        error = h - self.reconstruct(z.relu(), active)
+        relative = (error.square().sum(1) / h.square().sum(1)).mean()
+        auxiliary = self.config.auxiliary_weight * self.auxiliary(h, error, state.dead)
+        commonest = torch.bincount(site, minlength=self.config.sites).amax() / len(site)
+        fvu = error.detach().square().sum() / (h - h.mean(0)).detach().square().sum()
+        parts = {"relative": relative.detach(), "auxiliary": auxiliary.detach(), "commonest_site": commonest}
+        return Loss(relative + auxiliary, parts, fvu, z.detach(), active)
+
+    def canonical(self, scale: float, sample: Tensor) -> SAE:
+        """With router and layer norm; the scale is lost in the latter."""
+        del scale, sample
+        router = Router(self.router.detach().clone(), self.config.mean)
+        rest = {"normalisation": Normalisation.LAYER_NORM, "router": router, "selection": sae.TopK(self.config.k)}
+        return self.folded(1.0, torch.zeros(()), **rest)
