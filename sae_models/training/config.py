@@ -66,7 +66,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     model: Annotated[str, Meta(description="folder of a transformers model")]
     corpus: Annotated[str, Meta(description="text, JSON lines, Parquet, a saved dataset, or a folder of such files")]
     out: Annotated[str, Meta(description="folder of the run; the same command goes on with what it holds")]
-    sae: Annotated[dict[str, Any], Meta(description="what is trained: see below")]
+    sae: Annotated[dict[str, Any], Meta(description="what is trained")]
     sweep: Annotated[
         dict[str, list[Any]], Meta(description="keys of sae, each with values: all combinations, on one stream")
     ] = {}
@@ -161,6 +161,8 @@ def convert(tree: Mapping[str, Any]) -> Config:
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at `$")
         raise ConfigError(f"{place.strip('.`') or 'configuration'}: {problem}") from error
+    if config.tokens < config.batch:
+        raise ConfigError(f"tokens: {config.tokens} are less than a batch of {config.batch}")
     trained(config)
     return config
 
@@ -200,8 +202,10 @@ def _one(config: Config, given: dict[str, Any], suffix: str) -> Trained:
     fields = [field.name for field in dataclasses.fields(kind)]
     require_known(given, (*OWN, *fields), "sae.")
     sites, output_site = _sites(given.get("site")), given.get("output_site")
+    _check_sites(name, sites, output_site)
     try:
-        settings = msgspec.convert({key: given[key] for key in fields if key in given}, kind)
+        told = {key: given[key] for key in fields if key in given}
+        settings = msgspec.convert({"sites": len(sites)} | told if name == "route" else told, kind)
         seed = msgspec.convert(config.seed if given.get("seed") is None else given["seed"], int)
     except msgspec.ValidationError as error:
         raise ConfigError(f"sae: {error}") from error
@@ -217,6 +221,13 @@ def _one(config: Config, given: dict[str, Any], suffix: str) -> Trained:
         seed=seed,
         settings=settings,
     )
+
+
+def _check_sites(architecture: str, sites: Sequence[Site], output_site: Any) -> None:
+    if (len(sites) > 1) != (architecture == "route"):
+        raise ConfigError(f"sae.site: {len(sites)} for {architecture}; several are for route, which needs them")
+    if (output_site is not None) != (architecture == "transcoder"):
+        raise ConfigError(f"sae.output_site: {output_site} for {architecture}; it is for transcoder, which needs it")
 
 
 def _sites(given: Any) -> list[Site]:
@@ -250,7 +261,7 @@ def example() -> str:
     lines = ["# rudder train FILE [key=value ...]"]
     for name, default, text in described(Config):
         if name == "sae":
-            lines += ["sae:", *(f"  {line}" for line in _example_of_sae())]
+            lines += [f"sae:  # {text}", *(f"  {line}" for line in _example_of_sae())]
         elif isinstance(default, Data | Evaluation):
             lines += [f"{name}:", *(f"  {_line(*field)}" for field in described(type(default)))]
         else:

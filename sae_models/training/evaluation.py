@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sae_models import bundle, catalogue
 from sae_models.analysis import probing
@@ -110,7 +111,8 @@ def pooled(
     windows = windows.where(torch.tensor([book in shared for book in books]))
     label = torch.tensor([shared.index(book) for book in books if book in shared])
     latents, plain = [], []
-    for seen, counted in harvest.text_activations(made.trunk, made.sites, windows):
+    found = harvest.text_activations(made.trunk, made.sites, windows)
+    for seen, counted in tqdm(found, desc="probe", unit="pass"):
         by_site = {str(site): x for site, x in zip(made.sites, seen, strict=True)}
         for row, positions in enumerate(counted):
             x = material.inputs(spec, {site: x[row][positions] for site, x in by_site.items()})

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from tqdm import tqdm
 
 from sae_models.sae import SAE
 from sae_models.training.corpus import Windows
@@ -41,7 +42,7 @@ def fidelity(sae: SAE, x: Tensor, target: Tensor | None = None) -> Fidelity:
     error, variance, square, product = torch.zeros(4, dtype=torch.float64, device=x.device)
     mean = (x if target is None else target).flatten(0, -2).mean(0)
     part = max(1, BLOCK // sae.latents)
-    for index in torch.arange(len(x), device=x.device).split(part):
+    for index in tqdm(torch.arange(len(x), device=x.device).split(part), desc="measure", unit="block"):
         latents = sae.encode(x[index])
         y, missing = sae.forward(x[index], None if target is None else target[index])
         active += (latents > 0).sum(0)
@@ -136,7 +137,7 @@ def splice(model: Any, site: Site, sae: SAE, mean: Tensor, windows: Windows, out
     )
     ablated_in = [(output_site or site, behind_bos(lambda x: mean.to(x.device).expand_as(x)))]
     sums, count = torch.zeros(4, dtype=torch.float64), 0
-    for part in _parts(windows):
+    for part in tqdm(_parts(windows), desc="splice", unit="pass"):
         clean, spliced = _logits(model, part, []), _logits(model, part, spliced_in)
         ablated = _logits(model, part, ablated_in)
         counted = part.counted[:, 1:]

@@ -7,6 +7,7 @@ report.html        the same for a person to read
 NAME/              the bundle of each SAE, written once it is whole
 """
 
+import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from sae_models.architectures import ARCHITECTURES
 from sae_models.architectures.architecture import Architecture
+from sae_models.extras import MissingPackage
 from sae_models.sae import SAE
 from sae_models.training import checkpoint, config, distributed, evaluation, material, report, stream, trainer
 from sae_models.training.config import Config, ConfigError, Trained
@@ -183,5 +185,8 @@ def finish(asked: Config, learners: Sequence[Learner], saes: Sequence[SAE], made
     for learner, sae in zip(learners, saes, strict=True):
         if not (folder / learner.spec.name).exists():
             evaluation.conclude(asked, learner.spec, sae, made, folder)
-    report.write(folder)
+    try:
+        report.write(folder)
+    except MissingPackage as error:
+        print(f"{error}; then: python -m sae_models.training.report {folder}", file=sys.stderr)
     return [folder / learner.spec.name for learner in learners]

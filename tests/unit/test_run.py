@@ -1,0 +1,245 @@
+"""A run makes bundles, goes on after a kill as if there had been none, and says in one sentence what is wrong."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from sae_models import bundle
+from sae_models.training import checkpoint, config, run
+from sae_models.training.__main__ import main
+from sae_models.training.checkpoint import CheckpointError
+from sae_models.training.config import Config, ConfigError
+from sae_models.training.distributed import Mesh
+from sae_models.training.record import lines
+from tests.unit import tiny
+
+SWEEP = {"sweep": {"k": [4, 8]}}
+
+
+def curve(folder: Path) -> list[tuple[int, str, dict[str, float]]]:
+    """Every training line of a run."""
+    return [(line["step"], line["sae"], line["train"]) for line in lines(folder / "metrics.jsonl") if "train" in line]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A sweep over k that ran without a break."""
+    asked = tiny.configuration(tmp_path_factory.mktemp("whole"), **SWEEP)
+    run.run(asked)
+    return asked
+
+
+def test_a_run_leaves_record_report_and_a_bundle_for_each_sae(whole: Config) -> None:
+    out = Path(whole.out)
+    assert config.load(out / "config.yaml") == whole
+    assert [step for step, _, _ in curve(out)] == [step for step in range(10, 201, 10) for _ in range(2)]
+    for k in (4, 8):
+        made = bundle.load(out / f"model-layers.0-k{k}")
+        assert (made.manifest.training.tokens, made.manifest.architecture) == (12_800, "batch_topk")
+        assert made.manifest.training.l0 == pytest.approx(k, abs=0.5)
+    fidelity = {name: figures["fvu"] for step, name, figures in curve(out) if step == 200}
+    assert fidelity["model-layers.0-k8"] < fidelity["model-layers.0-k4"] < 1
+    assert not list(out.rglob("*.partial"))
+
+
+def test_the_record_tells_what_the_sae_costs_the_model(whole: Config) -> None:
+    evaluations = [line["evaluation"] for line in lines(Path(whole.out) / "metrics.jsonl") if "evaluation" in line]
+    assert len(evaluations) == 2
+    for found in evaluations:
+        assert found["kl"] > 0
+        assert {"ce", "ce_spliced", "ce_ablated", "ce_recovered"} <= found.keys()
+        assert sum(found["decoder_cosine"]) == 32
+        assert sum(found["density"]) == round(32 * (1 - found["dead_share"]))
+        assert 0 <= found["probe_1"] <= 1
+
+
+def test_the_same_command_on_a_whole_run_changes_nothing(whole: Config) -> None:
+    out = Path(whole.out)
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file() and "events" not in file.parts}
+    assert [path.name for path in run.run(whole)] == ["model-layers.0-k4", "model-layers.0-k8"]
+    after = {file: file.read_bytes() for file in out.rglob("*") if file.is_file() and "events" not in file.parts}
+    assert {file.name for file in before if before[file] != after[file]} <= {"report.html"}
+
+
+def test_another_configuration_in_the_same_folder_is_refused_by_its_field(whole: Config) -> None:
+    changed = config.convert(tiny.plain(Path(whole.out).parent, **SWEEP, window=64))
+    with pytest.raises(ConfigError, match=r"^window: differs from .*config\.yaml"):
+        run.run(changed)
+
+
+def test_a_run_killed_in_the_middle_goes_on_to_the_same_curve(whole: Config, tmp_path: Path) -> None:
+    asked = tiny.plain(tmp_path, **SWEEP)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(asked))
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "sae_models.training", str(tmp_path / "run.yaml")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints" / checkpoint.LATEST).exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    note = json.loads((out / "checkpoints" / checkpoint.LATEST).read_bytes())
+    assert 0 < note["step"] < 200, "the kill came too late to tell anything"
+    assert not (out / "model-layers.0-k4").exists()
+    run.run(config.convert(asked))
+    assert [line[:2] for line in curve(out)] == [line[:2] for line in curve(Path(whole.out))]
+    for (_, _, mine), (_, _, theirs) in zip(curve(out), curve(Path(whole.out)), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("stop", [39, 41, 199])
+def test_wherever_it_stops_at_most_an_interval_is_lost_and_the_end_is_the_same(
+    whole: Config, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tiny.configuration(tmp_path, **SWEEP)
+    taken = run.advance
+    steps = 0
+
+    def stopping(*args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps > 2 * stop:
+            raise KeyboardInterrupt
+        return taken(*args)
+
+    monkeypatch.setattr(run, "advance", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(asked)
+    monkeypatch.setattr(run, "advance", taken)
+    found = checkpoint.load(Path(asked.out) / "checkpoints", Mesh())
+    assert (found[0] if found else 0) == stop // 40 * 40
+    run.run(asked)
+    for k in (4, 8):
+        one, other = (bundle.load(Path(out) / f"model-layers.0-k{k}").sae for out in (asked.out, whole.out))
+        assert torch.equal(one.encoder, other.encoder)
+        assert torch.equal(one.decoder, other.decoder)
+
+
+def test_a_store_gives_the_run_that_harvesting_on_the_fly_gives_but_for_rounding(whole: Config, tmp_path: Path) -> None:
+    asked = tiny.plain(tmp_path, **SWEEP)
+    asked["data"] = {"block": 2000, "store": str(tmp_path / "store")}
+    run.run(config.convert(asked))
+    last, expected = curve(Path(asked["out"]))[-1][2], curve(Path(whole.out))[-1][2]
+    assert last["fvu"] == pytest.approx(expected["fvu"], rel=0.1)
+    assert last["l0"] == pytest.approx(expected["l0"], rel=0.05)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
+    state = {"trainers": {}, "random": torch.zeros(5)}
+    checkpoint.save(tmp_path, 40, state, Mesh())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"000000080\.0\.pt: .*File too large; the one before it is whole"):
+            checkpoint.save(tmp_path, 80, {"big": torch.zeros(10_000)}, Mesh())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    found = checkpoint.load(tmp_path, Mesh())
+    assert found is not None
+    assert found[0] == 40
+    assert {file.name for file in tmp_path.iterdir()} == {"000000040.0.pt", checkpoint.LATEST}
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 40, {"random": torch.zeros(5)}, Mesh())
+    (tmp_path / "000000040.0.pt").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match=f"^checkpoint: {tmp_path}: "):
+        checkpoint.load(tmp_path, Mesh())
+    checkpoint.save(tmp_path, 40, {"random": torch.zeros(5)}, Mesh())
+    with pytest.raises(CheckpointError, match="of 1 latent_ranks, not 2"):
+        checkpoint.load(tmp_path, Mesh(latent_parts=2))
+
+
+def test_two_runs_do_not_share_a_folder(whole: Config) -> None:
+    with run.locked(Path(whole.out)), pytest.raises(OSError, match="another process writes in it"):
+        run.run(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("tokenz=3", "tokenz: there is no such key; did you mean tokens?"),
+        ("sae.latent=3", "sae.latent: there is no such key; did you mean latents?"),
+        ("data.stor=x", "data.stor: there is no such key; did you mean store?"),
+        ("evaluation.foo=1", "evaluation.foo: there is no such key; the keys are tokens"),
+        ("sweep.foo=[1]", "sae.foo: there is no such key"),
+        ("sweep.k=[]", "sweep: a key without values, or a value twice"),
+        ("sweep.k=[4,4]", "sweep: a key without values, or a value twice"),
+        ("tokens=many", "tokens: Expected `int`, got `str`"),
+        ("batch=0", "batch: Expected `int` >= 1"),
+        ("sae.architecture=topkk", "sae.architecture: 'topkk' is not one of adaptive_k"),
+        ("sae.site=layers.x", "sae.site: 'layers.x' is not layers.<L>"),
+        ("sae.site=layers.7.resid_post", "site: layer 7 is not in 0..1"),
+        ("sae.k=64", "sae.k: 64 of 32 latents"),
+        ("sae.site=[layers.0.resid_post,layers.1.resid_post]", "sae.site: 2 for batch_topk; several are for route"),
+        ("sae.output_site=layers.0.mlp_out", "sae.output_site: layers.0.mlp_out for batch_topk; it is for transcoder"),
+        ("latent_ranks=3", "latent_ranks: 3 does not divide the 1 processes"),
+        ("model=nowhere", "model: no config.json in nowhere"),
+        ("corpus=nowhere.jsonl", "corpus: nowhere.jsonl: "),
+        ("batch=1e6", "tokens: 12800 are less than a batch of 1000000"),
+        ("batch=12000", "batch: 12000 vectors, the data hold "),
+        ("nonsense", "nonsense: is not key=value"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_and_no_bundle_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, problem: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
+    assert main([str(tmp_path / "run.yaml"), change]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert problem in told[0]
+    assert list(tmp_path.rglob(bundle.MANIFEST)) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"", "holds no text"), (bytes(range(256)), "line 1"), (b'{"text": "one"}\n', "too few to hold some out")],
+)
+def test_a_corpus_that_cannot_be_trained_on_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, problem: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
+    (tmp_path / "corpus.jsonl").write_bytes(content)
+    assert main([str(tmp_path / "run.yaml")]) == 2
+    assert f"error: corpus: {'' if 'few' in problem else tmp_path}" in (err := capsys.readouterr().err)
+    assert problem in err
+    assert list(tmp_path.rglob(bundle.MANIFEST)) == []
+
+
+def test_numbers_may_be_written_with_an_exponent(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
+    found = config.load(tmp_path / "run.yaml", ["tokens=2e6", "sae.learning_rate=1e-3"])
+    assert found.tokens == 2_000_000
+    assert config.trained(found)[0].settings.learning_rate == 1e-3
+
+
+def test_the_example_is_a_configuration_with_a_line_of_help_for_every_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--example"]) == 0
+    (tmp_path / "example.yaml").write_text(text := capsys.readouterr().out)
+    assert len(config.trained(config.load(tmp_path / "example.yaml"))) == 3
+    for name, _, help_text in config.described(Config):
+        assert f"{name}:" in text
+        assert help_text in text
+
+
+def test_help_tells_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "rudder train --example > run.yaml" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([])
+    assert "--example" in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""A small random model with the shipped tokenizer, a small corpus, and the configuration of a run on them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sae_models import bundle
+from sae_models.training import config
+from sae_models.training.config import Config
+
+TEXTBOOK_LM = Path(bundle.__file__).parent / "pretrained" / "textbook-lm"
+WORDS = ("cells", "divide", "viruses", "need", "host", "king", "may", "rule", "state", "of", "free", "people", "peace")
+
+
+def save_model(folder: Path, layers: int = 2) -> Path:
+    """A Llama of width 16."""
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(settings).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TEXTBOOK_LM / name, folder / name)
+    return folder
+
+
+def save_corpus(path: Path, documents: int = 120) -> Path:
+    """Sections of two books, each of other words in other orders."""
+    with path.open("w") as file:
+        for number in range(documents):
+            book = number % 2
+            words = [WORDS[(number * i + i * i + book) % len(WORDS)] for i in range(60)]
+            text = " ".join(words)
+            file.write(json.dumps({"book": f"book{book}", "module": f"m{number}", "text": text}) + "\n")
+    return path
+
+
+def plain(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The plain values of a run's configuration in a folder, which gets model and corpus."""
+    sae = {"architecture": "batch_topk", "site": "layers.0.resid_post", "latents": 32, "k": 4, "learning_rate": 3e-3}
+    return {
+        "model": str(save_model(folder / "model")),
+        "corpus": str(save_corpus(folder / "corpus.jsonl")),
+        "out": str(folder / "run"),
+        "sae": {**sae, "precision": "float32"},
+        "tokens": 12_800,
+        "batch": 64,
+        "window": 32,
+        "log_every": 10,
+        "checkpoint_every": 40,
+        "device": "cpu",
+        "data": {"block": 2000},
+        "evaluation": {
+            "tokens": 600,
+            "loss_tokens": 300,
+            "probe_windows": 20,
+            "catalogue_tokens": 1000,
+            "conformance_tokens": 64,
+        },
+        **changes,
+    }
+
+
+def configuration(folder: Path, **changes: Any) -> Config:
+    """The same, checked."""
+    return config.convert(plain(folder, **changes))
