@@ -93,6 +93,8 @@ def run_check(args: argparse.Namespace) -> int:
     def look() -> int:
         if args.corpus and not args.model:
             raise ValueError("--corpus: needs --model, which makes the text into what the SAE reads")
+        if not args.bundle.is_dir():
+            raise FileNotFoundError(f"bundle: {args.bundle} is not a folder")
         report = checking.check(args.bundle, args.model, args.corpus)
         sys.stdout.write(as_json(report) + "\n") if args.json else tell_report(report)
         return HOLDS if report.holds else FAILS

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sae_models import fidelity
 from sae_models.bundle import near
@@ -80,7 +81,8 @@ class Verdict:
 
 def verdict(sae: SAE, site: str, residuals: Mapping[str, Tensor], claims: Claims) -> Verdict:
     """Compares an SAE that explains what it reads, at `site`, with its variants, on the inputs [n, d] of each site."""
-    fits = [fit_of(variant, residuals[variant.site], claims) for variant in variants(sae, site, residuals, claims)]
+    tried = tqdm(list(variants(sae, site, residuals, claims)), unit="reading", desc="conventions")
+    fits = [fit_of(variant, residuals[variant.site], claims) for variant in tried]
     ordered = tuple(sorted(fits, key=lambda fit: fit.misfit))
     declared = fits[0]
     if claims.l0 is None and claims.fvu is None:

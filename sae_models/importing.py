@@ -22,6 +22,7 @@ from sae_models.sae import SAE
 from sae_models.training import catalogue as entries
 
 FIGURE_TOKENS = 8192
+VERDICT_TOKENS = 2048
 # Sites whose vectors are added to the residual stream, so that the unembedding reads them.
 ADDED = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "embed")
 
@@ -176,7 +177,10 @@ def figures(
     using = materials.material(model, sites, corpus, tokens)
     at = materials.sample(using, sites, FIGURE_TOKENS)
     claims = claims_of(content)
-    return using, at, convention.verdict(sae, content.site, at, claims) if plain else None
+    if not plain:
+        return using, at, None
+    some = {site: x[:VERDICT_TOKENS] for site, x in at.items()}
+    return using, at, convention.verdict(sae, content.site, some, claims)
 
 
 def claims_of(content: Manifest) -> Claims:
@@ -202,7 +206,8 @@ def inputs_and_target(content: Manifest, at: dict[str, Tensor]) -> tuple[Tensor,
 
 def with_words(latents: Sequence[Latent], sae: SAE, using: Material) -> Iterator[Latent]:
     """The latents with their logit-lens words."""
-    found = lens.words(sae.decoder, lens.unembedding(using.trunk), using.tokenizer)
+    vocabulary = using.windows.tokens[using.windows.counted].unique()
+    found = lens.words(sae.decoder, lens.unembedding(using.trunk), vocabulary, using.tokenizer)
     for latent, (promoted, suppressed) in zip(latents, found, strict=True):
         yield replace(latent, promoted=promoted, suppressed=suppressed)
 

@@ -50,15 +50,21 @@ def _gain(norm: nn.Module, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def words(decoder: Tensor, unembedded: Tensor, tokenizer: Any) -> Iterator[tuple[tuple[Word, ...], tuple[Word, ...]]]:
-    """For every row of a decoder [F, d] the tokens that it promotes and suppresses most, of an unembedding [V, d]."""
+def words(
+    decoder: Tensor, unembedded: Tensor, vocabulary: Tensor, tokenizer: Any
+) -> Iterator[tuple[tuple[Word, ...], tuple[Word, ...]]]:
+    """For every row of a decoder [F, d] the tokens that it promotes and suppresses most, of an unembedding [V, d].
+
+    Only tokens of the vocabulary [n] are told: those that no text uses were never trained, and are far from all others.
+    """
+    unembedded = unembedded[vocabulary]
     k = min(TOP_WORDS, len(unembedded))
     with tqdm(total=len(decoder), unit="latent", desc="logit lens") as progress:
         for rows in decoder.split(max(1, LOGITS_AT_ONCE // len(unembedded))):
             logits = rows.float() @ unembedded.T
             logits -= logits.mean(1, keepdim=True)
             most, least = logits.topk(k), logits.topk(k, largest=False)
-            promoted, suppressed = (_words(top.indices, top.values, tokenizer) for top in (most, least))
+            promoted, suppressed = (_words(vocabulary[top.indices], top.values, tokenizer) for top in (most, least))
             yield from zip(promoted, suppressed, strict=True)
             progress.update(len(rows))
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoConfig
 
 from sae_models.training import corpus, harvest
@@ -15,6 +16,7 @@ from sae_models.training.corpus import Document, Windows
 from sae_models.training.sites import Edit, Site, hooked, layer_at, parse_site
 
 LENGTH = 256
+MOST_CHARACTERS_A_TOKEN = 12
 
 
 class Shape(NamedTuple):
@@ -45,13 +47,21 @@ def shape_of(model: Path) -> Shape:
 def material(model: Path, sites: Sequence[str], text: Path, tokens: int) -> Material:
     """About `tokens` tokens of the text. ValueError: the model lacks a site; CorpusError: the file."""
     known = [parse_site(site) for site in sites]
-    documents = corpus.read(text)
+    documents = some_of(corpus.read(text), tokens)
     tokenizer = harvest.load_tokenizer(model)
     windows = corpus.windows(documents, tokenizer, LENGTH).shuffled(0).first(tokens)
     trunk = harvest.load_trunk(model, max(known, key=lambda site: site.layer))
     for site in known:
         layer_at(trunk, site)
     return Material(trunk, tokenizer, documents, windows)
+
+
+def some_of(documents: Sequence[Document], tokens: int) -> list[Document]:
+    """Documents in random order, as many as surely hold so many tokens, so that no more are cut than are read."""
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
+    held = torch.tensor([len(documents[place].text) for place in order]).cumsum(0)
+    needed = int((held < tokens * MOST_CHARACTERS_A_TOKEN).sum()) + 1
+    return [documents[place] for place in order[:needed]]
 
 
 def passes(using: Material, sites: Sequence[str], windows: Windows) -> Iterator[tuple[list[Tensor], Tensor]]:
@@ -83,7 +93,9 @@ def inputs(using: Material, sites: Sequence[str], windows: Windows) -> Iterator[
 def sample(using: Material, sites: Sequence[str], tokens: int) -> dict[str, Tensor]:
     """The first tokens [n, d] at each site."""
     chosen = using.windows.first(tokens)
-    parts = [[x[counted] for x in found] for found, counted in passes(using, sites, chosen)]
+    total = -(-len(chosen) // harvest.WINDOWS_A_PASS)
+    seen = tqdm(passes(using, sites, chosen), total=total, unit="pass", desc="figures")
+    parts = [[x[counted] for x in found] for found, counted in seen]
     return {site: torch.cat([part[i] for part in parts])[:tokens] for i, site in enumerate(sites)}
 
 
