@@ -1,6 +1,7 @@
 """What becomes of a trained SAE: it is measured on what it was not trained on, described, and written as a bundle."""
 
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_models import bundle, catalogue
+from sae_models import bundle, catalogue, importing
 from sae_models.analysis import probing
 from sae_models.analysis.probing import Labelled
 from sae_models.bundle import Manifest, Model, Training
+from sae_models.catalogue import Latent
+from sae_models.material import Material
 from sae_models.sae import SAE
 from sae_models.training import catalogue as entries
-from sae_models.training import corpus, harvest, material, metrics
+from sae_models.training import corpus, data, harvest, metrics
 from sae_models.training.config import Config, Trained
 from sae_models.training.corpus import Windows
-from sae_models.training.material import Material
+from sae_models.training.data import TrainingData
 from sae_models.training.metrics import Fidelity
 from sae_models.training.record import Record
 from sae_models.training.sites import parse_site
@@ -28,29 +31,43 @@ DENSITY = (-6.0, 0.0, 24)
 COSINE = (0.0, 1.0, 20)
 
 
-def conclude(asked: Config, spec: Trained, sae: SAE, made: Material, folder: Path) -> None:
+def conclude(asked: Config, spec: Trained, sae: SAE, made: TrainingData, folder: Path) -> None:
     """Measures an SAE, adds the figures to the record, and writes its bundle into the run's folder."""
     sample = entries.sample_of(made.train.first(asked.evaluation.catalogue_tokens), made.documents, made.tokenizer)
-    sums = entries.tally(made.trunk, parse_site(spec.sites[0]), sae, sample)
-    statistics = entries.statistics_of(sums)
-    vectors = material.held_out(made, made.held_out.first(asked.evaluation.tokens))
-    x, target = material.inputs(spec, vectors), material.target(spec, vectors)
-    fidelity = metrics.fidelity(sae, x, target)
-    figures = measured(asked, spec, sae, fidelity, made, (x if target is None else target).flatten(0, -2).mean(0))
+    sums = entries.tally_of(read_by(spec, made, sample.windows), sae, sample)
+    vectors = data.held_out(made, made.held_out.first(asked.evaluation.tokens))
+    x, target = data.inputs(spec, vectors), data.target(spec, vectors)
+    explained = x if target is None else target
+    figures = measured(asked, spec, sae, metrics.fidelity(sae, x, target), made, explained.flatten(0, -2).mean(0))
     steps = asked.tokens // asked.batch
     with Record(folder, steps) as record:
         record.add("evaluation", steps, steps * asked.batch, {spec.name: figures})
     chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(asked.seed))
-    conformance = bundle.conformance_of(sae, x[chosen[: asked.evaluation.conformance_tokens]])
+    chosen = chosen[: asked.evaluation.conformance_tokens]
+    conformance = bundle.conformance_of(sae, x[chosen], targets=None if target is None else target[chosen])
     with tempfile.TemporaryDirectory() as scratch:
         database = Path(scratch) / bundle.CATALOGUE
-        catalogue.write(database, entries.describe(sums, sample))
-        manifest = manifest_of(asked, spec, sae, figures)
-        bundle.write(folder / spec.name, manifest, sae, statistics, conformance, database).catalogue.close()
+        catalogue.write(database, described(spec, sae, made, entries.describe(sums, sample)))
+        content, statistics = manifest_of(asked, spec, sae, figures), entries.statistics_of(sums)
+        bundle.write(folder / spec.name, content, sae, statistics, conformance, database).catalogue.close()
+
+
+def read_by(spec: Trained, made: TrainingData, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pass by pass what an SAE reads [windows, length, d] or [windows, length, L, d], and counted [windows, length]."""
+    for seen, counted in harvest.text_activations(made.trunk, tuple(map(parse_site, spec.sites)), windows):
+        yield seen[0] if len(seen) == 1 else torch.stack(seen, -2), counted
+
+
+def described(spec: Trained, sae: SAE, made: TrainingData, latents: Iterable[Latent]) -> Iterable[Latent]:
+    """The latents, with the words that their decoder rows promote where these are added to a residual stream."""
+    if not (harvest.speaks(made.trunk.config) and spec.all_sites[-1].endswith(importing.ADDED)):
+        return latents
+    using = Material(made.trunk, made.tokenizer, made.documents, made.train)
+    return importing.with_words(list(latents), sae, using)
 
 
 def measured(
-    asked: Config, spec: Trained, sae: SAE, fidelity: Fidelity, made: Material, mean: Tensor
+    asked: Config, spec: Trained, sae: SAE, fidelity: Fidelity, made: TrainingData, mean: Tensor
 ) -> dict[str, Any]:
     """All figures of an SAE, as the record and the report hold them; what cannot be measured is left out."""
     density = fidelity.frequency[fidelity.frequency > 0].log10().clamp(min=DENSITY[0])
@@ -72,7 +89,7 @@ def histogram(values: Tensor, low: float, high: float, bins: int) -> list[int]:
     return found
 
 
-def spliced(asked: Config, spec: Trained, sae: SAE, made: Material, mean: Tensor) -> dict[str, float]:
+def spliced(asked: Config, spec: Trained, sae: SAE, made: TrainingData, mean: Tensor) -> dict[str, float]:
     """What the language model loses; nothing of another model, or of an SAE that routes: it may read above its site."""
     model = harvest.load_model(Path(asked.model), made.device)
     if not harvest.speaks(model.config) or len(spec.sites) > 1:
@@ -89,7 +106,7 @@ def spliced(asked: Config, spec: Trained, sae: SAE, made: Material, mean: Tensor
     }
 
 
-def probed(asked: Config, spec: Trained, sae: SAE, made: Material) -> dict[str, float]:
+def probed(asked: Config, spec: Trained, sae: SAE, made: TrainingData) -> dict[str, float]:
     """Sparse probes for the book of a window, on latents and on as many plain dimensions; nothing without labels."""
     most = asked.evaluation.probe_windows // 2
     folds = [made.held_out.where(corpus.in_folds(made.held_out, made.documents, [f])) for f in corpus.HELD_OUT_FOLDS]
@@ -105,7 +122,7 @@ def probed(asked: Config, spec: Trained, sae: SAE, made: Material) -> dict[str, 
 
 
 def pooled(
-    spec: Trained, sae: SAE, made: Material, windows: Windows, books: list[str], shared: list[str]
+    spec: Trained, sae: SAE, made: TrainingData, windows: Windows, books: list[str], shared: list[str]
 ) -> tuple[Labelled, Labelled]:
     """Mean activations, and mean inputs, of each window of one of the shared books."""
     windows = windows.where(torch.tensor([book in shared for book in books]))
@@ -115,7 +132,7 @@ def pooled(
     for seen, counted in tqdm(found, desc="probe", unit="pass"):
         by_site = {str(site): x for site, x in zip(made.sites, seen, strict=True)}
         for row, positions in enumerate(counted):
-            x = material.inputs(spec, {site: x[row][positions] for site, x in by_site.items()})
+            x = data.inputs(spec, {site: x[row][positions] for site, x in by_site.items()})
             latents.append(sae.encode(x).mean(0))
             plain.append(x.flatten(0, -2).mean(0))
     return Labelled(torch.stack(latents).cpu(), label), Labelled(torch.stack(plain).cpu(), label)
@@ -124,25 +141,22 @@ def pooled(
 def manifest_of(asked: Config, spec: Trained, sae: SAE, figures: dict[str, Any]) -> Manifest:
     """The manifest but for the hashes of the files."""
     folder = Path(asked.model)
-    return Manifest(
-        format_version=bundle.FORMAT_VERSION,
+    return bundle.describe(
+        sae,
         name=spec.name,
         model=Model(folder.resolve().name, bundle.model_sha256(folder), sae.width),
-        site=spec.sites[0],
+        sites=spec.sites,
+        output_site=spec.output_site or "",
         architecture=spec.architecture,
-        activation="jumprelu",
-        input_normalisation="folded",
-        d=sae.width,
-        latents=sae.latents,
-        k=spec.settings.k,
         training=Training(
             tokens=asked.tokens,
             seed=spec.seed,
             l0=figures["l0"],
             fvu=figures["fvu"],
-            ce_recovered=figures.get("ce_recovered", 0.0),
+            ce_recovered=figures.get("ce_recovered"),
             dead_share=figures["dead_share"],
             credit=asked.credit,
         ),
-        files={},
+        declared="dataset scalar",
+        folded=("pre_bias", "input_scale"),
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from sae_models.fidelity import forward
 from sae_models.sae import SAE
 from sae_models.training.corpus import Windows
 from sae_models.training.sites import Edit, Site, hooked
@@ -44,7 +45,7 @@ def fidelity(sae: SAE, x: Tensor, target: Tensor | None = None) -> Fidelity:
     part = max(1, BLOCK // sae.latents)
     for index in tqdm(torch.arange(len(x), device=x.device).split(part), desc="measure", unit="block"):
         latents = sae.encode(x[index])
-        y, missing = sae.forward(x[index], None if target is None else target[index])
+        y, missing = forward(sae, latents, x[index], None if target is None else target[index])
         active += (latents > 0).sum(0)
         moved, wanted = y - mean, y + missing - mean
         error += missing.square().sum()

@@ -22,11 +22,11 @@ from sae_models.architectures import ARCHITECTURES
 from sae_models.architectures.architecture import Architecture
 from sae_models.extras import MissingPackage
 from sae_models.sae import SAE
-from sae_models.training import checkpoint, config, distributed, evaluation, material, report, stream, trainer
+from sae_models.training import checkpoint, config, data, distributed, evaluation, report, stream, trainer
 from sae_models.training.config import Config, ConfigError, Trained
+from sae_models.training.data import TrainingData
 from sae_models.training.distributed import Mesh
 from sae_models.training.files import locked, write_whole
-from sae_models.training.material import Material
 from sae_models.training.record import Record
 from sae_models.training.stream import Source, Vectors
 from sae_models.training.trainer import Metrics, Trainer
@@ -57,9 +57,9 @@ def run(asked: Config) -> list[Path]:
         with locked(folder) if mesh.leads else nullcontext():
             if mesh.leads:
                 keep(folder, asked)
-            made = material.gather(asked)
-            source = material.source_of(asked, made, mesh)
-            sample = material.sample_of(source, SAMPLE_TOKENS)
+            made = data.gather(asked)
+            source = data.source_of(asked, made, mesh)
+            sample = data.sample_of(source, SAMPLE_TOKENS)
             learners = [begin(spec, asked, sample, made.device, mesh) for spec in config.trained(asked)]
             train(asked, learners, source, mesh, folder)
             saes = [canonical(learner, sample, mesh) for learner in learners]
@@ -81,7 +81,7 @@ def keep(folder: Path, asked: Config) -> None:
 
 def begin(spec: Trained, asked: Config, sample: Vectors, device: torch.device, mesh: Mesh) -> Learner:
     """An SAE at its beginning, this rank's part of it."""
-    x, target = material.inputs(spec, sample), material.target(spec, sample)
+    x, target = data.inputs(spec, sample), data.target(spec, sample)
     architecture = distributed.sharded(fresh(spec, x.shape[-1]), mesh).to(device)
     schedule = trainer.Config(
         asked.tokens, asked.warm_up, asked.decay, asked.dead_after or int(asked.tokens * DEAD_SHARE)
@@ -127,7 +127,7 @@ def advance(learner: Learner, vectors: Vectors, mesh: Mesh) -> Metrics:
     """One step of one SAE on this rank's part of a batch."""
     device = learner.trainer.silent.device
     part = {site: mesh.part(x).to(device) for site, x in vectors.items()}
-    return learner.trainer.step(material.inputs(learner.spec, part), material.target(learner.spec, part))
+    return learner.trainer.step(data.inputs(learner.spec, part), data.target(learner.spec, part))
 
 
 class Interval:
@@ -174,13 +174,15 @@ def resume(learners: Sequence[Learner], folder: Path, mesh: Mesh) -> int:
 
 def canonical(learner: Learner, sample: Vectors, mesh: Mesh) -> SAE:
     """The inference form, put together from all ranks."""
-    x, scale = material.inputs(learner.spec, sample), learner.trainer.scale
+    x, scale = data.inputs(learner.spec, sample), learner.trainer.scale
     template = fresh(learner.spec, x.shape[-1]).to(x.device)
     joined = distributed.whole(learner.trainer.architecture, template, mesh)
     return joined.canonical(scale, x * scale)
 
 
-def finish(asked: Config, learners: Sequence[Learner], saes: Sequence[SAE], made: Material, folder: Path) -> list[Path]:
+def finish(
+    asked: Config, learners: Sequence[Learner], saes: Sequence[SAE], made: TrainingData, folder: Path
+) -> list[Path]:
     """Measures, describes and writes each SAE that has no bundle yet, then the report."""
     for learner, sae in zip(learners, saes, strict=True):
         if not (folder / learner.spec.name).exists():

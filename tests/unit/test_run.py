@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from sae_models import bundle
+from sae_models.architectures import ARCHITECTURES
 from sae_models.training import checkpoint, config, run
 from sae_models.training.__main__ import main
 from sae_models.training.checkpoint import CheckpointError
@@ -94,6 +95,30 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_curve(whole: Config, tmp
     assert [line[:2] for line in curve(out)] == [line[:2] for line in curve(Path(whole.out))]
     for (_, _, mine), (_, _, theirs) in zip(curve(out), curve(Path(whole.out)), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in ("route", "transcoder")])
+def test_every_architecture_comes_to_a_bundle(tmp_path: Path, architecture: str) -> None:
+    asked = tiny.plain(tmp_path, tokens=3200)
+    asked["sae"]["architecture"] = architecture
+    made = bundle.load(run.run(config.convert(asked))[0])
+    assert made.manifest.architecture == architecture
+    assert 0 < made.manifest.training.fvu < 1
+
+
+def test_several_sites_and_a_transcoder_come_to_bundles(tmp_path: Path) -> None:
+    asked = tiny.plain(tmp_path, tokens=3200)
+    sites = ["layers.0.resid_post", "layers.1.resid_post"]
+    asked["sae"] = {"architecture": "route", "site": sites, "latents": 32, "k": 4}
+    routed = bundle.load(run.run(config.convert(asked))[0])
+    assert routed.manifest.sites == tuple(sites)
+    assert routed.sae.router is not None
+    asked["sae"] = {"architecture": "transcoder", "latents": 32, "k": 4, "learning_rate": 1e-2}
+    asked["sae"] |= {"site": "layers.1.mlp_in", "output_site": "layers.1.mlp_out"}
+    asked["out"] += "-transcoder"
+    transcoder = bundle.load(run.run(config.convert(asked))[0])
+    assert (transcoder.manifest.site, transcoder.manifest.output_site) == ("layers.1.mlp_in", "layers.1.mlp_out")
+    assert transcoder.manifest.training.fvu < 1
 
 
 @pytest.mark.parametrize("stop", [39, 41, 199])

@@ -17,7 +17,7 @@ from sae_models.training.stream import Live, Source, Vectors
 
 
 @dataclass(frozen=True)
-class Material:
+class TrainingData:
     """Documents, their windows in two parts, and the model cut off above the deepest of the sites."""
 
     documents: list[Document]
@@ -29,7 +29,7 @@ class Material:
     device: torch.device
 
 
-def gather(config: Config) -> Material:
+def gather(config: Config) -> TrainingData:
     """Reads model and corpus. ValueError, CorpusError or FileNotFoundError names what is wrong with them."""
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     names = dict.fromkeys(site for spec in trained(config) for site in spec.all_sites)
@@ -39,7 +39,7 @@ def gather(config: Config) -> Material:
     tokenizer = harvest.load_tokenizer(model)
     documents = corpus.read(Path(config.corpus))
     windows = corpus.windows(documents, tokenizer, config.window)
-    return Material(documents, tokenizer, *split(windows, documents, config.seed), trunk, sites, device)
+    return TrainingData(documents, tokenizer, *split(windows, documents, config.seed), trunk, sites, device)
 
 
 def split(windows: Windows, documents: list[Document], seed: int) -> tuple[Windows, Windows]:
@@ -50,9 +50,9 @@ def split(windows: Windows, documents: list[Document], seed: int) -> tuple[Windo
     return windows.where(~held).shuffled(seed), windows.where(held).shuffled(seed)
 
 
-def source_of(config: Config, material: Material, mesh: Mesh) -> Source:
+def source_of(config: Config, made: TrainingData, mesh: Mesh) -> Source:
     """The activations of the training windows: out of a store, which is harvested first, or on the fly."""
-    live = Live(material.trunk, material.sites, material.train)
+    live = Live(made.trunk, made.sites, made.train)
     if config.data.store is None:
         return live
     folder = Path(config.data.store)
@@ -86,13 +86,13 @@ def sample_of(source: Source, tokens: int) -> Vectors:
     return {site: x.float() for site, x in source.load(range(count)).items()}
 
 
-def held_out(material: Material, windows: Windows) -> Vectors:
+def held_out(made: TrainingData, windows: Windows) -> Vectors:
     """The counted vectors of windows at every site."""
-    parts: list[list[Tensor]] = [[] for _ in material.sites]
-    for seen, counted in harvest.text_activations(material.trunk, material.sites, windows):
+    parts: list[list[Tensor]] = [[] for _ in made.sites]
+    for seen, counted in harvest.text_activations(made.trunk, made.sites, windows):
         for part, x in zip(parts, seen, strict=True):
             part.append(x[counted])
-    return {str(site): torch.cat(part) for site, part in zip(material.sites, parts, strict=True)}
+    return {str(site): torch.cat(part) for site, part in zip(made.sites, parts, strict=True)}
 
 
 def inputs(spec: Trained, vectors: Vectors) -> Tensor:
