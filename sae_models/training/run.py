@@ -34,6 +34,8 @@ from sae_models.training.trainer import Metrics, Trainer
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 SAMPLE_TOKENS = 100_000
+# Figures of a step that a line of the record averages.
+MEANS = ("loss", "fvu", "l0")
 # A twentieth of a run without firing: arXiv 2406.04093 takes 10 million tokens, in runs of billions.
 DEAD_SHARE = 1 / 20
 
@@ -116,7 +118,7 @@ def train(asked: Config, learners: Sequence[Learner], source: Source, mesh: Mesh
             progress.update(size)
             saves = step % asked.checkpoint_every == 0 or step == steps
             if saves or step % asked.log_every == 0:
-                figures = {one.spec.name: interval.take() for one, interval in zip(learners, intervals, strict=True)}
+                figures = {one.spec.name: held.take(mesh) for one, held in zip(learners, intervals, strict=True)}
                 record.add("train", step, step * size, figures)
                 progress.set_postfix(fvu=" ".join(f"{f['fvu']:.4f}" for f in figures.values()), refresh=False)
             if saves:
@@ -140,16 +142,16 @@ class Interval:
         """One more step."""
         self._steps.append(metrics)
 
-    def take(self) -> dict[str, float]:
-        """The means, and the state at the last step; begins anew."""
+    def take(self, mesh: Mesh) -> dict[str, float]:
+        """The means, over the parts of the batch too, and the state at the last step; begins anew."""
         last, steps = self._steps[-1], self._steps
         self._steps = []
-        means = {
-            name: float(torch.stack([getattr(step, name) for step in steps]).double().mean())
-            for name in ("loss", "fvu", "l0")
-        }
-        parts = {name: float(value) for name, value in last.parts.items() if name not in means}
-        return means | parts | {"dead_share": float(last.dead), "learning_rate": last.learning_rate}
+        means = torch.stack([torch.stack([getattr(step, name) for step in steps]).mean() for name in MEANS])
+        if mesh.batch_parts > 1:
+            mesh.average([means])
+        parts = {name: float(value) for name, value in last.parts.items() if name not in MEANS}
+        found = dict(zip(MEANS, means.tolist(), strict=True)) | parts
+        return found | {"dead_share": float(last.dead), "learning_rate": last.learning_rate}
 
 
 def state_of(learners: Sequence[Learner]) -> dict[str, Any]:

@@ -19,8 +19,11 @@ NAME = "model-layers.0"
 
 
 def asked_in(folder: Path) -> dict[str, Any]:
-    """A short run of TopK, whose choice of latents does not depend on the rest of the batch."""
-    asked = tiny.plain(folder, tokens=6400, checkpoint_every=50)
+    """A short run of TopK, whose choice of latents does not depend on the rest of the batch.
+
+    No latent counts as dead: the call of dead latents is made by each process for its own part.
+    """
+    asked = tiny.plain(folder, tokens=6400, checkpoint_every=50, dead_after=1_000_000)
     asked["sae"]["architecture"] = "topk"
     return asked
 
@@ -49,18 +52,15 @@ def test_two_processes_come_to_the_result_of_one(alone: Path, tmp_path: Path, ch
     out = torchrun(tmp_path, *(change.format(tmp_path / "store") for change in changes))
     stored = any("store" in change for change in changes)
     # A store rounds to bfloat16.
-    tolerance = 0.1 if stored else 1e-3
+    tolerance = 0.1 if stored else 1e-5
     for (step, name, mine), (expected_step, expected_name, theirs) in zip(curve(out), curve(alone), strict=True):
         assert (step, name) == (expected_step, expected_name)
-        assert mine["learning_rate"] == theirs["learning_rate"]
-        if changes and not stored:
-            assert mine["fvu"] == pytest.approx(theirs["fvu"], rel=tolerance)
-            assert mine["l0"] == pytest.approx(theirs["l0"], abs=0.01)
+        assert mine["fvu"] == pytest.approx(theirs["fvu"], rel=tolerance)
+        assert mine["l0"] == pytest.approx(theirs["l0"], rel=tolerance)
     one, two = (bundle.load(path / NAME) for path in (alone, out))
-    assert two.manifest.training.fvu == pytest.approx(one.manifest.training.fvu, rel=tolerance)
     if not stored:
-        assert torch.allclose(two.sae.encoder, one.sae.encoder, atol=1e-3)
-        assert torch.allclose(two.sae.decoder, one.sae.decoder, atol=1e-3)
+        assert torch.allclose(two.sae.encoder, one.sae.encoder, atol=1e-5)
+        assert torch.allclose(two.sae.decoder, one.sae.decoder, atol=1e-5)
     parts = {file.name for file in (out / run.CHECKPOINTS).iterdir()}
     expected = ["000000100.0.pt", "000000100.1.pt"] if "latent_ranks=2" in changes else ["000000100.0.pt"]
     assert parts == {*expected, checkpoint.LATEST}
