@@ -86,6 +86,9 @@ def parser() -> argparse.ArgumentParser:
     features.add_argument("--limit", type=int, default=20, help="how many (20)")
     add_client(commands, "model", "show what is served: model, sites, bundles, programs, limits", run_model)
     add_bundle(commands)
+    add_forwarded(commands, "train", "train SAEs as a file says", "sae_models.training.__main__")
+    sae = commands.add_parser("sae", help="SAEs among each other").add_subparsers(required=True, metavar="command")
+    add_forwarded(sae, "compare", "match the latents of two bundles", "sae_models.analysis.compare")
     bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="benchmark")
     for name in BENCHES:
         add_bench(bench, name)
@@ -123,6 +126,12 @@ def add_bench(commands: Any, name: str) -> None:
     """A benchmark; its load's fields are flags, added when it is asked for, so that others start quickly."""
     command = commands.add_parser(name, help=f"server.bench.{name}", add_help=False)
     command.set_defaults(run=lambda args: run_bench(name, args.rest), takes_rest=True)
+
+
+def add_forwarded(commands: Any, name: str, text: str, module: str) -> None:
+    """A command that a module's `main` reads for itself; the module is imported when it is asked for."""
+    command = commands.add_parser(name, help=text, add_help=False)
+    command.set_defaults(run=lambda args: importlib.import_module(module).main(args.rest), takes_rest=True)
 
 
 def run_serve(args: argparse.Namespace) -> int:

@@ -1,5 +1,12 @@
-"""Which latents of two SAEs are the same (arXiv 2501.16615), and how to carry policies from one to the other."""
+"""Which latents of two SAEs are the same (arXiv 2501.16615), and how to carry policies from one to the other.
 
+Latents are matched one to one so that the mean cosine of encoder and decoder rows is largest in sum. A pair is shared
+where both cosines are 0.7 or more.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +19,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from sae_models import bundle
+from sae_models.bundle import BundleError
 from sae_models.extras import extra
 from sae_models.sae import SAE
 
@@ -42,8 +50,9 @@ class Match:
 
 
 class Report(msgspec.Struct, frozen=True):
-    """A comparison as it is told. `histogram` counts `nearest` in BINS equal bins of [-1, 1]; a pair of `mapping` is
-    (latent of the one, latent of the other, encoder cosine, decoder cosine), shared pairs alone.
+    """A comparison as it is told. `shared_share` is of the smaller SAE's latents; `histogram` counts `nearest` in BINS
+    equal bins of [-1, 1]; a pair of `mapping` is (latent of the one, latent of the other, encoder cosine, decoder
+    cosine), shared pairs alone.
     """
 
     one: str
@@ -133,3 +142,39 @@ def read(path: Path) -> SAE:
     opened = bundle.load(path)
     opened.catalogue.close()
     return opened.sae
+
+
+def told(found: Report) -> str:
+    """A comparison for a person to read."""
+    of = " and ".join(f"{latents:,}" for latents in found.latents)
+    lines = [
+        f"{found.shared:,} latents are shared ({found.shared_share:.1%}) of {of}; {found.matched:,} have a partner",
+        f"mean largest cosine {found.mean_nearest:.3f}; how many latents of the first are how near:",
+    ]
+    most = max(found.histogram)
+    for index, count in enumerate(found.histogram):
+        if count:
+            low, high = (2 * edge / BINS - 1 for edge in (index, index + 1))
+            lines.append(f"  {low:5.1f} to {high:4.1f}  {count:7,}  {'#' * round(40 * count / most)}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 with the reason on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="rudder sae compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("one", type=Path, help="folder of a bundle")
+    parser.add_argument("other", type=Path, help="folder of another, at the same site")
+    parser.add_argument("--json", action="store_true", help="print everything, the mapping too, as JSON")
+    parser.add_argument("--mapping", type=Path, metavar="FILE", help="write the shared pairs here, to carry policies")
+    options = parser.parse_args(argv)
+    try:
+        found = report(options.one, options.other)
+        if options.mapping:
+            options.mapping.write_bytes(msgspec.json.encode(found) + b"\n")
+    except (BundleError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(msgspec.json.encode(found).decode() if options.json else told(found))
+    return 0

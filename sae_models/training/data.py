@@ -17,29 +17,43 @@ from sae_models.training.stream import Live, Source, Vectors
 
 
 @dataclass(frozen=True)
-class TrainingData:
-    """Documents, their windows in two parts, and the model cut off above the deepest of the sites."""
+class Text:
+    """Documents, and their windows in two parts."""
 
     documents: list[Document]
     tokenizer: Any
     train: Windows
     held_out: Windows
+
+
+@dataclass(frozen=True)
+class TrainingData(Text):
+    """The model beside it, cut off above the deepest of the sites."""
+
     trunk: Any
     sites: tuple[Site, ...]
-    device: torch.device
 
 
 def gather(config: Config) -> TrainingData:
     """Reads model and corpus. ValueError, CorpusError or FileNotFoundError names what is wrong with them."""
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    names = dict.fromkeys(site for spec in trained(config) for site in spec.all_sites)
-    sites = tuple(map(parse_site, names))
-    model = Path(config.model)
-    trunk = harvest.load_trunk(model, *sites, device=device)
-    tokenizer = harvest.load_tokenizer(model)
+    sites = sites_of(config)
+    trunk = harvest.load_trunk(Path(config.model), *sites, device=device)
+    text = read(config)
+    return TrainingData(text.documents, text.tokenizer, text.train, text.held_out, trunk, sites)
+
+
+def sites_of(config: Config) -> tuple[Site, ...]:
+    """All sites that the SAEs of a run read or write."""
+    return tuple(map(parse_site, dict.fromkeys(site for spec in trained(config) for site in spec.all_sites)))
+
+
+def read(config: Config) -> Text:
+    """Reads the corpus."""
+    tokenizer = harvest.load_tokenizer(Path(config.model))
     documents = corpus.read(Path(config.corpus))
     windows = corpus.windows(documents, tokenizer, config.window)
-    return TrainingData(documents, tokenizer, *split(windows, documents, config.seed), trunk, sites, device)
+    return Text(documents, tokenizer, *split(windows, documents, config.seed))
 
 
 def split(windows: Windows, documents: list[Document], seed: int) -> tuple[Windows, Windows]:
@@ -57,19 +71,18 @@ def source_of(config: Config, made: TrainingData, mesh: Mesh) -> Source:
         return live
     folder = Path(config.data.store)
     if mesh.leads:
-        store.write(folder, content_of(config, live), live)
+        store.write(folder, content_of(config, sum(live.sizes)), live)
     mesh.barrier()
     return store.load(folder)
 
 
-def content_of(config: Config, live: Live) -> store.Content:
-    """What the run's store must hold."""
-    held = sum(live.sizes)
+def content_of(config: Config, held: int) -> store.Content:
+    """What the run's store must hold; `held`: tokens of the training windows."""
     return store.Content(
         model=Path(config.model).resolve().name,
         model_sha256=bundle.model_sha256(Path(config.model)),
         corpus_sha256=corpus.sha256(Path(config.corpus)),
-        sites=tuple(map(str, live.sites)),
+        sites=tuple(map(str, sites_of(config))),
         window=config.window,
         seed=config.seed,
         tokens=min(config.data.tokens or held, held),

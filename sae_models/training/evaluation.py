@@ -91,7 +91,7 @@ def histogram(values: Tensor, low: float, high: float, bins: int) -> list[int]:
 
 def spliced(asked: Config, spec: Trained, sae: SAE, made: TrainingData, mean: Tensor) -> dict[str, float]:
     """What the language model loses; nothing of another model, or of an SAE that routes: it may read above its site."""
-    model = harvest.load_model(Path(asked.model), made.device)
+    model = harvest.load_model(Path(asked.model), made.trunk.device)
     if not harvest.speaks(model.config) or len(spec.sites) > 1:
         return {}
     windows = made.held_out.first(asked.evaluation.loss_tokens)

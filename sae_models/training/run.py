@@ -62,7 +62,7 @@ def run(asked: Config) -> list[Path]:
             made = data.gather(asked)
             source = data.source_of(asked, made, mesh)
             sample = data.sample_of(source, SAMPLE_TOKENS)
-            learners = [begin(spec, asked, sample, made.device, mesh) for spec in config.trained(asked)]
+            learners = [begin(spec, asked, sample, made.trunk.device, mesh) for spec in config.trained(asked)]
             train(asked, learners, source, mesh, folder)
             saes = [canonical(learner, sample, mesh) for learner in learners]
             return finish(asked, learners, saes, made, folder) if mesh.leads else []

@@ -1,5 +1,6 @@
 """Latents are matched across SAEs where encoder and decoder agree, and only there."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from sae_models import bundle
 from sae_models.analysis import compare
 from sae_models.sae import SAE
+from server.cli import main
 
 pytest.importorskip("scipy")
 
@@ -90,3 +92,13 @@ def test_a_bundle_compared_with_itself_is_the_same() -> None:
     assert found.shared_share == 1.0
     assert sum(found.histogram) == 4096
     assert all(a == b for a, b, _, _ in found.mapping)
+
+
+def test_the_command_tells_and_writes_a_mapping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shipped = str(Path(bundle.__file__).parent / "pretrained" / "textbook-lm-layers.2")
+    assert main(["sae", "compare", shipped, shipped, "--mapping", str(tmp_path / "mapping.json")]) == 0
+    assert "4,096 latents are shared (100.0%)" in capsys.readouterr().out
+    mapping = json.loads((tmp_path / "mapping.json").read_bytes())["mapping"]
+    assert [pair[:2] for pair in mapping] == [[number, number] for number in range(4096)]
+    assert main(["sae", "compare", shipped, str(tmp_path), "--json"]) == 2
+    assert capsys.readouterr().err.startswith("error: manifest.json")

@@ -1,0 +1,48 @@
+"""What the engine's hooks harvest is what transformers computes, and goes into the same store."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_models.training import corpus, harvest, store
+from sae_models.training.corpus import Document, Windows
+from sae_models.training.sites import parse_site
+from sae_models.training.store import Content
+from sae_models.training.stream import Live
+from server.engine.engine import Engine
+from server.harvest import Served, captured
+
+SITES = ("layers.1.mlp_out", "layers.2.resid_post", "layers.4.resid_post")
+
+
+@pytest.fixture(scope="module")
+def windows(engine: Engine) -> Windows:
+    """Forty windows of three documents; the last of each is short."""
+    text = "Cells divide, and viruses need a host. The king may rule a state of free people. " * 12
+    documents = [Document("book", f"m{number}", f"{number}. {text}") for number in range(3)]
+    return corpus.windows(documents, engine.tokenizer, 24)
+
+
+async def test_captured_vectors_are_those_of_transformers(engine: Engine, windows: Windows) -> None:
+    found = await captured(engine, SITES, windows)
+    trunk = harvest.load_trunk(Path(engine.llm.model_config.model), *map(parse_site, SITES))
+    live = Live(trunk, tuple(map(parse_site, SITES)), windows)
+    expected = live.load(range(len(live.sizes)))
+    for at, site in enumerate(SITES):
+        mine = torch.cat([window[at] for window in found])
+        assert mine.shape == expected[site].shape
+        assert torch.allclose(mine, expected[site], atol=1e-3 * float(expected[site].abs().max()))
+
+
+async def test_a_store_is_harvested_from_the_engine(engine: Engine, windows: Windows, tmp_path: Path) -> None:
+    source = Served(engine, SITES, windows, asyncio.get_running_loop())
+    content = Content("m", "0", "1", SITES, 24, 0, sum(source.sizes), "bfloat16")
+    written = await asyncio.to_thread(store.write, tmp_path, content, source)
+    assert store.load(tmp_path).tokens == written.tokens == int(windows.counted.sum())
+
+
+async def test_a_site_without_a_hook_is_refused(engine: Engine, windows: Windows) -> None:
+    with pytest.raises(ValueError, match=r"^site: layers\.0\.attn_out is not hooked"):
+        await captured(engine, ["layers.0.attn_out"], windows)
