@@ -234,9 +234,15 @@ def moved(sae: SAE, move: Callable[[Tensor], Tensor]) -> SAE:
     )
 
 
-def activations(x: Tensor, rows: Rows) -> Tensor:
-    """Activations [..., n] of rows on encoder inputs x [..., d]; the test is strict, as in every published format."""
-    z = torch.nn.functional.linear(x.float(), rows.encoder, rows.bias)
+def activations(
+    x: Tensor, rows: Rows, gain: Tensor | None = None, product: Callable[[Tensor, Tensor], Tensor] = torch.matmul
+) -> Tensor:
+    """Activations [..., n] of rows on inputs x [..., d]; gain [..., n] of each row's normalisation, None: 1.
+
+    The test is strict, as in every published format.
+    """
+    u = product(x.float(), rows.encoder.T)
+    z = (u if gain is None else u * gain) + rows.bias
     return torch.where(z > rows.threshold, z, 0.0)
 
 
