@@ -21,6 +21,7 @@ from rich.table import Table
 import server
 from rudder_client import Chunk, Client, Inspection, PooledActivation, Report, RudderError
 from rudder_client.requests import Steer
+from sae_models.commands import add_bundle
 from server import config as configuration
 from server.config import ConfigError
 
@@ -84,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     features.add_argument("--bundle", default="", help="which bundle; needed where several are served")
     features.add_argument("--limit", type=int, default=20, help="how many (20)")
     add_client(commands, "model", "show what is served: model, sites, bundles, programs, limits", run_model)
+    add_bundle(commands)
     bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="benchmark")
     for name in BENCHES:
         add_bench(bench, name)

@@ -1,39 +1,279 @@
-"""Reading tensors and settings from files that are not trusted."""
+"""Reading tensors and settings from files that are not trusted.
+
+What a file declares is checked against the size it has before anything is parsed or allocated by it: a file that lies,
+is cut short or expands without measure gives one FormatError that names it.
+"""
 
 import json
+import math
+import pickletools
+import zipfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
+import msgspec
+import numpy as np
 import torch
-from safetensors import SafetensorError
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_models.formats.source import FormatError
+from sae_models.sae import SAE
+
+# An SAE has some ten tensors: its headers, opcodes and settings are kilobytes.
+HEADER_LIMIT = 1 << 20
+SETTINGS_LIMIT = 4 << 20
+YAML_LIMIT = 256 << 10
+# Deflate cannot shrink floating-point weights much; what expands more is made to exhaust memory.
+EXPANSION_LIMIT = 16
+# Hashing a tuple visits what it holds each time it occurs: tuples made of the same tuple twice, over and over, hang.
+SHARED_TUPLES_LIMIT = 24
+FINITE_BLOCK = 1 << 22
+
+# numpy gives these functions no types.
+npy: Any = np.lib.format
+
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+SIZES = FLOATS | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+# What a torch file of plain tensors is made of.
+PICKLED = frozenset(
+    {
+        "collections OrderedDict",
+        "torch._utils _rebuild_tensor_v2",
+        "torch._utils _rebuild_parameter",
+        "torch Size",
+        "torch device",
+        *(f"torch {name}Storage" for name in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char")),
+        *(f"torch {name}" for name in ("ByteStorage", "BoolStorage", "float64", "float32", "float16", "bfloat16")),
+    }
+)
+
+
+class Entry(msgspec.Struct):
+    """What a safetensors header says of a tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, memory-mapped."""
     try:
+        check_safetensors(path)
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    except FormatError:
+        raise
+    except Exception as error:
         raise FormatError(f"{path.name}: {error}") from error
+
+
+def safetensors_header(path: Path) -> dict[str, Entry]:
+    """What a safetensors file says it holds, from its header alone."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(HEADER_LIMIT, path.stat().st_size - 8):
+            raise FormatError(f"{path.name}: a header of {length} bytes, the file has {path.stat().st_size}")
+        header = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
+    header.pop("__metadata__", None)
+    return {key: msgspec.json.decode(raw, type=Entry) for key, raw in header.items()}
+
+
+def check_safetensors(path: Path) -> None:
+    """FormatError unless every tensor lies in the file with the size of its shape and a known dtype."""
+    header = safetensors_header(path)
+    with path.open("rb") as file:
+        data = path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    for key, entry in header.items():
+        begin, end = entry.data_offsets
+        if entry.dtype not in SIZES:
+            raise FormatError(f"{path.name} {key}: dtype {entry.dtype}, not one of {', '.join(SIZES)}")
+        if any(n < 0 for n in entry.shape) or not 0 <= begin <= end <= data:
+            raise FormatError(f"{path.name} {key}: bytes {begin} to {end} of {data}, shape {entry.shape}")
+        if math.prod(entry.shape) * SIZES[entry.dtype] != end - begin:
+            raise FormatError(f"{path.name} {key}: {end - begin} bytes for {entry.dtype} of shape {entry.shape}")
 
 
 def read_pickle(path: Path) -> Any:
-    """What a torch file holds, by weights-only unpickling."""
+    """What a torch file holds, memory-mapped, by weights-only unpickling of tensors, containers and plain values."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            check_torch_archive(archive, path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FormatError:
+        raise
+    except zipfile.BadZipFile as error:
+        raise FormatError(f"{path.name}: not a torch file of version 1.6 or later: {error}") from error
     except Exception as error:
         raise FormatError(f"{path.name}: {error}") from error
+
+
+def check_torch_archive(archive: zipfile.ZipFile, path: Path) -> None:
+    """FormatError unless members are stored as they are within the file and the pickle makes plain tensors alone."""
+    members = check_members(archive, path)
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise FormatError(f"{path.name}: has compressed members, torch writes none")
+    pickles = [member for member in members if member.filename.rpartition("/")[2] == "data.pkl"]
+    if len(pickles) != 1 or pickles[0].file_size > HEADER_LIMIT:
+        raise FormatError(f"{path.name}: needs one data.pkl of at most {HEADER_LIMIT} bytes")
+    check_opcodes(archive.read(pickles[0]), path)
+
+
+def check_opcodes(pickled: bytes, path: Path) -> None:
+    """FormatError where a pickle calls anything but PICKLED, or shares tuples beyond measure."""
+    tuples: set[int] = set()
+    made, shared = "", 0
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name == "GLOBAL" and argument not in PICKLED:
+            raise FormatError(f"{path.name}: refers to {argument}, which a file of tensors does not")
+        if opcode.name in ("BINPUT", "LONG_BINPUT") and made.startswith("TUPLE"):
+            tuples.add(cast(int, argument))
+        shared += opcode.name in ("BINGET", "LONG_BINGET") and argument in tuples
+        made = opcode.name
+    if shared > SHARED_TUPLES_LIMIT:
+        raise FormatError(f"{path.name}: refers {shared} times to its tuples")
+
+
+def check_members(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
+    """The members of a zip archive; FormatError where names leave it, repeat, or contents expand beyond measure."""
+    members = archive.infolist()
+    names = [member.filename for member in members]
+    for name in names:
+        if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+            raise FormatError(f"{path.name}: a member is named {name!r}")
+    if len(set(names)) < len(names):
+        raise FormatError(f"{path.name}: two members have one name")
+    declared, size = sum(member.file_size for member in members), path.stat().st_size
+    if declared > EXPANSION_LIMIT * size:
+        raise FormatError(f"{path.name}: {size} bytes that expand to {declared}")
+    return members
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """The arrays of an npz file, by their names."""
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            members = check_members(archive, path)
+            return {member.filename.removesuffix(".npy"): read_npy(archive, member, path) for member in members}
+    except FormatError:
+        raise
+    except Exception as error:
+        raise FormatError(f"{path.name}: {error}") from error
+
+
+def read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Tensor:
+    """One array of an npz file, once its header agrees with the size it declares."""
+    with archive.open(member) as file:
+        shape, dtype = npy_header(cast(BinaryIO, file))
+        if dtype.kind not in "fiub" or not dtype.isnative or any(n < 0 for n in shape):
+            raise FormatError(f"{path.name} {member.filename}: dtype {dtype}, shape {shape}")
+        if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
+            raise FormatError(f"{path.name} {member.filename}: {member.file_size} bytes for {dtype} of shape {shape}")
+    with archive.open(member) as file:
+        return torch.from_numpy(np.ascontiguousarray(npy.read_array(file, allow_pickle=False)).reshape(shape))
+
+
+def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """(shape, dtype) of the npy array whose first byte is next; versions 1 and 2 of the format."""
+    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    shape, _, dtype = read[npy.read_magic(file)](file)
+    return shape, dtype
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(text(path, SETTINGS_LIMIT))
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path.name}: {error}") from error
     if not isinstance(found, dict):
         raise FormatError(f"{path.name}: is not an object")
     return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping of plain values, without aliases: merged aliases grow without measure."""
+    try:
+        content = text(path, YAML_LIMIT)
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
+            raise FormatError(f"{path.name}: has aliases")
+        found = yaml.safe_load(content)
+    except FormatError:
+        raise
+    except Exception as error:
+        raise FormatError(f"{path.name}: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise FormatError(f"{path.name}: is not a mapping of names")
+    return found
+
+
+def text(path: Path, limit: int) -> str:
+    """The content of a text file of at most `limit` bytes."""
+    if path.stat().st_size > limit:
+        raise FormatError(f"{path.name}: {path.stat().st_size} bytes, at most {limit} are read")
+    return path.read_text(encoding="utf-8")
+
+
+def state(found: Any, file: str) -> dict[str, Any]:
+    """What a torch file holds, where that is a dictionary with names as keys."""
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise FormatError(f"{file}: holds no dictionary of names")
+    return found
+
+
+def take(tensors: Mapping[str, Any], key: str, file: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    """The tensor named `key`, finite and floating; -1 in `shape` stands for any length but 0."""
+    tensor = tensors.get(key)
+    if tensor is None:
+        raise FormatError(f"{file} {key}: missing among {', '.join(sorted(tensors)[:20])}")
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or not tensor.is_floating_point():
+        raise FormatError(f"{file} {key}: is not a tensor of floating-point numbers")
+    if 0 in tensor.shape or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise FormatError(f"{file} {key}: shape {tuple(tensor.shape)}, the file holds less")
+    if shape is not None and not fits(tensor, shape):
+        raise FormatError(f"{file} {key}: shape {tuple(tensor.shape)} instead of {shape}")
+    if not finite(tensor.detach()):
+        raise FormatError(f"{file} {key}: has values that are not finite")
+    return tensor.detach()
+
+
+def fits(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has a shape, -1 in it standing for any length."""
+    return len(shape) == tensor.dim() and all(n in (-1, have) for n, have in zip(shape, tensor.shape, strict=True))
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all values are finite, a block at a time: a block's sum is finite only if its values are."""
+    rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    blocks = rows.split(max(1, FINITE_BLOCK * len(rows) // rows.numel()))
+    return all(bool(block.sum().isfinite()) or bool(block.isfinite().all()) for block in blocks)
+
+
+def oriented(matrix: Tensor, rows: int, columns: int, name: str) -> Tensor:
+    """A matrix as [rows, columns], from its shape; FormatError where it is square, so that either way would fit."""
+    if tuple(matrix.shape) not in ((rows, columns), (columns, rows)):
+        raise FormatError(f"{name}: shape {tuple(matrix.shape)}, neither {(rows, columns)} nor {(columns, rows)}")
+    if rows == columns:
+        raise FormatError(f"{name}: is square, which way it is stored cannot be told")
+    return matrix if matrix.shape[0] == rows else matrix.T
+
+
+def only(tensors: Mapping[str, Any], known: Collection[str], file: str) -> None:
+    """FormatError that names the tensors beside the known ones: what a reader does not know, it must not ignore."""
+    unknown = sorted(key for key, value in tensors.items() if key not in known and isinstance(value, Tensor))
+    if unknown:
+        raise FormatError(f"{file}: unknown tensors {', '.join(unknown[:20])}")
+
+
+def assembled(
+    encoder: Tensor, bias: Tensor, decoder: Tensor, decoder_bias: Tensor, threshold: Tensor | float = 0.0, **rest: Any
+) -> SAE:
+    """The canonical form of checked weights, encoder [F, d] and decoder [F, d_out].
+
+    Vectors become float32. A negative threshold is 0 there: every format takes the ReLU of what passes the threshold.
+    """
+    limits = threshold.float().clamp(min=0.0) if isinstance(threshold, Tensor) else torch.full_like(bias, threshold)
+    return SAE(encoder, bias.float(), limits.float().expand_as(bias).clone(), decoder, decoder_bias.float(), **rest)
