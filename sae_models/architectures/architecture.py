@@ -82,6 +82,8 @@ class Architecture(nn.Module):
     config: Common
     # Parameters and buffers that are not per latent: whole on every rank where latents are sharded.
     SHARED: ClassVar[frozenset[str]] = frozenset({"decoder_bias", "centre", "variance"})
+    # Whether decoder rows are held at unit norm: the size of an activation must not hide in its direction.
+    unit: ClassVar[bool] = True
     centre: Tensor
     variance: Tensor
 
@@ -120,7 +122,7 @@ class Architecture(nn.Module):
 
     def reconstruct(self, values: Tensor, active: Active) -> Tensor:
         """The output [n, d_out] of activations at the active pairs."""
-        return total(active.decode(values, self.decoder), self.shards) + self.decoder_bias
+        return total(active.decode(values, self.decoder, self.unit), self.shards) + self.decoder_bias
 
     def unexplained(self, error: Tensor) -> Tensor:
         """The FVU of an error [n, d_out], against the variance of the sample the module began with."""
@@ -134,7 +136,7 @@ class Architecture(nn.Module):
         k = min(self.config.auxiliary_k or x.shape[1] // 2, count)
         z, active = sparse.dense(x, Weights(self.encoder[dead], self.bias[dead], self.weights.precision))
         least = z.detach().topk(k, dim=1).values[:, -1:]
-        explained = active.decode(torch.where(z >= least, z.relu(), 0.0), self.decoder[dead])
+        explained = active.decode(torch.where(z >= least, z.relu(), 0.0), self.decoder[dead], self.unit)
         error = error.detach()
         return (error - explained).square().sum() / error.square().sum()
 
@@ -149,16 +151,10 @@ class Architecture(nn.Module):
         return Loss(loss, detached, fvu.detach(), values.detach(), active)
 
     @torch.no_grad()
-    def constrain_gradient(self) -> None:
-        """Takes out the part of the decoder's gradient that normalisation would undo: Adam must not count it."""
-        if self.decoder.grad is not None:
-            radial = torch.linalg.vecdot(self.decoder.grad, self.decoder)
-            self.decoder.grad.addcmul_(radial[:, None], self.decoder, value=-1)
-
-    @torch.no_grad()
     def constrain(self) -> None:
-        """Back to unit decoder rows, as the size of an activation must not hide in its direction."""
-        self.decoder.div_(torch.linalg.vector_norm(self.decoder, dim=1, keepdim=True))
+        """Back to unit decoder rows."""
+        if self.unit:
+            self.decoder.div_(torch.linalg.vector_norm(self.decoder, dim=1, keepdim=True))
 
     @torch.no_grad()
     def folded(self, scale: float, threshold: Tensor, **rest: Any) -> SAE:

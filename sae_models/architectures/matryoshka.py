@@ -55,5 +55,5 @@ class Matryoshka(BatchTopK):
         bag = active.token * groups + torch.bucketize(active.latent, self.ends, right=True)
         order = bag.argsort(stable=True)
         pairs = Pairs(bag[order], active.latent[order], active.tokens * groups, active.latents)
-        parts = pairs.decode(z[order], self.decoder).view(active.tokens, groups, -1)
+        parts = pairs.decode(z[order], self.decoder, self.unit).view(active.tokens, groups, -1)
         return architecture.total(parts.cumsum(1), self.shards) + self.decoder_bias

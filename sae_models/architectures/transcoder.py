@@ -27,6 +27,7 @@ class Transcoder(TopK):
     config_type = Config
     config: Config
     SHARED = TopK.SHARED | {"linear", "target_scale"}
+    unit = False
     target_scale: Tensor
 
     def __init__(self, d: int, config: Common, generator: torch.Generator) -> None:
@@ -58,12 +59,6 @@ class Transcoder(TopK):
         if self.linear is not None:
             wanted = wanted - centred @ self.linear
         return self.loss_of(centred, wanted, z.relu(), active, state)
-
-    def constrain_gradient(self) -> None:
-        """Decoder rows are free."""
-
-    def constrain(self) -> None:
-        """Decoder rows are free."""
 
     @torch.no_grad()
     def canonical(self, scale: float, sample: Tensor) -> SAE:

@@ -60,9 +60,9 @@ class Pairs:
         """A parameter [F] of the latents at the pairs [m]."""
         return parameter.index_select(0, self.latent)
 
-    def decode(self, values: Tensor, decoder: Tensor) -> Tensor:
-        """Sums of decoder rows [n, d] of activations [m]."""
-        out: Tensor = _Decode.apply(values, decoder, self)  # type: ignore[no-untyped-call]
+    def decode(self, values: Tensor, decoder: Tensor, unit: bool = False) -> Tensor:
+        """Sums of decoder rows [n, d] of activations [m]; `unit`: the rows' gradient is that on the sphere."""
+        out: Tensor = _Decode.apply(values, decoder, self, unit)  # type: ignore[no-untyped-call]
         return out
 
     def totals(self, values: Tensor) -> Tensor:
@@ -82,8 +82,10 @@ class Dense:
         """A parameter [F] of the latents, to broadcast."""
         return parameter
 
-    def decode(self, values: Tensor, decoder: Tensor) -> Tensor:
-        """values . decoder, [n, d]."""
+    def decode(self, values: Tensor, decoder: Tensor, unit: bool = False) -> Tensor:
+        """values . decoder, [n, d]; `unit` as of pairs."""
+        if unit:
+            decoder = _Tangent.apply(decoder)  # type: ignore[no-untyped-call]
         return (values.to(self.precision) @ decoder.to(self.precision)).float()
 
     def totals(self, values: Tensor) -> Tensor:
@@ -171,10 +173,10 @@ def top(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if latents % SPAN or k * SPAN * 2 > latents:
         values, index = z.topk(k, dim=1, sorted=False)
         return values, index
-    members = z.unflatten(1, (SPAN, blocks))
-    best = maxima(members).topk(k, dim=1, sorted=False).indices
-    values, at = members.gather(2, best[:, None, :].expand(-1, SPAN, -1)).flatten(1).topk(k, dim=1, sorted=False)
-    return values, at // k * blocks + best.gather(1, at % k)
+    members = ordered(z).unflatten(1, (SPAN, blocks))
+    best = members.amax(1).topk(k, dim=1, sorted=False).indices
+    bits, at = members.gather(2, best[:, None, :].expand(-1, SPAN, -1)).flatten(1).topk(k, dim=1, sorted=False)
+    return bits.view(z.dtype), at // k * blocks + best.gather(1, at % k)
 
 
 def positive(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,18 +186,18 @@ def positive(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         row, column = (z > 0).nonzero(as_tuple=True)
         return row, column, z[row, column]
     members = z.unflatten(1, (SPAN, -1))
-    row, block = (maxima(members) > 0).nonzero(as_tuple=True)
+    row, block = (ordered(members).amax(1) > 0).nonzero(as_tuple=True)
     values = members[row, :, block]
     which, at = (values > 0).nonzero(as_tuple=True)
     return row[which], at * members.shape[2] + block[which], values[which, at]
 
 
-def maxima(members: Tensor) -> Tensor:
-    """Maxima [c, blocks] of members [c, SPAN, blocks], as integers in the same order where above 0.
+def ordered(z: Tensor) -> Tensor:
+    """z as integers, in the same order where above 0.
 
-    Positive floats are ordered as their bits are, and integers are compared several times faster than bfloat16 (CPU).
+    Positive floats are ordered as their bits are, and a CPU compares integers several times faster than bfloat16.
     """
-    return members.view(torch.int16 if members.element_size() == 2 else torch.int32).amax(1)
+    return z.view(torch.int16 if z.element_size() == 2 else torch.int32)
 
 
 def starts(group: Tensor, groups: int) -> Tensor:
@@ -223,18 +225,39 @@ class _Encode(torch.autograd.Function):
 
 
 class _Decode(torch.autograd.Function):
-    """Sums of decoder rows. Gradients: of values, dot products; of the decoder, rows of them summed for each latent."""
+    """Sums of decoder rows. Gradients: of values, dot products; of the decoder, rows of them summed for each latent.
+
+    A row's gradient is sum_t f_t g_t, so its radial part is sum_t f_t (g_t . row): the dot products are there already.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, decoder: Tensor, pairs: Pairs) -> Tensor:
-        ctx.pairs = pairs
+    def forward(ctx: Any, values: Tensor, decoder: Tensor, pairs: Pairs, unit: bool) -> Tensor:
+        ctx.pairs, ctx.unit = pairs, unit
         ctx.save_for_backward(values, decoder)
         return row_sums(decoder, pairs.latent, pairs.start, values)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         (values, decoder), pairs = ctx.saved_tensors, ctx.pairs
+        of_values = row_dots(g, decoder, pairs.token, pairs.latent, pairs.start)
+        if not ctx.needs_input_grad[1]:
+            return of_values, None, None, None
         order, start = pairs.by_latent
-        of_decoder = row_sums(g, pairs.token[order], start, values[order]) if ctx.needs_input_grad[1] else None
-        of_values = row_dots(g, decoder, pairs.token, pairs.latent, pairs.start) if ctx.needs_input_grad[0] else None
-        return of_values, of_decoder, None
+        of_decoder = row_sums(g, pairs.token[order], start, values[order])
+        if ctx.unit:
+            of_decoder.addcmul_(pairs.totals(values * of_values).to(g.dtype)[:, None], decoder, value=-1)
+        return of_values, of_decoder, None, None
+
+
+class _Tangent(torch.autograd.Function):
+    """Unit rows as they are; of their gradient, what is not along them."""
+
+    @staticmethod
+    def forward(ctx: Any, decoder: Tensor) -> Tensor:
+        ctx.save_for_backward(decoder)
+        return decoder.view_as(decoder)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        (decoder,) = ctx.saved_tensors
+        return g - torch.einsum("fd,fd->f", g, decoder)[:, None] * decoder

@@ -75,7 +75,6 @@ class Trainer:
         parameters = [p for p in self.architecture.parameters() if p.grad is not None]
         if self.average is not None:
             self.average([p.grad for p in parameters if p.grad is not None])
-        self.architecture.constrain_gradient()
         if settings.gradient_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_norm)
         rate = settings.rate * trapezoid(progress, self.config.warm_up, self.config.decay)

@@ -1,0 +1,67 @@
+"""One library's trainer in a process of its own, stepped by commands on standard input, one JSON object a line.
+
+{"steps": n}: takes n steps; answers {"wall": [s, ...], "cpu": [s, ...], "peak_mb": m}, per step.
+{"save": path}: writes the weights in canonical form; answers {"k": k or null}.
+"""
+
+import argparse
+import contextlib
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae_models.bench.learners import Learner, Task, learner
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m sae_models.bench.worker", description=__doc__)
+    parser.add_argument("--library", required=True)
+    parser.add_argument("--mode", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--task", type=json.loads, required=True)
+    return parser.parse_args()
+
+
+def steps(trained: Learner, x: Tensor, batch: int, done: int, count: int) -> dict[str, Any]:
+    """Takes `count` steps after `done`, each timed by the wall and by the processors."""
+    wall, cpu = [], []
+    for i in range(done, done + count):
+        part = x[i * batch : (i + 1) * batch]
+        start, used = time.perf_counter(), time.process_time()
+        trained.step(part)
+        wall.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - used)
+    return {"wall": wall, "cpu": cpu, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def main() -> int:
+    """Obeys until standard input ends."""
+    options = arguments()
+    answers = sys.stdout
+    task = Task(**options.task)
+    torch.set_num_threads(task.threads)
+    x = load_file(options.data)["train"]
+    with contextlib.redirect_stdout(sys.stderr):
+        trained, done = learner(options.library, options.mode, task, x[: task.sample]), 0
+        for line in sys.stdin:
+            command = json.loads(line)
+            if "steps" in command:
+                answer = steps(trained, x, task.batch, done, command["steps"])
+                done += command["steps"]
+            else:
+                weights, k = trained.weights()
+                save_file({name: t.detach().float().contiguous() for name, t in weights.items()}, command["save"])
+                answer = {"k": k}
+            print(json.dumps(answer), file=answers, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
