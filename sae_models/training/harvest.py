@@ -50,13 +50,15 @@ def load_trunk(folder: Path, *sites: Site, device: torch.device = CPU) -> Any:
     return model
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def activations(trunk: Any, sites: Sequence[Site], passes: Iterable[Mapping[str, Tensor]]) -> Iterator[list[Tensor]]:
     """Pass by pass the vectors [batch, length, d] at each site; a pass is the keyword arguments of a forward."""
     with recorded(trunk, sites) as seen:
         for inputs in passes:
             trunk.base_model(**{name: value.to(trunk.device) for name, value in inputs.items()})
-            yield [seen.pop(site) for site in sites]
+            # Some layers flatten the batch for their MLP.
+            batch = len(next(iter(inputs.values())))
+            yield [(x := seen.pop(site)).view(batch, -1, x.shape[-1]) for site in sites]
 
 
 def text_passes(trunk: Any, windows: Windows) -> Iterator[tuple[dict[str, Tensor], Tensor]]:

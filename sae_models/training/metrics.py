@@ -166,6 +166,8 @@ def behind_bos(edit: Callable[[Tensor], Tensor | None]) -> Edit:
     """The edit at every position but the first."""
 
     def edited(x: Tensor) -> Tensor | None:
+        if x.ndim != 3:
+            raise ValueError("site: its layer flattens the batch, so that BOS cannot be left alone")
         changed = edit(x[:, 1:])
         return None if changed is None else torch.cat([x[:, :1], changed], dim=1)
 
