@@ -1,7 +1,6 @@
 """The trainer finds directions that were planted; the harvest leaves out BOS and padding; the measures are right."""
 
-import json
-import lzma
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_models import bundle
+from sae_models.analysis import probing
+from sae_models.analysis.probing import Labelled
 from sae_models.architectures import batch_topk
 from sae_models.architectures.batch_topk import BatchTopK
 from sae_models.sae import SAE
 from sae_models.training import catalogue as entries
 from sae_models.training import corpus, harvest, metrics, sites, trainer
-from sae_models.training.__main__ import main
-from sae_models.training.corpus import CorpusError, Document, Windows
+from sae_models.training.corpus import Document, Windows
 
 PRETRAINED = Path(bundle.__file__).parent / "pretrained"
 SITE = sites.parse_site("layers.1.resid_post")
@@ -152,16 +152,6 @@ def test_harvest_equals_the_hidden_states_of_the_whole_model(model: Any, windows
     assert torch.allclose(harvest.counted_residuals(trunk, before, windows), hidden[1][windows.counted], atol=1e-5)
 
 
-def test_batches_mix_and_lose_only_a_rest() -> None:
-    chunks = [torch.arange(i * 10.0, i * 10 + 10)[:, None] for i in range(10)]
-    batches = list(harvest.batches(chunks, 8, 40, torch.Generator().manual_seed(0)))
-    values = torch.cat(batches).flatten().tolist()
-    assert [len(batch) for batch in batches] == [8] * 12
-    assert len(set(values)) == 96
-    assert any(max(batch) - min(batch) > 20 for batch in batches)
-    assert values != sorted(values)
-
-
 def test_losses_leave_out_padding(model: Any, windows: Windows) -> None:
     sums = metrics.losses(model, windows)
     logits = model(windows.tokens[3:4, :3]).logits[0]
@@ -175,8 +165,13 @@ def test_recovered_loss_is_one_for_a_perfect_and_none_for_an_empty_sae(model: An
     both = torch.cat([torch.eye(d), -torch.eye(d)])
     perfect = SAE(both, torch.zeros(2 * d), torch.zeros(2 * d), both, mean)
     empty = SAE(both, torch.zeros(2 * d), torch.full((2 * d,), 1e9), both, mean)
-    assert metrics.ce_recovered(model, SITE, perfect, mean, windows) == pytest.approx(1.0, abs=1e-3)
-    assert metrics.ce_recovered(model, SITE, empty, mean, windows) == pytest.approx(0.0, abs=1e-6)
+    kept = metrics.splice(model, SITE, perfect, mean, windows)
+    assert kept.recovered == pytest.approx(1.0, abs=1e-3)
+    assert kept.kl == pytest.approx(0.0, abs=1e-5)
+    assert kept.ce == pytest.approx(metrics.mean_loss(model, windows), rel=1e-5)
+    lost = metrics.splice(model, SITE, empty, mean, windows)
+    assert lost.recovered == pytest.approx(0.0, abs=1e-6)
+    assert lost.kl > 1e-4
 
 
 def test_edits_reach_the_site_and_spare_bos(model: Any, windows: Windows) -> None:
@@ -210,7 +205,9 @@ def test_labels_name_words_and_the_books_that_stand_out() -> None:
     assert entries.label_of([], {}) == entries.INACTIVE
 
 
-@pytest.mark.parametrize("text", ["layers.x.resid_post", "layers.1.mlp", "resid_post", "layers.1.resid_post.", ""])
+@pytest.mark.parametrize(
+    "text", ["layers.x.resid_post", "layers.1.mlp", "layers.-1.resid_pre", "resid_post", "layers.1.resid_post.", ""]
+)
 def test_a_site_must_be_spelled_right(text: str) -> None:
     with pytest.raises(ValueError, match=r"^site: "):
         sites.parse_site(text)
@@ -219,44 +216,64 @@ def test_a_site_must_be_spelled_right(text: str) -> None:
 def test_a_site_must_exist(model: Any) -> None:
     with pytest.raises(ValueError, match=r"^site: layer 3 is not in 0\.\.2"):
         sites.layer_at(model, sites.Site(3, "resid_post"))
-    with pytest.raises(ValueError, match=r"^model: Linear has decoder layers at none of"):
+    with pytest.raises(ValueError, match=r"^model: Linear has 0 lists of layers"):
         sites.layers_of(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("missing.jsonl", None),
-        ("empty.jsonl", b""),
-        ("blank.jsonl", b'{"text": " "}\n'),
-        ("binary.jsonl", bytes(range(256))),
-        ("binary.jsonl.xz", bytes(range(256))),
-        ("cut.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 1000)[:40]),
-        ("list.jsonl", b'["text"]\n'),
-        ("number.jsonl", b'{"text": 3}\n'),
-        ("null.jsonl", b"null\n"),
-    ],
-)
-def test_a_bad_corpus_is_refused_by_its_path(tmp_path: Path, name: str, content: bytes | None) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(CorpusError, match=f"^corpus: {tmp_path / name}"):
-        corpus.read(tmp_path / name)
+def test_a_transcoder_is_spliced_in_where_it_writes(model: Any, windows: Windows) -> None:
+    mlp = copy.deepcopy(model.model.layers[1].mlp)
+
+    class Exact:
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return mlp(x), x
+
+    read, written = sites.Site(1, "mlp_in"), sites.Site(1, "mlp_out")
+    exact: Any = Exact()
+    found = metrics.splice(model, read, exact, torch.zeros(16), windows, written)
+    assert found.ce_spliced == pytest.approx(found.ce, rel=1e-6)
+    assert found.kl == pytest.approx(0.0, abs=1e-6)
+    assert found.ce_ablated != pytest.approx(found.ce, rel=1e-6)
 
 
-def test_one_command_goes_from_corpus_to_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = "Cells divide. Viruses need a host, and the host may be a cell. " * 10
-    rows = ({"book": f"book{i % 2}", "module": f"m{i}", "title": f"Section {i}", "text": text} for i in range(60))
-    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = ["--corpus", str(tmp_path / "corpus.jsonl"), "--model", str(PRETRAINED / "textbook-lm")]
-    options = ["--latents", "256", "--k", "8", "--tokens", "20000", "--out", str(tmp_path / "toy-layers.1")]
-    assert main([*command, *options, "--site", "layers.1.resid_post"]) == 0
-    assert "tok/s" in capsys.readouterr().err
-    made = bundle.load(tmp_path / "toy-layers.1")
-    assert made.manifest.training.tokens == 20000
-    assert 0 < made.manifest.training.fvu < 0.8
-    labels = [summary.label for summary in made.catalogue.page(-1, 256)]
-    assert any("viruses" in label or "cells" in label for label in labels)
-    assert entries.INACTIVE in labels
-    assert main([*command, *options, "--site", "layers.6.resid_post"]) == 2
-    assert "error: site: layer 6 is not in 0..5" in capsys.readouterr().err
+def test_fidelity_is_that_of_its_definition() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(500, 8, generator=g) + 5
+    encoder = torch.randn(24, 8, generator=g)
+    sae = SAE(encoder, torch.randn(24, generator=g), torch.full((24,), 0.5), 0.1 * encoder, x.mean(0))
+    latents = sae.encode(x)
+    y = sae.decode(latents)
+    centred, moved = x - x.mean(0), y - x.mean(0)
+    found = metrics.fidelity(sae, x)
+    assert found.fvu == pytest.approx(float((x - y).square().sum() / centred.square().sum()), rel=1e-5)
+    assert found.l0 == pytest.approx(float((latents > 0).sum(1).float().mean()), rel=1e-5)
+    assert found.shrinkage == pytest.approx(float(moved.square().sum() / (moved * centred).sum()), rel=1e-4)
+    assert torch.allclose(found.frequency, (latents > 0).float().mean(0))
+    assert found.dead_share == pytest.approx(float((found.frequency == 0).float().mean()))
+
+
+def test_shrinkage_is_one_for_a_perfect_and_half_for_a_halving_sae() -> None:
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    both, zero = torch.cat([torch.eye(8), -torch.eye(8)]), torch.zeros(16)
+    for factor in (1.0, 0.5):
+        found = metrics.fidelity(SAE(both, zero, zero, factor * both, (1 - factor) * x.mean(0)), x)
+        assert found.shrinkage == pytest.approx(factor, abs=0.01)
+
+
+def test_nearest_direction_leaves_out_itself() -> None:
+    directions = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 3, 3], [-1, 0, 0]])
+    assert torch.allclose(metrics.nearest(directions), torch.tensor([0, 0.5**0.5, 0.5**0.5, 0]), atol=1e-6)
+
+
+def test_a_probe_finds_the_latent_that_tells_the_class() -> None:
+    g = torch.Generator().manual_seed(0)
+    label = torch.arange(120) % 3
+    features = torch.randn(120, 30, generator=g)
+    features[:, 7] += 8 * (label == 0)
+    features[:, 11] += 8 * (label == 1)
+    features[:, 13] += 8 * (label == 2)
+    train, test = Labelled(features[:60], label[:60]), Labelled(features[60:], label[60:])
+    noise = Labelled(torch.randn(60, 30, generator=g), label[60:])
+    assert probing.balanced_accuracy(train, test, 1) > 0.95
+    assert probing.balanced_accuracy(train, noise, 1) < 0.7
+    with pytest.raises(ValueError, match=r"^probing: training and test windows do not have the same classes"):
+        probing.balanced_accuracy(train, Labelled(features[60:], label[60:].clamp(max=1)), 1)
