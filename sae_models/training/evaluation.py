@@ -1,11 +1,13 @@
 """What becomes of a trained SAE: it is measured on what it was not trained on, described, and written as a bundle."""
 
+import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,11 +47,15 @@ def conclude(asked: Config, spec: Trained, sae: SAE, made: TrainingData, folder:
     chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(asked.seed))
     chosen = chosen[: asked.evaluation.conformance_tokens]
     conformance = bundle.conformance_of(sae, x[chosen], targets=None if target is None else target[chosen])
-    with tempfile.TemporaryDirectory() as scratch:
-        database = Path(scratch) / bundle.CATALOGUE
-        catalogue.write(database, described(spec, sae, made, entries.describe(sums, sample)))
-        content, statistics = manifest_of(asked, spec, sae, figures), entries.statistics_of(sums)
-        bundle.write(folder / spec.name, content, sae, statistics, conformance, database).catalogue.close()
+    content, statistics = manifest_of(asked, spec, sae, figures), entries.statistics_of(sums)
+    latents = described(spec, sae, made, entries.describe(sums, sample))
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".catalogue.") as scratch:
+            database = Path(scratch) / bundle.CATALOGUE
+            catalogue.write(database, latents)
+            bundle.write(folder / spec.name, content, sae, statistics, conformance, database).catalogue.close()
+    except (OSError, sqlite3.Error, SafetensorError) as error:
+        raise OSError(f"bundle: {folder / spec.name}: {error}; the checkpoint is whole, run it again") from error
 
 
 def read_by(spec: Trained, made: TrainingData, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:

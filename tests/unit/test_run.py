@@ -176,6 +176,38 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"000000040.0.pt", checkpoint.LATEST}
 
 
+def test_a_full_disk_leaves_no_bundle_that_looks_whole_and_the_run_ends_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path, tokens=1280)))
+    out = tmp_path / "run"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    # A checkpoint of this run has 20 KB, its catalogue more than 60.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    try:
+        assert main([str(tmp_path / "run.yaml")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert f"error: bundle: {out / 'model-layers.0'}: " in capsys.readouterr().err
+    assert list(out.rglob(bundle.MANIFEST)) == []
+    assert main([str(tmp_path / "run.yaml")]) == 0
+    assert "train: 100%" in capsys.readouterr().err
+    bundle.load(out / "model-layers.0")
+
+
+def test_a_store_cut_short_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path, tokens=1280)))
+    stored = [str(tmp_path / "run.yaml"), f"data.store={tmp_path / 'store'}"]
+    assert main(stored) == 0
+    shard = tmp_path / "store" / "00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert main([*stored, f"out={tmp_path / 'second'}"]) == 2
+    assert f"error: store: {shard} has " in capsys.readouterr().err
+    assert list((tmp_path / "second").rglob(bundle.MANIFEST)) == []
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 40, {"random": torch.zeros(5)}, Mesh())
     (tmp_path / "000000040.0.pt").write_bytes(b"half")
