@@ -79,7 +79,8 @@ async def _window(engine: Engine, sites: Sequence[int], windows: Windows, row: i
         prompt, SamplingParams(temperature=0.0, max_tokens=1, detokenize=False), report_prompt=True, capture=True
     )
     while True:
-        captures = [output async for output in engine.stream(call)][-1].captures
+        outcomes = [output.outcome async for output in engine.stream(call)]
+        captures = [capture for outcome in outcomes if outcome for capture in outcome.captures]
         flat = [[column(c.before, "<f4") for c in captures if c.site == site] for site in sites]
         found = [torch.from_numpy(np.concatenate(parts)).view(-1, engine.model.hidden_size) for parts in flat]
         # A request that was preempted computes its tokens again, and they are captured twice. The engine may run one

@@ -8,6 +8,7 @@ What it makes is a folder: config.yaml, metrics.jsonl, report.html, and a bundle
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,14 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.config is None:
         commands.error("give a CONFIG.yaml, or --example to see one")
     try:
-        for bundle in run(config.load(options.config, options.overrides)):
-            print(bundle)
+        bundles = run(config.load(options.config, options.overrides))
     except (CorpusError, StoreError, CheckpointError, BundleError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    if os.environ.get("RANK", "0") == "0":
+        print(*bundles, sep="\n")
     return 0
 
 

@@ -55,17 +55,24 @@ def run(asked: Config) -> list[Path]:
     """
     mesh = distributed.join(asked.latent_ranks, asked.batch)
     folder = Path(asked.out)
+    bundles = [folder / spec.name for spec in config.trained(asked)]
     try:
         with locked(folder) if mesh.leads else nullcontext():
             if mesh.leads:
                 keep(folder, asked)
+            if all(path.exists() for path in bundles):
+                if mesh.leads and not (folder / report.REPORT).exists():
+                    tell(folder)
+                return bundles
             made = data.gather(asked)
             source = data.source_of(asked, made, mesh)
             sample = data.sample_of(source, SAMPLE_TOKENS)
             learners = [begin(spec, asked, sample, made.trunk.device, mesh) for spec in config.trained(asked)]
             train(asked, learners, source, mesh, folder)
             saes = [canonical(learner, sample, mesh) for learner in learners]
-            return finish(asked, learners, saes, made, folder) if mesh.leads else []
+            if mesh.leads:
+                finish(asked, learners, saes, made, folder)
+            return bundles
     finally:
         distributed.leave()
 
@@ -182,15 +189,17 @@ def canonical(learner: Learner, sample: Vectors, mesh: Mesh) -> SAE:
     return joined.canonical(scale, x * scale)
 
 
-def finish(
-    asked: Config, learners: Sequence[Learner], saes: Sequence[SAE], made: TrainingData, folder: Path
-) -> list[Path]:
+def finish(asked: Config, learners: Sequence[Learner], saes: Sequence[SAE], made: TrainingData, folder: Path) -> None:
     """Measures, describes and writes each SAE that has no bundle yet, then the report."""
     for learner, sae in zip(learners, saes, strict=True):
         if not (folder / learner.spec.name).exists():
             evaluation.conclude(asked, learner.spec, sae, made, folder)
+    tell(folder)
+
+
+def tell(folder: Path) -> None:
+    """Writes the report, or says what it needs: a run does not fail for want of pictures."""
     try:
         report.write(folder)
     except MissingPackage as error:
         print(f"{error}; then: python -m sae_models.training.report {folder}", file=sys.stderr)
-    return [folder / learner.spec.name for learner in learners]

@@ -64,8 +64,7 @@ def test_where_two_want_the_same_partner_the_sum_decides() -> None:
 
 
 def test_groups_matched_apart_are_the_best_assignment_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    from scipy.optimize import linear_sum_assignment
-
+    optimize = pytest.importorskip("scipy.optimize")
     g = torch.Generator().manual_seed(4)
     base = torch.randn(20, 16, generator=g).repeat_interleave(8, 0)
     one, other = (base + 0.8 * torch.randn(160, 16, generator=g) for _ in range(2))
@@ -74,7 +73,7 @@ def test_groups_matched_apart_are_the_best_assignment_of_all(monkeypatch: pytest
     unit_one, unit_other = (torch.nn.functional.normalize(x, dim=1) for x in (one, other))
     cosines = unit_one @ unit_other.T
     gain = torch.where(cosines > compare.FLOOR, cosines, 0).double().numpy()
-    a, b = linear_sum_assignment(gain, maximize=True)
+    a, b = optimize.linear_sum_assignment(gain, maximize=True)
     assert float(found.encoder.double().sum()) == pytest.approx(float(gain[a, b].sum()), rel=1e-5)
     assert len(found.b.unique()) == len(found.b)
     assert torch.allclose(found.nearest, cosines.amax(1), atol=1e-5)

@@ -122,11 +122,9 @@ def test_the_record_forgets_what_is_behind_a_checkpoint_and_a_line_cut_short(tmp
 
 
 def test_single_figures_go_to_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run_of(tmp_path, {"k16": EVALUATION})
-    events = EventAccumulator(str(tmp_path / "events"))
+    events = board.EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     assert [round(event.value, 4) for event in events.Scalars("train/fvu/k16")][:2] == [1.0, 0.5]
     assert [event.step for event in events.Scalars("evaluation/fvu/k16")] == [20 * 512]

@@ -20,6 +20,7 @@ from sae_models.training.__main__ import main
 from sae_models.training.checkpoint import CheckpointError
 from sae_models.training.config import Config, ConfigError
 from sae_models.training.distributed import Mesh
+from sae_models.training.files import locked
 from sae_models.training.record import lines
 from tests.unit import tiny
 
@@ -65,10 +66,9 @@ def test_the_record_tells_what_the_sae_costs_the_model(whole: Config) -> None:
 
 def test_the_same_command_on_a_whole_run_changes_nothing(whole: Config) -> None:
     out = Path(whole.out)
-    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file() and "events" not in file.parts}
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     assert [path.name for path in run.run(whole)] == ["model-layers.0-k4", "model-layers.0-k8"]
-    after = {file: file.read_bytes() for file in out.rglob("*") if file.is_file() and "events" not in file.parts}
-    assert {file.name for file in before if before[file] != after[file]} <= {"report.html"}
+    assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
 
 def test_another_configuration_in_the_same_folder_is_refused_by_its_field(whole: Config) -> None:
@@ -103,7 +103,7 @@ def test_every_architecture_comes_to_a_bundle(tmp_path: Path, architecture: str)
     asked["sae"]["architecture"] = architecture
     made = bundle.load(run.run(config.convert(asked))[0])
     assert made.manifest.architecture == architecture
-    assert 0 < made.manifest.training.fvu < 1
+    assert 0 < (made.manifest.training.fvu or 0) < 1
 
 
 def test_several_sites_and_a_transcoder_come_to_bundles(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_several_sites_and_a_transcoder_come_to_bundles(tmp_path: Path) -> None:
     asked["out"] += "-transcoder"
     transcoder = bundle.load(run.run(config.convert(asked))[0])
     assert (transcoder.manifest.site, transcoder.manifest.output_site) == ("layers.1.mlp_in", "layers.1.mlp_out")
-    assert transcoder.manifest.training.fvu < 1
+    assert 0 < (transcoder.manifest.training.fvu or 0) < 1
 
 
 @pytest.mark.parametrize("stop", [39, 41, 199])
@@ -219,7 +219,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_share_a_folder(whole: Config) -> None:
-    with run.locked(Path(whole.out)), pytest.raises(OSError, match="another process writes in it"):
+    with locked(Path(whole.out)), pytest.raises(OSError, match="another process writes in it"):
         run.run(whole)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_models.training import store, stream
+from sae_models.training.files import locked
 from sae_models.training.store import Content, StoreError
 from sae_models.training.stream import Order, Vectors
 
@@ -161,7 +162,7 @@ def test_a_full_disk_is_one_clear_error_and_the_harvest_goes_on_later(tmp_path: 
 
 
 def test_two_harvests_do_not_share_a_folder(tmp_path: Path) -> None:
-    with store.locked(tmp_path), pytest.raises(StoreError, match="another process writes in it"):
+    with locked(tmp_path), pytest.raises(StoreError, match="another process writes in it"):
         written(tmp_path)
 
 
