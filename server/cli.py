@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -300,8 +301,8 @@ def wait_serving(process: "subprocess.Popen[bytes]", address: str) -> None:
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
-    """End a server and all it started."""
-    process.terminate()
+    """End a server and all it started, as one does at a terminal."""
+    process.send_signal(signal.SIGINT)
     try:
         process.wait(STOPPED_S)
     except subprocess.TimeoutExpired:
