@@ -1,117 +1,48 @@
-"""The arithmetic of steering, and the static buffers it runs on.
+"""The static buffers that the formula of steering (sae_models.formula) runs on inside the engine.
 
-    z = x . encoder + bias                 f = z if z > threshold else 0
-    new = clip(scale * f + shift, lower, upper)
-    x' = x + sum_rows (new - f) * decoder  where f > above and the gate is open
-    x' = x' + weight * (mean - x')         where the gate is open
-
-All of it in fp32 on every token, as a few dense operations: nothing depends on how many programs are in the batch,
-nothing allocates state, nothing leaves the device. Shapes: T tokens, d width, K row places, E program entries.
+Nothing here depends on how many programs are in the batch, allocates state or leaves the device.
+Shapes: T tokens, d width, K row places, E program entries.
 """
 
+from collections.abc import Mapping
 from math import inf
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sae_models.formula import ENTRY, IDENTITY_EDIT, IDENTITY_ENTRY, Product, edit, sequence_condition
+from sae_models.sae import SAE, Normalisation, Rows, activations
+from sae_models.sae import gain as input_gain
 from server.engine.layout import Layout
 from server.steering import wire
 
-TINY = 1e-12
-# Parameters of an entry on a row, [E, len(EDIT), K].
-EDIT = ("scale", "shift", "lower", "upper", "above", "relative", "trigger")
-# `above` is inf: not even an activation that overflowed, of a row that a neighbour brought, moves anyone else's token.
-IDENTITY_EDIT = (1.0, 0.0, -inf, inf, inf, 0.0, inf)
-# Parameters of an entry as a whole, [E, len(ENTRY)], fp64 because sequence state must not depend on chunking.
-ENTRY = (
-    "weight", "blend_row", "restore", "cap", "gated", "token", "sequence", "score", "binarise", "binary",
-    "decay", "gain", "offset", "floor", "window", "level", "level_rate", "min_tokens", "latch",
-)  # fmt: skip
-IDENTITY_ENTRY = (0.0, 0.0, 0.0, inf, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, -1e300, 0.0, 0.0, 0.0, 0.0, 0.0)
 # What the host writes for every token of a step, [len(TOKEN), max tokens]: the entry in force, the request's slot,
 # the batch index of its first token, its count of tokens so far (BOS excluded), its row in the capture buffer.
 TOKEN = ("entry", "slot", "start", "count", "capture")
 
 
-def activations(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
-    """f [T, K] of x [T, d]: JumpReLU in the row form that all SAE activations reduce to (arXiv 2407.14435)."""
-    z = torch.addmm(bias, x, encoder.T)
-    return torch.where(z > threshold, z, 0.0)
+NO_DICTIONARIES: Mapping[str, SAE] = MappingProxyType({})
 
 
-def edit(x: Tensor, f: Tensor, decoder: Tensor, edits: Tensor, entry: Tensor, is_open: Tensor) -> tuple[Tensor, Tensor]:
-    """How far x [T, d] moves [T, d], and which rows moved it [T, K].
+@torch.library.custom_op("rudder::product_of_used", mutates_args=())
+def product_of_used(a: Tensor, b: Tensor, used: Tensor, inner: bool) -> Tensor:
+    """a @ b [n, m] on a CPU, over the first `used` [] of their inner dimension, or else of b's columns, the others 0.
 
-    f [T, K] activations, decoder [K, d], edits [T, len(EDIT), K] and entry [T, len(ENTRY)] the parameters in force at
-    each token, is_open [T] the gate.
+    A dense product of mostly empty row places costs a CPU more than all the rest of the bank.
     """
-    scale, shift, lower, upper, above, relative, _ = edits.unbind(1)
-    weight, blend_row, restore, cap = entry[:, :4].float().unbind(1)
-    norm = x.norm(dim=1, keepdim=True).clamp_min(TINY)
-    unit = torch.where(relative > 0, norm, 1.0)
-    new = torch.minimum(torch.maximum(scale * f + shift * unit, lower * unit), upper * unit)
-    delta = torch.where((f > above) & is_open[:, None], new - f, 0.0)
-    y = torch.addmm(x, delta, decoder)
-    weight = torch.where(is_open, weight, 0.0)[:, None]
-    blend_row = blend_row.long()
-    y = y + weight * (decoder[blend_row] - y)
-    y = y * torch.where(restore[:, None] > 0, norm / y.norm(dim=1, keepdim=True).clamp_min(TINY), 1.0)
-    move = y - x
-    move = move * (cap[:, None] * norm / move.norm(dim=1, keepdim=True).clamp_min(TINY)).clamp_max(1.0)
-    places = torch.arange(f.shape[1], device=f.device)
-    moved = (delta != 0) | ((places == blend_row[:, None]) & (weight > 0))
-    return move, moved
+    rows = int(used)
+    if inner:
+        return a[:, :rows] @ b[:rows]
+    product = a.new_zeros(len(a), b.shape[1])
+    torch.matmul(a, b[:, :rows], out=product[:, :rows])
+    return product
 
 
-def scan(decay: Tensor, shift: Tensor, floor: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compose s -> max(floor, decay * s + shift) over each request's tokens, [T] fp64 each; start [T] as in TOKEN.
-
-    These maps are closed under composition, so one doubling scan serves share, moving average and CUSUM alike.
-    """
-    index = torch.arange(decay.shape[0], device=decay.device)
-    for step in range(steps):
-        earlier = index - (1 << step)
-        within = earlier >= start
-        earlier = earlier.clamp_min(0)
-        decay0 = torch.where(within, decay[earlier], 1.0)
-        shift0 = torch.where(within, shift[earlier], 0.0)
-        floor0 = torch.where(within, floor[earlier], -1e300)
-        decay, shift, floor = decay * decay0, decay * shift0 + shift, torch.maximum(floor, decay * floor0 + shift)
-    return decay, shift, floor
-
-
-def window_mean(u: Tensor, ring: Tensor, token: Tensor, window: Tensor) -> Tensor:
-    """Mean of the last `window` scores [T]; ring [slots, W] holds the scores of earlier steps by count modulo W."""
-    _, slot, start, count, _ = token.unbind(0)
-    back = torch.arange(ring.shape[1], device=u.device)
-    here = torch.arange(u.shape[0], device=u.device)[:, None] - back
-    # The count, not the batch index, numbers scores: BOS stands in the batch but is not counted.
-    number = count[:, None] - back
-    earlier = ring[slot[:, None], number.remainder(ring.shape[1])]
-    scores = torch.where(here >= start[:, None], u[here.clamp_min(0)], earlier)
-    used = (number > 0) & (back < window[:, None])
-    return torch.where(used, scores, 0.0).sum(1) / used.sum(1).clamp_min(1)
-
-
-def sequence_condition(
-    f: Tensor, entry: Tensor, token: Tensor, carry: Tensor, latched: Tensor, ring: Tensor, steps: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Whether the condition holds at each token, and the state after it: (holds, state, alarms, score), [T] each.
-
-    carry, latched [slots] and ring [slots, W] are the state before this step.
-    """
-    p = dict(zip(ENTRY, entry.unbind(1), strict=True))
-    _, slot, start, count, _ = token.unbind(0)
-    score = f.double().gather(1, p["score"].long()[:, None])[:, 0]
-    score = torch.where(p["binarise"] > 0, (score > p["binary"]).double(), score)
-    decay, shift, floor = scan(p["decay"], p["gain"] * score + p["offset"], p["floor"], start, steps)
-    state = torch.maximum(floor, decay * carry[slot] + shift)
-    statistic = torch.where(p["window"] > 0, window_mean(score, ring, token, p["window"]), state)
-    alarm = (statistic > p["level"] + p["level_rate"] * count) & (count >= p["min_tokens"]) & (p["sequence"] > 0)
-    seen = alarm.long().cumsum(0)
-    alarms = seen - (seen - alarm.long())[start] + latched[slot]
-    return torch.where(p["latch"] > 0, alarms > 0, alarm), state, alarms, score
+@product_of_used.register_fake
+def _(a: Tensor, b: Tensor, _used: Tensor, _inner: bool) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
 
 
 class Sequences(nn.Module):
@@ -152,16 +83,28 @@ class SiteBank(nn.Module):
     edits: Tensor
     entries: Tensor
     token: Tensor
+    used: Tensor
+    normalisation: Tensor
+    column: Tensor
     active: Tensor
     moved: Tensor
     before: Tensor
     after: Tensor
 
     def __init__(
-        self, layout: Layout, site: str, width: int, max_tokens: int, token: Tensor, sequences: Sequences
+        self,
+        layout: Layout,
+        site: str,
+        width: int,
+        max_tokens: int,
+        token: Tensor,
+        sequences: Sequences,
+        dictionaries: Mapping[str, SAE] = NO_DICTIONARIES,
     ) -> None:
+        """`dictionaries`: those read here whose activations do not follow from a row alone, or are normalised."""
         super().__init__()
         self.site, self.width, self.stages = site, width, layout.stages
+        self.on_cpu = token.device.type == "cpu"
         self.keeps_sequences = layout.keeps_sequences(site)
         self.steps = (max_tokens - 1).bit_length()
         self.sequences = sequences
@@ -170,6 +113,8 @@ class SiteBank(nn.Module):
         def buffer(name: str, tensor: Tensor) -> None:
             self.register_buffer(name, tensor.to(token.device), persistent=False)
 
+        self.hold(dictionaries, rows)
+        buffer("used", torch.zeros((), dtype=torch.int64))
         buffer("encoder", torch.zeros(rows, width))
         buffer("bias", torch.zeros(rows))
         buffer("threshold", torch.full((rows,), inf))
@@ -184,19 +129,60 @@ class SiteBank(nn.Module):
         buffer("before", torch.zeros(captured, width))
         buffer("after", torch.zeros(captured, width))
 
+    def hold(self, dictionaries: Mapping[str, SAE], rows: int) -> None:
+        """Keep dictionaries whole: each row place then also has a normalisation and a column in all of them."""
+        self.dictionaries = tuple(dictionaries.values())
+        sizes = [sae.latents for sae in self.dictionaries]
+        self.columns = dict(zip(dictionaries, (sum(sizes[:i]) for i in range(len(sizes))), strict=True))
+        self.normalisations = tuple({sae.normalisation for sae in self.dictionaries} - {Normalisation.NONE})
+        self.register_buffer("normalisation", torch.zeros(rows, dtype=torch.int64), persistent=False)
+        self.register_buffer("column", torch.full((rows,), -1), persistent=False)
+
+    def fill(self, place: int, rows: Rows, name: str = "", latent: int = -1) -> None:
+        """Load a row place with the one row of `rows`: latent `latent` of bundle `name`, or a raw one."""
+        for buffer, value in zip((self.encoder, self.bias, self.threshold, self.decoder), rows, strict=True):
+            buffer[place].copy_(value[0], non_blocking=True)
+        sae = dict(zip(self.columns, self.dictionaries, strict=True)).get(name)
+        kind = sae.normalisation if sae else Normalisation.NONE
+        self.normalisation[place] = 1 + self.normalisations.index(kind) if kind in self.normalisations else 0
+        self.column[place] = self.columns[name] + latent if sae and not sae.exact else -1
+
+    def gain(self, x: Tensor) -> Tensor | None:
+        """What each row's input is multiplied by [T, K]; None: by 1."""
+        if not self.normalisations:
+            return None
+        gains = [torch.ones_like(x[:, :1]), *(input_gain(x, kind) for kind in self.normalisations)]
+        return torch.cat(gains, 1)[:, self.normalisation]
+
+    def read(self, x: Tensor, gain: Tensor | None) -> Tensor:
+        """f [T, K] of x [T, d]. A latent that others can displace has its column of its whole dictionary's encode."""
+        rows = Rows(self.encoder, self.bias, self.threshold, self.decoder)
+        f = activations(x, rows, gain, self.product(inner=False))
+        if all(sae.exact for sae in self.dictionaries):
+            return f
+        encoded = torch.cat([sae.encode(x) for sae in self.dictionaries], 1)
+        return torch.where(self.column >= 0, encoded[:, self.column.clamp_min(0)], f)
+
+    def product(self, *, inner: bool) -> Product:
+        """The product over the rows' dimension, which is the inner one or else the last."""
+        if not self.on_cpu:
+            return torch.matmul
+        return lambda a, b: product_of_used(a, b, self.used, inner)
+
     def forward(self, x: Tensor) -> Tensor:
         """x' - x [T, d] of x [T, d], both fp32, T the padded batch."""
         tokens = x.shape[0]
         token = self.token[:, :tokens].long()
         y, displacement = x, torch.zeros_like(x)
         for stage in range(self.stages):
-            f = activations(y, self.encoder, self.bias, self.threshold)
+            gain = self.gain(y)
+            f = self.read(y, gain)
             if stage == 0:
                 self.active[:tokens].copy_(f)
             entry = self.entries[stage, token[0]]
             edits = self.edits[stage, token[0]]
             is_open = self.gate(stage, f, edits, entry, token)
-            move, moved = edit(y, f, self.decoder, edits, entry, is_open)
+            move, moved = edit(y, f, self.decoder, edits, entry, is_open, gain, self.product(inner=True))
             y = y + move
             displacement = displacement + move
             self.moved[stage, :tokens].copy_(moved)
