@@ -41,8 +41,9 @@ CHECKPOINTS = tuple(
     for suffix in ("safetensors", "pt", "dcp")
 )
 AVERAGE = "dataset_average_activation_norm."
-NEWER = frozenset({"W_E", "b_E", "W_D", "b_D", "activation_function.log_jumprelu_threshold"})
-OLDER = frozenset({"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias", "log_jumprelu_threshold"})
+THRESHOLDS = ("activation_function.log_jumprelu_threshold", "log_jumprelu_threshold")
+NEWER = frozenset({"W_E", "b_E", "W_D", "b_D"})
+OLDER = frozenset({"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"})
 
 
 def recognise(path: Path) -> str | None:
@@ -78,7 +79,7 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     found = stored(checkpoint)
     found = state(found["sae"], checkpoint.name) if "sae" in found else found
     hooks = setting(said, "hook_point_in", str, SETTINGS), setting(said, "hook_point_out", str, SETTINGS)
-    only(found, NEWER | OLDER | {AVERAGE + hook for hook in hooks}, checkpoint.name)
+    only(found, NEWER | OLDER | {*THRESHOLDS} | {AVERAGE + hook for hook in hooks}, checkpoint.name)
     weights = parameters(found, said, checkpoint.name)
     weights, threshold, folded = activated(weights, found, said, checkpoint.name)
     if said["norm_activation"] == "dataset-wise":
@@ -136,26 +137,18 @@ def activated(
 ) -> tuple[Weights, Tensor | float, tuple[str, ...]]:
     """(weights, threshold on z, what was folded) once the decoder norm is out of the activation's way."""
     folded = ("pre_bias",) if said.get("apply_decoder_bias_to_pre_encoder") else ()
-    by_norm = setting(said, "sparsity_include_decoder_norm", bool, SETTINGS, True)
-    if said["act_fn"] == "relu":
-        return weights, 0.0, folded
-    if said["act_fn"] == "topk":
-        return (
-            (rescaled(weights, norms(weights.decoder)), 0.0, (*folded, "decoder_norm"))
-            if by_norm
-            else (
-                weights,
-                0.0,
-                folded,
-            )
-        )
-    name = (
-        "log_jumprelu_threshold" if "log_jumprelu_threshold" in found else "activation_function.log_jumprelu_threshold"
-    )
-    threshold = take(found, name, file, (len(weights.bias),)).float().exp()
+    by_norm = setting(said, "sparsity_include_decoder_norm", bool, SETTINGS, True) and said["act_fn"] != "relu"
+    folded += ("decoder_norm",) if by_norm else ()
+    threshold: Tensor | float = 0.0
+    if said["act_fn"] == "jumprelu":
+        named = next((key for key in THRESHOLDS if key in found), THRESHOLDS[0])
+        threshold = take(found, named, file, (len(weights.bias),)).float().exp()
     if not by_norm:
         return weights, threshold, folded
-    return weights, gated(threshold, norms(weights.decoder)), (*folded, "decoder_norm")
+    norm = norms(weights.decoder)
+    if isinstance(threshold, Tensor):
+        return weights, gated(threshold, norm), folded
+    return rescaled(weights, norm), 0.0, folded
 
 
 def average(found: Mapping[str, Any], hook: str, weights: Weights, file: str) -> float:
