@@ -55,13 +55,11 @@ def directions(file: BinaryIO, path: Path) -> dict[int, Tensor]:
     """The directions of an open file."""
     magic, version = exactly(file, 4, path), number(file, "I", path)
     if magic != MAGIC or version not in (2, VERSION):
-        raise FormatError(
-            f"{path.name}: starts with {magic!r} and version {version}, not a GGUF file of version 2 or 3"
-        )
+        raise FormatError(f"{path.name}: starts with {magic!r} and version {version}, not GGUF of version 2 or 3")
     tensors, fields = number(file, "Q", path), number(file, "Q", path)
     if tensors > TENSORS_LIMIT or fields > FIELDS_LIMIT:
         raise FormatError(f"{path.name}: {tensors} tensors and {fields} fields")
-    said = dict((text(file, path), value(file, path)) for _ in range(fields))
+    said = {text(file, path): value(file, path) for _ in range(fields)}
     if said.get("general.architecture") != ARCHITECTURE:
         raise FormatError(f"{path.name}: architecture {said.get('general.architecture')!r}, not {ARCHITECTURE}")
     infos = [(text(file, path), info(file, path)) for _ in range(tensors)]
@@ -80,21 +78,25 @@ def write(path: Path, vectors: Mapping[int, Tensor], model: str) -> None:
     for key, content in (("general.architecture", ARCHITECTURE), (f"{ARCHITECTURE}.model_hint", model)):
         header += packed(key) + struct.pack("<I", STRING) + packed(content)
     header += packed(f"{ARCHITECTURE}.layer_count") + struct.pack("<II", UINT32, len(names))
-    offset, body = 0, b""
+    body = b""
     for name, vector in names.items():
-        header += packed(name) + struct.pack("<IQIQ", 1, len(vector), 0, offset)
-        content = vector.numpy().astype("<f4").tobytes()
-        body += content + bytes(aligned(len(content), ALIGNMENT) - len(content))
-        offset = len(body)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(header + bytes(aligned(len(header), ALIGNMENT) - len(header)) + body)
-    os.replace(file.name, path)
+        header += packed(name) + struct.pack("<IQIQ", 1, len(vector), 0, len(body))
+        body += filled(vector.numpy().astype("<f4").tobytes())
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        file = Path(scratch) / path.name
+        file.write_bytes(filled(header) + body)
+        file.replace(path)
 
 
 def packed(content: str) -> bytes:
     """A GGUF string: its length in bytes, and these."""
     encoded = content.encode()
     return struct.pack("<Q", len(encoded)) + encoded
+
+
+def filled(content: bytes) -> bytes:
+    """Content up to the next aligned position."""
+    return content + bytes(aligned(len(content), ALIGNMENT) - len(content))
 
 
 def aligned(position: int, alignment: int) -> int:

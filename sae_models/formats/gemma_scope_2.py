@@ -46,9 +46,8 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     found = read_safetensors(file)
     only(found, KEYS | {SKIP}, file.name)
     weights, threshold = parameters(found, file.name)
-    skip = (
-        take(found, SKIP, file.name, (weights.encoder.shape[1], len(weights.decoder_bias))) if SKIP in found else None
-    )
+    shape = (weights.encoder.shape[1], len(weights.decoder_bias))
+    skip = take(found, SKIP, file.name, shape) if SKIP in found else None
     said = declared(file)
     if said.notes.get("affine") and skip is None:
         raise FormatError(f"{file.name} {SKIP}: missing, the settings say that there is one")
@@ -96,14 +95,12 @@ def inferred(where: str) -> dict[str, Any]:
     """The settings that repository and folder imply."""
     model = re.search(r"gemma-scope-2-(\w+-(?:pt|it))", where)
     folder = re.search(r"/(resid_post|mlp_out|attn_out|transcoder)(?:_all)?/layer_(\d+)_\w+/", where)
-    settings: dict[str, Any] = {
-        "architecture": "jump_relu",
-        "model_name": f"google/gemma-3-{model[1]}" if model else "",
-    }
+    name = f"google/gemma-3-{model[1]}" if model else ""
+    settings: dict[str, Any] = {"architecture": "jump_relu", "model_name": name}
     if folder:
         read_at, written_at = (f"model.layers.{int(folder[2])}.{module}" for module in FOLDERS[folder[1]])
-        affine = f"{folder[0]}".endswith("_affine/")
-        settings |= {"hf_hook_point_in": read_at, "hf_hook_point_out": written_at, "affine_connection": affine}
+        settings |= {"hf_hook_point_in": read_at, "hf_hook_point_out": written_at}
+        settings["affine_connection"] = folder[0].endswith("_affine/")
     return settings
 
 

@@ -136,7 +136,7 @@ def activated(
     weights: Weights, found: Mapping[str, Any], said: Mapping[str, Any], file: str
 ) -> tuple[Weights, Tensor | float, tuple[str, ...]]:
     """(weights, threshold on z, what was folded) once the decoder norm is out of the activation's way."""
-    folded = ("pre_bias",) if said.get("apply_decoder_bias_to_pre_encoder") else ()
+    folded: tuple[str, ...] = ("pre_bias",) if said.get("apply_decoder_bias_to_pre_encoder") else ()
     by_norm = setting(said, "sparsity_include_decoder_norm", bool, SETTINGS, True) and said["act_fn"] != "relu"
     folded += ("decoder_norm",) if by_norm else ()
     threshold: Tensor | float = 0.0

@@ -35,10 +35,8 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     """The SAE in a folder, its weights in one file or in shards."""
     said = read_json(path / SETTINGS)
     check(said)
-    found = {
-        key: tensor for file in matching(path, "model*.safetensors") for key, tensor in read_safetensors(file).items()
-    }
-    file = "model.safetensors"
+    file, shards = "model.safetensors", matching(path, "model*.safetensors")
+    found = {key: tensor for shard in shards for key, tensor in read_safetensors(shard).items()}
     only(found, KEYS, file)
     bias, decoder_bias = take(found, "encoder.bias", file, (-1,)), take(found, "b_dec", file, (-1,))
     shape = (len(bias), len(decoder_bias))
