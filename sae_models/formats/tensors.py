@@ -26,6 +26,7 @@ from sae_models.sae import SAE
 HEADER_LIMIT = 1 << 20
 SETTINGS_LIMIT = 4 << 20
 YAML_LIMIT = 256 << 10
+NESTING_LIMIT = 20
 # Deflate cannot shrink floating-point weights much; what expands more is made to exhaust memory.
 EXPANSION_LIMIT = 16
 # Hashing a tuple visits what it holds each time it occurs: tuples made of the same tuple twice, over and over, hang.
@@ -241,11 +242,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping of plain values, without aliases: merged aliases grow without measure."""
+    """A YAML mapping of plain values, without aliases."""
     try:
         content = text(path, YAML_LIMIT)
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
-            raise FormatError(f"{path.name}: has aliases")
+        check_tokens(content, path)
         found = yaml.safe_load(content)
     except FormatError:
         raise
@@ -254,6 +254,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise FormatError(f"{path.name}: is not a mapping of names")
     return found
+
+
+def check_tokens(content: str, path: Path) -> None:
+    """FormatError of YAML with aliases, which merged grow without measure, or nested so deeply that it takes long."""
+    depth = 0
+    for token in yaml.scan(content):
+        depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
+        depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
+        if isinstance(token, yaml.AliasToken) or depth > NESTING_LIMIT:
+            raise FormatError(f"{path.name}: has aliases, or is nested {NESTING_LIMIT} deep")
 
 
 def text(path: Path, limit: int) -> str:
