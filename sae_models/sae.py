@@ -236,7 +236,7 @@ def moved(sae: SAE, move: Callable[[Tensor], Tensor]) -> SAE:
 
 def activations(x: Tensor, rows: Rows) -> Tensor:
     """Activations [..., n] of rows on encoder inputs x [..., d]; the test is strict, as in every published format."""
-    z = x.float() @ rows.encoder.T + rows.bias
+    z = torch.nn.functional.linear(x.float(), rows.encoder, rows.bias)
     return torch.where(z > rows.threshold, z, 0.0)
 
 
@@ -246,7 +246,8 @@ def gain(x: Tensor, normalisation: Normalisation) -> Tensor:
         case Normalisation.NONE:
             return x.new_ones(())
         case Normalisation.CONSTANT_NORM:
-            return sqrt(x.shape[-1]) / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            return sqrt(x.shape[-1]) / norm
         case Normalisation.LAYER_NORM:
             return 1 / (x.std(dim=-1, keepdim=True) + LAYER_NORM_EPSILON)
 

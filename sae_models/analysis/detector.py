@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sae_models import formula
+
 
 @dataclass(frozen=True)
 class Detector:
@@ -45,10 +47,14 @@ def fit(x: Tensor, positive: Tensor, weight: Tensor, penalty: float = 1e-3) -> D
 
 
 def cusum(score: Tensor, drift: float) -> Tensor:
-    """S_t = max(0, S_{t-1} + score_t - drift) along the last dimension."""
-    total = (score - drift).cumsum(-1)
-    lowest = torch.minimum(total.cummin(-1).values, torch.zeros(()))
-    return total - lowest
+    """S_t = max(0, S_{t-1} + score_t - drift) along the last dimension, by the formula's scan."""
+    p = formula.STATISTICS["cusum"](drift)
+    u = score.double().reshape(-1)
+    start = torch.arange(len(u)) // score.shape[-1] * score.shape[-1]
+    steps = (score.shape[-1] - 1).bit_length()
+    ones = torch.ones_like(u)
+    _, shift, floor = formula.scan(ones, u + p["offset"], p["floor"] * ones, start, steps)
+    return torch.maximum(floor, shift).reshape(score.shape)
 
 
 def level_for(highest: Tensor, false_alarms: float) -> float:

@@ -1,10 +1,12 @@
-"""The programs of this package's YAML files, and what they do to the residual stream, in plain PyTorch.
+"""The programs of this package's YAML files, and what they do to the residual stream, by the formula that serves.
 
 The part of message Program (proto/rudder/v1) that the shipped programs use: edits of latents at one site, a blend, and
 a gate read at that site. A file that asks for more is refused.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from sae_models import formula
 from sae_models.analysis.detector import cusum
 from sae_models.bundle import Bundle
-from sae_models.sae import activations
+from sae_models.sae import Rows, activations
 
 RESIDUAL_NORM = "UNIT_RESIDUAL_NORM"
 ABSOLUTE = "UNIT_ABSOLUTE"
@@ -146,52 +149,59 @@ def _shared(value: Any, rows: dict[str, Any]) -> Any:
 
 def apply(program: Program, bundle: Bundle, x: Tensor) -> Effect:
     """What the program makes of residuals x [batch, length, d] of whole texts without BOS."""
-    site = program.sites[0]
-    is_open = gate_open(program.gate, bundle, x)
-    norm = x.norm(dim=-1, keepdim=True)
-    edited = x + sum((_displacement(edit, bundle, x, norm) for edit in site.edits), torch.zeros(()))
+    site, flat = program.sites[0], x.reshape(-1, x.shape[-1])
+    is_open = gate_open(program.gate, bundle, x).reshape(-1)
+    parts = [row_of(edit.row, bundle) for edit in site.edits]
     if site.blend:
-        edited = edited + site.blend.weight * (bundle.statistics.mean - edited)
-    changed = torch.where(is_open[..., None], edited, x)
-    return Effect(changed, (changed != x).any(-1))
+        mean = bundle.statistics.mean[None]
+        parts.append(Rows(torch.zeros_like(mean), torch.zeros(1), torch.zeros(1), mean))
+    rows = stacked(parts)
+    columns = [edit_column(edit) for edit in site.edits] + [formula.IDENTITY_EDIT] * bool(site.blend)
+    edits = torch.tensor(columns).T.expand(len(flat), -1, -1)
+    blend = {"weight": site.blend.weight, "blend_row": len(site.edits)} if site.blend else {}
+    move, moved = formula.edit(flat, activations(flat, rows), rows.decoder, edits, entries(len(flat), blend), is_open)
+    return Effect((flat + move).reshape(x.shape), moved.any(-1).reshape(x.shape[:-1]))
 
 
 def gate_open(gate: Gate | None, bundle: Bundle, x: Tensor) -> Tensor:
     """Where the gate is open [batch, length], for residuals x [batch, length, d] of whole texts without BOS."""
     is_open = torch.ones(x.shape[:-1], dtype=torch.bool)
     if gate and gate.any_of:
-        is_open &= torch.stack([_score(trigger.row, bundle, x) > trigger.above for trigger in gate.any_of]).any(0)
+        f = activations(x, stacked([row_of(trigger.row, bundle) for trigger in gate.any_of]))
+        is_open &= (f > torch.tensor([trigger.above for trigger in gate.any_of])).any(-1)
     if gate and gate.sequence:
-        alarm = cusum(_score(gate.sequence.score, bundle, x), gate.sequence.cusum.drift) > gate.sequence.level
+        score = activations(x, row_of(gate.sequence.score, bundle))[..., 0]
+        alarm = cusum(score, gate.sequence.cusum.drift) > gate.sequence.level
         is_open &= alarm.cummax(-1).values if gate.sequence.latch else alarm
     return is_open
 
 
-def _score(row: Row, bundle: Bundle, x: Tensor) -> Tensor:
-    if row.probe:
-        return x @ torch.tensor(row.probe.weights) + row.probe.bias
-    return _activation(row, bundle, x)
+def entries(tokens: int, parameters: dict[str, float]) -> Tensor:
+    """The same entry parameters at every token, [tokens, len(ENTRY)]."""
+    identity = dict(zip(formula.ENTRY, formula.IDENTITY_ENTRY, strict=True))
+    return torch.tensor([*(identity | parameters).values()], dtype=torch.float64).expand(tokens, -1)
 
 
-def _activation(row: Row, bundle: Bundle, x: Tensor) -> Tensor:
-    return activations(x, bundle.sae.exact_rows(torch.tensor([_index(row)])))[..., 0]
+def edit_column(edit: Edit) -> tuple[float, ...]:
+    """The formula's parameters of an edit, in the order of formula.EDIT."""
+    operand = {"add": edit.add, "set": edit.set, "clamp": edit.clamp}
+    operation, value = next(((name, value) for name, value in operand.items() if value is not None), ("", 0.0))
+    if not operation:
+        raise ValueError("edit: none of add, set and clamp")
+    given = {"above": -inf, "relative": float(edit.unit == RESIDUAL_NORM)} | formula.OPERATIONS[operation](value)
+    return tuple((dict(zip(formula.EDIT, formula.IDENTITY_EDIT, strict=True)) | given).values())
 
 
-def _index(row: Row) -> int:
-    if row.feature is None:
-        raise ValueError("row: only a feature can be edited")
-    return row.feature.index
+def row_of(row: Row, bundle: Bundle) -> Rows:
+    """One row; a probe has no decoder."""
+    if row.feature:
+        return bundle.sae.exact_rows(torch.tensor([row.feature.index]))
+    if row.probe is None:
+        raise ValueError("row: neither a feature nor a probe")
+    weights = torch.tensor([row.probe.weights])
+    return Rows(weights, torch.tensor([row.probe.bias]), torch.tensor([-inf]), torch.zeros_like(weights))
 
 
-def _displacement(edit: Edit, bundle: Bundle, x: Tensor, norm: Tensor) -> Tensor:
-    """[batch, length, d] along the latent's decoder, which has norm 1."""
-    f = _activation(edit.row, bundle, x)[..., None]
-    unit = norm if edit.unit == RESIDUAL_NORM else torch.ones(())
-    decoder = bundle.sae.decoder[_index(edit.row)]
-    if edit.add is not None:
-        return edit.add * unit * decoder
-    if edit.set is not None:
-        return (edit.set * unit - f) * decoder
-    if edit.clamp is not None:
-        return torch.where(f > 0, edit.clamp * unit - f, 0.0) * decoder
-    raise ValueError("edit: none of add, set and clamp")
+def stacked(rows: Sequence[Rows]) -> Rows:
+    """All of the rows as one."""
+    return Rows(*(torch.cat(parts) for parts in zip(*rows, strict=True)))

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rudder.v1 import inference_pb2
-from server.engine.engine import Output
+from server.engine.hub import Features
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -86,26 +86,26 @@ class Pool:
         ]
 
 
-def entries_of(output: Output, names: Names) -> Entries:
-    """The active entries of an output, in the order of positions."""
-    rows, places = np.nonzero(output.active)
-    parts = [(output.positions[rows], places, output.active[rows, places])]
-    if output.top_values.size:
-        parts.append(strongest(output, names))
+def entries_of(features: Features, names: Names) -> Entries:
+    """The active entries, in the order of positions."""
+    rows, places = np.nonzero(features.active)
+    parts = [(features.positions[rows], places, features.active[rows, places])]
+    if features.top_values.size:
+        parts.append(strongest(features, names))
     positions, places, values = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(positions, kind="stable")
     return Entries(positions[order].astype(np.int64), places[order].astype(np.int64), values[order].astype(np.float32))
 
 
-def strongest(output: Output, names: Names) -> tuple[Ints, Ints, Floats]:
+def strongest(features: Features, names: Names) -> tuple[Ints, Ints, Floats]:
     """The active ones among the strongest latents; each distinct latent is looked up once."""
-    rows, sites, ranks = np.nonzero(output.top_values > 0)
-    latents = output.top_latents[rows, sites, ranks].astype(np.int64)
+    rows, sites, ranks = np.nonzero(features.top_values > 0)
+    latents = features.top_latents[rows, sites, ranks].astype(np.int64)
     pairs, inverse = np.unique(np.stack([sites, latents]), axis=1, return_inverse=True)
     found = np.array([names.place(site, latent) for site, latent in pairs.T.tolist()], np.int64)
     places = found[inverse.reshape(-1)] if len(found) else np.zeros(0, np.int64)
     new = places >= 0
-    return output.positions[rows][new], places[new], output.top_values[rows, sites, ranks][new]
+    return features.positions[rows][new], places[new], features.top_values[rows, sites, ranks][new]
 
 
 def columns(entries: Entries) -> inference_pb2.FeatureColumns:

@@ -13,11 +13,14 @@ from server.api.pace import Stream
 from server.api.prompt import prompt_ids
 from server.api.sampling import sampling_of
 from server.api.serving import Serving, bundle_at, feature_info
-from server.engine.engine import Call, Output
+from server.engine.engine import Call, Outcome, Output
+from server.engine.hub import Features
 from server.monitoring import metrics
 from server.steering.compile import Compiled, compile_program
+from server.steering.watch import Watched, compile_watch
 
 Emit = Callable[[inference_pb2.ChoiceDelta], Awaitable[None]]
+REMEMBERED_WATCHES = 256
 FINISH_REASONS = {
     "stop": inference_pb2.FINISH_REASON_STOP,
     "length": inference_pb2.FINISH_REASON_LENGTH,
@@ -66,7 +69,7 @@ async def prepare(
         prompt_ids=ids,
         sampling=sampling_of(inference_pb2.Sampling(max_tokens=1), 0, 0),
         compiled=compiled,
-        watch=tuple((feature.site, feature.row) for feature in report.features),
+        watch=watched_rows(serving, report),
         top_k=report.top_k,
         top_k_sites=sites,
         report_prompt=report.prompt,
@@ -79,6 +82,19 @@ async def prepare(
     choices = range(sampling.n or 1)
     call = replace(call, cache_salt=request.cache_salt)
     return Job(tuple(replace(call, sampling=sampling_of(sampling, i, interval)) for i in choices), report, names)
+
+
+def watched_rows(serving: Serving, report: inference_pb2.Report) -> tuple[Watched, ...]:
+    """The rows that a request wants reported. Callers ask for the same ones again and again."""
+    if not report.features:
+        return ()
+    key = inference_pb2.Report(features=report.features).SerializeToString(deterministic=True)
+    if key not in serving.watched:
+        rows = [(feature.site, feature.row) for feature in report.features]
+        if len(serving.watched) >= REMEMBERED_WATCHES:
+            serving.watched.clear()
+        serving.watched[key] = compile_watch(rows, serving.engine.registry, "report.features")
+    return serving.watched[key]
 
 
 def steering_of(serving: Serving, steering: inference_pb2.Steering) -> Compiled | None:
@@ -176,14 +192,14 @@ def delta_of(serving: Serving, job: Job, progress: Progress, output: Output) -> 
         token_ids=output.token_ids,
         logprobs=columns.logprobs(output.logprobs, progress.call.sampling.logprobs or 0),
     )
-    if len(output.positions):
-        entries = columns.entries_of(output, job.names)
+    if len(output.features.positions):
+        entries = columns.entries_of(output.features, job.names)
         if job.report.pooled:
-            progress.pool.add(*without_bos(entries, output, progress.bos))
+            progress.pool.add(*without_bos(entries, output.features, progress.bos))
         if not job.report.no_tokens and len(entries.positions):
             delta.activations.CopyFrom(columns.columns(entries))
-    if output.finish_reason:
-        finish(delta, serving, job, progress, output)
+    if output.outcome:
+        finish(delta, serving, job, progress, output.outcome)
     return delta
 
 
@@ -192,36 +208,39 @@ def starts_with_bos(serving: Serving, call: Call) -> bool:
     return call.prompt_ids[0] == serving.engine.model.bos_token_id
 
 
-def without_bos(entries: Entries, output: Output, bos: bool) -> tuple[Entries, int]:
+def without_bos(entries: Entries, features: Features, bos: bool) -> tuple[Entries, int]:
     """The entries to pool, and the number of tokens they are of."""
-    if not bos or output.positions[0] > 0:
-        return entries, len(output.positions)
+    if not bos or features.positions[0] > 0:
+        return entries, len(features.positions)
     kept = entries.positions > 0
-    return Entries(entries.positions[kept], entries.places[kept], entries.values[kept]), len(output.positions) - 1
+    return Entries(entries.positions[kept], entries.places[kept], entries.values[kept]), len(features.positions) - 1
 
 
-def finish(delta: inference_pb2.ChoiceDelta, serving: Serving, job: Job, progress: Progress, output: Output) -> None:
+def finish(delta: inference_pb2.ChoiceDelta, serving: Serving, job: Job, progress: Progress, outcome: Outcome) -> None:
     """What the last delta of a choice says beside its tokens."""
-    delta.finish_reason = FINISH_REASONS[output.finish_reason or ""]
-    delta.stop_reason = "" if output.stop_reason is None else str(output.stop_reason)
+    delta.finish_reason = FINISH_REASONS[outcome.finish_reason]
+    delta.stop_reason = "" if outcome.stop_reason is None else str(outcome.stop_reason)
     if job.report.pooled:
         delta.pooled.extend(progress.pool.features(job.names.watched))
-    delta.usage.prompt_tokens = output.prompt_tokens
-    delta.usage.generated_tokens = output.generated_tokens
-    delta.usage.cached_tokens = output.cached_tokens
-    delta.attestation.CopyFrom(attestation_of(serving, progress.call, output))
+    delta.usage.prompt_tokens = outcome.prompt_tokens
+    delta.usage.generated_tokens = outcome.generated_tokens
+    delta.usage.cached_tokens = outcome.cached_tokens
+    delta.attestation.CopyFrom(attestation_of(serving, progress.call, outcome))
 
 
-def attestation_of(serving: Serving, call: Call, output: Output) -> inference_pb2.Attestation:
+def attestation_of(serving: Serving, call: Call, outcome: Outcome) -> inference_pb2.Attestation:
     """What ran, as the worker counted it."""
     policy = serving.engine.policy
     attestation = inference_pb2.Attestation(
         program_digest=call.compiled.digest if call.compiled else "",
         policy_digest=policy.digest if policy else "",
-        tokens_seen=output.tokens_seen,
+        tokens_seen=outcome.tokens_seen,
         engine_epoch=serving.engine.epoch,
     )
-    for origin, compiled, moved in (("request", call.compiled, output.moved), ("policy", policy, output.policy_moved)):
+    for origin, compiled, moved in (
+        ("request", call.compiled, outcome.moved),
+        ("policy", policy, outcome.policy_moved),
+    ):
         for name, tokens in zip(compiled.edits if compiled else (), moved, strict=True):
             attestation.edits.add(
                 origin=origin, site=name.site, row=name.row, operation=name.operation, tokens_touched=tokens

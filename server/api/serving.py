@@ -17,6 +17,7 @@ from server.api.errors import Refusal, invalid
 from server.api.limits import Bounds
 from server.api.pace import Pace
 from server.engine.engine import Engine
+from server.steering.watch import Watched
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Message, Message]
@@ -33,6 +34,7 @@ class Serving:
     pace: Pace
     labels: dict[str, list[str]]
     draining: bool = False
+    watched: dict[bytes, tuple[Watched, ...]] = field(default_factory=dict)
     # One thread: the tokenizer must not be used from two.
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
 

@@ -254,16 +254,20 @@ async def start_plain(config: configuration.Config, load: Load) -> tuple[Generat
 
 async def start_rudder(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
     """Rudder's engine, self-tested."""
+    from rudder.v1 import program_pb2
     from server.engine import selftest
     from server.engine.engine import Engine
     from server.steering.compile import compile_program
+    from server.steering.watch import compile_watch
 
     engine = await Engine.start(config)
     await selftest.run(engine)
     programs = [compile_program(program_of(load, number), engine.registry) for number in range(load.programs)]
+    features = [program_pb2.Row(feature=program_pb2.Feature(index=i)) for i in range(WATCHED)]
+    watch = compile_watch([(sites_of(load)[0], row) for row in features], engine.registry, "watch")
 
     def generate(case: str, number: int) -> AsyncIterator[Any]:
-        return engine.stream(call_of(case, number, load, programs))
+        return engine.stream(call_of(case, number, load, programs, watch))
 
     return generate, engine.llm.shutdown
 
@@ -289,9 +293,8 @@ async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate
     return generate, server.terminate
 
 
-def call_of(case: str, number: int, load: Load, programs: list[Any]) -> Any:
+def call_of(case: str, number: int, load: Load, programs: list[Any], watch: Any) -> Any:
     """Request `number` of a case."""
-    from rudder.v1 import program_pb2
     from server.engine.engine import Call
 
     site = sites_of(load)[0]
@@ -301,8 +304,7 @@ def call_of(case: str, number: int, load: Load, programs: list[Any]) -> Any:
     if case.endswith("programs"):
         more = {"compiled": programs[number % len(programs)]}
     if case.startswith("watch"):
-        feature = program_pb2.Feature
-        more = {"watch": tuple((site, program_pb2.Row(feature=feature(index=i))) for i in range(WATCHED))}
+        more = {"watch": watch}
     if case.startswith("full_encode"):
         more = {"top_k": 8, "top_k_sites": (site,)}
     return Call(tuple(prompt(load, number)), sampling(load), **more)

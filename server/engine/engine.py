@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -29,15 +29,15 @@ from sae_models import bundle as bundles
 from sae_models.bundle import Bundle
 from server import config as configuration
 from server.engine.admission import Admission
-from server.engine.hub import Hub, Inbox
+from server.engine.hub import Features, Hub, Inbox
 from server.engine.layout import Layout
-from server.engine.telemetry import Array, Capture, TelemetryLost
+from server.engine.telemetry import Capture, TelemetryLost
 from server.monitoring import metrics
 from server.steering import wire
 from server.steering.compile import Compiled, compile_program
 from server.steering.programs import load_programs
 from server.steering.rows import Dictionary, Registry, check_capacity
-from server.steering.watch import compile_watch, with_watch
+from server.steering.watch import Watched, compile_watch, with_watch
 
 TELEMETRY_TIMEOUT_S = 30.0
 RELEASE_TIMEOUT_S = 0.5
@@ -53,7 +53,7 @@ class Call:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     compiled: Compiled | None = None
-    watch: tuple[tuple[str, program_pb2.Row], ...] = ()
+    watch: tuple[Watched, ...] = ()
     top_k: int = 0
     top_k_sites: tuple[str, ...] = ()
     report_prompt: bool = False
@@ -64,29 +64,28 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Output:
-    """What happened since the last one; the last has `finish_reason` and what ran.
+class Outcome:
+    """What ran, as the worker counted it, and how it ended."""
 
-    `positions` [n] are those whose features follow: active [n, rows of `Call.watch`], top_latents and top_values
-    [n, sites, k].
-    """
+    finish_reason: str
+    stop_reason: str | int | None
+    prompt_tokens: int
+    generated_tokens: int
+    cached_tokens: int
+    moved: tuple[int, ...]
+    policy_moved: tuple[int, ...]
+    tokens_seen: int
+    captures: tuple[Capture, ...]
+
+
+class Output(NamedTuple):
+    """What happened since the last one; the last has the outcome. `features` are of the columns of `Call.watch`."""
 
     text: str
     token_ids: list[int]
     logprobs: list[dict[int, Any]] | None
-    positions: Array
-    active: Array
-    top_latents: Array
-    top_values: Array
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    cached_tokens: int = 0
-    moved: tuple[int, ...] = ()
-    policy_moved: tuple[int, ...] = ()
-    tokens_seen: int = 0
-    captures: tuple[Capture, ...] = ()
+    features: Features
+    outcome: Outcome | None = None
 
 
 @dataclass(frozen=True)
@@ -209,8 +208,7 @@ class Engine:
         """What the worker is told, and the column of each of `call.watch`."""
         registry = self.registry
         program = call.compiled.sites if call.compiled else ()
-        watched = compile_watch(call.watch, registry, "report.features")
-        sites, columns = with_watch(() if call.canary else program, watched)
+        sites, columns = with_watch(() if call.canary else program, call.watch)
         policy = self.policy.sites if self.policy else ()
         later = policy if call.canary is None else program if call.canary else ()
         limit = len(call.prompt_ids) + (call.sampling.max_tokens or 0)
@@ -255,12 +253,13 @@ class Engine:
     async def stream(self, call: Call) -> AsyncGenerator[Output]:
         """Run a call. Closing or cancelling the iterator aborts it in the engine at once.
 
-        Raises QueueFull, TelemetryLost, EngineDeadError, ProgramError (a watched row that does not exist).
+        Raises QueueFull, TelemetryLost, EngineDeadError, ProgramError (more rows than a bank has places).
         """
         if self.hub.lost:
             raise self.hub.lost
         handle = next(self.handles)
         request, columns = self.compile(call)
+        order = None if columns == tuple(range(len(columns))) else columns
         await self.admission.acquire(handle, request)
         inbox = self.hub.open(handle, request)
         request_id = f"{handle}-{secrets.token_hex(4)}"
@@ -272,27 +271,29 @@ class Engine:
                     choice = out.outputs[0]
                     generated += len(choice.token_ids)
                     cached = max(cached, out.num_cached_tokens or 0)
+                    ids = list(choice.token_ids)
                     if choice.finish_reason:
-                        yield await self.final(choice, inbox, call, columns, generated, cached)
+                        outcome = await self.outcome(choice, inbox, call, generated, cached)
+                        features = inbox.take().reordered(order)
+                        last = features.positions < outcome.prompt_tokens + generated - 1
+                        yield Output(choice.text, ids, choice.logprobs, features.where(last), outcome)
+                    elif inbox.reports:
+                        self.hub.sort()
+                        yield Output(choice.text, ids, choice.logprobs, inbox.take().reordered(order))
                     else:
-                        news = inbox.take().reordered(columns)
-                        yield Output(choice.text, list(choice.token_ids), choice.logprobs, *news)
+                        yield Output(choice.text, ids, choice.logprobs, inbox.nothing)
         finally:
             self.spawn(self.see_released(handle, inbox, request_id))
 
-    async def final(
-        self, choice: Any, inbox: Inbox, call: Call, columns: tuple[int, ...], generated: int, cached: int
-    ) -> Output:
-        """The last Output, once all telemetry has come, with what the worker counted."""
+    async def outcome(self, choice: Any, inbox: Inbox, call: Call, generated: int, cached: int) -> Outcome:
+        """How the call ended, once all of its telemetry has come."""
         # With asynchronous scheduling the engine may have run one token more than the answer has.
         last = len(call.prompt_ids) + generated - 1
         await self.covered(inbox, last)
         moved = inbox.moved_before(last)
         own = len(call.compiled.edits) if call.compiled else 0
-        return Output(
-            choice.text, list(choice.token_ids), choice.logprobs, *inbox.take().reordered(columns).before(last),
-            finish_reason=choice.finish_reason, stop_reason=choice.stop_reason,
-            prompt_tokens=len(call.prompt_ids), generated_tokens=generated, cached_tokens=cached,
+        return Outcome(
+            choice.finish_reason, choice.stop_reason, len(call.prompt_ids), generated, cached,
             moved=moved[:own], policy_moved=moved[own:], tokens_seen=max(0, min(inbox.covered, last) - inbox.first),
             captures=tuple(inbox.captures),
         )  # fmt: skip
@@ -300,8 +301,11 @@ class Engine:
     async def covered(self, inbox: Inbox, position: int) -> None:
         """Wait until every token before `position` has been reported."""
         deadline = time.monotonic() + TELEMETRY_TIMEOUT_S
-        while inbox.covered < position:
-            inbox.arrived.clear()
+        while True:
+            self.hub.arrived.clear()
+            self.hub.sort()
+            if inbox.covered >= position:
+                return
             if self.hub.lost:
                 raise self.hub.lost
             if self.llm.errored:
@@ -309,7 +313,7 @@ class Engine:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise TelemetryLost(f"no telemetry for position {inbox.covered}")
-            await happened(inbox.arrived, min(remaining, 1.0))
+            await happened(self.hub.arrived, min(remaining, 1.0))
 
     async def see_released(self, handle: int, inbox: Inbox, request_id: str) -> None:
         """Make sure that a request's places come back, also when it never reached the worker."""

@@ -1,4 +1,8 @@
-"""Receives the worker's frames and sorts them into one inbox per request."""
+"""Receives the worker's frames and sorts them into one inbox per request.
+
+Steady decoding sends frame after frame of the same shape. They are kept as they came and sorted together when someone
+asks: what a step costs here does not grow with the requests in flight unless they read features.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -12,15 +16,8 @@ import zmq.asyncio
 from server.engine.telemetry import Array, Capture, Frame, TelemetryLost, column, unseal
 from server.steering import wire
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """What one step said of one request: [n] tokens from position `start` on."""
-
-    start: int
-    active: Array
-    latents: Array
-    values: Array
+# Frames kept before they are sorted, whoever asks: bounds memory.
+LONGEST_RUN = 64
 
 
 class Features(NamedTuple):
@@ -31,15 +28,13 @@ class Features(NamedTuple):
     top_latents: Array
     top_values: Array
 
-    def reordered(self, columns: tuple[int, ...]) -> "Features":
-        """With the columns of `active` in this order."""
-        if columns == tuple(range(self.active.shape[1])):
-            return self
-        return self._replace(active=self.active[:, list(columns)])
+    def reordered(self, columns: tuple[int, ...] | None) -> "Features":
+        """With the columns of `active` in this order; None: as they are."""
+        return self if columns is None else self._replace(active=self.active[:, list(columns)])
 
-    def before(self, position: int) -> "Features":
-        """Those of positions before this one."""
-        return Features(*(column[self.positions < position] for column in self))
+    def where(self, chosen: Array) -> "Features":
+        """Those of some tokens, [n] bool."""
+        return Features(*(column[chosen] for column in self))
 
 
 def no_features(rows: int, sites: int, k: int) -> Features:
@@ -50,16 +45,18 @@ def no_features(rows: int, sites: int, k: int) -> Features:
 
 @dataclass
 class Inbox:
-    """A request's telemetry, joined by position. `covered`: the position after the last token that ran."""
+    """A request's telemetry, joined by position. `covered`: the position after the last token that ran.
+
+    `moved`: (positions after each step [n], tokens that each edit touched in it [n, edits]).
+    """
 
     request: wire.Request
     first: int = -1
     covered: int = 0
-    chunks: list[Chunk] = field(default_factory=list)
+    chunks: list[Features] = field(default_factory=list)
     delivered: int = 0
-    moved: list[tuple[int, Array]] = field(default_factory=list)
+    moved: list[tuple[Array, Array]] = field(default_factory=list)
     captures: list[Capture] = field(default_factory=list)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -67,19 +64,17 @@ class Inbox:
         # Rows reported per token, and counts in the `moved` column.
         self.watched = sum(len(site.watch) for site in stages[0])
         self.edits = sum(len(s.edits) + bool(s.blend) for stage in stages for s in stage)
-        self.nothing = no_features(self.watched, len(self.request.top_k_sites), self.request.top_k)
+        self.top = (len(self.request.top_k_sites), self.request.top_k)
+        self.reports = bool(self.watched or self.request.top_k_sites)
+        self.nothing = no_features(self.watched, *self.top)
 
-    def take(self) -> "Features":
-        """What has come since the last take.
-
-        A position that ran again after a preemption is not told twice.
-        """
+    def take(self) -> Features:
+        """What has been sorted since the last take. A position that ran again after a preemption is not told twice."""
         parts = []
         for chunk in self.chunks:
-            skip, end = max(0, self.delivered - chunk.start), chunk.start + len(chunk.active)
-            columns = (np.arange(chunk.start, end), chunk.active, chunk.latents, chunk.values)
-            parts.append(Features(*(column[skip:] for column in columns)) if skip else Features(*columns))
-            self.delivered = max(self.delivered, end)
+            new = chunk if chunk.positions[0] >= self.delivered else chunk.where(chunk.positions >= self.delivered)
+            self.delivered = max(self.delivered, int(chunk.positions[-1]) + 1)
+            parts.append(new)
         self.chunks.clear()
         if len(parts) < 2:
             return parts[0] if parts else self.nothing
@@ -87,8 +82,30 @@ class Inbox:
 
     def moved_before(self, end: int) -> tuple[int, ...]:
         """Tokens touched per edit among positions before `end`."""
-        counts = [np.zeros(self.edits, np.int64), *(count for last, count in self.moved if last <= end)]
+        counts = [np.zeros(self.edits, np.int64), *(count[ends <= end].sum(0) for ends, count in self.moved)]
         return tuple(np.sum(counts, axis=0).tolist())
+
+
+@dataclass
+class Run:
+    """Consecutive frames of one shape: the same requests in the same order, each going on where it stopped."""
+
+    frames: list[Frame]
+    starts: Array
+    lengths: Array
+
+    def continues(self, frame: Frame) -> bool:
+        """Whether `frame` can be appended."""
+        last = self.frames[-1]
+        return (
+            len(self.frames) < LONGEST_RUN
+            and frame.handles == last.handles
+            and frame.lengths == last.lengths
+            and len(frame.moved) == len(last.moved)
+            and len(frame.active) == len(last.active)
+            and len(frame.top_values) == len(last.top_values)
+            and bool((column(frame.starts, "<i4") == self.starts + len(self.frames) * self.lengths).all())
+        )
 
 
 class Hub:
@@ -97,6 +114,8 @@ class Hub:
     def __init__(self, totals: Callable[[Array], None], released: Callable[[int], None]) -> None:
         self.totals, self.on_released = totals, released
         self.inboxes: dict[int, Inbox] = {}
+        self.run: Run | None = None
+        self.arrived = asyncio.Event()
         self.expected = 0
         self.lost: TelemetryLost | None = None
 
@@ -112,56 +131,68 @@ class Hub:
             try:
                 frame = unseal(message, key, self.expected)
             except TelemetryLost as lost:
-                self.fail(lost)
+                self.lost = lost
+                self.arrived.set()
                 return
             self.expected += 1
             self.take(frame)
-
-    def fail(self, lost: TelemetryLost) -> None:
-        """Tell everyone who waits that telemetry is lost."""
-        self.lost = lost
-        for inbox in self.inboxes.values():
-            inbox.arrived.set()
+            self.arrived.set()
 
     def take(self, frame: Frame) -> None:
-        """Sort a frame into the inboxes."""
-        reader = FrameReader(frame)
-        handles, starts, lengths = (
-            column(frame.handles, "<i8"), column(frame.starts, "<i4"), column(frame.lengths, "<i4")
-        )  # fmt: skip
-        for handle, start, length in zip(handles.tolist(), starts.tolist(), lengths.tolist(), strict=True):
-            if inbox := self.inboxes.get(handle):
-                reader.read(inbox, start, length)
-                inbox.arrived.set()
+        """Take in a frame; its columns are sorted when someone asks."""
+        if frame.handles:
+            if self.run and self.run.continues(frame):
+                self.run.frames.append(frame)
+            else:
+                self.sort()
+                self.run = Run([frame], column(frame.starts, "<i4"), column(frame.lengths, "<i4"))
         for capture in frame.captures:
             if inbox := self.inboxes.get(capture.handle):
                 inbox.captures.append(capture)
         if frame.pinned:
             self.totals(column(frame.pinned, "<f8").reshape(-1, 4))
         for handle in column(frame.released, "<i8").tolist():
+            self.sort()
             if inbox := self.inboxes.pop(handle, None):
                 inbox.released.set()
             self.on_released(handle)
 
+    def sort(self) -> None:
+        """Sort what has come into the inboxes."""
+        if self.run is None:
+            return
+        run, self.run = self.run, None
+        reader = RunReader(run)
+        handles = column(run.frames[0].handles, "<i8").tolist()
+        for handle, start, length in zip(handles, run.starts.tolist(), run.lengths.tolist(), strict=True):
+            if inbox := self.inboxes.get(handle):
+                reader.read(inbox, start, length)
 
-class FrameReader:
-    """Cuts a frame's columns into requests, in the order in which the worker wrote them."""
 
-    def __init__(self, frame: Frame) -> None:
-        self.moved, self.active = column(frame.moved, "<i4"), column(frame.active, "<f4")
-        self.latents, self.values = column(frame.top_latents, "<i4"), column(frame.top_values, "<f4")
+class RunReader:
+    """Cuts the columns of a run of n frames into requests, in the order in which the worker wrote them."""
+
+    def __init__(self, run: Run) -> None:
+        self.steps = len(run.frames)
+        self.moved, self.active = self.stacked(run, "moved", "<i4"), self.stacked(run, "active", "<f4")
+        self.latents, self.values = self.stacked(run, "top_latents", "<i4"), self.stacked(run, "top_values", "<f4")
         self.moved_at = self.active_at = self.top_at = 0
 
+    def stacked(self, run: Run, name: str, dtype: str) -> Array:
+        """A column of all frames, [n, size]."""
+        return column(b"".join(getattr(frame, name) for frame in run.frames), dtype).reshape(self.steps, -1)
+
     def read(self, inbox: Inbox, start: int, length: int) -> None:
-        """Take the next request's part."""
+        """Take the next request's part: `length` tokens a step from position `start` on."""
         if start < inbox.covered:
-            inbox.moved = [(last, count) for last, count in inbox.moved if last <= start]
+            inbox.moved = [(ends[ends <= start], count[ends <= start]) for ends, count in inbox.moved]
         inbox.first = start if inbox.first < 0 else min(inbox.first, start)
-        inbox.covered = start + length
+        inbox.covered = start + self.steps * length
         if inbox.edits:
-            inbox.moved.append((start + length, self.moved[self.moved_at : self.moved_at + inbox.edits]))
+            counts = self.moved[:, self.moved_at : self.moved_at + inbox.edits]
+            inbox.moved.append((start + length * np.arange(1, self.steps + 1), counts))
             self.moved_at += inbox.edits
-        if inbox.watched or inbox.request.top_k_sites:
+        if inbox.reports:
             self.read_features(inbox, start, length)
 
     def read_features(self, inbox: Inbox, start: int, length: int) -> None:
@@ -169,13 +200,18 @@ class FrameReader:
         request, rows = inbox.request, inbox.watched
         cut = 0 if request.watch_prompt else max(0, min(length, request.prompt_tokens - start))
         tokens = length - cut
-        active = self.active[self.active_at : self.active_at + tokens * rows].reshape(tokens, rows)
+        total = self.steps * tokens
+        active = self.active[:, self.active_at : self.active_at + tokens * rows].reshape(total, rows)
         self.active_at += tokens * rows
-        sites, k = len(request.top_k_sites), request.top_k
-        size = tokens * sites * k
-        latents, values = (a[self.top_at : self.top_at + size] for a in (self.latents, self.values))
-        self.top_at += size
-        # The worker writes site by site.
-        latents, values = (a.reshape(sites, tokens, k).swapaxes(0, 1) for a in (latents, values))
-        if tokens:
-            inbox.chunks.append(Chunk(start + cut, active, latents, values))
+        latents, values = self.read_top(inbox, tokens) if request.top_k_sites else (np.empty((total, *inbox.top)),) * 2
+        if total:
+            inbox.chunks.append(Features(np.arange(start + cut, start + cut + total), active, latents, values))
+
+    def read_top(self, inbox: Inbox, tokens: int) -> tuple[Array, Array]:
+        """(latents, values) [n * tokens, sites, k]; the worker writes site by site."""
+        sites, k = inbox.top
+        here = slice(self.top_at, self.top_at + tokens * sites * k)
+        self.top_at = here.stop
+        parts = (column[:, here].reshape(self.steps, sites, tokens, k) for column in (self.latents, self.values))
+        latents, values = (part.swapaxes(1, 2).reshape(self.steps * tokens, sites, k) for part in parts)
+        return latents, values

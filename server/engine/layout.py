@@ -6,7 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sae_models import formula, sae
+
 SITE = re.compile(r"layers\.(\d+)\.(resid_pre|attn_out|mlp_out|resid_post)")
+HERE = Path(__file__).parent
+TRACED = (HERE / "bank.py", HERE / "sites.py", Path(formula.__file__), Path(sae.__file__))
 POINTS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
 
@@ -68,5 +72,4 @@ def parse(site: str) -> tuple[int, str]:
 
 def code_digest() -> str:
     """Hash of the code that is traced into the graph: a change of it must not meet an old artifact."""
-    here = Path(__file__).parent
-    return hashlib.sha256(b"".join((here / name).read_bytes() for name in ("bank.py", "sites.py"))).hexdigest()[:16]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in TRACED)).hexdigest()[:16]

@@ -9,12 +9,15 @@ from torch import Tensor
 from vllm import SamplingParams
 
 from rudder.v1 import program_pb2
+from sae_models.formula import edit
+from sae_models.sae import Rows, activations
 from server.engine import bank
-from server.engine.engine import Call, Engine, Output
+from server.engine.engine import Call, Engine, Outcome, Output
 from server.engine.telemetry import column
 from server.monitoring import metrics
 from server.steering import wire
 from server.steering.compile import compile_program
+from server.steering.watch import compile_watch
 
 TOKENS = 12
 LATENTS = 4
@@ -42,7 +45,8 @@ async def check_site(engine: Engine, number: int, site: str, stage: int) -> None
     program = canary(engine, site)
     compiled = compile_program(program, engine.registry, policy=True, field="self-test")
     prompt = tuple(range(3, 3 + TOKENS))
-    watch = tuple((site, edit.row) for edit in program.sites[0].edits if edit.row.HasField("feature"))
+    features = [(site, edit.row) for edit in program.sites[0].edits if edit.row.HasField("feature")]
+    watch = compile_watch(features, engine.registry, "self-test")
 
     async def one(call: Call) -> Output:
         return [output async for output in engine.stream(call)][-1]
@@ -57,15 +61,14 @@ async def check_site(engine: Engine, number: int, site: str, stage: int) -> None
     agree(site, "an unsteered neighbour is untouched", plain_after, plain_before, 0.0)
     agree(site, "both requests reach the site alike", before, plain_before, 0.05)
     agree(site, "the edit equals the reference", after, reference(engine, compiled.sites[0], before), TOLERANCE)
-    touched = min((*steered.moved, *steered.policy_moved))
+    touched = min((*outcome_of(steered).moved, *outcome_of(steered).policy_moved))
     if touched != TOKENS:
         raise SelfTestFailed(f"{site}: an edit touched {touched} of {TOKENS} tokens")
-    for row, active in zip(watch, steered.active.T, strict=True):
-        feature = row[1].feature
-        encoded = engine.bundles[feature.bundle].sae.encode(before)[:, feature.index]
+    for (_, watched), active in zip(watch, steered.features.active.T, strict=True):
+        encoded = engine.bundles[watched.bundle].sae.encode(before)[:, watched.latent]
         agree(
             site,
-            f"feature {feature.index} equals the SAE's encode",
+            f"feature {watched.latent} equals the SAE's encode",
             torch.from_numpy(active.copy()),
             encoded,
             TOLERANCE,
@@ -84,9 +87,16 @@ def canary(engine: Engine, site: str) -> program_pb2.Program:
     return program_pb2.Program(sites=[program_pb2.SiteEdits(site=site, edits=edits)])
 
 
+def outcome_of(output: Output) -> Outcome:
+    """The outcome of a call's last output."""
+    if output.outcome is None:
+        raise SelfTestFailed("a canary did not end")
+    return output.outcome
+
+
 def residuals(output: Output, site: int, width: int) -> tuple[Tensor, Tensor]:
     """Residuals [tokens, d] before and after the edits at a site."""
-    captures = [c for c in output.captures if c.site == site]
+    captures = [c for c in outcome_of(output).captures if c.site == site]
     if not captures:
         raise SelfTestFailed(f"site {site}: its hook did not run")
     both = (
@@ -100,12 +110,12 @@ def residuals(output: Output, site: int, width: int) -> tuple[Tensor, Tensor]:
 def reference(engine: Engine, site: wire.Site, x: Tensor) -> Tensor:
     """The bank's arithmetic in plain PyTorch, on rows taken straight from the bundles."""
     rows = [raw_rows(engine, row, x.shape[1]) for row in site.rows]
-    encoder, bias, threshold, decoder = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    stacked = Rows(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
     places = list(range(len(rows)))
-    f = bank.activations(x, encoder, bias, threshold)
+    f = activations(x, stacked)
     edits = bank.edit_parameters(site, places, len(rows), prompt=True).expand(len(x), -1, -1)
     entry = bank.entry_parameters(site, places, prompt=True).expand(len(x), -1)
-    move, _ = bank.edit(x, f, decoder, edits, entry, torch.ones(len(x), dtype=torch.bool))
+    move, _ = edit(x, f, stacked.decoder, edits, entry, torch.ones(len(x), dtype=torch.bool))
     return x + move
 
 

@@ -1,16 +1,16 @@
 """From a program, as people write it, to the numbers of the bank's one formula.
 
-An edit operation is added here, in `FORMULAS`; nothing behind it knows operations by name.
+An edit operation is added in `formula.OPERATIONS`; nothing behind it knows operations by name.
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
 import msgspec
 
 from rudder.v1 import program_pb2
+from sae_models.formula import OPERATIONS
 from server.steering import wire
 from server.steering.errors import number, require
 from server.steering.gates import with_gate
@@ -28,16 +28,6 @@ PHASES = {
     program_pb2.PHASE_BOTH: (True, True),
     program_pb2.PHASE_PROMPT: (True, False),
     program_pb2.PHASE_GENERATED: (False, True),
-}
-Operation = Callable[[float], dict[str, float]]
-FORMULAS: dict[str, Operation] = {
-    "add": lambda v: {"shift": v},
-    "set": lambda v: {"scale": 0.0, "shift": v},
-    "ablate": lambda _: {"scale": 0.0},
-    "scale": lambda v: {"scale": v},
-    "cap": lambda v: {"upper": v},
-    "floor": lambda v: {"lower": v},
-    "clamp": lambda v: {"scale": 0.0, "shift": v, "above": 0.0},
 }
 WITHOUT_UNIT = ("ablate", "scale")
 FOR_VECTORS = ("add", "set")
@@ -145,13 +135,13 @@ def check_editable(target: Resolved, message: program_pb2.Edit, registry: Regist
 def compile_edit(message: program_pb2.Edit, row: int, target: Resolved, field: str) -> wire.Edit:
     """The numbers of one edit."""
     operation = message.WhichOneof("operation") or ""
-    formula = FORMULAS[operation](operand(message, operation, target, field))
-    above = formula.pop("above", -inf)
+    numbers = OPERATIONS[operation](operand(message, operation, target, field))
+    above = numbers.pop("above", -inf)
     if message.HasField("when_above"):
         above = max(above, number(message.when_above, f"{field}.when_above"))
     prompt, generated = phases(message.phase, f"{field}.phase")
     relative = message.unit == program_pb2.UNIT_RESIDUAL_NORM
-    return wire.Edit(row, **formula, above=above, relative=relative, prompt=prompt, generated=generated)
+    return wire.Edit(row, **numbers, above=above, relative=relative, prompt=prompt, generated=generated)
 
 
 def operand(message: program_pb2.Edit, operation: str, target: Resolved, field: str) -> float:

@@ -1,10 +1,11 @@
-"""From a program's gate to the bank's two conditions. A statistic is added here, in `statistic`."""
+"""From a program's gate to the bank's two conditions. A statistic is added in `formula.STATISTICS`, its check here."""
 
 from typing import Any
 
 import msgspec
 
 from rudder.v1 import program_pb2
+from sae_models.formula import STATISTICS
 from server.steering import wire
 from server.steering.errors import ProgramError, number, require
 from server.steering.rows import Registry, Resolved, resolve
@@ -39,24 +40,30 @@ def compile_sequence(
 
 
 def statistic(message: program_pb2.SequenceCondition, longest: int, field: str) -> dict[str, Any]:
-    """The fields of wire.Sequence that make its state this statistic. CUSUM: Page 1954."""
-    name = message.WhichOneof("statistic")
+    """The fields of wire.Sequence that make its state this statistic."""
+    name = message.WhichOneof("statistic") or ""
+    parameter = checked_parameter(name, message, longest, field)
+    level = {"level": 0.0, "level_rate": message.level} if name == "share" else {}
+    return STATISTICS[name](parameter) | level
+
+
+def checked_parameter(name: str, message: program_pb2.SequenceCondition, longest: int, field: str) -> float:
+    """The statistic's one parameter."""
     match name:
         case "share":
             possible = 0 <= message.level < 1
             require(possible, f"{field}.level", f"{message.level:g}: a share to exceed must be in [0, 1)")
-            above = number(message.share.above, f"{field}.share.above")
-            return {"binary": above, "level": 0.0, "level_rate": message.level}
+            return number(message.share.above, f"{field}.share.above")
         case "moving_average":
             decay = message.moving_average.decay
             require(0 < decay < 1, f"{field}.moving_average.decay", f"{decay:g} is not between 0 and 1")
-            return {"decay": 1.0 - decay, "gain": decay}
+            return decay
         case "window":
             tokens = message.window.tokens
             require(1 <= tokens <= longest, f"{field}.window.tokens", f"{tokens} is not in [1, {longest}]")
-            return {"window": tokens}
+            return tokens
         case "cusum":
-            return {"offset": -number(message.cusum.drift, f"{field}.cusum.drift"), "floor": 0.0}
+            return number(message.cusum.drift, f"{field}.cusum.drift")
     raise ProgramError(f"{field}.statistic", "names no statistic")
 
 

@@ -1,6 +1,7 @@
 """Rows that a request wants reported, merged into the sites of its own program."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import msgspec
 
@@ -23,7 +24,10 @@ def compile_watch(rows: Sequence[tuple[str, program_pb2.Row]], registry: Registr
     )
 
 
-def with_watch(sites: Sequence[wire.Site], watched: Sequence[Watched]) -> tuple[tuple[wire.Site, ...], tuple[int, ...]]:
+@lru_cache(256)
+def with_watch(
+    sites: tuple[wire.Site, ...], watched: tuple[Watched, ...]
+) -> tuple[tuple[wire.Site, ...], tuple[int, ...]]:
     """The sites of stage 0 with `watched` added, and for each of `watched` its column in the telemetry's `active`.
 
     A row watched twice has one column. A site that the program does not use becomes one with no edits.
@@ -32,8 +36,8 @@ def with_watch(sites: Sequence[wire.Site], watched: Sequence[Watched]) -> tuple[
     for number in {number for number, _ in watched} - merged.keys():
         merged[number] = wire.Site(number)
     result = tuple(watching(merged[n], [row for at, row in watched if at == n]) for n in sorted(merged))
-    columns = [(site.site, site.rows[index]) for site in result for index in site.watch]
-    return result, tuple(columns.index(pair) for pair in watched)
+    numbers = {pair: i for i, pair in enumerate((site.site, site.rows[row]) for site in result for row in site.watch)}
+    return result, tuple(numbers[pair] for pair in watched)
 
 
 def watching(site: wire.Site, rows: Sequence[wire.Row]) -> wire.Site:

@@ -12,7 +12,7 @@ from vllm import SamplingParams
 from rudder.v1 import program_pb2 as pb
 from server import config as configuration
 from server.engine import selftest
-from server.engine.engine import Call, Engine, Output
+from server.engine.engine import Call, Engine, Outcome
 from server.steering.compile import compile_program
 from server.steering.errors import ProgramError
 
@@ -45,9 +45,16 @@ async def guarded(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Eng
     await started.stop()
 
 
-async def residuals_after(engine: Engine, call: Call) -> tuple[Output, np.ndarray]:
-    """The last output, and the residual stream behind the site's edits [tokens, d]."""
-    last = [output async for output in engine.stream(call)][-1]
+async def outcome(engine: Engine, call: Call) -> Outcome:
+    """How a call ended."""
+    last = [output async for output in engine.stream(call)][-1].outcome
+    assert last is not None
+    return last
+
+
+async def residuals_after(engine: Engine, call: Call) -> tuple[Outcome, np.ndarray]:
+    """The outcome, and the residual stream behind the site's edits [tokens, d]."""
+    last = await outcome(engine, call)
     parts = [np.frombuffer(capture.after, "<f4") for capture in last.captures if capture.site == 0]
     return last, np.concatenate(parts).reshape(-1, engine.model.hidden_size)[: len(call.prompt_ids)]
 
@@ -61,7 +68,7 @@ def against() -> pb.Program:
 async def test_the_policy_applies_to_everyone_and_is_attested(guarded: Engine) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     plain = Call(PROMPT, params)
-    last, *_ = [output async for output in guarded.stream(plain)][-1:]
+    last = await outcome(guarded, plain)
     assert last.moved == ()
     assert last.policy_moved == (len(PROMPT) - 1 + 3,)
 

@@ -11,8 +11,9 @@ from vllm import SamplingParams
 
 from rudder.v1 import program_pb2 as pb
 from server.engine.admission import QueueFull
-from server.engine.engine import Call, Engine, Output
+from server.engine.engine import Call, Engine, Outcome, Output
 from server.steering.compile import Compiled, compile_program
+from server.steering.watch import compile_watch
 
 SITE = "layers.2.resid_post"
 LATE = "layers.4.resid_post"
@@ -41,6 +42,13 @@ def greedy(tokens: int, **more: Any) -> SamplingParams:
 async def run(engine: Engine, call: Call) -> list[Output]:
     """All outputs of a call."""
     return [output async for output in engine.stream(call)]
+
+
+def outcome(outputs: list[Output]) -> Outcome:
+    """How a call ended."""
+    last = outputs[-1].outcome
+    assert last is not None
+    return last
 
 
 def ids(outputs: Iterable[Output]) -> list[int]:
@@ -80,9 +88,9 @@ async def test_prefix_cache_is_not_shared_across_programs(engine: Engine) -> Non
     plain, steered = Call(long, sampling), Call(long, sampling, push(engine, 0.7, 1))
     first = ids(await run(engine, steered))
     fresh = await run(engine, plain)
-    assert fresh[-1].cached_tokens == 0
+    assert outcome(fresh).cached_tokens == 0
     again = await run(engine, steered)
-    assert again[-1].cached_tokens >= 128, "the same program does share its cache"
+    assert outcome(again).cached_tokens >= 128, "the same program does share its cache"
     assert ids(again) == first != ids(fresh)
 
 
@@ -90,25 +98,26 @@ async def test_prefix_cache_over_two_turns_when_only_generated_tokens_were_edite
     call = Call(prompt(engine, 100, 7), greedy(200), push(engine, 0.7, 2, pb.PHASE_GENERATED))
     answer = ids(await run(engine, call))
     second_turn = await run(engine, Call((*call.prompt_ids, *answer), greedy(4)))
-    assert second_turn[-1].cached_tokens == 0
+    assert outcome(second_turn).cached_tokens == 0
     # With the same program the former answer is prompt now, and prompt tokens are not edited.
     same_program = await run(engine, Call((*call.prompt_ids, *answer), greedy(4), call.compiled))
-    assert same_program[-1].cached_tokens == 0
+    assert outcome(same_program).cached_tokens == 0
 
 
 async def test_tenants_do_not_share_a_prefix_cache(engine: Engine) -> None:
     long, sampling = prompt(engine, 200, 31), greedy(1)
     await run(engine, Call(long, sampling, tenant="a"))
-    assert (await run(engine, Call(long, sampling, tenant="b")))[-1].cached_tokens == 0
-    assert (await run(engine, Call(long, sampling, tenant="a")))[-1].cached_tokens > 0
+    assert outcome(await run(engine, Call(long, sampling, tenant="b"))).cached_tokens == 0
+    assert outcome(await run(engine, Call(long, sampling, tenant="a"))).cached_tokens > 0
 
 
 async def test_reading_the_prompt_does_not_lose_cached_tokens(engine: Engine) -> None:
     row = pb.Row(feature=pb.Feature(index=int(frequency(engine).argmax())))
-    call = Call(prompt(engine, 200, 63), greedy(2), watch=((SITE, row),), report_prompt=True)
+    watch = compile_watch([(SITE, row)], engine.registry, "watch")
+    call = Call(prompt(engine, 200, 63), greedy(2), watch=watch, report_prompt=True)
     for _ in range(2):
         outputs = await run(engine, call)
-        positions = [p for output in outputs for p in output.positions.tolist()]
+        positions = [p for output in outputs for p in output.features.positions.tolist()]
         assert positions == list(range(201))
 
 
@@ -137,14 +146,18 @@ async def test_preempted_requests_are_recomputed_alike(engine: Engine) -> None:
     together = await asyncio.gather(*(run(engine, call) for call in calls))
     assert preemptions() > before, "nothing was preempted: this test shows nothing"
     assert [ids(outputs) for outputs in together] == [ids(outputs) for outputs in alone]
-    assert [outputs[-1].moved for outputs in together] == [outputs[-1].moved for outputs in alone] == [(189,)] * 10
+    assert (
+        [outcome(outputs).moved for outputs in together]
+        == [outcome(outputs).moved for outputs in alone]
+        == [(189,)] * 10
+    )
 
 
 @pytest.mark.parametrize(("phase", "touched"), [(pb.PHASE_PROMPT, 299), (pb.PHASE_GENERATED, 9), (pb.PHASE_BOTH, 308)])
 async def test_phases_across_chunks(engine: Engine, phase: pb.Phase, touched: int) -> None:
     outputs = await run(engine, Call(prompt(engine, 300, 11), greedy(10), push(engine, 0.3, 3, phase)))
-    assert outputs[-1].moved == (touched,)
-    assert outputs[-1].tokens_seen == 309
+    assert outcome(outputs).moved == (touched,)
+    assert outcome(outputs).tokens_seen == 309
 
 
 async def test_a_sequence_gate_does_not_depend_on_chunks_or_neighbours(engine: Engine) -> None:
@@ -160,7 +173,7 @@ async def test_a_sequence_gate_does_not_depend_on_chunks_or_neighbours(engine: E
     # 0.5 a token over the 308 counted tokens: above 100.2 from token 201 on.
     noise = [Call(prompt(engine, 70 + 9 * n, n), greedy(15), push(engine, 0.5, n)) for n in range(6)]
     results = await asyncio.gather(run(engine, call), *(run(engine, c) for c in noise))
-    assert results[0][-1].moved == (308 - 200,)
+    assert outcome(results[0]).moved == (308 - 200,)
 
 
 async def test_abort_in_mid_stream_gives_everything_back(engine: Engine) -> None:
@@ -195,7 +208,7 @@ async def test_a_full_bank_queues_and_then_refuses(engine: Engine) -> None:
     # 12 slots and 8 places in the queue.
     assert (len(served), len(refused)) == (20, 10)
     assert {r.resource for r in refused} <= {"slots", "rows"}
-    assert all(outputs[-1].moved == (38,) for outputs in served)
+    assert all(outcome(outputs).moved == (38,) for outputs in served)
     assert (await usage(engine))["slots"] == 0
 
 
@@ -217,7 +230,8 @@ async def test_reused_slots_and_rows_carry_nothing_over(engine: Engine) -> None:
 async def test_features_are_those_of_the_token_they_are_reported_for(engine: Engine) -> None:
     bundle = next(iter(engine.bundles.values()))
     watched = np.argsort(-bundle.statistics.frequency.numpy())[:5].tolist()
-    rows = tuple((SITE, pb.Row(feature=pb.Feature(index=i))) for i in watched)
+    named = [(SITE, pb.Row(feature=pb.Feature(index=i))) for i in watched]
+    rows = compile_watch(named, engine.registry, "watch")
     noise = [Call(prompt(engine, 40 + n, n), greedy(6), push(engine, 0.5, n)) for n in range(4)]
     call = Call(
         prompt(engine, 150, 3), greedy(6), watch=rows, top_k=40, top_k_sites=(SITE,), report_prompt=True, capture=True
@@ -226,14 +240,14 @@ async def test_features_are_those_of_the_token_they_are_reported_for(engine: Eng
     residual = np.concatenate(
         [
             np.frombuffer(c.before, "<f4")
-            for c in outputs[-1].captures
+            for c in outcome(outputs).captures
             if c.site == engine.registry.layout.sites.index(SITE)
         ]
     )
     encoded = bundle.sae.encode(torch_of(residual.reshape(-1, engine.model.hidden_size)[:155])).numpy()
-    active = np.concatenate([output.active for output in outputs])
+    active = np.concatenate([output.features.active for output in outputs])
     np.testing.assert_allclose(active, encoded[:, watched], rtol=1e-3, atol=1e-3)
-    values = np.concatenate([output.top_values for output in outputs])[:, 0]
+    values = np.concatenate([output.features.top_values for output in outputs])[:, 0]
     np.testing.assert_allclose(values, -np.sort(-encoded, axis=1)[:, :40], rtol=1e-3, atol=1e-3)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rudder.v1 import inference_pb2
 from server.api.columns import Entries, Names, Pool, columns, entries_of, logprobs
-from server.engine.engine import Output
+from server.engine.hub import Features
 
 SITES = ("layers.1.resid_post", "layers.3.resid_post")
 
@@ -17,9 +17,9 @@ def info(site: str, latent: int) -> inference_pb2.FeatureInfo:
     return inference_pb2.FeatureInfo(site=site, bundle=f"sae-{site}", index=latent, label=f"latent {latent}")
 
 
-def output_of(start: int, active: list[list[float]], latents: object, values: object) -> Output:
-    return Output(
-        "", [], None, np.arange(start, start + len(active)), np.array(active, np.float32).reshape(len(active), -1),
+def features_of(start: int, active: list[list[float]], latents: object, values: object) -> Features:
+    return Features(
+        np.arange(start, start + len(active)), np.array(active, np.float32).reshape(len(active), -1),
         np.array(latents, np.int32), np.array(values, np.float32),
     )  # fmt: skip
 
@@ -30,7 +30,7 @@ def as_rows(entries: Entries) -> list[tuple[int, int, float]]:
 
 def test_watched_rows_keep_their_place_and_zeros_are_left_out() -> None:
     names = Names([info(SITES[0], 7), info(SITES[0], 9)], (), info)
-    entries = entries_of(output_of(4, [[0, 2], [0, 0], [-1, 3]], np.zeros((3, 0, 0)), np.zeros((3, 0, 0))), names)
+    entries = entries_of(features_of(4, [[0, 2], [0, 0], [-1, 3]], np.zeros((3, 0, 0)), np.zeros((3, 0, 0))), names)
     assert as_rows(entries) == [(4, 1, 2.0), (6, 0, -1.0), (6, 1, 3.0)]
     assert [i.index for i in names.take()] == [7, 9]
     assert names.take() == []
@@ -39,11 +39,11 @@ def test_watched_rows_keep_their_place_and_zeros_are_left_out() -> None:
 def test_strongest_latents_are_named_when_they_first_come() -> None:
     names = Names([info(SITES[1], 5)], SITES, info)
     names.take()
-    first = output_of(0, [[8.0]], [[[3, 4], [5, 3]]], [[[2, 0], [8, 1]]])
+    first = features_of(0, [[8.0]], [[[3, 4], [5, 3]]], [[[2, 0], [8, 1]]])
     # Latent 5 of the second site is watched: it has one entry. Latent 4 is not active.
     assert as_rows(entries_of(first, names)) == [(0, 0, 8.0), (0, 1, 2.0), (0, 2, 1.0)]
     assert [(i.site, i.index) for i in names.take()] == [(SITES[0], 3), (SITES[1], 3)]
-    second = output_of(1, [[0.0]], [[[3, 6], [3, 5]]], [[[9, 7], [6, 0]]])
+    second = features_of(1, [[0.0]], [[[3, 6], [3, 5]]], [[[9, 7], [6, 0]]])
     assert as_rows(entries_of(second, names)) == [(1, 1, 9.0), (1, 3, 7.0), (1, 2, 6.0)]
     assert [(i.site, i.index) for i in names.take()] == [(SITES[0], 6)]
 
@@ -55,7 +55,7 @@ def test_columns_say_what_the_arrays_say(seed: int, tokens: int, watched: int, k
     latents = np.stack([[rng.permutation(9)[:k] for _ in SITES] for _ in range(tokens)])
     values = rng.random((tokens, 2, k)) * (rng.random((tokens, 2, k)) < 0.7)
     names = Names([info(SITES[0], 20 + i) for i in range(watched)], SITES, info)
-    entries = entries_of(output_of(3, active.tolist(), latents, values), names)
+    entries = entries_of(features_of(3, active.tolist(), latents, values), names)
     named = names.take()
     assert len(named) == names.count
     seen = {(p, named[i].site, named[i].index): v for p, i, v in as_rows(entries)}

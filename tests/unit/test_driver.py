@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.bank import IDENTITY_EDIT, IDENTITY_ENTRY
+from sae_models.formula import IDENTITY_EDIT, IDENTITY_ENTRY
 from server.engine.driver import Driver, token_columns
 from server.engine.layout import Layout
 from server.engine.ledger import BankFull

@@ -75,12 +75,14 @@ def test_every_field_and_the_code_reach_the_compile_cache_key(monkeypatch: pytes
 
 
 def test_the_code_digest_is_of_the_traced_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = Path(module.__file__)
-    for name in ("bank.py", "sites.py"):
-        (tmp_path / name).write_bytes((here.parent / name).read_bytes())
-    monkeypatch.setattr(module, "__file__", str(tmp_path / here.name))
+    assert {path.name for path in module.TRACED} == {"bank.py", "sites.py", "formula.py", "sae.py"}
+    copies = tuple(tmp_path / path.name for path in module.TRACED)
+    for copy, path in zip(copies, module.TRACED, strict=True):
+        copy.write_bytes(path.read_bytes())
     same = code_digest()
-    for name in ("bank.py", "sites.py"):
-        (tmp_path / name).write_text((tmp_path / name).read_text() + "\n# changed\n")
+    monkeypatch.setattr(module, "TRACED", copies)
+    assert code_digest() == same
+    for copy in copies:
+        copy.write_text(copy.read_text() + "\n# changed\n")
         assert code_digest() != same
         same = code_digest()

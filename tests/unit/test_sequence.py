@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.engine.bank import scan
+from sae_models.formula import scan
 from server.engine.driver import Driver
 from server.engine.layout import Layout
 from server.steering import wire

@@ -1,0 +1,111 @@
+"""Frames are sorted the same whether someone asks after every step or only at the end."""
+
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.engine.hub import Hub, Inbox
+from server.engine.telemetry import Frame
+from server.steering import wire
+
+ROW = wire.Row("sae", 1)
+K = 2
+
+
+@dataclass
+class Running:
+    """A request as the worker runs it."""
+
+    request: wire.Request
+    at: int = 0
+    columns: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+
+def request_of(rng: Random) -> wire.Request:
+    """A request that edits, watches, both or neither."""
+    edits = tuple(wire.Edit(0) for _ in range(rng.randint(0, 2)))
+    watch = (0,) if rng.random() < 0.5 else ()
+    sites = (wire.Site(0, (ROW,), edits, watch=watch),) if edits or watch else ()
+    top = (0, 2) if rng.random() < 0.3 else ()
+    return wire.Request(rng.randint(1, 6), 99, False, (sites,), rng.random() < 0.5, K if top else 0, top)
+
+
+def part_of(running: Running, length: int, rng: Random) -> dict[str, np.ndarray]:
+    """A request's part of a step's columns; the numbers tell position and row, so nothing can be exchanged."""
+    request = running.request
+    cut = 0 if request.watch_prompt else max(0, min(length, request.prompt_tokens - running.at))
+    tokens = np.arange(running.at + cut, running.at + length)
+    watched = sum(len(site.watch) for site in request.stages[0])
+    edits = sum(len(site.edits) for site in request.stages[0])
+    top = (
+        tokens[None, :, None] * 100 + np.arange(len(request.top_k_sites))[:, None, None] * 10 + np.arange(request.top_k)
+    )
+    return {
+        "moved": np.array([rng.randint(0, length) for _ in range(edits)], "<i4"),
+        "active": np.repeat(tokens + 0.5, watched).astype("<f4"),
+        "top_latents": top.astype("<i4").reshape(-1),
+        "top_values": (top / 7).astype("<f4").reshape(-1),
+    }
+
+
+def step(batch: dict[int, Running], sequence: int, rng: Random) -> Frame:
+    """A step of all requests; now and then one is preempted and begins again."""
+    lengths = []
+    parts: dict[str, list[bytes]] = {"moved": [], "active": [], "top_latents": [], "top_values": []}
+    starts = []
+    for running in batch.values():
+        if rng.random() < 0.05:
+            running.at = 0
+        length = min(rng.randint(1, 4), running.request.prompt_tokens - running.at)
+        length = length if length > 0 else 1
+        for name, column in part_of(running, length, rng).items():
+            parts[name].append(column.tobytes())
+        starts.append(running.at)
+        lengths.append(length)
+        running.at += length
+    moved, active, latents, values = (b"".join(parts[name]) for name in parts)
+    handles = np.array(list(batch), "<i8").tobytes()
+    begun, run = (np.array(column, "<i4").tobytes() for column in (starts, lengths))
+    return Frame(sequence, handles, begun, run, moved, active, top_latents=latents, top_values=values)
+
+
+def state(inbox: Inbox, ends: range) -> object:
+    """All that an inbox tells."""
+    features = inbox.take()
+    moved = [inbox.moved_before(end) for end in ends]
+    return [column.tolist() for column in features], moved, inbox.first, inbox.covered
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 90))
+def test_sorting_at_the_end_is_sorting_after_every_step(seed: int, requests: int, steps: int) -> None:
+    rng = Random(seed)
+    batch = {n + 1: Running(request_of(rng)) for n in range(requests)}
+    eager, lazy = (Hub(lambda _: None, lambda _: None) for _ in range(2))
+    inboxes = [{n: hub.open(n, running.request) for n, running in batch.items()} for hub in (eager, lazy)]
+    for sequence in range(steps):
+        frame = step(batch, sequence, rng)
+        eager.take(frame)
+        eager.sort()
+        lazy.take(frame)
+    lazy.sort()
+    for one, other in zip(*(boxes.values() for boxes in inboxes), strict=True):
+        assert state(one, range(100)) == state(other, range(100))
+
+
+def test_steady_decoding_is_kept_as_it_came() -> None:
+    rng = Random(0)
+    batch = {1: Running(wire.Request(1, 99, False, ((wire.Site(0, (ROW,), (wire.Edit(0),), watch=(0,)),),)), at=5)}
+    hub = Hub(lambda _: None, lambda _: None)
+    inbox = hub.open(1, batch[1].request)
+    rng.random = lambda: 1.0  # type: ignore[method-assign]
+    for sequence in range(10):
+        hub.take(step(batch, sequence, rng))
+    assert hub.run is not None
+    assert len(hub.run.frames) == 10
+    assert inbox.covered == 0
+    hub.sort()
+    assert (inbox.first, inbox.covered, inbox.take().positions.tolist()) == (5, 15, list(range(5, 15)))
