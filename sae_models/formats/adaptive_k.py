@@ -7,7 +7,9 @@ k(x) comes from the probe, weights [d, 1] and bias [1]: see sae_models.sae.Adapt
 
 from pathlib import Path
 
-from sae_models.formats.layouts import count, pre_biased, setting
+from sae_models.formats.folding import fold_pre_bias
+from sae_models.formats.layouts import declaration
+from sae_models.formats.settings import count, section, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, read_pickle, state, take
 from sae_models.sae import SAE, AdaptiveK
@@ -34,24 +36,22 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     latents, width = len(bias), len(decoder_bias)
     encoder = take(found, "encoder.weight", "ae.pt", (latents, width))
     decoder = take(found, "decoder.weight", "ae.pt", (width, latents)).T
-    least, most = count(said, "min_k", latents, SETTINGS), count(said, "max_k", latents, SETTINGS)
+    least, most = count(said, "min_k", SETTINGS, latents), count(said, "max_k", SETTINGS, latents)
     if least > most:
         raise FormatError(f"{SETTINGS} min_k: {least} is above max_k, {most}")
     weights, offset = take(probe, "weights", "probe.pt", (width, 1)), take(probe, "bias", "probe.pt", (1,))
     selection = AdaptiveK(weights[:, 0].float(), offset[0].float(), least, most)
-    sae = assembled(encoder, pre_biased(bias, encoder, decoder_bias), decoder, decoder_bias, selection=selection)
-    return sae, declared(path)
+    sae = assembled(encoder, bias, decoder, decoder_bias, selection=selection)
+    return fold_pre_bias(sae, decoder_bias), declared(path)
 
 
 def declared(path: Path) -> Declaration:
     """What the trainer's `config.json` says, where there is one."""
     settings = path / "config.json"
-    trainer = setting(read_json(settings), "trainer", dict, settings.name) if settings.is_file() else {}
-    layer = trainer.get("layer")
-    site = f"layers.{layer}.resid_post" if isinstance(layer, int) and not isinstance(layer, bool) else ""
-    model = setting(trainer, "lm_name", str, settings.name, "")
-    notes = {"submodule": trainer["submodule_name"]} if trainer.get("submodule_name") else {}
-    return Declaration("adaptive_k", (site,) if site else (), site, model, ("pre_bias",), notes=notes)
+    trainer = section(read_json(settings), "trainer", settings.name) if settings.is_file() else {}
+    layer, notes = trainer.get("layer"), {"submodule": word(trainer, "submodule_name")}
+    hook = f"blocks.{layer}.hook_resid_post" if isinstance(layer, int) and not isinstance(layer, bool) else ""
+    return declaration("adaptive_k", hook, hook, word(trainer, "lm_name"), folded=("pre_bias",), notes=notes)
 
 
 FORMAT = Format("adaptive_k", recognise, read)

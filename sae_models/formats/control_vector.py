@@ -72,7 +72,7 @@ def directions(file: BinaryIO, path: Path) -> dict[int, Tensor]:
 
 
 def write(path: Path, vectors: Mapping[int, Tensor], model: str) -> None:
-    """Writes directions [d] by layer for a model (its type, such as `llama`); moved to `path` whole."""
+    """Writes directions [d] by layer for a model (its type, such as `llama`); moved to `path` once it can be read."""
     names = {f"direction.{layer}": vector.detach().float().contiguous() for layer, vector in sorted(vectors.items())}
     header = MAGIC + struct.pack("<IQQ", VERSION, len(names), 3)
     for key, content in (("general.architecture", ARCHITECTURE), (f"{ARCHITECTURE}.model_hint", model)):
@@ -85,6 +85,7 @@ def write(path: Path, vectors: Mapping[int, Tensor], model: str) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         file = Path(scratch) / path.name
         file.write_bytes(filled(header) + body)
+        read(file)
         file.replace(path)
 
 

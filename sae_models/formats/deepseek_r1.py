@@ -6,7 +6,7 @@ f = ReLU(x . encoder + bias)      y = f . decoder + decoder_bias
 import re
 from pathlib import Path
 
-from sae_models.formats.layouts import keys, linear, matching, one
+from sae_models.formats.layouts import declaration, keys, linear, matching, one
 from sae_models.formats.source import Declaration, Format
 from sae_models.formats.tensors import assembled, only, read_pickle, state
 from sae_models.sae import SAE
@@ -28,9 +28,9 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     found = state(read_pickle(file), file.name)
     only(found, KEYS, file.name)
     layer = LAYER.search(file.stem)
-    site = f"layers.{int(layer[1])}.resid_post" if layer else ""
+    hook = f"blocks.{layer[1]}.hook_resid_post" if layer else ""
     model = "deepseek-ai/DeepSeek-R1-Distill-Llama-8B" if "deepseek" in file.name.lower() else ""
-    return assembled(*linear(found, file.name)), Declaration("relu", (site,) if site else (), site, model)
+    return assembled(*linear(found, file.name)), declaration("relu", hook, hook, model)
 
 
 FORMAT = Format("deepseek_r1", recognise, read)

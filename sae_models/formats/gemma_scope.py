@@ -12,16 +12,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sae_models.formats.layouts import Weights, input_scaled, matching, one
+from sae_models.formats.layouts import Weights, declaration, fold_scales, matching, one
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_npz, take
 from sae_models.sae import SAE
 
 KEYS = frozenset({"W_enc", "b_enc", "W_dec", "b_dec", "threshold"})
 REPOSITORY = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)")
-# `att` reads the heads' values before the output projection; transcoders read the norm's output before its weight.
-HOOKS = {"att": "attn.hook_z", "transcoders": "ln2.hook_normalized"}
-SITES = {"res": "resid_post", "mlp": "mlp_out"}
+# Read and written, by the names of TransformerLens.
+HOOKS = {
+    "res": ("hook_resid_post",) * 2,
+    "mlp": ("hook_mlp_out",) * 2,
+    "att": ("attn.hook_z",) * 2,
+    "transcoders": ("ln2.hook_normalized", "hook_mlp_out"),
+}
 
 
 def recognise(path: Path) -> str | None:
@@ -34,12 +38,12 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     file = one(path, "params.npz")
     where = file.absolute().as_posix()
     weights, threshold = parameters(file)
-    folded: tuple[str, ...] = ()
-    if "/embedding/" in where:
-        # These were trained on rows of the embedding matrix; what the model reads is sqrt(d) times that.
-        root = weights.encoder.shape[1] ** 0.5
-        weights, folded = input_scaled(weights, 1 / root, 1 / root), ("input_scale",)
-    return assembled(*weights, threshold), declared(where, folded)
+    sae = assembled(*weights, threshold)
+    if "/embedding/" not in where:
+        return sae, declared(where, ())
+    # These were trained on rows of the embedding matrix; what the model reads is sqrt(d) times that.
+    root = sae.width**0.5
+    return fold_scales(sae, 1 / root, 1 / root), declared(where, ("input_scale",))
 
 
 def parameters(file: Path) -> tuple[Weights, Tensor]:
@@ -58,23 +62,18 @@ def declared(where: str, folded: tuple[str, ...]) -> Declaration:
     """What repository and path say."""
     repository, layer = REPOSITORY.search(where), re.search(r"/layer_(\d+)/", where)
     width, l0 = re.search(r"/width_(\w+)/", where), re.search(r"/average_l0_(\d+)", where)
-    notes = {"width": width[1]} if width else {}
-    site, output = "", ""
-    if repository and layer:
-        kind, block = repository[3], f"layers.{int(layer[1])}"
-        site = f"{block}.{SITES[kind]}" if kind in SITES else ""
-        output = f"{block}.mlp_out" if kind == "transcoders" else ""
-        notes |= {"hook": f"blocks.{int(layer[1])}.{HOOKS[kind]}"} if kind in HOOKS else {}
+    size, tuned, kind = repository.groups() if repository else ("", "", "")
+    hook, out = (f"blocks.{layer[1]}.{hook}" for hook in HOOKS[kind]) if kind and layer else ("", "")
     if "/embedding/" in where:
-        site = "embed"
-    return Declaration(
-        architecture="jumprelu_transcoder" if repository and repository[3] == "transcoders" else "jumprelu",
-        sites=(site,) if site else (),
-        output_site=output or site,
-        model=f"google/gemma-2-{repository[1]}{'-it' if repository[2] == 'it' else ''}" if repository else "",
+        hook = out = "hook_embed"
+    return declaration(
+        "jumprelu_transcoder" if kind == "transcoders" else "jumprelu",
+        hook,
+        out,
+        f"google/gemma-2-{size}{'-it' * (tuned == 'it')}" if size else "",
         folded=folded,
         l0=float(l0[1]) if l0 else None,
-        notes=notes,
+        notes={"width": width[1]} if width else {},
     )
 
 

@@ -13,18 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_models.formats.layouts import Weights, keys, matching, one, setting
+from sae_models.formats.layouts import Weights, declaration, keys, matching, one
+from sae_models.formats.settings import flag, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, read_safetensors, take
 from sae_models.sae import SAE
 
 KEYS = frozenset({"w_enc", "b_enc", "w_dec", "b_dec", "threshold"})
 SKIP = "affine_skip_connection"
-HOOKS = {
-    "output": "resid_post",
-    "post_feedforward_layernorm.output": "mlp_out",
-    "pre_feedforward_layernorm.output": "mlp_in",
-}
 # Folder -> (module read, module written).
 FOLDERS = {
     "resid_post": ("output", "output"),
@@ -71,24 +67,15 @@ def declared(file: Path) -> Declaration:
     said = read_json(settings) if settings.is_file() else inferred(file.absolute().as_posix())
     if said.get("architecture") != "jump_relu":
         raise FormatError(f"config.json architecture: {said.get('architecture')!r}, not jump_relu")
-    hook = setting(said, "hf_hook_point_in", str, "config.json", "")
-    out = setting(said, "hf_hook_point_out", str, "config.json", "") or hook
-    affine = setting(said, "affine_connection", bool, "config.json", False)
-    l0 = said.get("l0")
-    return Declaration(
-        architecture="jump_relu",
-        sites=(site(hook),) if site(hook) else (),
-        output_site=site(out),
-        model=setting(said, "model_name", str, "config.json", ""),
+    hook, l0 = word(said, "hf_hook_point_in"), said.get("l0")
+    return declaration(
+        "jump_relu",
+        hook,
+        word(said, "hf_hook_point_out") or hook,
+        word(said, "model_name"),
         l0=float(l0) if isinstance(l0, int | float) else None,
-        notes={"hook": hook, "affine": affine},
+        notes={"affine": flag(said, "affine_connection", "config.json", False)},
     )
-
-
-def site(module: str) -> str:
-    """The canonical name of a module's input or output, empty where there is none."""
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-    return f"layers.{int(found[1])}.{HOOKS[found[2]]}" if found and found[2] in HOOKS else ""
 
 
 def inferred(where: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ f = ReLU(x . encoder + bias)      y = f . decoder + decoder_bias
 import re
 from pathlib import Path
 
-from sae_models.formats.layouts import keys, linear, matching, one
+from sae_models.formats.layouts import declaration, keys, linear, matching, one
 from sae_models.formats.source import Declaration, Format
 from sae_models.formats.tensors import assembled, only, read_pickle, state
 from sae_models.sae import SAE
@@ -26,10 +26,10 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     found = state(read_pickle(file), file.name)
     only(found, KEYS, file.name)
     named = re.fullmatch(r"(.+)-SAE-l(\d+)", file.stem)
-    site = f"layers.{int(named[2])}.resid_post" if named else ""
+    hook = f"blocks.{named[2]}.hook_resid_post" if named else ""
     model = f"meta-llama/{named[1]}" if named else ""
     sae = assembled(*linear(found, file.name, "encoder_linear", "decoder_linear"))
-    return sae, Declaration("relu", (site,) if site else (), site, model)
+    return sae, declaration("relu", hook, hook, model)
 
 
 FORMAT = Format("goodfire", recognise, read)

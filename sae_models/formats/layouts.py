@@ -1,28 +1,19 @@
-"""What several published layouts have in common: where their files lie, pairs of linear layers, settings, folds."""
+"""What several published layouts have in common: where their files lie, pairs of linear layers, two more folds."""
 
 import math
-import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae_models.formats.source import FormatError
+from sae_models.formats import sites
+from sae_models.formats.folding import scaled
+from sae_models.formats.source import Declaration, FormatError
 from sae_models.formats.tensors import read_pickle, read_safetensors, safetensors_header, state, take
-from sae_models.sae import BLOCK
-
-# Hook points as TransformerLens names them. The input of the MLP before its norm's weight (`ln2.hook_normalized`) and
-# the heads before the output projection (`attn.hook_z`) are no sites here, so they have no name.
-HOOKS = {
-    "hook_resid_pre": "resid_pre",
-    "hook_resid_mid": "resid_mid",
-    "hook_resid_post": "resid_post",
-    "hook_attn_out": "attn_out",
-    "hook_mlp_out": "mlp_out",
-    "mlp.hook_in": "mlp_in",
-}
+from sae_models.sae import SAE
 
 
 class Weights(NamedTuple):
@@ -53,9 +44,8 @@ def one(path: Path, pattern: str) -> Path:
 def keys(file: Path) -> frozenset[str]:
     """The names in a safetensors or torch file, none where it cannot be read: what is wrong, the reader will say."""
     try:
-        return frozenset(
-            safetensors_header(file) if file.suffix == ".safetensors" else state(read_pickle(file, verify=False), "")
-        )
+        header = file.suffix == ".safetensors"
+        return frozenset(safetensors_header(file) if header else state(read_pickle(file, verify=False), file.name))
     except Exception:
         return frozenset()
 
@@ -74,23 +64,12 @@ def linear(tensors: Mapping[str, Any], file: str, encoder: str = "encoder", deco
     return Weights(into, bias, out.T, decoder_bias)
 
 
-def site(hook: str) -> str:
-    """The canonical name of TransformerLens' `blocks.L.NAME`, empty where there is none."""
-    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
-    return f"layers.{int(found[1])}.{HOOKS[found[2]]}" if found and found[2] in HOOKS else ""
-
-
-def sites(hook: str) -> tuple[str, ...]:
-    """The site of a hook point as `Declaration.sites` has it."""
-    return (site(hook),) if site(hook) else ()
-
-
-def setting(settings: Mapping[str, Any], key: str, kind: type, file: str, default: Any = None) -> Any:
-    """A setting of a kind, or its default where it is absent. FormatError: absent without a default, another kind."""
-    value = settings.get(key, default)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise FormatError(f"{file} {key}: {value!r} is not a {kind.__name__}")
-    return value
+def declaration(architecture: str, hook: str, hook_out: str, model: str = "", **rest: Any) -> Declaration:
+    """A declaration of an SAE that reads and writes at these hook points; a note says where one has no site."""
+    (site, why), (output, why_out) = sites.canonical(hook, model), sites.canonical(hook_out, model)
+    notes = {"hook": hook, "hook_out": hook_out, "site": why, "output_site": why_out} | rest.pop("notes", {})
+    said = {key: note for key, note in notes.items() if note}
+    return Declaration(architecture, (site,) if site else (), output, model, notes=said, **rest)
 
 
 def positive(settings: Mapping[str, Any], key: str, file: str) -> float:
@@ -101,39 +80,16 @@ def positive(settings: Mapping[str, Any], key: str, file: str) -> float:
     return float(value)
 
 
-def count(settings: Mapping[str, Any], key: str, most: int, file: str) -> int:
-    """A setting that is a whole number from 1 to `most`, such as the k of a TopK."""
-    value = settings.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise FormatError(f"{file} {key}: {value!r} is not a number from 1 to {most}")
-    return value
+def fold_scales(sae: SAE, into: float, out: float) -> SAE:
+    """Of an SAE that reads into * x and whose output is to be divided by `out`: one of x. Activations stay."""
+    decoder, decoder_bias = scaled(sae.decoder, 1 / out), sae.decoder_bias / out
+    return replace(sae, encoder=scaled(sae.encoder, into), decoder=decoder, decoder_bias=decoder_bias)
 
 
-def pre_biased(bias: Tensor, encoder: Tensor, taken_off: Tensor) -> Tensor:
-    """The encoder's bias [F] once what is taken off its input [d] is folded in; float32."""
-    blocks = [rows.float() @ taken_off.float() for rows in encoder.split(BLOCK)]
-    return bias.float() - torch.cat(blocks)
+def fold_norm_gate(sae: SAE) -> SAE:
+    """Of an SAE whose thresholds are for z * ||decoder row||: one with thresholds for z.
 
-
-def norms(decoder: Tensor) -> Tensor:
-    """||decoder row|| [F], float32."""
-    return torch.cat([rows.float().norm(dim=1) for rows in decoder.split(BLOCK)])
-
-
-def gated(threshold: Tensor, norm: Tensor) -> Tensor:
-    """The threshold [F] on z that says what `threshold` says on z * norm; a latent without a norm never passes."""
-    never = torch.finfo(torch.float32).max
-    return torch.where(norm > 0, threshold / norm, never).clamp(max=never)
-
-
-def rescaled(weights: Weights, norm: Tensor) -> Weights:
-    """Latents in units of their decoder norm: what a choice among z * norm needs."""
-    rows = norm[:, None]
-    decoder = weights.decoder.float() / torch.where(rows > 0, rows, 1.0)
-    return Weights(weights.encoder.float() * rows, weights.bias.float() * norm, decoder, weights.decoder_bias)
-
-
-def input_scaled(weights: Weights, into: float, out: float) -> Weights:
-    """Input scale and output scale of a dataset folded in: the encoder reads x * into and the output is y / out."""
-    decoder, decoder_bias = weights.decoder.float() / out, weights.decoder_bias.float() / out
-    return Weights(weights.encoder.float() * into, weights.bias, decoder, decoder_bias)
+    A latent without a decoder never passes.
+    """
+    norm, never = torch.linalg.vector_norm(sae.decoder, dim=1, dtype=torch.float32), torch.finfo(torch.float32).max
+    return replace(sae, threshold=torch.where(norm > 0, sae.threshold / norm, never).clamp(max=never))

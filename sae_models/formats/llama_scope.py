@@ -12,23 +12,15 @@ norm_out differ. The decoder norm in it is the library's `sparsity_include_decod
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sae_models.formats.layouts import (
-    Weights,
-    gated,
-    input_scaled,
-    linear,
-    norms,
-    positive,
-    pre_biased,
-    setting,
-    site,
-    sites,
-)
+from sae_models.formats.folding import fold_pre_bias
+from sae_models.formats.layouts import declaration, fold_norm_gate, fold_scales, linear, positive
+from sae_models.formats.settings import flag, section, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, read_safetensors
 from sae_models.sae import SAE
@@ -59,17 +51,17 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     if said.get("use_decoder_bias") is False and "decoder.weight" in found:
         found["decoder.bias"] = torch.zeros(len(found["decoder.weight"]))
     only(found, KEYS, CHECKPOINT)
-    weights = linear(found, CHECKPOINT)
+    sae = assembled(*linear(found, CHECKPOINT))
     folded = ["input_scale"]
-    if setting(said, "apply_decoder_bias_to_pre_encoder", bool, SETTINGS, False):
-        weights = weights._replace(bias=pre_biased(weights.bias, weights.encoder, weights.decoder_bias))
+    if flag(said, "apply_decoder_bias_to_pre_encoder", SETTINGS, False):
+        sae = fold_pre_bias(sae, sae.decoder_bias)
         folded.append("pre_bias")
-    into, out = scales(said, weights)
-    threshold = torch.full_like(weights.bias, positive(said, "jump_relu_threshold", SETTINGS) * out).float()
-    if setting(said, "sparsity_include_decoder_norm", bool, SETTINGS, True):
-        threshold = gated(threshold, norms(weights.decoder))
+    into, out = scales(said, sae.width)
+    sae = replace(sae, threshold=torch.full_like(sae.bias, positive(said, "jump_relu_threshold", SETTINGS) * out))
+    if flag(said, "sparsity_include_decoder_norm", SETTINGS, True):
+        sae = fold_norm_gate(sae)
         folded.append("decoder_norm")
-    return assembled(*input_scaled(weights, into, out), threshold), declared(said, tuple(folded))
+    return fold_scales(sae, into, out), declared(said, tuple(folded))
 
 
 def check(said: Mapping[str, Any]) -> None:
@@ -81,27 +73,19 @@ def check(said: Mapping[str, Any]) -> None:
         raise FormatError(f"{SETTINGS} use_glu_encoder: a gated encoder is not linear, it cannot be served")
 
 
-def scales(said: Mapping[str, Any], weights: Weights) -> tuple[float, float]:
+def scales(said: Mapping[str, Any], width: int) -> tuple[float, float]:
     """sqrt(d) over the dataset's mean norm, at the input and at the output."""
-    average = said.get("dataset_average_activation_norm")
-    if not isinstance(average, dict):
-        raise FormatError(f"{SETTINGS} dataset_average_activation_norm: missing")
-    root = math.sqrt(weights.encoder.shape[1])
+    average = section(said, "dataset_average_activation_norm", SETTINGS)
+    root = math.sqrt(width)
     return root / positive(average, "in", SETTINGS), root / positive(average, "out", SETTINGS)
 
 
 def declared(said: Mapping[str, Any], folded: tuple[str, ...]) -> Declaration:
     """What the settings say."""
-    hook = setting(said, "hook_point_in", str, SETTINGS)
-    out = setting(said, "hook_point_out", str, SETTINGS, hook)
-    return Declaration(
-        architecture="jumprelu" if hook == out else "jumprelu_transcoder",
-        sites=sites(hook),
-        output_site=site(out),
-        model="meta-llama/Llama-3.1-8B",
-        folded=folded,
-        notes={"hook": hook, "hook_out": out},
-    )
+    hook = word(said, "hook_point_in")
+    out = word(said, "hook_point_out") or hook
+    architecture = "jumprelu" if hook == out else "jumprelu_transcoder"
+    return declaration(architecture, hook, out, "meta-llama/Llama-3.1-8B", folded=folded)
 
 
 FORMAT = Format("llama_scope", recognise, read)

@@ -9,26 +9,15 @@ latents are read in those units: the library's f is f / ||W_D row||.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
-from sae_models.formats.layouts import (
-    Weights,
-    count,
-    gated,
-    input_scaled,
-    linear,
-    norms,
-    pre_biased,
-    rescaled,
-    setting,
-    site,
-    sites,
-    stored,
-)
+from sae_models.formats.folding import fold_decoder_norm, fold_pre_bias
+from sae_models.formats.layouts import Weights, declaration, fold_norm_gate, fold_scales, linear, stored
+from sae_models.formats.settings import count, flag, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, state, take
 from sae_models.sae import SAE, Normalisation, TopK
@@ -78,19 +67,21 @@ def read(path: Path) -> tuple[SAE, Declaration]:
         raise FormatError(f"{path.name}: no sae_weights.safetensors; a .dcp folder is to be saved again as safetensors")
     found = stored(checkpoint)
     found = state(found["sae"], checkpoint.name) if "sae" in found else found
-    hooks = setting(said, "hook_point_in", str, SETTINGS), setting(said, "hook_point_out", str, SETTINGS)
+    hooks = word(said, "hook_point_in"), word(said, "hook_point_out")
     only(found, NEWER | OLDER | {*THRESHOLDS} | {AVERAGE + hook for hook in hooks}, checkpoint.name)
-    weights = parameters(found, said, checkpoint.name)
-    weights, threshold, folded = activated(weights, found, said, checkpoint.name)
+    sae = assembled(*parameters(found, said, checkpoint.name))
+    folded = []
+    if flag(said, "apply_decoder_bias_to_pre_encoder", SETTINGS, False):
+        sae = fold_pre_bias(sae, sae.decoder_bias)
+        folded.append("pre_bias")
+    sae = activated(sae, found, said, checkpoint.name)
+    if flag(said, "sparsity_include_decoder_norm", SETTINGS, True) and said["act_fn"] != "relu":
+        sae = fold_norm_gate(sae) if said["act_fn"] == "jumprelu" else fold_decoder_norm(sae)
+        folded.append("decoder_norm")
     if said["norm_activation"] == "dataset-wise":
-        into, out = (average(found, hook, weights, checkpoint.name) for hook in hooks)
-        weights, folded = input_scaled(weights, into, out), (*folded, "input_scale")
-    by_token = said["norm_activation"] == "token-wise"
-    selection = TopK(count(said, "top_k", len(weights.bias), SETTINGS)) if said["act_fn"] == "topk" else None
-    normalisation = Normalisation.CONSTANT_NORM if by_token else Normalisation.NONE
-    sae = assembled(*weights, threshold, selection=selection, normalisation=normalisation)
-    notes = {"hook": hooks[0], "hook_out": hooks[1]}
-    return sae, Declaration(str(said["act_fn"]), sites(hooks[0]), site(hooks[1]), "", folded, None, notes)
+        sae = fold_scales(sae, *(scale(found, hook, sae.width, checkpoint.name) for hook in hooks))
+        folded.append("input_scale")
+    return sae, declaration(str(said["act_fn"]), *hooks, folded=tuple(folded))
 
 
 def check(said: Mapping[str, Any]) -> None:
@@ -115,10 +106,11 @@ def refuse(field: str, why: str) -> NoReturn:
 def parameters(found: Mapping[str, Any], said: Mapping[str, Any], file: str) -> Weights:
     """Weights by the names of 2.x, W_E [d, F] and W_D [F, d], or of 1.x, two linear layers."""
     older = "encoder.weight" in found
-    width = setting(said, "d_model", int, SETTINGS)
+    width = count(said, "d_model", SETTINGS)
     decoder_bias = "decoder.bias" if older else "b_D"
     if said.get("use_decoder_bias") is False and decoder_bias not in found:
-        found = {**found, decoder_bias: torch.zeros(width)}
+        rows = found.get("decoder.weight" if older else "b_E", ())
+        found = {**found, decoder_bias: torch.zeros(len(rows) if older else width)}
     if older:
         weights = linear(found, file)
     else:
@@ -127,36 +119,27 @@ def parameters(found: Mapping[str, Any], said: Mapping[str, Any], file: str) -> 
         weights = Weights(encoder.T, bias, decoder, out)
     if weights.encoder.shape[1] != width:
         raise FormatError(f"{SETTINGS} d_model: {width}, the encoder reads {weights.encoder.shape[1]}")
-    if said.get("apply_decoder_bias_to_pre_encoder"):
-        weights = weights._replace(bias=pre_biased(weights.bias, weights.encoder, weights.decoder_bias))
     return weights
 
 
-def activated(
-    weights: Weights, found: Mapping[str, Any], said: Mapping[str, Any], file: str
-) -> tuple[Weights, Tensor | float, tuple[str, ...]]:
-    """(weights, threshold on z, what was folded) once the decoder norm is out of the activation's way."""
-    folded: tuple[str, ...] = ("pre_bias",) if said.get("apply_decoder_bias_to_pre_encoder") else ()
-    by_norm = setting(said, "sparsity_include_decoder_norm", bool, SETTINGS, True) and said["act_fn"] != "relu"
-    folded += ("decoder_norm",) if by_norm else ()
-    threshold: Tensor | float = 0.0
-    if said["act_fn"] == "jumprelu":
-        named = next((key for key in THRESHOLDS if key in found), THRESHOLDS[0])
-        threshold = take(found, named, file, (len(weights.bias),)).float().exp()
-    if not by_norm:
-        return weights, threshold, folded
-    norm = norms(weights.decoder)
-    if isinstance(threshold, Tensor):
-        return weights, gated(threshold, norm), folded
-    return rescaled(weights, norm), 0.0, folded
+def activated(sae: SAE, found: Mapping[str, Any], said: Mapping[str, Any], file: str) -> SAE:
+    """With the activation and the normalisation that the settings name."""
+    by_token = said["norm_activation"] == "token-wise"
+    sae = replace(sae, normalisation=Normalisation.CONSTANT_NORM if by_token else Normalisation.NONE)
+    if said["act_fn"] == "topk":
+        return replace(sae, selection=TopK(count(said, "top_k", SETTINGS, sae.latents)))
+    if said["act_fn"] == "relu":
+        return sae
+    named = next((key for key in THRESHOLDS if key in found), THRESHOLDS[0])
+    return replace(sae, threshold=take(found, named, file, (sae.latents,)).float().exp())
 
 
-def average(found: Mapping[str, Any], hook: str, weights: Weights, file: str) -> float:
+def scale(found: Mapping[str, Any], hook: str, width: int, file: str) -> float:
     """sqrt(d) over the dataset's mean norm at a hook point."""
     norm = float(take(found, AVERAGE + hook, file, ()))
     if norm <= 0:
         raise FormatError(f"{file} {AVERAGE}{hook}: {norm} is not a norm")
-    return math.sqrt(weights.encoder.shape[1]) / norm
+    return math.sqrt(width) / norm
 
 
 FORMAT = Format("llamascopium", recognise, read)

@@ -11,18 +11,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_models.formats.layouts import count, keys, matching, one, pre_biased
+from sae_models.formats.folding import fold_pre_bias
+from sae_models.formats.layouts import declaration, keys, matching, one
+from sae_models.formats.settings import count
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_pickle, state, take
 from sae_models.sae import SAE, Normalisation, TopK
 
 WEIGHTS = frozenset({"pre_bias", "latent_bias", "encoder.weight", "decoder.weight"})
 STATISTICS = frozenset({"stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"})
+# By the names of TransformerLens.
 LOCATIONS = {
-    "resid_post_mlp": "resid_post",
-    "resid_post_attn": "resid_mid",
-    "resid_delta_mlp": "mlp_out",
-    "resid_delta_attn": "attn_out",
+    "resid_post_mlp": "hook_resid_post",
+    "resid_post_attn": "hook_resid_mid",
+    "resid_delta_mlp": "hook_mlp_out",
+    "resid_delta_attn": "hook_attn_out",
 }
 
 
@@ -43,11 +46,10 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     decoder = take(found, "decoder.weight", file.name, shape[::-1]).T
     selection = chosen(found, len(latent_bias), file.name)
     normalisation = Normalisation.LAYER_NORM if selection else Normalisation.NONE
-    bias = pre_biased(latent_bias, encoder, pre_bias)
-    sae = assembled(encoder, bias, decoder, pre_bias, selection=selection, normalisation=normalisation)
-    site = located(file)
-    architecture = "topk" if selection else "relu"
-    return sae, Declaration(architecture, (site,) if site else (), site, "gpt2" if site else "", ("pre_bias",))
+    sae = assembled(encoder, latent_bias, decoder, pre_bias, selection=selection, normalisation=normalisation)
+    hook, architecture = located(file), "topk" if selection else "relu"
+    said = declaration(architecture, hook, hook, "gpt2" if hook else "", folded=("pre_bias",))
+    return fold_pre_bias(sae, pre_bias), said
 
 
 def chosen(found: Mapping[str, Any], latents: int, file: str) -> TopK | None:
@@ -58,13 +60,13 @@ def chosen(found: Mapping[str, Any], latents: int, file: str) -> TopK | None:
     settings = found.get("activation_state_dict")
     if name != "TopK" or not isinstance(settings, dict) or settings.get("postact_fn") != "ReLU":
         raise FormatError(f"{file} activation: {name!r} with {settings!r}, neither ReLU nor TopK followed by ReLU")
-    return TopK(count(settings, "k", latents, file))
+    return TopK(count(settings, "k", file, latents))
 
 
 def located(file: Path) -> str:
-    """The site in a path like `gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt`, or empty."""
+    """The hook point in a path like `gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt`, or empty."""
     location = re.search(r"/(resid_\w+?_(?:mlp|attn))(?:_v5_\w+)?/autoencoders/(\d+)\.pt$", file.absolute().as_posix())
-    return f"layers.{int(location[2])}.{LOCATIONS[location[1]]}" if location and location[1] in LOCATIONS else ""
+    return f"blocks.{location[2]}.{LOCATIONS[location[1]]}" if location and location[1] in LOCATIONS else ""
 
 
 FORMAT = Format("openai", recognise, read)

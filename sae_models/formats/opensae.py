@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_models.formats.layouts import count, matching, pre_biased, setting
+from sae_models.formats.folding import fold_pre_bias
+from sae_models.formats.layouts import declaration, matching
+from sae_models.formats.settings import count, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, read_safetensors, take
 from sae_models.sae import LAYER_NORM_EPSILON, SAE, Normalisation, TopK
@@ -41,13 +43,11 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     bias, decoder_bias = take(found, "encoder.bias", file, (-1,)), take(found, "b_dec", file, (-1,))
     shape = (len(bias), len(decoder_bias))
     encoder, decoder = take(found, "encoder.weight", file, shape), take(found, "W_dec", file, shape)
-    selection = TopK(count(said, "k", len(bias), SETTINGS))
+    selection = TopK(count(said, "k", SETTINGS, len(bias)))
     normalisation = Normalisation.LAYER_NORM if said.get("input_normalize", True) else Normalisation.NONE
-    bias = pre_biased(bias, encoder, decoder_bias)
     sae = assembled(encoder, bias, decoder, decoder_bias, selection=selection, normalisation=normalisation)
-    model = setting(said, "model_name", str, SETTINGS, "")
-    hook, out = (setting(said, f"{end}_hookpoint", str, SETTINGS, "") for end in ("input", "output"))
-    return sae, Declaration("topk", (site(hook),) if site(hook) else (), site(out), model, ("pre_bias",))
+    hooks = word(said, "input_hookpoint"), word(said, "output_hookpoint")
+    return fold_pre_bias(sae, decoder_bias), declaration("topk", *hooks, word(said, "model_name"), folded=("pre_bias",))
 
 
 def check(said: Mapping[str, Any]) -> None:
@@ -58,16 +58,9 @@ def check(said: Mapping[str, Any]) -> None:
     if said.get("input_normalize", True):
         if not said.get("normalize_shift_back", False):
             raise FormatError(f"{SETTINGS} normalize_shift_back: false, the input is normalised and the output is not")
-        if said.get("input_normalize_eps", LAYER_NORM_EPSILON) != LAYER_NORM_EPSILON:
-            raise FormatError(
-                f"{SETTINGS} input_normalize_eps: {said['input_normalize_eps']}, not {LAYER_NORM_EPSILON}"
-            )
-
-
-def site(hookpoint: str) -> str:
-    """`layers.L` is the output of layer L; anything else has no name here."""
-    block, _, layer = hookpoint.partition(".")
-    return f"layers.{int(layer)}.resid_post" if block == "layers" and layer.isdecimal() else ""
+        epsilon = said.get("input_normalize_eps", LAYER_NORM_EPSILON)
+        if epsilon != LAYER_NORM_EPSILON:
+            raise FormatError(f"{SETTINGS} input_normalize_eps: {epsilon}, not {LAYER_NORM_EPSILON}")
 
 
 FORMAT = Format("opensae", recognise, read)

@@ -9,7 +9,7 @@ repository's name alone: `SAE-Res-{model}-W{F / 1024}K-L0_{k}`.
 import re
 from pathlib import Path
 
-from sae_models.formats.layouts import keys, matching, one
+from sae_models.formats.layouts import declaration, keys, matching, one
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, oriented, read_pickle, state, take
 from sae_models.sae import SAE, TopK
@@ -39,9 +39,9 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     if not 1 <= k <= latents:
         raise FormatError(f"{file.name}: {latents} latents, the repository's name says L0_{k}")
     layer = re.match(r"layer(\d+)\.", file.name)
-    site = f"layers.{int(layer[1])}.resid_post" if layer else ""
+    hook = f"blocks.{layer[1]}.hook_resid_post" if layer else ""
     sae = assembled(encoder, bias, decoder, decoder_bias, selection=TopK(k))
-    return sae, Declaration("topk", (site,) if site else (), site, f"Qwen/{repository[1]}", l0=float(k))
+    return sae, declaration("topk", hook, hook, f"Qwen/{repository[1]}", l0=float(k))
 
 
 FORMAT = Format("qwen_scope", recognise, read)

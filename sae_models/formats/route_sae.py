@@ -12,7 +12,8 @@ tell n, so no sites are declared. The canonical form adds 1e-5 to std, not 1e-6:
 import re
 from pathlib import Path
 
-from sae_models.formats.layouts import keys, matching, one, pre_biased
+from sae_models.formats.folding import fold_pre_bias
+from sae_models.formats.layouts import keys, matching, one
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_pickle, state, take
 from sae_models.sae import SAE, Normalisation, Router, TopK
@@ -42,11 +43,10 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     encoder = take(found, "sae.encoder.weight", file.name, (latents, width))
     decoder = take(found, "sae.decoder.weight", file.name, (width, latents)).T
     router = Router(take(found, "router.weight", file.name, (-1, width)).float(), mean=named[1] == "mean")
-    bias = pre_biased(latent_bias, encoder, pre_bias)
     norm = Normalisation.LAYER_NORM
-    sae = assembled(encoder, bias, decoder, pre_bias, selection=TopK(k), normalisation=norm, router=router)
+    sae = assembled(encoder, latent_bias, decoder, pre_bias, selection=TopK(k), normalisation=norm, router=router)
     notes = {"sites": len(router.weight), "model": named[4]}
-    return sae, Declaration("route_sae", folded=("pre_bias",), l0=float(k), notes=notes)
+    return fold_pre_bias(sae, pre_bias), Declaration("route_sae", folded=("pre_bias",), l0=float(k), notes=notes)
 
 
 FORMAT = Format("route_sae", recognise, read)

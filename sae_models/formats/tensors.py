@@ -25,7 +25,7 @@ from sae_models.sae import SAE
 # An SAE has some ten tensors: its headers, opcodes and settings are kilobytes.
 HEADER_LIMIT = 1 << 20
 SETTINGS_LIMIT = 4 << 20
-YAML_LIMIT = 256 << 10
+YAML_LIMIT = 64 << 10
 NESTING_LIMIT = 20
 # Deflate cannot shrink floating-point weights much; what expands more is made to exhaust memory.
 EXPANSION_LIMIT = 16

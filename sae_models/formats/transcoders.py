@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_models.formats.layouts import keys, matching, one, setting, site, sites
+from sae_models.formats.layouts import declaration, keys, matching, one
+from sae_models.formats.settings import word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_safetensors, read_yaml, take
 from sae_models.sae import SAE
@@ -65,10 +66,9 @@ def declared(file: Path) -> Declaration:
     elif qwen:
         said = {"model_name": f"Qwen/Qwen3-{qwen[1]}B", "feature_input_hook": "mlp.hook_in"}
         said["feature_output_hook"] = "hook_mlp_out"
-    names = {key: setting(said, key, str, "config.yaml", "") for key in ("feature_input_hook", "feature_output_hook")}
-    hook, out = (f"blocks.{int(layer[1])}.{name}" if layer and name else "" for name in names.values())
-    model = setting(said, "model_name", str, "config.yaml", "")
-    return Declaration("transcoder", sites(hook), site(out), model, notes={"hook": hook, "hook_out": out})
+    names = word(said, "feature_input_hook"), word(said, "feature_output_hook")
+    hook, out = (f"blocks.{layer[1]}.{name}" if layer and name else "" for name in names)
+    return declaration("transcoder", hook, out, word(said, "model_name"))
 
 
 FORMAT = Format("transcoders", recognise, read)

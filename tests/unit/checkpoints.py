@@ -72,7 +72,8 @@ def top(z: Tensor, k: int) -> Tensor:
 def save_npz(file: Path, tensors: dict[str, Tensor]) -> None:
     """As numpy does."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(file, **{key: tensor.numpy() for key, tensor in tensors.items()})
+    arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in tensors.items()}
+    np.savez(file, **arrays)
 
 
 def save_safe(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -4,7 +4,6 @@ memory.
 FUZZ_SEEDS in the environment is how many mutations of each checkpoint are tried.
 """
 
-import io
 import json
 import os
 import pickle
@@ -219,14 +218,10 @@ def npz(file: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_ST
     return file
 
 
-def npy(array: Any, shape: tuple[int, ...] | None = None) -> bytes:
+def npy(array: np.ndarray[Any, Any], shape: tuple[int, ...] | None = None) -> bytes:
     """A npy file, with another shape in its header if that is given."""
-    header, body = io.BytesIO(), io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": array.dtype.str, "fortran_order": False, "shape": shape or array.shape}
-    )
-    np.save(body, array)
-    return header.getvalue() + body.getvalue()[-array.nbytes :]
+    header = repr({"descr": array.dtype.str, "fortran_order": False, "shape": shape or array.shape}).encode()
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + array.tobytes()
 
 
 @pytest.mark.parametrize("name", ["../w.npy", "/tmp/w.npy", "a/../../w.npy", "..\\w.npy"])
@@ -394,8 +389,8 @@ def test_settings_in_json_that_are_no_small_object_are_refused(content: str, tmp
         "a: &a [x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopqrstuvw")),
         "a: &a {x: 1}\nb: {<<: [*a, *a]}\n",
         "!!python/object/apply:os.mkdir [ran]",
-        "[" * 100_000,
-        "- " * 100_000,
+        "[" * 30_000,
+        "- " * 30_000,
         "- a",
         "1: a",
         "a: 2020-99-99",

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,21 @@ def matrices(laid: Laid) -> list[str]:
     return found
 
 
+def transposed(key: str, content: dict[str, Any]) -> dict[str, Any]:
+    """With that matrix transposed."""
+    return content | {key: content[key].T.contiguous()}
+
+
+def without(key: str, content: dict[str, Any]) -> dict[str, Any]:
+    """All but that."""
+    return {name: value for name, value in content.items() if name != key}
+
+
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "qwen_scope"])
 def test_a_transposed_matrix_is_refused_by_name(name: str, tmp_path: Path) -> None:
     for key in matrices(LAYOUTS[name](tmp_path, Draw())):
         laid = LAYOUTS[name](tmp_path, Draw())
-        rewrite(laid.file, lambda content, key=key: content | {key: content[key].T.contiguous()})
+        rewrite(laid.file, partial(transposed, key))
         with pytest.raises(FormatError, match=rf"{laid.file.name}.* {re.escape(key)}: shape"):
             laid.format.read(laid.path)
 
@@ -128,7 +139,7 @@ def test_a_transposed_matrix_is_refused_by_name(name: str, tmp_path: Path) -> No
 def test_a_missing_matrix_is_named(name: str, tmp_path: Path) -> None:
     for key in matrices(LAYOUTS[name](tmp_path, Draw())):
         laid = LAYOUTS[name](tmp_path, Draw())
-        rewrite(laid.file, lambda content, key=key: {name: content[name] for name in content if name != key})
+        rewrite(laid.file, partial(without, key))
         with pytest.raises(FormatError, match=rf" {re.escape(key)}: missing among"):
             laid.format.read(laid.path)
 
