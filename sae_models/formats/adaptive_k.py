@@ -8,7 +8,7 @@ k(x) comes from the probe, weights [d, 1] and bias [1]: see sae_models.sae.Adapt
 from pathlib import Path
 
 from sae_models.formats.folding import fold_pre_bias
-from sae_models.formats.layouts import declaration
+from sae_models.formats.layouts import declaration, whole
 from sae_models.formats.settings import count, section, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, read_pickle, state, take
@@ -42,7 +42,7 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     weights, offset = take(probe, "weights", "probe.pt", (width, 1)), take(probe, "bias", "probe.pt", (1,))
     selection = AdaptiveK(weights[:, 0].float(), offset[0].float(), least, most)
     sae = assembled(encoder, bias, decoder, decoder_bias, selection=selection)
-    return fold_pre_bias(sae, decoder_bias), declared(path)
+    return whole(fold_pre_bias(sae, decoder_bias), "ae.pt"), declared(path)
 
 
 def declared(path: Path) -> Declaration:

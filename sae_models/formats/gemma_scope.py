@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sae_models.formats.layouts import Weights, declaration, fold_scales, matching, one
+from sae_models.formats.layouts import Weights, declaration, fold_scales, matching, one, whole
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_npz, take
 from sae_models.sae import SAE
@@ -43,7 +43,7 @@ def read(path: Path) -> tuple[SAE, Declaration]:
         return sae, declared(where, ())
     # These were trained on rows of the embedding matrix; what the model reads is sqrt(d) times that.
     root = sae.width**0.5
-    return fold_scales(sae, 1 / root, 1 / root), declared(where, ("input_scale",))
+    return whole(fold_scales(sae, 1 / root, 1 / root), file.name), declared(where, ("input_scale",))
 
 
 def parameters(file: Path) -> tuple[Weights, Tensor]:

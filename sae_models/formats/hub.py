@@ -19,7 +19,10 @@ from sae_models.formats.source import FormatError
 WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".gguf")
 SETTINGS = (".json", ".yaml", ".yml")
 TABLE = "pretrained_saes.yaml"
-OFFLINE = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
+# Seconds in which the hub must answer; then the cache must do.
+PATIENCE = 10.0
+# huggingface_hub lets through the errors of the HTTP library that it is built on, which differs between its versions.
+UNREACHABLE: tuple[type[Exception], ...] = (getattr(errors, "HTTPError", OSError), OSError)
 
 
 class NotFound(FormatError):
@@ -65,7 +68,7 @@ def resolve(name: str, cache: Path | None = None, offline: bool = False) -> Path
         raise NotFound(f"{name}: {place.repository} has no revision {place.revision}") from error
     except errors.RepositoryNotFoundError as error:
         raise NotFound(f"{name}: {missing(place)}") from error
-    except (*OFFLINE, errors.HfHubHTTPError, OSError):
+    except UNREACHABLE:
         return cached(place, cache)
 
 
@@ -112,12 +115,12 @@ def release(name: str) -> Release | None:
 
 def download(place: Place, cache: Path | None) -> Path:
     """The place's files, those alone, from the hub or its cache."""
-    repository, revision = place.repository, place.revision
-    names = wanted(huggingface_hub.HfApi().list_repo_files(repository, revision=revision), place)
+    said = huggingface_hub.HfApi().model_info(place.repository, revision=place.revision, timeout=PATIENCE)
+    names = wanted([file.rfilename for file in said.siblings or ()], place)
     paths = [
-        Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, cache_dir=cache)) for name in names
+        huggingface_hub.hf_hub_download(place.repository, name, revision=said.sha, cache_dir=cache) for name in names
     ]
-    return snapshot(paths[0], names[0]) / place.within
+    return snapshot(Path(paths[0]), names[0]) / place.within
 
 
 def snapshot(path: Path, name: str) -> Path:

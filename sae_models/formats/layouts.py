@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_models.formats import sites
 from sae_models.formats.folding import scaled
 from sae_models.formats.source import Declaration, FormatError
-from sae_models.formats.tensors import read_pickle, read_safetensors, safetensors_header, state, take
+from sae_models.formats.tensors import finite, read_pickle, read_safetensors, safetensors_header, state, take
 from sae_models.sae import SAE
 
 
@@ -78,6 +78,15 @@ def positive(settings: Mapping[str, Any], key: str, file: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise FormatError(f"{file} {key}: {value!r} is not a positive number")
     return float(value)
+
+
+def whole(sae: SAE, file: str) -> SAE:
+    """The same; FormatError where folding took a value beyond what float32 holds."""
+    parts = {"encoder": sae.encoder, "bias": sae.bias, "threshold": sae.threshold, "decoder": sae.decoder}
+    for name, part in (parts | {"decoder_bias": sae.decoder_bias}).items():
+        if not finite(part):
+            raise FormatError(f"{file}: the {name} has values that are not finite once the settings are folded in")
+    return sae
 
 
 def fold_scales(sae: SAE, into: float, out: float) -> SAE:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from sae_models.formats.folding import fold_pre_bias
-from sae_models.formats.layouts import declaration, fold_norm_gate, fold_scales, linear, positive
+from sae_models.formats.layouts import declaration, fold_norm_gate, fold_scales, linear, positive, whole
 from sae_models.formats.settings import flag, section, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, read_safetensors
@@ -61,7 +61,7 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     if flag(said, "sparsity_include_decoder_norm", SETTINGS, True):
         sae = fold_norm_gate(sae)
         folded.append("decoder_norm")
-    return fold_scales(sae, into, out), declared(said, tuple(folded))
+    return whole(fold_scales(sae, into, out), CHECKPOINT), declared(said, tuple(folded))
 
 
 def check(said: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from sae_models.formats.folding import fold_decoder_norm, fold_pre_bias
-from sae_models.formats.layouts import Weights, declaration, fold_norm_gate, fold_scales, linear, stored
+from sae_models.formats.layouts import Weights, declaration, fold_norm_gate, fold_scales, linear, stored, whole
 from sae_models.formats.settings import count, flag, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, state, take
@@ -81,7 +81,7 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     if said["norm_activation"] == "dataset-wise":
         sae = fold_scales(sae, *(scale(found, hook, sae.width, checkpoint.name) for hook in hooks))
         folded.append("input_scale")
-    return sae, declaration(str(said["act_fn"]), *hooks, folded=tuple(folded))
+    return whole(sae, checkpoint.name), declaration(str(said["act_fn"]), *hooks, folded=tuple(folded))
 
 
 def check(said: Mapping[str, Any]) -> None:

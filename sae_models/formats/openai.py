@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_models.formats.folding import fold_pre_bias
-from sae_models.formats.layouts import declaration, keys, matching, one
+from sae_models.formats.layouts import declaration, keys, matching, one, whole
 from sae_models.formats.settings import count
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_pickle, state, take
@@ -49,7 +49,7 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     sae = assembled(encoder, latent_bias, decoder, pre_bias, selection=selection, normalisation=normalisation)
     hook, architecture = located(file), "topk" if selection else "relu"
     said = declaration(architecture, hook, hook, "gpt2" if hook else "", folded=("pre_bias",))
-    return fold_pre_bias(sae, pre_bias), said
+    return whole(fold_pre_bias(sae, pre_bias), file.name), said
 
 
 def chosen(found: Mapping[str, Any], latents: int, file: str) -> TopK | None:

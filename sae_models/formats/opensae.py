@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_models.formats.folding import fold_pre_bias
-from sae_models.formats.layouts import declaration, matching
+from sae_models.formats.layouts import declaration, matching, whole
 from sae_models.formats.settings import count, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, read_safetensors, take
@@ -47,7 +47,8 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     normalisation = Normalisation.LAYER_NORM if said.get("input_normalize", True) else Normalisation.NONE
     sae = assembled(encoder, bias, decoder, decoder_bias, selection=selection, normalisation=normalisation)
     hooks = word(said, "input_hookpoint"), word(said, "output_hookpoint")
-    return fold_pre_bias(sae, decoder_bias), declaration("topk", *hooks, word(said, "model_name"), folded=("pre_bias",))
+    said_of = declaration("topk", *hooks, word(said, "model_name"), folded=("pre_bias",))
+    return whole(fold_pre_bias(sae, decoder_bias), file), said_of
 
 
 def check(said: Mapping[str, Any]) -> None:

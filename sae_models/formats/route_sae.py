@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from sae_models.formats.folding import fold_pre_bias
-from sae_models.formats.layouts import keys, matching, one
+from sae_models.formats.layouts import keys, matching, one, whole
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_pickle, state, take
 from sae_models.sae import SAE, Normalisation, Router, TopK
@@ -46,7 +46,9 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     norm = Normalisation.LAYER_NORM
     sae = assembled(encoder, latent_bias, decoder, pre_bias, selection=TopK(k), normalisation=norm, router=router)
     notes = {"sites": len(router.weight), "model": named[4]}
-    return fold_pre_bias(sae, pre_bias), Declaration("route_sae", folded=("pre_bias",), l0=float(k), notes=notes)
+    return whole(fold_pre_bias(sae, pre_bias), file.name), Declaration(
+        "route_sae", folded=("pre_bias",), l0=float(k), notes=notes
+    )
 
 
 FORMAT = Format("route_sae", recognise, read)

@@ -68,6 +68,7 @@ READERS = (
     transcoders,
 )
 MATRICES = ((LATENTS, WIDTH), (WIDTH, LATENTS))
+THRESHOLD = "activation_function.log_jumprelu_threshold"
 RESIDUAL = "blocks.15.hook_resid_post"
 
 
@@ -380,6 +381,19 @@ def test_llamascopium_dataset_norm_that_is_missing_or_not_a_norm_is_refused(tmp_
         tensors = newer(d) | {f"dataset_average_activation_norm.{RESIDUAL}": torch.tensor(norm)}
         with pytest.raises(FormatError, match=f"dataset_average_activation_norm.{RESIDUAL}.*{why}"):
             llamascopium.FORMAT.read(scopium(tmp_path, tensors, act_fn="relu"))
+
+
+def test_what_overflows_when_it_is_folded_is_refused(tmp_path: Path) -> None:
+    d = Draw()
+    laid = LAYOUTS["llamascopium"](tmp_path, d)
+    norm = f"dataset_average_activation_norm.{RESIDUAL}"
+    rewrite(laid.file, lambda content: content | {norm: torch.tensor(1e-39)})
+    with pytest.raises(FormatError, match=r"sae_weights\.safetensors: the encoder has values that are not finite once"):
+        llamascopium.FORMAT.read(laid.path)
+    rewrite(laid.file, lambda content: content | {norm: torch.tensor(4.0), THRESHOLD: torch.full((LATENTS,), 99.0)})
+    save_json(laid.path / "config.json", scopium_settings(RESIDUAL, sparsity_include_decoder_norm=False))
+    with pytest.raises(FormatError, match="the threshold has values that are not finite once"):
+        llamascopium.FORMAT.read(laid.path)
 
 
 def test_a_latent_without_a_decoder_never_passes_a_gate(tmp_path: Path) -> None:
