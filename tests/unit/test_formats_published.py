@@ -24,6 +24,8 @@ from sae_models.formats import (
     opensae,
     qwen_scope,
     route_sae,
+    saelens,
+    sparsify,
     transcoders,
 )
 from sae_models.formats.source import Declaration, FormatError
@@ -65,6 +67,8 @@ READERS = (
     opensae,
     qwen_scope,
     route_sae,
+    saelens,
+    sparsify,
     transcoders,
 )
 MATRICES = ((LATENTS, WIDTH), (WIDTH, LATENTS))
