@@ -74,8 +74,8 @@ def run_import(args: argparse.Namespace) -> int:
     from sae_models.formats.load import load
 
     def make() -> int:
-        path = hub.resolve(args.source)
-        loaded = load(path)
+        known = None if Path(args.source).exists() else hub.release(args.source)
+        loaded = importing.with_scale(load(hub.resolve(args.source)), known.scaling if known else None)
         err.print(f"{escape(loaded.format)}: {escape(loaded.why)}")
         for key, note in loaded.declared.notes.items():
             if isinstance(note, str | int | float):

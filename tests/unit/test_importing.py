@@ -12,10 +12,12 @@ import torch
 from sae_models import bundle as bundles
 from sae_models import checking, importing
 from sae_models.bundle import Bundle, BundleError, Source
+from sae_models.catalogue import QUANTILES
 from sae_models.formats.source import Declaration, Loaded
 from sae_models.importing import Imported, ImportRefused, Wish
 from sae_models.labels import LabelError
 from sae_models.sae import SAE, Router, TopK
+from sae_models.training import catalogue as entries
 
 PRETRAINED = Path(bundles.__file__).parent / "pretrained"
 MODEL = PRETRAINED / "textbook-lm"
@@ -116,13 +118,11 @@ def test_labels_take_the_place_of_our_own(imported: Imported) -> None:
 
 
 def test_quantiles_are_those_of_the_activations() -> None:
-    from sae_models.training import catalogue as entries
-
     g = torch.Generator().manual_seed(0)
     values = torch.rand(3, 20_000, generator=g).pow(torch.tensor([[1.0], [4.0], [0.5]])) * 30
     histogram = torch.stack([torch.bincount(entries.bin_of(row), minlength=entries.BINS) for row in values])
     found = entries.quantiles(histogram.int(), values.amax(1))
-    exact = torch.stack([row.quantile(torch.tensor(entries.QUANTILES)) for row in values])
+    exact = torch.stack([row.quantile(torch.tensor(QUANTILES)) for row in values])
     assert float((found / exact).log().abs().max()) < 0.04
     nothing = entries.quantiles(torch.zeros(1, entries.BINS, dtype=torch.int32), torch.zeros(1))
     assert not nothing.any()
