@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 HOLDS, FAILS, CANNOT = 0, 1, 2
 CORPUS = "JSON lines (.jsonl or .jsonl.xz) with `text` and, if known, `book`, `module`, `title`"
+EMBEDDER = "store the labels' meanings, by a sentence embedder such as sentence-transformers/all-MiniLM-L6-v2"
 CHECK_STATUS = "exit status: 0 all holds, 1 something does not, 2 it could not be checked"
 IMPORT_STATUS = "exit status: 0 the bundle is written, 1 it was refused, 2 something could not be read"
 
@@ -52,7 +53,7 @@ def _add_import(actions: Any) -> None:
     command.add_argument("--tokens", type=int, default=500_000, help="of the corpus, about (%(default)s)")
     command.add_argument("--labels", type=Path, help="labels of the latents: a Neuronpedia export, file or folder")
     command.add_argument("--labels-model", default="", help="what the labels call the model, if not by its name")
-    command.add_argument("--embedder", default="", help="store the labels' meanings by this sentence embedder")
+    command.add_argument("--embedder", default="", help=EMBEDDER)
     command.add_argument("--credit", default="", help="line of attribution to keep with the bundle")
     command.add_argument("--accept", action="store_true", help="import though L0 or FVU speak against the convention")
 
@@ -74,8 +75,8 @@ def run_import(args: argparse.Namespace) -> int:
     from sae_models.formats.load import load
 
     def make() -> int:
-        path = hub.resolve(args.source)
-        loaded = load(path)
+        known = None if Path(args.source).exists() else hub.release(args.source)
+        loaded = importing.with_scale(load(hub.resolve(args.source)), known.scaling if known else None)
         err.print(f"{escape(loaded.format)}: {escape(loaded.why)}")
         for key, note in loaded.declared.notes.items():
             if isinstance(note, str | int | float):

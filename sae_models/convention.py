@@ -80,27 +80,32 @@ class Verdict:
 
 
 def verdict(sae: SAE, site: str, residuals: Mapping[str, Tensor], claims: Claims) -> Verdict:
-    """Compares an SAE that explains what it reads, at `site`, with its variants, on the inputs [n, d] of each site."""
+    """Compares an SAE that explains what it reads, at `site`, with its variants, on the inputs [n, d] of each site.
+
+    The declared one stands if its figures are those claimed and, where no FVU is claimed, no other explains much more.
+    """
     tried = tqdm(list(variants(sae, site, residuals, claims)), unit="reading", desc="conventions")
-    fits = [fit_of(variant, residuals[variant.site], claims) for variant in tried]
-    ordered = tuple(sorted(fits, key=lambda fit: fit.misfit))
-    declared = fits[0]
-    if claims.l0 is None and claims.fvu is None:
-        stands = declared.misfit <= ordered[0].misfit + log(MARGIN)
-    else:
-        stands = near(declared.l0, claims.l0) and near(declared.fvu, claims.fvu)
-    return Verdict(ordered, stands and declared.fvu < 1)
+    # Error and variance scale alike, so the input's scale does not change the FVU.
+    found = [fidelity.measured(variant.sae, residuals[variant.site] * variant.scale) for variant in tried]
+    usual = found[0].l0
+    fits = [
+        Fit(variant.name, variant.cure, sums.l0, sums.fvu, misfit(sums.l0, sums.fvu, claims, usual))
+        for variant, sums in zip(tried, found, strict=True)
+    ]
+    ordered, declared = tuple(sorted(fits, key=lambda fit: fit.misfit)), fits[0]
+    as_claimed = near(declared.l0, claims.l0) and near(declared.fvu, claims.fvu)
+    rivalled = claims.fvu is None and declared.misfit > ordered[0].misfit + log(MARGIN)
+    return Verdict(ordered, as_claimed and not rivalled and declared.fvu < 1)
 
 
-def fit_of(variant: Variant, x: Tensor, claims: Claims) -> Fit:
-    """A variant on inputs [n, d]; error and variance scale alike, so the input's scale does not change the FVU."""
-    found = fidelity.measured(variant.sae, x * variant.scale)
-    return Fit(variant.name, variant.cure, found.l0, found.fvu, misfit(found.l0, found.fvu, claims))
+def misfit(l0: float, fvu: float, claims: Claims, usual: float) -> float:
+    """Distance from the claims in logarithms.
 
-
-def misfit(l0: float, fvu: float, claims: Claims) -> float:
-    """Distance from the claims in logarithms; where no FVU is claimed, the less is unexplained the better."""
-    sparse = 0.0 if claims.l0 is None else abs(log(max(l0, 1e-3) / max(claims.l0, 1e-3)))
+    Where no FVU is claimed, the less is unexplained the better; where no L0 is, more latents than `usual` cost, since
+    they alone explain more.
+    """
+    denser = log(max(l0, 1e-3) / max(usual if claims.l0 is None else claims.l0, 1e-3))
+    sparse = max(0.0, denser) if claims.l0 is None else abs(denser)
     unexplained = log(min(max(fvu, 1e-6), 1e6))
     return sparse + (unexplained if claims.fvu is None else abs(unexplained - log(max(claims.fvu, 1e-6))))
 

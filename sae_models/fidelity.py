@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sae_models.sae import SAE
 
-# Activations held at a time: 16 MB in float32.
-ACTIVATIONS_AT_ONCE = 1 << 22
+# Activations held at a time: 8 MB in float32.
+ACTIVATIONS_AT_ONCE = 1 << 21
 
 
 @dataclass

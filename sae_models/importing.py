@@ -15,6 +15,7 @@ from sae_models import material as materials
 from sae_models.bundle import Bundle, Conformance, Manifest, Model, Source, Statistics, Training
 from sae_models.catalogue import Latent, Summary
 from sae_models.convention import Claims, Verdict
+from sae_models.formats.folding import fold_input_scale
 from sae_models.formats.source import Declaration, Loaded
 from sae_models.labels import Labels
 from sae_models.material import Material
@@ -99,6 +100,15 @@ def source_of(loaded: Loaded, where: str) -> Source:
     return Source(loaded.format, known, revision[1] if revision else None, loaded.declared.l0)
 
 
+def with_scale(loaded: Loaded, scale: float | None) -> Loaded:
+    """The checkpoint with an input scale that is known from elsewhere, where it could not find one itself."""
+    if scale is None or "input_scale" not in loaded.declared.notes:
+        return loaded
+    notes = {key: note for key, note in loaded.declared.notes.items() if key != "input_scale"}
+    declared = replace(loaded.declared, folded=(*loaded.declared.folded, "input_scale"), notes=notes)
+    return replace(loaded, sae=fold_input_scale(loaded.sae, scale), declared=declared)
+
+
 def described(loaded: Loaded, source: Source, wish: Wish) -> Manifest:
     """The manifest without figures. ImportRefused: no site is known, or the SAE does not fit the model's width."""
     declared, sae = loaded.declared, loaded.sae
@@ -133,7 +143,8 @@ def labels_for(content: Manifest, declared: Declaration, wish: Wish) -> Labels |
     """The labels asked for, once they fit the model and layer."""
     if wish.labels is None:
         return None
-    models = (wish.labels_model,) if wish.labels_model else (content.model.name, declared.model)
+    published = str(declared.notes.get("neuronpedia_id", "")).partition("/")[0]
+    models = (wish.labels_model,) if wish.labels_model else (content.model.name, declared.model, published)
     return labels.matching(labels.read(wish.labels), models, content.site, content.latents)
 
 

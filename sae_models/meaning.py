@@ -11,7 +11,6 @@ import numpy as np
 from sae_models import catalogue
 from sae_models.catalogue import Catalogue, Summary, Vectors
 
-EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 PAGE = 1 << 20
 
 Embed = Callable[[Sequence[str]], Vectors]

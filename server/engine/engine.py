@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -240,7 +241,8 @@ class Engine:
 
     def parameters(self, call: Call, request: wire.Request) -> SamplingParams:
         """The call's sampling parameters with the program in them; nothing a client wrote reaches `extra_args`."""
-        params = call.sampling.clone()
+        # vLLM copies them deeply itself.
+        params = copy(call.sampling)
         params.extra_args = {wire.EXTRA_ARG: wire.encode(request)}
         params.output_kind = RequestOutputKind.DELTA
         # Tokens served from the cache produce no activations.

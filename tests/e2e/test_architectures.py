@@ -98,6 +98,31 @@ def agree(told: Tensor, expected: Tensor, certain: Tensor) -> None:
     torch.testing.assert_close(told[certain], expected[certain], rtol=2e-3, atol=2e-3)
 
 
+def test_several_saes_are_edited_by_one_program(
+    everything: Running, made: dict[str, Made], inputs: dict[str, Tensor], ids: list[int]
+) -> None:
+    """The second edit stands behind the first: what it touches is counted on the residual that the first has moved."""
+    program = Program()
+    for name in ("relu", "adaptive_k"):
+        latent = int((made[name].sae.encode(read(made[name], inputs))[1:] > 0).sum(0).argmax())
+        program = program.at(made[name].sites[0]).clamp(Feature(latent, name), to=0.0)
+    with Client(everything.address) as client:
+        edits = client.inspect(ids, steer=program, report=Report(top_k=1)).attestation.edits
+    assert [edit.site for edit in edits] == ["layers.0.resid_post", "layers.4.resid_post"]
+    active = (made["relu"].sae.encode(inputs["layers.0.resid_post"])[1:] > 0).sum(0).max()
+    assert edits[0].tokens_touched == int(active)
+    assert 0 < edits[1].tokens_touched < len(ids)
+
+
+def test_what_a_bundle_allows_is_told(everything: Running) -> None:
+    with Client(everything.address) as client:
+        told = {bundle.name: bundle for bundle in client.model().bundles}
+    assert (told["topk"].activation, told["topk"].editable) == ("top_k", True)
+    assert (told["skip_transcoder"].output_site, told["skip_transcoder"].editable) == ("layers.1.mlp_out", False)
+    assert "ask for its strongest" in told["route_sae"].not_editable_because
+    assert not told["relu"].HasField("fvu")
+
+
 def activations_of(inspection: Inspection) -> Tensor:
     """What was told, [n, F]."""
     told = torch.zeros(len(inspection.tokens), LATENTS)

@@ -16,6 +16,7 @@ from sae_models.bundle import BundleError, Manifest, Model, Statistics, Training
 from sae_models.catalogue import Latent, Summary
 from sae_models.sae import SAE, AdaptiveK, GroupMax, Normalisation, Router, TopK, fvu, l0
 
+PRETRAINED = Path(bundle.__file__).parent / "pretrained"
 F, D = 12, 6
 SITE = "layers.1.resid_post"
 
@@ -338,4 +339,42 @@ def test_what_is_written_can_be_read_by_others(path: Path) -> None:
 def test_a_huge_manifest_is_not_read(path: Path) -> None:
     (path / bundle.MANIFEST).write_bytes(b" " * (bundle.MANIFEST_LIMIT + 1))
     with pytest.raises(BundleError, match=r"^manifest\.json: 1048577 bytes"):
+        bundle.load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "key"), [("conformance.safetensors activations", "encoder"), ("training", "decoder")]
+)
+def test_a_square_matrix_on_its_side_is_refused(tmp_path: Path, field: str, key: str) -> None:
+    g = torch.Generator().manual_seed(3)
+    axes = torch.linalg.qr(torch.randn(D, D, generator=g)).Q.contiguous()
+    square = SAE(axes, torch.zeros(D), torch.zeros(D), axes.clone(), torch.zeros(D))
+    inputs = torch.rand(64, D, generator=g) @ axes + 0.1 * torch.randn(64, D, generator=g)
+    found = fidelity.measured(square, inputs)
+    manifest = described(square, "a", Training(l0=found.l0, fvu=found.fvu))
+    catalogue.write(tmp_path / "c", (Latent(Summary(i, "", None, None), (), ()) for i in range(D)))
+    vectors = bundle.conformance_of(square, inputs, 16)
+    bundle.write(tmp_path / "a", manifest, square, None, vectors, tmp_path / "c").catalogue.close()
+    edit_tensors(tmp_path / "a", bundle.WEIGHTS, transpose(key))
+    with pytest.raises(BundleError, match=rf"^{field}"):
+        bundle.load(tmp_path / "a")
+
+
+def test_the_shipped_bundle_is_whole_and_small_enough_for_a_repository() -> None:
+    shipped = bundle.load(PRETRAINED / "textbook-lm-layers.2")
+    assert max(file.stat().st_size for file in shipped.path.iterdir()) < 16 << 20
+    assert shipped.measured
+    for index in (0, 7, 4000):
+        latent, most = shipped.catalogue.get(index), float(shipped.statistics.max_activation[index])
+        assert latent.summary.origin == "corpus"
+        assert most == pytest.approx(latent.summary.max_activation)
+        assert list(latent.quantiles) == sorted(latent.quantiles)
+        assert 0 < latent.quantiles[0] < latent.quantiles[-1] <= most
+        assert len(latent.promoted) == len(latent.suppressed) == 10
+
+
+def test_opening_reads_no_matrix(path: Path) -> None:
+    edit_tensors(path, bundle.WEIGHTS, poison("decoder", float("nan")))
+    bundle.mapped(path).catalogue.close()
+    with pytest.raises(BundleError, match=r"^sae\.safetensors decoder"):
         bundle.load(path)

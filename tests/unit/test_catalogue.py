@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_models import catalogue, meaning
 from sae_models.catalogue import Catalogue, Context, Latent, Summary, Vectors, Word
@@ -101,8 +102,10 @@ def test_what_nobody_measured_is_none(tmp_path: Path) -> None:
 
 def letters(texts: Sequence[str]) -> Vectors:
     """Unit vectors of how often each letter occurs."""
-    counts = np.array([[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts], np.float32)
-    return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-6)
+    counts: Vectors = np.array([[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts], np.float32)
+    norms: Vectors = np.linalg.norm(counts, axis=1, keepdims=True)
+    unit: Vectors = counts / np.maximum(norms, 1e-6)
+    return unit
 
 
 def test_search_by_meaning_orders_by_cosine(tmp_path: Path) -> None:
@@ -128,21 +131,20 @@ def test_search_by_meaning_says_what_is_missing(opened: Catalogue, monkeypatch: 
 
 
 def test_search_by_meaning_with_a_sentence_embedder(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("sentence_transformers", reason="the extra `semantic` is not installed")
-    from sentence_transformers.models import StaticEmbedding
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    missing = "the extra `semantic` is not installed"
+    embedding = pytest.importorskip("sentence_transformers.sentence_transformer.modules", reason=missing)
+    package = pytest.importorskip("sentence_transformers", reason=missing)
     model = Path(catalogue.__file__).parent / "pretrained/textbook-lm"
     weight = AutoModelForCausalLM.from_pretrained(model).get_input_embeddings().weight.detach().float().numpy()
-    static = StaticEmbedding(AutoTokenizer.from_pretrained(model), embedding_weights=weight)
-    transformers.SentenceTransformer(modules=[static], device="cpu").save(str(tmp_path / "embedder"))
+    static = embedding.StaticEmbedding(AutoTokenizer.from_pretrained(model), embedding_weights=weight)
+    package.SentenceTransformer(modules=[static], device="cpu").save(str(tmp_path / "embedder"))
     path = tmp_path / "c.sqlite"
-    labels = ("virus infects cells", "planets orbit the sun", "price and demand")
+    labels = ("virus, infection", "planet, orbit", "price, demand")
     catalogue.write(path, (Latent(Summary(i, label, 0.1, 1.0), (), ()) for i, label in enumerate(labels)))
     meaning.store(path, str(tmp_path / "embedder"), meaning.embedder(str(tmp_path / "embedder")))
     reader = Catalogue(path)
-    assert next(found.index for found in meaning.nearest(reader, "stars and planets", 3)) == 1
-    assert next(found.index for found in meaning.nearest(reader, "demand sets the price", 3)) == 2
+    assert next(found.index for found in meaning.nearest(reader, "an orbit", 3)) == 1
+    assert next(found.index for found in meaning.nearest(reader, "the price", 3)) == 2
     reader.close()
     with pytest.raises(MeaningUnknown, match=r"^sentence embedder"):
         meaning.embedder(str(tmp_path / "nothing here"))

@@ -126,6 +126,15 @@ def test_the_shipped_sae_stands_as_declared(shipped: Bundle, residuals: dict[str
     assert found.declared.name == DECLARED
 
 
+@pytest.mark.parametrize("site", [SITES[0], SITES[2]])
+def test_a_site_off_by_one_layer_is_told_from_the_l0_alone(
+    shipped: Bundle, residuals: dict[str, Tensor], site: str
+) -> None:
+    found = convention.verdict(shipped.sae, site, residuals, Claims(shipped.manifest.training.l0, None))
+    assert not found.stands
+    assert found.fits[0].name == f"at {SITE}", table(found)
+
+
 def test_without_claims_the_least_unexplained_counts(shipped: Bundle, residuals: dict[str, Tensor]) -> None:
     unknown = Claims(None, None)
     assert convention.verdict(shipped.sae, SITE, residuals, unknown).stands

@@ -1,0 +1,36 @@
+"""Reading a checkpoint of whatever format it is."""
+
+from pathlib import Path
+
+from sae_models.formats import dictionary_learning, saelens, sparsify
+from sae_models.formats.source import Format, FormatError, Loaded
+
+FORMATS: tuple[Format, ...] = (
+    saelens.FORMAT,
+    sparsify.FORMAT,
+    dictionary_learning.FORMAT,
+)
+SEEN = 20
+
+
+def load(path: Path) -> Loaded:
+    """Reads the checkpoint in a file or folder, in the one format that fits it. FormatError: what was seen, where none
+    or more than one does, or what is wrong in it.
+    """
+    if not path.exists():
+        raise FormatError(f"{path}: is not there")
+    fitting = [(found, why) for found in FORMATS if (why := found.recognise(path))]
+    if len(fitting) != 1:
+        known = "; ".join(f"{found.name}: {why}" for found, why in fitting) or "none that is known"
+        raise FormatError(f"{path}: the format must be one, it is {known}; seen: {seen(path)}")
+    (found, why), *_ = fitting
+    sae, declared = found.read(path)
+    return Loaded(found.name, why, sae, declared)
+
+
+def seen(path: Path) -> str:
+    """The names in a folder, or that of a file, as many as help."""
+    if path.is_file():
+        return f"the file {path.name}, {path.stat().st_size} bytes"
+    names = sorted(child.name + "/" * child.is_dir() for child in path.iterdir())
+    return ", ".join(names[:SEEN]) + f" and {len(names) - SEEN} more" * (len(names) > SEEN) or "nothing"
