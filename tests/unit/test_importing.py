@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sae_models import bundle as bundles
-from sae_models import checking, importing
+from sae_models import checking, fidelity, importing
 from sae_models.bundle import Bundle, BundleError, Source
 from sae_models.catalogue import QUANTILES
 from sae_models.formats.source import Declaration, Loaded
@@ -84,6 +84,18 @@ def test_figures_and_statistics_are_of_the_text(shipped: Bundle, imported: Impor
     common = shipped.statistics.frequency > 0.02
     assert bool(common.any())
     assert float((made.statistics.frequency / shipped.statistics.frequency)[common].log().abs().mean()) < 0.5
+
+
+def test_conformance_tokens_are_typical_though_few_tokens_hold_most_of_the_variance() -> None:
+    g = torch.Generator().manual_seed(0)
+    sae, x = random_sae(400), torch.randn(4000, 192, generator=g)
+    x[::500] *= 300
+    whole = fidelity.measured(sae, x)
+    plain = fidelity.measured(sae, x[: bundles.CONFORMANCE_TOKENS])
+    kept = importing.typical(sae, x, None, whole)
+    found = fidelity.measured(sae, kept.inputs)
+    assert bundles.near(found.fvu, whole.fvu)
+    assert not bundles.near(plain.fvu, whole.fvu), "any tokens would have done"
 
 
 def test_the_manifest_tells_where_it_is_from(imported: Imported) -> None:
