@@ -97,7 +97,8 @@ class AdaptiveK(TopK):
         """Mean squared error of the probe on x [n, d], and its distance from where it was."""
         error: Tensor = (x @ self.probe + self.probe_offset - complexity).square().mean()
         moved = torch.cat([self.probe - self.probe_start, (self.probe_offset - self.probe_offset_start)[None]])
-        return error + self.config.anchor * torch.linalg.vector_norm(moved + 1e-12)
+        anchor: Tensor = self.config.anchor * torch.linalg.vector_norm(moved + 1e-12)
+        return error + anchor
 
     def canonical(self, scale: float, sample: Tensor) -> SAE:
         """With the selection AdaptiveK."""

@@ -27,7 +27,8 @@ def activations(tokens: int, planted: Tensor, active: int, generator: torch.Gene
     neighbour = (drawn[:, : active // 4] + count // 2) % count
     drawn = torch.cat([drawn[:, : active - active // 4], neighbour], dim=1)
     strength = torch.exp(SPREAD * torch.randn(tokens, active, generator=generator))
-    x = functional.embedding_bag(drawn, planted, per_sample_weights=strength, mode="sum")
+    x: Tensor = functional.embedding_bag(drawn, planted, per_sample_weights=strength, mode="sum")
     x += NOISE * active**0.5 / d**0.5 * torch.randn(tokens, d, generator=generator)
     x += torch.randn(d, generator=torch.Generator().manual_seed(0)) * (active / d) ** 0.5 / 2
-    return x * (d / float(x.square().sum(1).mean())) ** 0.5
+    x *= (d / float(x.square().sum(1).mean())) ** 0.5
+    return x

@@ -3,7 +3,6 @@
 Libraries are imported where they are used: each process has one of them.
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -71,7 +70,7 @@ def learner(library: str, mode: str, task: Task, sample: Tensor) -> Learner:
     """A library's trainer for a task. KeyError: the library has no such case."""
     torch.manual_seed(task.seed)
     made = MAKERS[library](mode, task, sample)
-    if library != "ours" and "autocast" in mode and library != "sae-lens":
+    if mode == "autocast" and library != "sae-lens":
         return Stepped(autocast(made.step), made.weights)
     return made
 
@@ -93,7 +92,7 @@ def ours(mode: str, task: Task, sample: Tensor) -> Learner:
 
     memory.keep_freed()
     kind = ARCHITECTURES[task.case]
-    rate = {} if task.rate is None else {"learning_rate": task.rate}
+    rate: dict[str, Any] = {} if task.rate is None else {"learning_rate": task.rate}
     config = kind.config_type(latents=task.latents, k=task.k, precision=mode, **rate)
     made = kind(task.d, config, torch.Generator().manual_seed(task.seed))
     run = trainer.Trainer(made, trainer.Config(task.steps * task.batch, warm_up=0.05, decay=0.2))
@@ -108,14 +107,14 @@ def ours(mode: str, task: Task, sample: Tensor) -> Learner:
 
 
 def sae_lens(mode: str, task: Task, sample: Tensor) -> Learner:
-    """SAELens: `SAETrainer.step`, with autocast where that is faster."""
-    import sae_lens as library
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
+    """SAELens: `SAETrainer.step`. Its sparse activations do not run on a CPU (the gradient norm)."""
+    import sae_lens as library  # type: ignore[import-not-found]
+    from sae_lens.config import SAETrainerConfig  # type: ignore[import-not-found]
+    from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[import-not-found]
 
     del sample
     common = {"d_in": task.d, "d_sae": task.latents}
-    kinds = {
+    kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "topk": (library.TopKTrainingSAE, library.TopKTrainingSAEConfig, {"k": task.k}),
         "batch_topk": (library.BatchTopKTrainingSAE, library.BatchTopKTrainingSAEConfig, {"k": task.k}),
         "jumprelu": (
@@ -126,14 +125,12 @@ def sae_lens(mode: str, task: Task, sample: Tensor) -> Learner:
         "gated": (library.GatedTrainingSAE, library.GatedTrainingSAEConfig, {"l1_warm_up_steps": task.warm_up}),
     }
     kind, config, rest = kinds[task.case]
-    if "sparse" in mode:
-        rest = rest | {"use_sparse_activations": True}
     sae = kind(config(**common, **rest))
     rate = {} if task.rate is None else {"lr": task.rate}
     settings = SAETrainerConfig(
         total_training_samples=task.steps * task.batch,
         train_batch_size_samples=task.batch,
-        autocast="autocast" in mode,
+        autocast=mode == "autocast",
         lr_end=0.0,
         lr_warm_up_steps=task.warm_up,
         lr_decay_steps=task.decay,
@@ -168,10 +165,10 @@ def sae_lens_weights(sae: Any, task: Task) -> Saved:
 
 def dictionary_learning(mode: str, task: Task, sample: Tensor) -> Learner:
     """dictionary_learning: its trainers' `update`."""
-    from dictionary_learning import trainers
+    from dictionary_learning import trainers  # type: ignore[import-not-found]
 
     del mode, sample
-    kinds = {
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
         "topk": (trainers.TopKTrainer, {"k": task.k, "threshold_start_step": 0}),
         "batch_topk": (trainers.BatchTopKTrainer, {"k": task.k, "threshold_start_step": 0}),
         "jumprelu": (trainers.JumpReluTrainer, {"target_l0": float(task.k), "sparsity_warmup_steps": task.warm_up}),
@@ -216,9 +213,9 @@ def sparsify(mode: str, task: Task, sample: Tensor) -> Learner:
     """EleutherAI sparsify: the step of `Trainer.fit`, which the library keeps inside a model's hooks, on its own
     modules with its default optimiser.
     """
-    from schedulefree import ScheduleFreeWrapper
-    from sparsify import SparseCoder, SparseCoderConfig
-    from sparsify.sign_sgd import SignSGD
+    from schedulefree import ScheduleFreeWrapper  # type: ignore[import-not-found]
+    from sparsify import SparseCoder, SparseCoderConfig  # type: ignore[import-not-found]
+    from sparsify.sign_sgd import SignSGD  # type: ignore[import-not-found]
 
     del mode
     if task.case != "topk":
@@ -232,8 +229,7 @@ def sparsify(mode: str, task: Task, sample: Tensor) -> Learner:
     def step(x: Tensor) -> None:
         coder.set_decoder_norm_to_unit_norm()
         output = coder(x=x, y=x, dead_mask=None, total_variance=(x - x.mean(0)).pow(2).sum())
-        with context():
-            output.fvu.backward()
+        output.fvu.backward()
         coder.remove_gradient_parallel_to_decoder_directions()
         optimiser.step()
         optimiser.zero_grad()
@@ -253,7 +249,6 @@ def sparsify(mode: str, task: Task, sample: Tensor) -> Learner:
     return Stepped(step, saved)
 
 
-context = contextlib.nullcontext
 MAKERS: dict[str, Callable[[str, Task, Tensor], Learner]] = {
     "ours": ours,
     "sae-lens": sae_lens,
