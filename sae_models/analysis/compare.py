@@ -21,6 +21,7 @@ from tqdm import tqdm
 from sae_models import bundle
 from sae_models.bundle import BundleError
 from sae_models.extras import extra
+from sae_models.formats import load
 from sae_models.sae import SAE
 
 SHARED = 0.7
@@ -138,7 +139,9 @@ def report(one: Path, other: Path) -> Report:
 
 
 def read(path: Path) -> SAE:
-    """The SAE of a bundle."""
+    """The SAE of a bundle, or of a checkpoint in any published format."""
+    if not (path / bundle.MANIFEST).is_file():
+        return load.load(path).sae
     opened = bundle.load(path)
     opened.catalogue.close()
     return opened.sae
@@ -164,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="rudder sae compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("one", type=Path, help="folder of a bundle")
+    parser.add_argument("one", type=Path, help="folder of a bundle, or a checkpoint in a published format")
     parser.add_argument("other", type=Path, help="folder of another, at the same site")
     parser.add_argument("--json", action="store_true", help="print everything, the mapping too, as JSON")
     parser.add_argument("--mapping", type=Path, metavar="FILE", help="write the shared pairs here, to carry policies")
