@@ -108,8 +108,8 @@ async def harvest(asked: Config) -> Store:
     }
     engine = await Engine.start(configuration.load(None, fields))
     try:
-        source = Served(engine, sites, text.train, asyncio.get_running_loop())
-        content = data.content_of(asked, sum(source.sizes))
+        source = data.labelled(asked, text, Served(engine, sites, text.train, asyncio.get_running_loop()))
+        content = data.content_of(asked, source)
         return await asyncio.to_thread(store.write, Path(asked.data.store), content, source)
     finally:
         await engine.stop()

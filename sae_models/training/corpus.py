@@ -23,7 +23,7 @@ FOLDS = 20
 HELD_OUT_FOLDS = (0, 1)
 TUNING_FOLDS = (2, 3)
 
-COLUMNS = ("text", "book", "module", "title")
+COLUMNS = ("text", "book", "module", "title", "complexity")
 OPENERS: Mapping[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 JSON_LINES = (".jsonl", *(f".jsonl{suffix}" for suffix in OPENERS))
 MOST_LINE_CHARACTERS = 1 << 26
@@ -35,11 +35,12 @@ class CorpusError(Exception):
 
 @dataclass(frozen=True)
 class Document:
-    """One section of a book."""
+    """One section of a book. `complexity`, from 0 to 10, is what AdaptiveK's probe is taught."""
 
     book: str
     module: str
     text: str
+    complexity: float | None = None
 
     @property
     def fold(self) -> int:
@@ -87,7 +88,8 @@ def read(path: Path) -> list[Document]:
     """Documents of a corpus; what the file's name ends in says how it is read.
 
     Text (.txt, one document a file), JSON lines (.jsonl, also .xz, .gz or .bz2) or Parquet with `text` and, if known,
-    `book`, `module` and `title`; a folder that `datasets` saved, with these columns; or a folder of such files.
+    `book`, `module`, `title` and `complexity`; a folder that `datasets` saved, with these columns; or a folder of
+    such files.
     CorpusError: missing, empty, not text, or a row without a text.
     """
     documents = [document for document in tqdm(_documents(path), desc="read", unit="doc") if document.text.strip()]
@@ -141,7 +143,10 @@ def _document(row: Any, number: int) -> Document:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise ValueError(f"line {number}: not an object with a `text`")
     text = "\n".join(part for part in (row.get("title"), row["text"]) if part) if row["text"] else ""
-    return Document(str(row.get("book", "")), str(row.get("module", number)), text)
+    complexity = row.get("complexity")
+    if not isinstance(complexity, int | float | None):
+        raise ValueError(f"line {number}: complexity {complexity!r} is not a number")
+    return Document(str(row.get("book") or ""), str(row.get("module") or number), text, complexity)
 
 
 def _json_rows(path: Path) -> Iterator[Any]:

@@ -13,7 +13,9 @@ from sae_models.training.config import Config, Trained, trained
 from sae_models.training.corpus import CorpusError, Document, Windows
 from sae_models.training.distributed import Mesh
 from sae_models.training.sites import Site, parse_site
-from sae_models.training.stream import Live, Source, Vectors
+from sae_models.training.stream import Labelled, Live, Source, Vectors
+
+COMPLEXITY = "complexity"
 
 
 @dataclass(frozen=True)
@@ -66,23 +68,35 @@ def split(windows: Windows, documents: list[Document], seed: int) -> tuple[Windo
 
 def source_of(config: Config, made: TrainingData, mesh: Mesh) -> Source:
     """The activations of the training windows: out of a store, which is harvested first, or on the fly."""
-    live = Live(made.trunk, made.sites, made.train)
+    live = labelled(config, made, Live(made.trunk, made.sites, made.train))
     if config.data.store is None:
         return live
     folder = Path(config.data.store)
     if mesh.leads:
-        store.write(folder, content_of(config, sum(live.sizes)), live)
+        store.write(folder, content_of(config, live), live)
     mesh.barrier()
     return store.load(folder)
 
 
-def content_of(config: Config, held: int) -> store.Content:
-    """What the run's store must hold; `held`: tokens of the training windows."""
+def labelled(config: Config, text: Text, source: Source) -> Source:
+    """The source, with the complexity of each token's document where AdaptiveK is trained and the corpus tells it."""
+    known = [document.complexity for document in text.documents]
+    if all(spec.architecture != "adaptive_k" for spec in trained(config)) or all(value is None for value in known):
+        return source
+    if any(value is None for value in known):
+        raise CorpusError("corpus: some documents have a complexity and some have none")
+    return Labelled(source, text.train, COMPLEXITY, torch.tensor(known, dtype=torch.float32)[text.train.document])
+
+
+def content_of(config: Config, source: Source) -> store.Content:
+    """What the run's store must hold of a source."""
+    held = sum(source.sizes)
+    sites = tuple(map(str, sites_of(config)))
     return store.Content(
         model=Path(config.model).resolve().name,
         model_sha256=bundle.model_sha256(Path(config.model)),
         corpus_sha256=corpus.sha256(Path(config.corpus)),
-        sites=tuple(map(str, sites_of(config))),
+        sites=(*sites, COMPLEXITY) if isinstance(source, Labelled) else sites,
         window=config.window,
         seed=config.seed,
         tokens=min(config.data.tokens or held, held),
@@ -115,5 +129,7 @@ def inputs(spec: Trained, vectors: Vectors) -> Tensor:
 
 
 def target(spec: Trained, vectors: Vectors) -> Tensor | None:
-    """What a transcoder predicts [n, d_out]; None of an SAE."""
+    """What is to be predicted: a transcoder's outputs [n, d_out], complexities [n] of AdaptiveK, None of other SAEs."""
+    if spec.architecture == "adaptive_k" and COMPLEXITY in vectors:
+        return vectors[COMPLEXITY][:, 0]
     return vectors[spec.output_site] if spec.output_site else None

@@ -68,6 +68,28 @@ class Live:
         return [x[counted] for x in seen]
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """A source of windows, and beside its vectors a number of each token's window, [n, 1], under a name of its own."""
+
+    source: Source
+    windows: Windows
+    name: str
+    number: Tensor
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Counted tokens of each pass."""
+        return self.source.sizes
+
+    def load(self, chunks: Sequence[int]) -> Vectors:
+        """The source's vectors, and the numbers."""
+        rows = torch.arange(len(self.windows)).split(WINDOWS_A_PASS)
+        chosen = torch.cat([rows[chunk] for chunk in chunks])
+        numbers = self.number[chosen].repeat_interleave(self.windows.counted[chosen].sum(1))
+        return {**self.source.load(chunks), self.name: numbers[:, None]}
+
+
 def batches(source: Source, order: Order, start: int = 0) -> Iterator[Vectors]:
     """Batches from the one numbered `start` on, float32, without end. What is left at the end of a pass is dropped.
 

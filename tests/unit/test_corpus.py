@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,12 +13,12 @@ from sae_models.extras import MissingPackage, extra
 from sae_models.training import corpus
 from sae_models.training.corpus import CorpusError, Document
 
-ROWS = [
-    {"book": "a", "module": "m1", "title": "Cells", "text": "Cells divide.\nThey grow."},
-    {"book": "b", "module": "m2", "text": "Kings reign."},
+ROWS: list[dict[str, Any]] = [
+    {"book": "a", "module": "m1", "title": "Cells", "text": "Cells divide.\nThey grow.", "complexity": None},
+    {"book": "b", "module": "m2", "text": "Kings reign.", "complexity": 2.5},
     {"book": "b", "module": "m3", "text": "  "},
 ]
-DOCUMENTS = [Document("a", "m1", "Cells\nCells divide.\nThey grow."), Document("b", "m2", "Kings reign.")]
+DOCUMENTS = [Document("a", "m1", "Cells\nCells divide.\nThey grow."), Document("b", "m2", "Kings reign.", 2.5)]
 LINES = "\n".join(map(json.dumps, ROWS)).encode()
 
 
@@ -33,6 +34,11 @@ LINES = "\n".join(map(json.dumps, ROWS)).encode()
 def test_json_lines_are_read_however_compressed(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     assert corpus.read(tmp_path / name) == DOCUMENTS
+
+
+def test_a_section_without_a_name_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"text": "two", "book": null, "module": null}\n')
+    assert corpus.read(tmp_path / "c.jsonl") == [Document("", "1", "one"), Document("", "2", "two")]
 
 
 def test_a_folder_of_text_files_is_a_corpus_of_their_names(tmp_path: Path) -> None:
@@ -84,6 +90,7 @@ def test_a_package_that_is_not_installed_is_named() -> None:
         ("cut.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 1000)[:40], "line 1"),
         ("list.jsonl", b'["text"]\n', "line 1: not an object with a `text`"),
         ("number.jsonl", b'{"text": 3}\n', "line 1: not an object with a `text`"),
+        ("word.jsonl", b'{"text": "a", "complexity": "high"}\n', "line 1: complexity 'high' is not a number"),
         ("null.jsonl", b'{"text": "a"}\nnull\n', "line 2: not an object"),
         ("broken.jsonl", b'{"text": "a"}\n{"text"\n', "line 2: Expecting"),
     ],

@@ -15,6 +15,7 @@ import yaml
 
 from sae_models import bundle
 from sae_models.architectures import ARCHITECTURES
+from sae_models.sae import AdaptiveK
 from sae_models.training import checkpoint, config, run
 from sae_models.training.__main__ import main
 from sae_models.training.checkpoint import CheckpointError
@@ -104,6 +105,22 @@ def test_every_architecture_comes_to_a_bundle(tmp_path: Path, architecture: str)
     made = bundle.load(run.run(config.convert(asked))[0])
     assert made.manifest.architecture == architecture
     assert 0 < (made.manifest.training.fvu or 0) < 1
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_adaptive_k_is_taught_the_complexities_of_the_corpus(tmp_path: Path, stored: bool) -> None:
+    asked = tiny.plain(tmp_path, tokens=3200)
+    asked["sae"] |= {"architecture": "adaptive_k", "k_min": 2, "k_max": 16}
+    if stored:
+        asked["data"]["store"] = str(tmp_path / "store")
+    taught = bundle.load(run.run(config.convert(asked))[0]).sae.selection
+    assert isinstance(taught, AdaptiveK)
+    assert float(taught.probe.norm()) > 0
+    rows = [json.loads(line) for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps(row | {"complexity": None}) for row in rows))
+    untaught = bundle.load(run.run(config.convert(asked | {"out": str(tmp_path / "untaught"), "data": {}}))[0])
+    assert isinstance(untaught.sae.selection, AdaptiveK)
+    assert float(untaught.sae.selection.probe.norm()) == 0
 
 
 def test_several_sites_and_a_transcoder_come_to_bundles(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def save_corpus(path: Path, documents: int = 120) -> Path:
             book = number % 2
             words = [WORDS[(number * i + i * i + book) % len(WORDS)] for i in range(60)]
             text = " ".join(words)
-            file.write(json.dumps({"book": f"book{book}", "module": f"m{number}", "text": text}) + "\n")
+            row = {"book": f"book{book}", "module": f"m{number}", "text": text, "complexity": number % 11}
+            file.write(json.dumps(row) + "\n")
     return path
 
 
