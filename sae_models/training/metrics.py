@@ -81,7 +81,7 @@ def losses(model: Any, windows: Windows, site: Site | None = None, edit: Edit | 
     edits = [] if site is None or edit is None else [(site, edit)]
     rows = []
     for part in _parts(windows):
-        nats = _nats(_logits(model, part, edits), part)
+        nats = _nats(_log_probabilities(model, part, edits), part)
         rows.append(torch.stack([nats.sum(1), part.counted[:, 1:].sum(1)], dim=1))
     return torch.cat(rows)
 
@@ -90,18 +90,18 @@ def _parts(windows: Windows) -> list[Windows]:
     return [windows.take(index) for index in torch.arange(len(windows)).split(WINDOWS_A_PASS)]
 
 
-def _logits(model: Any, part: Windows, edits: Sequence[tuple[Site, Edit]]) -> Tensor:
+def _log_probabilities(model: Any, part: Windows, edits: Sequence[tuple[Site, Edit]]) -> Tensor:
+    """Of every token that has a next one [windows, length - 1, V]."""
     with ExitStack() as stack:
         for site, edit in edits:
             stack.enter_context(hooked(model, site, edit))
         logits: Tensor = model(part.tokens.to(model.device), use_cache=False).logits
-    return logits.cpu()
+    return logits[:, :-1].float().log_softmax(-1).cpu()
 
 
-def _nats(logits: Tensor, part: Windows) -> Tensor:
+def _nats(log_p: Tensor, part: Windows) -> Tensor:
     """Loss [windows, length - 1] of each counted token, 0 at the others."""
-    nats = functional.cross_entropy(logits[:, :-1].flatten(0, 1), part.tokens[:, 1:].flatten(), reduction="none")
-    return nats.view_as(part.tokens[:, 1:]) * part.counted[:, 1:]
+    return -log_p.gather(-1, part.tokens[:, 1:, None]).squeeze(-1) * part.counted[:, 1:]
 
 
 def mean_loss(model: Any, windows: Windows, site: Site | None = None, edit: Edit | None = None) -> float:
@@ -139,12 +139,10 @@ def splice(model: Any, site: Site, sae: SAE, mean: Tensor, windows: Windows, out
     ablated_in = [(output_site or site, behind_bos(lambda x: mean.to(x.device).expand_as(x)))]
     sums, count = torch.zeros(4, dtype=torch.float64), 0
     for part in tqdm(_parts(windows), desc="splice", unit="pass"):
-        clean, spliced = _logits(model, part, []), _logits(model, part, spliced_in)
-        ablated = _logits(model, part, ablated_in)
+        p, q, ablated = (_log_probabilities(model, part, edits) for edits in ([], spliced_in, ablated_in))
         counted = part.counted[:, 1:]
-        p, q = (logits[:, :-1].log_softmax(-1) for logits in (clean, spliced))
-        kl = functional.kl_div(q, p, reduction="none", log_target=True).sum(-1) * counted
-        sums += torch.stack([*(_nats(logits, part).sum() for logits in (clean, spliced, ablated)), kl.sum()]).double()
+        kl = (p.exp() * (p - q)).sum(-1) * counted
+        sums += torch.stack([*(_nats(log_p, part).sum() for log_p in (p, q, ablated)), kl.sum()]).double()
         count += int(counted.sum())
     return Splice(*(sums / count).tolist())
 
