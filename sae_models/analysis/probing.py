@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 # Ridge of the regression, on standardised features.
-RIDGE = 1e-3
+RIDGE = 1e-2
 STEPS = 50
 
 

@@ -78,6 +78,7 @@ def measured(
     """All figures of an SAE, as the record and the report hold them; what cannot be measured is left out."""
     density = fidelity.frequency[fidelity.frequency > 0].log10().clamp(min=DENSITY[0])
     figures: dict[str, Any] = {
+        "site": " ".join(spec.all_sites),
         "fvu": fidelity.fvu,
         "l0": fidelity.l0,
         "dead_share": fidelity.dead_share,

@@ -128,7 +128,7 @@ def figures(histories: Sequence[History]) -> Iterator[str]:
     yield _figure("Mean active latents a token.", histories, _curve("l0", "L0"))
     yield _figure("Share of latents that count as dead.", histories, _curve("dead_share", "dead share"))
     if len(evaluated) > 1:
-        yield _figure("Sparsity against fidelity on held-out text; the line is the Pareto front.", evaluated, pareto)
+        yield _figure("Sparsity against fidelity on held-out text, and the Pareto front.", evaluated, pareto)
     if evaluated:
         density = _histogram("density", DENSITY, "log10 of the share of tokens on which a latent fires")
         yield _figure("How often latents fire on held-out text; those that never do are left out.", evaluated, density)
@@ -173,7 +173,7 @@ def _curve(key: str, label: str, log: bool = False) -> Draw:
             axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max(line[key] for history in histories for line in history.train) or 1)
 
     return draw
 
@@ -191,10 +191,12 @@ def _histogram(key: str, bounds: tuple[float, float, int], label: str) -> Draw:
 
 
 def pareto(axes: Any, histories: Sequence[History], colours: Sequence[Any]) -> None:
-    """L0 against FVU, with the front of those that no other beats in both."""
-    points = [(history.evaluation["l0"], history.evaluation["fvu"]) for history in histories]
-    axes.plot(*zip(*front(points), strict=True), color="#999999", lw=1, zorder=1)
-    for history, point, colour in zip(histories, points, colours, strict=False):
+    """L0 against FVU, with the front of each site: those that no other at the site beats in both."""
+    for site in {history.evaluation.get("site") for history in histories}:
+        points = [(h.evaluation["l0"], h.evaluation["fvu"]) for h in histories if h.evaluation.get("site") == site]
+        axes.plot(*zip(*front(points), strict=True), color="#999999", lw=1, zorder=1)
+    for history, colour in zip(histories, colours, strict=False):
+        point = (history.evaluation["l0"], history.evaluation["fvu"])
         axes.scatter(*point, color=colour, zorder=2)
         axes.annotate(history.name, point, textcoords="offset points", xytext=(0, 6), fontsize=7, ha="center")
     axes.set(xlabel="L0", ylabel="FVU")

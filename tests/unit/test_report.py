@@ -100,6 +100,13 @@ def test_many_saes_have_colours_of_their_own(tmp_path: Path) -> None:
     assert len(set(re.findall(r"stroke: (#\w{6}); stroke-width: 1.4", drawn))) == 12
 
 
+def test_each_site_has_a_front_of_its_own(tmp_path: Path) -> None:
+    sparse, dense = {"l0": 16.0, "fvu": 0.2}, {"l0": 32.0, "fvu": 0.1}
+    saes = {f"{site}{point['l0']}": EVALUATION | point | {"site": site} for site in "ab" for point in (sparse, dense)}
+    drawn = base64.b64decode(read(run_of(tmp_path, saes)).pictures[3].split(",")[1]).decode()
+    assert len(re.findall(r"stroke: #999999", drawn)) == 2
+
+
 def test_the_front_leaves_out_what_is_beaten() -> None:
     points = [(16, 0.12), (32, 0.08), (40, 0.09), (16, 0.2), (64, 0.05)]
     assert report.front(points) == [(16, 0.12), (32, 0.08), (64, 0.05)]
