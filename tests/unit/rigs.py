@@ -25,12 +25,14 @@ def strengths(shape: tuple[int, ...], share: float, g: torch.Generator) -> Tenso
 
 
 def planted(tokens: int, directions: Tensor, g: torch.Generator, share: float = 0.05) -> Tensor:
-    """x = sum_j a_j v_j + noise: 64 directions in 32 dimensions, each active on 1 token in 20 (rig A); moved and scaled."""
+    """x = sum_j a_j v_j + noise, each direction active on 1 token in 20 (rig A: 64 in 32 dimensions); moved, scaled."""
     noise = 0.02 * torch.randn(tokens, directions.shape[1], generator=g)
     return 40 * (strengths((tokens, len(directions)), share, g) @ directions + noise) + 20
 
 
-def run(name: str, stream: Stream, seed: int, d: int = 32, steps: int = 700, batch: int = 256, **settings: Any) -> Trainer:
+def run(
+    name: str, stream: Stream, seed: int, d: int = 32, steps: int = 700, batch: int = 256, **settings: Any
+) -> Trainer:
     """A trainer after all steps on (x) or (x, target) of a stream."""
     torch.manual_seed(seed)
     kind = ARCHITECTURES[name]
