@@ -13,10 +13,15 @@ from sae_models.sae import SAE, Normalisation, Router
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
-    """sites: how many layers are read. mean: whether the router sees their mean, not their sum."""
+    """sites: how many layers are read. mean: whether the router sees their mean, not their sum.
+
+    policy: weight of a term of our own (0: as published). The published loss does not change with the factor p, so it
+    hardly teaches the router; this one lowers log p where the error is above the batch's mean, and raises it below.
+    """
 
     sites: int = 9
     mean: bool = False
+    policy: float = 0.1
     k: int = 64
     learning_rate: float | None = 5e-4
 
@@ -38,24 +43,26 @@ class Route(TopK):
         if sample.ndim != 3 or sample.shape[1] != self.config.sites:
             raise ValueError(f"route: a sample of {self.config.sites} sites is [n, {self.config.sites}, d]")
 
-    def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What is read [n, d] of inputs [n, L, d], and from which site [n]."""
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is read [n, d] of inputs [n, L, d], from which site [n], and how likely that was [n]."""
         h = sae.normalised(x, Normalisation.LAYER_NORM)
         site, p = Router(self.router, self.config.mean).route(h)
-        return p[:, None] * h[torch.arange(len(h)), site], site
+        return p[:, None] * h[torch.arange(len(h)), site], site, p
 
     def loss(self, x: Tensor, state: State, target: Tensor | None = None) -> Loss:
         """||y - h||^2 / ||h||^2 of the routed h, and the auxiliary loss; parts tell the share of the commonest site."""
         del target
-        h, site = self.routed(x)
+        h, site, p = self.routed(x)
         z, active = self.read(h)
         error = h - self.reconstruct(z.relu(), active)
-        relative = (error.square().sum(1) / h.square().sum(1)).mean()
+        relative = error.square().sum(1) / h.square().sum(1)
+        policy = self.config.policy * ((relative - relative.mean()).detach() * p.log()).mean()
         auxiliary = self.config.auxiliary_weight * self.auxiliary(h, error, state.dead)
         commonest = torch.bincount(site, minlength=self.config.sites).amax() / len(site)
         fvu = error.detach().square().sum() / (h - h.mean(0)).detach().square().sum()
-        parts = {"relative": relative.detach(), "auxiliary": auxiliary.detach(), "commonest_site": commonest}
-        return Loss(relative + auxiliary, parts, fvu, z.detach(), active)
+        loss = relative.mean()
+        parts = {"relative": loss.detach(), "auxiliary": auxiliary.detach(), "commonest_site": commonest}
+        return Loss(loss + policy + auxiliary, parts, fvu, z.detach(), active)
 
     def canonical(self, scale: float, sample: Tensor) -> SAE:
         """With router and layer norm; the scale is lost in the latter."""
