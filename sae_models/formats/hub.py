@@ -6,6 +6,7 @@ release/id                                              as SAELens' table has it
 """
 
 import importlib.util
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,7 @@ from sae_models.formats.source import FormatError
 
 WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".gguf")
 SETTINGS = (".json", ".yaml", ".yml")
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 TABLE = "pretrained_saes.yaml"
 # Seconds in which the hub must answer; then the cache must do.
 PATIENCE = 10.0
@@ -83,9 +85,9 @@ def parse(name: str) -> Place:
     repository, _, within = name.partition(":")
     repository, _, revision = repository.partition("@")
     parts = PurePosixPath(within).parts
-    if repository.count("/") != 1 or not all(repository.split("/")) or ".." in parts or within.startswith("/"):
-        place = Place(name)
-        raise NotFound(f"{name}: neither a path nor organisation/repository[@revision][:subfolder]; {missing(place)}")
+    if not REPOSITORY.fullmatch(repository) or ".." in parts or within.startswith("/"):
+        form = "organisation/repository[@revision][:subfolder]"
+        raise NotFound(f"{name}: neither a path nor {form}; {missing(Place(name))}")
     return Place(repository, revision or None, "/".join(parts))
 
 
@@ -149,7 +151,8 @@ def wanted(files: Iterable[str], place: Place) -> list[str]:
     paths = [PurePosixPath(name) for name in sorted(files) if ".." not in name.split("/")]
     within = PurePosixPath(place.within)
     if within in paths:
-        return [str(within), *(str(p) for p in paths if p.parent == within.parent and p.suffix in SETTINGS)]
+        beside = (within.parent, within.parent.parent if within.parent.name == "checkpoints" else within.parent)
+        return [str(within), *(str(path) for path in paths if path.parent in beside and path.suffix in SETTINGS)]
     folders = (within, within / "checkpoints")
     weights = [str(path) for path in paths if path.parent in folders and path.suffix in WEIGHTS]
     if not weights:

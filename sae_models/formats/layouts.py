@@ -32,6 +32,12 @@ def matching(path: Path, pattern: str) -> list[Path]:
     return sorted(path.glob(pattern))
 
 
+def folder(path: Path) -> Path:
+    """A checkpoint's folder: the path, or that in which a file lies; `checkpoints` is within it."""
+    home = path.parent if path.is_file() else path
+    return home.parent if home.name == "checkpoints" else home
+
+
 def one(path: Path, pattern: str) -> Path:
     """The one file that `matching` finds. FormatError: none, or several."""
     files = matching(path, pattern)

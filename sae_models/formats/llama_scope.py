@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from sae_models.formats.folding import fold_pre_bias
-from sae_models.formats.layouts import declaration, fold_norm_gate, fold_scales, linear, positive, whole
+from sae_models.formats.layouts import declaration, fold_norm_gate, fold_scales, folder, linear, positive, whole
 from sae_models.formats.settings import flag, section, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, read_safetensors
@@ -28,11 +28,6 @@ from sae_models.sae import SAE
 SETTINGS = "hyperparams.json"
 CHECKPOINT = "checkpoints/final.safetensors"
 KEYS = frozenset({"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"})
-
-
-def folder(path: Path) -> Path:
-    """The SAE's folder: the path, or what is two folders above the checkpoint."""
-    return path.parent.parent if path.is_file() else path
 
 
 def recognise(path: Path) -> str | None:

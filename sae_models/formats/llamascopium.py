@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from sae_models.formats.folding import fold_decoder_norm, fold_pre_bias
-from sae_models.formats.layouts import Weights, declaration, fold_norm_gate, fold_scales, linear, stored, whole
+from sae_models.formats.layouts import Weights, declaration, fold_norm_gate, fold_scales, folder, linear, stored, whole
 from sae_models.formats.settings import count, flag, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, state, take
@@ -37,34 +37,36 @@ OLDER = frozenset({"encoder.weight", "encoder.bias", "decoder.weight", "decoder.
 
 def recognise(path: Path) -> str | None:
     """Settings with `norm_activation` beside a checkpoint."""
-    checkpoint = found_checkpoint(path)
-    if checkpoint is None or not (path / SETTINGS).is_file():
+    home = folder(path)
+    checkpoint = found_checkpoint(home)
+    if checkpoint is None or not (home / SETTINGS).is_file():
         return None
-    said = settings_or_none(path)
+    said = settings_or_none(home)
     wanted = {"norm_activation", "expansion_factor"}
     return f"{SETTINGS} with norm_activation, and {checkpoint.name}" if said and wanted <= said.keys() else None
 
 
-def found_checkpoint(path: Path) -> Path | None:
+def found_checkpoint(home: Path) -> Path | None:
     """The weights that the library would take."""
-    return next((path / name for name in CHECKPOINTS if (path / name).exists()), None)
+    return next((home / name for name in CHECKPOINTS if (home / name).exists()), None)
 
 
-def settings_or_none(path: Path) -> dict[str, Any] | None:
+def settings_or_none(home: Path) -> dict[str, Any] | None:
     """The settings, where they can be read."""
     try:
-        return read_json(path / SETTINGS)
+        return read_json(home / SETTINGS)
     except FormatError:
         return None
 
 
 def read(path: Path) -> tuple[SAE, Declaration]:
     """The SAE or transcoder in a folder."""
-    said = read_json(path / SETTINGS)
+    home = folder(path)
+    said = read_json(home / SETTINGS)
     check(said)
-    checkpoint = found_checkpoint(path)
+    checkpoint = found_checkpoint(home)
     if checkpoint is None or checkpoint.suffix == ".dcp":
-        raise FormatError(f"{path.name}: no sae_weights.safetensors; a .dcp folder is to be saved again as safetensors")
+        raise FormatError(f"{home.name}: no sae_weights.safetensors; a .dcp folder is to be saved again as safetensors")
     found = stored(checkpoint)
     found = state(found["sae"], checkpoint.name) if "sae" in found else found
     hooks = word(said, "hook_point_in"), word(said, "hook_point_out")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_models.formats.folding import fold_pre_bias
-from sae_models.formats.layouts import declaration, matching, whole
+from sae_models.formats.layouts import declaration, folder, matching, whole
 from sae_models.formats.settings import count, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, read_safetensors, take
@@ -24,7 +24,7 @@ KEYS = frozenset({"encoder.weight", "encoder.bias", "W_dec", "b_dec"})
 
 def recognise(path: Path) -> str | None:
     """Settings with this architecture."""
-    settings = path / SETTINGS
+    settings = folder(path) / SETTINGS
     if not settings.is_file() or not matching(path, "model*.safetensors"):
         return None
     try:
@@ -35,9 +35,9 @@ def recognise(path: Path) -> str | None:
 
 def read(path: Path) -> tuple[SAE, Declaration]:
     """The SAE in a folder, its weights in one file or in shards."""
-    said = read_json(path / SETTINGS)
+    said = read_json(folder(path) / SETTINGS)
     check(said)
-    file, shards = "model.safetensors", matching(path, "model*.safetensors")
+    file, shards = "model.safetensors", matching(folder(path), "model*.safetensors")
     found = {key: tensor for shard in shards for key, tensor in read_safetensors(shard).items()}
     only(found, KEYS, file)
     bias, decoder_bias = take(found, "encoder.bias", file, (-1,)), take(found, "b_dec", file, (-1,))

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from sae_models.formats import (
     transcoders,
 )
 from sae_models.formats.source import Format
+from sae_models.sae import SAE, Normalisation
 
 LATENTS, WIDTH, K = 24, 6, 5
 
@@ -67,6 +68,24 @@ def relu_above(z: Tensor, threshold: Tensor | float) -> Tensor:
 def top(z: Tensor, k: int) -> Tensor:
     """The k largest of each row, where above 0."""
     return z.relu() * (z >= z.sort(descending=True).values[:, k - 1 : k])
+
+
+def check(sae: SAE, laid: Laid, tolerance: float = 1e-5) -> None:
+    """Encode and decode agree with the formula, which leaves some latents active and most not."""
+    f = sae.encode(laid.x)
+    assert 0.02 < float((laid.f > 0).float().mean()) < 0.8
+    assert torch.equal(f > 0, laid.f > 0)
+    assert_near(f, laid.f, tolerance)
+    if sae.router is None:
+        assert_near(sae.decode(f, laid.x), laid.y, tolerance)
+    else:
+        assert_near(replace(sae, router=None, normalisation=Normalisation.NONE).decode(f), laid.y, tolerance)
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Relative to the largest value."""
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) < tolerance * float(expected.abs().max())
 
 
 def save_npz(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -85,7 +85,9 @@ def test_a_name_has_a_repository_a_revision_and_a_subfolder(name: str, place: Pl
     assert hub.parse(name) == place
 
 
-@pytest.mark.parametrize("name", ["a", "a/b/c", "/b", "a/", "", "a/b:../c", "a/b:x/../../c", "a/b:/etc"])
+@pytest.mark.parametrize(
+    "name", ["a", "a/b/c", "a b/c!", "-a/b", "/b", "a/", "", "a/b:../c", "a/b:x/../../c", "a/b:/etc"]
+)
 @pytest.mark.usefixtures("no_saelens")
 def test_names_of_another_form_are_refused_and_say_the_forms(name: str) -> None:
     with pytest.raises(NotFound, match=r"organisation/repository\[@revision\]\[:subfolder\].*install sae-lens"):
@@ -140,6 +142,7 @@ def test_only_the_files_of_a_place_are_wanted() -> None:
     assert hub.wanted(files, Place("a/b", within="layer_1.safetensors")) == ["layer_1.safetensors", "config.yaml"]
     scope = ["scope/checkpoints/final.safetensors", "scope/hyperparams.json"]
     assert hub.wanted(files, Place("a/b", within="scope")) == scope
+    assert hub.wanted(files, Place("a/b", within=scope[0])) == scope
     assert hub.wanted(files, Place("a/b")) == ["layer_0.safetensors", "layer_1.safetensors", "config.yaml"]
     assert hub.wanted([*files, "scope/../../x.safetensors"], Place("a/b", within="scope")) == scope
 
