@@ -70,6 +70,11 @@ def linear(tensors: Mapping[str, Any], file: str, encoder: str = "encoder", deco
     return Weights(into, bias, out.T, decoder_bias)
 
 
+def without_bias(found: Mapping[str, Any], decoder: str, dim: int, file: str) -> Tensor:
+    """The decoder's bias [d_out], 0, of a checkpoint that has none; `dim` of the decoder is d_out."""
+    return torch.zeros(take(found, decoder, file, (-1, -1)).shape[dim])
+
+
 def declaration(architecture: str, hook: str, hook_out: str, model: str = "", **rest: Any) -> Declaration:
     """A declaration of an SAE that reads and writes at these hook points; a note says where one has no site."""
     (site, why), (output, why_out) = sites.canonical(hook, model), sites.canonical(hook_out, model)

@@ -13,10 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from sae_models.formats.folding import fold_decoder_norm, fold_pre_bias
-from sae_models.formats.layouts import Weights, declaration, fold_norm_gate, fold_scales, folder, linear, stored, whole
+from sae_models.formats.layouts import (
+    Weights,
+    declaration,
+    fold_norm_gate,
+    fold_scales,
+    folder,
+    linear,
+    stored,
+    whole,
+    without_bias,
+)
 from sae_models.formats.settings import count, flag, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, state, take
@@ -109,10 +117,9 @@ def parameters(found: Mapping[str, Any], said: Mapping[str, Any], file: str) -> 
     """Weights by the names of 2.x, W_E [d, F] and W_D [F, d], or of 1.x, two linear layers."""
     older = "encoder.weight" in found
     width = count(said, "d_model", SETTINGS)
-    decoder_bias = "decoder.bias" if older else "b_D"
-    if said.get("use_decoder_bias") is False and decoder_bias not in found:
-        rows = found.get("decoder.weight" if older else "b_E", ())
-        found = {**found, decoder_bias: torch.zeros(len(rows) if older else width)}
+    if not flag(said, "use_decoder_bias", SETTINGS, True):
+        name, decoder, dim = ("decoder.bias", "decoder.weight", 0) if older else ("b_D", "W_D", 1)
+        found = {**found, name: without_bias(found, decoder, dim, file)}
     if older:
         weights = linear(found, file)
     else:

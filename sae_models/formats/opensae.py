@@ -13,7 +13,7 @@ from typing import Any
 
 from sae_models.formats.folding import fold_pre_bias
 from sae_models.formats.layouts import declaration, folder, matching, whole
-from sae_models.formats.settings import count, word
+from sae_models.formats.settings import count, flag, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, read_safetensors, take
 from sae_models.sae import LAYER_NORM_EPSILON, SAE, Normalisation, TopK
@@ -44,7 +44,8 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     shape = (len(bias), len(decoder_bias))
     encoder, decoder = take(found, "encoder.weight", file, shape), take(found, "W_dec", file, shape)
     selection = TopK(count(said, "k", SETTINGS, len(bias)))
-    normalisation = Normalisation.LAYER_NORM if said.get("input_normalize", True) else Normalisation.NONE
+    normalised = flag(said, "input_normalize", SETTINGS, True)
+    normalisation = Normalisation.LAYER_NORM if normalised else Normalisation.NONE
     sae = assembled(encoder, bias, decoder, decoder_bias, selection=selection, normalisation=normalisation)
     hooks = word(said, "input_hookpoint"), word(said, "output_hookpoint")
     said_of = declaration("topk", *hooks, word(said, "model_name"), folded=("pre_bias",))
@@ -56,8 +57,8 @@ def check(said: Mapping[str, Any]) -> None:
     if said.get("activation", "topk") != "topk" or said.get("num_experts", 1) != 1:
         kind = (said.get("activation"), said.get("num_experts"))
         raise FormatError(f"{SETTINGS} activation, num_experts: {kind}, not a TopK without experts")
-    if said.get("input_normalize", True):
-        if not said.get("normalize_shift_back", False):
+    if flag(said, "input_normalize", SETTINGS, True):
+        if not flag(said, "normalize_shift_back", SETTINGS, False):
             raise FormatError(f"{SETTINGS} normalize_shift_back: false, the input is normalised and the output is not")
         epsilon = said.get("input_normalize_eps", LAYER_NORM_EPSILON)
         if epsilon != LAYER_NORM_EPSILON:

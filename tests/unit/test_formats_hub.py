@@ -118,9 +118,9 @@ def test_k_of_qwen_scope_is_found_through_the_cache(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_saelens")
 def test_what_is_not_in_the_cache_offline_is_named(tmp_path: Path) -> None:
     lay_repository(tmp_path, "a/b", {"x/sae.safetensors": b"", "cfg.json": b"{}"})
-    with pytest.raises(NotFound, match="a/c: cannot be reached, and is not in the cache"):
+    with pytest.raises(NotFound, match="a/c: not in the cache, and cannot be reached: offline"):
         hub.resolve("a/c", tmp_path, offline=True)
-    with pytest.raises(NotFound, match="a/b: cannot be reached, and is not in the cache"):
+    with pytest.raises(NotFound, match="a/b: not in the cache, and cannot be reached: offline"):
         hub.resolve("a/b@v2", tmp_path, offline=True)
     with pytest.raises(FormatError, match=r"a/b: no weights in its root; there are some in \['x'\]"):
         hub.resolve("a/b", tmp_path, offline=True)
@@ -144,6 +144,9 @@ def test_only_the_files_of_a_place_are_wanted() -> None:
     assert hub.wanted(files, Place("a/b", within="scope")) == scope
     assert hub.wanted(files, Place("a/b", within=scope[0])) == scope
     assert hub.wanted(files, Place("a/b")) == ["layer_0.safetensors", "layer_1.safetensors", "config.yaml"]
+    layers = [f"layer_{layer}.safetensors" for layer in range(28)]
+    with pytest.raises(NotFound, match="a/b: 28 weights in its root, name one"):
+        hub.wanted(layers, Place("a/b"))
     assert hub.wanted([*files, "scope/../../x.safetensors"], Place("a/b", within="scope")) == scope
 
 

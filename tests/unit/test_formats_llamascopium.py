@@ -11,6 +11,7 @@ from torch import Tensor
 from sae_models.formats import llama_scope, llamascopium
 from sae_models.formats.source import FormatError
 from sae_models.sae import Normalisation, TopK
+from tests.unit.bounded import attempt
 from tests.unit.checkpoints import (
     LATENTS,
     LAYOUTS,
@@ -139,6 +140,24 @@ def test_llamascopium_dataset_norm_that_is_missing_or_not_a_norm_is_refused(tmp_
         tensors = newer(d) | {f"dataset_average_activation_norm.{RESIDUAL}": torch.tensor(norm)}
         with pytest.raises(FormatError, match=f"dataset_average_activation_norm.{RESIDUAL}.*{why}"):
             llamascopium.FORMAT.read(scopium(tmp_path, tensors, act_fn="relu"))
+
+
+def test_a_decoder_without_a_bias_is_as_wide_as_it_is_and_not_as_the_settings_say(tmp_path: Path) -> None:
+    d = Draw()
+    settings = {"act_fn": "relu", "norm_activation": "inference", "use_decoder_bias": False}
+    for tensors in (newer(d), linears(d)):
+        for name in ("b_D", "decoder.bias"):
+            tensors.pop(name, None)
+        sae = llamascopium.FORMAT.read(scopium(tmp_path, tensors, **settings))[0]
+        assert sae.decoder_bias.tolist() == [0.0] * WIDTH
+        found = attempt(llamascopium.FORMAT.read, scopium(tmp_path, tensors, d_model=1 << 40, **settings))
+        assert str(found) == f"config.json d_model: {1 << 40}, the encoder reads {WIDTH}"
+    laid = lay_llama_scope(tmp_path / "llama", d)
+    rewrite(laid.file, lambda content: content | {"decoder.weight": torch.tensor(1.0)})
+    said = yaml.safe_load((laid.path / "hyperparams.json").read_text())
+    save_json(laid.path / "hyperparams.json", said | {"use_decoder_bias": False})
+    with pytest.raises(FormatError, match=r"decoder\.weight: shape \(\) instead of"):
+        llama_scope.FORMAT.read(laid.path)
 
 
 def test_what_overflows_when_it_is_folded_is_refused(tmp_path: Path) -> None:

@@ -295,6 +295,13 @@ def test_transcoders_with_a_threshold_are_jumprelu(tmp_path: Path) -> None:
     assert (said.model, said.sites) == ("Qwen/Qwen3-14B", ("layers.4.mlp_in",))
 
 
+def test_transcoders_with_too_few_thresholds_are_refused(tmp_path: Path) -> None:
+    laid = lay_transcoders(tmp_path, Draw())
+    rewrite(laid.file, lambda content: content | {"threshold": torch.ones(LATENTS - 1)})
+    with pytest.raises(FormatError, match=r"layer_4\.safetensors threshold: 23 thresholds for 24 latents"):
+        transcoders.FORMAT.read(laid.file)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("normalize_shift_back", False), ("input_normalize_eps", 1e-6), ("activation", "jumprelu"), ("num_experts", 4)],
