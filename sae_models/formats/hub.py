@@ -156,11 +156,10 @@ def wanted(files: Iterable[str], place: Place) -> list[str]:
         return [str(within), *(str(path) for path in paths if path.parent in beside and path.suffix in SETTINGS)]
     folders = (within, within / "checkpoints")
     weights = [str(path) for path in paths if path.parent in folders and path.suffix in WEIGHTS]
+    where = f"weights in {place.within or 'its root'}"
     if not weights:
         some = sorted({str(path.parent) for path in paths if path.suffix in WEIGHTS})[:5]
-        raise NotFound(f"{place.repository}: no weights in {place.within or 'its root'}; there are some in {some}")
+        raise NotFound(f"{place.repository}: no {where}; there are some in {some}")
     if len(weights) > MANY:
-        raise NotFound(
-            f"{place.repository}: {len(weights)} weights in {place.within or 'its root'}, name one: {weights[:3]}"
-        )
+        raise NotFound(f"{place.repository}: {len(weights)} {where}, name one of them: {weights[:3]}")
     return weights + [str(path) for path in paths if path.parent == within and path.suffix in SETTINGS]

@@ -118,8 +118,8 @@ def parameters(found: Mapping[str, Any], said: Mapping[str, Any], file: str) -> 
     older = "encoder.weight" in found
     width = count(said, "d_model", SETTINGS)
     if not flag(said, "use_decoder_bias", SETTINGS, True):
-        name, decoder, dim = ("decoder.bias", "decoder.weight", 0) if older else ("b_D", "W_D", 1)
-        found = {**found, name: without_bias(found, decoder, dim, file)}
+        absent, beside, dim = ("decoder.bias", "decoder.weight", 0) if older else ("b_D", "W_D", 1)
+        found = {**found, absent: without_bias(found, beside, dim, file)}
     if older:
         weights = linear(found, file)
     else:

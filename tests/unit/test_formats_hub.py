@@ -145,7 +145,7 @@ def test_only_the_files_of_a_place_are_wanted() -> None:
     assert hub.wanted(files, Place("a/b", within=scope[0])) == scope
     assert hub.wanted(files, Place("a/b")) == ["layer_0.safetensors", "layer_1.safetensors", "config.yaml"]
     layers = [f"layer_{layer}.safetensors" for layer in range(28)]
-    with pytest.raises(NotFound, match="a/b: 28 weights in its root, name one"):
+    with pytest.raises(NotFound, match="a/b: 28 weights in its root, name one of them"):
         hub.wanted(layers, Place("a/b"))
     assert hub.wanted([*files, "scope/../../x.safetensors"], Place("a/b", within="scope")) == scope
 
