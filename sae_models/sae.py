@@ -9,7 +9,7 @@ in; a normalisation that depends on the token stays, as `Normalisation`; a choic
     y = (f . decoder + decoder_bias) / gain + mean + x . skip
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 from enum import StrEnum
 from math import sqrt
@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Latents encoded at a time where the weights are not float32: bounds the memory of their conversion.
-BLOCK = 4096
+# Latents converted at a time where the weights are not float32.
+BLOCK = 1024
 LAYER_NORM_EPSILON = 1e-5
 
 
@@ -166,8 +166,10 @@ class SAE:
         """z [..., F] of encoder inputs h [..., d]."""
         if self.encoder.dtype == torch.float32:
             return h @ self.encoder.T + self.bias
-        blocks = zip(self.encoder.split(BLOCK), self.bias.split(BLOCK), strict=True)
-        return torch.cat([h @ encoder.float().T + bias for encoder, bias in blocks], -1)
+        z = h.new_empty(*h.shape[:-1], self.latents)
+        for at, encoder in blocks(self.encoder):
+            z[..., at] = h @ encoder.T + self.bias[at]
+        return z
 
     def decode(self, latents: Tensor, x: Tensor | None = None) -> Tensor:
         """Output y [..., d_out] of activations [..., F]; x [..., d], the input, where a normalisation is to be undone
@@ -176,14 +178,13 @@ class SAE:
         if self.decoder.dtype == torch.float32:
             y = latents @ self.decoder + self.decoder_bias
         else:
-            blocks = zip(latents.split(BLOCK, -1), self.decoder.split(BLOCK), strict=True)
-            y = self.decoder_bias + sum(f @ decoder.float() for f, decoder in blocks)
+            y = self.decoder_bias + sum(latents[..., at] @ decoder for at, decoder in blocks(self.decoder))
         if x is None:
             if self.normalisation is not Normalisation.NONE or self.skip is not None:
                 raise ValueError("decode: x is needed to undo the normalisation or for the skip connection")
             return y
         x = x.float()
-        y = y / gain(x, self.normalisation) + centre(x, self.normalisation)
+        y = restored(y, x, self.normalisation)
         return y if self.skip is None else y + x @ self.skip.float()
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -197,7 +198,7 @@ class SAE:
         read, _ = self.prepared(x)
         _, p = self.router.route(h)
         scaled = replace(self, router=None, normalisation=Normalisation.NONE).decode(self.encode(x)) / p[..., None]
-        y = scaled / gain(read, self.normalisation) + centre(read, self.normalisation)
+        y = restored(scaled, read, self.normalisation)
         return y, read - y
 
     def rows(self, latents: Tensor) -> Rows | Candidates:
@@ -218,6 +219,14 @@ class SAE:
     def to(self, device: torch.device) -> "SAE":
         """The same on a device."""
         return moved(self, lambda tensor: tensor.to(device))
+
+
+def blocks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a matrix some at a time, and those in float32: in one buffer, which the next overwrite."""
+    buffer = torch.empty_like(matrix[:BLOCK], dtype=torch.float32)
+    for start in range(0, len(matrix), BLOCK):
+        block = matrix[start : start + BLOCK]
+        yield slice(start, start + len(block)), buffer[: len(block)].copy_(block)
 
 
 def moved(sae: SAE, move: Callable[[Tensor], Tensor]) -> SAE:
@@ -263,6 +272,13 @@ def normalised(x: Tensor, normalisation: Normalisation) -> Tensor:
         return x
     h: Tensor = (x - centre(x, normalisation)) * gain(x, normalisation)
     return h
+
+
+def restored(y: Tensor, x: Tensor, normalisation: Normalisation) -> Tensor:
+    """Outputs y [..., d_out] for normalised inputs, in the units of x [..., d]; LAYER_NORM's 1e-5 is not undone."""
+    if normalisation is Normalisation.LAYER_NORM:
+        return y * x.std(dim=-1, keepdim=True) + centre(x, normalisation)
+    return y / gain(x, normalisation)
 
 
 def kept(selection: Selection, f: Tensor, x: Tensor) -> Tensor:
