@@ -238,7 +238,7 @@ def test_openai_takes_the_pre_bias_off_after_the_layer_norm(tmp_path: Path) -> N
     other = top(before @ d.w_enc.T + d.b_enc, K)
     assert float((other - laid.f).abs().max()) > 0.1
     sae, said = openai.FORMAT.read(laid.path)
-    check(sae, laid, 3e-5)
+    check(sae, laid)
     assert (sae.selection, sae.normalisation, said.folded) == (TopK(K), Normalisation.LAYER_NORM, ("pre_bias",))
 
 
