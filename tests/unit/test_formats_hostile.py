@@ -33,7 +33,7 @@ from sae_models.formats.tensors import (
     take,
 )
 from tests.unit.bounded import attempt, refused
-from tests.unit.checkpoints import LATENTS, LAYOUTS, WIDTH, Draw, rewrite
+from tests.unit.checkpoints import ALL, LATENTS, WIDTH, Draw, rewrite
 
 SEEDS = int(os.environ.get("FUZZ_SEEDS", "12"))
 HUGE = (b"\xff" * 8, b"\xff\xff\xff\x7f\0\0\0\0", b"\0\0\0\0\0\1\0\0", struct.pack("<d", 1e300))
@@ -96,7 +96,7 @@ def fuzz(name: str, home: Path, seeds: Iterable[int]) -> Counter[str]:
 
     What is read has the right shape, and is finite; what has checksums is unharmed.
     """
-    laid = LAYOUTS[name](home, Draw())
+    laid = ALL[name](home, Draw())
     whole = {file: file.read_bytes() for file in sorted(home.rglob("*")) if file.is_file()}
     outcomes: Counter[str] = Counter()
     for seed in seeds:
@@ -128,7 +128,7 @@ def fuzz_control_vectors(home: Path, seeds: Iterable[int]) -> Counter[str]:
     return outcomes
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_mutated_checkpoint_is_read_whole_or_refused(name: str, tmp_path: Path) -> None:
     assert fuzz(name, tmp_path, range(SEEDS))["refused"] > SEEDS / 4
 
@@ -290,9 +290,9 @@ def test_torch_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ALL)
 def test_values_that_are_not_finite_are_refused(name: str, value: float, tmp_path: Path) -> None:
-    laid = LAYOUTS[name](tmp_path, Draw())
+    laid = ALL[name](tmp_path, Draw())
 
     def spoil(content: dict[str, Any]) -> dict[str, Any]:
         key = next(key for key in content if "dec" in key or key == "W_D")
