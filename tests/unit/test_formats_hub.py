@@ -227,9 +227,7 @@ for name in sys.argv[2:]:
 """
 
 
-def test_a_download_fetches_the_files_of_its_place_alone(
-    tmp_path: Path, endpoint: str
-) -> None:
+def test_a_download_fetches_the_files_of_its_place_alone(tmp_path: Path, endpoint: str) -> None:
     names = ["a/b:x", "a/b@v9:x", "a/gated", "a/none", "a/b:z"]
     environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-c", ASK, str(tmp_path), *names]
