@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sae_models.architectures.architecture import Architecture, Shards, shard
 
-TIMEOUT = timedelta(minutes=30)
+# The others wait while one process harvests the store.
+TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)

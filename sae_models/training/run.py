@@ -7,13 +7,14 @@ report.html        the same for a person to read
 NAME/              the bundle of each SAE, written once it is whole
 """
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -117,7 +118,7 @@ def train(asked: Config, learners: Sequence[Learner], source: Source, mesh: Mesh
     with (
         Record(folder, done, mesh.leads) as record,
         closing(batches),
-        tqdm(total=steps * size, initial=done * size, unit="tok", unit_scale=True, desc="train") as progress,
+        bar(steps * size, done * size, mesh) as progress,
     ):
         for step, vectors in enumerate(batches, done + 1):
             for learner, interval in zip(learners, intervals, strict=True):
@@ -126,10 +127,23 @@ def train(asked: Config, learners: Sequence[Learner], source: Source, mesh: Mesh
             saves = step % asked.checkpoint_every == 0 or step == steps
             if saves or step % asked.log_every == 0:
                 figures = {one.spec.name: held.take(mesh) for one, held in zip(learners, intervals, strict=True)}
+                require_finite(figures, step)
                 record.add("train", step, step * size, figures)
                 progress.set_postfix(fvu=" ".join(f"{f['fvu']:.4f}" for f in figures.values()), refresh=False)
             if saves:
                 checkpoint.save(folder / CHECKPOINTS, step, state_of(learners), mesh)
+
+
+def bar(total: int, initial: int, mesh: Mesh) -> "tqdm[NoReturn]":
+    """The progress bar, of one process alone."""
+    return tqdm(total=total, initial=initial, unit="tok", unit_scale=True, desc="train", disable=not mesh.leads)
+
+
+def require_finite(figures: Mapping[str, Mapping[str, float]], step: int) -> None:
+    """ValueError for an SAE that has diverged: nothing of it is saved."""
+    for name, found in figures.items():
+        if not math.isfinite(found["loss"]):
+            raise ValueError(f"{name}: the loss is {found['loss']} at step {step}: try a lower learning_rate")
 
 
 def advance(learner: Learner, vectors: Vectors, mesh: Mesh) -> Metrics:

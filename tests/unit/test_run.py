@@ -277,6 +277,13 @@ def test_what_is_wrong_is_said_in_one_line_and_no_bundle_is_left(
     assert list(tmp_path.rglob(bundle.MANIFEST)) == []
 
 
+def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
+    assert main([str(tmp_path / "run.yaml"), "sae.learning_rate=1e38"]) == 2
+    assert "error: model-layers.0: the loss is " in capsys.readouterr().err
+    assert not (tmp_path / "run" / run.CHECKPOINTS).exists()
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [(b"", "holds no text"), (bytes(range(256)), "line 1"), (b'{"text": "one"}\n', "too few to hold some out")],
