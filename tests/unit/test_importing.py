@@ -22,7 +22,7 @@ from sae_models.training import catalogue as entries
 PRETRAINED = Path(bundles.__file__).parent / "pretrained"
 MODEL = PRETRAINED / "textbook-lm"
 SITE = "layers.2.resid_post"
-TOKENS = 3000
+TOKENS = 1500
 
 
 @pytest.fixture(scope="module")
