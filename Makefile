@@ -5,17 +5,19 @@ SHELL := /bin/sh
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+INSTALL := -m pip --disable-pip-version-check install --quiet
+PIP := $(PY) $(INSTALL)
 TORCH := torch==2.13.0
 
 hash = $(shell cat $(1) | sha256sum | cut -c 1-16)
 CPU := $(VENV)/.cpu-$(call hash,requirements/cpu.txt)
+CONFORMANCE := .venv-conformance/.made-$(call hash,requirements/conformance.txt)
 TEST := $(VENV)/.test-$(call hash,requirements/cpu.txt requirements/test.txt)
 
 PROTOS := $(wildcard proto/rudder/v1/*.proto)
 PROTOC := $(PY) -m grpc_tools.protoc -Iproto
 
-.PHONY: help venv demo serve test lint types proto proto-check unit engine-test e2e clean
+.PHONY: help venv demo serve test lint types proto proto-check unit engine-test e2e conformance clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' Makefile | expand -t 16
@@ -28,7 +30,7 @@ demo: $(CPU) ## start a server, take the tour of it, stop it
 serve: $(CPU) ## start a server with the shipped model and stay; FLAGS="--listen.port 50052 …"
 	@$(PY) -m server serve $(FLAGS)
 
-test: lint types proto-check unit engine-test e2e ## everything that CI runs
+test: lint types proto-check unit engine-test e2e conformance ## everything that CI runs
 
 lint: $(TEST) ## ruff
 	$(PY) -m ruff check .
@@ -46,6 +48,9 @@ engine-test: $(TEST) ## tests against a vLLM engine
 e2e: $(TEST) ## tests against a server process
 	$(PY) -m pytest tests/e2e
 
+conformance: $(CONFORMANCE) ## tests against the libraries whose formats are read
+	.venv-conformance/bin/python -m pytest tests/conformance
+
 proto: $(TEST) ## regenerate the Python code of the contract
 	$(call generate,clients/python)
 
@@ -54,8 +59,8 @@ proto-check: $(TEST) ## the committed code is what the contract generates
 	$(call generate,build/proto)
 	@for file in build/proto/rudder/v1/*; do cmp "$$file" clients/python/rudder/v1/"$$(basename "$$file")" || exit 1; done
 
-clean: ## remove what was made here, .venv included
-	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info clients/python/*.egg-info
+clean: ## remove what was made here, both .venv included
+	rm -rf $(VENV) .venv-conformance build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info clients/python/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define generate
@@ -78,4 +83,12 @@ $(CPU): requirements/cpu.txt pyproject.toml clients/python/pyproject.toml | $(PY
 $(TEST): requirements/test.txt $(CPU)
 	@rm -f $(VENV)/.test-*
 	$(PIP) --no-deps --requirement requirements/test.txt
+	@touch $@
+
+$(CONFORMANCE): requirements/conformance.txt
+	@echo "installing the libraries of the conformance tests into .venv-conformance"
+	@rm -rf .venv-conformance
+	$(PYTHON) -m venv .venv-conformance
+	.venv-conformance/bin/python $(INSTALL) --constraint $< $(TORCH)
+	.venv-conformance/bin/python $(INSTALL) --no-deps --requirement $<
 	@touch $@

@@ -167,7 +167,7 @@ class SAE:
         if self.encoder.dtype == torch.float32:
             return h @ self.encoder.T + self.bias
         z = h.new_empty(*h.shape[:-1], self.latents)
-        for rows, encoder in converted(self.encoder, h):
+        for rows, encoder in blocks(self.encoder, h.requires_grad):
             z[..., rows] = h @ encoder.T
         z += self.bias
         return z
@@ -179,13 +179,15 @@ class SAE:
         if self.decoder.dtype == torch.float32:
             y = latents @ self.decoder + self.decoder_bias
         else:
-            y = self.decoder_bias + sum(latents[..., rows] @ part for rows, part in converted(self.decoder, latents))
+            y = self.decoder_bias + sum(
+                latents[..., rows] @ part for rows, part in blocks(self.decoder, latents.requires_grad)
+            )
         if x is None:
             if self.normalisation is not Normalisation.NONE or self.skip is not None:
                 raise ValueError("decode: x is needed to undo the normalisation or for the skip connection")
             return y
         x = x.float()
-        y = y / gain(x, self.normalisation) + centre(x, self.normalisation)
+        y = restored(y, x, self.normalisation)
         return y if self.skip is None else y + x @ self.skip.float()
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -199,7 +201,7 @@ class SAE:
         read, _ = self.prepared(x)
         _, p = self.router.route(h)
         scaled = replace(self, router=None, normalisation=Normalisation.NONE).decode(self.encode(x)) / p[..., None]
-        y = scaled / gain(read, self.normalisation) + centre(read, self.normalisation)
+        y = restored(scaled, read, self.normalisation)
         return y, read - y
 
     def rows(self, latents: Tensor) -> Rows | Candidates:
@@ -222,15 +224,15 @@ class SAE:
         return moved(self, lambda tensor: tensor.to(device))
 
 
-def converted(matrix: Tensor, factor: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of a matrix in float32, to be multiplied by `factor`. A block is good until the next is asked for.
+def blocks(matrix: Tensor, kept: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a matrix some at a time, and those in float32, good until the next are asked for, or `kept`.
 
     They share one buffer, since fresh memory costs more than the conversion; a gradient needs each to stay.
     """
     buffer = matrix.new_empty(min(BLOCK, len(matrix)), matrix.shape[1], dtype=torch.float32)
     for start in range(0, len(matrix), BLOCK):
         block = matrix[start : start + BLOCK]
-        room = torch.empty_like(buffer) if factor.requires_grad else buffer
+        room = torch.empty_like(buffer) if kept else buffer
         yield slice(start, start + len(block)), room[: len(block)].copy_(block)
 
 
@@ -283,6 +285,13 @@ def normalised(x: Tensor, normalisation: Normalisation) -> Tensor:
         return x
     h: Tensor = (x - centre(x, normalisation)) * gain(x, normalisation)
     return h
+
+
+def restored(y: Tensor, x: Tensor, normalisation: Normalisation) -> Tensor:
+    """Outputs y [..., d_out] for normalised inputs, in the units of x [..., d]; LAYER_NORM's 1e-5 is not undone."""
+    if normalisation is Normalisation.LAYER_NORM:
+        return y * x.std(dim=-1, keepdim=True) + centre(x, normalisation)
+    return y / gain(x, normalisation)
 
 
 def kept(selection: Selection, f: Tensor, x: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def stored(layout: Layout, tensors: Mapping[str, Any], trainer: Mapping[str, Any
     bias, decoder_bias = (take(tensors, key, WEIGHTS, (-1,)) for key in (layout.bias, layout.decoder_bias))
     for key, vector in (("dict_size", bias), ("activation_dim", decoder_bias)):
         if trainer.get(key, len(vector)) != len(vector):
-            raise FormatError(f"{CONFIG} trainer.{key}: {trainer[key]}, {WEIGHTS} has {len(vector)}")
+            raise FormatError(f"{CONFIG} trainer.{key}: {trainer[key]!r}, {WEIGHTS} has {len(vector)}")
     encoder, decoder = (
         oriented(take(tensors, key, WEIGHTS), len(bias), len(decoder_bias), f"{WEIGHTS} {key}")
         for key in (layout.encoder, layout.decoder)
@@ -134,7 +134,7 @@ def selected(sae: SAE, kind: str, tensors: Mapping[str, Any], trainer: Mapping[s
     stated = {"k": int(tensors["k"])} if isinstance(tensors.get("k"), Tensor) and tensors["k"].numel() == 1 else trainer
     k = count(stated, "k", WEIGHTS, most=sae.latents)
     if trainer.get("k", k) != k:
-        raise FormatError(f"{CONFIG} trainer.k: {trainer['k']}, {WEIGHTS} has {k}")
+        raise FormatError(f"{CONFIG} trainer.k: {trainer['k']!r}, {WEIGHTS} has {k}")
     notes["k"] = k
     if isinstance(tensors.get("threshold"), Tensor):
         learned = float(take(tensors, "threshold", WEIGHTS, ()))

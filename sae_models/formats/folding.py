@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sae_models.sae import BLOCK, SAE
+from sae_models.sae import SAE, blocks
 
 
 def fold_pre_bias(sae: SAE, pre_bias: Tensor) -> SAE:
     """Of an SAE that reads h - pre_bias [d]: one that reads h. The encoder stays as it is, memory-mapped or not."""
-    shift = torch.cat([block.float() @ pre_bias.float() for block in sae.encoder.split(BLOCK)])
+    pre_bias = pre_bias.float()
+    shift = torch.cat([encoder @ pre_bias for _, encoder in blocks(sae.encoder)])
     return replace(sae, bias=sae.bias - shift)
 
 

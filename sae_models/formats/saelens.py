@@ -107,13 +107,13 @@ def current(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def architecture_of(settings: Mapping[str, Any]) -> str:
     """The architecture by its current name; FormatError where it cannot be served."""
-    architecture = settings.get("architecture", "standard")
+    architecture = choice(settings, "architecture", CONFIG, (*TENSORS, *REFUSED))
     if architecture in REFUSED:
         raise FormatError(f"{CONFIG} architecture: {architecture} cannot be served per token: {REFUSED[architecture]}")
     activation = choice(settings, "activation_fn", CONFIG, ("relu", "topk"))
     if architecture == "standard" and activation == "topk":
         return "topk"
-    return choice({"architecture": architecture}, "architecture", CONFIG, tuple(TENSORS))
+    return architecture
 
 
 def stored(file: Checkpoint) -> SAE:

@@ -5,6 +5,8 @@ from typing import Any
 
 from sae_models.formats.source import FormatError
 
+LONGEST = 300
+
 
 def count(settings: Mapping[str, Any], key: str, file: str, most: int | None = None) -> int:
     """A whole number from 1 to `most`."""
@@ -39,6 +41,6 @@ def section(settings: Mapping[str, Any], key: str, file: str) -> dict[str, Any]:
 
 
 def word(settings: Mapping[str, Any], key: str) -> str:
-    """A text, empty where it is missing or of another type."""
+    """A name, empty where it is missing, of another type, or too long to be one."""
     found = settings.get(key)
-    return found if isinstance(found, str) else ""
+    return found if isinstance(found, str) and len(found) <= LONGEST else ""

@@ -1,0 +1,69 @@
+"""A large file is mapped, not copied: 65,536 latents of width 4,096 in bfloat16, one GiB, as sparsify lays them out."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+LATENTS, WIDTH = 65_536, 4_096
+# Of the file.
+EXTRA = 0.1
+SECONDS = 1.0
+
+# Runs by itself: what it allocates must be its own.
+MEASURE = """
+import json, sys, threading, time
+from pathlib import Path
+import torch
+from sae_models.formats.load import load
+
+torch.set_num_threads(1)
+stop, peak = threading.Event(), [0]
+
+def allocated():
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def watch():
+    while not stop.wait(0.002):
+        peak[0] = max(peak[0], allocated())
+
+before = allocated()
+threading.Thread(target=watch, daemon=True).start()
+wall, processor = time.perf_counter(), time.process_time()
+rows = load(Path(sys.argv[1])).sae.rows(torch.tensor([2_049])).rows
+wall, processor = time.perf_counter() - wall, time.process_time() - processor
+stop.set()
+first = rows.encoder[0, 0].item()
+print(json.dumps({"extra": max(peak[0], allocated()) - before, "wall": wall, "processor": processor, "first": first}))
+"""
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "layers.2"
+    folder.mkdir()
+    config = {"activation": "topk", "k": 64, "d_in": WIDTH, "num_latents": LATENTS}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    rows = torch.randn(1_024, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows[1, 0] = 0.75
+    matrix = rows.repeat(LATENTS // len(rows), 1)
+    vectors = {"encoder.bias": torch.ones(LATENTS).bfloat16(), "b_dec": torch.ones(WIDTH).bfloat16()}
+    save_file({"encoder.weight": matrix, "W_dec": matrix.clone(), **vectors}, folder / "sae.safetensors")
+    yield folder
+    (folder / "sae.safetensors").unlink()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_gib_of_bfloat16_takes_a_tenth_of_it_and_a_second_to_the_first_row(checkpoint: Path) -> None:
+    out = subprocess.run([sys.executable, "-c", MEASURE, checkpoint], capture_output=True, text=True, check=True).stdout
+    measured = json.loads(out)
+    print(measured)
+    assert measured["first"] == 0.75
+    assert measured["extra"] < EXTRA * (checkpoint / "sae.safetensors").stat().st_size
+    # Of processor time: the machine may be busy.
+    assert measured["processor"] < SECONDS
