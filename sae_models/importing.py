@@ -78,6 +78,7 @@ class Imported:
 
 def make(loaded: Loaded, source: Source, wish: Wish) -> Imported:
     """ImportRefused, or an error of what is read: BundleError, CorpusError, LabelError, MeaningUnknown, ValueError."""
+    bundle.check_replaceable(wish.out)
     content = described(loaded, source, wish)
     found = labels_for(content, loaded.declared, wish)
     measured = None if wish.corpus is None else measure(loaded.sae, content, wish, wish.corpus)
@@ -164,10 +165,11 @@ def measure(sae: SAE, content: Manifest, wish: Wish, corpus: Path) -> Measured:
     """Figures, statistics, conformance vectors and catalogue entries. ImportRefused where the figures speak against
     what the source claims, unless they are accepted."""
     using, at, verdict = figures(sae, content, wish.model, corpus, wish.tokens)
-    if verdict and not verdict.stands and not wish.accept:
-        raise ImportRefused(f"convention: {advice(verdict)}; --accept imports it as it is declared")
     x, target = inputs_and_target(content, at)
     found = fidelity.measured(sae, x, target)
+    problem = doubt(found, claims_of(content), verdict)
+    if problem and not wish.accept:
+        raise ImportRefused(f"convention: {problem}; --accept imports it as it is declared")
     sample = entries.sample_of(using.windows, using.documents, using.tokenizer)
     sums = entries.tally_of(materials.inputs(using, content.sites, using.windows), sae, sample)
     statistics = entries.statistics_of(sums)
@@ -217,6 +219,16 @@ def claims_of(content: Manifest) -> Claims:
     """Of the manifest, or where it has none, of the source."""
     claimed = content.source.l0 if content.source and content.training.l0 is None else content.training.l0
     return Claims(claimed, content.training.fvu)
+
+
+def doubt(found: Fidelity, claims: Claims, verdict: Verdict | None) -> str:
+    """Why figures speak against an SAE as it is declared, empty where they do not; a cure only from a verdict."""
+    if verdict:
+        return "" if verdict.stands else advice(verdict)
+    if found.fvu < 1 and bundle.near(found.l0, claims.l0):
+        return ""
+    claimed = "" if claims.l0 is None else f", L0 {claims.l0:.4g} is claimed"
+    return f"L0 {found.l0:.4g} and FVU {found.fvu:.4g} on this text{claimed}: the output is not what it should explain"
 
 
 def advice(verdict: Verdict) -> str:

@@ -44,7 +44,9 @@ Loader.add_constructor("!exponent", _number)
 class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How activations come from the model to the trainer."""
 
-    store: Annotated[str | None, Meta(description="folder to keep them in; null: harvested on the fly")] = None
+    store: Annotated[str | None, Meta(description="folder to keep them in; null: each process harvests on the fly")] = (
+        None
+    )
     precision: Annotated[Precision, Meta(description="of the store; int8 has a scale a token")] = "bfloat16"
     tokens: Annotated[Count | None, Meta(description="tokens to store; null: the whole training split once")] = None
     block: Annotated[Count, Meta(description="tokens in memory, mixed with each other")] = 400_000

@@ -22,7 +22,7 @@ from sae_models.training import catalogue as entries
 PRETRAINED = Path(bundles.__file__).parent / "pretrained"
 MODEL = PRETRAINED / "textbook-lm"
 SITE = "layers.2.resid_post"
-TOKENS = 3000
+TOKENS = 1500
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,10 @@ def test_a_transcoder_and_a_router_are_imported(tmp_path: Path, corpus: Path) ->
     g = torch.Generator().manual_seed(0)
     routed = replace(random_sae(), selection=TopK(8), router=Router(torch.randn(2, 192, generator=g)))
     sites = ("layers.1.resid_post", SITE)
-    wish = Wish(MODEL, tmp_path / "routed", sites=sites, corpus=corpus, tokens=2000)
+    wish = Wish(MODEL, tmp_path / "routed", sites=sites, corpus=corpus, tokens=1000)
+    with pytest.raises(ImportRefused, match=r"^convention: L0 8 and FVU .*--accept"):
+        importing.make(loaded(routed, sites=()), Source("toy", "x"), wish)
+    wish = replace(wish, accept=True)
     made = importing.make(loaded(routed, sites=()), Source("toy", "x"), wish)
     assert made.bundle.manifest.sites == sites
     assert made.bundle.manifest.training.l0 == pytest.approx(8, abs=0.01)

@@ -18,6 +18,7 @@ from sae_models.architectures import ARCHITECTURES
 from sae_models.sae import AdaptiveK
 from sae_models.training import checkpoint, config, run
 from sae_models.training.__main__ import main
+from sae_models.training.catalogue import INACTIVE
 from sae_models.training.checkpoint import CheckpointError
 from sae_models.training.config import Config, ConfigError
 from sae_models.training.distributed import Mesh
@@ -96,6 +97,19 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_curve(whole: Config, tmp
     assert [line[:2] for line in curve(out)] == [line[:2] for line in curve(Path(whole.out))]
     for (_, _, mine), (_, _, theirs) in zip(curve(out), curve(Path(whole.out)), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def test_latents_of_the_shipped_model_are_labelled_by_the_words_they_fire_on(tmp_path: Path) -> None:
+    asked = tiny.plain(tmp_path, model=str(tiny.TEXTBOOK_LM), tokens=12_800)
+    asked["sae"] |= {"site": "layers.1.resid_post", "latents": 256, "k": 8}
+    text = "Cells divide. Viruses need a host, and the host may be a cell. " * 10
+    rows = ({"book": f"book{i % 2}", "module": f"m{i}", "title": f"Section {i}", "text": text} for i in range(60))
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = bundle.load(run.run(config.convert(asked))[0])
+    assert 0 < (made.manifest.training.fvu or 0) < 0.8
+    labels = [summary.label for summary in made.catalogue.page(-1, 256)]
+    assert any("viruses" in label or "cells" in label for label in labels)
+    assert INACTIVE in labels
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in ("route", "transcoder")])
