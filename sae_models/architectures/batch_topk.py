@@ -76,7 +76,10 @@ class BatchTopK(Architecture):
 
 
 def batch_cut(z: Tensor, most: int) -> Tensor:
-    """The value [], at least 0, above which the `most` largest of z [m] are."""
+    """A value [], at least 0, above which the `most` largest of z [m] are: midway to the next."""
     if len(z) <= most:
         return z.new_zeros(())
-    return z.topk(most + 1, sorted=False).values.amin().clamp(min=0.0)
+    largest = z.topk(most + 1, sorted=False).values
+    dropped = largest.amin()
+    kept = torch.where(largest > dropped, largest, torch.inf).amin()
+    return ((dropped + torch.where(kept.isinf(), dropped, kept)) / 2).clamp(min=0.0)

@@ -22,7 +22,7 @@ class Config(Common):
     """
 
     bandwidth: float = 0.03
-    sparsity: float = 0.1
+    sparsity: float = 1.0
     warm_up: float = 0.05
     threshold: float | None = None
     start: float = 4.0

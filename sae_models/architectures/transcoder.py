@@ -43,10 +43,11 @@ class Transcoder(TopK):
         """From scaled inputs [n, d] and raw outputs [n, d_out], which are scaled to mean squared norm d_out."""
         if target is None:
             raise ValueError("transcoder: a sample of outputs is needed beside the inputs")
-        super().initialise(sample)
+        offset = initial.OFFSETS[self.config.offset]
+        self.centre.copy_(offset(sample))
         self.target_scale.copy_((target.shape[1] / target.square().sum(1).mean()).sqrt())
         scaled = target * self.target_scale
-        self.decoder_bias.copy_(initial.OFFSETS[self.config.offset](scaled))
+        self.decoder_bias.copy_(offset(scaled))
         self.variance.copy_((scaled - scaled.mean(0)).square().sum(1).mean())
 
     def loss(self, x: Tensor, state: State, target: Tensor | None = None) -> Loss:

@@ -34,10 +34,10 @@ def run(
     name: str, stream: Stream, seed: int, d: int = 32, steps: int = 700, batch: int = 256, **settings: Any
 ) -> Trainer:
     """A trainer after all steps on (x) or (x, target) of a stream."""
-    torch.manual_seed(seed)
     kind = ARCHITECTURES[name]
     defaults = {"latents": 96, "k": 4, "learning_rate": 3e-3, "precision": "float32"}
-    made = kind(d, kind.config_type(**(defaults | settings)), torch.Generator().manual_seed(seed))
+    # Another seed than the stream's: the same random directions would be the first dictionary.
+    made = kind(d, kind.config_type(**(defaults | settings)), torch.Generator().manual_seed(1000 + seed))
     trained = Trainer(made, trainer.Config(steps * batch, dead_after=20_000))
     trained.initialise(*as_tuple(stream(8192)))
     for _ in range(steps):
