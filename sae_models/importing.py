@@ -174,7 +174,7 @@ def measure(sae: SAE, content: Manifest, wish: Wish, corpus: Path) -> Measured:
     sums = entries.tally_of(materials.inputs(using, content.sites, using.windows), sae, sample)
     statistics = entries.statistics_of(sums)
     dead = float((statistics.frequency == 0).float().mean())
-    conformance = typical(sae, x, target, found)
+    conformance = typical(sae, x, target, Claims(found.l0, found.fvu))
     training = Training(l0=found.l0, fvu=found.fvu, dead_share=dead, credit=wish.credit)
     latents = list(entries.describe(sums, sample))
     if content.output_site.endswith(ADDED):
@@ -182,7 +182,7 @@ def measure(sae: SAE, content: Manifest, wish: Wish, corpus: Path) -> Measured:
     return Measured(training, statistics, conformance, latents, verdict)
 
 
-def typical(sae: SAE, x: Tensor, target: Tensor | None, whole: Fidelity) -> Conformance:
+def typical(sae: SAE, x: Tensor, target: Tensor | None, whole: Claims) -> Conformance:
     """Conformance vectors of tokens [n] that are as sparse and as faithful as all together.
 
     A few tokens may hold most of the variance, so that not any few will do.
@@ -191,7 +191,7 @@ def typical(sae: SAE, x: Tensor, target: Tensor | None, whole: Fidelity) -> Conf
     best, least = picks[0][: bundle.CONFORMANCE_TOKENS], float("inf")
     for pick in (order[: bundle.CONFORMANCE_TOKENS] for order in picks):
         found = fidelity.measured(sae, x[pick], None if target is None else target[pick])
-        misfit = convention.misfit(found.l0, found.fvu, Claims(whole.l0, whole.fvu), whole.l0)
+        misfit = convention.misfit(found.l0, found.fvu, whole, found.l0)
         if misfit < least:
             best, least = pick, misfit
         if least < TYPICAL:

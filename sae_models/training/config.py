@@ -59,7 +59,6 @@ class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     loss_tokens: Annotated[Count, Meta(description="held-out tokens for the loss with the SAE spliced in")] = 40_000
     probe_windows: Annotated[int, Meta(ge=0, description="labelled held-out windows for the sparse probes")] = 2000
     catalogue_tokens: Annotated[Count, Meta(description="training tokens that the catalogue is made from")] = 1_000_000
-    conformance_tokens: Annotated[Count, Meta(description="held-out vectors that go with the bundle")] = 512
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

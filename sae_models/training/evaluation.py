@@ -16,6 +16,7 @@ from sae_models.analysis import probing
 from sae_models.analysis.probing import Labelled
 from sae_models.bundle import Manifest, Model, Training
 from sae_models.catalogue import Latent
+from sae_models.convention import Claims
 from sae_models.material import Material
 from sae_models.sae import SAE
 from sae_models.training import catalogue as entries
@@ -44,9 +45,7 @@ def conclude(asked: Config, spec: Trained, sae: SAE, made: TrainingData, folder:
     steps = asked.tokens // asked.batch
     with Record(folder, steps) as record:
         record.add("evaluation", steps, steps * asked.batch, {spec.name: figures})
-    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(asked.seed))
-    chosen = chosen[: asked.evaluation.conformance_tokens]
-    conformance = bundle.conformance_of(sae, x[chosen], targets=None if target is None else target[chosen])
+    conformance = importing.typical(sae, x, target, Claims(figures["l0"], figures["fvu"]))
     content, statistics = manifest_of(asked, spec, sae, figures), entries.statistics_of(sums)
     latents = described(spec, sae, made, entries.describe(sums, sample))
     try:

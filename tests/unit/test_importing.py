@@ -13,6 +13,7 @@ from sae_models import bundle as bundles
 from sae_models import checking, fidelity, importing
 from sae_models.bundle import Bundle, BundleError, Source
 from sae_models.catalogue import QUANTILES
+from sae_models.convention import Claims
 from sae_models.formats.source import Declaration, Loaded
 from sae_models.importing import Imported, ImportRefused, Wish
 from sae_models.labels import LabelError
@@ -92,7 +93,7 @@ def test_conformance_tokens_are_typical_though_few_tokens_hold_most_of_the_varia
     x[::500] *= 300
     whole = fidelity.measured(sae, x)
     plain = fidelity.measured(sae, x[: bundles.CONFORMANCE_TOKENS])
-    kept = importing.typical(sae, x, None, whole)
+    kept = importing.typical(sae, x, None, Claims(whole.l0, whole.fvu))
     found = fidelity.measured(sae, kept.inputs)
     assert bundles.near(found.fvu, whole.fvu)
     assert not bundles.near(plain.fvu, whole.fvu), "any tokens would have done"

@@ -65,7 +65,6 @@ def plain(folder: Path, **changes: Any) -> dict[str, Any]:
             "loss_tokens": 300,
             "probe_windows": 20,
             "catalogue_tokens": 1000,
-            "conformance_tokens": 64,
         },
         **changes,
     }
