@@ -1,9 +1,11 @@
 """The artifact that goes from trainer to server: a folder with one SAE and all that is needed to trust it.
 
-manifest.json             what it is, what it fits, and the SHA-256 of every other file
-sae.safetensors           the canonical form (sae.SAE), bfloat16 or float32 on disk, float32 once loaded
-statistics.safetensors    max_activation [F], frequency [F], mean [d] (mean residual), residual_norm [] (mean ||x||)
-conformance.safetensors   inputs [n, d], real residuals, and the activations [m, F] expected of the first m of them
+manifest.json             what it is, what it fits, and the SHA-256 of every other file (manifest.Manifest)
+sae.safetensors           the canonical form (sae.SAE); matrices stay in the manifest's dtype and memory-mapped
+statistics.safetensors    max_activation [F], frequency [F], mean [d] (mean residual), residual_norm [] (mean ||x||);
+                          absent where an SAE was imported without text to measure it on
+conformance.safetensors   inputs [n, d], with a router [n, L, d], and the activations [m, F] expected of the first m;
+                          targets [n, d_out] where another site is written than is read
 catalogue.sqlite          labels and contexts (catalogue.Catalogue)
 """
 
@@ -12,70 +14,51 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import msgspec
-import safetensors
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_models import sae
+from sae_models import fidelity, manifest
 from sae_models.catalogue import Catalogue
+from sae_models.formats.source import FormatError
+from sae_models.formats.tensors import finite, fits, read_safetensors
+from sae_models.manifest import (
+    DTYPES,
+    FORMAT_VERSION,
+    BundleError,
+    InputNormalisation,
+    Manifest,
+    Model,
+    Source,
+    Training,
+    describe,
+    require,
+)
 from sae_models.sae import SAE
 
-FORMAT_VERSION = 1
+__all__ = [
+    "FORMAT_VERSION", "Bundle", "BundleError", "Conformance", "InputNormalisation", "Manifest", "Model", "Source",
+    "Statistics", "Training", "check_model", "conformance_of", "describe", "load", "mapped", "model_sha256", "write",
+]  # fmt: skip
+
 MANIFEST = "manifest.json"
 WEIGHTS = "sae.safetensors"
 STATISTICS = "statistics.safetensors"
 CONFORMANCE = "conformance.safetensors"
 CATALOGUE = "catalogue.sqlite"
 FILES = frozenset({WEIGHTS, STATISTICS, CONFORMANCE, CATALOGUE})
+MATRICES = frozenset({"encoder", "decoder", "skip"})
 
+MANIFEST_LIMIT = 1 << 20
 ACTIVATION_TOLERANCE = 1e-3
 CLAIM_TOLERANCE = 0.25
-
-
-class BundleError(Exception):
-    """A bundle that must not be served; the message begins with the field that is wrong."""
-
-
-class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The one checkpoint a bundle fits. `sha256` is `model_sha256` of its folder."""
-
-    name: str
-    sha256: str
-    hidden_size: int
-
-
-class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the SAE was trained, and how good it is on sections it was not trained on."""
-
-    tokens: int
-    seed: int
-    l0: float
-    fvu: float
-    ce_recovered: float
-    dead_share: float
-    credit: str
-
-
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The content of manifest.json. `k` is null where the architecture has none."""
-
-    format_version: int
-    name: str
-    model: Model
-    site: str
-    architecture: str
-    activation: str
-    input_normalisation: str
-    d: int
-    latents: int
-    k: int | None
-    training: Training
-    files: dict[str, str]
+CONFORMANCE_TOKENS = 128
+EXPECTED_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -90,10 +73,15 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Conformance:
-    """Real residuals [n, d] and the activations [m, F], m <= n, that the SAE must give on the first m of them."""
+    """Inputs [n, d] and the activations [m, F], m <= n, that the SAE must give on the first m of them.
+
+    The inputs are real residuals where the manifest has an L0 and FVU, which then hold on them. `targets` [n, d_out]
+    are what the output must be near to, where that is not the input.
+    """
 
     inputs: Tensor
     activations: Tensor
+    targets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -108,33 +96,55 @@ class Bundle:
     conformance: Conformance
     catalogue: Catalogue
 
+    @property
+    def measured(self) -> bool:
+        """Whether the statistics are known; they are all zero where not."""
+        return STATISTICS in self.manifest.files
+
 
 def load(path: Path) -> Bundle:
     """Reads and verifies a bundle. BundleError: the field that is missing, tampered with or out of shape."""
-    raw = _read(path, MANIFEST)
-    manifest = _parse(raw)
-    _check_files(path, manifest)
-    weights = SAE(*_tensors(path, WEIGHTS, _weight_shapes(manifest)).values())
-    statistics = Statistics(**_tensors(path, STATISTICS, _statistics_shapes(manifest)))
-    conformance = Conformance(
-        **_tensors(path, CONFORMANCE, {"inputs": (-1, manifest.d), "activations": (-1, manifest.latents)})
-    )
-    _check_conformance(manifest, weights, conformance)
-    catalogue = _catalogue(path, manifest)
-    return Bundle(path, manifest, hashlib.sha256(raw).hexdigest(), weights, statistics, conformance, catalogue)
+    check_files(path, read_manifest(path)[0])
+    bundle = mapped(path)
+    try:
+        for check in (check_values, check_conformance, check_catalogue):
+            check(bundle)
+    except BundleError:
+        bundle.catalogue.close()
+        raise
+    return bundle
+
+
+def mapped(path: Path) -> Bundle:
+    """A bundle of which only names, shapes and types were checked: quick, and reads no matrix."""
+    content, sha256 = read_manifest(path)
+    weights = manifest.sae_of(content, _tensors(path, WEIGHTS, manifest.weight_shapes(content)))
+    check_dtype(content, weights)
+    shapes = _statistics_shapes(content)
+    known = STATISTICS in content.files
+    statistics = _tensors(path, STATISTICS, shapes) if known else {k: torch.zeros(s) for k, s in shapes.items()}
+    conformance = _tensors(path, CONFORMANCE, _conformance_shapes(content))
+    catalogue = _opened_catalogue(path)
+    return Bundle(path, content, sha256, weights, Statistics(**statistics), Conformance(**conformance), catalogue)
+
+
+def read_manifest(path: Path) -> tuple[Manifest, str]:
+    """The manifest of a bundle's folder, and its SHA-256."""
+    file = path / MANIFEST
+    require(file.is_file(), MANIFEST, f"not a file in {path}")
+    size = file.stat().st_size
+    require(size <= MANIFEST_LIMIT, MANIFEST, f"{size} bytes, at most {MANIFEST_LIMIT} are read")
+    raw = file.read_bytes()
+    return manifest.parse(raw), hashlib.sha256(raw).hexdigest()
 
 
 def check_model(bundle: Bundle, sha256: str, hidden_size: int) -> None:
     """BundleError unless the bundle was made for the checkpoint with this `model_sha256` and width."""
     model = bundle.manifest.model
-    _require(
-        model.hidden_size == hidden_size,
-        "model.hidden_size",
-        f"the bundle fits {model.hidden_size}, the model has {hidden_size}",
-    )
-    _require(
-        model.sha256 == sha256, "model.sha256", f"the bundle fits {model.name} {model.sha256}, the model is {sha256}"
-    )
+    width = f"the bundle fits {model.hidden_size}, the model has {hidden_size}"
+    require(model.hidden_size == hidden_size, "model.hidden_size", width)
+    fits_model = f"the bundle fits {model.name} {model.sha256}, the model is {sha256}"
+    require(model.sha256 == sha256, "model.sha256", fits_model)
 
 
 def model_sha256(folder: Path) -> str:
@@ -151,135 +161,159 @@ def model_sha256(folder: Path) -> str:
 
 
 def write(
-    path: Path, manifest: Manifest, weights: SAE, statistics: Statistics, conformance: Conformance, catalogue: Path
+    path: Path,
+    content: Manifest,
+    weights: SAE,
+    statistics: Statistics | None,
+    conformance: Conformance,
+    catalogue: Path,
 ) -> Bundle:
-    """Writes the bundle beside `path` and moves it there whole, in place of an older; `manifest.files` is filled in."""
+    """Writes the bundle beside `path` and moves it there whole, in place of an older; `files` is filled in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         folder = Path(scratch) / path.name
         folder.mkdir()
-        for name, content in ((WEIGHTS, weights), (STATISTICS, statistics), (CONFORMANCE, conformance)):
-            values = {field.name: getattr(content, field.name) for field in fields(content)}
-            tensors = {key: value.contiguous() for key, value in values.items() if isinstance(value, Tensor)}
-            (folder / name).write_bytes(save(tensors))
+        _save(folder / WEIGHTS, manifest.tensors_of(weights))
+        _save(folder / CONFORMANCE, _fields(conformance))
+        if statistics is not None:
+            _save(folder / STATISTICS, _fields(statistics))
         shutil.copyfile(catalogue, folder / CATALOGUE)
-        files = {name: _sha256(folder / name) for name in sorted(FILES)}
-        encoded = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, files=files)), indent=2)
-        (folder / MANIFEST).write_bytes(encoded + b"\n")
-        load(folder).catalogue.close()
+        hashed = msgspec.structs.replace(
+            content, files=_sha256s(folder, sorted(file.name for file in folder.iterdir()))
+        )
+        for name in hashed.files:
+            # safetensors makes files that only their owner may read.
+            shutil.copymode(folder / CATALOGUE, folder / name)
+        (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(hashed), indent=2) + b"\n")
+        verified = load(folder)
         if path.exists():
             path.rename(Path(scratch) / "replaced")
         folder.rename(path)
-    return load(path)
+    return replace(verified, path=path)
 
 
-def conformance_of(weights: SAE, inputs: Tensor, expected: int = 32) -> Conformance:
+def conformance_of(
+    weights: SAE, inputs: Tensor, expected: int = EXPECTED_TOKENS, targets: Tensor | None = None
+) -> Conformance:
     """Conformance vectors from residuals [n, d]: activations are kept for the first `expected`."""
-    return Conformance(inputs, weights.encode(inputs[:expected]))
+    return Conformance(inputs, fidelity.encoded(weights, inputs[:expected]), targets)
 
 
-def _require(condition: bool, field: str, problem: str) -> None:
-    if not condition:
-        raise BundleError(f"{field}: {problem}")
+def check_files(path: Path, content: Manifest) -> None:
+    """BundleError unless the folder has the manifest's files with the manifest's hashes."""
+    needed = FILES - {STATISTICS}
+    require(needed <= content.files.keys() <= FILES, "files", f"{sorted(content.files)} instead of {sorted(FILES)}")
+    for name in content.files:
+        require((path / name).is_file(), name, f"not a file in {path}")
+    for name, found in _sha256s(path, content.files).items():
+        differs = "the content does not have the SHA-256 of the manifest"
+        require(found == content.files[name], f"files.{name}", differs)
 
 
-def _read(path: Path, name: str) -> bytes:
-    _require((path / name).is_file(), name, f"not a file in {path}")
-    return (path / name).read_bytes()
+def check_dtype(content: Manifest, weights: SAE) -> None:
+    """BundleError unless the matrices are of the manifest's dtype."""
+    for name in ("encoder", "decoder", "skip"):
+        matrix = getattr(weights, name)
+        wanted = matrix is None or matrix.dtype == DTYPES[content.dtype]
+        require(wanted, "dtype", f"{content.dtype}, {name} is {matrix.dtype if matrix is not None else None}")
 
 
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def check_values(bundle: Bundle) -> None:
+    """BundleError unless all numbers are finite, and no threshold is negative."""
+    stored = {WEIGHTS: manifest.tensors_of(bundle.sae), CONFORMANCE: _fields(bundle.conformance)}
+    for file, tensors in {**stored, STATISTICS: _fields(bundle.statistics)}.items():
+        for name, tensor in tensors.items():
+            require(finite(tensor), f"{file} {name}", "has values that are not finite")
+    require(bool((bundle.sae.threshold >= 0).all()), f"{WEIGHTS} threshold", "has negative values")
 
 
-def _parse(raw: bytes) -> Manifest:
+def check_conformance(bundle: Bundle) -> None:
+    """BundleError unless the arithmetic reproduces, and the SAE is as sparse and as faithful as the manifest claims."""
+    inputs, expected = bundle.conformance.inputs, bundle.conformance.activations
+    field, rows = f"{CONFORMANCE} activations", len(expected)
+    require(0 < rows <= len(inputs), field, f"{rows} rows for {len(inputs)} inputs")
+    difference = float((fidelity.encoded(bundle.sae, inputs[:rows]) - expected).abs().max())
+    require(difference < ACTIVATION_TOLERANCE * float(expected.abs().max()), field, f"differ by {difference}")
+    claims = bundle.manifest.training
+    if claims.l0 is None and claims.fvu is None:
+        return
+    found = fidelity.measured(bundle.sae, inputs, bundle.conformance.targets)
+    for name, value, claimed in (("l0", found.l0, claims.l0), ("fvu", found.fvu, claims.fvu)):
+        problem = f"{claimed} claimed, {value:.4g} measured on the conformance inputs"
+        require(near(value, claimed), f"training.{name}", problem)
+
+
+def near(measured: float, claimed: float | None) -> bool:
+    """Whether a figure is what was claimed, as far as other text allows to tell."""
+    return claimed is None or abs(measured - claimed) <= CLAIM_TOLERANCE * claimed
+
+
+def check_catalogue(bundle: Bundle) -> None:
+    """BundleError unless the catalogue has an entry for every latent; reads from its tables."""
+    catalogue, latents = bundle.catalogue, bundle.manifest.latents
     try:
-        manifest = msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{MANIFEST}: {error}") from error
-    _require(
-        manifest.format_version == FORMAT_VERSION,
-        "format_version",
-        f"{manifest.format_version}, this program reads {FORMAT_VERSION}",
-    )
-    _require(
-        manifest.d == manifest.model.hidden_size,
-        "d",
-        f"{manifest.d}, the model's hidden size is {manifest.model.hidden_size}",
-    )
-    _require(manifest.latents > 0, "latents", f"{manifest.latents}")
-    return manifest
+        count = len(catalogue)
+        require(count == latents, CATALOGUE, f"{count} latents, the manifest says {latents}")
+        catalogue.get(latents - 1)
+        catalogue.search(bundle.manifest.name, 1)
+    except (sqlite3.DatabaseError, LookupError) as error:
+        raise BundleError(f"{CATALOGUE}: {error}") from error
 
 
-def _check_files(path: Path, manifest: Manifest) -> None:
-    _require(manifest.files.keys() == FILES, "files", f"{sorted(manifest.files)} instead of {sorted(FILES)}")
-    for name, expected in manifest.files.items():
-        _read(path, name)
-        _require(
-            _sha256(path / name) == expected, f"files.{name}", "the content does not have the SHA-256 of the manifest"
-        )
+def _opened_catalogue(path: Path) -> Catalogue:
+    try:
+        return Catalogue(path / CATALOGUE)
+    except sqlite3.DatabaseError as error:
+        raise BundleError(f"{CATALOGUE}: {error}") from error
 
 
-def _weight_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    matrix, latents = (manifest.latents, manifest.d), (manifest.latents,)
-    return {"encoder": matrix, "bias": latents, "threshold": latents, "decoder": matrix, "decoder_bias": (manifest.d,)}
+def _sha256s(path: Path, names: Mapping[str, str] | list[str]) -> dict[str, str]:
+    """Of several files at once: hashing holds no lock."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(lambda name: _sha256(path / name), names), strict=True))
 
 
-def _statistics_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    latents = (manifest.latents,)
-    return {"max_activation": latents, "frequency": latents, "mean": (manifest.d,), "residual_norm": ()}
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        # Encoder and decoder of a tied SAE are one tensor; the file holds both.
+        shared = any(tensor.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in apart.values())
+        apart[name] = tensor.contiguous().clone() if shared else tensor.contiguous()
+    save_file(apart, path)
+
+
+def _fields(content: Statistics | Conformance) -> dict[str, Tensor]:
+    values = {field.name: getattr(content, field.name) for field in fields(content)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _statistics_shapes(content: Manifest) -> dict[str, tuple[int, ...]]:
+    latents = (content.latents,)
+    return {"max_activation": latents, "frequency": latents, "mean": (content.d,), "residual_norm": ()}
+
+
+def _conformance_shapes(content: Manifest) -> dict[str, tuple[int, ...]]:
+    inputs = (-1, len(content.sites), content.d) if content.router else (-1, content.d)
+    shapes: dict[str, tuple[int, ...]] = {"inputs": inputs, "activations": (-1, content.latents)}
+    if content.transcodes and content.training.fvu is not None:
+        shapes["targets"] = (-1, content.d_out)
+    return shapes
 
 
 def _tensors(path: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The file's tensors as float32; -1 in a shape stands for any length."""
+    """The file's tensors, all but the matrices as float32; -1 in a shape stands for any length."""
+    require((path / name).is_file(), name, f"not a file in {path}")
     try:
-        tensors = load_file(path / name)
-    except safetensors.SafetensorError as error:
-        raise BundleError(f"{name}: {error}") from error
-    _require(tensors.keys() == shapes.keys(), name, f"holds {sorted(tensors)} instead of {sorted(shapes)}")
+        tensors = read_safetensors(path / name)
+    except FormatError as error:
+        raise BundleError(str(error)) from error
+    require(tensors.keys() == shapes.keys(), name, f"holds {sorted(tensors)} instead of {sorted(shapes)}")
     for key, tensor in tensors.items():
-        shape = tuple(tensor.shape)
-        fits = len(shape) == len(shapes[key]) and all(
-            want in (-1, have) for have, want in zip(shape, shapes[key], strict=True)
-        )
-        _require(fits, f"{name} {key}", f"shape {shape} instead of {shapes[key]}")
-        _require(bool(torch.isfinite(tensor).all()), f"{name} {key}", "has values that are not finite")
-    return {key: tensors[key].float() for key in shapes}
-
-
-def _catalogue(path: Path, manifest: Manifest) -> Catalogue:
-    """Opens the catalogue, and reads from each of its tables."""
-    try:
-        catalogue = Catalogue(path / CATALOGUE)
-        _require(
-            len(catalogue) == manifest.latents,
-            CATALOGUE,
-            f"{len(catalogue)} latents, the manifest says {manifest.latents}",
-        )
-        catalogue.get(manifest.latents - 1)
-        catalogue.search(manifest.name, 1)
-    except (sqlite3.DatabaseError, LookupError) as error:
-        raise BundleError(f"{CATALOGUE}: {error}") from error
-    return catalogue
-
-
-def _check_conformance(manifest: Manifest, weights: SAE, conformance: Conformance) -> None:
-    """The arithmetic reproduces, and the SAE is as sparse and as faithful as the manifest claims."""
-    inputs, expected = conformance.inputs, conformance.activations
-    _require(
-        0 < len(expected) <= len(inputs), f"{CONFORMANCE} activations", f"{len(expected)} rows for {len(inputs)} inputs"
-    )
-    encoded = weights.encode(inputs)
-    difference = float((encoded[: len(expected)] - expected).abs().max())
-    _require(
-        difference < ACTIVATION_TOLERANCE * float(expected.abs().max()),
-        f"{CONFORMANCE} activations",
-        f"differ by {difference}",
-    )
-    claims = (
-        ("l0", sae.l0(encoded), manifest.training.l0),
-        ("fvu", sae.fvu(inputs, weights.decode(encoded)), manifest.training.fvu),
-    )
-    for name, measured, claimed in claims:
-        near = abs(measured - claimed) <= CLAIM_TOLERANCE * claimed
-        _require(near, f"training.{name}", f"{claimed:.4g} claimed, {measured:.4g} measured on the conformance inputs")
+        require(fits(tensor, shapes[key]), f"{name} {key}", f"shape {tuple(tensor.shape)} instead of {shapes[key]}")
+        require(tensor.is_floating_point(), f"{name} {key}", f"dtype {tensor.dtype}")
+    return {key: tensors[key] if key in MATRICES else tensors[key].float() for key in shapes}

@@ -26,6 +26,8 @@ ENTRY = (
     "decay", "gain", "offset", "floor", "window", "level", "level_rate", "min_tokens", "latch",
 )  # fmt: skip
 IDENTITY_ENTRY = (0.0, 0.0, 0.0, inf, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, -1e300, 0.0, 0.0, 0.0, 0.0, 0.0)
+# A product of two matrices.
+Product = Callable[[Tensor, Tensor], Tensor]
 # What each operation makes of its operand; nothing behind this table knows operations by name.
 OPERATIONS: dict[str, Callable[[float], dict[str, float]]] = {
     "add": lambda v: {"shift": v},
@@ -46,19 +48,28 @@ STATISTICS: dict[str, Callable[[float], dict[str, float]]] = {
 }
 
 
-def edit(x: Tensor, f: Tensor, decoder: Tensor, edits: Tensor, entry: Tensor, is_open: Tensor) -> tuple[Tensor, Tensor]:
+def edit(
+    x: Tensor,
+    f: Tensor,
+    decoder: Tensor,
+    edits: Tensor,
+    entry: Tensor,
+    is_open: Tensor,
+    gain: Tensor | None = None,
+    product: Product = torch.matmul,
+) -> tuple[Tensor, Tensor]:
     """How far x [T, d] moves [T, d], and which rows moved it [T, K].
 
     f [T, K] activations, decoder [K, d], edits [T, len(EDIT), K] and entry [T, len(ENTRY)] the parameters in force at
-    each token, is_open [T] the gate.
+    each token, is_open [T] the gate; gain [T, K] what each row's input was multiplied by (sae.gain), None: 1.
     """
     scale, shift, lower, upper, above, relative, _ = edits.unbind(1)
     weight, blend_row, restore, cap = entry[:, :4].float().unbind(1)
     norm = x.norm(dim=1, keepdim=True).clamp_min(TINY)
-    unit = torch.where(relative > 0, norm, 1.0)
+    unit = torch.where(relative > 0, norm if gain is None else norm * gain, 1.0)
     new = torch.minimum(torch.maximum(scale * f + shift * unit, lower * unit), upper * unit)
     delta = torch.where((f > above) & is_open[:, None], new - f, 0.0)
-    y = torch.addmm(x, delta, decoder)
+    y = x + product(delta if gain is None else delta / gain, decoder)
     weight = torch.where(is_open, weight, 0.0)[:, None]
     blend_row = blend_row.long()
     y = y + weight * (decoder[blend_row] - y)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Latents converted at a time where the weights are not float32.
+# Latents at a time whose weights are converted to float32: bounds the memory of their conversion.
 BLOCK = 1024
 LAYER_NORM_EPSILON = 1e-5
 
@@ -167,8 +167,9 @@ class SAE:
         if self.encoder.dtype == torch.float32:
             return h @ self.encoder.T + self.bias
         z = h.new_empty(*h.shape[:-1], self.latents)
-        for at, encoder in blocks(self.encoder):
-            z[..., at] = h @ encoder.T + self.bias[at]
+        for rows, encoder in converted(self.encoder, h):
+            z[..., rows] = h @ encoder.T
+        z += self.bias
         return z
 
     def decode(self, latents: Tensor, x: Tensor | None = None) -> Tensor:
@@ -178,13 +179,13 @@ class SAE:
         if self.decoder.dtype == torch.float32:
             y = latents @ self.decoder + self.decoder_bias
         else:
-            y = self.decoder_bias + sum(latents[..., at] @ decoder for at, decoder in blocks(self.decoder))
+            y = self.decoder_bias + sum(latents[..., rows] @ part for rows, part in converted(self.decoder, latents))
         if x is None:
             if self.normalisation is not Normalisation.NONE or self.skip is not None:
                 raise ValueError("decode: x is needed to undo the normalisation or for the skip connection")
             return y
         x = x.float()
-        y = restored(y, x, self.normalisation)
+        y = y / gain(x, self.normalisation) + centre(x, self.normalisation)
         return y if self.skip is None else y + x @ self.skip.float()
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -198,7 +199,7 @@ class SAE:
         read, _ = self.prepared(x)
         _, p = self.router.route(h)
         scaled = replace(self, router=None, normalisation=Normalisation.NONE).decode(self.encode(x)) / p[..., None]
-        y = restored(scaled, read, self.normalisation)
+        y = scaled / gain(read, self.normalisation) + centre(read, self.normalisation)
         return y, read - y
 
     def rows(self, latents: Tensor) -> Rows | Candidates:
@@ -221,12 +222,16 @@ class SAE:
         return moved(self, lambda tensor: tensor.to(device))
 
 
-def blocks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of a matrix some at a time, and those in float32: in one buffer, which the next overwrite."""
+def converted(matrix: Tensor, factor: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows of a matrix in float32, to be multiplied by `factor`. A block is good until the next is asked for.
+
+    They share one buffer, since fresh memory costs more than the conversion; a gradient needs each to stay.
+    """
     buffer = torch.empty_like(matrix[:BLOCK], dtype=torch.float32)
     for start in range(0, len(matrix), BLOCK):
         block = matrix[start : start + BLOCK]
-        yield slice(start, start + len(block)), buffer[: len(block)].copy_(block)
+        room = torch.empty_like(buffer) if factor.requires_grad else buffer
+        yield slice(start, start + len(block)), room[: len(block)].copy_(block)
 
 
 def moved(sae: SAE, move: Callable[[Tensor], Tensor]) -> SAE:
@@ -243,9 +248,15 @@ def moved(sae: SAE, move: Callable[[Tensor], Tensor]) -> SAE:
     )
 
 
-def activations(x: Tensor, rows: Rows) -> Tensor:
-    """Activations [..., n] of rows on encoder inputs x [..., d]; the test is strict, as in every published format."""
-    z = torch.nn.functional.linear(x.float(), rows.encoder, rows.bias)
+def activations(
+    x: Tensor, rows: Rows, gain: Tensor | None = None, product: Callable[[Tensor, Tensor], Tensor] = torch.matmul
+) -> Tensor:
+    """Activations [..., n] of rows on inputs x [..., d]; gain [..., n] of each row's normalisation, None: 1.
+
+    The test is strict, as in every published format.
+    """
+    u = product(x.float(), rows.encoder.T)
+    z = (u if gain is None else u * gain) + rows.bias
     return torch.where(z > rows.threshold, z, 0.0)
 
 
@@ -272,13 +283,6 @@ def normalised(x: Tensor, normalisation: Normalisation) -> Tensor:
         return x
     h: Tensor = (x - centre(x, normalisation)) * gain(x, normalisation)
     return h
-
-
-def restored(y: Tensor, x: Tensor, normalisation: Normalisation) -> Tensor:
-    """Outputs y [..., d_out] for normalised inputs, in the units of x [..., d]; LAYER_NORM's 1e-5 is not undone."""
-    if normalisation is Normalisation.LAYER_NORM:
-        return y * x.std(dim=-1, keepdim=True) + centre(x, normalisation)
-    return y / gain(x, normalisation)
 
 
 def kept(selection: Selection, f: Tensor, x: Tensor) -> Tensor:

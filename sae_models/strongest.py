@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from sae_models.sae import SAE
 
@@ -22,34 +23,55 @@ Values = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Screen:
-    """An SAE with its encoder directions [F, d] in bfloat16 and what a unit direction must exceed, `cut` [F]."""
+    """An SAE with its encoder directions [F, d] in bfloat16 and what a unit direction must exceed, `cut` [F].
+
+    An SAE with a selection has no screen: nearly every latent is a candidate, so it is encoded whole.
+    """
 
     sae: SAE
-    directions: Tensor
-    cut: Tensor
+    directions: Tensor | None = None
+    cut: Tensor | None = None
 
 
 def screen(sae: SAE) -> Screen:
-    """Prepare an SAE; costs half its encoder's memory."""
-    norm = sae.encoder.norm(dim=1).clamp_min(1e-30)
+    """Prepare an SAE; costs half its encoder's memory in float32."""
+    if sae.selection is not None:
+        return Screen(sae)
+    encoder = sae.encoder.float()
+    norm = encoder.norm(dim=1).clamp_min(1e-30)
     # No latent is active at or below 0: f is then 0 and says nothing.
     cut = (sae.threshold.clamp_min(0.0) - sae.bias) / norm
-    return Screen(sae, (sae.encoder / norm[:, None]).bfloat16(), cut)
+    return Screen(sae, (encoder / norm[:, None]).bfloat16(), cut)
 
 
 def strongest(screened: Screen, x: Tensor, k: int) -> tuple[Latents, Values]:
-    """The k strongest latents of each token of x [n, d], int32 and fp32 [n, k]; 0 where fewer are active."""
-    sae = screened.sae
-    approximate = x.bfloat16() @ screened.directions.T
-    slack = SCREEN_ERROR * x.norm(dim=1, keepdim=True)
-    token, latent = (approximate > screened.cut - slack).nonzero(as_tuple=True)
-    z = (x[token] * sae.encoder[latent]).sum(1) + sae.bias[latent]
+    """The k strongest latents of each token of x [n, d], with a router [n, L, d]; int32 and fp32 [n, k], 0 where fewer
+    are active.
+    """
+    if screened.directions is None or screened.cut is None:
+        values, latents = screened.sae.encode(x).topk(min(k, screened.sae.latents), dim=1)
+        return padded(latents.int(), k).cpu().numpy(), padded(values, k).cpu().numpy()
+    _, h = screened.sae.prepared(x)
+    return screened_strongest(screened.sae, screened.directions, screened.cut, h, k)
+
+
+def padded(columns: Tensor, k: int) -> Tensor:
+    """[n, k] of fewer columns."""
+    return functional.pad(columns, (0, k - columns.shape[1]))
+
+
+def screened_strongest(sae: SAE, directions: Tensor, cut: Tensor, h: Tensor, k: int) -> tuple[Latents, Values]:
+    """`strongest` of encoder inputs h [n, d]."""
+    approximate = h.bfloat16() @ directions.T
+    slack = SCREEN_ERROR * h.norm(dim=1, keepdim=True)
+    token, latent = (approximate > cut - slack).nonzero(as_tuple=True)
+    z = (h[token] * sae.encoder[latent].float()).sum(1) + sae.bias[latent]
     active = (z > sae.threshold[latent]) & (z > 0)
     token, latent, value = (t[active].cpu().numpy() for t in (token, latent, z))
     order = np.lexsort((-value, token))
     token, latent, value = token[order], latent[order], value[order]
     rank = np.arange(len(token)) - np.searchsorted(token, token)
     kept = rank < k
-    latents, values = np.zeros((len(x), k), np.int32), np.zeros((len(x), k), np.float32)
+    latents, values = np.zeros((len(h), k), np.int32), np.zeros((len(h), k), np.float32)
     latents[token[kept], rank[kept]], values[token[kept], rank[kept]] = latent[kept], value[kept]
     return latents, values

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from rich.table import Table
 import server
 from rudder_client import Chunk, Client, Inspection, PooledActivation, Report, RudderError
 from rudder_client.requests import Steer
+from sae_models.commands import add_bundle
 from server import config as configuration
 from server.config import ConfigError
 
@@ -81,9 +83,11 @@ def parser() -> argparse.ArgumentParser:
     features = add_client(commands, "features", "look features up", run_features)
     features.add_argument("index", nargs="?", type=int, help="one feature, with the texts it is active on")
     features.add_argument("--search", metavar="WORDS", help="by words of the label")
+    features.add_argument("--by-meaning", action="store_true", help="search by what labels mean, not by their words")
     features.add_argument("--bundle", default="", help="which bundle; needed where several are served")
     features.add_argument("--limit", type=int, default=20, help="how many (20)")
     add_client(commands, "model", "show what is served: model, sites, bundles, programs, limits", run_model)
+    add_bundle(commands)
     bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="benchmark")
     for name in BENCHES:
         add_bench(bench, name)
@@ -197,12 +201,15 @@ def run_features(args: argparse.Namespace) -> None:
             tell_feature(client, args.index, args.bundle)
             return
         if args.search:
-            found: Iterable[Any] = client.search(args.search, bundle=args.bundle, limit=args.limit)
+            found: Iterable[Any] = client.search(
+                args.search, bundle=args.bundle, limit=args.limit, by_meaning=args.by_meaning
+            )
         else:
             found = (feature for _, feature in zip(range(args.limit), client.features(args.bundle), strict=False))
         table = Table("feature", "frequency", "maximum", "label")
         for f in found:
-            table.add_row(str(f.index), f"{f.frequency:.3%}", f"{f.max_activation:.2f}", escape(f.label))
+            frequency, maximum = known(f, "frequency", "{:.3%}"), known(f, "max_activation", "{:.2f}")
+            table.add_row(str(f.index), frequency, maximum, escape(f.label))
         out.print(table)
 
 
@@ -211,13 +218,30 @@ def tell_feature(client: Client, index: int, bundle: str) -> None:
     detail = client.feature(index, bundle)
     summary = detail.summary
     out.print(f"[bold]{escape(summary.label)}[/]  feature {summary.index} of {summary.bundle}, {summary.site}")
-    out.print(f"active on {summary.frequency:.3%} of tokens, at most {summary.max_activation:.2f}")
-    out.print("strongest on " + escape(", ".join(repr(token) for token in detail.top_tokens)))
+    frequency, maximum = known(summary, "frequency", "{:.3%}"), known(summary, "max_activation", "{:.2f}")
+    out.print(f"active on {frequency} of tokens, at most {maximum}", quantiles_in_words(detail))
+    for what, words in (
+        ("strongest on", detail.top_tokens),
+        ("promotes", [word.token for word in detail.promoted]),
+        ("suppresses", [word.token for word in detail.suppressed]),
+    ):
+        if words:
+            out.print(f"{what} " + escape(", ".join(repr(word) for word in words)))
     table = Table("activation", "text", "from")
     for context in detail.contexts:
         text = f"{escape(context.before)}[bold reverse]{escape(context.token)}[/]{escape(context.after)}"
         table.add_row(f"{context.activation:.2f}", " ".join(text.splitlines()), escape(context.source))
     out.print(table)
+
+
+def known(message: Any, field: str, form: str) -> str:
+    """A field for people; a dash where nobody measured it."""
+    return form.format(getattr(message, field)) if message.HasField(field) else "-"
+
+
+def quantiles_in_words(detail: Any) -> str:
+    """Quantiles of an activation, or nothing."""
+    return "; ".join(f"{q.share:.0%} below {q.activation:.2f}" for q in detail.quantiles)
 
 
 def run_model(args: argparse.Namespace) -> None:
@@ -228,7 +252,8 @@ def run_model(args: argparse.Namespace) -> None:
     out.print(f"server {model.server_version}, vLLM {model.engine_version}, engine {model.engine_epoch}")
     table = Table("bundle", "site", "latents", "L0", "FVU", "sha256")
     for b in model.bundles:
-        table.add_row(b.name, b.site, str(b.latents), f"{b.l0:.1f}", f"{b.fvu:.3f}", b.sha256[:12])
+        figures = known(b, "l0", "{:.1f}"), known(b, "fvu", "{:.3f}")
+        table.add_row(b.name, b.site, str(b.latents), *figures, b.sha256[:12])
     out.print(table)
     table = Table("program", "applies", "digest", "description")
     for p in programs:
@@ -298,8 +323,8 @@ def wait_serving(process: "subprocess.Popen[bytes]", address: str) -> None:
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
-    """End a server and all it started."""
-    process.terminate()
+    """End a server and all it started, as one does at a terminal."""
+    process.send_signal(signal.SIGINT)
     try:
         process.wait(STOPPED_S)
     except subprocess.TimeoutExpired:

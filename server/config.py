@@ -77,7 +77,8 @@ class Listen:
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(50051, "port of the gRPC services; 0: any free one", 0, 65535)
     metrics_port: int = option(9464, "port of the Prometheus endpoint; 0: any free one", 0, 65535)
-    drain_s: float = option(30.0, "seconds that running requests are given after SIGTERM", 0)
+    accept_s: float = option(5.0, "seconds after SIGTERM in which calls are still taken, until routers have heard", 0)
+    drain_s: float = option(30.0, "seconds that running requests are given after that", 0)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from sae_models.sae import SAE
 # An SAE has some ten tensors: its headers, opcodes and settings are kilobytes.
 HEADER_LIMIT = 1 << 20
 SETTINGS_LIMIT = 4 << 20
-YAML_LIMIT = 256 << 10
+YAML_LIMIT = 64 << 10
+NESTING_LIMIT = 20
 # Deflate cannot shrink floating-point weights much; what expands more is made to exhaust memory.
 EXPANSION_LIMIT = 16
 # Hashing a tuple visits what it holds each time it occurs: tuples made of the same tuple twice, over and over, hang.
@@ -38,7 +39,19 @@ npy: Any = np.lib.format
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SIZES = FLOATS | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
-# What a torch file of plain tensors is made of.
+# What a torch file of plain tensors is made of: storages and the sizes of their values, and what is called.
+STORAGES = {
+    "torch DoubleStorage": 8,
+    "torch FloatStorage": 4,
+    "torch HalfStorage": 2,
+    "torch BFloat16Storage": 2,
+    "torch LongStorage": 8,
+    "torch IntStorage": 4,
+    "torch ShortStorage": 2,
+    "torch CharStorage": 1,
+    "torch ByteStorage": 1,
+    "torch BoolStorage": 1,
+}
 PICKLED = frozenset(
     {
         "collections OrderedDict",
@@ -46,8 +59,8 @@ PICKLED = frozenset(
         "torch._utils _rebuild_parameter",
         "torch Size",
         "torch device",
-        *(f"torch {name}Storage" for name in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char")),
-        *(f"torch {name}" for name in ("ByteStorage", "BoolStorage", "float64", "float32", "float16", "bfloat16")),
+        *(f"torch {name}" for name in ("float64", "float32", "float16", "bfloat16")),
+        *STORAGES,
     }
 )
 
@@ -97,44 +110,78 @@ def check_safetensors(path: Path) -> None:
             raise FormatError(f"{path.name} {key}: {end - begin} bytes for {entry.dtype} of shape {entry.shape}")
 
 
-def read_pickle(path: Path) -> Any:
-    """What a torch file holds, memory-mapped, by weights-only unpickling of tensors, containers and plain values."""
+def read_pickle(path: Path, verify: bool = True) -> Any:
+    """What a torch file holds, memory-mapped, by weights-only unpickling of tensors, containers and plain values.
+
+    `verify` compares the content with its checksums, which reads all of it.
+    """
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             check_torch_archive(archive, path)
+            if verify and (broken := archive.testzip()) is not None:
+                raise FormatError(f"{path.name} {broken}: is not what was written, its checksum differs")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FormatError:
         raise
     except zipfile.BadZipFile as error:
-        raise FormatError(f"{path.name}: not a torch file of version 1.6 or later: {error}") from error
+        raise FormatError(f"{path.name}: not a whole torch file of version 1.6 or later: {error}") from error
     except Exception as error:
         raise FormatError(f"{path.name}: {error}") from error
 
 
 def check_torch_archive(archive: zipfile.ZipFile, path: Path) -> None:
-    """FormatError unless members are stored as they are within the file and the pickle makes plain tensors alone."""
+    """FormatError unless members are stored as they are within the file, and the pickle makes plain tensors alone out
+    of members that are as large as it says.
+    """
     members = check_members(archive, path)
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise FormatError(f"{path.name}: has compressed members, torch writes none")
     pickles = [member for member in members if member.filename.rpartition("/")[2] == "data.pkl"]
     if len(pickles) != 1 or pickles[0].file_size > HEADER_LIMIT:
         raise FormatError(f"{path.name}: needs one data.pkl of at most {HEADER_LIMIT} bytes")
-    check_opcodes(archive.read(pickles[0]), path)
+    sizes = {member.filename: member.file_size for member in members}
+    home = pickles[0].filename.removesuffix("data.pkl")
+    for key, size in storages(archive.read(pickles[0]), path):
+        if sizes.get(f"{home}data/{key}") != size:
+            raise FormatError(f"{path.name} data/{key}: {sizes.get(f'{home}data/{key}')} bytes, {size} are declared")
 
 
-def check_opcodes(pickled: bytes, path: Path) -> None:
-    """FormatError where a pickle calls anything but PICKLED, or shares tuples beyond measure."""
-    tuples: set[int] = set()
-    made, shared = "", 0
+def storages(pickled: bytes, path: Path) -> list[tuple[str, int]]:
+    """(key, bytes) of each storage that a pickle refers to, from its opcodes alone.
+
+    FormatError where it calls anything but PICKLED, refers to a storage otherwise than torch does, or shares tuples
+    beyond measure.
+    """
+    memo: dict[Any, Any] = {}
+    pushed: list[tuple[str, Any]] = []
+    found, shared = [], 0
     for opcode, argument, _ in pickletools.genops(pickled):
-        if opcode.name == "GLOBAL" and argument not in PICKLED:
+        name = opcode.name
+        if name == "GLOBAL" and argument not in PICKLED:
             raise FormatError(f"{path.name}: refers to {argument}, which a file of tensors does not")
-        if opcode.name in ("BINPUT", "LONG_BINPUT") and made.startswith("TUPLE"):
-            tuples.add(cast(int, argument))
-        shared += opcode.name in ("BINGET", "LONG_BINGET") and argument in tuples
-        made = opcode.name
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = pushed[-1] if pushed else ("", None)
+        elif name in ("BINGET", "LONG_BINGET"):
+            pushed.append(memo.get(argument, ("", None)))
+            shared += pushed[-1][0].startswith("TUPLE")
+        elif name == "BINPERSID":
+            found.append(storage(pushed[-7:], path))
+            pushed.append((name, None))
+        else:
+            pushed.append((name, argument))
     if shared > SHARED_TUPLES_LIMIT:
         raise FormatError(f"{path.name}: refers {shared} times to its tuples")
+    return found
+
+
+def storage(pushed: list[tuple[str, Any]], path: Path) -> tuple[str, int]:
+    """(key, bytes) of what torch pushes for a storage: MARK, "storage", type, key, place, number of values, TUPLE."""
+    names, values = [name for name, _ in pushed], [value for _, value in pushed]
+    itemsize = STORAGES.get(values[2]) if len(values) == 7 else None
+    torch_like = names[:1] == ["MARK"] and names[-1:] == ["TUPLE"] and itemsize is not None
+    if not torch_like or values[1] != "storage" or not isinstance(values[3], str) or not isinstance(values[5], int):
+        raise FormatError(f"{path.name}: refers to a storage as torch does not: {values}")
+    return values[3], values[5] * cast(int, itemsize)
 
 
 def check_members(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
@@ -195,11 +242,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping of plain values, without aliases: merged aliases grow without measure."""
+    """A YAML mapping of plain values, without aliases."""
     try:
         content = text(path, YAML_LIMIT)
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
-            raise FormatError(f"{path.name}: has aliases")
+        check_tokens(content, path)
         found = yaml.safe_load(content)
     except FormatError:
         raise
@@ -208,6 +254,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise FormatError(f"{path.name}: is not a mapping of names")
     return found
+
+
+def check_tokens(content: str, path: Path) -> None:
+    """FormatError of YAML with aliases, which merged grow without measure, or nested so deeply that it takes long."""
+    depth = 0
+    for token in yaml.scan(content):
+        depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
+        depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
+        if isinstance(token, yaml.AliasToken) or depth > NESTING_LIMIT:
+            raise FormatError(f"{path.name}: has aliases, or is nested {NESTING_LIMIT} deep")
 
 
 def text(path: Path, limit: int) -> str:

@@ -123,20 +123,15 @@ def measure(
 
 def manifest_of(options: argparse.Namespace, sae: SAE, training: Training) -> Manifest:
     """The manifest but for the hashes of the files."""
-    model = Model(options.model.resolve().name, bundle.model_sha256(options.model), sae.width)
-    return Manifest(
-        format_version=bundle.FORMAT_VERSION,
+    return bundle.describe(
+        sae,
         name=options.out.name,
-        model=model,
-        site=options.site,
+        model=Model(options.model.resolve().name, bundle.model_sha256(options.model), sae.width),
+        sites=(options.site,),
         architecture="batch_topk",
-        activation="jumprelu",
-        input_normalisation="folded",
-        d=sae.width,
-        latents=sae.latents,
-        k=options.k,
         training=training,
-        files={},
+        declared="dataset scalar",
+        folded=("pre_bias", "input_scale"),
     )
 
 

@@ -1,7 +1,7 @@
 """What each latent stands for: how often and how strongly it fires, on which words and books, and a label from them."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_models.bundle import Statistics
-from sae_models.catalogue import Context, Latent, Summary
+from sae_models.catalogue import QUANTILES, Context, Latent, Summary
 from sae_models.sae import SAE
 from sae_models.training.corpus import Document, Windows
 from sae_models.training.harvest import residuals
@@ -23,6 +23,12 @@ TOKENS_AFTER = 8
 LABEL_WORDS = 3
 BOOK_SHARE = 0.3
 INACTIVE = "(inactive)"
+ORIGIN = "corpus"
+LOWEST_OCTAVE, OCTAVES, BINS_AN_OCTAVE = -20, 40, 8
+BINS = OCTAVES * BINS_AN_OCTAVE
+PAIRS_WAITING = 1 << 22
+# Activations held at a time: 128 MB in float32.
+ACTIVATIONS_AT_ONCE = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -39,15 +45,29 @@ class Sample:
 
 
 @dataclass
+class Pairs:
+    """Energy of (latent, other) pairs that occurred, `other` below `size`: `keys` are latent * size + other, in order.
+
+    What came since they were last brought together waits in `new`: a table [F, size] would not fit in memory.
+    """
+
+    size: int
+    keys: Tensor
+    values: Tensor
+    new: list[tuple[Tensor, Tensor]]
+
+
+@dataclass
 class Tally:
-    """Sums over a pass: per latent [F] or [F, tokens | words | books], over residuals [d] or [], and the strongest
-    places of each latent [places, F]."""
+    """Sums over a pass: per latent [F], [F, books] or [F, BINS], over residuals [d] or [], by pairs of latent and token
+    or word, and the strongest places of each latent [places, F]."""
 
     tokens: int
     active: Tensor
     strongest: Tensor
-    energy_of_token: Tensor
-    energy_of_word: Tensor
+    histogram: Tensor
+    energy_of_token: Pairs
+    energy_of_word: Pairs
     fired_in_book: Tensor
     tokens_of_book: Tensor
     total: Tensor
@@ -81,17 +101,26 @@ def _runs(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 def tally(trunk: Any, site: Site, sae: SAE, sample: Sample) -> Tally:
     """One pass over the sample."""
+    return tally_of(residuals(trunk, site, sample.windows), sae, sample)
+
+
+def tally_of(passes: Iterable[tuple[Tensor, Tensor]], sae: SAE, sample: Sample) -> Tally:
+    """Of inputs [windows, length, d], with a router [windows, length, L, d], and counted, in the sample's order."""
     sums = _zeros(sae, sample)
     start = 0
     with tqdm(total=len(sample.windows), unit="window", desc="catalogue") as progress:
-        for x, counted in residuals(trunk, site, sample.windows):
-            index = torch.arange(start, start + len(x))
-            latents = sae.encode(x) * counted[..., None]
-            _add_residuals(sums, x[counted])
-            _add_latents(sums, latents, sample, index)
-            _add_peaks(sums, latents, index)
-            start += len(x)
-            progress.update(len(x))
+        for inputs, all_counted in passes:
+            size = max(1, ACTIVATIONS_AT_ONCE // (sae.latents * inputs.shape[1]))
+            for x, counted in zip(inputs.split(size), all_counted.split(size), strict=True):
+                index = torch.arange(start, start + len(x))
+                latents = sae.encode(x) * counted[..., None]
+                _add_residuals(sums, x[counted])
+                _add_latents(sums, latents, sample, index)
+                _add_peaks(sums, latents, index)
+                start += len(x)
+                progress.update(len(x))
+    _merge(sums.energy_of_token)
+    _merge(sums.energy_of_word)
     return sums
 
 
@@ -101,8 +130,9 @@ def _zeros(sae: SAE, sample: Sample) -> Tally:
         tokens=0,
         active=torch.zeros(f),
         strongest=torch.zeros(f),
-        energy_of_token=torch.zeros(f, len(sample.tokenizer)),
-        energy_of_word=torch.zeros(f, len(sample.vocabulary)),
+        histogram=torch.zeros(f, BINS, dtype=torch.int32),
+        energy_of_token=_no_pairs(len(sample.tokenizer)),
+        energy_of_word=_no_pairs(len(sample.vocabulary)),
         fired_in_book=torch.zeros(f, books),
         tokens_of_book=torch.zeros(books),
         total=torch.zeros(sae.width),
@@ -113,23 +143,51 @@ def _zeros(sae: SAE, sample: Sample) -> Tally:
     )
 
 
+def _no_pairs(size: int) -> Pairs:
+    return Pairs(size, torch.zeros(0, dtype=torch.long), torch.zeros(0), [])
+
+
 def _add_residuals(sums: Tally, x: Tensor) -> None:
     sums.tokens += len(x)
-    sums.total += x.sum(0)
-    sums.norm += x.norm(dim=1).sum()
+    # With a router, the mean over the sites that it chooses from.
+    per_site = x.float().reshape(len(x), -1, x.shape[-1])
+    sums.total += per_site.mean(1).sum(0)
+    sums.norm += per_site.norm(dim=-1).mean(1).sum()
 
 
 def _add_latents(sums: Tally, latents: Tensor, sample: Sample, index: Tensor) -> None:
     window, position, latent = latents.nonzero(as_tuple=True)
     book, place = sample.book[index], (index[window], position)
     # Squares, because a latent's weak activations are many and say little.
-    energy = latents[window, position, latent].square()
+    activation = latents[window, position, latent]
+    energy = activation.square()
     sums.active += (latents > 0).sum((0, 1))
     sums.strongest = torch.maximum(sums.strongest, latents.amax((0, 1)))
-    sums.energy_of_token.index_put_((latent, sample.windows.tokens[place]), energy, accumulate=True)
-    sums.energy_of_word.index_put_((latent, sample.word[place]), energy, accumulate=True)
+    once = torch.ones_like(latent, dtype=torch.int32)
+    sums.histogram.view(-1).index_add_(0, latent * BINS + bin_of(activation), once)
+    _add_pairs(sums.energy_of_token, latent, sample.windows.tokens[place], energy)
+    _add_pairs(sums.energy_of_word, latent, sample.word[place], energy)
     sums.fired_in_book.index_put_((latent, book[window]), torch.ones_like(energy), accumulate=True)
     sums.tokens_of_book.index_add_(0, book, sample.windows.counted[index].sum(1).float())
+
+
+def _add_pairs(pairs: Pairs, latent: Tensor, other: Tensor, energy: Tensor) -> None:
+    pairs.new.append((latent * pairs.size + other, energy))
+    if sum(len(keys) for keys, _ in pairs.new) > max(PAIRS_WAITING, len(pairs.keys)):
+        _merge(pairs)
+
+
+def _merge(pairs: Pairs) -> None:
+    keys = torch.cat([pairs.keys, *(keys for keys, _ in pairs.new)])
+    values = torch.cat([pairs.values, *(values for _, values in pairs.new)])
+    pairs.keys, place = keys.unique(return_inverse=True)
+    pairs.values = torch.zeros(len(pairs.keys)).index_add_(0, place, values)
+    pairs.new.clear()
+
+
+def bin_of(activation: Tensor) -> Tensor:
+    """The bin [n] of the histogram that each activation is in: eight an octave."""
+    return ((activation.log2() - LOWEST_OCTAVE) * BINS_AN_OCTAVE).long().clamp(0, BINS - 1)
 
 
 def _add_peaks(sums: Tally, latents: Tensor, index: Tensor) -> None:
@@ -145,23 +203,41 @@ def statistics_of(sums: Tally) -> Statistics:
     return Statistics(sums.strongest, sums.active / sums.tokens, sums.total / sums.tokens, sums.norm / sums.tokens)
 
 
+def quantiles(histogram: Tensor, strongest: Tensor) -> Tensor:
+    """Quantiles [F, q] of the activations that a histogram [F, BINS] counts, at most `strongest` [F]; 0 of none."""
+    above, count = histogram.cumsum(1), histogram.sum(1, keepdim=True)
+    wanted = count * torch.tensor(QUANTILES)
+    place = torch.searchsorted(above.float(), wanted.contiguous()).clamp(max=BINS - 1)
+    held = histogram.gather(1, place).clamp(min=1)
+    share = ((wanted - (above.gather(1, place) - held)) / held).clamp(0, 1)
+    value = torch.exp2((place + share) / BINS_AN_OCTAVE + LOWEST_OCTAVE)
+    return torch.where(count > 0, torch.minimum(value, strongest[:, None]), 0.0)
+
+
 def describe(sums: Tally, sample: Sample) -> Iterator[Latent]:
     """Every latent's catalogue entry, in order."""
     rate = sums.fired_in_book / sums.tokens_of_book.clamp(min=1)
     share = (rate / rate.sum(1, keepdim=True).clamp(min=1e-12)).tolist()
-    tokens, words = _strongest(sums.energy_of_token, TOP_TOKENS), _strongest(sums.energy_of_word, 4 * LABEL_WORDS)
     frequency, strongest = (sums.active / sums.tokens).tolist(), sums.strongest.tolist()
+    tokens = _strongest(sums.energy_of_token, len(frequency), TOP_TOKENS)
+    words = _strongest(sums.energy_of_word, len(frequency), 4 * LABEL_WORDS)
+    levels = quantiles(sums.histogram, sums.strongest).tolist()
     for index in range(len(frequency)):
         spoken = [sample.vocabulary[word] for word in words[index]]
         label = label_of(spoken, dict(zip(sample.books, share[index], strict=True)))
-        summary = Summary(index, label, frequency[index], strongest[index])
+        summary = Summary(index, label, frequency[index], strongest[index], ORIGIN)
         top = tuple(sample.tokenizer.decode([token]) for token in tokens[index])
-        yield Latent(summary, top, tuple(_contexts(sums, index, sample)))
+        spread = tuple(levels[index]) if strongest[index] > 0 else ()
+        yield Latent(summary, top, tuple(_contexts(sums, index, sample)), spread)
 
 
-def _strongest(energy: Tensor, k: int) -> list[list[int]]:
-    top = energy.topk(min(k, energy.shape[1]), dim=1)
-    return [ids[values > 0].tolist() for ids, values in zip(top.indices, top.values, strict=True)]
+def _strongest(pairs: Pairs, latents: int, k: int) -> list[list[int]]:
+    """Of each latent, up to k others with the most energy, most first."""
+    order = pairs.values.argsort(descending=True, stable=True)
+    order = order[(pairs.keys[order] // pairs.size).argsort(stable=True)]
+    latent, other = pairs.keys[order] // pairs.size, pairs.keys[order] % pairs.size
+    begins = torch.searchsorted(latent, torch.arange(latents + 1)).tolist()
+    return [other[begins[i] : min(begins[i] + k, begins[i + 1])].tolist() for i in range(latents)]
 
 
 def label_of(words: Sequence[str], share_of_book: dict[str, float]) -> str:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from rudder.v1 import catalogue_pb2, catalogue_pb2_grpc
 from sae_models.bundle import Bundle
+from sae_models.catalogue import QUANTILES, Catalogue, Summary, Word
 from sae_models.catalogue import Context as Excerpt
-from sae_models.catalogue import Summary
+from sae_models.meaning import MeaningUnknown, nearest
 from server.api import limits
 from server.api.errors import invalid
 from server.api.serving import Context, Serving, bundle_named
@@ -34,6 +35,9 @@ class FeatureServicer(catalogue_pb2_grpc.FeatureServiceServicer):
             summary=summary_of(bundle, latent.summary),
             top_tokens=latent.tokens,
             contexts=map(context_of, latent.contexts),
+            quantiles=map(quantile_of, QUANTILES, latent.quantiles),
+            promoted=map(word_of, latent.promoted),
+            suppressed=map(word_of, latent.suppressed),
         )
         return catalogue_pb2.FeatureServiceGetResponse(feature=detail)
 
@@ -57,11 +61,20 @@ class FeatureServicer(catalogue_pb2_grpc.FeatureServiceServicer):
     async def Search(
         self, request: catalogue_pb2.FeatureServiceSearchRequest, _: Context
     ) -> catalogue_pb2.FeatureServiceSearchResponse:
-        """Latents by words of their label."""
+        """Latents by words of their label, or by what it means."""
         limits.check(request, self.serving.bounds)
         bundle = bundle_named(self.serving.engine, request.bundle)
-        found = await asyncio.to_thread(bundle.catalogue.search, request.query, request.limit or FOUND)
+        search = by_meaning if request.by_meaning else Catalogue.search
+        found = await asyncio.to_thread(search, bundle.catalogue, request.query, request.limit or FOUND)
         return catalogue_pb2.FeatureServiceSearchResponse(features=summaries_of(bundle, found))
+
+
+def by_meaning(reader: Catalogue, words: str, limit: int) -> list[Summary]:
+    """`meaning.nearest`, or the refusal that says what is missing."""
+    try:
+        return nearest(reader, words, limit)
+    except MeaningUnknown as error:
+        raise invalid("by_meaning", str(error)) from error
 
 
 def summaries_of(bundle: Bundle, found: Sequence[Summary]) -> list[catalogue_pb2.FeatureSummary]:
@@ -78,7 +91,18 @@ def summary_of(bundle: Bundle, summary: Summary) -> catalogue_pb2.FeatureSummary
         label=summary.label,
         frequency=summary.frequency,
         max_activation=summary.max_activation,
+        label_origin=summary.origin,
     )
+
+
+def quantile_of(share: float, activation: float) -> catalogue_pb2.ActivationQuantile:
+    """The contract's form of a quantile."""
+    return catalogue_pb2.ActivationQuantile(share=share, activation=activation)
+
+
+def word_of(word: Word) -> catalogue_pb2.LogitWord:
+    """The contract's form of a word that a latent promotes or suppresses."""
+    return catalogue_pb2.LogitWord(token=word.token, logit=word.logit)
 
 
 def context_of(context: Excerpt) -> catalogue_pb2.FeatureContext:

@@ -6,6 +6,7 @@ import server
 from rudder.v1 import catalogue_pb2, catalogue_pb2_grpc
 from sae_models.bundle import Bundle
 from server.api.serving import Context, Serving
+from server.steering.rows import Dictionary
 
 
 class ModelServicer(catalogue_pb2_grpc.ModelServiceServicer):
@@ -24,7 +25,7 @@ class ModelServicer(catalogue_pb2_grpc.ModelServiceServicer):
             layers=engine.model.layers,
             max_model_len=engine.model.max_model_len,
             sites=[site_info(self.serving, site) for site in engine.registry.layout.sites],
-            bundles=map(bundle_info, engine.bundles.values()),
+            bundles=map(bundle_info, engine.bundles.values(), engine.registry.dictionaries.values()),
             limits=limits_of(self.serving),
             server_version=server.__version__,
             engine_version=vllm.__version__,
@@ -52,9 +53,9 @@ def site_info(serving: Serving, site: str) -> catalogue_pb2.SiteInfo:
     return catalogue_pb2.SiteInfo(site=site, rows=serving.engine.registry.layout.rows, bundles=names)
 
 
-def bundle_info(bundle: Bundle) -> catalogue_pb2.BundleInfo:
-    """A bundle by its manifest."""
-    manifest = bundle.manifest
+def bundle_info(bundle: Bundle, dictionary: Dictionary) -> catalogue_pb2.BundleInfo:
+    """A bundle by its manifest, and what can be done with it."""
+    manifest, problem = bundle.manifest, dictionary.whole_only or dictionary.watched_only
     return catalogue_pb2.BundleInfo(
         name=manifest.name,
         sha256=bundle.sha256,
@@ -63,6 +64,10 @@ def bundle_info(bundle: Bundle) -> catalogue_pb2.BundleInfo:
         latents=manifest.latents,
         l0=manifest.training.l0,
         fvu=manifest.training.fvu,
+        output_site=manifest.output_site,
+        activation=str(manifest.activation.__struct_config__.tag),
+        editable=not problem,
+        not_editable_because=problem,
     )
 
 

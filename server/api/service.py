@@ -65,7 +65,7 @@ async def serve(config: Config) -> int:
     server, port, checks = await build(serving)
     metrics_server, _ = start_http_server(config.listen.metrics_port, config.listen.host)
     await server.start()
-    await tell_health(checks, serving)
+    await set_health(checks, serving=engine.healthy)
     where = f"{config.listen.host}:{port}"
     logger.info("serving %s on %s, metrics on port %d", engine.model.name, where, metrics_server.server_port)
     await leave_when_told(server, checks, serving, stop)
@@ -110,27 +110,26 @@ async def set_health(checks: health.aio.HealthServicer, *, serving: bool) -> Non
         await checks.set(name, status)
 
 
-async def tell_health(checks: health.aio.HealthServicer, serving: Serving) -> None:
-    """What the engine's state means for callers."""
-    await set_health(checks, serving=serving.engine.healthy and not serving.draining)
-
-
 async def leave_when_told(
     server: grpc.aio.Server, checks: health.aio.HealthServicer, serving: Serving, stop: "asyncio.Queue[signal.Signals]"
 ) -> None:
-    """Wait for a signal or the engine's end; then take no new calls and let the running ones finish in time.
+    """Wait for a signal or the engine's end; say NOT_SERVING, soon take no new calls, and let running ones finish.
 
     A second signal ends them at once.
     """
     told = asyncio.ensure_future(stop.get())
     while not told.done() and serving.engine.healthy:
         await asyncio.wait([told], timeout=HEALTH_CHECK_S)
+    await set_health(checks, serving=False)
+    again = asyncio.ensure_future(stop.get())
+    listen, healthy = serving.config.listen, serving.engine.healthy
+    # Whoever routes calls here learns of it later than this process does; nobody routes to a terminal's server.
+    routed = healthy and told.done() and told.result() is signal.SIGTERM
+    await asyncio.wait([again], timeout=listen.accept_s if routed else 0)
     serving.draining = True
-    await tell_health(checks, serving)
-    grace = serving.config.listen.drain_s if serving.engine.healthy else 0
+    grace = listen.drain_s if healthy and not again.done() else 0
     logger.info("leaving; running requests have %g s", grace)
     stopping = asyncio.ensure_future(server.stop(grace))
-    again = asyncio.ensure_future(stop.get())
     await asyncio.wait([stopping, again], return_when=asyncio.FIRST_COMPLETED)
     await server.stop(0)
     for task in (told, again):

@@ -64,12 +64,11 @@ def write_bundle(folder: Path, site: str, width: int, latents: int, seed: int = 
         dead_share=0.0,
         credit="random weights, for benchmarks",
     )  # fmt: skip
-    manifest = bundles.Manifest(
-        format_version=bundles.FORMAT_VERSION, name=f"random-{latents}", model=bundles.Model("random", "", width),
-        site=site,
-        architecture="random", activation="jumprelu", input_normalisation="none", d=width, latents=latents, k=None,
-        training=training, files={},
-    )  # fmt: skip
+    model = bundles.Model("random", "", width)
+    name = f"random-{latents}"
+    manifest = bundles.describe(
+        weights, name=name, model=model, sites=(site,), architecture="random", training=training
+    )
     statistics = bundles.Statistics(
         torch.full((latents,), 4.0),
         torch.full((latents,), 32 / latents),

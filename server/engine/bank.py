@@ -4,20 +4,45 @@ Nothing here depends on how many programs are in the batch, allocates state or l
 Shapes: T tokens, d width, K row places, E program entries.
 """
 
+from collections.abc import Mapping
 from math import inf
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sae_models.formula import ENTRY, IDENTITY_EDIT, IDENTITY_ENTRY, edit, sequence_condition
-from sae_models.sae import Rows, activations
+from sae_models.formula import ENTRY, IDENTITY_EDIT, IDENTITY_ENTRY, Product, edit, sequence_condition
+from sae_models.sae import SAE, Normalisation, Rows, activations
+from sae_models.sae import gain as input_gain
 from server.engine.layout import Layout
 from server.steering import wire
 
 # What the host writes for every token of a step, [len(TOKEN), max tokens]: the entry in force, the request's slot,
 # the batch index of its first token, its count of tokens so far (BOS excluded), its row in the capture buffer.
 TOKEN = ("entry", "slot", "start", "count", "capture")
+
+
+NO_DICTIONARIES: Mapping[str, SAE] = MappingProxyType({})
+
+
+@torch.library.custom_op("rudder::product_of_used", mutates_args=())
+def product_of_used(a: Tensor, b: Tensor, used: Tensor, inner: bool) -> Tensor:
+    """a @ b [n, m] on a CPU, over the first `used` [] of their inner dimension, or else of b's columns, the others 0.
+
+    A dense product of mostly empty row places costs a CPU more than all the rest of the bank.
+    """
+    rows = int(used)
+    if inner:
+        return a[:, :rows] @ b[:rows]
+    product = a.new_zeros(len(a), b.shape[1])
+    torch.matmul(a, b[:, :rows], out=product[:, :rows])
+    return product
+
+
+@product_of_used.register_fake
+def _(a: Tensor, b: Tensor, _used: Tensor, _inner: bool) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
 
 
 class Sequences(nn.Module):
@@ -58,16 +83,28 @@ class SiteBank(nn.Module):
     edits: Tensor
     entries: Tensor
     token: Tensor
+    used: Tensor
+    normalisation: Tensor
+    column: Tensor
     active: Tensor
     moved: Tensor
     before: Tensor
     after: Tensor
 
     def __init__(
-        self, layout: Layout, site: str, width: int, max_tokens: int, token: Tensor, sequences: Sequences
+        self,
+        layout: Layout,
+        site: str,
+        width: int,
+        max_tokens: int,
+        token: Tensor,
+        sequences: Sequences,
+        dictionaries: Mapping[str, SAE] = NO_DICTIONARIES,
     ) -> None:
+        """`dictionaries`: those read here whose activations do not follow from a row alone, or are normalised."""
         super().__init__()
         self.site, self.width, self.stages = site, width, layout.stages
+        self.on_cpu = token.device.type == "cpu"
         self.keeps_sequences = layout.keeps_sequences(site)
         self.steps = (max_tokens - 1).bit_length()
         self.sequences = sequences
@@ -76,6 +113,8 @@ class SiteBank(nn.Module):
         def buffer(name: str, tensor: Tensor) -> None:
             self.register_buffer(name, tensor.to(token.device), persistent=False)
 
+        self.hold(dictionaries, rows)
+        buffer("used", torch.zeros((), dtype=torch.int64))
         buffer("encoder", torch.zeros(rows, width))
         buffer("bias", torch.zeros(rows))
         buffer("threshold", torch.full((rows,), inf))
@@ -90,19 +129,60 @@ class SiteBank(nn.Module):
         buffer("before", torch.zeros(captured, width))
         buffer("after", torch.zeros(captured, width))
 
+    def hold(self, dictionaries: Mapping[str, SAE], rows: int) -> None:
+        """Keep dictionaries whole: each row place then also has a normalisation and a column in all of them."""
+        self.dictionaries = tuple(dictionaries.values())
+        sizes = [sae.latents for sae in self.dictionaries]
+        self.columns = dict(zip(dictionaries, (sum(sizes[:i]) for i in range(len(sizes))), strict=True))
+        self.normalisations = tuple({sae.normalisation for sae in self.dictionaries} - {Normalisation.NONE})
+        self.register_buffer("normalisation", torch.zeros(rows, dtype=torch.int64), persistent=False)
+        self.register_buffer("column", torch.full((rows,), -1), persistent=False)
+
+    def fill(self, place: int, rows: Rows, name: str = "", latent: int = -1) -> None:
+        """Load a row place with the one row of `rows`: latent `latent` of bundle `name`, or a raw one."""
+        for buffer, value in zip((self.encoder, self.bias, self.threshold, self.decoder), rows, strict=True):
+            buffer[place].copy_(value[0], non_blocking=True)
+        sae = dict(zip(self.columns, self.dictionaries, strict=True)).get(name)
+        kind = sae.normalisation if sae else Normalisation.NONE
+        self.normalisation[place] = 1 + self.normalisations.index(kind) if kind in self.normalisations else 0
+        self.column[place] = self.columns[name] + latent if sae and not sae.exact else -1
+
+    def gain(self, x: Tensor) -> Tensor | None:
+        """What each row's input is multiplied by [T, K]; None: by 1."""
+        if not self.normalisations:
+            return None
+        gains = [torch.ones_like(x[:, :1]), *(input_gain(x, kind) for kind in self.normalisations)]
+        return torch.cat(gains, 1)[:, self.normalisation]
+
+    def read(self, x: Tensor, gain: Tensor | None) -> Tensor:
+        """f [T, K] of x [T, d]. A latent that others can displace has its column of its whole dictionary's encode."""
+        rows = Rows(self.encoder, self.bias, self.threshold, self.decoder)
+        f = activations(x, rows, gain, self.product(inner=False))
+        if all(sae.exact for sae in self.dictionaries):
+            return f
+        encoded = torch.cat([sae.encode(x) for sae in self.dictionaries], 1)
+        return torch.where(self.column >= 0, encoded[:, self.column.clamp_min(0)], f)
+
+    def product(self, *, inner: bool) -> Product:
+        """The product over the rows' dimension, which is the inner one or else the last."""
+        if not self.on_cpu:
+            return torch.matmul
+        return lambda a, b: product_of_used(a, b, self.used, inner)
+
     def forward(self, x: Tensor) -> Tensor:
         """x' - x [T, d] of x [T, d], both fp32, T the padded batch."""
         tokens = x.shape[0]
         token = self.token[:, :tokens].long()
         y, displacement = x, torch.zeros_like(x)
         for stage in range(self.stages):
-            f = activations(y, Rows(self.encoder, self.bias, self.threshold, self.decoder))
+            gain = self.gain(y)
+            f = self.read(y, gain)
             if stage == 0:
                 self.active[:tokens].copy_(f)
             entry = self.entries[stage, token[0]]
             edits = self.edits[stage, token[0]]
             is_open = self.gate(stage, f, edits, entry, token)
-            move, moved = edit(y, f, self.decoder, edits, entry, is_open)
+            move, moved = edit(y, f, self.decoder, edits, entry, is_open, gain, self.product(inner=True))
             y = y + move
             displacement = displacement + move
             self.moved[stage, :tokens].copy_(moved)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae_models.sae import SAE
+from sae_models.sae import SAE, Candidates, Rows
 from server.engine.bank import SiteBank, edit_parameters, entry_parameters
 from server.engine.layout import Layout
 from server.engine.ledger import Lease, Ledger
@@ -104,21 +104,24 @@ class Driver:
         live = self.live[request_id] = Live(handle, request, lease)
         for site, row in lease.fresh:
             self.fill(self.banks[site], lease.places[site, row], row)
+        self.tell_used(lease)
         if lease.slot:
             self.write_entries(live)
+
+    def tell_used(self, lease: Lease) -> None:
+        """Tell the banks of a lease's sites how far their row places are in use."""
+        for site in {site for site, _ in lease.places}:
+            self.banks[site].used.fill_(self.ledger.extent(site))
 
     def fill(self, bank: SiteBank, place: int, row: wire.Row) -> None:
         """Load a row place from its bundle or from the raw vectors."""
         if row.bundle:
-            rows = self.saes[row.bundle].exact_rows(torch.tensor([row.latent]))
-            encoder, bias, threshold, decoder = (t[0] for t in (rows.encoder, rows.bias, rows.threshold, rows.decoder))
+            rows = self.saes[row.bundle].rows(torch.tensor([row.latent]))
+            bank.fill(place, rows.rows if isinstance(rows, Candidates) else rows, row.bundle, row.latent)
         else:
             encoder, decoder = raw_vector(row.encoder, bank.width), raw_vector(row.decoder, bank.width)
-            bias, threshold = torch.tensor(row.bias), torch.tensor(row.threshold)
-        bank.encoder[place].copy_(encoder, non_blocking=True)
-        bank.bias[place].copy_(bias, non_blocking=True)
-        bank.threshold[place].copy_(threshold, non_blocking=True)
-        bank.decoder[place].copy_(decoder, non_blocking=True)
+            bias, threshold = torch.tensor([row.bias]), torch.tensor([row.threshold])
+            bank.fill(place, Rows(encoder[None], bias, threshold, decoder[None]))
 
     def write_entries(self, live: Live) -> None:
         """Write a request's prompt and generated entries of every site, and forget its slot's former state."""
@@ -138,6 +141,7 @@ class Driver:
         if live is None:
             return
         self.ledger.release(live.handle)
+        self.tell_used(live.lease)
         slot = live.lease.slot
         for stage, sites in enumerate(live.request.stages if slot else ()):
             for site in sites:

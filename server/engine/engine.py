@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -27,6 +28,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from rudder.v1 import program_pb2
 from sae_models import bundle as bundles
 from sae_models.bundle import Bundle
+from sae_models.sae import Normalisation
 from server import config as configuration
 from server.engine.admission import Admission
 from server.engine.hub import Features, Hub, Inbox
@@ -239,7 +241,8 @@ class Engine:
 
     def parameters(self, call: Call, request: wire.Request) -> SamplingParams:
         """The call's sampling parameters with the program in them; nothing a client wrote reaches `extra_args`."""
-        params = call.sampling.clone()
+        # vLLM copies them deeply itself.
+        params = copy(call.sampling)
         params.extra_args = {wire.EXTRA_ARG: wire.encode(request)}
         params.output_kind = RequestOutputKind.DELTA
         # Tokens served from the cache produce no activations.
@@ -357,11 +360,18 @@ def load_bundles(config: configuration.Config) -> dict[str, Bundle]:
 def layout_of(config: configuration.Config, served: dict[str, Bundle]) -> Layout:
     """The bank's shape: the bundles' sites and those named beside them."""
     engine = config.engine
-    sites = dict.fromkeys([*(bundle.manifest.site for bundle in served.values()), *engine.sites])
+    sites = dict.fromkeys([*(site for bundle in served.values() for site in bundle.manifest.sites), *engine.sites])
+    whole = [(b.manifest.site, str(b.path.resolve()), b.sha256) for b in served.values() if kept_whole(b)]
     return Layout(
         tuple(sites), engine.rows, engine.slots, 2 if config.programs.always else 1, engine.window,
-        engine.sequence_sites, engine.capture_tokens,
+        engine.sequence_sites, engine.capture_tokens, tuple(whole),
     )  # fmt: skip
+
+
+def kept_whole(bundle: Bundle) -> bool:
+    """Whether rows do not tell the activations of this SAE, so that the bank needs all of it."""
+    sae = bundle.sae
+    return sae.router is None and (not sae.exact or sae.normalisation is not Normalisation.NONE)
 
 
 def engine_args(config: configuration.Config, layout: Layout) -> AsyncEngineArgs:
@@ -408,15 +418,23 @@ def model_facts(llm: AsyncLLM, config: configuration.Config) -> ModelFacts:
 
 def registry_of(layout: Layout, model: ModelFacts, served: dict[str, Bundle], config: configuration.Config) -> Registry:
     """What compiling a program needs to know."""
-    dictionaries = {
-        name: Dictionary(
-            name=name, site=b.manifest.site, sha256=b.sha256, latents=b.sae.latents,
-            max_activation=b.statistics.max_activation.numpy(), decoder_norm=b.sae.decoder.norm(dim=1).numpy(),
-            mean=b.statistics.mean.numpy().astype(np.float32),
-        )
-        for name, b in served.items()
-    }  # fmt: skip
+    dictionaries = {name: dictionary_of(bundle) for name, bundle in served.items()}
     return Registry(layout, model.hidden_size, dictionaries, max_edits=config.limits.max_edits)
+
+
+def dictionary_of(bundle: Bundle) -> Dictionary:
+    """What compiling a program needs to know of a bundle."""
+    manifest, statistics = bundle.manifest, bundle.statistics if bundle.measured else None
+    routed = "a routed SAE decides its layer from all of them: ask for its strongest latents"
+    transcoder = f"it reads {manifest.site} and explains {manifest.output_site}: it can be watched, not edited"
+    return Dictionary(
+        name=manifest.name, site=manifest.site, sha256=bundle.sha256, latents=manifest.latents,
+        max_activation=statistics.max_activation.numpy() if statistics else None,
+        decoder_norm=bundle.sae.decoder.float().norm(dim=1).numpy(),
+        mean=statistics.mean.numpy().astype(np.float32) if statistics else None,
+        watched_only=transcoder if manifest.transcodes else "",
+        whole_only=routed if bundle.sae.router else "",
+    )  # fmt: skip
 
 
 def compiled_programs(

@@ -8,15 +8,18 @@ from typing import Any
 
 from sae_models import formula, sae
 
-SITE = re.compile(r"layers\.(\d+)\.(resid_pre|attn_out|mlp_out|resid_post)")
+SITE = re.compile(r"layers\.(\d+)\.(resid_pre|attn_out|mlp_in|mlp_out|resid_post)")
 HERE = Path(__file__).parent
 TRACED = (HERE / "bank.py", HERE / "sites.py", Path(formula.__file__), Path(sae.__file__))
-POINTS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+POINTS = ("resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sites in the order the forward pass reaches them, and the size of each resource."""
+    """Sites in the order the forward pass reaches them, and the size of each resource.
+
+    `dictionaries`: (site, folder, SHA-256) of the bundles that the bank of their site keeps whole.
+    """
 
     sites: tuple[str, ...]
     rows: int = 256
@@ -25,6 +28,7 @@ class Layout:
     window: int = 32
     sequence_sites: tuple[str, ...] | None = None
     capture_tokens: int | None = None
+    dictionaries: tuple[tuple[str, str, str], ...] = ()
 
     def __post_init__(self) -> None:
         unknown = [site for site in self.sites if not SITE.fullmatch(site)]
@@ -53,6 +57,7 @@ class Layout:
         """Inverse of `additional_config`, in the worker."""
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["rudder"].items()}
         del fields["code"]
+        fields["dictionaries"] = tuple(map(tuple, fields["dictionaries"]))
         return Layout(**fields)
 
 

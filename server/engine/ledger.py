@@ -84,6 +84,11 @@ class Ledger:
                 heapq.heappush(self.free_rows[key[0]], self.held.pop(key)[0])
         return lease
 
+    def extent(self, site: int) -> int:
+        """One more than the highest row place held at site number `site`."""
+        free = set(self.free_rows[site])
+        return next((place + 1 for place in reversed(range(self.layout.rows)) if place not in free), 0)
+
     @property
     def slots_used(self) -> int:
         """Slots held now."""

@@ -35,12 +35,20 @@ class Columns:
     moved_size: int
 
 
+@dataclass(frozen=True)
+class Readable:
+    """A dictionary that can be read whole, and the numbers of the sites that it reads."""
+
+    screen: Screen
+    sites: list[int]
+
+
 class Reader:
     """Reads the buffers of all sites; `pinned` rows [(site, place)] are summed over all requests."""
 
     def __init__(self, banks: Sequence[SiteBank]) -> None:
         self.banks = banks
-        self.screens: dict[int, Screen] = {}
+        self.dictionaries: dict[int, Readable] = {}
         self.pinned: dict[int, list[int]] = {}
         self.columns = Columns((), (), 0, (), 0)
 
@@ -100,13 +108,18 @@ class Reader:
         wanted = sorted({site for request, _ in readers for site in request.request.top_k_sites})
         most = max((request.request.top_k for request, _ in readers), default=0)
         captured_rows = slice(1, 1 + int(step.capture.max(initial=0)))
-        found = {site: strongest(self.screens[site], self.banks[site].before[captured_rows], most) for site in wanted}
+        found = {site: self.strongest(self.dictionaries[site], captured_rows, most) for site in wanted}
         parts = [
             [found[site][column][rows - 1, : request.request.top_k].tobytes() for column in (0, 1)]
             for request, rows in readers
             for site in request.request.top_k_sites
         ]
         return b"".join(part[0] for part in parts), b"".join(part[1] for part in parts)
+
+    def strongest(self, dictionary: Readable, rows: slice, k: int) -> tuple[Array, Array]:
+        """(latents, values) [n, k] of the captured tokens; a routed dictionary reads several sites at once."""
+        read = [self.banks[site].before[rows] for site in dictionary.sites]
+        return strongest(dictionary.screen, read[0] if len(read) == 1 else torch.stack(read, -2), k)
 
     def captures(self, step: Step) -> list[Capture]:
         """Residuals of the requests that asked for them."""

@@ -1,7 +1,7 @@
 """Start-up self-test: nothing is served before each site's bank has done its arithmetic in the running engine."""
 
 import asyncio
-from math import inf
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -10,13 +10,15 @@ from vllm import SamplingParams
 
 from rudder.v1 import program_pb2
 from sae_models.formula import edit
-from sae_models.sae import Rows, activations
+from sae_models.sae import Normalisation
+from sae_models.sae import gain as input_gain
 from server.engine import bank
 from server.engine.engine import Call, Engine, Outcome, Output
 from server.engine.telemetry import column
 from server.monitoring import metrics
 from server.steering import wire
 from server.steering.compile import compile_program
+from server.steering.rows import Dictionary
 from server.steering.watch import compile_watch
 
 TOKENS = 12
@@ -45,7 +47,8 @@ async def check_site(engine: Engine, number: int, site: str, stage: int) -> None
     program = canary(engine, site)
     compiled = compile_program(program, engine.registry, policy=True, field="self-test")
     prompt = tuple(range(3, 3 + TOKENS))
-    features = [(site, edit.row) for edit in program.sites[0].edits if edit.row.HasField("feature")]
+    readable = [d for d in engine.registry.dictionaries.values() if d.site == site and not d.whole_only]
+    features = [(site, feature_row(d.name, latent)) for d in readable for latent in strongest_latents(d)]
     watch = compile_watch(features, engine.registry, "self-test")
 
     async def one(call: Call) -> Output:
@@ -80,11 +83,23 @@ def canary(engine: Engine, site: str) -> program_pb2.Program:
     direction = np.random.default_rng(0).normal(size=engine.model.hidden_size).tolist()
     edits = [program_pb2.Edit(row=program_pb2.Row(vector=program_pb2.Vector(name="canary", values=direction)), add=1.0)]
     for name, dictionary in engine.registry.dictionaries.items():
-        if dictionary.site == site:
-            for index in np.argsort(-dictionary.max_activation)[:LATENTS].tolist():
-                row = program_pb2.Row(feature=program_pb2.Feature(bundle=name, index=index))
-                edits.append(program_pb2.Edit(row=row, add=1.0, unit=program_pb2.UNIT_RESIDUAL_NORM))
+        if dictionary.site == site and not dictionary.watched_only and not dictionary.whole_only:
+            rows = map(feature_row, repeat(name), strongest_latents(dictionary))
+            edits += [program_pb2.Edit(row=row, add=1.0, unit=program_pb2.UNIT_RESIDUAL_NORM) for row in rows]
     return program_pb2.Program(sites=[program_pb2.SiteEdits(site=site, edits=edits)])
+
+
+def feature_row(bundle: str, index: int) -> program_pb2.Row:
+    """The row of a latent."""
+    return program_pb2.Row(feature=program_pb2.Feature(bundle=bundle, index=index))
+
+
+def strongest_latents(dictionary: Dictionary) -> list[int]:
+    """Latents that are likely to be active, and can be edited."""
+    able = dictionary.decoder_norm > 0
+    strength = able if dictionary.max_activation is None else dictionary.max_activation * able
+    found: list[int] = np.argsort(-strength.astype(np.float32), kind="stable")[:LATENTS].tolist()
+    return found
 
 
 def outcome_of(output: Output) -> Outcome:
@@ -108,24 +123,25 @@ def residuals(output: Output, site: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def reference(engine: Engine, site: wire.Site, x: Tensor) -> Tensor:
-    """The bank's arithmetic in plain PyTorch, on rows taken straight from the bundles."""
-    rows = [raw_rows(engine, row, x.shape[1]) for row in site.rows]
-    stacked = Rows(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
-    places = list(range(len(rows)))
-    f = activations(x, stacked)
-    edits = bank.edit_parameters(site, places, len(rows), prompt=True).expand(len(x), -1, -1)
+    """The formula in plain PyTorch, on activations and decoders taken straight from the bundles."""
+    read = [read_row(engine, row, x) for row in site.rows]
+    f, gain = (torch.stack(column, 1) for column in list(zip(*read, strict=True))[:2])
+    decoder = torch.stack([decoder for *_, decoder in read])
+    places = list(range(len(read)))
+    edits = bank.edit_parameters(site, places, len(read), prompt=True).expand(len(x), -1, -1)
     entry = bank.entry_parameters(site, places, prompt=True).expand(len(x), -1)
-    move, _ = edit(x, f, stacked.decoder, edits, entry, torch.ones(len(x), dtype=torch.bool))
+    move, _ = edit(x, f, decoder, edits, entry, torch.ones(len(x), dtype=torch.bool), gain)
     return x + move
 
 
-def raw_rows(engine: Engine, row: wire.Row, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(encoder, bias, threshold, decoder) of one row."""
+def read_row(engine: Engine, row: wire.Row, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(activations [n], gains [n], decoder [d]) of one row on x [n, d]; a vector has no activation."""
+    ones = torch.ones(len(x))
     if row.bundle:
-        rows = engine.bundles[row.bundle].sae.exact_rows(torch.tensor([row.latent]))
-        return rows.encoder[0], rows.bias[0], rows.threshold[0], rows.decoder[0]
-    decoder = torch.from_numpy(column(row.decoder, "<f4").copy())
-    return torch.zeros(width), torch.tensor(0.0), torch.tensor(-inf), decoder
+        sae = engine.bundles[row.bundle].sae
+        gain = ones if sae.normalisation is Normalisation.NONE else input_gain(x, sae.normalisation)[:, 0]
+        return sae.encode(x)[:, row.latent], gain, sae.decoder[row.latent].float()
+    return 0 * ones, ones, torch.from_numpy(column(row.decoder, "<f4").copy())
 
 
 def agree(site: str, what: str, ours: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -38,6 +38,9 @@ def attach(bank: SiteBank, layers: nn.ModuleList) -> None:
     if point == "resid_pre":
         hook_inputs(layer, bank)
         return
+    if point == "mlp_in":
+        hook_mlp_input(branch(layer, point, bank.site), bank)
+        return
     module = layer if point == "resid_post" else branch(layer, point, bank.site)
     module.add_module("rudder_" + point, bank)
     module.register_forward_hook(output_hook(bank, fused=point == "resid_post"))
@@ -46,11 +49,18 @@ def attach(bank: SiteBank, layers: nn.ModuleList) -> None:
 def branch(layer: nn.Module, point: str, site: str) -> nn.Module:
     """The module whose output is what the attention or MLP branch adds to the residual stream.
 
-    On sandwich-norm models (Gemma 2 and 3) that is the norm behind the branch.
+    On sandwich-norm models (Gemma 2 and 3) that is the norm behind the branch. For mlp_in, the MLP's first module.
     """
+    if point == "mlp_in":
+        return first_of(layer, ("mlp", "fc1", "feed_forward"), site)
     sandwich = hasattr(layer, "pre_feedforward_layernorm") and hasattr(layer, "post_feedforward_layernorm")
     norm = "post_attention_layernorm" if point == "attn_out" else "post_feedforward_layernorm"
     names = (norm,) if sandwich else ATTENTION if point == "attn_out" else MLP
+    return first_of(layer, names, site)
+
+
+def first_of(layer: nn.Module, names: tuple[str, ...], site: str) -> nn.Module:
+    """The layer's module with the first of these names that it has."""
     found: list[nn.Module] = [getattr(layer, name) for name in names if hasattr(layer, name)]
     if not found:
         raise UnknownLayout(f"site: {site}: {type(layer).__name__} has none of {', '.join(names)}")
@@ -90,6 +100,16 @@ def hook_inputs(layer: nn.Module, bank: SiteBank) -> None:
 
     layer.add_module("rudder_resid_pre", bank)
     layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def hook_mlp_input(module: nn.Module, bank: SiteBank) -> None:
+    """Edit the first argument of an MLP."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (steered(bank, args[0]), *args[1:])
+
+    module.add_module("rudder_mlp_in", bank)
+    module.register_forward_pre_hook(hook)
 
 
 def steered(bank: SiteBank, hidden: Tensor, residual: Tensor | None = None) -> Tensor:

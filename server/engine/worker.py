@@ -1,18 +1,21 @@
 """The vLLM worker with a bank in its model. Named to vLLM by `worker_cls`; no file of vLLM is touched."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import zmq
 
 from sae_models import bundle as bundles
+from sae_models.sae import SAE
 from sae_models.strongest import screen
 from server.engine import runners, telemetry
 from server.engine.bank import Sequences, SiteBank
 from server.engine.driver import Driver, Step
 from server.engine.layout import Layout
-from server.engine.reader import Reader
+from server.engine.reader import Readable, Reader
 from server.engine.sites import attach, decoder_layers
 from server.steering import wire
 
@@ -50,9 +53,10 @@ class SteeringWorker:
         config = self.vllm_config
         layout = Layout.from_additional_config(config.additional_config)
         layers = decoder_layers(self.model_runner.get_model(), config.model_config.hf_text_config.num_hidden_layers)
-        banks = build_banks(
-            layout, config.model_config.get_hidden_size(), runners.padded_tokens(config), self.model_runner.device
-        )
+        device = self.model_runner.device
+        dictionaries = {site: whole_dictionary(path, sha256, device) for site, path, sha256 in layout.dictionaries}
+        width, tokens = config.model_config.get_hidden_size(), runners.padded_tokens(config)
+        banks = build_banks(layout, width, tokens, device, dictionaries)
         for bank in banks:
             attach(bank, layers)
         self.driver, self.reader = Driver(layout, banks), Reader(banks)
@@ -88,7 +92,8 @@ class SteeringWorker:
         for name, bundle in loaded.items():
             sae = bundle.sae.to(self.model_runner.device)
             self.driver.load_sae(name, sae)
-            self.reader.screens[layout.sites.index(bundle.manifest.site)] = screen(sae)
+            sites = [layout.sites.index(site) for site in bundle.manifest.sites]
+            self.reader.dictionaries[sites[0]] = Readable(screen(sae), sites)
         return {name: bundle.sha256 for name, bundle in loaded.items()}
 
     def rudder_pin(self, payload: bytes) -> None:
@@ -114,11 +119,27 @@ class SteeringWorker:
         return {"slots": ledger.slots_used, "rows": rows, "requests": len(self.driver.live)}
 
 
-def build_banks(layout: Layout, width: int, max_tokens: int, device: torch.device) -> list[SiteBank]:
-    """One bank per site, over shared token columns and sequence state."""
+def whole_dictionary(path: str, sha256: str, device: torch.device) -> dict[str, SAE]:
+    """The SAE of a bundle by its name. BundleError: it is not the one that the server checked."""
+    bundle = bundles.mapped(Path(path))
+    if bundle.sha256 != sha256:
+        raise bundles.BundleError(f"{path}: changed since the server read it")
+    return {bundle.manifest.name: bundle.sae.to(device)}
+
+
+def build_banks(
+    layout: Layout,
+    width: int,
+    max_tokens: int,
+    device: torch.device,
+    dictionaries: Mapping[str, Mapping[str, SAE]] = MappingProxyType({}),
+) -> list[SiteBank]:
+    """One bank per site, over shared token columns and sequence state; `dictionaries` to keep whole, by site."""
     token = torch.zeros(5, max_tokens, dtype=torch.int32, device=device)
     sequences = Sequences(layout, max_tokens, device)
-    return [SiteBank(layout, site, width, max_tokens, token, sequences) for site in layout.sites]
+    return [
+        SiteBank(layout, site, width, max_tokens, token, sequences, dictionaries.get(site, {})) for site in layout.sites
+    ]
 
 
 def handle_of(request_id: str) -> int:

@@ -124,6 +124,7 @@ def check_editable(target: Resolved, message: program_pb2.Edit, registry: Regist
     """Refuse edits of rows that cannot or must not move the residual stream."""
     operation = message.WhichOneof("operation")
     require(operation, f"{field}.operation", "names no operation")
+    require(not target.watched_only, f"{field}.row", f"{target.name}: {target.watched_only}")
     require(target.norm > 0, f"{field}.row", f"{target.name} has no direction to move along")
     if not target.reads:
         require(operation in FOR_VECTORS, f"{field}.{operation}", "a vector has no activation: it takes add or set")

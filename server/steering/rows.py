@@ -18,15 +18,21 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
-    """What compiling needs of a bundle: max_activation and decoder_norm fp32 [F], mean residual fp32 [d]."""
+    """What compiling needs of a bundle: max_activation and decoder_norm fp32 [F], mean residual fp32 [d].
+
+    max_activation and mean are None where nobody measured them. `watched_only`, if not empty, tells why its latents
+    cannot be edited; `whole_only`, why they have no rows at all.
+    """
 
     name: str
     site: str
     sha256: str
     latents: int
-    max_activation: Floats
+    max_activation: Floats | None
     decoder_norm: Floats
-    mean: Floats
+    mean: Floats | None
+    watched_only: str = ""
+    whole_only: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +48,16 @@ class Registry:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A row that exists. `norm`: of its direction, 0 without one; `maximum`: its largest activation, if known."""
+    """A row that exists. `norm`: of its direction, 0 without one; `maximum`: its largest activation, if known;
+    `watched_only`: why it cannot be edited.
+    """
 
     row: wire.Row
     name: str
     reads: bool
     norm: float = 0.0
     maximum: float = 0.0
+    watched_only: str = ""
 
 
 def site_number(site: str, registry: Registry, field: str) -> int:
@@ -79,12 +88,14 @@ def resolve_feature(feature: program_pb2.Feature, site: str, registry: Registry,
     known = feature.index < dictionary.latents
     problem = f"{dictionary.name} has latents 0 to {dictionary.latents - 1}, not {feature.index}"
     require(known, f"{field}.index", problem, "FEATURE_UNKNOWN")
+    require(not dictionary.whole_only, field, dictionary.whole_only)
     return Resolved(
         wire.Row(bundle=dictionary.name, latent=feature.index),
         f"feature {feature.index} of {dictionary.name}",
         reads=True,
         norm=float(dictionary.decoder_norm[feature.index]),
-        maximum=float(dictionary.max_activation[feature.index]),
+        maximum=0.0 if dictionary.max_activation is None else float(dictionary.max_activation[feature.index]),
+        watched_only=dictionary.watched_only,
     )
 
 
@@ -107,6 +118,8 @@ def blend_target(blend: program_pb2.Blend, site: str, registry: Registry, field:
         values, _ = direction(blend.vector.values, registry.width, f"{field}.vector.values")
         return Resolved(wire.Row(decoder=values), f"vector {blend.vector.name}".rstrip(), reads=False)
     dictionary = find_dictionary(blend.bundle, site, registry, f"{field}.bundle")
+    if dictionary.mean is None:
+        raise ProgramError(f"{field}.bundle", f"the mean residual of {dictionary.name} was never measured")
     mean, _ = direction(dictionary.mean, registry.width, f"{field}.bundle")
     return Resolved(wire.Row(decoder=mean), f"mean of {dictionary.name}", reads=False)
 

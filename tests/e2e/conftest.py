@@ -23,6 +23,7 @@ FLAGS = {
     "engine.kv_cache_memory_bytes": str(256 << 20),
     "limits.write_timeout_s": str(WRITE_TIMEOUT_S),
     "limits.queue": "100",
+    "listen.accept_s": "0",
     "watch": f"[{', '.join(f'{{index: {index}}}' for index in WATCHED)}]",
 }
 

@@ -181,6 +181,15 @@ def test_a_port_in_use_is_named_at_once(server: Running) -> None:
     assert "listen.port" in second.stderr
 
 
+def test_calls_are_taken_for_a_while_after_sigterm(tmp_path: Path) -> None:
+    with running(tmp_path, **{"listen.accept_s": "4"}) as leaving, Client(leaving.address) as client:
+        leaving.process.send_signal(signal.SIGTERM)
+        with pytest.raises(RudderError):
+            client.wait_ready(timeout=1)
+        assert client.complete(PROMPT, max_tokens=3).text
+        assert leaving.process.wait(30) == 0
+
+
 def test_sigterm_lets_streams_finish(tmp_path: Path) -> None:
     with running(tmp_path, **{"listen.drain_s": "60"}) as leaving, Client(leaving.address) as client:
         stream = client.generate(PROMPT, max_tokens=300, ignore_eos=True)

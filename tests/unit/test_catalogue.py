@@ -1,15 +1,20 @@
 """The catalogue: what was written is read, any text may be searched for, from any thread."""
 
 import sqlite3
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sae_models import catalogue
-from sae_models.catalogue import Catalogue, Context, Latent, Summary
+from sae_models import catalogue, meaning
+from sae_models.catalogue import Catalogue, Context, Latent, Summary, Vectors, Word
+from sae_models.meaning import MeaningUnknown
 
 LABELS = ("virus, viral, viruses (microbiology)", "planet, orbit (astronomy)", "viral, marketing", "(inactive)")
 
@@ -17,7 +22,9 @@ LABELS = ("virus, viral, viruses (microbiology)", "planet, orbit (astronomy)", "
 def entry(index: int, label: str) -> Latent:
     """A latent with one context."""
     context = Context("the ", "virus", " spreads", 3.5, "microbiology")
-    return Latent(Summary(index, label, 0.25, 3.5), ("virus", " viral"), (context,))
+    words = (Word(" infects", 0.5), Word(" host", 0.25)), (Word(" planet", -0.5),)
+    summary = Summary(index, label, 0.25, 3.5, "corpus")
+    return Latent(summary, ("virus", " viral"), (context,), (0.5, 1.0, 1.5, 2.0, 3.0), *words)
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +89,62 @@ def test_threads_share_it(opened: Catalogue) -> None:
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda i: (found(opened, "planet"), opened.get(i % 4).summary.index), range(400)))
     assert results == [([1], i % 4) for i in range(400)]
+
+
+def test_what_nobody_measured_is_none(tmp_path: Path) -> None:
+    unknown = Latent(Summary(0, "", None, None), (), ())
+    catalogue.write(tmp_path / "c.sqlite", [unknown])
+    reader = Catalogue(tmp_path / "c.sqlite")
+    assert reader.get(0) == unknown
+    assert reader.search("anything", 3) == []
+    reader.close()
+
+
+def letters(texts: Sequence[str]) -> Vectors:
+    """Unit vectors of how often each letter occurs."""
+    counts: Vectors = np.array([[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts], np.float32)
+    norms: Vectors = np.linalg.norm(counts, axis=1, keepdims=True)
+    unit: Vectors = counts / np.maximum(norms, 1e-6)
+    return unit
+
+
+def test_search_by_meaning_orders_by_cosine(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    catalogue.write(path, (Latent(Summary(i, label, 0.1, 1.0), (), ()) for i, label in enumerate((*LABELS, ""))))
+    assert meaning.store(path, "letters", letters) == 4
+    reader = Catalogue(path)
+    assert reader.embedder == "letters"
+    assert next(found.index for found in meaning.nearest(reader, "orbital planets", 2, letters)) == 1
+    assert len(meaning.nearest(reader, "orbital planets", 10, letters)) == 4
+    assert meaning.nearest(reader, "orbital planets", -1, letters) == []
+    assert meaning.nearest(reader, "", 1, letters)[0].index in range(4)
+    reader.close()
+
+
+def test_search_by_meaning_says_what_is_missing(opened: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MeaningUnknown, match="no meanings stored"):
+        meaning.nearest(opened, "virus", 3)
+    # None in sys.modules is what Python itself takes for a package that is not there.
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(MeaningUnknown, match=r"pip install 'rudder-server\[semantic\]'"):
+        meaning.embedder("a-name-not-asked-for-before")
+
+
+def test_search_by_meaning_with_a_sentence_embedder(tmp_path: Path) -> None:
+    missing = "the extra `semantic` is not installed"
+    embedding = pytest.importorskip("sentence_transformers.sentence_transformer.modules", reason=missing)
+    package = pytest.importorskip("sentence_transformers", reason=missing)
+    model = Path(catalogue.__file__).parent / "pretrained/textbook-lm"
+    weight = AutoModelForCausalLM.from_pretrained(model).get_input_embeddings().weight.detach().float().numpy()
+    static = embedding.StaticEmbedding(AutoTokenizer.from_pretrained(model), embedding_weights=weight)
+    package.SentenceTransformer(modules=[static], device="cpu").save(str(tmp_path / "embedder"))
+    path = tmp_path / "c.sqlite"
+    labels = ("virus, infection", "planet, orbit", "price, demand")
+    catalogue.write(path, (Latent(Summary(i, label, 0.1, 1.0), (), ()) for i, label in enumerate(labels)))
+    meaning.store(path, str(tmp_path / "embedder"), meaning.embedder(str(tmp_path / "embedder")))
+    reader = Catalogue(path)
+    assert next(found.index for found in meaning.nearest(reader, "an orbit", 3)) == 1
+    assert next(found.index for found in meaning.nearest(reader, "the price", 3)) == 2
+    reader.close()
+    with pytest.raises(MeaningUnknown, match=r"^sentence embedder"):
+        meaning.embedder(str(tmp_path / "nothing here"))

@@ -114,9 +114,13 @@ class Client:
                 return
             request.page_token = page.next_page_token
 
-    def search(self, words: str, *, bundle: str = "", limit: int = 20) -> list[catalogue_pb2.FeatureSummary]:
-        """Latents by words of their label, best first."""
-        request = catalogue_pb2.FeatureServiceSearchRequest(bundle=bundle, query=words, limit=limit)
+    def search(
+        self, words: str, *, bundle: str = "", limit: int = 20, by_meaning: bool = False
+    ) -> list[catalogue_pb2.FeatureSummary]:
+        """Latents by words of their label, or by what labels mean; best first."""
+        request = catalogue_pb2.FeatureServiceSearchRequest(
+            bundle=bundle, query=words, limit=limit, by_meaning=by_meaning
+        )
         with translated():
             return list(self.catalogue.Search(request, timeout=self.timeout).features)
 

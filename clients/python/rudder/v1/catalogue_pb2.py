@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19rudder/v1/catalogue.proto\x12\trudder.v1\"9\n\x18\x46\x65\x61tureServiceGetRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\"F\n\x19\x46\x65\x61tureServiceGetResponse\x12)\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x18.rudder.v1.FeatureDetail\"R\n\x19\x46\x65\x61tureServiceListRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"b\n\x1a\x46\x65\x61tureServiceListResponse\x12+\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x19.rudder.v1.FeatureSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"K\n\x1b\x46\x65\x61tureServiceSearchRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\r\n\x05query\x18\x02 \x01(\t\x12\r\n\x05limit\x18\x03 \x01(\r\"K\n\x1c\x46\x65\x61tureServiceSearchResponse\x12+\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x19.rudder.v1.FeatureSummary\"w\n\x0e\x46\x65\x61tureSummary\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\x12\r\n\x05label\x18\x04 \x01(\t\x12\x11\n\tfrequency\x18\x05 \x01(\x01\x12\x16\n\x0emax_activation\x18\x06 \x01(\x01\"|\n\rFeatureDetail\x12*\n\x07summary\x18\x01 \x01(\x0b\x32\x19.rudder.v1.FeatureSummary\x12\x12\n\ntop_tokens\x18\x02 \x03(\t\x12+\n\x08\x63ontexts\x18\x03 \x03(\x0b\x32\x19.rudder.v1.FeatureContext\"b\n\x0e\x46\x65\x61tureContext\x12\x0e\n\x06\x62\x65\x66ore\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\t\x12\x12\n\nactivation\x18\x04 \x01(\x01\x12\x0e\n\x06source\x18\x05 \x01(\t\"\x18\n\x16ModelServiceGetRequest\"\xaf\x02\n\x17ModelServiceGetResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_sha256\x18\x02 \x01(\t\x12\x13\n\x0bhidden_size\x18\x03 \x01(\r\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\"\n\x05sites\x18\x06 \x03(\x0b\x32\x13.rudder.v1.SiteInfo\x12&\n\x07\x62undles\x18\x07 \x03(\x0b\x32\x15.rudder.v1.BundleInfo\x12!\n\x06limits\x18\x08 \x01(\x0b\x32\x11.rudder.v1.Limits\x12\x16\n\x0eserver_version\x18\t \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\n \x01(\t\x12\x14\n\x0c\x65ngine_epoch\x18\x0b \x01(\t\"7\n\x08SiteInfo\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x0f\n\x07\x62undles\x18\x03 \x03(\t\"x\n\nBundleInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x0f\n\x07latents\x18\x05 \x01(\r\x12\n\n\x02l0\x18\x06 \x01(\x01\x12\x0b\n\x03\x66vu\x18\x07 \x01(\x01\"\xf6\x01\n\x06Limits\x12\x19\n\x11max_prompt_tokens\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x13\n\x0bmax_choices\x18\x03 \x01(\r\x12\x18\n\x10max_stop_strings\x18\x04 \x01(\r\x12\x11\n\tmax_edits\x18\x05 \x01(\r\x12\x1d\n\x15max_reported_features\x18\x06 \x01(\r\x12\x11\n\tmax_top_k\x18\x07 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x08 \x01(\r\x12\x15\n\rrows_per_site\x18\t \x01(\r\x12\r\n\x05slots\x18\n \x01(\r\x12\r\n\x05queue\x18\x0b \x01(\r\"\x15\n\x13ListProgramsRequest\"A\n\x14ListProgramsResponse\x12)\n\x08programs\x18\x01 \x03(\x0b\x32\x17.rudder.v1.NamedProgram\"Q\n\x0cNamedProgram\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06\x61lways\x18\x04 \x01(\x08\x32\x92\x02\n\x0e\x46\x65\x61tureService\x12P\n\x03Get\x12#.rudder.v1.FeatureServiceGetRequest\x1a$.rudder.v1.FeatureServiceGetResponse\x12S\n\x04List\x12$.rudder.v1.FeatureServiceListRequest\x1a%.rudder.v1.FeatureServiceListResponse\x12Y\n\x06Search\x12&.rudder.v1.FeatureServiceSearchRequest\x1a\'.rudder.v1.FeatureServiceSearchResponse2\xad\x01\n\x0cModelService\x12L\n\x03Get\x12!.rudder.v1.ModelServiceGetRequest\x1a\".rudder.v1.ModelServiceGetResponse\x12O\n\x0cListPrograms\x12\x1e.rudder.v1.ListProgramsRequest\x1a\x1f.rudder.v1.ListProgramsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19rudder/v1/catalogue.proto\x12\trudder.v1\"9\n\x18\x46\x65\x61tureServiceGetRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\"F\n\x19\x46\x65\x61tureServiceGetResponse\x12)\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x18.rudder.v1.FeatureDetail\"R\n\x19\x46\x65\x61tureServiceListRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"b\n\x1a\x46\x65\x61tureServiceListResponse\x12+\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x19.rudder.v1.FeatureSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"_\n\x1b\x46\x65\x61tureServiceSearchRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\r\n\x05query\x18\x02 \x01(\t\x12\r\n\x05limit\x18\x03 \x01(\r\x12\x12\n\nby_meaning\x18\x04 \x01(\x08\"K\n\x1c\x46\x65\x61tureServiceSearchResponse\x12+\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x19.rudder.v1.FeatureSummary\"\xb8\x01\n\x0e\x46\x65\x61tureSummary\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\x12\r\n\x05label\x18\x04 \x01(\t\x12\x16\n\tfrequency\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0emax_activation\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x0clabel_origin\x18\x07 \x01(\tB\x0c\n\n_frequencyB\x11\n\x0f_max_activation\"\x80\x02\n\rFeatureDetail\x12*\n\x07summary\x18\x01 \x01(\x0b\x32\x19.rudder.v1.FeatureSummary\x12\x12\n\ntop_tokens\x18\x02 \x03(\t\x12+\n\x08\x63ontexts\x18\x03 \x03(\x0b\x32\x19.rudder.v1.FeatureContext\x12\x30\n\tquantiles\x18\x04 \x03(\x0b\x32\x1d.rudder.v1.ActivationQuantile\x12&\n\x08promoted\x18\x05 \x03(\x0b\x32\x14.rudder.v1.LogitWord\x12(\n\nsuppressed\x18\x06 \x03(\x0b\x32\x14.rudder.v1.LogitWord\"7\n\x12\x41\x63tivationQuantile\x12\r\n\x05share\x18\x01 \x01(\x01\x12\x12\n\nactivation\x18\x02 \x01(\x01\")\n\tLogitWord\x12\r\n\x05token\x18\x01 \x01(\t\x12\r\n\x05logit\x18\x02 \x01(\x01\"b\n\x0e\x46\x65\x61tureContext\x12\x0e\n\x06\x62\x65\x66ore\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\t\x12\x12\n\nactivation\x18\x04 \x01(\x01\x12\x0e\n\x06source\x18\x05 \x01(\t\"\x18\n\x16ModelServiceGetRequest\"\xaf\x02\n\x17ModelServiceGetResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_sha256\x18\x02 \x01(\t\x12\x13\n\x0bhidden_size\x18\x03 \x01(\r\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\"\n\x05sites\x18\x06 \x03(\x0b\x32\x13.rudder.v1.SiteInfo\x12&\n\x07\x62undles\x18\x07 \x03(\x0b\x32\x15.rudder.v1.BundleInfo\x12!\n\x06limits\x18\x08 \x01(\x0b\x32\x11.rudder.v1.Limits\x12\x16\n\x0eserver_version\x18\t \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\n \x01(\t\x12\x14\n\x0c\x65ngine_epoch\x18\x0b \x01(\t\"7\n\x08SiteInfo\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x0f\n\x07\x62undles\x18\x03 \x03(\t\"\xea\x01\n\nBundleInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x0f\n\x07latents\x18\x05 \x01(\r\x12\x0f\n\x02l0\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03\x66vu\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x0boutput_site\x18\x08 \x01(\t\x12\x12\n\nactivation\x18\t \x01(\t\x12\x10\n\x08\x65\x64itable\x18\n \x01(\x08\x12\x1c\n\x14not_editable_because\x18\x0b \x01(\tB\x05\n\x03_l0B\x06\n\x04_fvu\"\xf6\x01\n\x06Limits\x12\x19\n\x11max_prompt_tokens\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x13\n\x0bmax_choices\x18\x03 \x01(\r\x12\x18\n\x10max_stop_strings\x18\x04 \x01(\r\x12\x11\n\tmax_edits\x18\x05 \x01(\r\x12\x1d\n\x15max_reported_features\x18\x06 \x01(\r\x12\x11\n\tmax_top_k\x18\x07 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x08 \x01(\r\x12\x15\n\rrows_per_site\x18\t \x01(\r\x12\r\n\x05slots\x18\n \x01(\r\x12\r\n\x05queue\x18\x0b \x01(\r\"\x15\n\x13ListProgramsRequest\"A\n\x14ListProgramsResponse\x12)\n\x08programs\x18\x01 \x03(\x0b\x32\x17.rudder.v1.NamedProgram\"Q\n\x0cNamedProgram\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06\x61lways\x18\x04 \x01(\x08\x32\x92\x02\n\x0e\x46\x65\x61tureService\x12P\n\x03Get\x12#.rudder.v1.FeatureServiceGetRequest\x1a$.rudder.v1.FeatureServiceGetResponse\x12S\n\x04List\x12$.rudder.v1.FeatureServiceListRequest\x1a%.rudder.v1.FeatureServiceListResponse\x12Y\n\x06Search\x12&.rudder.v1.FeatureServiceSearchRequest\x1a\'.rudder.v1.FeatureServiceSearchResponse2\xad\x01\n\x0cModelService\x12L\n\x03Get\x12!.rudder.v1.ModelServiceGetRequest\x1a\".rudder.v1.ModelServiceGetResponse\x12O\n\x0cListPrograms\x12\x1e.rudder.v1.ListProgramsRequest\x1a\x1f.rudder.v1.ListProgramsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,33 +40,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FEATURESERVICELISTRESPONSE']._serialized_start=255
   _globals['_FEATURESERVICELISTRESPONSE']._serialized_end=353
   _globals['_FEATURESERVICESEARCHREQUEST']._serialized_start=355
-  _globals['_FEATURESERVICESEARCHREQUEST']._serialized_end=430
-  _globals['_FEATURESERVICESEARCHRESPONSE']._serialized_start=432
-  _globals['_FEATURESERVICESEARCHRESPONSE']._serialized_end=507
-  _globals['_FEATURESUMMARY']._serialized_start=509
-  _globals['_FEATURESUMMARY']._serialized_end=628
-  _globals['_FEATUREDETAIL']._serialized_start=630
-  _globals['_FEATUREDETAIL']._serialized_end=754
-  _globals['_FEATURECONTEXT']._serialized_start=756
-  _globals['_FEATURECONTEXT']._serialized_end=854
-  _globals['_MODELSERVICEGETREQUEST']._serialized_start=856
-  _globals['_MODELSERVICEGETREQUEST']._serialized_end=880
-  _globals['_MODELSERVICEGETRESPONSE']._serialized_start=883
-  _globals['_MODELSERVICEGETRESPONSE']._serialized_end=1186
-  _globals['_SITEINFO']._serialized_start=1188
-  _globals['_SITEINFO']._serialized_end=1243
-  _globals['_BUNDLEINFO']._serialized_start=1245
-  _globals['_BUNDLEINFO']._serialized_end=1365
-  _globals['_LIMITS']._serialized_start=1368
-  _globals['_LIMITS']._serialized_end=1614
-  _globals['_LISTPROGRAMSREQUEST']._serialized_start=1616
-  _globals['_LISTPROGRAMSREQUEST']._serialized_end=1637
-  _globals['_LISTPROGRAMSRESPONSE']._serialized_start=1639
-  _globals['_LISTPROGRAMSRESPONSE']._serialized_end=1704
-  _globals['_NAMEDPROGRAM']._serialized_start=1706
-  _globals['_NAMEDPROGRAM']._serialized_end=1787
-  _globals['_FEATURESERVICE']._serialized_start=1790
-  _globals['_FEATURESERVICE']._serialized_end=2064
-  _globals['_MODELSERVICE']._serialized_start=2067
-  _globals['_MODELSERVICE']._serialized_end=2240
+  _globals['_FEATURESERVICESEARCHREQUEST']._serialized_end=450
+  _globals['_FEATURESERVICESEARCHRESPONSE']._serialized_start=452
+  _globals['_FEATURESERVICESEARCHRESPONSE']._serialized_end=527
+  _globals['_FEATURESUMMARY']._serialized_start=530
+  _globals['_FEATURESUMMARY']._serialized_end=714
+  _globals['_FEATUREDETAIL']._serialized_start=717
+  _globals['_FEATUREDETAIL']._serialized_end=973
+  _globals['_ACTIVATIONQUANTILE']._serialized_start=975
+  _globals['_ACTIVATIONQUANTILE']._serialized_end=1030
+  _globals['_LOGITWORD']._serialized_start=1032
+  _globals['_LOGITWORD']._serialized_end=1073
+  _globals['_FEATURECONTEXT']._serialized_start=1075
+  _globals['_FEATURECONTEXT']._serialized_end=1173
+  _globals['_MODELSERVICEGETREQUEST']._serialized_start=1175
+  _globals['_MODELSERVICEGETREQUEST']._serialized_end=1199
+  _globals['_MODELSERVICEGETRESPONSE']._serialized_start=1202
+  _globals['_MODELSERVICEGETRESPONSE']._serialized_end=1505
+  _globals['_SITEINFO']._serialized_start=1507
+  _globals['_SITEINFO']._serialized_end=1562
+  _globals['_BUNDLEINFO']._serialized_start=1565
+  _globals['_BUNDLEINFO']._serialized_end=1799
+  _globals['_LIMITS']._serialized_start=1802
+  _globals['_LIMITS']._serialized_end=2048
+  _globals['_LISTPROGRAMSREQUEST']._serialized_start=2050
+  _globals['_LISTPROGRAMSREQUEST']._serialized_end=2071
+  _globals['_LISTPROGRAMSRESPONSE']._serialized_start=2073
+  _globals['_LISTPROGRAMSRESPONSE']._serialized_end=2138
+  _globals['_NAMEDPROGRAM']._serialized_start=2140
+  _globals['_NAMEDPROGRAM']._serialized_end=2221
+  _globals['_FEATURESERVICE']._serialized_start=2224
+  _globals['_FEATURESERVICE']._serialized_end=2498
+  _globals['_MODELSERVICE']._serialized_start=2501
+  _globals['_MODELSERVICE']._serialized_end=2674
 # @@protoc_insertion_point(module_scope)

@@ -39,14 +39,16 @@ class FeatureServiceListResponse(_message.Message):
     def __init__(self, features: _Optional[_Iterable[_Union[FeatureSummary, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class FeatureServiceSearchRequest(_message.Message):
-    __slots__ = ("bundle", "query", "limit")
+    __slots__ = ("bundle", "query", "limit", "by_meaning")
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
     QUERY_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    BY_MEANING_FIELD_NUMBER: _ClassVar[int]
     bundle: str
     query: str
     limit: int
-    def __init__(self, bundle: _Optional[str] = ..., query: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+    by_meaning: bool
+    def __init__(self, bundle: _Optional[str] = ..., query: _Optional[str] = ..., limit: _Optional[int] = ..., by_meaning: _Optional[bool] = ...) -> None: ...
 
 class FeatureServiceSearchResponse(_message.Message):
     __slots__ = ("features",)
@@ -55,30 +57,54 @@ class FeatureServiceSearchResponse(_message.Message):
     def __init__(self, features: _Optional[_Iterable[_Union[FeatureSummary, _Mapping]]] = ...) -> None: ...
 
 class FeatureSummary(_message.Message):
-    __slots__ = ("bundle", "site", "index", "label", "frequency", "max_activation")
+    __slots__ = ("bundle", "site", "index", "label", "frequency", "max_activation", "label_origin")
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
     FREQUENCY_FIELD_NUMBER: _ClassVar[int]
     MAX_ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    LABEL_ORIGIN_FIELD_NUMBER: _ClassVar[int]
     bundle: str
     site: str
     index: int
     label: str
     frequency: float
     max_activation: float
-    def __init__(self, bundle: _Optional[str] = ..., site: _Optional[str] = ..., index: _Optional[int] = ..., label: _Optional[str] = ..., frequency: _Optional[float] = ..., max_activation: _Optional[float] = ...) -> None: ...
+    label_origin: str
+    def __init__(self, bundle: _Optional[str] = ..., site: _Optional[str] = ..., index: _Optional[int] = ..., label: _Optional[str] = ..., frequency: _Optional[float] = ..., max_activation: _Optional[float] = ..., label_origin: _Optional[str] = ...) -> None: ...
 
 class FeatureDetail(_message.Message):
-    __slots__ = ("summary", "top_tokens", "contexts")
+    __slots__ = ("summary", "top_tokens", "contexts", "quantiles", "promoted", "suppressed")
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     TOP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CONTEXTS_FIELD_NUMBER: _ClassVar[int]
+    QUANTILES_FIELD_NUMBER: _ClassVar[int]
+    PROMOTED_FIELD_NUMBER: _ClassVar[int]
+    SUPPRESSED_FIELD_NUMBER: _ClassVar[int]
     summary: FeatureSummary
     top_tokens: _containers.RepeatedScalarFieldContainer[str]
     contexts: _containers.RepeatedCompositeFieldContainer[FeatureContext]
-    def __init__(self, summary: _Optional[_Union[FeatureSummary, _Mapping]] = ..., top_tokens: _Optional[_Iterable[str]] = ..., contexts: _Optional[_Iterable[_Union[FeatureContext, _Mapping]]] = ...) -> None: ...
+    quantiles: _containers.RepeatedCompositeFieldContainer[ActivationQuantile]
+    promoted: _containers.RepeatedCompositeFieldContainer[LogitWord]
+    suppressed: _containers.RepeatedCompositeFieldContainer[LogitWord]
+    def __init__(self, summary: _Optional[_Union[FeatureSummary, _Mapping]] = ..., top_tokens: _Optional[_Iterable[str]] = ..., contexts: _Optional[_Iterable[_Union[FeatureContext, _Mapping]]] = ..., quantiles: _Optional[_Iterable[_Union[ActivationQuantile, _Mapping]]] = ..., promoted: _Optional[_Iterable[_Union[LogitWord, _Mapping]]] = ..., suppressed: _Optional[_Iterable[_Union[LogitWord, _Mapping]]] = ...) -> None: ...
+
+class ActivationQuantile(_message.Message):
+    __slots__ = ("share", "activation")
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    share: float
+    activation: float
+    def __init__(self, share: _Optional[float] = ..., activation: _Optional[float] = ...) -> None: ...
+
+class LogitWord(_message.Message):
+    __slots__ = ("token", "logit")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    logit: float
+    def __init__(self, token: _Optional[str] = ..., logit: _Optional[float] = ...) -> None: ...
 
 class FeatureContext(_message.Message):
     __slots__ = ("before", "token", "after", "activation", "source")
@@ -135,7 +161,7 @@ class SiteInfo(_message.Message):
     def __init__(self, site: _Optional[str] = ..., rows: _Optional[int] = ..., bundles: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class BundleInfo(_message.Message):
-    __slots__ = ("name", "sha256", "site", "architecture", "latents", "l0", "fvu")
+    __slots__ = ("name", "sha256", "site", "architecture", "latents", "l0", "fvu", "output_site", "activation", "editable", "not_editable_because")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +169,10 @@ class BundleInfo(_message.Message):
     LATENTS_FIELD_NUMBER: _ClassVar[int]
     L0_FIELD_NUMBER: _ClassVar[int]
     FVU_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_SITE_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    EDITABLE_FIELD_NUMBER: _ClassVar[int]
+    NOT_EDITABLE_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     name: str
     sha256: str
     site: str
@@ -150,7 +180,11 @@ class BundleInfo(_message.Message):
     latents: int
     l0: float
     fvu: float
-    def __init__(self, name: _Optional[str] = ..., sha256: _Optional[str] = ..., site: _Optional[str] = ..., architecture: _Optional[str] = ..., latents: _Optional[int] = ..., l0: _Optional[float] = ..., fvu: _Optional[float] = ...) -> None: ...
+    output_site: str
+    activation: str
+    editable: bool
+    not_editable_because: str
+    def __init__(self, name: _Optional[str] = ..., sha256: _Optional[str] = ..., site: _Optional[str] = ..., architecture: _Optional[str] = ..., latents: _Optional[int] = ..., l0: _Optional[float] = ..., fvu: _Optional[float] = ..., output_site: _Optional[str] = ..., activation: _Optional[str] = ..., editable: _Optional[bool] = ..., not_editable_because: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_prompt_tokens", "max_tokens", "max_choices", "max_stop_strings", "max_edits", "max_reported_features", "max_top_k", "max_logprobs", "rows_per_site", "slots", "queue")

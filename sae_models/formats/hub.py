@@ -1,0 +1,158 @@
+"""Where a checkpoint is: a local path, a place in a Hugging Face repository, or a SAELens release and id.
+
+path/to/folder-or-file
+organisation/repository[@revision][:subfolder-or-file]
+release/id                                              as SAELens' table has it, where `sae_lens` is installed
+"""
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import huggingface_hub
+import yaml
+from huggingface_hub import errors
+
+from sae_models.formats.source import FormatError
+
+WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".gguf")
+SETTINGS = (".json", ".yaml", ".yml")
+TABLE = "pretrained_saes.yaml"
+# Seconds in which the hub must answer; then the cache must do.
+PATIENCE = 10.0
+# huggingface_hub lets through the errors of the HTTP library that it is built on, which differs between its versions.
+UNREACHABLE: tuple[type[Exception], ...] = (getattr(errors, "HTTPError", OSError), OSError)
+
+
+class NotFound(FormatError):
+    """A name for which there is no checkpoint, or none that can be had now."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder or file in a repository, "" for its root; `revision` None is the newest."""
+
+    repository: str
+    revision: str | None = None
+    within: str = ""
+
+
+@dataclass(frozen=True)
+class Release:
+    """What SAELens' table says of a release and id: the place, and the dataset scale of
+    `normalize_activations: expected_average_only_in`, which is nowhere else.
+    """
+
+    place: Place
+    scaling: float | None
+
+
+def resolve(name: str, cache: Path | None = None, offline: bool = False) -> Path:
+    """The local path of a checkpoint, downloaded into Hugging Face's cache if need be, with progress.
+
+    NotFound: no such path, release, repository, revision or subfolder; a gated repository without access; nothing in
+    the cache when offline.
+    """
+    if Path(name).exists():
+        return Path(name)
+    known = release(name)
+    place = known.place if known else parse(name)
+    if offline:
+        return cached(place, cache)
+    try:
+        return download(place, cache)
+    except errors.GatedRepoError as error:
+        raise NotFound(f"{name}: access to {place.repository} must be asked for and a token given") from error
+    except errors.RevisionNotFoundError as error:
+        raise NotFound(f"{name}: {place.repository} has no revision {place.revision}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise NotFound(f"{name}: {missing(place)}") from error
+    except UNREACHABLE:
+        return cached(place, cache)
+
+
+def missing(place: Place) -> str:
+    """Why a repository may not be there."""
+    hint = "" if saelens_table() else "; for a SAELens release and id, install sae-lens, whose table names them"
+    return f"no path and no repository {place.repository} that can be seen{hint}"
+
+
+def parse(name: str) -> Place:
+    """A name's parts. NotFound: not of the form `organisation/repository[@revision][:subfolder]`."""
+    repository, _, within = name.partition(":")
+    repository, _, revision = repository.partition("@")
+    parts = PurePosixPath(within).parts
+    if repository.count("/") != 1 or not all(repository.split("/")) or ".." in parts or within.startswith("/"):
+        place = Place(name)
+        raise NotFound(f"{name}: neither a path nor organisation/repository[@revision][:subfolder]; {missing(place)}")
+    return Place(repository, revision or None, "/".join(parts))
+
+
+def saelens_table() -> Path | None:
+    """SAELens' table of releases, where the package is installed; the package itself is not imported."""
+    package = importlib.util.find_spec("sae_lens")
+    folders = package.submodule_search_locations if package else None
+    tables = [Path(folder) / TABLE for folder in folders or ()]
+    return next((table for table in tables if table.is_file()), None)
+
+
+def release(name: str) -> Release | None:
+    """What SAELens' table says of `release/id`, None where it has no such release. NotFound: it has no such id."""
+    table, (head, _, identity) = saelens_table(), name.partition("/")
+    if table is None or not identity:
+        return None
+    entry = yaml.load(table.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)).get(head)
+    if entry is None:
+        return None
+    found = [sae for sae in entry["saes"] if sae["id"] == identity]
+    if not found:
+        some = ", ".join(str(sae["id"]) for sae in entry["saes"][:3])
+        raise NotFound(f"{name}: release {head} has no {identity}; it has {len(entry['saes'])}, such as {some}")
+    scaling = found[0].get("norm_scaling_factor")
+    return Release(Place(entry["repo_id"], within=str(found[0]["path"])), None if scaling is None else float(scaling))
+
+
+def download(place: Place, cache: Path | None) -> Path:
+    """The place's files, those alone, from the hub or its cache."""
+    said = huggingface_hub.HfApi().model_info(place.repository, revision=place.revision, timeout=PATIENCE)
+    names = wanted([file.rfilename for file in said.siblings or ()], place)
+    paths = [
+        huggingface_hub.hf_hub_download(place.repository, name, revision=said.sha, cache_dir=cache) for name in names
+    ]
+    return snapshot(Path(paths[0]), names[0]) / place.within
+
+
+def snapshot(path: Path, name: str) -> Path:
+    """The folder in which the file `name` of a repository has this path."""
+    return path.parents[len(PurePosixPath(name).parts) - 1]
+
+
+def cached(place: Place, cache: Path | None) -> Path:
+    """The place in the cache. NotFound: it is not there."""
+    try:
+        folder = huggingface_hub.snapshot_download(
+            place.repository, revision=place.revision, cache_dir=cache, local_files_only=True
+        )
+    except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError, OSError) as error:
+        raise NotFound(f"{place.repository}: cannot be reached, and is not in the cache") from error
+    root = Path(folder)
+    files = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
+    wanted(files, place)
+    return root / place.within
+
+
+def wanted(files: Iterable[str], place: Place) -> list[str]:
+    """The files of a place among a repository's: weights and settings in the folder itself and its `checkpoints`, or
+    the one file and the settings beside it. NotFound: no weights there.
+    """
+    paths = [PurePosixPath(name) for name in sorted(files) if ".." not in name.split("/")]
+    within = PurePosixPath(place.within)
+    if within in paths:
+        return [str(within), *(str(p) for p in paths if p.parent == within.parent and p.suffix in SETTINGS)]
+    folders = (within, within / "checkpoints")
+    weights = [str(path) for path in paths if path.parent in folders and path.suffix in WEIGHTS]
+    if not weights:
+        some = sorted({str(path.parent) for path in paths if path.suffix in WEIGHTS})[:5]
+        raise NotFound(f"{place.repository}: no weights in {place.within or 'its root'}; there are some in {some}")
+    return weights + [str(path) for path in paths if path.parent == within and path.suffix in SETTINGS]

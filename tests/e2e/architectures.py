@@ -1,0 +1,92 @@
+"""Bundles of every architecture for the shipped model: random weights on the scale of its real activations."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_models import bundle as bundles
+from sae_models import catalogue, sae
+from sae_models.sae import SAE, AdaptiveK, GroupMax, Normalisation, Router, TopK
+
+LATENTS = 64
+K = 8
+
+
+@dataclass(frozen=True)
+class Made:
+    """An architecture: the site or sites that it reads, the one that it explains, and its SAE."""
+
+    name: str
+    sites: tuple[str, ...]
+    sae: SAE
+    output_site: str = ""
+
+
+def random_sae(x: Tensor, seed: int, **parts: Any) -> SAE:
+    """An SAE of unit directions in encoder inputs x [n, d], with biases that keep a third of the latents active."""
+    generator = torch.Generator().manual_seed(seed)
+    width = x.shape[-1]
+    directions = torch.nn.functional.normalize(torch.randn(LATENTS, width, generator=generator), dim=1)
+    bias = -(x @ directions.T).quantile(0.67, dim=0)
+    offset = 0.1 * torch.randn(width, generator=generator)
+    return SAE(directions, bias, torch.zeros(LATENTS), directions.clone(), offset, **parts)
+
+
+def jump_relu(x: Tensor, seed: int) -> SAE:
+    """Thresholds as JumpReLU, BatchTopK, Matryoshka and the folded Gated have them."""
+    base = random_sae(x, seed)
+    threshold = base.encode(x).quantile(0.9, dim=0).clamp_min(0.0)
+    return SAE(base.encoder, base.bias, threshold, base.decoder, base.decoder_bias)
+
+
+def architectures(x: Mapping[str, Tensor]) -> Iterator[Made]:
+    """One of each, from inputs x [n, d] of every site."""
+    post = "layers.{}.resid_post".format
+    yield Made("relu", (post(0),), random_sae(x[post(0)], 0))
+    yield Made("jumprelu", (post(1),), jump_relu(x[post(1)], 1))
+    yield Made("topk", (post(2),), random_sae(x[post(2)], 2, selection=TopK(K)))
+    yield Made("group_max", (post(3),), random_sae(x[post(3)], 3, selection=GroupMax(K)))
+    probe = torch.nn.functional.normalize(x[post(4)].mean(0), dim=0)
+    center = float((x[post(4)] @ probe).mean())
+    adaptive = AdaptiveK(probe, torch.tensor(5.0 - center), k_min=4, k_max=24)
+    yield Made("adaptive_k", (post(4),), random_sae(x[post(4)], 4, selection=adaptive))
+    for name, site, kind in (
+        ("layer_norm_topk", "layers.1.attn_out", Normalisation.LAYER_NORM),
+        ("constant_norm_topk", "layers.2.mlp_out", Normalisation.CONSTANT_NORM),
+    ):
+        h = sae.normalised(x[site], kind)
+        yield Made(name, (site,), random_sae(h, 5, selection=TopK(K), normalisation=kind))
+    layer_norm = sae.normalised(x["layers.3.attn_out"], Normalisation.LAYER_NORM)
+    yield Made("layer_norm", ("layers.3.attn_out",), random_sae(layer_norm, 6, normalisation=Normalisation.LAYER_NORM))
+    width = x[post(0)].shape[-1]
+    skip = 0.05 * torch.randn(width, width, generator=torch.Generator().manual_seed(7))
+    transcoder = random_sae(x["layers.1.mlp_in"], 7, skip=skip)
+    yield Made("skip_transcoder", ("layers.1.mlp_in",), transcoder, "layers.1.mlp_out")
+    routed = tuple(f"layers.{layer}.resid_pre" for layer in (1, 2, 4))
+    stacked = sae.normalised(torch.stack([x[site] for site in routed], -2), Normalisation.LAYER_NORM)
+    router = Router(0.3 * torch.randn(len(routed), width, generator=torch.Generator().manual_seed(8)))
+    parts = {"selection": TopK(K), "normalisation": Normalisation.LAYER_NORM, "router": router}
+    yield Made("route_sae", routed, random_sae(stacked.flatten(0, 1), 8, **parts))
+
+
+def write(folder: Path, made: Made, model: bundles.Model, x: Tensor) -> Path:
+    """The bundle of an architecture, with conformance vectors from inputs x of its sites."""
+    encoded = made.sae.encode(x)
+    manifest = bundles.describe(
+        made.sae, name=made.name, model=model, sites=made.sites, architecture=made.name,
+        training=bundles.Training(credit="random weights"), output_site=made.output_site,
+    )  # fmt: skip
+    flat = x.reshape(-1, x.shape[-1])
+    statistics = bundles.Statistics(
+        encoded.amax(0), (encoded > 0).float().mean(0), flat.mean(0), flat.norm(dim=1).mean()
+    )
+    draft = folder / f"{made.name}.sqlite"
+    latents = (catalogue.Latent(catalogue.Summary(i, f"latent {i}", None, None), (), ()) for i in range(LATENTS))
+    catalogue.write(draft, latents)
+    conformance = bundles.Conformance(x, encoded[:32])
+    bundles.write(folder / made.name, manifest, made.sae, statistics, conformance, draft).catalogue.close()
+    return folder / made.name

@@ -1,0 +1,99 @@
+"""`rudder bundle`: a published checkpoint becomes a bundle, and a check tells by its exit status whether one holds."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_models import bundle as bundles
+from sae_models.formats import saelens
+from sae_models.formats.source import Declaration
+
+pytestmark = pytest.mark.e2e
+PRETRAINED = Path(bundles.__file__).parent / "pretrained"
+MODEL, SHIPPED = PRETRAINED / "textbook-lm", PRETRAINED / "textbook-lm-layers.2"
+SITE = "layers.2.resid_post"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, labels, and the shipped SAE as SAELens would have it: whole, and without its thresholds."""
+    folder = tmp_path_factory.mktemp("bundle command")
+    shipped = bundles.load(SHIPPED)
+    contexts = (context for index in range(0, 1000, 4) for context in shipped.catalogue.get(index).contexts[:1])
+    texts = [context.before + context.token + context.after for context in contexts]
+    rows = [{"book": f"book {i}", "text": "\n".join(texts[i::10])} for i in range(10)]
+    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    label = {"modelId": "textbook-lm", "layer": "2-res", "index": "3", "description": "a label from elsewhere"}
+    (folder / "labels.jsonl").write_text(json.dumps(label))
+    declared = Declaration("jumprelu", (SITE,), SITE, "textbook-lm")
+    saelens.write(folder / "whole", shipped.sae, declared)
+    none = torch.full_like(shipped.sae.threshold, 1e-6)
+    saelens.write(folder / "no threshold", replace(shipped.sae, threshold=none), declared)
+    shipped.catalogue.close()
+    return folder
+
+
+def rudder(*words: str | Path) -> "subprocess.CompletedProcess[str]":
+    """`rudder bundle` in a process of its own."""
+    command = [sys.executable, "-m", "server", "bundle", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_checkpoint_becomes_a_bundle_that_holds(folder: Path) -> None:
+    text = ("--corpus", folder / "corpus.jsonl", "--tokens", "3000", "--labels", folder / "labels.jsonl")
+    done = rudder("import", folder / "whole", "--model", MODEL, "--out", folder / "made", *text)
+    assert done.returncode == 0, done.stderr
+    assert "1 labels taken of 1 rows" in done.stdout
+    assert "catalogue:" in done.stderr, "no progress was shown"
+    made = bundles.load(folder / "made")
+    assert made.manifest.sites == (SITE,)
+    assert made.manifest.source is not None
+    assert made.manifest.source.where == "whole"
+    assert made.catalogue.get(3).summary.label == "a label from elsewhere"
+    assert torch.allclose(made.sae.encoder, bundles.load(SHIPPED).sae.encoder)
+    done = rudder("check", folder / "made", "--model", MODEL, "--corpus", folder / "corpus.jsonl", "--json")
+    assert done.returncode == 0, done.stdout
+    report = json.loads(done.stdout)
+    assert report["holds"]
+    assert report["verdict"]["stands"]
+
+
+def test_a_check_of_the_shipped_bundle_holds() -> None:
+    done = rudder("check", SHIPPED)
+    assert done.returncode == 0, done.stdout
+    assert "conformance" in done.stdout
+
+
+def test_a_dropped_threshold_is_named_by_the_check(folder: Path) -> None:
+    done = rudder("import", folder / "no threshold", "--model", MODEL, "--out", folder / "unmeasured")
+    assert done.returncode == 0, done.stderr
+    assert "not measured" in done.stdout
+    manifest = folder / "unmeasured" / bundles.MANIFEST
+    content = json.loads(manifest.read_text())
+    content["source"]["l0"] = 31.9
+    manifest.write_text(json.dumps(content))
+    done = rudder("check", folder / "unmeasured", "--model", MODEL, "--corpus", folder / "corpus.jsonl")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "give the latents their thresholds" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "reason"),
+    [
+        (("check", "nowhere"), 2, "bundle: nowhere is not a folder"),
+        (("check", SHIPPED, "--corpus", "x"), 2, "--corpus: needs --model"),
+        (("check", SHIPPED, "--model", "nowhere"), 2, "model: no config.json in nowhere"),
+        (("check", MODEL), 1, "manifest.json: not a file"),
+        (("import", MODEL, "--model", MODEL, "--out", "made"), 2, "the format must be one"),
+    ],
+)
+def test_exit_statuses_tell_wrong_from_unreadable(words: tuple[str | Path, ...], status: int, reason: str) -> None:
+    done = rudder(*words)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert reason in " ".join((done.stdout + done.stderr).split())
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,148 @@
+"""An SAE that is read in the wrong way is told by its figures on real residuals, and the cure is named."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import sqrt
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae_models import bundle as bundles
+from sae_models import convention
+from sae_models.bundle import Bundle
+from sae_models.convention import DECLARED, Claims, Verdict
+from sae_models.material import Material, sample
+from sae_models.sae import SAE, Normalisation, TopK
+from sae_models.training import corpus, harvest
+from sae_models.training.corpus import Document
+from sae_models.training.sites import parse_site
+
+PRETRAINED = Path(bundles.__file__).parent / "pretrained"
+SITES = ("layers.1.resid_post", "layers.2.resid_post", "layers.3.resid_post")
+SITE = SITES[1]
+TOKENS = 1024
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Bundle:
+    return bundles.load(PRETRAINED / "textbook-lm-layers.2")
+
+
+@pytest.fixture(scope="module")
+def residuals(shipped: Bundle) -> dict[str, Tensor]:
+    """Of the texts of the catalogue's contexts, at the SAE's layer and its neighbours."""
+    contexts = (shipped.catalogue.get(index).contexts[0] for index in range(0, 400, 4))
+    text = "\n".join(f"{context.before}{context.token}{context.after}" for context in contexts)
+    tokenizer = harvest.load_tokenizer(PRETRAINED / "textbook-lm")
+    documents = [Document("", "", text)]
+    trunk = harvest.load_trunk(PRETRAINED / "textbook-lm", parse_site(SITES[2]))
+    windows = corpus.windows(documents, tokenizer, 256)
+    return sample(Material(trunk, tokenizer, documents, windows), SITES, TOKENS)
+
+
+def claims_of(shipped: Bundle) -> Claims:
+    """Of the shipped manifest."""
+    return Claims(shipped.manifest.training.l0, shipped.manifest.training.fvu)
+
+
+def norm(residuals: Mapping[str, Tensor]) -> float:
+    """Mean norm at the SAE's site over sqrt(d)."""
+    x = residuals[SITE]
+    return float(x.norm(dim=1).mean()) / sqrt(x.shape[1])
+
+
+def scaled(sae: SAE, by: float) -> SAE:
+    """The SAE of inputs of `by` times the size, where thresholds and biases are of inputs of the usual size."""
+    return replace(sae, encoder=sae.encoder / by, decoder=sae.decoder * by, decoder_bias=sae.decoder_bias * by)
+
+
+def shifted(sae: SAE, sign: int) -> SAE:
+    """The decoder bias subtracted once more, or once less, before the encoder."""
+    return replace(sae, bias=sae.bias + sign * (sae.encoder @ sae.decoder_bias))
+
+
+BREAKS: dict[str, tuple[Callable[[SAE, float], SAE], str]] = {
+    "subtracted twice": (lambda sae, _: shifted(sae, -1), "no pre-bias"),
+    "not subtracted": (lambda sae, _: shifted(sae, 1), "pre-bias"),
+    "threshold dropped": (lambda sae, _: replace(sae, threshold=torch.zeros_like(sae.threshold)), "threshold"),
+    "constant norm": (
+        lambda sae, _: replace(sae, normalisation=Normalisation.CONSTANT_NORM),
+        "normalisation none",
+    ),
+    "layer norm": (lambda sae, _: replace(sae, normalisation=Normalisation.LAYER_NORM), "normalisation none"),
+    "scale not folded": (lambda sae, norm: scaled(sae, 1 / norm), "input scaled"),
+    "scale folded twice": (lambda sae, norm: scaled(sae, norm), "input not scaled"),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_the_cure_of_a_broken_sae_is_named(shipped: Bundle, residuals: dict[str, Tensor], broken: str) -> None:
+    breaking, cure = BREAKS[broken]
+    found = convention.verdict(breaking(shipped.sae, norm(residuals)), SITE, residuals, claims_of(shipped))
+    assert not found.stands
+    assert found.fits[0].name == cure, table(found)
+
+
+@pytest.mark.parametrize("site", [SITES[0], SITES[2]])
+def test_a_site_off_by_one_layer_is_named(shipped: Bundle, residuals: dict[str, Tensor], site: str) -> None:
+    found = convention.verdict(shipped.sae, site, residuals, claims_of(shipped))
+    assert found.fits[0].name == f"at {SITE}", table(found)
+
+
+@pytest.mark.parametrize(
+    ("true", "declared", "cure"),
+    [
+        (lambda s: zeroed(s), lambda s: s, "no threshold"),
+        (lambda s: replace(zeroed(s), selection=TopK(32)), lambda s: zeroed(s), "top 32"),
+        (lambda s: zeroed(s), lambda s: replace(zeroed(s), selection=TopK(8)), "no selection"),
+        (lambda s: replace(s, normalisation=Normalisation.CONSTANT_NORM), lambda s: s, "normalisation constant_norm"),
+        (lambda s: replace(s, normalisation=Normalisation.LAYER_NORM), lambda s: s, "normalisation layer_norm"),
+    ],
+)
+def test_what_selects_and_normalises_is_named(
+    shipped: Bundle,
+    residuals: dict[str, Tensor],
+    true: Callable[[SAE], SAE],
+    declared: Callable[[SAE], SAE],
+    cure: str,
+) -> None:
+    unit = scaled(shipped.sae, 1 / norm(residuals)) if "normalisation" in cure else shipped.sae
+    honest = convention.verdict(true(unit), SITE, residuals, Claims(None, None)).declared
+    found = convention.verdict(declared(unit), SITE, residuals, Claims(honest.l0, honest.fvu))
+    assert not found.stands
+    assert found.fits[0].name == cure, table(found)
+
+
+def zeroed(sae: SAE) -> SAE:
+    """ReLU."""
+    return replace(sae, threshold=torch.zeros_like(sae.threshold))
+
+
+def test_the_shipped_sae_stands_as_declared(shipped: Bundle, residuals: dict[str, Tensor]) -> None:
+    found = convention.verdict(shipped.sae, SITE, residuals, claims_of(shipped))
+    assert found.stands
+    assert found.declared.name == DECLARED
+
+
+@pytest.mark.parametrize("site", [SITES[0], SITES[2]])
+def test_a_site_off_by_one_layer_is_told_from_the_l0_alone(
+    shipped: Bundle, residuals: dict[str, Tensor], site: str
+) -> None:
+    found = convention.verdict(shipped.sae, site, residuals, Claims(shipped.manifest.training.l0, None))
+    assert not found.stands
+    assert found.fits[0].name == f"at {SITE}", table(found)
+
+
+def test_without_claims_the_least_unexplained_counts(shipped: Bundle, residuals: dict[str, Tensor]) -> None:
+    unknown = Claims(None, None)
+    assert convention.verdict(shipped.sae, SITE, residuals, unknown).stands
+    found = convention.verdict(shifted(shipped.sae, 1), SITE, residuals, unknown)
+    assert not found.stands
+    assert found.fits[0].name == "pre-bias", table(found)
+
+
+def table(found: Verdict) -> str:
+    """For the reader of a failure."""
+    return "\n".join(f"{fit.misfit:6.2f} {fit.l0:8.1f} {fit.fvu:8.4f} {fit.name}" for fit in found.fits)
