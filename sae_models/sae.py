@@ -185,7 +185,7 @@ class SAE:
                 raise ValueError("decode: x is needed to undo the normalisation or for the skip connection")
             return y
         x = x.float()
-        y = y / gain(x, self.normalisation) + centre(x, self.normalisation)
+        y = restored(y, x, self.normalisation)
         return y if self.skip is None else y + x @ self.skip.float()
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -199,7 +199,7 @@ class SAE:
         read, _ = self.prepared(x)
         _, p = self.router.route(h)
         scaled = replace(self, router=None, normalisation=Normalisation.NONE).decode(self.encode(x)) / p[..., None]
-        y = scaled / gain(read, self.normalisation) + centre(read, self.normalisation)
+        y = restored(scaled, read, self.normalisation)
         return y, read - y
 
     def rows(self, latents: Tensor) -> Rows | Candidates:
@@ -283,6 +283,13 @@ def normalised(x: Tensor, normalisation: Normalisation) -> Tensor:
         return x
     h: Tensor = (x - centre(x, normalisation)) * gain(x, normalisation)
     return h
+
+
+def restored(y: Tensor, x: Tensor, normalisation: Normalisation) -> Tensor:
+    """Outputs y [..., d_out] for normalised inputs, in the units of x [..., d]; LAYER_NORM's 1e-5 is not undone."""
+    if normalisation is Normalisation.LAYER_NORM:
+        return y * x.std(dim=-1, keepdim=True) + centre(x, normalisation)
+    return y / gain(x, normalisation)
 
 
 def kept(selection: Selection, f: Tensor, x: Tensor) -> Tensor:
