@@ -8,7 +8,7 @@ k(x) comes from the probe, weights [d, 1] and bias [1]: see sae_models.sae.Adapt
 from pathlib import Path
 
 from sae_models.formats.folding import fold_pre_bias
-from sae_models.formats.layouts import declaration, whole
+from sae_models.formats.layouts import declaration, folder, whole
 from sae_models.formats.settings import count, section, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, read_pickle, state, take
@@ -22,14 +22,15 @@ PROBE = frozenset({"weights", "bias"})
 def recognise(path: Path) -> str | None:
     """The three files."""
     names = ("ae.pt", "probe.pt", SETTINGS)
-    return ", ".join(names) if all((path / name).is_file() for name in names) else None
+    return ", ".join(names) if all((folder(path) / name).is_file() for name in names) else None
 
 
 def read(path: Path) -> tuple[SAE, Declaration]:
     """The SAE in a folder; `config.json` beside it may say which model and layer."""
-    said = read_json(path / SETTINGS)
-    found = state(read_pickle(path / "ae.pt"), "ae.pt")
-    probe = state(read_pickle(path / "probe.pt"), "probe.pt")
+    home = folder(path)
+    said = read_json(home / SETTINGS)
+    found = state(read_pickle(home / "ae.pt"), "ae.pt")
+    probe = state(read_pickle(home / "probe.pt"), "probe.pt")
     only(found, KEYS, "ae.pt")
     only(probe, PROBE, "probe.pt")
     bias, decoder_bias = take(found, "encoder.bias", "ae.pt", (-1,)), take(found, "b_dec", "ae.pt", (-1,))
@@ -42,12 +43,12 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     weights, offset = take(probe, "weights", "probe.pt", (width, 1)), take(probe, "bias", "probe.pt", (1,))
     selection = AdaptiveK(weights[:, 0].float(), offset[0].float(), least, most)
     sae = assembled(encoder, bias, decoder, decoder_bias, selection=selection)
-    return whole(fold_pre_bias(sae, decoder_bias), "ae.pt"), declared(path)
+    return whole(fold_pre_bias(sae, decoder_bias), "ae.pt"), declared(home)
 
 
-def declared(path: Path) -> Declaration:
+def declared(home: Path) -> Declaration:
     """What the trainer's `config.json` says, where there is one."""
-    settings = path / "config.json"
+    settings = home / "config.json"
     trainer = section(read_json(settings), "trainer", settings.name) if settings.is_file() else {}
     layer, notes = trainer.get("layer"), {"submodule": word(trainer, "submodule_name")}
     hook = f"blocks.{layer}.hook_resid_post" if isinstance(layer, int) and not isinstance(layer, bool) else ""

@@ -6,6 +6,7 @@ release/id                                              as SAELens' table has it
 """
 
 import importlib.util
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,7 +19,10 @@ from sae_models.formats.source import FormatError
 
 WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".gguf")
 SETTINGS = (".json", ".yaml", ".yml")
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 TABLE = "pretrained_saes.yaml"
+# A checkpoint has fewer files of weights, in shards or not; a folder with more has many checkpoints.
+MANY = 8
 # Seconds in which the hub must answer; then the cache must do.
 PATIENCE = 10.0
 # huggingface_hub lets through the errors of the HTTP library that it is built on, which differs between its versions.
@@ -59,7 +63,7 @@ def resolve(name: str, cache: Path | None = None, offline: bool = False) -> Path
     known = release(name)
     place = known.place if known else parse(name)
     if offline:
-        return cached(place, cache)
+        return cached(place, cache, "offline")
     try:
         return download(place, cache)
     except errors.GatedRepoError as error:
@@ -68,8 +72,8 @@ def resolve(name: str, cache: Path | None = None, offline: bool = False) -> Path
         raise NotFound(f"{name}: {place.repository} has no revision {place.revision}") from error
     except errors.RepositoryNotFoundError as error:
         raise NotFound(f"{name}: {missing(place)}") from error
-    except UNREACHABLE:
-        return cached(place, cache)
+    except UNREACHABLE as error:
+        return cached(place, cache, str(error))
 
 
 def missing(place: Place) -> str:
@@ -83,9 +87,9 @@ def parse(name: str) -> Place:
     repository, _, within = name.partition(":")
     repository, _, revision = repository.partition("@")
     parts = PurePosixPath(within).parts
-    if repository.count("/") != 1 or not all(repository.split("/")) or ".." in parts or within.startswith("/"):
-        place = Place(name)
-        raise NotFound(f"{name}: neither a path nor organisation/repository[@revision][:subfolder]; {missing(place)}")
+    if not REPOSITORY.fullmatch(repository) or ".." in parts or within.startswith("/"):
+        form = "organisation/repository[@revision][:subfolder]"
+        raise NotFound(f"{name}: neither a path nor {form}; {missing(Place(name))}")
     return Place(repository, revision or None, "/".join(parts))
 
 
@@ -117,9 +121,8 @@ def download(place: Place, cache: Path | None) -> Path:
     """The place's files, those alone, from the hub or its cache."""
     said = huggingface_hub.HfApi().model_info(place.repository, revision=place.revision, timeout=PATIENCE)
     names = wanted([file.rfilename for file in said.siblings or ()], place)
-    paths = [
-        huggingface_hub.hf_hub_download(place.repository, name, revision=said.sha, cache_dir=cache) for name in names
-    ]
+    repository, revision = place.repository, place.revision
+    paths = [huggingface_hub.hf_hub_download(repository, name, revision=revision, cache_dir=cache) for name in names]
     return snapshot(Path(paths[0]), names[0]) / place.within
 
 
@@ -128,14 +131,14 @@ def snapshot(path: Path, name: str) -> Path:
     return path.parents[len(PurePosixPath(name).parts) - 1]
 
 
-def cached(place: Place, cache: Path | None) -> Path:
-    """The place in the cache. NotFound: it is not there."""
+def cached(place: Place, cache: Path | None, why: str) -> Path:
+    """The place in the cache, where the hub cannot be asked. NotFound: it is not there."""
     try:
         folder = huggingface_hub.snapshot_download(
             place.repository, revision=place.revision, cache_dir=cache, local_files_only=True
         )
     except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError, OSError) as error:
-        raise NotFound(f"{place.repository}: cannot be reached, and is not in the cache") from error
+        raise NotFound(f"{place.repository}: not in the cache, and cannot be reached: {why}") from error
     root = Path(folder)
     files = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
     wanted(files, place)
@@ -144,15 +147,19 @@ def cached(place: Place, cache: Path | None) -> Path:
 
 def wanted(files: Iterable[str], place: Place) -> list[str]:
     """The files of a place among a repository's: weights and settings in the folder itself and its `checkpoints`, or
-    the one file and the settings beside it. NotFound: no weights there.
+    the one file and the settings beside it. NotFound: no weights there, or those of many checkpoints.
     """
     paths = [PurePosixPath(name) for name in sorted(files) if ".." not in name.split("/")]
     within = PurePosixPath(place.within)
     if within in paths:
-        return [str(within), *(str(p) for p in paths if p.parent == within.parent and p.suffix in SETTINGS)]
+        beside = (within.parent, within.parent.parent if within.parent.name == "checkpoints" else within.parent)
+        return [str(within), *(str(path) for path in paths if path.parent in beside and path.suffix in SETTINGS)]
     folders = (within, within / "checkpoints")
     weights = [str(path) for path in paths if path.parent in folders and path.suffix in WEIGHTS]
+    where = f"weights in {place.within or 'its root'}"
     if not weights:
         some = sorted({str(path.parent) for path in paths if path.suffix in WEIGHTS})[:5]
-        raise NotFound(f"{place.repository}: no weights in {place.within or 'its root'}; there are some in {some}")
+        raise NotFound(f"{place.repository}: no {where}; there are some in {some}")
+    if len(weights) > MANY:
+        raise NotFound(f"{place.repository}: {len(weights)} {where}, name one of them: {weights[:3]}")
     return weights + [str(path) for path in paths if path.parent == within and path.suffix in SETTINGS]

@@ -32,6 +32,12 @@ def matching(path: Path, pattern: str) -> list[Path]:
     return sorted(path.glob(pattern))
 
 
+def folder(path: Path) -> Path:
+    """A checkpoint's folder: the path, or that in which a file lies; `checkpoints` is within it."""
+    home = path.parent if path.is_file() else path
+    return home.parent if home.name == "checkpoints" else home
+
+
 def one(path: Path, pattern: str) -> Path:
     """The one file that `matching` finds. FormatError: none, or several."""
     files = matching(path, pattern)
@@ -62,6 +68,11 @@ def linear(tensors: Mapping[str, Any], file: str, encoder: str = "encoder", deco
     into = take(tensors, f"{encoder}.weight", file, (len(bias), -1))
     out = take(tensors, f"{decoder}.weight", file, (len(decoder_bias), len(bias)))
     return Weights(into, bias, out.T, decoder_bias)
+
+
+def without_bias(found: Mapping[str, Any], decoder: str, dim: int, file: str) -> Tensor:
+    """The decoder's bias [d_out], 0, of a checkpoint that has none; `dim` of the decoder is d_out."""
+    return torch.zeros(take(found, decoder, file, (-1, -1)).shape[dim])
 
 
 def declaration(architecture: str, hook: str, hook_out: str, model: str = "", **rest: Any) -> Declaration:

@@ -19,7 +19,16 @@ from typing import Any
 import torch
 
 from sae_models.formats.folding import fold_pre_bias
-from sae_models.formats.layouts import declaration, fold_norm_gate, fold_scales, linear, positive, whole
+from sae_models.formats.layouts import (
+    declaration,
+    fold_norm_gate,
+    fold_scales,
+    folder,
+    linear,
+    positive,
+    whole,
+    without_bias,
+)
 from sae_models.formats.settings import flag, section, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, read_safetensors
@@ -28,11 +37,6 @@ from sae_models.sae import SAE
 SETTINGS = "hyperparams.json"
 CHECKPOINT = "checkpoints/final.safetensors"
 KEYS = frozenset({"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"})
-
-
-def folder(path: Path) -> Path:
-    """The SAE's folder: the path, or what is two folders above the checkpoint."""
-    return path.parent.parent if path.is_file() else path
 
 
 def recognise(path: Path) -> str | None:
@@ -48,9 +52,9 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     said = read_json(home / SETTINGS)
     check(said)
     found = read_safetensors(home / CHECKPOINT)
-    if said.get("use_decoder_bias") is False and "decoder.weight" in found:
-        found["decoder.bias"] = torch.zeros(len(found["decoder.weight"]))
     only(found, KEYS, CHECKPOINT)
+    if not flag(said, "use_decoder_bias", SETTINGS, True):
+        found["decoder.bias"] = without_bias(found, "decoder.weight", 0, CHECKPOINT)
     sae = assembled(*linear(found, CHECKPOINT))
     folded = ["input_scale"]
     if flag(said, "apply_decoder_bias_to_pre_encoder", SETTINGS, False):

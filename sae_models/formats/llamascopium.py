@@ -13,10 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from sae_models.formats.folding import fold_decoder_norm, fold_pre_bias
-from sae_models.formats.layouts import Weights, declaration, fold_norm_gate, fold_scales, linear, stored, whole
+from sae_models.formats.layouts import (
+    Weights,
+    declaration,
+    fold_norm_gate,
+    fold_scales,
+    folder,
+    linear,
+    stored,
+    whole,
+    without_bias,
+)
 from sae_models.formats.settings import count, flag, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, state, take
@@ -37,34 +45,36 @@ OLDER = frozenset({"encoder.weight", "encoder.bias", "decoder.weight", "decoder.
 
 def recognise(path: Path) -> str | None:
     """Settings with `norm_activation` beside a checkpoint."""
-    checkpoint = found_checkpoint(path)
-    if checkpoint is None or not (path / SETTINGS).is_file():
+    home = folder(path)
+    checkpoint = found_checkpoint(home)
+    if checkpoint is None or not (home / SETTINGS).is_file():
         return None
-    said = settings_or_none(path)
+    said = settings_or_none(home)
     wanted = {"norm_activation", "expansion_factor"}
     return f"{SETTINGS} with norm_activation, and {checkpoint.name}" if said and wanted <= said.keys() else None
 
 
-def found_checkpoint(path: Path) -> Path | None:
+def found_checkpoint(home: Path) -> Path | None:
     """The weights that the library would take."""
-    return next((path / name for name in CHECKPOINTS if (path / name).exists()), None)
+    return next((home / name for name in CHECKPOINTS if (home / name).exists()), None)
 
 
-def settings_or_none(path: Path) -> dict[str, Any] | None:
+def settings_or_none(home: Path) -> dict[str, Any] | None:
     """The settings, where they can be read."""
     try:
-        return read_json(path / SETTINGS)
+        return read_json(home / SETTINGS)
     except FormatError:
         return None
 
 
 def read(path: Path) -> tuple[SAE, Declaration]:
     """The SAE or transcoder in a folder."""
-    said = read_json(path / SETTINGS)
+    home = folder(path)
+    said = read_json(home / SETTINGS)
     check(said)
-    checkpoint = found_checkpoint(path)
+    checkpoint = found_checkpoint(home)
     if checkpoint is None or checkpoint.suffix == ".dcp":
-        raise FormatError(f"{path.name}: no sae_weights.safetensors; a .dcp folder is to be saved again as safetensors")
+        raise FormatError(f"{home.name}: no sae_weights.safetensors; a .dcp folder is to be saved again as safetensors")
     found = stored(checkpoint)
     found = state(found["sae"], checkpoint.name) if "sae" in found else found
     hooks = word(said, "hook_point_in"), word(said, "hook_point_out")
@@ -107,10 +117,9 @@ def parameters(found: Mapping[str, Any], said: Mapping[str, Any], file: str) -> 
     """Weights by the names of 2.x, W_E [d, F] and W_D [F, d], or of 1.x, two linear layers."""
     older = "encoder.weight" in found
     width = count(said, "d_model", SETTINGS)
-    decoder_bias = "decoder.bias" if older else "b_D"
-    if said.get("use_decoder_bias") is False and decoder_bias not in found:
-        rows = found.get("decoder.weight" if older else "b_E", ())
-        found = {**found, decoder_bias: torch.zeros(len(rows) if older else width)}
+    if not flag(said, "use_decoder_bias", SETTINGS, True):
+        absent, beside, dim = ("decoder.bias", "decoder.weight", 0) if older else ("b_D", "W_D", 1)
+        found = {**found, absent: without_bias(found, beside, dim, file)}
     if older:
         weights = linear(found, file)
     else:

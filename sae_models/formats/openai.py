@@ -1,9 +1,9 @@
 """OpenAI's sparse_autoencoder (arXiv 2406.04093): one torch file for each layer and location of GPT-2 small.
 
     h = (x - mean) / (std + 1e-5)      z = (h - pre_bias) . encoder + latent_bias
-    f = the k largest z, where above 0      y = (f . decoder + pre_bias) * (std + 1e-5) + mean
+    f = the k largest z, where above 0      y = (f . decoder + pre_bias) * std + mean
 
-Only a TopK is normalised; a ReLU reads x itself. The library itself scales back by std alone.
+Only a TopK is normalised; a ReLU reads x itself.
 """
 
 import re

@@ -4,7 +4,8 @@
     y = (f . W_dec + b_dec) * (std + 1e-5) + mean
 
 Without `input_normalize`, h is x and y stays. With it but without `normalize_shift_back`, the input is normalised and
-the output is not, which the canonical form does not have: refused.
+the output is not, which the canonical form does not have: refused. The canonical form scales y back by std alone: a
+relative difference of 1e-5 / std.
 """
 
 from collections.abc import Mapping
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_models.formats.folding import fold_pre_bias
-from sae_models.formats.layouts import declaration, matching, whole
-from sae_models.formats.settings import count, word
+from sae_models.formats.layouts import declaration, folder, matching, whole
+from sae_models.formats.settings import count, flag, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, read_safetensors, take
 from sae_models.sae import LAYER_NORM_EPSILON, SAE, Normalisation, TopK
@@ -24,7 +25,7 @@ KEYS = frozenset({"encoder.weight", "encoder.bias", "W_dec", "b_dec"})
 
 def recognise(path: Path) -> str | None:
     """Settings with this architecture."""
-    settings = path / SETTINGS
+    settings = folder(path) / SETTINGS
     if not settings.is_file() or not matching(path, "model*.safetensors"):
         return None
     try:
@@ -35,16 +36,17 @@ def recognise(path: Path) -> str | None:
 
 def read(path: Path) -> tuple[SAE, Declaration]:
     """The SAE in a folder, its weights in one file or in shards."""
-    said = read_json(path / SETTINGS)
+    said = read_json(folder(path) / SETTINGS)
     check(said)
-    file, shards = "model.safetensors", matching(path, "model*.safetensors")
+    file, shards = "model.safetensors", matching(folder(path), "model*.safetensors")
     found = {key: tensor for shard in shards for key, tensor in read_safetensors(shard).items()}
     only(found, KEYS, file)
     bias, decoder_bias = take(found, "encoder.bias", file, (-1,)), take(found, "b_dec", file, (-1,))
     shape = (len(bias), len(decoder_bias))
     encoder, decoder = take(found, "encoder.weight", file, shape), take(found, "W_dec", file, shape)
     selection = TopK(count(said, "k", SETTINGS, len(bias)))
-    normalisation = Normalisation.LAYER_NORM if said.get("input_normalize", True) else Normalisation.NONE
+    normalised = flag(said, "input_normalize", SETTINGS, True)
+    normalisation = Normalisation.LAYER_NORM if normalised else Normalisation.NONE
     sae = assembled(encoder, bias, decoder, decoder_bias, selection=selection, normalisation=normalisation)
     hooks = word(said, "input_hookpoint"), word(said, "output_hookpoint")
     said_of = declaration("topk", *hooks, word(said, "model_name"), folded=("pre_bias",))
@@ -56,8 +58,8 @@ def check(said: Mapping[str, Any]) -> None:
     if said.get("activation", "topk") != "topk" or said.get("num_experts", 1) != 1:
         kind = (said.get("activation"), said.get("num_experts"))
         raise FormatError(f"{SETTINGS} activation, num_experts: {kind}, not a TopK without experts")
-    if said.get("input_normalize", True):
-        if not said.get("normalize_shift_back", False):
+    if flag(said, "input_normalize", SETTINGS, True):
+        if not flag(said, "normalize_shift_back", SETTINGS, False):
             raise FormatError(f"{SETTINGS} normalize_shift_back: false, the input is normalised and the output is not")
         epsilon = said.get("input_normalize_eps", LAYER_NORM_EPSILON)
         if epsilon != LAYER_NORM_EPSILON:

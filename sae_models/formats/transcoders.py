@@ -53,7 +53,12 @@ def read(path: Path) -> tuple[SAE, Declaration]:
 def threshold(found: dict[str, Tensor], bias: Tensor, file: str) -> Tensor | float:
     """The JumpReLU's threshold [F], or 0 where there is none."""
     named = [key for key in THRESHOLDS if key in found]
-    return take(found, named[0], file).float().reshape(-1).expand(len(bias)) if named else 0.0
+    if not named:
+        return 0.0
+    values = take(found, named[0], file).flatten()
+    if len(values) not in (1, len(bias)):
+        raise FormatError(f"{file} {named[0]}: {len(values)} thresholds for {len(bias)} latents")
+    return values.expand(len(bias))
 
 
 def declared(file: Path) -> Declaration:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from sae_models.formats import (
     adaptive_k,
     deepseek_r1,
+    dictionary_learning,
     gemma_scope,
     gemma_scope_2,
     goodfire,
@@ -24,9 +25,12 @@ from sae_models.formats import (
     opensae,
     qwen_scope,
     route_sae,
+    saelens,
+    sparsify,
     transcoders,
 )
 from sae_models.formats.source import Format
+from sae_models.sae import SAE, Normalisation
 
 LATENTS, WIDTH, K = 24, 6, 5
 
@@ -67,6 +71,24 @@ def relu_above(z: Tensor, threshold: Tensor | float) -> Tensor:
 def top(z: Tensor, k: int) -> Tensor:
     """The k largest of each row, where above 0."""
     return z.relu() * (z >= z.sort(descending=True).values[:, k - 1 : k])
+
+
+def check(sae: SAE, laid: Laid, tolerance: float = 1e-5) -> None:
+    """Encode and decode agree with the formula, which leaves some latents active and most not."""
+    f = sae.encode(laid.x)
+    assert 0.02 < float((laid.f > 0).float().mean()) < 0.8
+    assert torch.equal(f > 0, laid.f > 0)
+    assert_near(f, laid.f, tolerance)
+    if sae.router is None:
+        assert_near(sae.decode(f, laid.x), laid.y, tolerance)
+    else:
+        assert_near(replace(sae, router=None, normalisation=Normalisation.NONE).decode(f), laid.y, tolerance)
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Relative to the largest value."""
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) < tolerance * float(expected.abs().max())
 
 
 def save_npz(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -316,4 +338,44 @@ def lay_adaptive_k(home: Path, d: Draw) -> Laid:
 
 LAYOUTS: dict[str, Callable[[Path, Draw], Laid]] = {
     name.removeprefix("lay_"): made for name, made in list(globals().items()) if name.startswith("lay_")
+}
+
+
+def saelens_folder(home: Path, d: Draw) -> Laid:
+    """A JumpReLU of SAELens."""
+    folder, file = home / "sae", home / "sae/sae_weights.safetensors"
+    tensors = {"W_enc": d.w_enc.T, "W_dec": d.w_dec, "b_enc": d.b_enc, "b_dec": d.b_dec, "threshold": d.threshold}
+    save_safe(file, tensors)
+    settings = {"architecture": "jumprelu", "d_in": WIDTH, "d_sae": LATENTS, "dtype": "float32"}
+    metadata = {"sae_lens_version": "6.54.12", "model_name": "gpt2", "hook_name": "blocks.3.hook_resid_pre"}
+    normalised = {"normalize_activations": "none", "apply_b_dec_to_input": True, "reshape_activations": "none"}
+    save_json(folder / "cfg.json", settings | normalised | {"metadata": metadata})
+    f = relu_above((d.x - d.b_dec) @ d.w_enc.T + d.b_enc, d.threshold)
+    return Laid(saelens.FORMAT, folder, file, d.x, f, f @ d.w_dec + d.b_dec)
+
+
+def sparsify_folder(home: Path, d: Draw) -> Laid:
+    """A TopK of sparsify."""
+    folder, file = home / "layers.3", home / "layers.3/sae.safetensors"
+    save_safe(file, {"encoder.weight": d.w_enc, "encoder.bias": d.b_enc, "W_dec": d.w_dec, "b_dec": d.b_dec})
+    save_json(folder / "cfg.json", {"d_in": WIDTH, "num_latents": LATENTS, "k": K, "activation": "topk"})
+    f = top((d.x - d.b_dec) @ d.w_enc.T + d.b_enc, K)
+    return Laid(sparsify.FORMAT, folder, file, d.x, f, f @ d.w_dec + d.b_dec)
+
+
+def dictionary_learning_folder(home: Path, d: Draw) -> Laid:
+    """A BatchTopK of dictionary_learning."""
+    content = {"encoder.weight": d.w_enc, "encoder.bias": d.b_enc, "decoder.weight": d.w_dec.T.contiguous()}
+    save_torch(home / "ae.pt", content | {"b_dec": d.b_dec, "k": torch.tensor(K), "threshold": torch.tensor(0.7)})
+    trainer = {"dict_class": "BatchTopKSAE", "activation_dim": WIDTH, "dict_size": LATENTS, "k": K, "layer": 3}
+    save_json(home / "config.json", {"trainer": trainer | {"lm_name": "a/b", "submodule_name": "resid_post_layer_3"}})
+    f = relu_above((d.x - d.b_dec) @ d.w_enc.T + d.b_enc, 0.7)
+    return Laid(dictionary_learning.FORMAT, home, home / "ae.pt", d.x, f, f @ d.w_dec + d.b_dec)
+
+
+# With those that tests of their own hold to their arithmetic.
+ALL = LAYOUTS | {
+    "saelens": saelens_folder,
+    "sparsify": sparsify_folder,
+    "dictionary_learning": dictionary_learning_folder,
 }

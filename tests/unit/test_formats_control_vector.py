@@ -8,6 +8,7 @@ import torch
 
 from sae_models.formats import control_vector
 from sae_models.formats.source import FormatError
+from tests.unit.bounded import refused
 
 VECTORS = {1: torch.tensor([1.0, -2.0, 0.5]), 7: torch.tensor([0.0, 1e-9, 3e7]), 12: torch.ones(3)}
 
@@ -78,3 +79,46 @@ def test_vectors_that_cannot_be_read_back_are_not_written(tmp_path: Path) -> Non
     with pytest.raises(FormatError, match="not finite"):
         control_vector.write(tmp_path / "v.gguf", {1: torch.tensor([float("nan")])}, "llama")
     assert list(tmp_path.iterdir()) == []
+
+
+def gguf(tensors: int = 1, fields: int = 1, *parts: bytes) -> bytes:
+    """A GGUF file with any content."""
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + b"".join(parts)
+
+
+ARCHITECTURE = string("general.architecture") + struct.pack("<I", 8) + string("controlvector")
+
+
+def vector(name: str = "direction.1", width: int = 4, kind: int = 0, offset: int = 0, dimensions: int = 1) -> bytes:
+    """What a GGUF file says of a tensor."""
+    return string(name) + struct.pack("<IQIQ", dimensions, width, kind, offset)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (gguf(1 << 60), "tensors and 1 fields"),
+        (gguf(1, 1 << 60), "1 tensors and"),
+        (gguf(1, 1, struct.pack("<Q", 1 << 60)), "a string of"),
+        (gguf(1, 1, string("a") + struct.pack("<IIQ", 9, 4, 1 << 60)), "an array of"),
+        (gguf(1, 1, string("a") + struct.pack("<IIQ", 9, 9, 1)), "an array of"),
+        (gguf(1, 1, string("a") + struct.pack("<I", 99)), "a field of type 99"),
+        (gguf(1, 0, vector()), "architecture None"),
+        (gguf(1, 1, ARCHITECTURE, vector(width=1 << 60)), "a tensor of type 0 and width"),
+        (gguf(1, 1, ARCHITECTURE, vector(kind=2)), "a tensor of type 2"),
+        (gguf(1, 1, ARCHITECTURE, vector(dimensions=2)), "a tensor of 2 dimensions"),
+        (gguf(1, 1, ARCHITECTURE, vector(offset=1 << 60)), "direction.1: lies behind the end"),
+        (gguf(1, 1, ARCHITECTURE, vector("direction.-1")), "not direction.L"),
+        (gguf(1, 1, ARCHITECTURE, vector("direction." + "9" * 400)), "not direction.L"),
+        (gguf(1, 1, ARCHITECTURE, vector(width=40), bytes(100)), "too early"),
+        (gguf(0, 1, ARCHITECTURE), "0 directions"),
+        (gguf(2, 1, ARCHITECTURE, vector(), vector(), bytes(100)), "2 directions of 1 layers"),
+        (gguf(2, 1, ARCHITECTURE, vector(), vector("direction.2", 5), bytes(100)), r"of widths [4, 5]"),
+        (gguf(1, 1, ARCHITECTURE, vector(), b"\xff" * 100), "not finite"),
+        (b"GGUF" + struct.pack("<I", 1) + bytes(16), "version 1"),
+        (b"PK\x03\x04" + bytes(100), "not GGUF"),
+    ],
+)
+def test_control_vectors_that_lie_are_refused(content: bytes, why: str, tmp_path: Path) -> None:
+    (tmp_path / "v.gguf").write_bytes(content)
+    assert why in refused(control_vector.read, tmp_path / "v.gguf")

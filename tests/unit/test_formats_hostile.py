@@ -9,10 +9,9 @@ import os
 import pickle
 import random
 import struct
-import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,44 +32,11 @@ from sae_models.formats.tensors import (
     state,
     take,
 )
-from tests.unit.checkpoints import LATENTS, LAYOUTS, WIDTH, Draw, rewrite
+from tests.unit.bounded import attempt, refused
+from tests.unit.checkpoints import ALL, LATENTS, WIDTH, Draw, rewrite
 
 SEEDS = int(os.environ.get("FUZZ_SEEDS", "12"))
-SECONDS = 5.0
-MEMORY = 96 << 20
 HUGE = (b"\xff" * 8, b"\xff\xff\xff\x7f\0\0\0\0", b"\0\0\0\0\0\1\0\0", struct.pack("<d", 1e300))
-
-
-def peak() -> int:
-    """The most memory that the process has held since `forget_peak`, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
-
-
-def forget_peak() -> None:
-    """Starts `peak` anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def attempt(read: Callable[[Path], Any], path: Path) -> Any:
-    """What is read, or the FormatError, within time and memory; anything else raised fails the test."""
-    forget_peak()
-    before, began = peak(), time.monotonic()
-    try:
-        found = read(path)
-    except FormatError as error:
-        found = error
-    assert time.monotonic() - began < SECONDS
-    assert peak() - before < MEMORY
-    return found
-
-
-def refused(read: Callable[[Path], Any], path: Path) -> str:
-    """The message of the FormatError, which names the file."""
-    found = attempt(read, path)
-    assert isinstance(found, FormatError), found
-    assert path.name in str(found)
-    return str(found)
 
 
 def flip(content: bytearray, rng: random.Random) -> None:
@@ -130,7 +96,7 @@ def fuzz(name: str, home: Path, seeds: Iterable[int]) -> Counter[str]:
 
     What is read has the right shape, and is finite; what has checksums is unharmed.
     """
-    laid = LAYOUTS[name](home, Draw())
+    laid = ALL[name](home, Draw())
     whole = {file: file.read_bytes() for file in sorted(home.rglob("*")) if file.is_file()}
     outcomes: Counter[str] = Counter()
     for seed in seeds:
@@ -162,7 +128,7 @@ def fuzz_control_vectors(home: Path, seeds: Iterable[int]) -> Counter[str]:
     return outcomes
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_mutated_checkpoint_is_read_whole_or_refused(name: str, tmp_path: Path) -> None:
     assert fuzz(name, tmp_path, range(SEEDS))["refused"] > SEEDS / 4
 
@@ -324,9 +290,9 @@ def test_torch_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ALL)
 def test_values_that_are_not_finite_are_refused(name: str, value: float, tmp_path: Path) -> None:
-    laid = LAYOUTS[name](tmp_path, Draw())
+    laid = ALL[name](tmp_path, Draw())
 
     def spoil(content: dict[str, Any]) -> dict[str, Any]:
         key = next(key for key in content if "dec" in key or key == "W_D")
@@ -402,51 +368,3 @@ def test_settings_in_json_that_are_no_small_object_are_refused(content: str, tmp
 def test_settings_in_yaml_that_are_no_small_mapping_are_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(content)
     refused(read_yaml, tmp_path / "c.yaml")
-
-
-def gguf(tensors: int = 1, fields: int = 1, *parts: bytes) -> bytes:
-    """A GGUF file with any content."""
-    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + b"".join(parts)
-
-
-def string(content: str) -> bytes:
-    """A GGUF string."""
-    return struct.pack("<Q", len(content)) + content.encode()
-
-
-ARCHITECTURE = string("general.architecture") + struct.pack("<I", 8) + string("controlvector")
-
-
-def vector(name: str = "direction.1", width: int = 4, kind: int = 0, offset: int = 0, dimensions: int = 1) -> bytes:
-    """What a GGUF file says of a tensor."""
-    return string(name) + struct.pack("<IQIQ", dimensions, width, kind, offset)
-
-
-@pytest.mark.parametrize(
-    ("content", "why"),
-    [
-        (gguf(1 << 60), "tensors and 1 fields"),
-        (gguf(1, 1 << 60), "1 tensors and"),
-        (gguf(1, 1, struct.pack("<Q", 1 << 60)), "a string of"),
-        (gguf(1, 1, string("a") + struct.pack("<IIQ", 9, 4, 1 << 60)), "an array of"),
-        (gguf(1, 1, string("a") + struct.pack("<IIQ", 9, 9, 1)), "an array of"),
-        (gguf(1, 1, string("a") + struct.pack("<I", 99)), "a field of type 99"),
-        (gguf(1, 0, vector()), "architecture None"),
-        (gguf(1, 1, ARCHITECTURE, vector(width=1 << 60)), "a tensor of type 0 and width"),
-        (gguf(1, 1, ARCHITECTURE, vector(kind=2)), "a tensor of type 2"),
-        (gguf(1, 1, ARCHITECTURE, vector(dimensions=2)), "a tensor of 2 dimensions"),
-        (gguf(1, 1, ARCHITECTURE, vector(offset=1 << 60)), "direction.1: lies behind the end"),
-        (gguf(1, 1, ARCHITECTURE, vector("direction.-1")), "not direction.L"),
-        (gguf(1, 1, ARCHITECTURE, vector("direction." + "9" * 400)), "not direction.L"),
-        (gguf(1, 1, ARCHITECTURE, vector(width=40), bytes(100)), "too early"),
-        (gguf(0, 1, ARCHITECTURE), "0 directions"),
-        (gguf(2, 1, ARCHITECTURE, vector(), vector(), bytes(100)), "2 directions of 1 layers"),
-        (gguf(2, 1, ARCHITECTURE, vector(), vector("direction.2", 5), bytes(100)), r"of widths [4, 5]"),
-        (gguf(1, 1, ARCHITECTURE, vector(), b"\xff" * 100), "not finite"),
-        (b"GGUF" + struct.pack("<I", 1) + bytes(16), "version 1"),
-        (b"PK\x03\x04" + bytes(100), "not GGUF"),
-    ],
-)
-def test_control_vectors_that_lie_are_refused(content: bytes, why: str, tmp_path: Path) -> None:
-    (tmp_path / "v.gguf").write_bytes(content)
-    assert why in refused(control_vector.read, tmp_path / "v.gguf")

@@ -1,9 +1,16 @@
 """Names of checkpoints: what is local, what a repository's name says, what the cache has, and SAELens' table.
 
-Nothing is fetched: repositories lie in a cache folder as huggingface_hub lays them out.
+Nothing leaves the machine: repositories lie in a cache folder as huggingface_hub lays them out, or on a server here.
 """
 
+import hashlib
+import json
+import os
+import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -85,7 +92,9 @@ def test_a_name_has_a_repository_a_revision_and_a_subfolder(name: str, place: Pl
     assert hub.parse(name) == place
 
 
-@pytest.mark.parametrize("name", ["a", "a/b/c", "/b", "a/", "", "a/b:../c", "a/b:x/../../c", "a/b:/etc"])
+@pytest.mark.parametrize(
+    "name", ["a", "a/b/c", "a b/c!", "-a/b", "/b", "a/", "", "a/b:../c", "a/b:x/../../c", "a/b:/etc"]
+)
 @pytest.mark.usefixtures("no_saelens")
 def test_names_of_another_form_are_refused_and_say_the_forms(name: str) -> None:
     with pytest.raises(NotFound, match=r"organisation/repository\[@revision\]\[:subfolder\].*install sae-lens"):
@@ -116,9 +125,9 @@ def test_k_of_qwen_scope_is_found_through_the_cache(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_saelens")
 def test_what_is_not_in_the_cache_offline_is_named(tmp_path: Path) -> None:
     lay_repository(tmp_path, "a/b", {"x/sae.safetensors": b"", "cfg.json": b"{}"})
-    with pytest.raises(NotFound, match="a/c: cannot be reached, and is not in the cache"):
+    with pytest.raises(NotFound, match="a/c: not in the cache, and cannot be reached: offline"):
         hub.resolve("a/c", tmp_path, offline=True)
-    with pytest.raises(NotFound, match="a/b: cannot be reached, and is not in the cache"):
+    with pytest.raises(NotFound, match="a/b: not in the cache, and cannot be reached: offline"):
         hub.resolve("a/b@v2", tmp_path, offline=True)
     with pytest.raises(FormatError, match=r"a/b: no weights in its root; there are some in \['x'\]"):
         hub.resolve("a/b", tmp_path, offline=True)
@@ -140,7 +149,11 @@ def test_only_the_files_of_a_place_are_wanted() -> None:
     assert hub.wanted(files, Place("a/b", within="layer_1.safetensors")) == ["layer_1.safetensors", "config.yaml"]
     scope = ["scope/checkpoints/final.safetensors", "scope/hyperparams.json"]
     assert hub.wanted(files, Place("a/b", within="scope")) == scope
+    assert hub.wanted(files, Place("a/b", within=scope[0])) == scope
     assert hub.wanted(files, Place("a/b")) == ["layer_0.safetensors", "layer_1.safetensors", "config.yaml"]
+    layers = [f"layer_{layer}.safetensors" for layer in range(28)]
+    with pytest.raises(NotFound, match="a/b: 28 weights in its root, name one of them"):
+        hub.wanted(layers, Place("a/b"))
     assert hub.wanted([*files, "scope/../../x.safetensors"], Place("a/b", within="scope")) == scope
 
 
@@ -154,3 +167,80 @@ def test_a_release_and_id_are_found_in_the_table_of_saelens(tmp_path: Path, monk
     assert hub.release("a/b") is None
     with pytest.raises(NotFound, match="release scaled has no 4; it has 1, such as blocks"):
         hub.release("scaled/4")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as a download asks for: one repository, one that is gated, no other."""
+
+    files = {"x/params.npz": b"weights", "x/config.json": b"{}", "y/params.npz": b"not asked for"}  # noqa: RUF012
+
+    def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
+        """A whole answer."""
+        self.send_response(status)
+        for name, value in (headers | {"Content_Length": str(len(content))}).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        """Of a repository's list of files, or of one."""
+        path = self.path.partition("?")[0]
+        _, resolved, file = path.partition("/resolve/main/")
+        if resolved and file in self.files:
+            etag = f'"{hashlib.sha1(self.files[file]).hexdigest()}"'
+            self.answer(200, self.files[file], ETag=etag, X_Repo_Commit=COMMIT)
+        elif path == "/api/models/a/b":
+            listed = [{"rfilename": name} for name in self.files]
+            self.answer(200, json.dumps({"id": "a/b", "sha": COMMIT, "siblings": listed}).encode())
+        elif path.startswith("/api/models/a/b/revision/"):
+            self.answer(404, X_Error_Code="RevisionNotFound")
+        elif path == "/api/models/a/gated":
+            self.answer(403, X_Error_Code="GatedRepo")
+        else:
+            self.answer(404, X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    """A hub's address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+ASK = """
+import json, sys
+from pathlib import Path
+from sae_models.formats import hub
+for name in sys.argv[2:]:
+    try:
+        print(hub.resolve(name, Path(sys.argv[1])))
+    except hub.NotFound as error:
+        print(error)
+"""
+
+
+def test_a_download_fetches_the_files_of_its_place_alone(tmp_path: Path, endpoint: str) -> None:
+    names = ["a/b:x", "a/b@v9:x", "a/gated", "a/none", "a/b:z"]
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", ASK, str(tmp_path), *names]
+    said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.splitlines()
+    folder = tmp_path / "models--a--b/snapshots" / COMMIT / "x"
+    assert said[0] == str(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
+        "params.npz": b"weights",
+        "config.json": b"{}",
+    }
+    assert not (folder.parent / "y").exists()
+    assert "a/b has no revision v9" in said[1]
+    assert "access to a/gated must be asked for" in said[2]
+    assert "no repository a/none that can be seen" in said[3]
+    assert "no weights in z; there are some in ['x', 'y']" in said[4]
+    assert hub.resolve("a/b:x", tmp_path, offline=True) == folder

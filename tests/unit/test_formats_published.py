@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
 from sae_models.formats import (
     adaptive_k,
@@ -29,7 +28,7 @@ from sae_models.formats import (
     transcoders,
 )
 from sae_models.formats.source import Declaration, FormatError
-from sae_models.sae import SAE, Normalisation, TopK
+from sae_models.sae import Normalisation, TopK
 from tests.unit.checkpoints import (
     LATENTS,
     LAYOUTS,
@@ -37,9 +36,9 @@ from tests.unit.checkpoints import (
     Draw,
     K,
     Laid,
+    check,
     lay_gemma_scope,
     lay_gemma_scope_2,
-    lay_llama_scope,
     lay_openai,
     lay_opensae,
     lay_qwen_scope,
@@ -51,7 +50,6 @@ from tests.unit.checkpoints import (
     save_npz,
     save_safe,
     save_torch,
-    scopium_settings,
     top,
 )
 
@@ -72,26 +70,6 @@ READERS = (
     transcoders,
 )
 MATRICES = ((LATENTS, WIDTH), (WIDTH, LATENTS))
-THRESHOLD = "activation_function.log_jumprelu_threshold"
-RESIDUAL = "blocks.15.hook_resid_post"
-
-
-def check(sae: SAE, laid: Laid, tolerance: float = 1e-5) -> None:
-    """Encode and decode agree with the formula, which leaves some latents active and most not."""
-    f = sae.encode(laid.x)
-    assert 0.02 < float((laid.f > 0).float().mean()) < 0.8
-    assert torch.equal(f > 0, laid.f > 0)
-    assert_near(f, laid.f, tolerance)
-    if sae.router is None:
-        assert_near(sae.decode(f, laid.x), laid.y, tolerance)
-    else:
-        assert_near(replace(sae, router=None, normalisation=Normalisation.NONE).decode(f), laid.y, tolerance)
-
-
-def assert_near(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """Relative to the largest value."""
-    assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) < tolerance * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -99,7 +77,9 @@ def test_encode_and_decode_are_those_of_the_format(name: str, tmp_path: Path) ->
     laid = LAYOUTS[name](tmp_path, Draw())
     assert laid.format.name == name
     assert laid.format.recognise(laid.path)
-    check(laid.format.read(laid.path)[0], laid, 3e-5)
+    assert laid.format.recognise(laid.file)
+    for path in (laid.path, laid.file):
+        check(laid.format.read(path)[0], laid, 3e-5)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -258,7 +238,7 @@ def test_openai_takes_the_pre_bias_off_after_the_layer_norm(tmp_path: Path) -> N
     other = top(before @ d.w_enc.T + d.b_enc, K)
     assert float((other - laid.f).abs().max()) > 0.1
     sae, said = openai.FORMAT.read(laid.path)
-    check(sae, laid, 3e-5)
+    check(sae, laid)
     assert (sae.selection, sae.normalisation, said.folded) == (TopK(K), Normalisation.LAYER_NORM, ("pre_bias",))
 
 
@@ -278,135 +258,6 @@ def test_openai_activation_without_a_relu_behind_it_is_refused(tmp_path: Path) -
     save_torch(laid.file, content)
     with pytest.raises(FormatError, match=r"8\.pt activation"):
         openai.FORMAT.read(laid.file)
-
-
-def test_llama_scope_threshold_counts_the_decoder_norm_and_the_scale_of_the_output(tmp_path: Path) -> None:
-    d = Draw()
-    laid = lay_llama_scope(tmp_path, d)
-    z = (d.x * math.sqrt(WIDTH) / 5.0) @ d.w_enc.T + d.b_enc
-    for threshold in (0.4, 0.4 * math.sqrt(WIDTH) / 5.0, 0.4 / d.w_dec.norm(dim=1)):
-        assert not torch.equal(relu_above(z, threshold) > 0, laid.f > 0)
-    sae, said = llama_scope.FORMAT.read(laid.path)
-    check(sae, laid)
-    assert said.folded == ("input_scale", "decoder_norm")
-    check(llama_scope.FORMAT.read(laid.file)[0], laid)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("act_fn", "topk"), ("norm_activation", "token-wise"), ("use_glu_encoder", True), ("jump_relu_threshold", -1)],
-)
-def test_llama_scope_settings_that_change_the_arithmetic_are_refused(field: str, value: object, tmp_path: Path) -> None:
-    laid = lay_llama_scope(tmp_path, Draw())
-    settings = yaml.safe_load((laid.path / "hyperparams.json").read_text())
-    save_json(laid.path / "hyperparams.json", settings | {field: value})
-    with pytest.raises(FormatError, match=f"hyperparams.json.*{field}"):
-        llama_scope.FORMAT.read(laid.path)
-
-
-def scopium(folder: Path, tensors: dict[str, Tensor], **settings: object) -> Path:
-    """A Llamascopium checkpoint."""
-    save_safe(folder / "sae_weights.safetensors", tensors)
-    save_json(folder / "config.json", scopium_settings(RESIDUAL, **settings))
-    return folder
-
-
-def newer(d: Draw) -> dict[str, Tensor]:
-    """Weights by the names of 2.x, with the norm that the library writes even where none was measured."""
-    unmeasured = {f"dataset_average_activation_norm.{RESIDUAL}": torch.tensor(math.nan)}
-    return {"W_E": d.w_enc.T, "b_E": d.b_enc, "W_D": d.w_dec, "b_D": d.b_dec} | unmeasured
-
-
-def test_llama_scope_r1_has_the_names_of_1_x_and_a_threshold_for_each_latent(tmp_path: Path) -> None:
-    d = Draw()
-    norm = {f"dataset_average_activation_norm.{RESIDUAL}": torch.tensor(7.0)}
-    tensors = linears(d) | {"log_jumprelu_threshold": d.threshold.log()} | norm
-    folder = scopium(tmp_path, tensors, apply_decoder_bias_to_pre_encoder=True, sparsity_include_decoder_norm=False)
-    scale = math.sqrt(WIDTH) / 7.0
-    f = relu_above((d.x * scale - d.b_dec) @ d.w_enc.T + d.b_enc, d.threshold)
-    sae, said = llamascopium.FORMAT.read(folder)
-    check(sae, Laid(llamascopium.FORMAT, folder, folder, d.x, f, (f @ d.w_dec + d.b_dec) / scale))
-    assert said.folded == ("pre_bias", "input_scale")
-
-
-def test_llamascopium_by_token_is_normalised_at_run_time(tmp_path: Path) -> None:
-    d = Draw()
-    folder = scopium(tmp_path, newer(d), act_fn="relu", norm_activation="token-wise")
-    scale = math.sqrt(WIDTH) / d.x.norm(dim=-1, keepdim=True)
-    f = ((d.x * scale) @ d.w_enc.T + d.b_enc).relu()
-    sae, _ = llamascopium.FORMAT.read(folder)
-    check(sae, Laid(llamascopium.FORMAT, folder, folder, d.x, f, (f @ d.w_dec + d.b_dec) / scale))
-    assert sae.normalisation is Normalisation.CONSTANT_NORM
-
-
-def test_llamascopium_top_k_chooses_by_decoder_norm(tmp_path: Path) -> None:
-    d = Draw()
-    folder = scopium(tmp_path, newer(d), act_fn="topk", norm_activation="inference")
-    norm = d.w_dec.norm(dim=1)
-    z = d.x @ d.w_enc.T + d.b_enc
-    f = top(z * norm, K)
-    assert not torch.equal(f > 0, top(z, K) > 0)
-    sae, said = llamascopium.FORMAT.read(folder)
-    check(sae, Laid(llamascopium.FORMAT, folder, folder, d.x, f, (f / norm) @ d.w_dec + d.b_dec))
-    assert (sae.selection, said.folded) == (TopK(K), ("decoder_norm",))
-
-
-def test_llamascopium_torch_file_holds_the_weights_under_sae(tmp_path: Path) -> None:
-    d = Draw()
-    folder = scopium(tmp_path, newer(d), act_fn="relu", norm_activation="inference", use_decoder_bias=False)
-    (folder / "sae_weights.safetensors").unlink()
-    weights = {key: tensor.contiguous() for key, tensor in newer(d).items() if key != "b_D"}
-    save_torch(folder / "sae_weights.pt", {"sae": weights, "version": "2.0"})
-    f = (d.x @ d.w_enc.T + d.b_enc).relu()
-    check(llamascopium.FORMAT.read(folder)[0], Laid(llamascopium.FORMAT, folder, folder, d.x, f, f @ d.w_dec))
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("sae_type", "clt"),
-        ("act_fn", "batchtopk"),
-        ("norm_activation", "batch-wise"),
-        ("use_glu_encoder", True),
-        ("d_model", WIDTH + 1),
-        ("top_k", 0),
-    ],
-)
-def test_llamascopium_refuses_by_name(field: str, value: object, tmp_path: Path) -> None:
-    settings: dict[str, object] = {"act_fn": "topk", "norm_activation": "inference"} | {field: value}
-    folder = scopium(tmp_path, newer(Draw()), **settings)
-    with pytest.raises(FormatError, match=f"config.json {field}"):
-        llamascopium.FORMAT.read(folder)
-
-
-def test_llamascopium_dataset_norm_that_is_missing_or_not_a_norm_is_refused(tmp_path: Path) -> None:
-    d = Draw()
-    for norm, why in ((math.nan, "not finite"), (0.0, "is not a norm")):
-        tensors = newer(d) | {f"dataset_average_activation_norm.{RESIDUAL}": torch.tensor(norm)}
-        with pytest.raises(FormatError, match=f"dataset_average_activation_norm.{RESIDUAL}.*{why}"):
-            llamascopium.FORMAT.read(scopium(tmp_path, tensors, act_fn="relu"))
-
-
-def test_what_overflows_when_it_is_folded_is_refused(tmp_path: Path) -> None:
-    d = Draw()
-    laid = LAYOUTS["llamascopium"](tmp_path, d)
-    norm = f"dataset_average_activation_norm.{RESIDUAL}"
-    rewrite(laid.file, lambda content: content | {norm: torch.tensor(1e-39)})
-    with pytest.raises(FormatError, match=r"sae_weights\.safetensors: the encoder has values that are not finite once"):
-        llamascopium.FORMAT.read(laid.path)
-    rewrite(laid.file, lambda content: content | {norm: torch.tensor(4.0), THRESHOLD: torch.full((LATENTS,), 99.0)})
-    save_json(laid.path / "config.json", scopium_settings(RESIDUAL, sparsity_include_decoder_norm=False))
-    with pytest.raises(FormatError, match="the threshold has values that are not finite once"):
-        llamascopium.FORMAT.read(laid.path)
-
-
-def test_a_latent_without_a_decoder_never_passes_a_gate(tmp_path: Path) -> None:
-    d = Draw()
-    d.w_dec[3] = 0
-    laid = lay_llama_scope(tmp_path, d)
-    sae = llama_scope.FORMAT.read(laid.path)[0]
-    assert bool(sae.threshold.isfinite().all())
-    assert float(sae.encode(1e6 * d.x)[:, 3].max()) == 0
 
 
 def test_qwen_scope_refuses_square_matrices_and_an_unknown_k(tmp_path: Path) -> None:
@@ -442,6 +293,13 @@ def test_transcoders_with_a_threshold_are_jumprelu(tmp_path: Path) -> None:
     f = relu_above(d.x @ d.w_enc.T + d.b_enc, d.threshold)
     check(sae, Laid(transcoders.FORMAT, file, file, d.x, f, f @ d.w_dec + d.b_dec))
     assert (said.model, said.sites) == ("Qwen/Qwen3-14B", ("layers.4.mlp_in",))
+
+
+def test_transcoders_with_too_few_thresholds_are_refused(tmp_path: Path) -> None:
+    laid = lay_transcoders(tmp_path, Draw())
+    rewrite(laid.file, lambda content: content | {"threshold": torch.ones(LATENTS - 1)})
+    with pytest.raises(FormatError, match=r"layer_4\.safetensors threshold: 23 thresholds for 24 latents"):
+        transcoders.FORMAT.read(laid.file)
 
 
 @pytest.mark.parametrize(
