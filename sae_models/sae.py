@@ -167,7 +167,7 @@ class SAE:
         if self.encoder.dtype == torch.float32:
             return h @ self.encoder.T + self.bias
         z = h.new_empty(*h.shape[:-1], self.latents)
-        for rows, encoder in converted(self.encoder, h):
+        for rows, encoder in blocks(self.encoder, h.requires_grad):
             z[..., rows] = h @ encoder.T
         z += self.bias
         return z
@@ -179,7 +179,9 @@ class SAE:
         if self.decoder.dtype == torch.float32:
             y = latents @ self.decoder + self.decoder_bias
         else:
-            y = self.decoder_bias + sum(latents[..., rows] @ part for rows, part in converted(self.decoder, latents))
+            y = self.decoder_bias + sum(
+                latents[..., rows] @ part for rows, part in blocks(self.decoder, latents.requires_grad)
+            )
         if x is None:
             if self.normalisation is not Normalisation.NONE or self.skip is not None:
                 raise ValueError("decode: x is needed to undo the normalisation or for the skip connection")
@@ -222,15 +224,15 @@ class SAE:
         return moved(self, lambda tensor: tensor.to(device))
 
 
-def converted(matrix: Tensor, factor: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of a matrix in float32, to be multiplied by `factor`. A block is good until the next is asked for.
+def blocks(matrix: Tensor, kept: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a matrix some at a time, and those in float32, good until the next are asked for, or `kept`.
 
     They share one buffer, since fresh memory costs more than the conversion; a gradient needs each to stay.
     """
     buffer = torch.empty_like(matrix[:BLOCK], dtype=torch.float32)
     for start in range(0, len(matrix), BLOCK):
         block = matrix[start : start + BLOCK]
-        room = torch.empty_like(buffer) if factor.requires_grad else buffer
+        room = torch.empty_like(buffer) if kept else buffer
         yield slice(start, start + len(block)), room[: len(block)].copy_(block)
 
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sae_models.sae import SAE, converted
+from sae_models.sae import SAE, blocks
 
 
 def fold_pre_bias(sae: SAE, pre_bias: Tensor) -> SAE:
     """Of an SAE that reads h - pre_bias [d]: one that reads h. The encoder stays as it is, memory-mapped or not."""
     pre_bias = pre_bias.float()
-    shift = torch.cat([encoder @ pre_bias for _, encoder in converted(sae.encoder, pre_bias)])
+    shift = torch.cat([encoder @ pre_bias for _, encoder in blocks(sae.encoder)])
     return replace(sae, bias=sae.bias - shift)
 
 

@@ -2,13 +2,41 @@
 
 from pathlib import Path
 
-from sae_models.formats import dictionary_learning, saelens, sparsify
+from sae_models.formats import (
+    adaptive_k,
+    deepseek_r1,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    goodfire,
+    llama_scope,
+    llamascopium,
+    openai,
+    opensae,
+    qwen_scope,
+    route_sae,
+    saelens,
+    sparsify,
+    transcoders,
+)
 from sae_models.formats.source import Format, FormatError, Loaded
 
 FORMATS: tuple[Format, ...] = (
     saelens.FORMAT,
     sparsify.FORMAT,
     dictionary_learning.FORMAT,
+    gemma_scope.FORMAT,
+    gemma_scope_2.FORMAT,
+    openai.FORMAT,
+    llama_scope.FORMAT,
+    llamascopium.FORMAT,
+    goodfire.FORMAT,
+    qwen_scope.FORMAT,
+    deepseek_r1.FORMAT,
+    transcoders.FORMAT,
+    opensae.FORMAT,
+    route_sae.FORMAT,
+    adaptive_k.FORMAT,
 )
 SEEN = 20
 
