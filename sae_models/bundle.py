@@ -169,6 +169,7 @@ def write(
     catalogue: Path,
 ) -> Bundle:
     """Writes the bundle beside `path` and moves it there whole, in place of an older; `files` is filled in."""
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         folder = Path(scratch) / path.name
@@ -190,6 +191,12 @@ def write(
             path.rename(Path(scratch) / "replaced")
         folder.rename(path)
     return replace(verified, path=path)
+
+
+def check_replaceable(path: Path) -> None:
+    """BundleError if there is something at `path` that is no bundle: writing there would destroy it."""
+    free = not path.exists() or (path / MANIFEST).is_file() or (path.is_dir() and not any(path.iterdir()))
+    require(free, str(path), "is there and is no bundle, so it is left as it is")
 
 
 def conformance_of(

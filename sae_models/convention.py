@@ -68,7 +68,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All variants, best first, and whether the declared one stands."""
+    """All variants, best first, and whether the declared one stands; it is then the first."""
 
     fits: tuple[Fit, ...]
     stands: bool
@@ -92,10 +92,13 @@ def verdict(sae: SAE, site: str, residuals: Mapping[str, Tensor], claims: Claims
         Fit(variant.name, variant.cure, sums.l0, sums.fvu, misfit(sums.l0, sums.fvu, claims, usual))
         for variant, sums in zip(tried, found, strict=True)
     ]
-    ordered, declared = tuple(sorted(fits, key=lambda fit: fit.misfit)), fits[0]
+    declared, *others = fits
+    others.sort(key=lambda fit: fit.misfit)
     as_claimed = near(declared.l0, claims.l0) and near(declared.fvu, claims.fvu)
-    rivalled = claims.fvu is None and declared.misfit > ordered[0].misfit + log(MARGIN)
-    return Verdict(ordered, as_claimed and not rivalled and declared.fvu < 1)
+    rivalled = claims.fvu is None and declared.misfit > others[0].misfit + log(MARGIN)
+    if as_claimed and not rivalled and declared.fvu < 1:
+        return Verdict((declared, *others), True)
+    return Verdict(tuple(sorted(fits, key=lambda fit: fit.misfit)), False)
 
 
 def misfit(l0: float, fvu: float, claims: Claims, usual: float) -> float:

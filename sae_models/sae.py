@@ -236,6 +236,11 @@ def blocks(matrix: Tensor, kept: bool = False) -> Iterator[tuple[slice, Tensor]]
         yield slice(start, start + len(block)), room[: len(block)].copy_(block)
 
 
+def row_norms(matrix: Tensor) -> Tensor:
+    """||row|| of a matrix, float32."""
+    return torch.cat([block.norm(dim=1) for _, block in blocks(matrix)])
+
+
 def moved(sae: SAE, move: Callable[[Tensor], Tensor]) -> SAE:
     """A copy with `move` applied to every tensor."""
     selection, router = sae.selection, sae.router

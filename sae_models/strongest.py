@@ -7,11 +7,12 @@ few, and are computed in float32.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from sae_models.sae import SAE
+from sae_models.sae import SAE, blocks, row_norms
 
 # Rounding x and a unit direction to bfloat16 moves their product by less than 2^-8 ||x||, rounding the product itself
 # by 2^-9 of it; a little more for the sum.
@@ -37,11 +38,13 @@ def screen(sae: SAE) -> Screen:
     """Prepare an SAE; costs half its encoder's memory in float32."""
     if sae.selection is not None:
         return Screen(sae)
-    encoder = sae.encoder.float()
-    norm = encoder.norm(dim=1).clamp_min(1e-30)
+    norm = row_norms(sae.encoder).clamp_min(1e-30)
+    directions = torch.empty_like(sae.encoder, dtype=torch.bfloat16)
+    for rows, encoder in blocks(sae.encoder):
+        directions[rows] = encoder / norm[rows, None]
     # No latent is active at or below 0: f is then 0 and says nothing.
     cut = (sae.threshold.clamp_min(0.0) - sae.bias) / norm
-    return Screen(sae, (encoder / norm[:, None]).bfloat16(), cut)
+    return Screen(sae, directions, cut)
 
 
 def strongest(screened: Screen, x: Tensor, k: int) -> tuple[Latents, Values]:

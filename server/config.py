@@ -110,8 +110,10 @@ class Limits:
 class Stream:
     """How generated tokens are gathered into messages."""
 
-    message_budget_per_s: float = option(1000.0, "messages a second, over all streams, before tokens are gathered", 1)
-    max_flush_ms: float = option(50.0, "longest time that a token waits to be gathered with the next", 0)
+    message_budget_per_s: float | None = option(
+        None, "messages a second, over all streams, before tokens are gathered; null: 200 for each core", 1
+    )
+    max_flush_ms: float = option(200.0, "longest time that a token waits to be gathered with the next", 0)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from rudder.v1 import program_pb2
 from sae_models import bundle as bundles
 from sae_models.bundle import Bundle
-from sae_models.sae import Normalisation
+from sae_models.sae import Normalisation, row_norms
 from server import config as configuration
 from server.engine.admission import Admission
 from server.engine.hub import Features, Hub, Inbox
@@ -430,7 +430,7 @@ def dictionary_of(bundle: Bundle) -> Dictionary:
     return Dictionary(
         name=manifest.name, site=manifest.site, sha256=bundle.sha256, latents=manifest.latents,
         max_activation=statistics.max_activation.numpy() if statistics else None,
-        decoder_norm=bundle.sae.decoder.float().norm(dim=1).numpy(),
+        decoder_norm=row_norms(bundle.sae.decoder).numpy(),
         mean=statistics.mean.numpy().astype(np.float32) if statistics else None,
         watched_only=transcoder if manifest.transcodes else "",
         whole_only=routed if bundle.sae.router else "",

@@ -378,3 +378,14 @@ def test_opening_reads_no_matrix(path: Path) -> None:
     bundle.mapped(path).catalogue.close()
     with pytest.raises(BundleError, match=r"^sae\.safetensors decoder"):
         bundle.load(path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_no_bundle_is_not_replaced(path: Path, tmp_path: Path, kind: str) -> None:
+    read, other = bundle.load(path), tmp_path / "other"
+    if kind == "folder":
+        other.mkdir()
+    (other / "thesis" if kind == "folder" else other).write_text("years of work")
+    with pytest.raises(BundleError, match="is there and is no bundle"):
+        bundle.write(other, read.manifest, read.sae, read.statistics, read.conformance, path / bundle.CATALOGUE)
+    assert (other / "thesis" if kind == "folder" else other).read_text() == "years of work"

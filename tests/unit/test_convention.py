@@ -22,7 +22,7 @@ from sae_models.training.sites import parse_site
 PRETRAINED = Path(bundles.__file__).parent / "pretrained"
 SITES = ("layers.1.resid_post", "layers.2.resid_post", "layers.3.resid_post")
 SITE = SITES[1]
-TOKENS = 1024
+TOKENS = 512
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sae_models import bundle as bundles
-from sae_models import checking, importing
+from sae_models import checking, fidelity, importing
 from sae_models.bundle import Bundle, BundleError, Source
 from sae_models.catalogue import QUANTILES
 from sae_models.formats.source import Declaration, Loaded
@@ -22,7 +22,7 @@ from sae_models.training import catalogue as entries
 PRETRAINED = Path(bundles.__file__).parent / "pretrained"
 MODEL = PRETRAINED / "textbook-lm"
 SITE = "layers.2.resid_post"
-TOKENS = 3000
+TOKENS = 1500
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,18 @@ def test_figures_and_statistics_are_of_the_text(shipped: Bundle, imported: Impor
     assert float((made.statistics.frequency / shipped.statistics.frequency)[common].log().abs().mean()) < 0.5
 
 
+def test_conformance_tokens_are_typical_though_few_tokens_hold_most_of_the_variance() -> None:
+    g = torch.Generator().manual_seed(0)
+    sae, x = random_sae(400), torch.randn(4000, 192, generator=g)
+    x[::500] *= 300
+    whole = fidelity.measured(sae, x)
+    plain = fidelity.measured(sae, x[: bundles.CONFORMANCE_TOKENS])
+    kept = importing.typical(sae, x, None, whole)
+    found = fidelity.measured(sae, kept.inputs)
+    assert bundles.near(found.fvu, whole.fvu)
+    assert not bundles.near(plain.fvu, whole.fvu), "any tokens would have done"
+
+
 def test_the_manifest_tells_where_it_is_from(imported: Imported) -> None:
     manifest = imported.bundle.manifest
     assert manifest.source == Source("toy", "somewhere", "main", 31.9)
@@ -146,7 +158,10 @@ def test_a_transcoder_and_a_router_are_imported(tmp_path: Path, corpus: Path) ->
     g = torch.Generator().manual_seed(0)
     routed = replace(random_sae(), selection=TopK(8), router=Router(torch.randn(2, 192, generator=g)))
     sites = ("layers.1.resid_post", SITE)
-    wish = Wish(MODEL, tmp_path / "routed", sites=sites, corpus=corpus, tokens=2000)
+    wish = Wish(MODEL, tmp_path / "routed", sites=sites, corpus=corpus, tokens=1000)
+    with pytest.raises(ImportRefused, match=r"^convention: L0 8 and FVU .*--accept"):
+        importing.make(loaded(routed, sites=()), Source("toy", "x"), wish)
+    wish = replace(wish, accept=True)
     made = importing.make(loaded(routed, sites=()), Source("toy", "x"), wish)
     assert made.bundle.manifest.sites == sites
     assert made.bundle.manifest.training.l0 == pytest.approx(8, abs=0.01)

@@ -205,7 +205,7 @@ def test_no_latent_of_a_program_was_chosen_on_held_out_sections(material: derive
 def test_the_shipped_bundle_fits_the_shipped_model(material: derive.Material) -> None:
     sha256 = bundles.model_sha256(PRETRAINED / "textbook-lm")
     bundles.check_model(material.bundle, sha256, material.trunk.config.hidden_size)
-    assert material.bundle.manifest.training.fvu < 0.12
+    assert (material.bundle.manifest.training.fvu or 1) < 0.12
 
 
 @pytest.mark.parametrize("name", SHIPPED)

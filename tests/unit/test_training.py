@@ -254,7 +254,7 @@ def test_one_command_goes_from_corpus_to_bundle(tmp_path: Path, capsys: pytest.C
     assert "tok/s" in capsys.readouterr().err
     made = bundle.load(tmp_path / "toy-layers.1")
     assert made.manifest.training.tokens == 20000
-    assert 0 < made.manifest.training.fvu < 0.8
+    assert 0 < (made.manifest.training.fvu or 0) < 0.8
     labels = [summary.label for summary in made.catalogue.page(-1, 256)]
     assert any("viruses" in label or "cells" in label for label in labels)
     assert entries.INACTIVE in labels
