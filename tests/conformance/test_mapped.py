@@ -61,7 +61,7 @@ def checkpoint(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_gib_of_bfloat16_takes_a_tenth_of_it_and_a_second_to_the_first_row(checkpoint: Path) -> None:
-    run = [sys.executable, "-c", MEASURE, checkpoint]
+    run = [sys.executable, "-c", MEASURE, str(checkpoint)]
     measured = json.loads(subprocess.run(run, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
     print(measured)
     assert measured["first"] == 0.75
