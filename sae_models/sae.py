@@ -229,7 +229,7 @@ def blocks(matrix: Tensor, kept: bool = False) -> Iterator[tuple[slice, Tensor]]
 
     They share one buffer, since fresh memory costs more than the conversion; a gradient needs each to stay.
     """
-    buffer = matrix.new_empty(min(BLOCK, len(matrix)), matrix.shape[1], dtype=torch.float32)
+    buffer = torch.empty_like(matrix[:BLOCK], dtype=torch.float32)
     for start in range(0, len(matrix), BLOCK):
         block = matrix[start : start + BLOCK]
         room = torch.empty_like(buffer) if kept else buffer

@@ -20,7 +20,7 @@ from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, oriented, read_json, read_pickle, state, take
 from sae_models.sae import SAE, TopK
 
-CONFIG, WEIGHTS = "config.json", "ae.pt"
+CONFIG, WEIGHTS, ADAPTIVE = "config.json", "ae.pt", "dynamic_config.json"
 
 
 class Layout(NamedTuple):
@@ -55,7 +55,8 @@ REFUSED = {
 def recognise(path: Path) -> str | None:
     """Why a path holds this format, or None."""
     folder = home(path, WEIGHTS)
-    found = (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+    # AdaptiveK writes these two names and a third.
+    found = all((folder / name).is_file() for name in (CONFIG, WEIGHTS)) and not (folder / ADAPTIVE).exists()
     return f"{WEIGHTS} beside {CONFIG}" if found else None
 
 

@@ -91,10 +91,10 @@ def positive(settings: Mapping[str, Any], key: str, file: str) -> float:
     return float(value)
 
 
-def whole(sae: SAE, file: str) -> SAE:
-    """The same; FormatError where folding took a value beyond what float32 holds."""
-    parts = {"encoder": sae.encoder, "bias": sae.bias, "threshold": sae.threshold, "decoder": sae.decoder}
-    for name, part in (parts | {"decoder_bias": sae.decoder_bias}).items():
+def whole(sae: SAE, file: str, *, matrices: bool = True) -> SAE:
+    """The same; FormatError where folding took a value beyond what float32 holds. `matrices`: whether they changed."""
+    parts = {"bias": sae.bias, "threshold": sae.threshold, "decoder_bias": sae.decoder_bias}
+    for name, part in (parts | ({"encoder": sae.encoder, "decoder": sae.decoder} if matrices else {})).items():
         if not finite(part):
             raise FormatError(f"{file}: the {name} has values that are not finite once the settings are folded in")
     return sae

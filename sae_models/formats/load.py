@@ -19,6 +19,7 @@ from sae_models.formats import (
     sparsify,
     transcoders,
 )
+from sae_models.formats.layouts import whole
 from sae_models.formats.source import Format, FormatError, Loaded
 
 FORMATS: tuple[Format, ...] = (
@@ -53,6 +54,8 @@ def load(path: Path) -> Loaded:
         raise FormatError(f"{path}: the format must be one, it is {known}; seen: {seen(path)}")
     (found, why), *_ = fitting
     sae, declared = found.read(path)
+    # A pre-bias changes the bias alone.
+    whole(sae, path.name, matrices=bool(set(declared.folded) - {"pre_bias"}))
     return Loaded(found.name, why, sae, declared)
 
 

@@ -31,7 +31,7 @@ VERSION = "6.54.12"
 MATRICES = frozenset({"W_enc", "W_dec", "b_dec"})
 TENSORS = {
     "standard": MATRICES | {"b_enc"},
-    "jumprelu": MATRICES | {"b_enc", "threshold"},
+    "jumprelu": MATRICES | {"b_enc", "threshold", "log_threshold"},
     "topk": MATRICES | {"b_enc"},
     "abstopk": MATRICES | {"b_enc"},
     "gated": MATRICES | {"b_gate", "b_mag", "r_mag"},
@@ -82,7 +82,7 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     settings = current(read_json(folder / CONFIG))
     architecture = architecture_of(settings)
     file = Checkpoint(folder, architecture, settings, read_safetensors(folder / WEIGHTS))
-    only(file.tensors, TENSORS[architecture].union(FINETUNING, {"log_threshold"}), WEIGHTS)
+    only(file.tensors, TENSORS[architecture].union(FINETUNING), WEIGHTS)
     notes = {key: settings[key] for key in NOTED if settings.get(key) is not None}
     sae, folded = folded_in(stored(file), file, notes)
     if (folder / SPARSITY).is_file():
@@ -148,7 +148,7 @@ def threshold_of(file: Checkpoint, decoder: Tensor) -> Tensor | float:
 
 def rescaled(file: Checkpoint) -> bool:
     """Whether z is multiplied by the norm of the latent's decoder row before the largest are taken."""
-    return flag(file.settings, "rescale_acts_by_decoder_norm", CONFIG, default=False)
+    return "topk" in file.architecture and flag(file.settings, "rescale_acts_by_decoder_norm", CONFIG, default=False)
 
 
 def folded_in(sae: SAE, file: Checkpoint, notes: dict[str, Any]) -> tuple[SAE, tuple[str, ...]]:

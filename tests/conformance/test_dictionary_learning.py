@@ -58,7 +58,7 @@ def save(path: Path, autoencoder: Any, config: dict[str, Any]) -> None:
     torch.save({key: value.cpu() for key, value in autoencoder.state_dict().items()}, path / "ae.pt")
 
 
-def made(trainer_class: Any, path: Path, threshold: float = 1.5) -> Any:
+def made(trainer_class: Any, path: Path, threshold: float = 8.0) -> Any:
     """Saves a dictionary with random weights under its trainer's configuration, and gives what they load of it."""
     trainer = trainer_class(**options(trainer_class))
     fill(trainer.ae)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+ROOT = Path(__file__).parents[2]
 LATENTS, WIDTH = 65_536, 4_096
 # Of the file.
 EXTRA = 0.1
@@ -60,8 +61,8 @@ def checkpoint(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_gib_of_bfloat16_takes_a_tenth_of_it_and_a_second_to_the_first_row(checkpoint: Path) -> None:
-    out = subprocess.run([sys.executable, "-c", MEASURE, checkpoint], capture_output=True, text=True, check=True).stdout
-    measured = json.loads(out)
+    run = [sys.executable, "-c", MEASURE, str(checkpoint)]
+    measured = json.loads(subprocess.run(run, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
     print(measured)
     assert measured["first"] == 0.75
     assert measured["extra"] < EXTRA * (checkpoint / "sae.safetensors").stat().st_size

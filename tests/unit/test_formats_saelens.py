@@ -66,7 +66,11 @@ def test_standard_takes_its_decoder_bias_off_the_input(tmp_path: Path) -> None:
     assert (declared.sites, declared.model, declared.folded) == (("layers.3.resid_post",), "toy", ("pre_bias",))
 
 
-def test_without_the_flag_it_does_not(tmp_path: Path) -> None:
+def test_it_does_so_where_the_file_does_not_say(tmp_path: Path) -> None:
+    assert read(tmp_path, weights(), apply_b_dec_to_input=None)[1].folded == ("pre_bias",)
+
+
+def test_it_does_not_where_the_file_says_so(tmp_path: Path) -> None:
     t = weights()
     sae, declared = read(tmp_path, t, apply_b_dec_to_input=False)
     assert torch.allclose(sae.encode(X), torch.relu(X @ t["W_enc"] + t["b_enc"]), atol=1e-5)
@@ -176,6 +180,20 @@ def test_a_scale_that_is_not_there_is_taken_as_1_and_noted(tmp_path: Path) -> No
     assert declared.notes["input_scale"].startswith("not in the files")
 
 
+@pytest.mark.parametrize("pre_bias", [True, False])
+def test_a_whitening_beside_the_weights_maps_the_input_and_maps_the_output_back(pre_bias: bool, tmp_path: Path) -> None:
+    t, mean = weights(), numbers(D, seed=6)
+    matrix = torch.eye(D) + numbers(D, D, seed=7) / 5
+    inverse = torch.linalg.inv(matrix).contiguous()
+    statistics = {"mean": mean, "matrix": matrix, "inverse_matrix": inverse}
+    save_file(statistics, tmp_path / "activation_whitening.safetensors")
+    settings = {"normalize_activations": "covariance_whitening", "apply_b_dec_to_input": pre_bias}
+    sae, _ = read(tmp_path, t, **settings)
+    f = torch.relu(((X - mean) @ matrix - pre_bias * t["b_dec"]) @ t["W_enc"] + t["b_enc"])
+    assert torch.allclose(sae.encode(X), f, atol=1e-4)
+    assert torch.allclose(sae.decode(f), (f @ t["W_dec"] + t["b_dec"]) @ inverse + mean, atol=1e-4)
+
+
 def test_factors_of_finetuning_multiply_on_the_way_to_the_decoder(tmp_path: Path) -> None:
     t = weights(scaling_factor=torch.linspace(0.5, 1.5, F))
     sae, _ = read(tmp_path, t, finetuning_scaling_factor=True)
@@ -254,6 +272,7 @@ def test_matrices_that_lie_the_other_way_are_told_by_the_lengths_of_the_biases(t
         (weights(W_enc=torch.full((D, F), torch.inf)), {}, "W_enc: has values that are not finite"),
         (weights(W_enc=torch.ones(D, F, dtype=torch.int32)), {}, "W_enc: is not a tensor of floating-point"),
         (weights(threshold=numbers(F)), {}, "unknown tensors threshold"),
+        (weights(log_threshold=numbers(F)), {}, "unknown tensors log_threshold"),
         (weights(threshold=torch.tensor(1.0)), {"architecture": "jumprelu"}, r"threshold: shape \(\)"),
         (weights(), {"architecture": "temporal"}, "temporal cannot be served per token: its latents depend"),
         (weights(), {"architecture": "matching_pursuit"}, "matching_pursuit cannot be served per token"),
@@ -304,6 +323,15 @@ def test_what_is_written_reads_as_it_was(tmp_path: Path) -> None:
     assert (said.sites, said.model, said.folded) == (("layers.3.resid_pre",), "toy", ())
     assert torch.equal(again.encode(X), sae.encode(X))
     assert torch.equal(again.forward(X)[0], sae.forward(X)[0])
+
+
+def test_a_skip_transcoder_that_is_written_reads_as_it_was(tmp_path: Path) -> None:
+    t = weights(D_OUT)
+    sae = SAE(t["W_enc"].T, t["b_enc"], torch.zeros(F), t["W_dec"], t["b_dec"], skip=numbers(D, D_OUT, seed=8))
+    saelens.write(tmp_path / "sae", sae, Declaration("x", ("layers.3.mlp_in",), "layers.3.mlp_out"))
+    again, said = saelens.read(tmp_path / "sae")
+    assert (said.architecture, said.output_site) == ("skip_transcoder", "layers.3.mlp_out")
+    assert torch.allclose(again.decode(again.encode(X), X), sae.decode(sae.encode(X), X))
 
 
 def test_bfloat16_matrices_are_written_as_they_are(tmp_path: Path) -> None:
