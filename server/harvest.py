@@ -78,7 +78,7 @@ async def _window(engine: Engine, sites: Sequence[int], windows: Windows, row: i
     call = Call(
         prompt, SamplingParams(temperature=0.0, max_tokens=1, detokenize=False), report_prompt=True, capture=True
     )
-    while True:
+    for _ in range(TRIES):
         outcomes = [output.outcome async for output in engine.stream(call)]
         captures = [capture for outcome in outcomes if outcome for capture in outcome.captures]
         flat = [[column(c.before, "<f4") for c in captures if c.site == site] for site in sites]
