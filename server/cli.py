@@ -26,7 +26,7 @@ from sae_models.commands import add_bundle
 from server import config as configuration
 from server.config import ConfigError
 
-BENCHES = ("engine", "grpc")
+BENCHES = {"engine": "Rudder against plain vLLM", "train": "the trainer against other SAE libraries"}
 TOUR = Path(server.__file__).parent.parent / "clients/python/examples/tour.py"
 STARTED_S, STOPPED_S = 600.0, 60.0
 LOG_TAIL_LINES = 120
@@ -92,8 +92,8 @@ def parser() -> argparse.ArgumentParser:
     sae = commands.add_parser("sae", help="SAEs among each other").add_subparsers(required=True, metavar="command")
     add_forwarded(sae, "compare", "match the latents of two bundles", "sae_models.analysis.compare")
     bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="benchmark")
-    for name in BENCHES:
-        add_bench(bench, name)
+    for name, text in BENCHES.items():
+        add_bench(bench, name, text)
     commands.add_parser("demo", help="start a server, take the tour of it, stop it").set_defaults(run=run_demo)
     return top
 
@@ -124,9 +124,9 @@ def add_asking(commands: Any, name: str, text: str, run: Any) -> argparse.Argume
     return command
 
 
-def add_bench(commands: Any, name: str) -> None:
+def add_bench(commands: Any, name: str, text: str) -> None:
     """A benchmark; its load's fields are flags, added when it is asked for, so that others start quickly."""
-    command = commands.add_parser(name, help=f"server.bench.{name}", add_help=False)
+    command = commands.add_parser(name, help=text, add_help=False)
     command.set_defaults(run=lambda args: run_bench(name, args.rest), takes_rest=True)
 
 
@@ -274,8 +274,12 @@ def run_model(args: argparse.Namespace) -> None:
     out.print(table)
 
 
-def run_bench(name: str, rest: Sequence[str]) -> None:
-    """`rudder bench NAME`: the module's `run(load, file)`, with the fields of its `Load` as flags."""
+def run_bench(name: str, rest: Sequence[str]) -> int | None:
+    """`rudder bench NAME`. The trainer's has flags of its own; `engine`: the fields of its `Load`."""
+    if name == "train":
+        from sae_models.bench import train
+
+        return train.main(rest)
     module = importlib.import_module(f"server.bench.{name}")
     command = argparse.ArgumentParser(prog=f"rudder bench {name}", description=module.__doc__)
     command.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
@@ -287,6 +291,7 @@ def run_bench(name: str, rest: Sequence[str]) -> None:
     given = {name: value for name, value in vars(command.parse_args(rest)).items() if value is not None}
     output = given.pop("json", None)
     module.run(module.Load(**given), output)
+    return None
 
 
 def flag_of(kind: Any, name: str) -> Any:
