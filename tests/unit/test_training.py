@@ -1,4 +1,4 @@
-"""The trainer finds directions that were planted; the harvest leaves out BOS and padding; the measures are right."""
+"""The harvest leaves out BOS and padding; the measures are right; one command goes from corpus to bundle."""
 
 import json
 import lzma
@@ -11,11 +11,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_models import bundle
-from sae_models.architectures import batch_topk
-from sae_models.architectures.batch_topk import BatchTopK
 from sae_models.sae import SAE
 from sae_models.training import catalogue as entries
-from sae_models.training import corpus, harvest, metrics, sites, trainer
+from sae_models.training import corpus, harvest, metrics, sites
 from sae_models.training.__main__ import main
 from sae_models.training.corpus import CorpusError, Document, Windows
 
@@ -60,71 +58,6 @@ def windows() -> Windows:
     """Two documents in windows of eight."""
     documents = [Document("one", "a", "The cat sat on the mat."), Document("two", "b", "Cats")]
     return corpus.windows(documents, Letters(), 8)
-
-
-def planted(tokens: int, directions: Tensor, generator: torch.Generator) -> Tensor:
-    """x = sum_j a_j v_j + noise, each direction active on 1 token in 20, strength in [0.5, 2]; scaled and moved."""
-    active = torch.rand(tokens, len(directions), generator=generator) < 0.05
-    strength = 0.5 + 1.5 * torch.rand(tokens, len(directions), generator=generator)
-    noise = 0.02 * torch.randn(tokens, directions.shape[1], generator=generator)
-    return 40 * ((active * strength) @ directions + noise) + 100
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_trainer_recovers_planted_directions(seed: int) -> None:
-    g = torch.Generator().manual_seed(seed)
-    directions = torch.nn.functional.normalize(torch.randn(48, 32, generator=g), dim=1)
-    config = trainer.Config(latents=64, k=3, tokens=300_000, seed=seed, batch=256, dead_after=20_000)
-    stream = (planted(256, directions, g) for _ in range(config.tokens // config.batch))
-    sae = trainer.train(stream, planted(20_000, directions, g), config)
-    found = (directions @ sae.decoder.T).amax(1)
-    fidelity = metrics.fidelity(sae, planted(20_000, directions, g))
-    assert float((found > 0.95).float().mean()) > 0.9
-    assert fidelity.fvu < 0.1
-    assert fidelity.l0 == pytest.approx(3, abs=0.3)
-
-
-def test_batch_threshold_keeps_k_a_token_on_average() -> None:
-    z = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
-    assert int((z > batch_topk.batch_threshold(z, 5)).sum()) == 5 * 16
-    assert float(batch_topk.batch_threshold(-z.abs(), 5)) == 0
-
-
-def test_canonical_form_equals_the_module_at_its_threshold() -> None:
-    g = torch.Generator().manual_seed(0)
-    module, x = BatchTopK(8, 24, 4, g), 5 * torch.randn(32, 8, generator=g) + 3
-    with torch.no_grad():
-        module.bias.normal_(0, 0.1, generator=g)
-        module.decoder_bias.normal_(0, 0.1, generator=g)
-        output = module(x * 0.2)
-    sae = module.canonical(float(output.threshold), 0.2)
-    assert torch.allclose(sae.encode(x), output.latents / 0.2, atol=1e-4)
-    assert torch.allclose(sae.forward(x)[0], output.reconstruction / 0.2, atol=1e-4)
-    assert torch.allclose(sae.decoder.norm(dim=1), torch.ones(24))
-
-
-def test_auxiliary_loss_reaches_dead_latents_alone() -> None:
-    g = torch.Generator().manual_seed(0)
-    module, x = BatchTopK(8, 24, 4, g), torch.randn(32, 8, generator=g)
-    dead = torch.arange(24) < 6
-    error = x - module(x).reconstruction.detach()
-    trainer.auxiliary_loss(module, x, error, dead, 3).backward()
-    assert module.encoder.grad is not None
-    assert module.encoder.grad[dead].abs().sum() > 0
-    assert module.encoder.grad[~dead].abs().sum() == 0
-    assert float(trainer.auxiliary_loss(module, x, error, torch.zeros(24, dtype=torch.bool), 3)) == 0
-
-
-def test_rate_warms_up_and_falls_to_zero() -> None:
-    config = trainer.Config(latents=1, k=1, tokens=1, warm_up=0.1, decay=0.5)
-    assert [round(trainer.rate(progress, config), 3) for progress in (0.0, 0.05, 0.1, 0.5, 0.75, 1.0)] == [
-        0,
-        0.5,
-        1,
-        1,
-        0.5,
-        0,
-    ]
 
 
 def test_windows_begin_with_bos_and_do_not_count_it(windows: Windows) -> None:
