@@ -44,7 +44,7 @@ MODES = {
 ONLY = {"eai-sparsify": ("topk",)}
 # And those it gets where the benchmark wraps its step in autocast.
 WRAPPED = {"dictionary-learning": ("float32", "autocast"), "eai-sparsify": ("float32", "autocast")}
-PLANTED, ACTIVE, HELD = 20_000, 48, 16_384
+PLANTED, ACTIVE, HELD = 8_000, 24, 16_384
 # Not that of any trainer: the same random directions would be its first dictionary.
 DATA_SEED = 20_260_731
 SMALLER, SHORTER, PROBES = 8, 4, 2
@@ -237,7 +237,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=32, help="default %(default)s")
     parser.add_argument("--turn", type=int, default=2, help="steps of a turn (default %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: all cores")
-    parser.add_argument("--rates", type=float, nargs="*", default=(5e-4, 2e-3), help="learning rates beside a default")
+    parser.add_argument("--rates", type=float, nargs="*", default=(2e-3, 8e-3), help="learning rates beside a default")
     parser.add_argument("--wrapped", action="store_true", help="give every peer autocast, offered by it or not")
     return parser.parse_args(argv)
 

@@ -61,7 +61,8 @@ class Trainer:
 
     def step(self, x: Tensor, target: Tensor | None = None) -> Metrics:
         """One step on raw inputs [n, d] (or [n, L, d]); x is left as it is."""
-        progress = self.tokens / self.config.tokens
+        # Of the step's middle: neither the first step nor the last is one of rate 0.
+        progress = (self.tokens + len(x) * self.ranks / 2) / self.config.tokens
         state = State(self.steps, progress, self.silent > self.config.dead_after)
         loss = self.architecture.loss(x * self.scale, state, target)
         self.optimiser.zero_grad(set_to_none=True)

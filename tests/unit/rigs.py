@@ -35,7 +35,7 @@ def run(
 ) -> Trainer:
     """A trainer after all steps on (x) or (x, target) of a stream."""
     kind = ARCHITECTURES[name]
-    defaults = {"latents": 96, "k": 4, "learning_rate": 3e-3, "precision": "float32"}
+    defaults: dict[str, Any] = {"latents": 96, "k": 4, "learning_rate": 3e-3, "precision": "float32"}
     # Another seed than the stream's: the same random directions would be the first dictionary.
     made = kind(d, kind.config_type(**(defaults | settings)), torch.Generator().manual_seed(1000 + seed))
     trained = Trainer(made, trainer.Config(steps * batch, dead_after=20_000))

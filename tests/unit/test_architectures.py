@@ -41,7 +41,8 @@ def made(name: str, d: int = 8, seed: int = 0, **settings: Any) -> Architecture:
     """A small module with biases that are not 0."""
     g = torch.Generator().manual_seed(seed)
     kind = ARCHITECTURES[name]
-    module = kind(d, kind.config_type(**({"latents": 24, "k": 4, "precision": "float32"} | settings)), g)
+    defaults: dict[str, Any] = {"latents": 24, "k": 4, "precision": "float32"}
+    module = kind(d, kind.config_type(**(defaults | settings)), g)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim == 1:
@@ -103,7 +104,7 @@ def test_loss_and_gradients_do_not_depend_on_how_pairs_are_held(name: str, monke
     (dense, of_dense), (pairs, of_pairs) = results
     assert isinstance(dense.active, sparse.Dense)
     assert isinstance(pairs.active, Pairs)
-    assert float(dense.total) == pytest.approx(float(pairs.total), rel=1e-5)
+    assert dense.total.item() == pytest.approx(pairs.total.item(), rel=1e-5)
     for parameter, gradient in of_dense.items():
         assert torch.allclose(gradient, of_pairs[parameter], atol=1e-5), parameter  # type: ignore[arg-type]
 
@@ -210,7 +211,8 @@ def test_prefixes_add_up_to_the_whole() -> None:
 
 def test_a_matryoshkas_first_latents_explain_more_than_those_of_batch_topk() -> None:
     explained = {}
-    for name, settings in (("matryoshka", {"shares": (0.25, 0.75)}), ("batch_topk", {})):
+    kinds: dict[str, dict[str, Any]] = {"matryoshka": {"shares": (0.25, 0.75)}, "batch_topk": {}}
+    for name, settings in kinds.items():
         g = torch.Generator().manual_seed(0)
         directions = unit(64, 32, g)
         sae = run(name, lambda n: planted(n, directions, g), 0, steps=200, **settings).canonical(  # noqa: B023
@@ -226,7 +228,7 @@ def test_a_matryoshkas_first_latents_explain_more_than_those_of_batch_topk() -> 
 def test_k_of_complexity_has_the_golden_values() -> None:
     module = made("adaptive_k", latents=400, k_min=20, k_max=320)
     with torch.no_grad():
-        module.probe.zero_()[0] = 1.0  # type: ignore[operator, union-attr, index]
+        module.probe.zero_()[0] = 1.0  # type: ignore[operator]
         module.probe_offset.zero_()  # type: ignore[operator]
     x = torch.zeros(101, 8)
     x[:, 0] = torch.linspace(-1, 11, 101)
@@ -247,14 +249,14 @@ def complex_batch(n: int, directions: Tensor, axis: Tensor, g: torch.Generator) 
 
 def test_adaptive_k_spends_latents_where_they_are_needed() -> None:
     g = torch.Generator().manual_seed(0)
-    directions, axis = unit(64, 64, g), unit(1, 64, g)[0]
+    directions, axis = unit(64, 128, g), unit(1, 128, g)[0]
 
     def fvu(name: str, shuffled: bool, **settings: Any) -> float:
         def stream(n: int) -> Any:
             x, c = complex_batch(n, directions, axis, g)
             return x if name == "topk" else (x, c[torch.randperm(n, generator=g)] if shuffled else c)
 
-        trained = run(name, stream, 0, d=64, steps=250, **settings)
+        trained = run(name, stream, 0, d=128, steps=300, learning_rate=6e-3, **settings)
         x, c = complex_batch(4096, directions, axis, g)
         sae = trained.canonical(x)
         f = sae.encode(x)
@@ -267,7 +269,7 @@ def test_adaptive_k_spends_latents_where_they_are_needed() -> None:
 
     settings = {"k_min": 0, "k_max": 26, "steepness": 4.0, "l1": 0.0, "gradient_norm": None}
     adaptive, fixed = fvu("adaptive_k", False, **settings), fvu("topk", False, k=13)
-    assert adaptive < 0.8 * fixed
+    assert adaptive < 0.7 * fixed
     assert fvu("adaptive_k", True, **settings) > 0.95 * fixed
 
 

@@ -1,5 +1,10 @@
 """The sparse step is the dense one: the same choice, the same values, the same gradients."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +14,8 @@ from torch import Tensor
 from sae_models.training import sparse
 from sae_models.training.kernels import row_dots, row_sums
 from sae_models.training.sparse import Pairs, Weights
+
+ROOT = Path(__file__).parents[2]
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -109,7 +116,7 @@ def test_gradients_on_the_sphere_have_nothing_along_a_row() -> None:
         (plain,) = gradients(cost(active.decode(values, decoder)), decoder)
         (tangent,) = gradients(cost(active.decode(values, decoder, unit=True)), decoder)
         radial = (plain * decoder).sum(1, keepdim=True) * decoder
-        assert float(radial.abs().max()) > 0.1
+        assert radial.abs().max().item() > 0.1
         assert torch.allclose(tangent, plain - radial, atol=1e-4)
 
 
@@ -120,6 +127,28 @@ def test_row_sums_and_dots_are_what_they_say() -> None:
     expected = torch.stack([rows[5] - 2 * rows[0], torch.zeros(4), 0.5 * rows[5] + 3 * rows[2]])
     assert torch.allclose(row_sums(rows, index, start, weight), expected, atol=1e-6)
     assert torch.allclose(row_dots(left, rows, group, index, start), (left[group] * rows[index]).sum(1), atol=1e-6)
+
+
+GPU_KERNELS = """
+import torch
+from sae_models.training import kernels, triton_kernels
+torch.manual_seed(0)
+rows, left, weight = torch.randn(7, 300), torch.randn(5, 300), torch.randn(6)
+index, group, start = torch.tensor([6, 0, 6, 2, 1, 1]), torch.tensor([0, 0, 2, 3, 3, 3]), torch.tensor([0, 2, 2, 3, 6])
+sums, dots = triton_kernels.row_sums(rows, index, start, weight), triton_kernels.row_dots(left, rows, group, index)
+assert torch.allclose(sums, kernels.row_sums(rows, index, start, weight), atol=1e-5)
+assert torch.allclose(dots, kernels.row_dots(left, rows, group, index, start), atol=1e-4)
+print("equal")
+"""
+
+
+def test_gpu_kernels_are_the_same_sums_and_dots() -> None:
+    """Run by Triton's interpreter, which a process has from its start or not at all; no GPU is needed."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", GPU_KERNELS]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "equal\n", done.stderr
 
 
 def test_pairs_know_their_order_by_latent() -> None:

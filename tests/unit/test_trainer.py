@@ -94,7 +94,7 @@ def test_averaged_gradients_of_two_ranks_are_those_of_the_whole_batch() -> None:
     assert torch.equal(second.silent > 0, alone.silent > 0)
     for ours, theirs in zip(second.architecture.parameters(), alone.architecture.parameters(), strict=True):
         # bfloat16 products of other batches may differ in a last bit, and Adam's first step is a sign.
-        assert float((ours - theirs).abs().mean()) < 2e-5
+        assert (ours - theirs).abs().mean().item() < 2e-5
 
 
 def test_several_saes_learn_from_one_stream_as_each_would_alone() -> None:
