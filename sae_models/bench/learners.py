@@ -108,9 +108,9 @@ def ours(mode: str, task: Task, sample: Tensor) -> Learner:
 
 def sae_lens(mode: str, task: Task, sample: Tensor) -> Learner:
     """SAELens: `SAETrainer.step`. Its sparse activations do not run on a CPU (the gradient norm)."""
-    import sae_lens as library  # type: ignore[import-not-found]
-    from sae_lens.config import SAETrainerConfig  # type: ignore[import-not-found]
-    from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[import-not-found]
+    import sae_lens as library
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
 
     del sample
     common = {"d_in": task.d, "d_sae": task.latents}
@@ -165,7 +165,7 @@ def sae_lens_weights(sae: Any, task: Task) -> Saved:
 
 def dictionary_learning(mode: str, task: Task, sample: Tensor) -> Learner:
     """dictionary_learning: its trainers' `update`."""
-    from dictionary_learning import trainers  # type: ignore[import-not-found]
+    from dictionary_learning import trainers
 
     del mode, sample
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -214,8 +214,8 @@ def sparsify(mode: str, task: Task, sample: Tensor) -> Learner:
     modules with its default optimiser.
     """
     from schedulefree import ScheduleFreeWrapper  # type: ignore[import-not-found]
-    from sparsify import SparseCoder, SparseCoderConfig  # type: ignore[import-not-found]
-    from sparsify.sign_sgd import SignSGD  # type: ignore[import-not-found]
+    from sparsify import SparseCoder, SparseCoderConfig
+    from sparsify.sign_sgd import SignSGD
 
     del mode
     if task.case != "topk":
