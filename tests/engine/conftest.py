@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import AsyncIterator
+from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import pytest_asyncio
+from prometheus_client import REGISTRY
 
 from server import config as configuration
 from server.engine import selftest
@@ -29,10 +31,15 @@ SMALL = {
 }
 
 
+# vLLM's count of preemptions in the engine below: an engine that starts later takes its place in the registry.
+preempted: list[Any] = []
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def engine() -> AsyncIterator[Engine]:
     """Rudder's engine on the shipped model in float32, self-tested."""
     started = await Engine.start(configuration.load(None, SMALL))
     await selftest.run(started)
+    preempted.append(REGISTRY._names_to_collectors["vllm:num_preemptions"])
     yield started
     await started.stop()

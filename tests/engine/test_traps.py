@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from prometheus_client import REGISTRY
 from vllm import SamplingParams
 
 from rudder.v1 import program_pb2 as pb
@@ -14,6 +13,7 @@ from server.engine.admission import QueueFull
 from server.engine.engine import Call, Engine, Outcome, Output
 from server.steering.compile import Compiled, compile_program
 from server.steering.watch import compile_watch
+from tests.engine.conftest import preempted
 
 SITE = "layers.2.resid_post"
 LATE = "layers.4.resid_post"
@@ -128,13 +128,9 @@ def frequency(engine: Engine) -> Any:
 
 def preemptions() -> float:
     """vLLM's own count."""
-    return REGISTRY.get_sample_value("vllm:num_preemptions_total", preemption_labels()) or 0.0
-
-
-def preemption_labels() -> dict[str, str]:
-    """The labels of vLLM's series."""
-    family = next(f for f in REGISTRY.collect() if f.name == "vllm:num_preemptions")
-    return family.samples[0].labels
+    samples = [sample for family in preempted[0].collect() for sample in family.samples]
+    total: float = sum(sample.value for sample in samples if sample.name.endswith("_total"))
+    return total
 
 
 async def test_preempted_requests_are_recomputed_alike(engine: Engine) -> None:
