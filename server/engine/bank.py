@@ -138,14 +138,18 @@ class SiteBank(nn.Module):
         self.register_buffer("normalisation", torch.zeros(rows, dtype=torch.int64), persistent=False)
         self.register_buffer("column", torch.full((rows,), -1), persistent=False)
 
-    def fill(self, place: int, rows: Rows, name: str = "", latent: int = -1) -> None:
-        """Load a row place with the one row of `rows`: latent `latent` of bundle `name`, or a raw one."""
+    def fill(self, places: Tensor, rows: Rows, name: str, latents: Tensor) -> None:
+        """Load row places [n] with the latents [n] of bundle `name`, or with raw rows where it is empty."""
+        places = places.to(self.encoder.device, non_blocking=True)
         for buffer, value in zip((self.encoder, self.bias, self.threshold, self.decoder), rows, strict=True):
-            buffer[place].copy_(value[0], non_blocking=True)
+            buffer.index_copy_(0, places, value.to(buffer.device, non_blocking=True))
+        if not self.dictionaries:
+            return
         sae = dict(zip(self.columns, self.dictionaries, strict=True)).get(name)
         kind = sae.normalisation if sae else Normalisation.NONE
-        self.normalisation[place] = 1 + self.normalisations.index(kind) if kind in self.normalisations else 0
-        self.column[place] = self.columns[name] + latent if sae and not sae.exact else -1
+        self.normalisation[places] = 1 + self.normalisations.index(kind) if kind in self.normalisations else 0
+        whole = sae is not None and not sae.exact
+        self.column[places] = self.columns[name] + latents.to(places.device) if whole else -1
 
     def gain(self, x: Tensor) -> Tensor | None:
         """What each row's input is multiplied by [T, K]; None: by 1."""

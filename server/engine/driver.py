@@ -102,8 +102,7 @@ class Driver:
             return
         lease = self.ledger.acquire(handle, request)
         live = self.live[request_id] = Live(handle, request, lease)
-        for site, row in lease.fresh:
-            self.fill(self.banks[site], lease.places[site, row], row)
+        self.fill(lease)
         self.tell_used(lease)
         if lease.slot:
             self.write_entries(live)
@@ -113,27 +112,26 @@ class Driver:
         for site in {site for site, _ in lease.places}:
             self.banks[site].used.fill_(self.ledger.extent(site))
 
-    def fill(self, bank: SiteBank, place: int, row: wire.Row) -> None:
-        """Load a row place from its bundle or from the raw vectors."""
-        if row.bundle:
-            rows = self.saes[row.bundle].rows(torch.tensor([row.latent]))
-            bank.fill(place, rows.rows if isinstance(rows, Candidates) else rows, row.bundle, row.latent)
-        else:
-            encoder, decoder = raw_vector(row.encoder, bank.width), raw_vector(row.decoder, bank.width)
-            bias, threshold = torch.tensor([row.bias]), torch.tensor([row.threshold])
-            bank.fill(place, Rows(encoder[None], bias, threshold, decoder[None]))
+    def fill(self, lease: Lease) -> None:
+        """Load a lease's fresh row places, those of a bundle at a site in one go."""
+        groups: dict[tuple[int, str], list[wire.Row]] = {}
+        for site, row in lease.fresh:
+            groups.setdefault((site, row.bundle), []).append(row)
+        for (site, bundle), rows in groups.items():
+            places = torch.tensor([lease.places[site, row] for row in rows])
+            latents = torch.tensor([row.latent for row in rows])
+            found = self.saes[bundle].rows(latents) if bundle else raw_rows(rows, self.banks[site].width)
+            self.banks[site].fill(places, found.rows if isinstance(found, Candidates) else found, bundle, latents)
 
     def write_entries(self, live: Live) -> None:
         """Write a request's prompt and generated entries of every site, and forget its slot's former state."""
-        slot = live.lease.slot
         for stage, sites in enumerate(live.request.stages):
             for site in sites:
                 bank, places = self.banks[site.site], live.places(site)
-                for phase in (0, 1):
-                    edits = edit_parameters(site, places, self.layout.rows, prompt=phase == 0)
-                    bank.edits[stage, 2 * slot + phase].copy_(edits, non_blocking=True)
-                    entry = entry_parameters(site, places, prompt=phase == 0)
-                    bank.entries[stage, 2 * slot + phase].copy_(entry, non_blocking=True)
+                for entries, prompt in entries_of(live.lease.slot, site):
+                    edits = edit_parameters(site, places, self.layout.rows, prompt)
+                    bank.edits[stage, entries].copy_(edits, non_blocking=True)
+                    bank.entries[stage, entries].copy_(entry_parameters(site, places, prompt), non_blocking=True)
 
     def finish(self, request_id: str) -> None:
         """Give back all that a finished or aborted request holds."""
@@ -241,6 +239,21 @@ def reading(live: Live | None) -> int:
     if live is None or not live.request.reads:
         return 0
     return 2 if live.request.watch_prompt or live.request.capture else 1
+
+
+def entries_of(slot: int, site: wire.Site) -> tuple[tuple[slice, bool], ...]:
+    """A slot's entries for prompt tokens and for generated ones: both at once where the program is the same."""
+    if not site.tells_phases_apart():
+        return ((slice(2 * slot, 2 * slot + 2), True),)
+    return (slice(2 * slot, 2 * slot + 1), True), (slice(2 * slot + 1, 2 * slot + 2), False)
+
+
+def raw_rows(rows: Sequence[wire.Row], width: int) -> Rows:
+    """Rows that carry their vectors."""
+    encoder = torch.stack([raw_vector(row.encoder, width) for row in rows])
+    decoder = torch.stack([raw_vector(row.decoder, width) for row in rows])
+    bias, threshold = torch.tensor([row.bias for row in rows]), torch.tensor([row.threshold for row in rows])
+    return Rows(encoder, bias, threshold, decoder)
 
 
 def raw_vector(data: bytes, width: int) -> Tensor:

@@ -76,7 +76,7 @@ def compile_program(
         sites[gate_site] = with_gate(sites[gate_site], program.gate, registry, f"{field}.gate")
     ordered = tuple(sites[here] for here in sorted(sites))
     check_capacity([ordered], registry, f"{field}.sites")
-    by_phase = any(part.prompt != part.generated for site in ordered for part in phased_parts(site))
+    by_phase = any(site.tells_phases_apart() for site in ordered)
     return Compiled(ordered, digest_of(ordered, registry), tuple(names), program.gate.HasField("sequence"), by_phase)
 
 
@@ -173,11 +173,6 @@ def displacement_cap(part: program_pb2.SiteEdits, field: str) -> float:
         return inf
     require(part.max_displacement > 0, field, f"{part.max_displacement:g} is not above 0")
     return number(part.max_displacement, field)
-
-
-def phased_parts(site: wire.Site) -> tuple[wire.Edit | wire.Blend, ...]:
-    """What has a phase at a site."""
-    return (*site.edits, site.blend) if site.blend else site.edits
 
 
 def phases(phase: program_pb2.Phase, field: str) -> tuple[bool, bool]:

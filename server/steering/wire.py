@@ -90,6 +90,11 @@ class Site(msgspec.Struct, frozen=True, array_like=True):
     gate: Gate | None = None
     watch: tuple[int, ...] = ()
 
+    def tells_phases_apart(self) -> bool:
+        """Whether prompt tokens are edited otherwise than generated ones."""
+        parts: tuple[Edit | Blend, ...] = (*self.edits, self.blend) if self.blend else self.edits
+        return any(part.prompt != part.generated for part in parts)
+
 
 class Request(msgspec.Struct, frozen=True, array_like=True):
     """All that the worker knows of a request. `stages[0]` is the request's own program, `stages[1]` the policy's.
