@@ -1,8 +1,8 @@
 """`kernels.row_sums` and `kernels.row_dots` on a GPU. Triton is imported here alone."""
 
 import torch
-import triton  # type: ignore[import-untyped,unused-ignore]
-import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 COLUMNS = 256

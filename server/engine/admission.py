@@ -27,13 +27,14 @@ class Admission:
 
     async def acquire(self, handle: int, request: wire.Request) -> None:
         """Wait until the bank has room. Raises QueueFull at once when too many wait."""
-        lacking = self.ledger.lacking(request)
-        needs_nothing = not request.rows() and not request.reads
-        if needs_nothing or (lacking is None and not self.waiting):
-            self.ledger.acquire(handle, request)
-            return
+        needs_nothing = not request.reads and not any(site.rows for stage in request.stages for site in stage)
+        if needs_nothing or not self.waiting:
+            lease = self.ledger.enter(handle, request)
+            if not isinstance(lease, str):
+                return
         if len(self.waiting) >= self.bound:
-            raise QueueFull(lacking or "queue", retry_after_s=1.0 + 0.05 * len(self.waiting))
+            lacking = self.ledger.lacking(request) or "queue"
+            raise QueueFull(lacking, retry_after_s=1.0 + 0.05 * len(self.waiting))
         future = asyncio.get_running_loop().create_future()
         self.waiting[handle] = request, future
         try:

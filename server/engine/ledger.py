@@ -1,11 +1,14 @@
 """Who holds which row places and slots. The worker fills the bank by it; the server's admission mirrors it."""
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
 from server.engine.layout import Layout
 from server.steering import wire
+
+Key = tuple[int, wire.Row]
 
 
 class BankFull(Exception):
@@ -21,8 +24,8 @@ class Lease:
     """What one request holds: its slot (0: none), the place of each of its rows, and those to be filled first."""
 
     slot: int
-    places: dict[tuple[int, wire.Row], int]
-    fresh: tuple[tuple[int, wire.Row], ...]
+    places: dict[Key, int]
+    fresh: tuple[Key, ...]
 
 
 class Ledger:
@@ -32,18 +35,22 @@ class Ledger:
         self.layout = layout
         self.free_slots = list(range(1, layout.slots + 1))
         self.free_rows = [list(range(layout.rows)) for _ in layout.sites]
-        self.held: dict[tuple[int, wire.Row], list[int]] = {}
+        self.held: dict[Key, list[int]] = {}
         self.leases: dict[int, tuple[wire.Request, Lease]] = {}
         self.capture_free = layout.capture_tokens or inf
 
     def lacking(self, request: wire.Request) -> str | None:
         """The first resource that does not suffice for `request`, if any."""
+        return self.lacking_for(request, [key for key in ordered_rows(request) if key not in self.held])
+
+    def lacking_for(self, request: wire.Request, fresh: Sequence[Key]) -> str | None:
+        """`lacking`, of a request for which the rows `fresh` are not held yet."""
         if request.edits and not self.free_slots:
             return "slots"
         if request.reads and self.capture_cost(request) > self.capture_free:
             return "capture_tokens"
-        new = [site for site, row in request.rows() if (site, row) not in self.held]
-        if any(new.count(site) > len(self.free_rows[site]) for site in set(new)):
+        sites = [site for site, _ in fresh]
+        if any(sites.count(site) > len(self.free_rows[site]) for site in set(sites)):
             return "rows"
         return None
 
@@ -53,19 +60,28 @@ class Ledger:
 
     def acquire(self, handle: int, request: wire.Request) -> Lease:
         """Give `request` its slot and places. Raises BankFull and changes nothing when something lacks."""
-        if resource := self.lacking(request):
-            raise BankFull(resource)
+        lease = self.enter(handle, request)
+        if isinstance(lease, str):
+            raise BankFull(lease)
+        return lease
+
+    def enter(self, handle: int, request: wire.Request) -> Lease | str:
+        """`acquire`, or the first resource that does not suffice."""
+        keys = ordered_rows(request)
+        fresh = tuple(key for key in keys if key not in self.held)
+        if resource := self.lacking_for(request, fresh):
+            return resource
         if request.reads:
             self.capture_free -= self.capture_cost(request)
         slot = heapq.heappop(self.free_slots) if request.edits else 0
-        places, fresh = {}, []
-        for key in ordered_rows(request):
-            if key not in self.held:
-                self.held[key] = [heapq.heappop(self.free_rows[key[0]]), 0]
-                fresh.append(key)
-            self.held[key][1] += 1
-            places[key] = self.held[key][0]
-        lease = Lease(slot, places, tuple(fresh))
+        for key in fresh:
+            self.held[key] = [heapq.heappop(self.free_rows[key[0]]), 0]
+        places = {}
+        for key in keys:
+            held = self.held[key]
+            held[1] += 1
+            places[key] = held[0]
+        lease = Lease(slot, places, fresh)
         self.leases[handle] = request, lease
         return lease
 
@@ -79,8 +95,9 @@ class Ledger:
         if lease.slot:
             heapq.heappush(self.free_slots, lease.slot)
         for key in lease.places:
-            self.held[key][1] -= 1
-            if self.held[key][1] == 0:
+            held = self.held[key]
+            held[1] -= 1
+            if held[1] == 0:
                 heapq.heappush(self.free_rows[key[0]], self.held.pop(key)[0])
         return lease
 
@@ -99,7 +116,7 @@ class Ledger:
         return self.layout.rows - len(self.free_rows[site])
 
 
-def ordered_rows(request: wire.Request) -> list[tuple[int, wire.Row]]:
+def ordered_rows(request: wire.Request) -> list[Key]:
     """The request's distinct (site, row) pairs in the order the program names them: the same on every rank."""
-    pairs = ((site.site, row) for stage in request.stages for site in stage for row in site.rows)
+    pairs = [(site.site, row) for stage in request.stages for site in stage for row in site.rows]
     return list(dict.fromkeys(pairs))
