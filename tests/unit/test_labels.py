@@ -37,9 +37,9 @@ def test_every_layout_is_read(tmp_path: Path, name: str) -> None:
 
 
 def test_features_hold_their_explanations_in_a_list(tmp_path: Path) -> None:
-    explanations = [{"description": ""}, {"description": "cells", "explanationModelName": "claude"}]
+    explanations = [{"description": ""}, {"description": "cells", "explanationModelName": "a-model"}]
     (tmp_path / "a.json").write_text(json.dumps([row(1, None, explanations=explanations)]))
-    assert found(tmp_path / "a.json").by_latent == {1: Label("cells", "neuronpedia claude")}
+    assert found(tmp_path / "a.json").by_latent == {1: Label("cells", "neuronpedia a-model")}
 
 
 def test_rows_without_text_and_second_labels_are_counted(tmp_path: Path) -> None:
