@@ -65,16 +65,22 @@ def read(one: Made, inputs: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory, made: dict[str, Made], inputs: dict[str, Tensor]) -> dict[str, str]:
+def paths(
+    tmp_path_factory: pytest.TempPathFactory, made: dict[str, Made], inputs: dict[str, Tensor]
+) -> dict[str, Path]:
     folder: Path = tmp_path_factory.mktemp("bundles")
     model = bundles.Model("textbook-lm", bundles.model_sha256(MODEL), next(iter(inputs.values())).shape[1])
-    paths = [write(folder, one, model, read(one, inputs)[1:]) for one in made.values()]
+    return {name: write(folder, one, model, read(one, inputs)[1:]) for name, one in made.items()}
+
+
+def serving(*paths: Path) -> dict[str, str]:
+    """Flags of a server with these bundles."""
     return {"engine.bundles": f"[{', '.join(map(str, paths))}]", "programs.folder": "null", "watch": "[]"}
 
 
 @pytest.fixture(scope="module")
-def everything(tmp_path_factory: pytest.TempPathFactory, flags: dict[str, str]) -> Iterator[Running]:
-    with running(tmp_path_factory.mktemp("server"), **flags) as server:
+def everything(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) -> Iterator[Running]:
+    with running(tmp_path_factory.mktemp("server"), **serving(*paths.values())) as server:
         yield server
 
 
@@ -173,12 +179,12 @@ def test_latents_of_a_selection_are_edited_where_they_are_kept(
     assert 0 < touched < len(ids) - 1
 
 
-def test_all_of_it_inside_the_compiled_graph(
-    tmp_path: Path, flags: dict[str, str], made: dict[str, Made], inputs: dict[str, Tensor], ids: list[int]
+def test_selection_and_normalisation_inside_the_compiled_graph(
+    tmp_path: Path, paths: dict[str, Path], made: dict[str, Made], inputs: dict[str, Tensor], ids: list[int]
 ) -> None:
     one, chosen = made["layer_norm_topk"], list(range(0, LATENTS, 3))
     x = read(one, inputs)
-    compiled = flags | {"engine.enforce_eager": "false"}
+    compiled = serving(paths["layer_norm_topk"], paths["adaptive_k"]) | {"engine.enforce_eager": "false"}
     with running(tmp_path, **compiled) as server, Client(server.address) as client:
         inspection = client.inspect(ids, report=Report(features={one.sites[0]: chosen}))
     told = activations_of(inspection)
