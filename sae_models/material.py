@@ -1,7 +1,6 @@
 """The text an SAE is measured on, and what its model makes of it at the sites that are read and written."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from transformers import AutoConfig
 
 from sae_models.training import corpus, harvest
 from sae_models.training.corpus import Document, Windows
-from sae_models.training.sites import Edit, Site, hooked, layer_at, parse_site
+from sae_models.training.sites import parse_site
 
 LENGTH = 256
 MOST_CHARACTERS_A_TOKEN = 12
@@ -50,10 +49,7 @@ def material(model: Path, sites: Sequence[str], text: Path, tokens: int) -> Mate
     documents = some_of(corpus.read(text), tokens)
     tokenizer = harvest.load_tokenizer(model)
     windows = corpus.windows(documents, tokenizer, LENGTH).shuffled(0).first(tokens)
-    trunk = harvest.load_trunk(model, max(known, key=lambda site: site.layer))
-    for site in known:
-        layer_at(trunk, site)
-    return Material(trunk, tokenizer, documents, windows)
+    return Material(harvest.load_trunk(model, *known), tokenizer, documents, windows)
 
 
 def some_of(documents: Sequence[Document], tokens: int) -> list[Document]:
@@ -65,23 +61,8 @@ def some_of(documents: Sequence[Document], tokens: int) -> list[Document]:
 
 
 def passes(using: Material, sites: Sequence[str], windows: Windows) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Pass by pass what is at each site [windows, length, d], and counted [windows, length]: no BOS, no padding."""
-    seen: dict[Site, Tensor] = {}
-    known = [parse_site(site) for site in sites]
-    with torch.no_grad(), ExitStack() as hooks:
-        for site in known:
-            hooks.enter_context(hooked(using.trunk, site, _into(seen, site)))
-        for start in range(0, len(windows), harvest.WINDOWS_A_PASS):
-            part = windows.take(torch.arange(start, min(start + harvest.WINDOWS_A_PASS, len(windows))))
-            using.trunk.base_model(part.tokens, use_cache=False)
-            yield [seen.pop(site) for site in known], part.counted
-
-
-def _into(seen: dict[Site, Tensor], site: Site) -> Edit:
-    def keep(x: Tensor) -> None:
-        seen[site] = x
-
-    return keep
+    """`harvest.text_activations` at sites by name."""
+    return harvest.text_activations(using.trunk, [parse_site(site) for site in sites], windows)
 
 
 def inputs(using: Material, sites: Sequence[str], windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
