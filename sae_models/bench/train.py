@@ -231,7 +231,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers-python", required=True, help="interpreter of an environment with the peers")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--tokens", type=int, default=102_400, help="tokens of a run (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=2048, help="tokens of a step, dictionary_learning's default (%(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=2048, help="tokens of a step, dictionary_learning's default (%(default)s)"
+    )
     parser.add_argument("--width", type=int, default=768, help="default %(default)s")
     parser.add_argument("--latents", type=int, default=16_384, help="default %(default)s")
     parser.add_argument("--k", type=int, default=32, help="default %(default)s")
