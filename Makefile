@@ -14,6 +14,9 @@ CPU := $(VENV)/.cpu-$(call hash,requirements/cpu.txt)
 CONFORMANCE := .venv-conformance/.made-$(call hash,requirements/conformance.txt)
 TEST := $(VENV)/.test-$(call hash,requirements/cpu.txt requirements/test.txt)
 
+# One thread each: threads of two processes that wait for one another on two cores take many times as long.
+TWO_AT_ONCE := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PY) -m pytest -n 2 --dist loadfile
+
 PROTOS := $(wildcard proto/rudder/v1/*.proto)
 PROTOC := $(PY) -m grpc_tools.protoc -Iproto
 
@@ -40,13 +43,13 @@ types: $(TEST) ## mypy
 	$(PY) -m mypy
 
 unit: $(TEST) ## tests of parts, in seconds
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto tests/unit
+	$(TWO_AT_ONCE) tests/unit
 
 engine-test: $(TEST) ## tests against a vLLM engine
-	$(PY) -m pytest -n 2 --dist loadfile tests/engine
+	$(TWO_AT_ONCE) tests/engine
 
 e2e: $(TEST) ## tests against a server process
-	$(PY) -m pytest -n 2 --dist loadfile tests/e2e
+	$(TWO_AT_ONCE) tests/e2e
 
 conformance: $(CONFORMANCE) ## tests against the libraries whose formats are read
 	.venv-conformance/bin/python -m pytest tests/conformance

@@ -1,10 +1,10 @@
 """`rudder bench engine`: plain vLLM against Rudder, alternating in one run, each in a process of its own."""
 
 import asyncio
+import gc
 import json
 import multiprocessing
 import os
-import platform
 import socket
 import statistics
 import sys
@@ -114,7 +114,7 @@ def machine() -> dict[str, Any]:
     import torch
     import vllm
 
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
     return {"device": name, "cores": os.cpu_count(), "torch": torch.__version__, "vllm": vllm.__version__}
 
 
@@ -179,6 +179,8 @@ def side_main(name: str, model: str, bundle: str, load: Load, pipe: Connection) 
     """The process of one side."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     asyncio.run(serve_side(name, model, bundle, load, pipe))
+    # vLLM's engine shuts down when it is collected, for which it needs what the interpreter's end takes away.
+    gc.collect()
 
 
 async def serve_side(name: str, model: str, bundle: str, load: Load, pipe: Connection) -> None:
