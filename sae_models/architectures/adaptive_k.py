@@ -69,8 +69,8 @@ class AdaptiveK(TopK):
         centred = x - self.centre
         z, active = self.among(centred, self.selection().count(x.detach()))
         f = z.relu()
-        norm = torch.linalg.vector_norm(x, dim=1).mean()
-        terms = {"l1": self.config.l1 * f.sum() / (len(x) * norm)}
+        norm = self.mesh.mean(torch.linalg.vector_norm(x, dim=1).mean())
+        terms = {"l1": self.config.l1 * self.mesh.total(f.sum()) / (len(x) * norm)}
         if target is not None and state.progress >= self.config.joint:
             terms["probe"] = self.config.probe * self.regression(x, target)
         return self.loss_of(centred, x, f, active, state, **terms)
@@ -84,14 +84,11 @@ class AdaptiveK(TopK):
 
     def among(self, centred: Tensor, counts: Tensor) -> Read:
         """The strongest of each token, as many as its count [n] says, over all shards."""
-        k = min(int(counts.max()), len(self.bias))
-        read = sparse.strongest(centred, self.weights, k)
-        mine = read.z.detach().view(-1, k)
-        largest = self.shards.gather(mine).sort(dim=1, descending=True).values
+        read = sparse.strongest(centred, self.weights, min(int(counts.max()), len(self.bias)))
+        mine = read.z.detach().view(len(centred), -1)
+        largest = self.mesh.gather(mine).sort(dim=1, descending=True).values
         least = largest.gather(1, (counts.long() - 1).clamp(0, largest.shape[1] - 1)[:, None])
-        kept = (mine >= least).flatten()
-        assert isinstance(read.active, sparse.Pairs)
-        return Read(read.z[kept], read.active.where(kept))
+        return read.where((mine >= least).flatten())
 
     def regression(self, x: Tensor, complexity: Tensor) -> Tensor:
         """Mean squared error of the probe on x [n, d], and its distance from where it was."""

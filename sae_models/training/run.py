@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from sae_models.architectures import ARCHITECTURES
+from sae_models.architectures import ARCHITECTURES, shards
 from sae_models.architectures.architecture import Architecture
 from sae_models.extras import MissingPackage
 from sae_models.sae import SAE
@@ -70,7 +70,7 @@ def run(asked: Config) -> list[Path]:
             sample = data.sample_of(source, SAMPLE_TOKENS)
             learners = [begin(spec, asked, sample, made.trunk.device, mesh) for spec in config.trained(asked)]
             train(asked, learners, source, mesh, folder)
-            saes = [canonical(learner, sample, mesh) for learner in learners]
+            saes = [canonical(learner, sample) for learner in learners]
             if mesh.leads:
                 finish(asked, learners, saes, made, folder)
             return bundles
@@ -92,12 +92,11 @@ def keep(folder: Path, asked: Config) -> None:
 def begin(spec: Trained, asked: Config, sample: Vectors, device: torch.device, mesh: Mesh) -> Learner:
     """An SAE at its beginning, this rank's part of it."""
     x, target = data.inputs(spec, sample), data.target(spec, sample)
-    architecture = distributed.sharded(fresh(spec, x.shape[-1]), mesh).to(device)
+    architecture = shards.sharded(fresh(spec, x.shape[-1]), mesh).to(device)
     schedule = trainer.Config(
         asked.tokens, asked.warm_up, asked.decay, asked.dead_after or int(asked.tokens * DEAD_SHARE)
     )
-    average = mesh.average if mesh.batch_parts > 1 else None
-    learner = Learner(spec, Trainer(architecture, schedule, average, mesh.batch_parts))
+    learner = Learner(spec, Trainer(architecture, schedule))
     learner.trainer.initialise(x, target)
     return learner
 
@@ -168,10 +167,10 @@ class Interval:
         last, steps = self._steps[-1], self._steps
         self._steps = []
         means = torch.stack([torch.stack([getattr(step, name) for step in steps]).mean() for name in MEANS])
-        if mesh.batch_parts > 1:
-            mesh.average([means])
-        parts = {name: float(value) for name, value in last.parts.items() if name not in MEANS}
-        found = dict(zip(MEANS, means.tolist(), strict=True)) | parts
+        names = [name for name in last.parts if name not in MEANS]
+        figures = torch.cat([means, *(last.parts[name].reshape(1).to(means) for name in names)])
+        mesh.average([figures])
+        found = dict(zip([*MEANS, *names], figures.tolist(), strict=True))
         return found | {"dead_share": float(last.dead), "learning_rate": last.learning_rate}
 
 
@@ -195,11 +194,11 @@ def resume(learners: Sequence[Learner], folder: Path, mesh: Mesh) -> int:
     return step
 
 
-def canonical(learner: Learner, sample: Vectors, mesh: Mesh) -> SAE:
+def canonical(learner: Learner, sample: Vectors) -> SAE:
     """The inference form, put together from all ranks."""
     x, scale = data.inputs(learner.spec, sample), learner.trainer.scale
     template = fresh(learner.spec, x.shape[-1]).to(x.device)
-    joined = distributed.whole(learner.trainer.architecture, template, mesh)
+    joined = shards.whole(learner.trainer.architecture, template)
     return joined.canonical(scale, x * scale)
 
 
