@@ -64,8 +64,12 @@ class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything a run is told."""
 
-    model: Annotated[str, Meta(description="folder of a transformers model")]
-    corpus: Annotated[str, Meta(description="text, JSON lines, Parquet, a saved dataset, or a folder of such files")]
+    model: Annotated[str, Meta(description="folder of a transformers model; with vectors it is not needed")] = ""
+    corpus: Annotated[
+        str | None, Meta(description="text, JSON lines, Parquet, a saved dataset, or a folder of such files")
+    ] = None
+    images: Annotated[str | None, Meta(description="or: a folder of images, for a vision model")] = None
+    vectors: Annotated[str | None, Meta(description="or: a store of vectors (training/store.py), of any model")] = None
     out: Annotated[str, Meta(description="folder of the run; the same command goes on with what it holds")]
     sae: Annotated[dict[str, Any], Meta(description="what is trained")]
     sweep: Annotated[
@@ -105,6 +109,8 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True):
         return (*self.sites, *([self.output_site] if self.output_site else []))
 
 
+# What a run may be trained on.
+ORIGINS = ("corpus", "images", "vectors")
 EXAMPLE = {
     "model": "sae_models/pretrained/textbook-lm",
     "corpus": "textbooks.jsonl.xz",
@@ -164,8 +170,20 @@ def convert(tree: Mapping[str, Any]) -> Config:
         raise ConfigError(f"{place.strip('.`') or 'configuration'}: {problem}") from error
     if config.tokens < config.batch:
         raise ConfigError(f"tokens: {config.tokens} are less than a batch of {config.batch}")
+    _check_origin(config)
     trained(config)
     return config
+
+
+def _check_origin(config: Config) -> None:
+    """ConfigError unless a run is told what to train on, once."""
+    given = [key for key in ORIGINS if getattr(config, key)]
+    if len(given) != 1:
+        raise ConfigError(f"corpus: give one of {', '.join(ORIGINS)}; {' and '.join(given) or 'none'} is given")
+    if not config.model and not config.vectors:
+        raise ConfigError("model: is not given")
+    if config.vectors and config.data.store:
+        raise ConfigError("data.store: vectors are a store already")
 
 
 def require_known(given: Mapping[str, Any], known: Collection[str], prefix: str) -> None:
@@ -213,7 +231,8 @@ def _one(config: Config, given: dict[str, Any], suffix: str) -> Trained:
     if not 0 < settings.k <= settings.latents:
         raise ConfigError(f"sae.k: {settings.k} of {settings.latents} latents")
     place = str(sites[-1]).removesuffix(".resid_post")
-    base = given.get("name") or f"{Path(config.model).resolve().name}-{place}"
+    origin = Path(config.model or config.vectors or "")
+    base = given.get("name") or f"{origin.resolve().name}-{place}"
     return Trained(
         name=f"{base}{suffix}",
         architecture=name,

@@ -106,7 +106,9 @@ def table(histories: Sequence[History]) -> str:
     head = "".join(f'<th title="{html.escape(text)}">{heading}</th>' for _, heading, _, text in shown)
     rows = "".join(_row(history, shown) for history in histories)
     meanings = "; ".join(f"{heading}: {text}" for _, heading, _, text in shown)
-    return f'<table><tr><th>SAE</th>{head}</tr>{rows}</table><p class="note">{html.escape(meanings)}.</p>'
+    missing = dict.fromkeys(cause for history in histories for cause in history.evaluation.get("left_out", ()))
+    left_out = f'<p class="note">Left out: {html.escape("; ".join(missing))}.</p>' if missing else ""
+    return f'<table><tr><th>SAE</th>{head}</tr>{rows}</table><p class="note">{html.escape(meanings)}.</p>{left_out}'
 
 
 def _row(history: History, shown: Sequence[tuple[str, str, str, str]]) -> str:

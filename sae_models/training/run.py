@@ -25,7 +25,7 @@ from sae_models.extras import MissingPackage
 from sae_models.sae import SAE
 from sae_models.training import checkpoint, config, data, distributed, evaluation, report, stream, trainer
 from sae_models.training.config import Config, ConfigError, Trained
-from sae_models.training.data import TrainingData
+from sae_models.training.data import Given
 from sae_models.training.distributed import Mesh
 from sae_models.training.files import locked, write_whole
 from sae_models.training.record import Record
@@ -68,7 +68,7 @@ def run(asked: Config) -> list[Path]:
             made = data.gather(asked)
             source = data.source_of(asked, made, mesh)
             sample = data.sample_of(source, SAMPLE_TOKENS)
-            learners = [begin(spec, asked, sample, made.trunk.device, mesh) for spec in config.trained(asked)]
+            learners = [begin(spec, asked, sample, data.device_of(asked), mesh) for spec in config.trained(asked)]
             train(asked, learners, source, mesh, folder)
             saes = [canonical(learner, sample) for learner in learners]
             if mesh.leads:
@@ -202,7 +202,7 @@ def canonical(learner: Learner, sample: Vectors) -> SAE:
     return joined.canonical(scale, x * scale)
 
 
-def finish(asked: Config, learners: Sequence[Learner], saes: Sequence[SAE], made: TrainingData, folder: Path) -> None:
+def finish(asked: Config, learners: Sequence[Learner], saes: Sequence[SAE], made: Given, folder: Path) -> None:
     """Measures, describes and writes each SAE that has no bundle yet, then the report."""
     for learner, sae in zip(learners, saes, strict=True):
         if not (folder / learner.spec.name).exists():
