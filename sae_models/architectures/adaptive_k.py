@@ -1,6 +1,7 @@
 """AdaptiveK (arXiv 2508.17320): how many latents a token gets follows from its complexity, read by a linear probe."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,17 @@ FOLDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
-    """k_min, k_max, steepness, scale of k(c) (sae.AdaptiveK); k is not used. l1: weight of mean ||f||_1 / mean ||x||.
+    """complexity: what the probe is taught: `corpus`, the `complexity` from 0 to 10 of each row of the corpus (the
+    paper's are ratings by a language model); or `loss`, our own substitute, the model's own mean loss on a window.
+
+    k_min, k_max, steepness, scale of k(c) (sae.AdaptiveK); k is not used. l1: weight of mean ||f||_1 / mean ||x||.
 
     From a share `joint` of the run on the probe is trained too, at weight `probe`, by its own regression and an anchor
     to where it was, at weight `anchor`; k(c) is rounded, so reconstruction does not reach it. The authors' code begins
     that phase with a new probe and moves the weight of the anchor between 0.01 and 0.5; here neither.
     """
 
+    complexity: Literal["corpus", "loss"] = "corpus"
     k_min: int = 20
     k_max: int = 320
     steepness: float = 6.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import itertools
 import json
 import re
@@ -118,6 +119,13 @@ EXAMPLE = {
     "sweep": {"k": [16, 32, 64]},
 }
 EXAMPLE_SAE: dict[str, Any] = {"architecture": "batch_topk", "site": "layers.2.resid_post", "latents": 4096, "k": 32}
+# Where k is not what is swept.
+EXAMPLE_SWEEPS = {"adaptive_k": {"k_max": [160, 320]}}
+# What architectures of several sites read and write.
+EXAMPLE_SITES: dict[str, dict[str, Any]] = {
+    "route": {"site": ["layers.1.resid_post", "layers.2.resid_post"], "sites": 2},
+    "transcoder": {"site": "layers.2.mlp_in", "output_site": "layers.2.mlp_out"},
+}
 # Keys of `sae` beside the fields of the architecture's configuration.
 OWN = {
     "name": "of the bundle; null: the model and the site",
@@ -276,16 +284,17 @@ def dump(config: Config) -> str:
     return text
 
 
-def example() -> str:
-    """A configuration with a line of help for each key, which `load` reads."""
+def example(architecture: str = EXAMPLE_SAE["architecture"]) -> str:
+    """A configuration with a line of help for each key, which `load` reads, for an architecture."""
     lines = ["# rudder train FILE [key=value ...]"]
     for name, default, text in described(Config):
         if name == "sae":
-            lines += [f"sae:  # {text}", *(f"  {line}" for line in _example_of_sae())]
+            lines += [f"sae:  # {text}", *(f"  {line}" for line in _example_of_sae(architecture))]
         elif isinstance(default, Data | Evaluation):
             lines += [f"{name}:", *(f"  {_line(*field)}" for field in described(type(default)))]
         else:
-            lines.append(_line(name, EXAMPLE.get(name, default), text))
+            value = EXAMPLE_SWEEPS.get(architecture) if name == "sweep" else None
+            lines.append(_line(name, value or EXAMPLE.get(name, default), text))
     return "\n".join(lines) + "\n"
 
 
@@ -300,13 +309,17 @@ def described(kind: type[msgspec.Struct]) -> Iterator[tuple[str, Any, str]]:
         yield field.name, default, next((meta.description for meta in metas if meta.description), "") or ""
 
 
-def _example_of_sae() -> Iterator[str]:
+def _example_of_sae(architecture: str) -> Iterator[str]:
+    values = EXAMPLE_SAE | {"architecture": architecture} | EXAMPLE_SITES.get(architecture, {})
     for name, text in OWN.items():
-        yield _line(name, EXAMPLE_SAE.get(name), text)
+        yield _line(name, values.get(name), text)
+    kind = ARCHITECTURES[architecture].config_type
     yield "# Of the architecture, with its defaults:"
-    for field in dataclasses.fields(ARCHITECTURES[EXAMPLE_SAE["architecture"]].config_type):
+    for part in reversed(kind.mro()[:-1]):
+        yield from (f"# {line}".rstrip() for line in (inspect.getdoc(part) or "").splitlines())
+    for field in dataclasses.fields(kind):
         default = None if field.default is dataclasses.MISSING else field.default
-        yield _line(field.name, EXAMPLE_SAE.get(field.name, default), "")
+        yield _line(field.name, values.get(field.name, default), "")
 
 
 def _line(name: str, value: Any, text: str) -> str:

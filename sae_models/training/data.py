@@ -6,17 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sae_models import bundle
-from sae_models.training import corpus, harvest, images, store
-from sae_models.training.config import Config, Trained, trained
+from sae_models.training import complexity, corpus, harvest, images, store
+from sae_models.training.config import Config, ConfigError, Trained, trained
 from sae_models.training.corpus import CorpusError, Document, Windows
 from sae_models.training.distributed import Mesh
 from sae_models.training.sites import Site, parse_site
 from sae_models.training.store import StoreError
 from sae_models.training.stream import Labelled, Live, Part, Source, Vectors
-
-COMPLEXITY = "complexity"
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,12 @@ def device_of(config: Config) -> torch.device:
 def gather(config: Config) -> Given:
     """Reads what a run is given. ValueError, CorpusError, StoreError or OSError names what is wrong with it."""
     if config.vectors:
-        return kept(config)
+        return kept(config, Path(config.vectors))
     folder, sites = Path(config.model), sites_of(config)
     trunk = harvest.load_trunk(folder, *sites, device=device_of(config))
     model = folder.resolve().name, bundle.model_sha256(folder)
+    if config.images and adaptive(config):
+        raise ConfigError("sae.architecture: adaptive_k is taught the complexity of text, which images do not have")
     if config.images:
         return Given(*images.read(Path(config.images), folder, trunk, sites, config.seed), *model)
     text = read(config)
@@ -68,11 +69,11 @@ def gather(config: Config) -> Given:
     return Given(labelled(config, text, live), held, *model, made)
 
 
-def kept(config: Config) -> Given:
+def kept(config: Config, folder: Path) -> Given:
     """A store that is there; its last tenth is held out. StoreError: it lacks a site, or holds too little."""
-    found = store.load(Path(config.vectors))
+    found = store.load(folder)
     content = found.manifest.content
-    for site in map(str, sites_of(config)):
+    for site in held_by(config):
         if site not in content.sites:
             raise StoreError(f"store: {found.path} does not hold {site}, but {', '.join(content.sites)}")
     chunks = range(len(found.sizes))
@@ -115,24 +116,33 @@ def source_of(config: Config, made: Given, mesh: Mesh) -> Source:
 
 
 def labelled(config: Config, text: Text, source: Source) -> Source:
-    """The source, with the complexity of each token's document where AdaptiveK is trained and the corpus tells it."""
-    known = [document.complexity for document in text.documents]
-    if all(spec.architecture != "adaptive_k" for spec in trained(config)) or all(value is None for value in known):
-        return source
-    if any(value is None for value in known):
-        raise CorpusError("corpus: some documents have a complexity and some have none")
-    return Labelled(source, text.train, COMPLEXITY, torch.tensor(known, dtype=torch.float32)[text.train.document])
+    """The source, with the complexity of each token's window as each AdaptiveK of the run asks for it."""
+    for spec in {complexity.label(spec.settings): spec for spec in adaptive(config)}.values():
+        rate = complexity.COMPLEXITIES[spec.settings.complexity]
+        rates = rate(text.documents, text.train, Path(config.model), device_of(config))
+        source = Labelled(source, text.train, complexity.label(spec.settings), rates)
+    return source
+
+
+def adaptive(config: Config) -> list[Trained]:
+    """The SAEs of a run that are taught complexities."""
+    return [spec for spec in trained(config) if spec.architecture == "adaptive_k"]
+
+
+def held_by(config: Config) -> tuple[str, ...]:
+    """The names of all that the SAEs of a run are given."""
+    labels = (complexity.label(spec.settings) for spec in adaptive(config))
+    return tuple(dict.fromkeys([*map(str, sites_of(config)), *labels]))
 
 
 def content_of(config: Config, source: Source) -> store.Content:
     """What the run's store must hold of a source."""
     held = sum(source.sizes)
-    sites = tuple(map(str, sites_of(config)))
     return store.Content(
         model=Path(config.model).resolve().name,
         model_sha256=bundle.model_sha256(Path(config.model)),
         corpus_sha256=corpus.sha256(Path(config.corpus or config.images or "")),
-        sites=(*sites, COMPLEXITY) if isinstance(source, Labelled) else sites,
+        sites=held_by(config),
         window=config.window,
         seed=config.seed,
         tokens=min(config.data.tokens or held, held),
@@ -146,7 +156,8 @@ def sample_of(source: Source, tokens: int) -> Vectors:
     while held < tokens and count < len(source.sizes):
         held += source.sizes[count]
         count += 1
-    return {site: x.float() for site, x in source.load(range(count)).items()}
+    parts = [source.load([chunk]) for chunk in tqdm(range(count), desc="sample", unit="chunk")]
+    return {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
 
 
 def inputs(spec: Trained, vectors: Vectors) -> Tensor:
@@ -157,8 +168,8 @@ def inputs(spec: Trained, vectors: Vectors) -> Tensor:
 
 def target(spec: Trained, vectors: Vectors) -> Tensor | None:
     """What a step is given beside its inputs: a transcoder's outputs [n, d_out], complexities [n] of AdaptiveK."""
-    if spec.architecture == "adaptive_k" and COMPLEXITY in vectors:
-        return vectors[COMPLEXITY][:, 0]
+    if spec.architecture == "adaptive_k":
+        return vectors[complexity.label(spec.settings)][:, 0]
     return explained(spec, vectors)
 
 

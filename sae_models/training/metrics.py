@@ -80,7 +80,7 @@ def losses(model: Any, windows: Windows, site: Site | None = None, edit: Edit | 
     """Nats and number of each window's counted tokens [windows, 2]; with the residual stream edited at a site."""
     edits = [] if site is None or edit is None else [(site, edit)]
     rows = []
-    for part in _parts(windows):
+    for part in tqdm(_parts(windows), desc="loss", unit="pass"):
         nats = _nats(_log_probabilities(model, part, edits), part)
         rows.append(torch.stack([nats.sum(1), part.counted[:, 1:].sum(1)], dim=1))
     return torch.cat(rows)

@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoModel, BertConfig, ViTConfig
 
 from sae_models import bundle
-from sae_models.training import harvest, report, store
+from sae_models.training import harvest, images, report, store
 from sae_models.training.__main__ import main
 from sae_models.training.record import lines
 from sae_models.training.sites import parse_site
@@ -120,12 +120,14 @@ def test_a_store_of_images_gives_what_the_images_give(tmp_path: Path) -> None:
     asked = asked_in(tmp_path, ViTConfig(image_size=8, patch_size=4, **SMALL), "images")
     save_processor(tmp_path)
     assert main([str(asked), f"data.store={tmp_path / 'store'}"]) == 0
-    stored = store.load(tmp_path / "store")
-    file = next((tmp_path / "images").rglob("*.png"))
-    assert stored.tokens % 5 == 0, "a class token and four patches an image"
-    assert file.is_file()
-    trunk = harvest.load_trunk(tmp_path / "model", parse_site(SITE))
-    assert stored.load([0])[SITE].shape[1] == trunk.config.hidden_size
+    stored, site = store.load(tmp_path / "store"), parse_site(SITE)
+    trunk = harvest.load_trunk(tmp_path / "model", site)
+    train, held_out = images.read(tmp_path / "images", tmp_path / "model", trunk, (site,), seed=0)
+    assert not set(train.files) & set(held_out.files)
+    assert len(train.files) + len(held_out.files) == 64
+    assert stored.tokens == 5 * len(train.files), "a class token and four patches of each image"
+    live = torch.cat([train.load([chunk])[SITE] for chunk in range(len(train.sizes))])
+    assert torch.equal(stored.load([0])[SITE], live.bfloat16())
 
 
 @pytest.mark.parametrize(

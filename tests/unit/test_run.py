@@ -1,5 +1,6 @@
 """A run makes bundles, goes on after a kill as if there had been none, and says in one sentence what is wrong."""
 
+import dataclasses
 import json
 import resource
 import signal
@@ -16,7 +17,7 @@ import yaml
 from sae_models import bundle
 from sae_models.architectures import ARCHITECTURES
 from sae_models.sae import AdaptiveK
-from sae_models.training import checkpoint, config, run
+from sae_models.training import checkpoint, complexity, config, corpus, harvest, metrics, run
 from sae_models.training.__main__ import main
 from sae_models.training.catalogue import INACTIVE
 from sae_models.training.checkpoint import CheckpointError
@@ -130,11 +131,34 @@ def test_adaptive_k_is_taught_the_complexities_of_the_corpus(tmp_path: Path, sto
     taught = bundle.load(run.run(config.convert(asked))[0]).sae.selection
     assert isinstance(taught, AdaptiveK)
     assert float(taught.probe.norm()) > 0
+
+
+def test_complexities_must_be_there_or_asked_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = tiny.plain(tmp_path, tokens=3200)
+    asked["sae"] |= {"architecture": "adaptive_k", "k_min": 2, "k_max": 16}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(asked))
     rows = [json.loads(line) for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
-    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps(row | {"complexity": None}) for row in rows))
-    untaught = bundle.load(run.run(config.convert(asked | {"out": str(tmp_path / "untaught"), "data": {}}))[0])
-    assert isinstance(untaught.sae.selection, AdaptiveK)
-    assert float(untaught.sae.selection.probe.norm()) == 0
+    rows[3:] = [row | {"complexity": None} for row in rows[3:]]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main([str(tmp_path / "run.yaml")]) == 2
+    told = capsys.readouterr().err
+    assert "error: corpus: 3 of 120 documents have a `complexity` from 0 to 10" in told
+    assert "set sae.complexity to loss" in told
+    assert main([str(tmp_path / "run.yaml"), "sae.complexity=loss", f"out={tmp_path / 'second'}"]) == 0
+    taught = bundle.load(tmp_path / "second" / "model-layers.0").sae.selection
+    assert isinstance(taught, AdaptiveK)
+    assert float(taught.probe.norm()) > 0
+
+
+def test_a_window_that_surprises_the_model_is_complex(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model")
+    documents = corpus.read(tiny.save_corpus(tmp_path / "corpus.jsonl"))
+    windows = corpus.windows(documents, harvest.load_tokenizer(model), 32)
+    found = complexity.surprising(documents, windows, model, torch.device("cpu"))
+    nats, count = metrics.losses(harvest.load_model(model), windows).unbind(1)
+    assert (float(found.min()), float(found.max())) == (0, 10)
+    order = (nats / count).argsort()
+    assert bool((found[order].diff() >= 0).all())
 
 
 def test_several_sites_and_a_transcoder_come_to_bundles(tmp_path: Path) -> None:
@@ -329,6 +353,19 @@ def test_the_example_is_a_configuration_with_a_line_of_help_for_every_key(
     for name, _, help_text in config.described(Config):
         assert f"{name}:" in text
         assert help_text in text
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_has_an_example_that_explains_its_settings(
+    architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--example", architecture]) == 0
+    (tmp_path / "example.yaml").write_text(text := capsys.readouterr().out)
+    spec = config.trained(config.load(tmp_path / "example.yaml"))[0]
+    assert spec.architecture == architecture
+    explained = " ".join(line.partition("# ")[2] for line in text.splitlines())
+    unknown = [field.name for field in dataclasses.fields(spec.settings) if field.name not in explained]
+    assert unknown == []
 
 
 def test_help_tells_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
