@@ -110,6 +110,8 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True):
         return (*self.sites, *([self.output_site] if self.output_site else []))
 
 
+# Far above any that was published: what is meant to be more is a slip of the pen.
+MOST_LATENTS = 1 << 26
 # What a run may be trained on.
 ORIGINS = ("corpus", "images", "vectors")
 EXAMPLE = {
@@ -236,6 +238,8 @@ def _one(config: Config, given: dict[str, Any], suffix: str) -> Trained:
         seed = msgspec.convert(config.seed if given.get("seed") is None else given["seed"], int)
     except msgspec.ValidationError as error:
         raise ConfigError(f"sae: {error}") from error
+    if settings.latents > MOST_LATENTS:
+        raise ConfigError(f"sae.latents: {settings.latents}, at most {MOST_LATENTS}")
     if not 0 < settings.k <= settings.latents:
         raise ConfigError(f"sae.k: {settings.k} of {settings.latents} latents")
     place = str(sites[-1]).removesuffix(".resid_post")

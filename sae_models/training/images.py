@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor
 
 from sae_models.extras import extra
 from sae_models.training import harvest
@@ -64,13 +63,13 @@ class Images:
 def read(folder: Path, model: Path, trunk: Any, sites: tuple[Site, ...], seed: int) -> tuple[Images, Images]:
     """The images of a folder and of those in it, in random order: to train on, and held out.
 
-    CorpusError: there are too few. OSError: the model does not say how images are prepared.
+    CorpusError: there are too few. ValueError: the model does not say how images are prepared.
     """
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
     held = [Document(files[i].parent.name, files[i].name, "").fold in HELD_OUT_FOLDS for i in order]
     if all(held) or not any(held):
         raise CorpusError(f"images: {folder}: {len(files)} images are too few to hold some out")
-    processor = AutoImageProcessor.from_pretrained(model)
+    processor = harvest.load_image_processor(model)
     train = Images(trunk, processor, sites, tuple(files[i] for i, out in zip(order, held, strict=True) if not out))
     return train, replace(train, files=tuple(files[i] for i, out in zip(order, held, strict=True) if out))

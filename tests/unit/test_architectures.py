@@ -25,7 +25,7 @@ SPARSE: dict[str, dict[str, Any]] = {
     "batch_topk": {},
     "gated": {},
     "jumprelu": {},
-    "matryoshka": {"shares": (0.5, 0.5), "latents": 128},
+    "matryoshka": {"latents": 384, "learning_rate": 1e-2},
     "relu": {},
     "topk": {},
 }
@@ -51,6 +51,10 @@ def made(name: str, d: int = 8, seed: int = 0, **settings: Any) -> Architecture:
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_planted_directions_are_recovered_by_three_seeds(name: str, record_property: Any) -> None:
+    """Matryoshka takes more latents and a higher rate. With the published shares its first prefixes, of 3, 9 and 21 of
+    96 latents, learn mixtures of the 64 directions: on the others' terms it finds 0.83, after four times the steps 0.89
+    (with a single prefix 0.97), and with 384 latents, whose last share alone outnumbers the directions, 0.93.
+    """
     found = []
     for seed in range(3):
         g = torch.Generator().manual_seed(seed)
