@@ -136,3 +136,14 @@ def test_single_figures_go_to_tensorboard(tmp_path: Path) -> None:
     assert [round(event.value, 4) for event in events.Scalars("train/fvu/k16")][:2] == [1.0, 0.5]
     assert [event.step for event in events.Scalars("evaluation/fvu/k16")] == [20 * 512]
     assert "evaluation/density/k16" not in events.Tags()["scalars"]
+
+
+def test_tensorboard_shows_a_run_that_went_on_once(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run_of(tmp_path, {"k16": EVALUATION}, whole=False)
+    with Record(tmp_path, 5) as record:
+        record.add("train", 6, 6 * 512, {"k16": TRAIN | {"fvu": 0.25}})
+    events = accumulator.EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    points = {event.step: round(event.value, 4) for event in events.Scalars("train/fvu/k16")}
+    assert points == {step * 512: round(1 / step, 4) for step in range(1, 6)} | {6 * 512: 0.25}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from sae_models.training.distributed import Mesh
 from sae_models.training.files import locked
 from sae_models.training.record import lines
 from tests.unit import tiny
+from tests.unit.disk import full_beyond
 
 SWEEP = {"sweep": {"k": [4, 8]}}
 
@@ -216,15 +216,9 @@ def test_a_store_gives_the_run_that_harvesting_on_the_fly_gives_but_for_rounding
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
     state = {"trainers": {}, "random": torch.zeros(5)}
     checkpoint.save(tmp_path, 40, state, Mesh())
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with pytest.raises(CheckpointError, match=r"000000080\.0\.pt: .*File too large; the one before it is whole"):
-            checkpoint.save(tmp_path, 80, {"big": torch.zeros(10_000)}, Mesh())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
+    problem = r"000000080\.0\.pt: .*File too large; the one before it is whole"
+    with full_beyond(4096), pytest.raises(CheckpointError, match=problem):
+        checkpoint.save(tmp_path, 80, {"big": torch.zeros(10_000)}, Mesh())
     found = checkpoint.load(tmp_path, Mesh())
     assert found is not None
     assert found[0] == 40
@@ -236,20 +230,62 @@ def test_a_full_disk_leaves_no_bundle_that_looks_whole_and_the_run_ends_later(
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path, tokens=1280)))
     out = tmp_path / "run"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     # A checkpoint of this run has 20 KB, its catalogue more than 60.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
-    try:
+    with full_beyond(40_000):
         assert main([str(tmp_path / "run.yaml")]) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
     assert f"error: bundle: {out / 'model-layers.0'}: " in capsys.readouterr().err
     assert list(out.rglob(bundle.MANIFEST)) == []
     assert main([str(tmp_path / "run.yaml")]) == 0
     assert "train: 100%" in capsys.readouterr().err
     bundle.load(out / "model-layers.0")
+
+
+@pytest.mark.parametrize(
+    ("size", "problem"),
+    [
+        (100, "run/config.yaml"),
+        (2500, "run/metrics.jsonl"),
+        (12_000, "checkpoint: {}/run/checkpoints/000000020.0.pt: "),
+        (20_000, "store: {}/store: File too large; the shards before it are whole"),
+    ],
+)
+def test_wherever_the_disk_is_full_one_error_names_the_file_and_the_run_ends_later(
+    size: int, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path, tokens=1280, log_every=1)))
+    command = [str(tmp_path / "run.yaml"), *([f"data.store={tmp_path / 'store'}"] if "store" in problem else [])]
+    with full_beyond(size):
+        assert main(command) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert problem.format(tmp_path) in told[0]
+    assert "File too large" in told[0]
+    assert list(tmp_path.rglob(bundle.MANIFEST)) == []
+    assert main(command) == 0
+    bundle.load(tmp_path / "run" / "model-layers.0")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("model/model.safetensors", bytes(range(256)), "model: {}/model: weights: "),
+        ("model/tokenizer.json", b"{", "model: {}/model: tokenizer: "),
+        ("model/config.json", b"\0", "model: {}/model: config.json: "),
+        ("run.yaml", bytes(range(256)), "{}/run.yaml: 'utf-8' codec"),
+        ("run.yaml", b"a: [1\nb: {", "{}/run.yaml: while parsing a flow sequence"),
+        ("run", b"", "{}/run"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(
+    file: str, content: bytes, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
+    (tmp_path / file).write_bytes(content)
+    assert main([str(tmp_path / "run.yaml")]) == 2
+    told = capsys.readouterr().err
+    assert told.splitlines()[-1].startswith("error: ")
+    assert problem.format(tmp_path) in told.splitlines()[-1]
+    assert list(tmp_path.rglob(bundle.MANIFEST)) == []
 
 
 def test_a_store_cut_short_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -299,6 +335,7 @@ def test_two_runs_do_not_share_a_folder(whole: Config) -> None:
         ("latent_ranks=3", "latent_ranks: 3 does not divide the 1 processes"),
         ("model=nowhere", "model: no config.json in nowhere"),
         ("corpus=nowhere.jsonl", "corpus: nowhere.jsonl: "),
+        ("sae.latents=1e12", "sae.latents: 1000000000000, at most 67108864"),
         ("batch=1e6", "tokens: 12800 are less than a batch of 1000000"),
         ("batch=12000", "batch: 12000 vectors, the data hold "),
         ("nonsense", "nonsense: is not key=value"),
@@ -326,12 +363,13 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path: Path, capsy
     ("content", "problem"),
     [(b"", "holds no text"), (bytes(range(256)), "line 1"), (b'{"text": "one"}\n', "too few to hold some out")],
 )
+@pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.txt"])
 def test_a_corpus_that_cannot_be_trained_on_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, problem: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, problem: str
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
-    (tmp_path / "corpus.jsonl").write_bytes(content)
-    assert main([str(tmp_path / "run.yaml")]) == 2
+    (tmp_path / name).write_bytes(content)
+    assert main([str(tmp_path / "run.yaml"), f"corpus={tmp_path / name}"]) == 2
     assert f"error: corpus: {'' if 'few' in problem else tmp_path}" in (err := capsys.readouterr().err)
     assert problem in err
     assert list(tmp_path.rglob(bundle.MANIFEST)) == []
