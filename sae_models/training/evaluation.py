@@ -158,7 +158,8 @@ def pooled(
     label = torch.tensor([shared.index(book) for book in books if book in shared])
     latents, plain = [], []
     found = harvest.text_activations(made.trunk, made.sites, windows)
-    for seen, counted in tqdm(found, desc="probe", unit="pass"):
+    passes = -(-len(windows) // harvest.WINDOWS_A_PASS)
+    for seen, counted in tqdm(found, total=passes, desc="probe", unit="pass"):
         by_site = {str(site): x for site, x in zip(made.sites, seen, strict=True)}
         for row, positions in enumerate(counted):
             x = data.inputs(spec, {site: x[row][positions] for site, x in by_site.items()})

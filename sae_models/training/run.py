@@ -128,7 +128,7 @@ def train(asked: Config, learners: Sequence[Learner], source: Source, mesh: Mesh
                 figures = {one.spec.name: held.take(mesh) for one, held in zip(learners, intervals, strict=True)}
                 require_finite(figures, step)
                 record.add("train", step, step * size, figures)
-                progress.set_postfix(fvu=" ".join(f"{f['fvu']:.4f}" for f in figures.values()), refresh=False)
+                progress.set_postfix(fvu=in_short([found["fvu"] for found in figures.values()]), refresh=False)
             if saves:
                 checkpoint.save(folder / CHECKPOINTS, step, state_of(learners), mesh)
 
@@ -136,6 +136,13 @@ def train(asked: Config, learners: Sequence[Learner], source: Source, mesh: Mesh
 def bar(total: int, initial: int, mesh: Mesh) -> "tqdm[NoReturn]":
     """The progress bar, of one process alone."""
     return tqdm(total=total, initial=initial, unit="tok", unit_scale=True, desc="train", disable=not mesh.leads)
+
+
+def in_short(values: Sequence[float]) -> str:
+    """A few figures one by one, of many the range: a line of a terminal has no room for more."""
+    if len(values) <= 3:
+        return " ".join(f"{value:.4f}" for value in values)
+    return f"{min(values):.4f}..{max(values):.4f}"
 
 
 def require_finite(figures: Mapping[str, Mapping[str, float]], step: int) -> None:
