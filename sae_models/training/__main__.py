@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sae_models.architectures import ARCHITECTURES
 from sae_models.bundle import BundleError
-from sae_models.training import config
+from sae_models.training import config, memory
 from sae_models.training.checkpoint import CheckpointError
 from sae_models.training.corpus import CorpusError
 from sae_models.training.run import run
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.config is None:
         commands.error("give a CONFIG.yaml, or --example to see one")
+    memory.keep_freed()
     try:
         bundles = run(config.load(options.config, options.overrides))
     except (CorpusError, StoreError, CheckpointError, BundleError, ValueError, OSError) as error:

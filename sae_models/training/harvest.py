@@ -97,8 +97,3 @@ def residuals(trunk: Any, site: Site, windows: Windows) -> Iterator[tuple[Tensor
     """`text_activations` of one site."""
     for (x,), counted in text_activations(trunk, [site], windows):
         yield x, counted
-
-
-def counted_residuals(trunk: Any, site: Site, windows: Windows) -> Tensor:
-    """All counted vectors [n, d] of one site at once."""
-    return torch.cat([x[counted] for x, counted in residuals(trunk, site, windows)])
