@@ -13,8 +13,6 @@ from sae_models.bundle import Statistics
 from sae_models.catalogue import QUANTILES, Context, Latent, Summary
 from sae_models.sae import SAE
 from sae_models.training.corpus import Document, Windows
-from sae_models.training.harvest import residuals
-from sae_models.training.sites import Site
 
 TOP_TOKENS = 10
 TOP_CONTEXTS = 6
@@ -105,11 +103,6 @@ def _runs(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
             first = position
 
 
-def tally(trunk: Any, site: Site, sae: SAE, sample: Sample) -> Tally:
-    """One pass over the sample."""
-    return tally_of(residuals(trunk, site, sample.windows), sae, sample)
-
-
 def tally_of(passes: Iterable[tuple[Tensor, Tensor]], sae: SAE, sample: Sample) -> Tally:
     """Of inputs [windows, length, d], with a router [windows, length, L, d], and counted, in the sample's order."""
     sums = _zeros(sae, sample)
@@ -119,7 +112,9 @@ def tally_of(passes: Iterable[tuple[Tensor, Tensor]], sae: SAE, sample: Sample) 
             size = max(1, ACTIVATIONS_AT_ONCE // (sae.latents * inputs.shape[1]))
             for x, counted in zip(inputs.split(size), all_counted.split(size), strict=True):
                 index = torch.arange(start, start + len(x))
-                latents = sae.encode(x) * counted[..., None]
+                # The sums are the CPU's.
+                x, counted, latents = x.cpu(), counted.cpu(), sae.encode(x).cpu()
+                latents *= counted[..., None]
                 add(sums, x[counted], latents[counted])
                 _add_words(sums, latents, sample, index)
                 _add_peaks(sums, latents, index)
@@ -135,7 +130,7 @@ def activity(sae: SAE, x: Tensor) -> Activity:
     sums = Activity(**_silence(sae))
     with tqdm(total=len(x), unit="vector", unit_scale=True, desc="catalogue") as progress:
         for part in x.split(max(1, ACTIVATIONS_AT_ONCE // sae.latents)):
-            add(sums, part, sae.encode(part))
+            add(sums, part.cpu(), sae.encode(part).cpu())
             progress.update(len(part))
     return sums
 

@@ -153,7 +153,9 @@ def join(latent_parts: int, batch: int) -> Mesh:
     if ranks == 1:
         return ALONE
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     table = torch.arange(ranks).view(batch_parts, latent_parts)
     # Every process makes every group, in one order.
     latent_groups = [dist.new_group(row.tolist()) for row in table]

@@ -2,7 +2,7 @@
 
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_models import bundle, catalogue, importing
+from sae_models import material as materials
 from sae_models.analysis import probing
 from sae_models.analysis.probing import Labelled
 from sae_models.bundle import Manifest, Model, Statistics, Training
@@ -67,7 +68,8 @@ def catalogued(asked: Config, spec: Trained, sae: SAE, made: Given) -> tuple[Sta
         return entries.statistics_of(sums), list(entries.unnamed(sums))
     text = made.text
     sample = entries.sample_of(text.train.first(most), text.documents, text.tokenizer)
-    tally = entries.tally_of(read_by(spec, text, sample.windows), sae, sample)
+    passes = materials.inputs(material_of(text), spec.sites, sample.windows)
+    tally = entries.tally_of(passes, sae, sample)
     return entries.statistics_of(tally), list(described(spec, sae, text, entries.describe(tally, sample)))
 
 
@@ -84,18 +86,16 @@ def left_out(figures: Mapping[str, Any], latents: Sequence[Latent]) -> list[str]
     return [cause for cause, holds in causes.items() if holds]
 
 
-def read_by(spec: Trained, made: TrainingData, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pass by pass what an SAE reads [windows, length, d] or [windows, length, L, d], and counted [windows, length]."""
-    for seen, counted in harvest.text_activations(made.trunk, tuple(map(parse_site, spec.sites)), windows):
-        yield seen[0] if len(seen) == 1 else torch.stack(seen, -2), counted
+def material_of(made: TrainingData) -> Material:
+    """The training text as importing knows it."""
+    return Material(made.trunk, made.tokenizer, made.documents, made.train)
 
 
 def described(spec: Trained, sae: SAE, made: TrainingData, latents: Iterable[Latent]) -> Iterable[Latent]:
     """The latents, with the words that their decoder rows promote where these are added to a residual stream."""
     if not (harvest.speaks(made.trunk.config) and spec.all_sites[-1].endswith(importing.ADDED)):
         return latents
-    using = Material(made.trunk, made.tokenizer, made.documents, made.train)
-    return importing.with_words(list(latents), sae, using)
+    return importing.with_words(list(latents), sae, material_of(made))
 
 
 def figures_of(spec: Trained, sae: SAE, fidelity: Fidelity) -> dict[str, Any]:

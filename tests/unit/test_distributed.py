@@ -1,5 +1,6 @@
 """Two processes come to the result of one, whether they share the batch or the latents."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.unit import ranks, tiny
 from tests.unit.test_run import curve
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+ROOT = Path(__file__).parents[2]
 NAME = "model-layers.0"
 # Sums in another order.
 TOLERANCE = 2e-5
@@ -24,9 +26,10 @@ TOLERANCE = 2e-5
 
 def torchrun(processes: int, *command: str) -> None:
     """Runs a module in several processes."""
-    done = subprocess.run(
-        [*LAUNCH, str(processes), "-m", *command], capture_output=True, text=True, timeout=300, check=False
-    )
+    launched = [*LAUNCH, str(processes), "-m", *command]
+    paths = os.pathsep.join([str(ROOT), *sys.path])
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(launched, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -56,35 +59,26 @@ def asked_in(folder: Path) -> dict[str, Any]:
     return tiny.plain(folder, tokens=6400, checkpoint_every=50, dead_after=64)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process."""
-    asked = config.convert(asked_in(tmp_path_factory.mktemp("alone")))
-    run.run(asked)
-    return Path(asked.out)
-
-
-@pytest.mark.parametrize("changes", [(), ("latent_ranks=2",), ("data.store={}",)])
+@pytest.mark.parametrize("change", ["latent_ranks=2", "data.store=store"])
 def test_a_run_of_two_processes_comes_to_the_bundle_of_one(
-    alone: Path, tmp_path: Path, changes: tuple[str, ...]
+    tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With the latents shared and vectors made on the fly, and with the batch shared and vectors out of a store."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(asked_in(tmp_path)))
-    given = [change.format(tmp_path / "store") for change in changes]
-    torchrun(2, "sae_models.training", str(tmp_path / "run.yaml"), *given)
-    out = tmp_path / "run"
-    one, two = (bundle.load(path / NAME) for path in (alone, out))
-    if any("store" in change for change in changes):
-        # A store rounds to bfloat16 and is read in chunks of its own.
-        assert two.manifest.training.fvu == pytest.approx(one.manifest.training.fvu, rel=0.3)
-    else:
-        assert max(figures["dead_share"] for _, _, figures in curve(alone)) > 0
-        for (step, name, mine), (expected_step, expected_name, theirs) in zip(curve(out), curve(alone), strict=True):
-            assert (step, name) == (expected_step, expected_name)
-            assert mine == pytest.approx(theirs, rel=1e-4)
-        assert torch.allclose(two.sae.encoder, one.sae.encoder, atol=1e-5)
-        assert torch.allclose(two.sae.decoder, one.sae.decoder, atol=1e-5)
-    parts = {file.name for file in (out / run.CHECKPOINTS).iterdir()}
-    expected = ["000000100.0.pt", "000000100.1.pt"] if "latent_ranks=2" in changes else ["000000100.0.pt"]
+    stored = [change] if "store" in change else []
+    run.run(config.load(tmp_path / "run.yaml", [*stored, "out=alone"]))
+    torchrun(2, "sae_models.training", str(tmp_path / "run.yaml"), change, "out=together")
+    one, two = (bundle.load(tmp_path / name / NAME) for name in ("alone", "together"))
+    alone, together = curve(tmp_path / "alone"), curve(tmp_path / "together")
+    assert max(figures["dead_share"] for _, _, figures in alone) > 0
+    for (step, name, mine), (expected_step, expected_name, theirs) in zip(together, alone, strict=True):
+        assert (step, name) == (expected_step, expected_name)
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert torch.allclose(two.sae.encoder, one.sae.encoder, atol=TOLERANCE)
+    assert torch.allclose(two.sae.decoder, one.sae.decoder, atol=TOLERANCE)
+    parts = {file.name for file in (tmp_path / "together" / run.CHECKPOINTS).iterdir()}
+    expected = ["000000100.0.pt"] if stored else ["000000100.0.pt", "000000100.1.pt"]
     assert parts == {*expected, checkpoint.LATEST}
 
 
