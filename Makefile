@@ -40,13 +40,13 @@ types: $(TEST) ## mypy
 	$(PY) -m mypy
 
 unit: $(TEST) ## tests of parts, in seconds
-	$(PY) -m pytest tests/unit
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto tests/unit
 
 engine-test: $(TEST) ## tests against a vLLM engine
-	$(PY) -m pytest tests/engine
+	$(PY) -m pytest -n 2 --dist loadfile tests/engine
 
 e2e: $(TEST) ## tests against a server process
-	$(PY) -m pytest tests/e2e
+	$(PY) -m pytest -n 2 --dist loadfile tests/e2e
 
 conformance: $(CONFORMANCE) ## tests against the libraries whose formats are read
 	.venv-conformance/bin/python -m pytest tests/conformance

@@ -27,7 +27,8 @@ from sae_models.training.harvest import WINDOWS_A_PASS
 from sae_models.training.store import Store, StoreError
 from sae_models.training.stream import Vectors
 from server import config as configuration
-from server.engine.engine import Call, Engine
+from server.engine.call import Call
+from server.engine.engine import Engine
 from server.engine.telemetry import column
 
 TRIES = 5

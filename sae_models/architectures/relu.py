@@ -18,6 +18,7 @@ class Config(penalty.Config):
 
     l1: float = 5.0
     learning_rate: float | None = 5e-5
+    beta1: float = 0.9
     gradient_norm: float | None = 1.0
 
 

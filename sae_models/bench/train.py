@@ -230,8 +230,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, required=True, help="file of the results")
     parser.add_argument("--peers-python", required=True, help="interpreter of an environment with the peers")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
-    parser.add_argument("--tokens", type=int, default=204_800, help="tokens of a run (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=4096, help="tokens of a step, SAELens' default (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=102_400, help="tokens of a run (default %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=2048, help="tokens of a step, dictionary_learning's default (%(default)s)"
+    )
     parser.add_argument("--width", type=int, default=768, help="default %(default)s")
     parser.add_argument("--latents", type=int, default=16_384, help="default %(default)s")
     parser.add_argument("--k", type=int, default=32, help="default %(default)s")

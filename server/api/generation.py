@@ -13,7 +13,7 @@ from server.api.pace import Stream
 from server.api.prompt import prompt_ids
 from server.api.sampling import sampling_of
 from server.api.serving import Serving, bundle_at, feature_info
-from server.engine.engine import Call, Outcome, Output
+from server.engine.call import Call, Outcome, Output
 from server.engine.hub import Features
 from server.monitoring import metrics
 from server.steering.compile import Compiled, compile_program

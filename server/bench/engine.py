@@ -38,7 +38,7 @@ class Load:
     shape: str = "llama-100m"
     requests: int = 64
     prompt_tokens: int = 32
-    new_tokens: int = 48
+    new_tokens: int = 128
     pairs: int = 5
     rows: int = 256
     latents: int = 16384
@@ -295,7 +295,7 @@ async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate
 
 def call_of(case: str, number: int, load: Load, programs: list[Any], watch: Any) -> Any:
     """Request `number` of a case."""
-    from server.engine.engine import Call
+    from server.engine.call import Call
 
     site = sites_of(load)[0]
     more: dict[str, Any] = {}

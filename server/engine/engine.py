@@ -1,27 +1,22 @@
 """The async engine around vLLM: the only door through which requests reach it."""
 
 import asyncio
-import hashlib
-import hmac
 import secrets
 import tempfile
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from copy import copy
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
 import zmq
 import zmq.asyncio
-from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import TokensPrompt
-from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -31,63 +26,19 @@ from sae_models.bundle import Bundle
 from sae_models.sae import Normalisation, row_norms
 from server import config as configuration
 from server.engine.admission import Admission
-from server.engine.hub import Features, Hub, Inbox
+from server.engine.call import Call, Outcome, Output, engine_sampling, salt
+from server.engine.hub import Hub, Inbox
 from server.engine.layout import Layout
-from server.engine.telemetry import Capture, TelemetryLost
+from server.engine.telemetry import TelemetryLost
 from server.monitoring import metrics
 from server.steering import wire
 from server.steering.compile import Compiled, compile_program
 from server.steering.programs import load_programs
 from server.steering.rows import Dictionary, Registry, check_capacity
-from server.steering.watch import Watched, compile_watch, with_watch
+from server.steering.watch import compile_watch, with_watch
 
 TELEMETRY_TIMEOUT_S = 30.0
 RELEASE_TIMEOUT_S = 0.5
-
-
-@dataclass(frozen=True)
-class Call:
-    """One choice of one request, checked and compiled.
-
-    `canary` is for the self-test: the stage that its program runs in, without the policy.
-    """
-
-    prompt_ids: tuple[int, ...]
-    sampling: SamplingParams
-    compiled: Compiled | None = None
-    watch: tuple[Watched, ...] = ()
-    top_k: int = 0
-    top_k_sites: tuple[str, ...] = ()
-    report_prompt: bool = False
-    tenant: str = ""
-    cache_salt: str = ""
-    capture: bool = False
-    canary: int | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What ran, as the worker counted it, and how it ended."""
-
-    finish_reason: str
-    stop_reason: str | int | None
-    prompt_tokens: int
-    generated_tokens: int
-    cached_tokens: int
-    moved: tuple[int, ...]
-    policy_moved: tuple[int, ...]
-    tokens_seen: int
-    captures: tuple[Capture, ...]
-
-
-class Output(NamedTuple):
-    """What happened since the last one; the last has the outcome. `features` are of the columns of `Call.watch`."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[dict[int, Any]] | None
-    features: Features
-    outcome: Outcome | None = None
 
 
 @dataclass(frozen=True)
@@ -228,31 +179,6 @@ class Engine:
         check_capacity([*request.stages, self.pinned], registry, "report.features")
         return request, columns
 
-    def salt(self, call: Call) -> str:
-        """Prefix-cache salt: keys and values are shared only by one tenant's requests with one effective program.
-
-        What a program that tells phases apart generated comes back as prompt in the next turn, where it would have been
-        edited otherwise: so the prompt's length is part of its effect.
-        """
-        by_phase = any(c is not None and c.by_phase for c in (call.compiled, self.policy))
-        cut = len(call.prompt_ids) if by_phase else 0
-        parts = (call.tenant, digest(call.compiled), digest(self.policy), cut, call.cache_salt)
-        return hmac.new(self.secret, msgspec.json.encode(parts), hashlib.sha256).hexdigest()
-
-    def parameters(self, call: Call, request: wire.Request) -> SamplingParams:
-        """The call's sampling parameters with the program in them; nothing a client wrote reaches `extra_args`."""
-        # vLLM copies them deeply itself.
-        params = copy(call.sampling)
-        params.extra_args = {wire.EXTRA_ARG: wire.encode(request)}
-        params.output_kind = RequestOutputKind.DELTA
-        # Tokens served from the cache produce no activations.
-        params.skip_reading_prefix_cache = (
-            call.report_prompt
-            or call.capture
-            or any(c is not None and c.in_sequence for c in (call.compiled, self.policy))
-        )
-        return params
-
     async def stream(self, call: Call) -> AsyncGenerator[Output]:
         """Run a call. Closing or cancelling the iterator aborts it in the engine at once.
 
@@ -267,9 +193,12 @@ class Engine:
         inbox = self.hub.open(handle, request)
         request_id = f"{handle}-{secrets.token_hex(4)}"
         try:
-            prompt = TokensPrompt(prompt_token_ids=list(call.prompt_ids), cache_salt=self.salt(call))
+            prompt = TokensPrompt(
+                prompt_token_ids=list(call.prompt_ids), cache_salt=salt(self.secret, call, self.policy)
+            )
+            parameters = engine_sampling(call, request, self.policy)
             generated = cached = 0
-            async with aclosing(self.llm.generate(prompt, self.parameters(call, request), request_id)) as outputs:
+            async with aclosing(self.llm.generate(prompt, parameters, request_id)) as outputs:
                 async for out in outputs:
                     choice = out.outputs[0]
                     generated += len(choice.token_ids)
@@ -338,11 +267,6 @@ async def happened(event: asyncio.Event, seconds: float) -> bool:
     await asyncio.wait([waiter], timeout=seconds)
     waiter.cancel()
     return event.is_set()
-
-
-def digest(compiled: Compiled | None) -> str:
-    """A program's digest; empty for none."""
-    return compiled.digest if compiled else ""
 
 
 def load_bundles(config: configuration.Config) -> dict[str, Bundle]:

@@ -13,7 +13,8 @@ from sae_models.formula import edit
 from sae_models.sae import Normalisation
 from sae_models.sae import gain as input_gain
 from server.engine import bank
-from server.engine.engine import Call, Engine, Outcome, Output
+from server.engine.call import Call, Outcome, Output
+from server.engine.engine import Engine
 from server.engine.telemetry import column
 from server.monitoring import metrics
 from server.steering import wire

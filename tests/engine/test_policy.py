@@ -12,7 +12,8 @@ from vllm import SamplingParams
 from rudder.v1 import program_pb2 as pb
 from server import config as configuration
 from server.engine import selftest
-from server.engine.engine import Call, Engine, Outcome
+from server.engine.call import Call, Outcome
+from server.engine.engine import Engine
 from server.steering.compile import compile_program
 from server.steering.errors import ProgramError
 

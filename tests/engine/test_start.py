@@ -13,7 +13,8 @@ from torch import nn
 from vllm import SamplingParams
 
 from server.engine import selftest, sites
-from server.engine.engine import Call, Engine
+from server.engine.call import Call
+from server.engine.engine import Engine
 from server.engine.hub import Hub
 from server.engine.layout import Layout
 from server.engine.telemetry import Frame, TelemetryLost, seal

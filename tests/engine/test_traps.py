@@ -10,7 +10,8 @@ from vllm import SamplingParams
 
 from rudder.v1 import program_pb2 as pb
 from server.engine.admission import QueueFull
-from server.engine.engine import Call, Engine, Outcome, Output
+from server.engine.call import Call, Outcome, Output
+from server.engine.engine import Engine
 from server.steering.compile import Compiled, compile_program
 from server.steering.watch import compile_watch
 from tests.engine.conftest import preempted

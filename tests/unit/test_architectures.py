@@ -339,7 +339,8 @@ def test_defaults_are_those_of_the_papers() -> None:
     assert ARCHITECTURES["topk"].config_type(latents=2**16).rate == 1e-4
     assert (config("topk").auxiliary_k, config("topk").auxiliary_weight) == (None, 1 / 32)
     assert (config("relu").l1, config("relu").gradient_norm) == (5.0, 1.0)
-    assert (config("gated").beta1, config("jumprelu").beta1, config("jumprelu").rate) == (0.0, 0.0, 7e-5)
+    assert (config("relu").beta1, config("gated").beta1, config("jumprelu").beta1) == (0.9, 0.0, 0.0)
+    assert config("jumprelu").rate == 7e-5
     assert (config("adaptive_k").k_min, config("adaptive_k").k_max, config("adaptive_k").l1) == (20, 320, 0.005)
     assert config("matryoshka").shares == (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
     assert (config("route").k, config("route").rate) == (64, 5e-4)
