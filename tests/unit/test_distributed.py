@@ -55,8 +55,8 @@ def test_processes_take_the_steps_of_one_with_dead_latents_called_back(name: str
 
 
 def asked_in(folder: Path) -> dict[str, Any]:
-    """A short run of BatchTopK, in which latents soon count as dead."""
-    return tiny.plain(folder, tokens=6400, checkpoint_every=50, dead_after=64)
+    """A short run of BatchTopK, in which a latent is dead that the last batch did not activate."""
+    return tiny.plain(folder, tokens=6400, checkpoint_every=50, dead_after=1)
 
 
 @pytest.mark.parametrize("change", ["latent_ranks=2", "data.store=store"])
