@@ -1,6 +1,7 @@
 """AdaptiveK (arXiv 2508.17320): how many latents a token gets follows from its complexity, read by a linear probe."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,17 @@ FOLDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
-    """k_min, k_max, steepness, scale of k(c) (sae.AdaptiveK); k is not used. l1: weight of mean ||f||_1 / mean ||x||.
+    """complexity: what the probe is taught: `corpus`, the `complexity` from 0 to 10 of each row of the corpus (the
+    paper's are ratings by a language model); or `loss`, our own substitute, the model's own mean loss on a window.
+
+    k_min, k_max, steepness, scale of k(c) (sae.AdaptiveK); k is not used. l1: weight of mean ||f||_1 / mean ||x||.
 
     From a share `joint` of the run on the probe is trained too, at weight `probe`, by its own regression and an anchor
     to where it was, at weight `anchor`; k(c) is rounded, so reconstruction does not reach it. The authors' code begins
     that phase with a new probe and moves the weight of the anchor between 0.01 and 0.5; here neither.
     """
 
+    complexity: Literal["corpus", "loss"] = "corpus"
     k_min: int = 20
     k_max: int = 320
     steepness: float = 6.0
@@ -69,8 +74,8 @@ class AdaptiveK(TopK):
         centred = x - self.centre
         z, active = self.among(centred, self.selection().count(x.detach()))
         f = z.relu()
-        norm = torch.linalg.vector_norm(x, dim=1).mean()
-        terms = {"l1": self.config.l1 * f.sum() / (len(x) * norm)}
+        norm = self.mesh.mean(torch.linalg.vector_norm(x, dim=1).mean())
+        terms = {"l1": self.config.l1 * self.mesh.total(f.sum()) / (len(x) * norm)}
         if target is not None and state.progress >= self.config.joint:
             terms["probe"] = self.config.probe * self.regression(x, target)
         return self.loss_of(centred, x, f, active, state, **terms)
@@ -84,14 +89,11 @@ class AdaptiveK(TopK):
 
     def among(self, centred: Tensor, counts: Tensor) -> Read:
         """The strongest of each token, as many as its count [n] says, over all shards."""
-        k = min(int(counts.max()), len(self.bias))
-        read = sparse.strongest(centred, self.weights, k)
-        mine = read.z.detach().view(-1, k)
-        largest = self.shards.gather(mine).sort(dim=1, descending=True).values
+        read = sparse.strongest(centred, self.weights, min(int(counts.max()), len(self.bias)))
+        mine = read.z.detach().view(len(centred), -1)
+        largest = self.mesh.gather(mine).sort(dim=1, descending=True).values
         least = largest.gather(1, (counts.long() - 1).clamp(0, largest.shape[1] - 1)[:, None])
-        kept = (mine >= least).flatten()
-        assert isinstance(read.active, sparse.Pairs)
-        return Read(read.z[kept], read.active.where(kept))
+        return read.where((mine >= least).flatten())
 
     def regression(self, x: Tensor, complexity: Tensor) -> Tensor:
         """Mean squared error of the probe on x [n, d], and its distance from where it was."""

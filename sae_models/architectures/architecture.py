@@ -1,6 +1,5 @@
 """What every trainable SAE has: weights and their beginning, unit decoder rows, the call of dead latents, folding."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,7 +9,8 @@ from torch.nn import functional
 
 from sae_models.sae import SAE
 from sae_models.training import initial, sparse
-from sae_models.training.sparse import Active, Weights
+from sae_models.training.distributed import ALONE, Mesh
+from sae_models.training.sparse import Active, Read, Weights
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -63,16 +63,6 @@ class Loss(NamedTuple):
     active: Active
 
 
-class Shards(NamedTuple):
-    """How ranks that hold different latents of one SAE meet. Alone, both give back what they get.
-
-    total: the sum over ranks, in place of a tensor. gather: the ranks' tensors [n, m] side by side, [n, m * ranks].
-    """
-
-    total: Callable[[Tensor], Tensor] = lambda t: t
-    gather: Callable[[Tensor], Tensor] = lambda t: t
-
-
 class Architecture(nn.Module):
     """A trainable SAE: encoder [F, d], bias [F], decoder [F, d_out] of unit rows, decoder_bias [d_out].
 
@@ -92,7 +82,7 @@ class Architecture(nn.Module):
     def __init__(self, d: int, config: Common, generator: torch.Generator) -> None:
         super().__init__()
         self.config = config
-        self.shards = Shards()
+        self.mesh: Mesh = ALONE
         directions = functional.normalize(torch.randn(config.latents, d, generator=generator), dim=1)
         self.encoder = nn.Parameter(directions.clone())
         self.bias = nn.Parameter(torch.zeros(config.latents))
@@ -124,7 +114,7 @@ class Architecture(nn.Module):
 
     def reconstruct(self, values: Tensor, active: Active) -> Tensor:
         """The output [n, d_out] of activations at the active pairs."""
-        return total(active.decode(values, self.decoder, self.unit), self.shards) + self.decoder_bias
+        return self.mesh.total(active.decode(values, self.decoder, self.unit)) + self.decoder_bias
 
     def unexplained(self, error: Tensor) -> Tensor:
         """The FVU of an error [n, d_out], against the variance of the sample the module began with."""
@@ -132,15 +122,32 @@ class Architecture(nn.Module):
 
     def auxiliary(self, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
         """Share of the error [n, d_out] that the strongest dead latents of centred x leave: it calls them back."""
-        count = int(dead.sum())
+        count = int(self.mesh.total(dead.sum()))
         if count == 0:
             return x.new_zeros(())
         k = min(self.config.auxiliary_k or x.shape[1] // 2, count)
-        z, active = sparse.dense(x, Weights(self.encoder[dead], self.bias[dead], self.weights.precision))
-        least = z.detach().topk(k, dim=1).values[:, -1:]
-        explained = active.decode(torch.where(z >= least, z.relu(), 0.0), self.decoder[dead], self.unit)
+        weights = Weights(self.encoder[dead], self.bias[dead], self.weights.precision)
+        z, active = sparse.dense(self.mesh.spread(x), weights)
+        explained = active.decode(torch.where(z >= self.least(z, k), z.relu(), 0.0), self.decoder[dead], self.unit)
         error = error.detach()
-        return (error - explained).square().sum() / error.square().sum()
+        # The mean of the ranks' losses is the share of the whole batch's error.
+        return (error - self.mesh.total(explained)).square().sum() / self.mesh.mean(error.square().sum())
+
+    def strongest(self, x: Tensor, k: int) -> Read:
+        """The k largest pre-activations of each token of centred x, over all shards."""
+        read = sparse.strongest(self.mesh.spread(x), self.weights, min(k, len(self.bias)))
+        if self.mesh.latent_parts == 1:
+            return read
+        z = read.z.view(len(x), -1)
+        return read.where((z >= self.least(z, k)).flatten())
+
+    def least(self, z: Tensor, k: int) -> Tensor:
+        """The kth largest [n, 1] of each token's z [n, m], among those of all shards."""
+        z = z.detach()
+        mine = z.topk(min(k, z.shape[1]), dim=1).values
+        if self.mesh.latent_parts > 1:
+            mine = self.mesh.gather(functional.pad(mine, (0, k - mine.shape[1]), value=-torch.inf))
+        return mine.topk(k, dim=1).values[:, -1:]
 
     def loss_of(self, x: Tensor, target: Tensor, values: Tensor, active: Active, state: State, **terms: Tensor) -> Loss:
         """Reconstruction, the call of dead latents, and further terms, of activations of centred x."""
@@ -168,35 +175,3 @@ class Architecture(nn.Module):
         thresholds = (threshold / scale).expand_as(bias).clone()
         weights = self.encoder.detach().clone(), bias, thresholds, self.decoder.detach().clone()
         return SAE(*weights, self.decoder_bias.detach() / scale, **rest)
-
-
-class _Total(torch.autograd.Function):
-    """A sum over ranks, each of which goes on with all of it: so the gradient passes as it is."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, shards: Shards) -> Tensor:
-        del ctx
-        return shards.total(t)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        del ctx
-        return g, None
-
-
-def total(t: Tensor, shards: Shards) -> Tensor:
-    """The sum over ranks of a tensor of each."""
-    summed: Tensor = _Total.apply(t, shards)  # type: ignore[no-untyped-call]
-    return summed
-
-
-def shard(architecture: Architecture, rank: int, ranks: int, shards: Shards) -> Architecture:
-    """Keeps one rank's part of the latents of an architecture, in place, and lets it meet the others."""
-    architecture.shards = shards
-    for name, parameter in architecture.named_parameters():
-        if name not in architecture.SHARED:
-            parameter.data = parameter.data.chunk(ranks)[rank].clone()
-    for name, buffer in list(architecture.named_buffers()):
-        if name not in architecture.SHARED:
-            setattr(architecture, name, buffer.chunk(ranks)[rank].clone())
-    return architecture

@@ -5,16 +5,19 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sae_models.architectures.architecture import Architecture, Common, Loss, State
 from sae_models.sae import SAE
 from sae_models.training import sparse
+from sae_models.training.distributed import ALONE, Mesh
 from sae_models.training.sparse import Read
 
 # Candidates are sought above this share of the last batch's cut, and where they are too few, among ROOM * k a token.
 MARGIN = 0.9
 ROOM = 4
+# Positive floats have 31 bits of worth.
+DIGIT_BITS, DIGITS = 11, 3
+VALUES = 1 << DIGIT_BITS
 # Of the sample that the threshold is estimated on.
 BATCH = 2048
 
@@ -46,24 +49,23 @@ class BatchTopK(Architecture):
         """The k * n largest of the batch; `cut` becomes the least of them."""
         read = self.candidates(centred)
         assert isinstance(read.active, sparse.Pairs)
-        self.cut.copy_(batch_cut(self.everywhere(read.z.detach(), len(centred)), self.config.k * len(centred)))
-        kept = read.z.detach() > self.cut
-        return Read(read.z[kept], read.active.where(kept))
+        self.cut.copy_(batch_cut(read.z.detach(), self.most(centred), self.mesh))
+        return read.where(read.z.detach() > self.cut)
+
+    def most(self, centred: Tensor) -> int:
+        """How many are kept of the batch, all ranks' parts of it."""
+        return self.config.k * len(centred) * self.mesh.batch_parts
 
     def candidates(self, centred: Tensor) -> Read:
         """Pairs that hold the k * n largest."""
         if float(self.cut) > 0:
             found = sparse.above(centred, self.weights, MARGIN * self.cut)
-            if found is not None and self.shards.total(torch.tensor(len(found.z))) > self.config.k * len(centred):
+            # All ranks decide alike, and each takes part in each exchange.
+            told = [len(found.z), 0] if found else [0, 1]
+            held, missing = self.mesh.sum(torch.tensor(told, device=self.cut.device)).tolist()
+            if found and not missing and held > self.most(centred):
                 return found
-        return sparse.strongest(centred, self.weights, min(ROOM * self.config.k, len(self.bias)))
-
-    def everywhere(self, z: Tensor, tokens: int) -> Tensor:
-        """The k * n largest and one more of this shard's z [m], and those of all others."""
-        most = self.config.k * tokens + 1
-        largest = z.topk(min(most, len(z)), sorted=False).values
-        mine = functional.pad(largest, (0, most - len(largest)))
-        return self.shards.gather(mine[None]).flatten()
+        return self.strongest(centred, min(ROOM * self.config.k, self.config.latents))
 
     @torch.no_grad()
     def canonical(self, scale: float, sample: Tensor) -> SAE:
@@ -75,11 +77,30 @@ class BatchTopK(Architecture):
         return self.folded(scale, torch.stack(cuts).mean())
 
 
-def batch_cut(z: Tensor, most: int) -> Tensor:
-    """A value [], at least 0, above which the `most` largest of z [m] are: midway to the next."""
-    if len(z) <= most:
-        return z.new_zeros(())
-    largest = z.topk(most + 1, sorted=False).values
-    dropped = largest.amin()
-    kept = torch.where(largest > dropped, largest, torch.inf).amin()
-    return ((dropped + torch.where(kept.isinf(), dropped, kept)) / 2).clamp(min=0.0)
+def batch_cut(z: Tensor, most: int, mesh: Mesh = ALONE) -> Tensor:
+    """A value [], at least 0, above which the `most` largest of all ranks' z [m] are: midway to the next."""
+    dropped = nth_largest(z, most + 1, mesh)
+    kept = mesh.least(torch.where(z > dropped, z, torch.inf).amin() if len(z) else z.new_tensor(torch.inf))
+    return torch.where(dropped == 0, 0.0, (dropped + torch.where(kept.isinf(), dropped, kept)) / 2)
+
+
+def nth_largest(z: Tensor, n: int, mesh: Mesh) -> Tensor:
+    """The nth largest [], counted from 1, of all ranks' z [m]; 0 where fewer are above 0.
+
+    Positive floats are in the order of their bits. These are found a digit at a time, the highest first, by counting
+    over all ranks how many values have which: so ranks exchange some thousand counts, however many values they have.
+    """
+    bits = z.clamp(min=0).view(torch.int32)
+    among, left = bits > 0, torch.tensor(n, device=z.device)
+    found, most = torch.zeros((), dtype=torch.long, device=z.device), torch.zeros_like(left)
+    for shift in range(DIGIT_BITS * (DIGITS - 1), -1, -DIGIT_BITS):
+        digit = (bits >> shift) & (VALUES - 1)
+        count = torch.zeros(VALUES, dtype=torch.long, device=z.device).index_add_(0, digit, among.long())
+        # How many have at least the digit VALUES - 1 - i.
+        reached = mesh.sum(count).flip(0).cumsum(0)
+        place = (reached < left).sum().clamp(max=VALUES - 1)
+        most = torch.maximum(most, reached[-1])
+        left = left - torch.where(place > 0, reached[place - 1], 0)
+        among &= digit == VALUES - 1 - place
+        found = found | (VALUES - 1 - place) << shift
+    return torch.where(most >= n, found.int().view(torch.float32), 0.0)

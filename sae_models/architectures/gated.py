@@ -39,7 +39,7 @@ class Gated(Penalised):
         pi, active = sparse.positives(centred, self.weights)
         f, gate = self.magnitudes(pi, active), pi.relu()
         weight = self.config.l1 * self.follow(gate, len(x), state)
-        l1 = weight * gate.sum() / (len(x) * self.variance)
+        l1 = weight * self.mesh.total(gate.sum()) / (len(x) * self.variance)
         return self.loss_of(centred, x, f, active, state, l1=l1, gate=self.explained_by_gates(x, gate, active))
 
     def magnitudes(self, pi: Tensor, active: Active) -> Tensor:
@@ -49,7 +49,7 @@ class Gated(Penalised):
 
     def explained_by_gates(self, x: Tensor, gate: Tensor, active: Active) -> Tensor:
         """FVU of x [n, d] where relu(pi) are the activations; decoder and its bias are frozen copies."""
-        frozen = active.decode(gate, self.decoder.detach())
+        frozen = self.mesh.total(active.decode(gate, self.decoder.detach()))
         return self.unexplained(x - frozen - self.decoder_bias.detach())
 
     @torch.no_grad()

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_models.architectures import architecture
 from sae_models.architectures.architecture import Architecture, Common, Loss, State
 from sae_models.architectures.penalty import quantiles
 from sae_models.sae import SAE
@@ -55,7 +54,7 @@ class JumpReLU(Architecture):
         centred, threshold = x - self.centre, self.log_threshold.exp()
         z, active = sparse.positives(centred, self.weights, threshold - self.config.bandwidth / 2)
         f, gate = jump(z, active.of_latents(threshold), self.config.bandwidth)
-        l0 = architecture.total(gate.sum() / len(x), self.shards)
+        l0 = self.mesh.mean(self.mesh.total(gate.sum() / len(x)))
         weight = self.config.sparsity * ramp(state.progress, self.config.warm_up)
         return self.loss_of(centred, x, f, active, state, l0=weight * (l0 / self.config.k - 1).square())
 

@@ -6,7 +6,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from sae_models.architectures import architecture
 from sae_models.architectures.architecture import Common, Loss, State
 from sae_models.architectures.batch_topk import BatchTopK
 from sae_models.training.sparse import Pairs
@@ -52,8 +51,9 @@ class Matryoshka(BatchTopK):
     def prefixes(self, z: Tensor, active: Pairs) -> Tensor:
         """Reconstructions [n, prefixes, d] by each prefix of the latents."""
         groups = len(self.ends)
-        bag = active.token * groups + torch.bucketize(active.latent, self.ends, right=True)
+        latent = active.latent + self.mesh.latent_part * active.latents
+        bag = active.token * groups + torch.bucketize(latent, self.ends, right=True)
         order = bag.argsort(stable=True)
         pairs = Pairs(bag[order], active.latent[order], active.tokens * groups, active.latents)
         parts = pairs.decode(z[order], self.decoder, self.unit).view(active.tokens, groups, -1)
-        return architecture.total(parts.cumsum(1), self.shards) + self.decoder_bias
+        return self.mesh.total(parts.cumsum(1)) + self.decoder_bias

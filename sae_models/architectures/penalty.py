@@ -48,7 +48,7 @@ class Penalised(Architecture):
 
     def follow(self, f: Tensor, tokens: int, state: State) -> float:
         """The factor of the penalty at a step with activations f; moves `level` towards L0 = k."""
-        l0 = float(self.shards.total((f.detach() > 0).sum() / tokens))
+        l0 = float(self.mesh.mean(self.mesh.total((f.detach() > 0).sum() / tokens)))
         self.level.mul_(exp(self.config.aim * max(-1.0, min(1.0, l0 / self.config.k - 1))))
         return float(self.level) * ramp(state.progress, self.config.warm_up)
 

@@ -35,7 +35,8 @@ class ReLU(Penalised):
         z, active = sparse.positives(centred, self.weights)
         f = z.relu()
         weight = self.config.l1 * self.follow(f, len(x), state)
-        return self.loss_of(centred, x, f, active, state, l1=weight * f.sum() / (len(x) * self.variance))
+        l1 = weight * self.mesh.total(f.sum()) / (len(x) * self.variance)
+        return self.loss_of(centred, x, f, active, state, l1=l1)
 
     def canonical(self, scale: float, sample: Tensor) -> SAE:
         """Exact."""

@@ -56,13 +56,20 @@ class Route(TopK):
         z, active = self.read(h)
         error = h - self.reconstruct(z.relu(), active)
         relative = error.square().sum(1) / h.square().sum(1)
-        policy = self.config.policy * ((relative - relative.mean()).detach() * p.log()).mean()
+        level = self.mesh.mean(relative.detach().mean())
+        policy = self.config.policy * ((relative.detach() - level) * p.log()).mean()
         auxiliary = self.config.auxiliary_weight * self.auxiliary(h, error, state.dead)
-        commonest = torch.bincount(site, minlength=self.config.sites).amax() / len(site)
-        fvu = error.detach().square().sum() / (h - h.mean(0)).detach().square().sum()
+        commonest = self.mesh.mean(torch.bincount(site, minlength=self.config.sites) / len(site)).amax()
+        fvu = self.share_of_variance(error.detach(), h.detach())
         loss = relative.mean()
         parts = {"relative": loss.detach(), "auxiliary": auxiliary.detach(), "commonest_site": commonest}
         return Loss(loss + policy + auxiliary, parts, fvu, z.detach(), active)
+
+    def share_of_variance(self, error: Tensor, h: Tensor) -> Tensor:
+        """The FVU of an error of h [n, d], over the whole batch: what is routed has no variance known beforehand."""
+        mean = self.mesh.mean(h.mean(0))
+        sums = self.mesh.mean(torch.stack([error.square().sum(), (h - mean).square().sum()]))
+        return sums[0] / sums[1]
 
     def canonical(self, scale: float, sample: Tensor) -> SAE:
         """With router and layer norm; the scale is lost in the latter."""

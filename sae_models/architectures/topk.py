@@ -9,7 +9,6 @@ from torch import Tensor
 from sae_models import sae
 from sae_models.architectures.architecture import Architecture, Common, Loss, State
 from sae_models.sae import SAE
-from sae_models.training import sparse
 from sae_models.training.sparse import Read
 
 
@@ -32,20 +31,9 @@ class TopK(Architecture):
 
     def read(self, centred: Tensor) -> Read:
         """The k largest of each token, over all shards."""
-        return among_all(sparse.strongest(centred, self.weights, self.config.k), self.config.k, self)
+        return self.strongest(centred, self.config.k)
 
     def canonical(self, scale: float, sample: Tensor) -> SAE:
         """With the selection TopK."""
         del sample
         return self.folded(scale, torch.zeros(()), selection=sae.TopK(self.config.k))
-
-
-def among_all(read: Read, k: int, module: Architecture) -> Read:
-    """Of each shard's k strongest a token, those that are among the k strongest of all shards."""
-    mine = read.z.detach().view(-1, k)
-    everyone = module.shards.gather(mine)
-    if everyone is mine:
-        return read
-    kept = (mine >= everyone.topk(k, dim=1).values[:, -1:]).flatten()
-    assert isinstance(read.active, sparse.Pairs)
-    return Read(read.z[kept], read.active.where(kept))

@@ -1,7 +1,8 @@
-"""Trains SAEs as a file says, or goes on with a run that was stopped.
+"""Trains SAEs as a file says, or goes on with a run that was stopped: on text, images, or vectors that are kept.
 
     rudder train run.yaml tokens=1e6 sae.k=64     keys of the file, in place of what it says
     rudder train --example > run.yaml             a file to begin with
+    rudder train --example adaptive_k > run.yaml  the same for another architecture, with its settings explained
     torchrun --nproc-per-node 2 -m sae_models.training run.yaml
 
 What it makes is a folder: config.yaml, metrics.jsonl, report.html, and a bundle for each SAE, which the server loads.
@@ -13,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sae_models.architectures import ARCHITECTURES
 from sae_models.bundle import BundleError
-from sae_models.training import config
+from sae_models.training import config, memory
 from sae_models.training.checkpoint import CheckpointError
 from sae_models.training.corpus import CorpusError
 from sae_models.training.run import run
@@ -28,7 +30,14 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml", help="what to train")
     found.add_argument("overrides", nargs="*", metavar="key=value", help="such as tokens=2e6 or sweep.k=[16,32]")
-    found.add_argument("--example", action="store_true", help="print a file with every key explained")
+    found.add_argument(
+        "--example",
+        nargs="?",
+        const="batch_topk",
+        choices=ARCHITECTURES,
+        metavar="ARCHITECTURE",
+        help=f"print a file with every key explained; for one of {', '.join(ARCHITECTURES)}",
+    )
     return found
 
 
@@ -37,14 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser()
     options = commands.parse_args(argv)
     if options.example:
-        sys.stdout.write(config.example())
+        sys.stdout.write(config.example(options.example))
         return 0
     if options.config is None:
         commands.error("give a CONFIG.yaml, or --example to see one")
+    memory.keep_freed()
     try:
         bundles = run(config.load(options.config, options.overrides))
     except (CorpusError, StoreError, CheckpointError, BundleError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -13,8 +13,6 @@ from sae_models.bundle import Statistics
 from sae_models.catalogue import QUANTILES, Context, Latent, Summary
 from sae_models.sae import SAE
 from sae_models.training.corpus import Document, Windows
-from sae_models.training.harvest import residuals
-from sae_models.training.sites import Site
 
 TOP_TOKENS = 10
 TOP_CONTEXTS = 6
@@ -57,21 +55,27 @@ class Pairs:
     new: list[tuple[Tensor, Tensor]]
 
 
-@dataclass
-class Tally:
-    """Sums over a pass: per latent [F], [F, books] or [F, BINS], over residuals [d] or [], by pairs of latent and token
-    or word, and the strongest places of each latent [places, F]."""
+@dataclass(kw_only=True)
+class Activity:
+    """Sums over vectors: per latent [F] or [F, BINS], over what is read [d] or []."""
 
     tokens: int
     active: Tensor
     strongest: Tensor
     histogram: Tensor
+    total: Tensor
+    norm: Tensor
+
+
+@dataclass(kw_only=True)
+class Tally(Activity):
+    """Of text also: by pairs of latent and token or word, per latent and book [F, books], and the strongest places of
+    each latent [places, F]."""
+
     energy_of_token: Pairs
     energy_of_word: Pairs
     fired_in_book: Tensor
     tokens_of_book: Tensor
-    total: Tensor
-    norm: Tensor
     peaks: Tensor
     peak_window: Tensor
     peak_position: Tensor
@@ -99,11 +103,6 @@ def _runs(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
             first = position
 
 
-def tally(trunk: Any, site: Site, sae: SAE, sample: Sample) -> Tally:
-    """One pass over the sample."""
-    return tally_of(residuals(trunk, site, sample.windows), sae, sample)
-
-
 def tally_of(passes: Iterable[tuple[Tensor, Tensor]], sae: SAE, sample: Sample) -> Tally:
     """Of inputs [windows, length, d], with a router [windows, length, L, d], and counted, in the sample's order."""
     sums = _zeros(sae, sample)
@@ -113,9 +112,11 @@ def tally_of(passes: Iterable[tuple[Tensor, Tensor]], sae: SAE, sample: Sample) 
             size = max(1, ACTIVATIONS_AT_ONCE // (sae.latents * inputs.shape[1]))
             for x, counted in zip(inputs.split(size), all_counted.split(size), strict=True):
                 index = torch.arange(start, start + len(x))
-                latents = sae.encode(x) * counted[..., None]
-                _add_residuals(sums, x[counted])
-                _add_latents(sums, latents, sample, index)
+                # The sums are the CPU's.
+                x, counted, latents = x.cpu(), counted.cpu(), sae.encode(x).cpu()
+                latents *= counted[..., None]
+                add(sums, x[counted], latents[counted])
+                _add_words(sums, latents, sample, index)
                 _add_peaks(sums, latents, index)
                 start += len(x)
                 progress.update(len(x))
@@ -124,19 +125,36 @@ def tally_of(passes: Iterable[tuple[Tensor, Tensor]], sae: SAE, sample: Sample) 
     return sums
 
 
+def activity(sae: SAE, x: Tensor) -> Activity:
+    """Of vectors [n, d], or [n, L, d] with a router."""
+    sums = Activity(**_silence(sae))
+    with tqdm(total=len(x), unit="vector", unit_scale=True, desc="catalogue") as progress:
+        for part in x.split(max(1, ACTIVATIONS_AT_ONCE // sae.latents)):
+            add(sums, part.cpu(), sae.encode(part).cpu())
+            progress.update(len(part))
+    return sums
+
+
+def _silence(sae: SAE) -> dict[str, Any]:
+    f = sae.latents
+    return {
+        "tokens": 0,
+        "active": torch.zeros(f),
+        "strongest": torch.zeros(f),
+        "histogram": torch.zeros(f, BINS, dtype=torch.int32),
+        "total": torch.zeros(sae.width),
+        "norm": torch.zeros(()),
+    }
+
+
 def _zeros(sae: SAE, sample: Sample) -> Tally:
     f, books = sae.latents, len(sample.books)
     return Tally(
-        tokens=0,
-        active=torch.zeros(f),
-        strongest=torch.zeros(f),
-        histogram=torch.zeros(f, BINS, dtype=torch.int32),
+        **_silence(sae),
         energy_of_token=_no_pairs(len(sample.tokenizer)),
         energy_of_word=_no_pairs(len(sample.vocabulary)),
         fired_in_book=torch.zeros(f, books),
         tokens_of_book=torch.zeros(books),
-        total=torch.zeros(sae.width),
-        norm=torch.zeros(()),
         peaks=torch.zeros(TOP_CONTEXTS, f),
         peak_window=torch.zeros(TOP_CONTEXTS, f, dtype=torch.long),
         peak_position=torch.zeros(TOP_CONTEXTS, f, dtype=torch.long),
@@ -147,24 +165,25 @@ def _no_pairs(size: int) -> Pairs:
     return Pairs(size, torch.zeros(0, dtype=torch.long), torch.zeros(0), [])
 
 
-def _add_residuals(sums: Tally, x: Tensor) -> None:
+def add(sums: Activity, x: Tensor, latents: Tensor) -> None:
+    """Counts vectors [n, d] or [n, L, d] and their activations [n, F]."""
     sums.tokens += len(x)
     # With a router, the mean over the sites that it chooses from.
     per_site = x.float().reshape(len(x), -1, x.shape[-1])
     sums.total += per_site.mean(1).sum(0)
     sums.norm += per_site.norm(dim=-1).mean(1).sum()
+    sums.active += (latents > 0).sum(0)
+    sums.strongest = torch.cat([sums.strongest[None], latents]).amax(0)
+    token, latent = latents.nonzero(as_tuple=True)
+    once = torch.ones_like(latent, dtype=torch.int32)
+    sums.histogram.view(-1).index_add_(0, latent * BINS + bin_of(latents[token, latent]), once)
 
 
-def _add_latents(sums: Tally, latents: Tensor, sample: Sample, index: Tensor) -> None:
+def _add_words(sums: Tally, latents: Tensor, sample: Sample, index: Tensor) -> None:
     window, position, latent = latents.nonzero(as_tuple=True)
     book, place = sample.book[index], (index[window], position)
     # Squares, because a latent's weak activations are many and say little.
-    activation = latents[window, position, latent]
-    energy = activation.square()
-    sums.active += (latents > 0).sum((0, 1))
-    sums.strongest = torch.maximum(sums.strongest, latents.amax((0, 1)))
-    once = torch.ones_like(latent, dtype=torch.int32)
-    sums.histogram.view(-1).index_add_(0, latent * BINS + bin_of(activation), once)
+    energy = latents[window, position, latent].square()
     _add_pairs(sums.energy_of_token, latent, sample.windows.tokens[place], energy)
     _add_pairs(sums.energy_of_word, latent, sample.word[place], energy)
     sums.fired_in_book.index_put_((latent, book[window]), torch.ones_like(energy), accumulate=True)
@@ -198,7 +217,7 @@ def _add_peaks(sums: Tally, latents: Tensor, index: Tensor) -> None:
     sums.peak_position = torch.cat([sums.peak_position, position]).gather(0, order)
 
 
-def statistics_of(sums: Tally) -> Statistics:
+def statistics_of(sums: Activity) -> Statistics:
     """The bundle's statistics of a pass."""
     return Statistics(sums.strongest, sums.active / sums.tokens, sums.total / sums.tokens, sums.norm / sums.tokens)
 
@@ -212,6 +231,15 @@ def quantiles(histogram: Tensor, strongest: Tensor) -> Tensor:
     share = ((wanted - (above.gather(1, place) - held)) / held).clamp(0, 1)
     value = torch.exp2((place + share) / BINS_AN_OCTAVE + LOWEST_OCTAVE)
     return torch.where(count > 0, torch.minimum(value, strongest[:, None]), 0.0)
+
+
+def unnamed(sums: Activity) -> Iterator[Latent]:
+    """Every latent's catalogue entry where there is no text to tell what it stands for: how it is active."""
+    frequency, strongest = (sums.active / sums.tokens).tolist(), sums.strongest.tolist()
+    levels = quantiles(sums.histogram, sums.strongest).tolist()
+    for index, most in enumerate(strongest):
+        summary = Summary(index, "", frequency[index], most)
+        yield Latent(summary, (), (), tuple(levels[index]) if most > 0 else ())
 
 
 def describe(sums: Tally, sample: Sample) -> Iterator[Latent]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import itertools
 import json
 import re
@@ -64,8 +65,12 @@ class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything a run is told."""
 
-    model: Annotated[str, Meta(description="folder of a transformers model")]
-    corpus: Annotated[str, Meta(description="text, JSON lines, Parquet, a saved dataset, or a folder of such files")]
+    model: Annotated[str, Meta(description="folder of a transformers model; with vectors it is not needed")] = ""
+    corpus: Annotated[
+        str | None, Meta(description="text, JSON lines, Parquet, a saved dataset, or a folder of such files")
+    ] = None
+    images: Annotated[str | None, Meta(description="or: a folder of images, for a vision model")] = None
+    vectors: Annotated[str | None, Meta(description="or: a store of vectors (training/store.py), of any model")] = None
     out: Annotated[str, Meta(description="folder of the run; the same command goes on with what it holds")]
     sae: Annotated[dict[str, Any], Meta(description="what is trained")]
     sweep: Annotated[
@@ -105,6 +110,10 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True):
         return (*self.sites, *([self.output_site] if self.output_site else []))
 
 
+# Far above any that was published: what is meant to be more is a slip of the pen.
+MOST_LATENTS = 1 << 26
+# What a run may be trained on.
+ORIGINS = ("corpus", "images", "vectors")
 EXAMPLE = {
     "model": "sae_models/pretrained/textbook-lm",
     "corpus": "textbooks.jsonl.xz",
@@ -112,6 +121,13 @@ EXAMPLE = {
     "sweep": {"k": [16, 32, 64]},
 }
 EXAMPLE_SAE: dict[str, Any] = {"architecture": "batch_topk", "site": "layers.2.resid_post", "latents": 4096, "k": 32}
+# Where k is not what is swept.
+EXAMPLE_SWEEPS = {"adaptive_k": {"k_max": [160, 320]}}
+# What architectures of several sites read and write.
+EXAMPLE_SITES: dict[str, dict[str, Any]] = {
+    "route": {"site": ["layers.1.resid_post", "layers.2.resid_post"], "sites": 2},
+    "transcoder": {"site": "layers.2.mlp_in", "output_site": "layers.2.mlp_out"},
+}
 # Keys of `sae` beside the fields of the architecture's configuration.
 OWN = {
     "name": "of the bundle; null: the model and the site",
@@ -164,8 +180,20 @@ def convert(tree: Mapping[str, Any]) -> Config:
         raise ConfigError(f"{place.strip('.`') or 'configuration'}: {problem}") from error
     if config.tokens < config.batch:
         raise ConfigError(f"tokens: {config.tokens} are less than a batch of {config.batch}")
+    _check_origin(config)
     trained(config)
     return config
+
+
+def _check_origin(config: Config) -> None:
+    """ConfigError unless a run is told what to train on, once."""
+    given = [key for key in ORIGINS if getattr(config, key)]
+    if len(given) != 1:
+        raise ConfigError(f"corpus: give one of {', '.join(ORIGINS)}; {' and '.join(given) or 'none'} is given")
+    if not config.model and not config.vectors:
+        raise ConfigError("model: is not given")
+    if config.vectors and config.data.store:
+        raise ConfigError("data.store: vectors are a store already")
 
 
 def require_known(given: Mapping[str, Any], known: Collection[str], prefix: str) -> None:
@@ -210,10 +238,13 @@ def _one(config: Config, given: dict[str, Any], suffix: str) -> Trained:
         seed = msgspec.convert(config.seed if given.get("seed") is None else given["seed"], int)
     except msgspec.ValidationError as error:
         raise ConfigError(f"sae: {error}") from error
+    if settings.latents > MOST_LATENTS:
+        raise ConfigError(f"sae.latents: {settings.latents}, at most {MOST_LATENTS}")
     if not 0 < settings.k <= settings.latents:
         raise ConfigError(f"sae.k: {settings.k} of {settings.latents} latents")
     place = str(sites[-1]).removesuffix(".resid_post")
-    base = given.get("name") or f"{Path(config.model).resolve().name}-{place}"
+    origin = Path(config.model or config.vectors or "")
+    base = given.get("name") or f"{origin.resolve().name}-{place}"
     return Trained(
         name=f"{base}{suffix}",
         architecture=name,
@@ -257,16 +288,17 @@ def dump(config: Config) -> str:
     return text
 
 
-def example() -> str:
-    """A configuration with a line of help for each key, which `load` reads."""
+def example(architecture: str = EXAMPLE_SAE["architecture"]) -> str:
+    """A configuration with a line of help for each key, which `load` reads, for an architecture."""
     lines = ["# rudder train FILE [key=value ...]"]
     for name, default, text in described(Config):
         if name == "sae":
-            lines += [f"sae:  # {text}", *(f"  {line}" for line in _example_of_sae())]
+            lines += [f"sae:  # {text}", *(f"  {line}" for line in _example_of_sae(architecture))]
         elif isinstance(default, Data | Evaluation):
             lines += [f"{name}:", *(f"  {_line(*field)}" for field in described(type(default)))]
         else:
-            lines.append(_line(name, EXAMPLE.get(name, default), text))
+            value = EXAMPLE_SWEEPS.get(architecture) if name == "sweep" else None
+            lines.append(_line(name, value or EXAMPLE.get(name, default), text))
     return "\n".join(lines) + "\n"
 
 
@@ -281,13 +313,17 @@ def described(kind: type[msgspec.Struct]) -> Iterator[tuple[str, Any, str]]:
         yield field.name, default, next((meta.description for meta in metas if meta.description), "") or ""
 
 
-def _example_of_sae() -> Iterator[str]:
+def _example_of_sae(architecture: str) -> Iterator[str]:
+    values = EXAMPLE_SAE | {"architecture": architecture} | EXAMPLE_SITES.get(architecture, {})
     for name, text in OWN.items():
-        yield _line(name, EXAMPLE_SAE.get(name), text)
+        yield _line(name, values.get(name), text)
+    kind = ARCHITECTURES[architecture].config_type
     yield "# Of the architecture, with its defaults:"
-    for field in dataclasses.fields(ARCHITECTURES[EXAMPLE_SAE["architecture"]].config_type):
+    for part in reversed(kind.mro()[:-1]):
+        yield from (f"# {line}".rstrip() for line in (inspect.getdoc(part) or "").splitlines())
+    for field in dataclasses.fields(kind):
         default = None if field.default is dataclasses.MISSING else field.default
-        yield _line(field.name, EXAMPLE_SAE.get(field.name, default), "")
+        yield _line(field.name, values.get(field.name, default), "")
 
 
 def _line(name: str, value: Any, text: str) -> str:

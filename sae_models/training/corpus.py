@@ -144,8 +144,8 @@ def _document(row: Any, number: int) -> Document:
         raise ValueError(f"line {number}: not an object with a `text`")
     text = "\n".join(part for part in (row.get("title"), row["text"]) if part) if row["text"] else ""
     complexity = row.get("complexity")
-    if not isinstance(complexity, int | float | None):
-        raise ValueError(f"line {number}: complexity {complexity!r} is not a number")
+    if complexity is not None and not (isinstance(complexity, int | float) and 0 <= complexity <= 10):
+        raise ValueError(f"line {number}: complexity {complexity!r} is not a number from 0 to 10")
     return Document(str(row.get("book") or ""), str(row.get("module") or number), text, complexity)
 
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sae_models import bundle
-from sae_models.training import corpus, harvest, store
-from sae_models.training.config import Config, Trained, trained
+from sae_models.training import complexity, corpus, harvest, images, store
+from sae_models.training.config import Config, ConfigError, Trained, trained
 from sae_models.training.corpus import CorpusError, Document, Windows
 from sae_models.training.distributed import Mesh
 from sae_models.training.sites import Site, parse_site
-from sae_models.training.stream import Labelled, Live, Source, Vectors
-
-COMPLEXITY = "complexity"
+from sae_models.training.store import StoreError
+from sae_models.training.stream import Labelled, Live, Part, Source, Vectors
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,51 @@ class TrainingData(Text):
     sites: tuple[Site, ...]
 
 
-def gather(config: Config) -> TrainingData:
-    """Reads model and corpus. ValueError, CorpusError or FileNotFoundError names what is wrong with them."""
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    sites = sites_of(config)
-    trunk = harvest.load_trunk(Path(config.model), *sites, device=device)
+@dataclass(frozen=True)
+class Given:
+    """Vectors to train on and to measure with, the model they are of, and the text they are of, if there is one."""
+
+    train: Source
+    held_out: Source
+    model: str
+    model_sha256: str
+    text: TrainingData | None = None
+
+
+def device_of(config: Config) -> torch.device:
+    """Where a run computes."""
+    return torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def gather(config: Config) -> Given:
+    """Reads what a run is given. ValueError, CorpusError, StoreError or OSError names what is wrong with it."""
+    if config.vectors:
+        return kept(config, Path(config.vectors))
+    folder, sites = Path(config.model), sites_of(config)
+    trunk = harvest.load_trunk(folder, *sites, device=device_of(config))
+    model = folder.resolve().name, bundle.model_sha256(folder)
+    if config.images and adaptive(config):
+        raise ConfigError("sae.architecture: adaptive_k is taught the complexity of text, which images do not have")
+    if config.images:
+        return Given(*images.read(Path(config.images), folder, trunk, sites, config.seed), *model)
     text = read(config)
-    return TrainingData(text.documents, text.tokenizer, text.train, text.held_out, trunk, sites)
+    made = TrainingData(text.documents, text.tokenizer, text.train, text.held_out, trunk, sites)
+    live, held = (Live(trunk, sites, windows) for windows in (text.train, text.held_out))
+    return Given(labelled(config, text, live), held, *model, made)
+
+
+def kept(config: Config, folder: Path) -> Given:
+    """A store that is there; its last tenth is held out. StoreError: it lacks a site, or holds too little."""
+    found = store.load(folder)
+    content = found.manifest.content
+    for site in held_by(config):
+        if site not in content.sites:
+            raise StoreError(f"store: {found.path} does not hold {site}, but {', '.join(content.sites)}")
+    chunks = range(len(found.sizes))
+    first = len(chunks) - max(1, len(chunks) // 10)
+    if first == 0:
+        raise StoreError(f"store: {found.path}: {found.tokens} vectors are too few to hold some out")
+    return Given(Part(found, chunks[:first]), Part(found, chunks[first:]), content.model, content.model_sha256)
 
 
 def sites_of(config: Config) -> tuple[Site, ...]:
@@ -53,7 +91,7 @@ def sites_of(config: Config) -> tuple[Site, ...]:
 def read(config: Config) -> Text:
     """Reads the corpus."""
     tokenizer = harvest.load_tokenizer(Path(config.model))
-    documents = corpus.read(Path(config.corpus))
+    documents = corpus.read(Path(config.corpus or ""))
     windows = corpus.windows(documents, tokenizer, config.window)
     return Text(documents, tokenizer, *split(windows, documents, config.seed))
 
@@ -66,37 +104,45 @@ def split(windows: Windows, documents: list[Document], seed: int) -> tuple[Windo
     return windows.where(~held).shuffled(seed), windows.where(held).shuffled(seed)
 
 
-def source_of(config: Config, made: TrainingData, mesh: Mesh) -> Source:
-    """The activations of the training windows: out of a store, which is harvested first, or on the fly."""
-    live = labelled(config, made, Live(made.trunk, made.sites, made.train))
+def source_of(config: Config, made: Given, mesh: Mesh) -> Source:
+    """What is trained on: out of a store, which is harvested first, or on the fly."""
     if config.data.store is None:
-        return live
+        return made.train
     folder = Path(config.data.store)
     if mesh.leads:
-        store.write(folder, content_of(config, live), live)
+        store.write(folder, content_of(config, made.train), made.train)
     mesh.barrier()
     return store.load(folder)
 
 
 def labelled(config: Config, text: Text, source: Source) -> Source:
-    """The source, with the complexity of each token's document where AdaptiveK is trained and the corpus tells it."""
-    known = [document.complexity for document in text.documents]
-    if all(spec.architecture != "adaptive_k" for spec in trained(config)) or all(value is None for value in known):
-        return source
-    if any(value is None for value in known):
-        raise CorpusError("corpus: some documents have a complexity and some have none")
-    return Labelled(source, text.train, COMPLEXITY, torch.tensor(known, dtype=torch.float32)[text.train.document])
+    """The source, with the complexity of each token's window as each AdaptiveK of the run asks for it."""
+    for spec in {complexity.label(spec.settings): spec for spec in adaptive(config)}.values():
+        rate = complexity.COMPLEXITIES[spec.settings.complexity]
+        rates = rate(text.documents, text.train, Path(config.model), device_of(config))
+        source = Labelled(source, text.train, complexity.label(spec.settings), rates)
+    return source
+
+
+def adaptive(config: Config) -> list[Trained]:
+    """The SAEs of a run that are taught complexities."""
+    return [spec for spec in trained(config) if spec.architecture == "adaptive_k"]
+
+
+def held_by(config: Config) -> tuple[str, ...]:
+    """The names of all that the SAEs of a run are given."""
+    labels = (complexity.label(spec.settings) for spec in adaptive(config))
+    return tuple(dict.fromkeys([*map(str, sites_of(config)), *labels]))
 
 
 def content_of(config: Config, source: Source) -> store.Content:
     """What the run's store must hold of a source."""
     held = sum(source.sizes)
-    sites = tuple(map(str, sites_of(config)))
     return store.Content(
         model=Path(config.model).resolve().name,
         model_sha256=bundle.model_sha256(Path(config.model)),
-        corpus_sha256=corpus.sha256(Path(config.corpus)),
-        sites=(*sites, COMPLEXITY) if isinstance(source, Labelled) else sites,
+        corpus_sha256=corpus.sha256(Path(config.corpus or config.images or "")),
+        sites=held_by(config),
         window=config.window,
         seed=config.seed,
         tokens=min(config.data.tokens or held, held),
@@ -110,16 +156,8 @@ def sample_of(source: Source, tokens: int) -> Vectors:
     while held < tokens and count < len(source.sizes):
         held += source.sizes[count]
         count += 1
-    return {site: x.float() for site, x in source.load(range(count)).items()}
-
-
-def held_out(made: TrainingData, windows: Windows) -> Vectors:
-    """The counted vectors of windows at every site."""
-    parts: list[list[Tensor]] = [[] for _ in made.sites]
-    for seen, counted in harvest.text_activations(made.trunk, made.sites, windows):
-        for part, x in zip(parts, seen, strict=True):
-            part.append(x[counted])
-    return {str(site): torch.cat(part) for site, part in zip(made.sites, parts, strict=True)}
+    parts = [source.load([chunk]) for chunk in tqdm(range(count), desc="sample", unit="chunk")]
+    return {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
 
 
 def inputs(spec: Trained, vectors: Vectors) -> Tensor:
@@ -129,7 +167,12 @@ def inputs(spec: Trained, vectors: Vectors) -> Tensor:
 
 
 def target(spec: Trained, vectors: Vectors) -> Tensor | None:
-    """What is to be predicted: a transcoder's outputs [n, d_out], complexities [n] of AdaptiveK, None of other SAEs."""
-    if spec.architecture == "adaptive_k" and COMPLEXITY in vectors:
-        return vectors[COMPLEXITY][:, 0]
+    """What a step is given beside its inputs: a transcoder's outputs [n, d_out], complexities [n] of AdaptiveK."""
+    if spec.architecture == "adaptive_k":
+        return vectors[complexity.label(spec.settings)][:, 0]
+    return explained(spec, vectors)
+
+
+def explained(spec: Trained, vectors: Vectors) -> Tensor | None:
+    """What an SAE's output is to be near [n, d_out], where that is not its input."""
     return vectors[spec.output_site] if spec.output_site else None

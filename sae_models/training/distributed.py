@@ -1,7 +1,7 @@
 """A run on several processes that `torchrun` started: each trains on a part of every batch, or holds a part of the
-latents, or both.
+latents, or both; together they take the steps that one process would take.
 
-Ranks with the same latents are neighbours of stride `latent_ranks`: rank = part of the batch * latent_ranks + part of
+Ranks with the same latents are neighbours of stride `latent_parts`: rank = part of the batch * latent_parts + part of
 the latents.
 """
 
@@ -15,15 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae_models.architectures.architecture import Architecture, Shards, shard
-
 # The others wait while one process harvests the store.
 TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this process stands: which part of the batch, of how many; which part of the latents, of how many."""
+    """Where this process stands: which part of the batch, of how many; which part of the latents, of how many.
+
+    What crosses a dimension with one part is what it was.
+    """
 
     batch_part: int = 0
     batch_parts: int = 1
@@ -37,9 +38,14 @@ class Mesh:
         """Whether this process speaks for all."""
         return self.batch_part == self.latent_part == 0
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.batch_parts * self.latent_parts == 1
+
     def barrier(self) -> None:
         """Waits for all."""
-        if self.batch_parts * self.latent_parts > 1:
+        if not self.alone:
             dist.barrier()
 
     def part(self, x: Tensor) -> Tensor:
@@ -48,6 +54,8 @@ class Mesh:
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         """The mean over the parts of the batch, in place; small tensors travel together."""
+        if self.batch_parts == 1:
+            return
         held = list(tensors)
         flat = torch.cat([tensor.flatten() for tensor in held])
         dist.all_reduce(flat, group=self.batch_group)
@@ -55,23 +63,83 @@ class Mesh:
         for tensor, mean in zip(held, flat.split([tensor.numel() for tensor in held]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over the parts of the batch. A gradient passes as it is: gradients are averaged later."""
+        meant: Tensor = _Mean.apply(tensor, self) if self.batch_parts > 1 else tensor  # type: ignore[no-untyped-call]
+        return meant
+
     def total(self, tensor: Tensor) -> Tensor:
-        """The sum over the parts of the latents."""
-        summed = tensor.detach().clone()
-        dist.all_reduce(summed, group=self.latent_group)
+        """The sum over the parts of the latents. All go on with all of it, so a gradient passes as it is."""
+        summed: Tensor = _Total.apply(tensor, self) if self.latent_parts > 1 else tensor  # type: ignore[no-untyped-call]
         return summed
+
+    def spread(self, tensor: Tensor) -> Tensor:
+        """A tensor that all parts of the latents have, for each to read with its own: its gradient is of all."""
+        given: Tensor = _Spread.apply(tensor, self) if self.latent_parts > 1 else tensor  # type: ignore[no-untyped-call]
+        return given
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Tensors [n, m] of the parts of the latents, side by side."""
-        return torch.cat(self.gathered(tensor), dim=1)
+        return tensor if self.latent_parts == 1 else torch.cat(self.gathered(tensor), dim=1)
 
     def gathered(self, tensor: Tensor) -> list[Tensor]:
-        """The same tensor of each part of the latents, which may differ in length."""
-        lengths = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(self.latent_parts)]
-        dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device), group=self.latent_group)
-        parts = [tensor.new_empty((int(length), *tensor.shape[1:])) for length in lengths]
+        """The same tensor of each part of the latents."""
+        parts = [torch.empty_like(tensor) for _ in range(self.latent_parts)]
         dist.all_gather(parts, tensor.contiguous(), group=self.latent_group)
         return parts
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return self._reduced(tensor, dist.ReduceOp.SUM)
+
+    def least(self, tensor: Tensor) -> Tensor:
+        """The least over all processes."""
+        return self._reduced(tensor, dist.ReduceOp.MIN)
+
+    def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:
+        if self.alone:
+            return tensor
+        reduced = tensor.detach().clone()
+        dist.all_reduce(reduced, operation)
+        return reduced
+
+
+ALONE = Mesh()
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, t: Tensor, mesh: Mesh) -> Tensor:
+        summed = t.detach().clone()
+        dist.all_reduce(summed, group=mesh.latent_group)
+        return summed
+
+    @staticmethod
+    def backward(_: Any, g: Tensor) -> Any:
+        return g, None
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, t: Tensor, mesh: Mesh) -> Tensor:
+        mean = t.detach().clone()
+        mesh.average([mean])
+        return mean
+
+    @staticmethod
+    def backward(_: Any, g: Tensor) -> Any:
+        return g, None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, mesh: Mesh) -> Tensor:
+        ctx.mesh = mesh
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return _Total.forward(None, g, ctx.mesh), None
 
 
 def join(latent_parts: int, batch: int) -> Mesh:
@@ -83,9 +151,11 @@ def join(latent_parts: int, batch: int) -> Mesh:
     if batch % batch_parts:
         raise ValueError(f"batch: {batch} is not divided by {batch_parts} processes")
     if ranks == 1:
-        return Mesh()
+        return ALONE
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     table = torch.arange(ranks).view(batch_parts, latent_parts)
     # Every process makes every group, in one order.
     latent_groups = [dist.new_group(row.tolist()) for row in table]
@@ -98,20 +168,3 @@ def leave() -> None:
     """Ends the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def sharded(architecture: Architecture, mesh: Mesh) -> Architecture:
-    """This process's part of the latents."""
-    if mesh.latent_parts == 1:
-        return architecture
-    return shard(architecture, mesh.latent_part, mesh.latent_parts, Shards(mesh.total, mesh.gather))
-
-
-def whole(part: Architecture, template: Architecture, mesh: Mesh) -> Architecture:
-    """The architecture of which every process holds a part, in `template`: one that was made with the same config."""
-    if mesh.latent_parts == 1:
-        return part
-    state = part.state_dict()
-    joined = {name: t if name in part.SHARED else torch.cat(mesh.gathered(t)) for name, t in state.items()}
-    template.load_state_dict(joined)
-    return template

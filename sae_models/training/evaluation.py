@@ -2,7 +2,7 @@
 
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_models import bundle, catalogue, importing
+from sae_models import material as materials
 from sae_models.analysis import probing
 from sae_models.analysis.probing import Labelled
-from sae_models.bundle import Manifest, Model, Training
+from sae_models.bundle import Manifest, Model, Statistics, Training
 from sae_models.catalogue import Latent
 from sae_models.convention import Claims
 from sae_models.material import Material
@@ -23,7 +24,7 @@ from sae_models.training import catalogue as entries
 from sae_models.training import corpus, data, harvest, metrics
 from sae_models.training.config import Config, Trained
 from sae_models.training.corpus import Windows
-from sae_models.training.data import TrainingData
+from sae_models.training.data import Given, TrainingData
 from sae_models.training.metrics import Fidelity
 from sae_models.training.record import Record
 from sae_models.training.sites import parse_site
@@ -34,20 +35,22 @@ DENSITY = (-6.0, 0.0, 24)
 COSINE = (0.0, 1.0, 20)
 
 
-def conclude(asked: Config, spec: Trained, sae: SAE, made: TrainingData, folder: Path) -> None:
+def conclude(asked: Config, spec: Trained, sae: SAE, made: Given, folder: Path) -> None:
     """Measures an SAE, adds the figures to the record, and writes its bundle into the run's folder."""
-    sample = entries.sample_of(made.train.first(asked.evaluation.catalogue_tokens), made.documents, made.tokenizer)
-    sums = entries.tally_of(read_by(spec, made, sample.windows), sae, sample)
-    vectors = data.held_out(made, made.held_out.first(asked.evaluation.tokens))
-    x, target = data.inputs(spec, vectors), data.target(spec, vectors)
+    statistics, latents = catalogued(asked, spec, sae, made)
+    vectors = data.sample_of(made.held_out, asked.evaluation.tokens)
+    x, target = data.inputs(spec, vectors), data.explained(spec, vectors)
     explained = x if target is None else target
-    figures = measured(asked, spec, sae, metrics.fidelity(sae, x, target), made, explained.flatten(0, -2).mean(0))
+    figures = figures_of(spec, sae, metrics.fidelity(sae, x, target))
+    if made.text is not None:
+        figures |= spliced(asked, spec, sae, made.text, explained.flatten(0, -2).mean(0))
+        figures |= probed(asked, spec, sae, made.text)
+    figures["left_out"] = left_out(figures, latents)
     steps = asked.tokens // asked.batch
     with Record(folder, steps) as record:
         record.add("evaluation", steps, steps * asked.batch, {spec.name: figures})
     conformance = importing.typical(sae, x, target, Claims(figures["l0"], figures["fvu"]))
-    content, statistics = manifest_of(asked, spec, sae, figures), entries.statistics_of(sums)
-    latents = described(spec, sae, made, entries.describe(sums, sample))
+    content = manifest_of(asked, spec, sae, made, figures)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".catalogue.") as scratch:
             database = Path(scratch) / bundle.CATALOGUE
@@ -57,26 +60,48 @@ def conclude(asked: Config, spec: Trained, sae: SAE, made: TrainingData, folder:
         raise OSError(f"bundle: {folder / spec.name}: {error}; the checkpoint is whole, run it again") from error
 
 
-def read_by(spec: Trained, made: TrainingData, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pass by pass what an SAE reads [windows, length, d] or [windows, length, L, d], and counted [windows, length]."""
-    for seen, counted in harvest.text_activations(made.trunk, tuple(map(parse_site, spec.sites)), windows):
-        yield seen[0] if len(seen) == 1 else torch.stack(seen, -2), counted
+def catalogued(asked: Config, spec: Trained, sae: SAE, made: Given) -> tuple[Statistics, list[Latent]]:
+    """How each latent is active on what was trained on, and, of text, what it stands for."""
+    most = asked.evaluation.catalogue_tokens
+    if made.text is None:
+        sums = entries.activity(sae, data.inputs(spec, data.sample_of(made.train, most)))
+        return entries.statistics_of(sums), list(entries.unnamed(sums))
+    text = made.text
+    sample = entries.sample_of(text.train.first(most), text.documents, text.tokenizer)
+    passes = materials.inputs(material_of(text), spec.sites, sample.windows)
+    tally = entries.tally_of(passes, sae, sample)
+    return entries.statistics_of(tally), list(described(spec, sae, text, entries.describe(tally, sample)))
+
+
+def left_out(figures: Mapping[str, Any], latents: Sequence[Latent]) -> list[str]:
+    """What was not measured or told because it needs what is not there."""
+    causes = {
+        "what latents stand for: needs text": all(not latent.summary.label for latent in latents),
+        "words that latents promote: needs a causal language model and a site in its residual stream": not any(
+            latent.promoted for latent in latents
+        ),
+        "CE recovered and KL: need text, a causal language model and one site": "kl" not in figures,
+        "probes: need text of several books": "probe_1" not in figures,
+    }
+    return [cause for cause, holds in causes.items() if holds]
+
+
+def material_of(made: TrainingData) -> Material:
+    """The training text as importing knows it."""
+    return Material(made.trunk, made.tokenizer, made.documents, made.train)
 
 
 def described(spec: Trained, sae: SAE, made: TrainingData, latents: Iterable[Latent]) -> Iterable[Latent]:
     """The latents, with the words that their decoder rows promote where these are added to a residual stream."""
     if not (harvest.speaks(made.trunk.config) and spec.all_sites[-1].endswith(importing.ADDED)):
         return latents
-    using = Material(made.trunk, made.tokenizer, made.documents, made.train)
-    return importing.with_words(list(latents), sae, using)
+    return importing.with_words(list(latents), sae, material_of(made))
 
 
-def measured(
-    asked: Config, spec: Trained, sae: SAE, fidelity: Fidelity, made: TrainingData, mean: Tensor
-) -> dict[str, Any]:
-    """All figures of an SAE, as the record and the report hold them; what cannot be measured is left out."""
+def figures_of(spec: Trained, sae: SAE, fidelity: Fidelity) -> dict[str, Any]:
+    """What vectors alone tell of an SAE, as the record and the report hold it."""
     density = fidelity.frequency[fidelity.frequency > 0].log10().clamp(min=DENSITY[0])
-    figures: dict[str, Any] = {
+    return {
         "site": " ".join(spec.all_sites),
         "fvu": fidelity.fvu,
         "l0": fidelity.l0,
@@ -85,8 +110,6 @@ def measured(
         "density": histogram(density, *DENSITY),
         "decoder_cosine": histogram(metrics.nearest(sae.decoder), *COSINE),
     }
-    figures |= spliced(asked, spec, sae, made, mean)
-    return figures | probed(asked, spec, sae, made)
 
 
 def histogram(values: Tensor, low: float, high: float, bins: int) -> list[int]:
@@ -135,7 +158,8 @@ def pooled(
     label = torch.tensor([shared.index(book) for book in books if book in shared])
     latents, plain = [], []
     found = harvest.text_activations(made.trunk, made.sites, windows)
-    for seen, counted in tqdm(found, desc="probe", unit="pass"):
+    passes = -(-len(windows) // harvest.WINDOWS_A_PASS)
+    for seen, counted in tqdm(found, total=passes, desc="probe", unit="pass"):
         by_site = {str(site): x for site, x in zip(made.sites, seen, strict=True)}
         for row, positions in enumerate(counted):
             x = data.inputs(spec, {site: x[row][positions] for site, x in by_site.items()})
@@ -144,13 +168,12 @@ def pooled(
     return Labelled(torch.stack(latents).cpu(), label), Labelled(torch.stack(plain).cpu(), label)
 
 
-def manifest_of(asked: Config, spec: Trained, sae: SAE, figures: dict[str, Any]) -> Manifest:
+def manifest_of(asked: Config, spec: Trained, sae: SAE, made: Given, figures: Mapping[str, Any]) -> Manifest:
     """The manifest but for the hashes of the files."""
-    folder = Path(asked.model)
     return bundle.describe(
         sae,
         name=spec.name,
-        model=Model(folder.resolve().name, bundle.model_sha256(folder), sae.width),
+        model=Model(made.model, made.model_sha256, sae.width),
         sites=spec.sites,
         output_site=spec.output_site or "",
         architecture=spec.architecture,

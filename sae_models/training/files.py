@@ -10,10 +10,12 @@ PARTIAL = ".partial"
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file beside `path` and moves it there once it is on the disk. OSError, and no file, if it cannot."""
+    """Writes a file beside `path` and moves it there once it is on the disk. OSError that names it, and no file, if it
+    cannot.
+    """
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as file:
+        with naming(path), partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -22,6 +24,15 @@ def write_whole(path: Path, content: bytes) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within the block an OSError names the file: those of writing do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 @contextmanager

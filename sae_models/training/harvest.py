@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from sae_models.training.corpus import Windows
 from sae_models.training.sites import Site, layers_of, module_at, recorded
@@ -16,19 +16,32 @@ CPU = torch.device("cpu")
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint."""
-    return AutoTokenizer.from_pretrained(folder)
+    """The tokenizer of a checkpoint. ValueError: there is none, or it is damaged."""
+    return _read(AutoTokenizer, folder, "tokenizer")
+
+
+def load_image_processor(folder: Path) -> Any:
+    """What makes a vision model's inputs of images. ValueError: there is none, or it is damaged."""
+    return _read(AutoImageProcessor, folder, "image processor")
+
+
+def _read(kind: Any, folder: Path, what: str, **settings: Any) -> Any:
+    try:
+        return kind.from_pretrained(folder, **settings)
+    # transformers raises whatever its readers meet in a damaged file.
+    except Exception as error:
+        raise ValueError(f"model: {folder}: {what}: {str(error).strip().partition(chr(10))[0]}") from error
 
 
 def load_model(folder: Path, device: torch.device = CPU) -> Any:
     """A checkpoint in float32: a causal LM with its head, of any other kind the bare model, of an encoder with a
-    decoder the encoder. FileNotFoundError: not a checkpoint.
+    decoder the encoder. FileNotFoundError: not a checkpoint. ValueError: it is damaged.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model: no config.json in {folder}")
-    config = AutoConfig.from_pretrained(folder)
+    config = _read(AutoConfig, folder, "config.json")
     kind = AutoModelForCausalLM if speaks(config) else AutoModel
-    model = kind.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+    model = _read(kind, folder, "weights", dtype=torch.float32).eval().to(device)
     # Nothing here is read one token at a time.
     model.config.get_text_config().use_cache = False
     return model.get_encoder() if config.is_encoder_decoder else model
@@ -84,8 +97,3 @@ def residuals(trunk: Any, site: Site, windows: Windows) -> Iterator[tuple[Tensor
     """`text_activations` of one site."""
     for (x,), counted in text_activations(trunk, [site], windows):
         yield x, counted
-
-
-def counted_residuals(trunk: Any, site: Site, windows: Windows) -> Tensor:
-    """All counted vectors [n, d] of one site at once."""
-    return torch.cat([x[counted] for x, counted in residuals(trunk, site, windows)])

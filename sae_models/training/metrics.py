@@ -68,7 +68,7 @@ def nearest(directions: Tensor) -> Tensor:
     """The largest cosine [F] of each direction of [F, d] with another one: near 1, two latents say the same."""
     unit = functional.normalize(directions.float(), dim=1)
     found = []
-    for first, part in enumerate(unit.split(1024)):
+    for first, part in enumerate(tqdm(unit.split(1024), desc="cosines", unit="block")):
         cosines = part @ unit.T
         cosines[torch.arange(len(part)), 1024 * first + torch.arange(len(part))] = -1
         found.append(cosines.amax(1))
@@ -80,7 +80,7 @@ def losses(model: Any, windows: Windows, site: Site | None = None, edit: Edit | 
     """Nats and number of each window's counted tokens [windows, 2]; with the residual stream edited at a site."""
     edits = [] if site is None or edit is None else [(site, edit)]
     rows = []
-    for part in _parts(windows):
+    for part in tqdm(_parts(windows), desc="loss", unit="pass"):
         nats = _nats(_log_probabilities(model, part, edits), part)
         rows.append(torch.stack([nats.sum(1), part.counted[:, 1:].sum(1)], dim=1))
     return torch.cat(rows)
@@ -102,12 +102,6 @@ def _log_probabilities(model: Any, part: Windows, edits: Sequence[tuple[Site, Ed
 def _nats(log_p: Tensor, part: Windows) -> Tensor:
     """Loss [windows, length - 1] of each counted token, 0 at the others."""
     return -log_p.gather(-1, part.tokens[:, 1:, None]).squeeze(-1) * part.counted[:, 1:]
-
-
-def mean_loss(model: Any, windows: Windows, site: Site | None = None, edit: Edit | None = None) -> float:
-    """Nats per counted token."""
-    total, count = losses(model, windows, site, edit).double().sum(0)
-    return float(total / count)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ A line of metrics.jsonl is an object with `step`, `tokens`, `sae` and either `tr
 figures.
 """
 
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
-from sae_models.training.files import write_whole
+from sae_models.training import board
+from sae_models.training.board import Board
+from sae_models.training.files import naming, write_whole
 
 METRICS = "metrics.jsonl"
 EVENTS = "events"
@@ -23,41 +24,37 @@ class Record:
     """
 
     def __init__(self, folder: Path, step: int, speaks: bool = True) -> None:
+        self._path = folder / METRICS
         self._file: IO[str] | None = None
-        self._board: Any = None
+        self._board: Board | None = None
         if speaks:
-            path = folder / METRICS
-            kept = [line for line in lines(path) if line["step"] <= step] if path.exists() else []
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-            self._file = path.open("a", encoding="utf-8")
-            self._board = _board(folder / EVENTS, step)
+            kept = [line for line in lines(self._path) if line["step"] <= step] if self._path.exists() else []
+            write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            self._file = self._path.open("a", encoding="utf-8")
+            self._board = board.begun(folder / EVENTS, max((line["tokens"] for line in kept), default=0) + 1)
 
     def add(self, kind: str, step: int, tokens: int, figures: Mapping[str, Mapping[str, Any]]) -> None:
-        """Writes a line for each SAE; single numbers go to TensorBoard also."""
+        """Writes a line for each SAE; single numbers go to TensorBoard also. OSError names the file."""
         if self._file is None:
             return
-        for sae, found in figures.items():
-            self._file.write(json.dumps({"step": step, "tokens": tokens, "sae": sae, kind: found}) + "\n")
-            for name, value in found.items() if self._board is not None else ():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{kind}/{name}/{sae}", value, tokens)
-        self._file.flush()
+        with naming(self._path):
+            for sae, found in figures.items():
+                self._file.write(json.dumps({"step": step, "tokens": tokens, "sae": sae, kind: found}) + "\n")
+                for name, value in found.items():
+                    if self._board is not None and isinstance(value, int | float):
+                        self._board.add(f"{kind}/{name}/{sae}", value, tokens)
+            self._file.flush()
+            if self._board is not None:
+                self._board.flush()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self._file, self._board):
-            if file is not None:
-                file.close()
-
-
-def _board(folder: Path, step: int) -> Any:
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        with naming(self._path):
+            for file in (self._file, self._board):
+                if file is not None:
+                    file.close()
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:

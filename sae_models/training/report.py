@@ -9,6 +9,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sae_models.training.files import write_whole
 from sae_models.training.record import METRICS, lines
 
 REPORT = "report.html"
-# Okabe and Ito's colours, which the colour-blind can tell apart; more SAEs than these share a scale.
+# Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # Columns of the table: the figure, its heading, how it is written, and what it means.
 COLUMNS = (
@@ -45,6 +46,8 @@ small { color: #777; }
 th { border-bottom: 2px solid #888; cursor: help; } th:first-child, td:first-child { text-align: left; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1rem; }
 figure { margin: 0; } figure img { width: 100%; } figcaption { color: #555; font-size: .9rem; }
+ul.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; }
+ul.legend i { display: inline-block; width: 1rem; height: .25rem; margin-right: .4rem; vertical-align: middle; }
 pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; }
 """
 
@@ -92,8 +95,8 @@ def page(folder: Path, histories: Sequence[History]) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
         f'<h1>{name}</h1><p class="note">{count}, {seen:,} tokens of training each</p>'
-        f"<h2>On held-out text</h2>{table(histories)}"
-        f'<h2>Pictures</h2><div class="figures">{pictures}</div>'
+        f"<h2>On what was held out</h2>{table(histories)}"
+        f'<h2>Pictures</h2>{legend(histories)}<div class="figures">{pictures}</div>'
         f"<h2>Configuration</h2><pre>{config}</pre></html>\n"
     )
 
@@ -104,14 +107,17 @@ def table(histories: Sequence[History]) -> str:
     if not shown:
         return '<p class="note">The run has not come to its end: nothing is measured yet.</p>'
     head = "".join(f'<th title="{html.escape(text)}">{heading}</th>' for _, heading, _, text in shown)
-    rows = "".join(_row(history, shown) for history in histories)
+    short = shortened([history.name for history in histories])
+    rows = "".join(_row(history, short[history.name], shown) for history in histories)
     meanings = "; ".join(f"{heading}: {text}" for _, heading, _, text in shown)
-    return f'<table><tr><th>SAE</th>{head}</tr>{rows}</table><p class="note">{html.escape(meanings)}.</p>'
+    missing = dict.fromkeys(cause for history in histories for cause in history.evaluation.get("left_out", ()))
+    left_out = f'<p class="note">Left out: {html.escape("; ".join(missing))}.</p>' if missing else ""
+    return f'<table><tr><th>SAE</th>{head}</tr>{rows}</table><p class="note">{html.escape(meanings)}.</p>{left_out}'
 
 
-def _row(history: History, shown: Sequence[tuple[str, str, str, str]]) -> str:
+def _row(history: History, name: str, shown: Sequence[tuple[str, str, str, str]]) -> str:
     cells = (_cell(history.evaluation, key, form) for key, _, form, _ in shown)
-    return f"<tr><td>{html.escape(history.name)}</td>{''.join(cells)}</tr>"
+    return f'<tr><td title="{html.escape(history.name)}">{html.escape(name)}</td>{"".join(cells)}</tr>'
 
 
 def _cell(evaluation: Mapping[str, Any], key: str, form: str) -> str:
@@ -123,30 +129,33 @@ def _cell(evaluation: Mapping[str, Any], key: str, form: str) -> str:
 
 def figures(histories: Sequence[History]) -> Iterator[str]:
     """Each picture with its caption."""
+    trained = [history for history in histories if history.train]
     evaluated = [history for history in histories if history.evaluation]
-    yield _figure("Fraction of variance unexplained on the training stream.", histories, _curve("fvu", "FVU", log=True))
-    yield _figure("Mean active latents a token.", histories, _curve("l0", "L0"))
-    yield _figure("Share of latents that count as dead.", histories, _curve("dead_share", "dead share"))
+    colours = colours_of([history.name for history in histories])
+    fvu, l0 = "FVU: share of variance unexplained", "L0: active latents a token"
+    yield _figure("Reconstruction on the training stream.", trained, colours, _curve("fvu", fvu, log=True))
+    yield _figure("Sparsity on the training stream.", trained, colours, _curve("l0", l0))
+    yield _figure("Latents that count as dead.", trained, colours, _curve("dead_share", "share of latents", share=True))
     if len(evaluated) > 1:
-        yield _figure("Sparsity against fidelity on held-out text, and the Pareto front.", evaluated, pareto)
+        caption = "Sparsity against reconstruction on held-out vectors. The line joins what no other beats in both."
+        yield _figure(caption, evaluated, colours, pareto)
     if evaluated:
-        density = _histogram("density", DENSITY, "log10 of the share of tokens on which a latent fires")
-        yield _figure("How often latents fire on held-out text; those that never do are left out.", evaluated, density)
+        density = _histogram("density", DENSITY, "share of tokens on which a latent fires", log=True)
+        caption = "How often latents fire on held-out vectors; those that never do are left out."
+        yield _figure(caption, evaluated, colours, density)
         cosine = _histogram("decoder_cosine", COSINE, "largest cosine with another decoder row")
-        yield _figure("How close each latent's direction is to the nearest other.", evaluated, cosine)
+        yield _figure("How close each latent's direction is to the nearest other.", evaluated, colours, cosine)
 
 
-Draw = Callable[[Any, Sequence[History], Sequence[Any]], None]
+Draw = Callable[[Any, Sequence[History], Mapping[str, str]], None]
 
 
-def _figure(caption: str, histories: Sequence[History], draw: Draw) -> str:
+def _figure(caption: str, histories: Sequence[History], colours: Mapping[str, str], draw: Draw) -> str:
     figure = extra("matplotlib.figure", "the report").Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.subplots()
-    draw(axes, histories, _colours(len(histories)))
+    draw(axes, histories, colours)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    if len(histories) > 1 and draw is not pareto:
-        axes.legend(fontsize=max(4, 8 - len(histories) // 6), frameon=False)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="svg")
     data = base64.b64encode(drawn.getvalue()).decode()
@@ -154,53 +163,94 @@ def _figure(caption: str, histories: Sequence[History], draw: Draw) -> str:
     return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _colours(count: int) -> Sequence[Any]:
-    if count <= len(COLOURS):
-        return COLOURS
-    scale = extra("matplotlib", "the report").colormaps["viridis"]
-    return [scale(index / count) for index in range(count)]
+def colours_of(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each SAE: one of COLOURS; of more SAEs, those that differ in the last key have shades of one."""
+    if len(names) <= len(COLOURS):
+        return dict(zip(names, COLOURS, strict=False))
+    mixed = extra("matplotlib.colors", "the report")
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(name.rpartition("-")[0], []).append(name)
+    found = {}
+    for number, family in enumerate(families.values()):
+        rgb = mixed.to_rgb(COLOURS[number % len(COLOURS)])
+        for place, name in enumerate(family):
+            pale = 0.7 * (1 - (place + 1) / len(family))
+            found[name] = mixed.to_hex([pale + (1 - pale) * part for part in rgb])
+    return found
 
 
-def _curve(key: str, label: str, log: bool = False) -> Draw:
-    def draw(axes: Any, histories: Sequence[History], colours: Sequence[Any]) -> None:
-        for history, colour in zip(histories, colours, strict=False):
-            axes.plot(history.tokens, [line[key] for line in history.train], color=colour, label=history.name, lw=1.4)
-        axes.set(xlabel="tokens", ylabel=label, yscale="log" if log else "linear")
+def shortened(names: Sequence[str]) -> dict[str, str]:
+    """The names without the parts, joined by hyphens, that all begin with; a name alone is whole."""
+    parts = [name.split("-") for name in names]
+    alike = takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
+    cut = min(len(list(alike)), *map(len, parts)) if len(names) > 1 else 0
+    return {name: "-".join(part[cut:]) or name for name, part in zip(names, parts, strict=True)}
+
+
+def legend(histories: Sequence[History]) -> str:
+    """Which colour is which SAE, once for all pictures."""
+    names = [history.name for history in histories]
+    short, colours = shortened(names), colours_of(names)
+    keys = (f'<li><i style="background:{colours[name]}"></i>{html.escape(short[name])}</li>' for name in names)
+    return f'<ul class="legend">{"".join(keys)}</ul>'
+
+
+def _curve(key: str, label: str, log: bool = False, share: bool = False) -> Draw:
+    def draw(axes: Any, histories: Sequence[History], colours: Mapping[str, str]) -> None:
+        for history in histories:
+            axes.plot(history.tokens, [line[key] for line in history.train], color=colours[history.name], lw=1.4)
+        axes.set(xlabel="tokens of training", ylabel=label, yscale="log" if log else "linear")
         ticker = extra("matplotlib.ticker", "the report")
         axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         if log:
-            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
-            axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+            _plain_ticks(axes.yaxis)
         else:
-            axes.set_ylim(0, 1.1 * max(line[key] for history in histories for line in history.train) or 1)
+            axes.set_ylim(0, 1.1 * max(line[key] for history in histories for line in history.train) or 0.05)
+        if share:
+            axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
 
     return draw
 
 
-def _histogram(key: str, bounds: tuple[float, float, int], label: str) -> Draw:
+def _plain_ticks(axis: Any) -> None:
+    """Numbers as people write them on a logarithmic axis."""
+    ticker = extra("matplotlib.ticker", "the report")
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _histogram(key: str, bounds: tuple[float, float, int], label: str, log: bool = False) -> Draw:
+    """Counts between bounds; `log`: which are powers of ten."""
     low, high, bins = bounds
     edges = [low + (high - low) * index / bins for index in range(bins + 1)]
+    edges = [10**edge for edge in edges] if log else edges
 
-    def draw(axes: Any, histories: Sequence[History], colours: Sequence[Any]) -> None:
-        for history, colour in zip(histories, colours, strict=False):
-            axes.stairs(history.evaluation[key], edges, color=colour, label=history.name, lw=1.4)
-        axes.set(xlabel=label, ylabel="latents")
+    def draw(axes: Any, histories: Sequence[History], colours: Mapping[str, str]) -> None:
+        for history in histories:
+            axes.stairs(history.evaluation[key], edges, color=colours[history.name], lw=1.4)
+        axes.set(xlabel=label, ylabel="latents", xscale="log" if log else "linear")
 
     return draw
 
 
-def pareto(axes: Any, histories: Sequence[History], colours: Sequence[Any]) -> None:
-    """L0 against FVU, with the front of each site: those that no other at the site beats in both."""
+def pareto(axes: Any, histories: Sequence[History], colours: Mapping[str, str]) -> None:
+    """L0 against FVU, with the front of each site, whose points are named: those that no other at the site beats."""
+    short = shortened([history.name for history in histories])
     for site in {history.evaluation.get("site") for history in histories}:
-        points = [(h.evaluation["l0"], h.evaluation["fvu"]) for h in histories if h.evaluation.get("site") == site]
-        axes.plot(*zip(*front(points), strict=True), color="#999999", lw=1, zorder=1)
-    for history, colour in zip(histories, colours, strict=False):
-        point = (history.evaluation["l0"], history.evaluation["fvu"])
-        axes.scatter(*point, color=colour, zorder=2)
-        axes.annotate(history.name, point, textcoords="offset points", xytext=(0, 6), fontsize=7, ha="center")
-    axes.set(xlabel="L0", ylabel="FVU")
-    axes.margins(0.2)
+        at = {(h.evaluation["l0"], h.evaluation["fvu"]): h.name for h in histories if h.evaluation.get("site") == site}
+        best = front(list(at))
+        axes.plot(*zip(*best, strict=True), color="#999999", lw=1, zorder=1)
+        for number, point in enumerate(best):
+            # Above and below in turn: neighbours may be near.
+            place = (6, -10 if number % 2 else 5)
+            axes.annotate(short[at[point]], point, textcoords="offset points", xytext=place, fontsize=7)
+    for history in histories:
+        axes.scatter(history.evaluation["l0"], history.evaluation["fvu"], color=colours[history.name], zorder=2)
+    axes.set(xlabel="L0: active latents a token", ylabel="FVU: share of variance unexplained", xscale="log")
+    _plain_ticks(axes.xaxis)
+    axes.margins(0.15)
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

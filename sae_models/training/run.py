@@ -19,13 +19,13 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from sae_models.architectures import ARCHITECTURES
+from sae_models.architectures import ARCHITECTURES, shards
 from sae_models.architectures.architecture import Architecture
 from sae_models.extras import MissingPackage
 from sae_models.sae import SAE
 from sae_models.training import checkpoint, config, data, distributed, evaluation, report, stream, trainer
 from sae_models.training.config import Config, ConfigError, Trained
-from sae_models.training.data import TrainingData
+from sae_models.training.data import Given
 from sae_models.training.distributed import Mesh
 from sae_models.training.files import locked, write_whole
 from sae_models.training.record import Record
@@ -68,9 +68,9 @@ def run(asked: Config) -> list[Path]:
             made = data.gather(asked)
             source = data.source_of(asked, made, mesh)
             sample = data.sample_of(source, SAMPLE_TOKENS)
-            learners = [begin(spec, asked, sample, made.trunk.device, mesh) for spec in config.trained(asked)]
+            learners = [begin(spec, asked, sample, data.device_of(asked), mesh) for spec in config.trained(asked)]
             train(asked, learners, source, mesh, folder)
-            saes = [canonical(learner, sample, mesh) for learner in learners]
+            saes = [canonical(learner, sample) for learner in learners]
             if mesh.leads:
                 finish(asked, learners, saes, made, folder)
             return bundles
@@ -92,12 +92,11 @@ def keep(folder: Path, asked: Config) -> None:
 def begin(spec: Trained, asked: Config, sample: Vectors, device: torch.device, mesh: Mesh) -> Learner:
     """An SAE at its beginning, this rank's part of it."""
     x, target = data.inputs(spec, sample), data.target(spec, sample)
-    architecture = distributed.sharded(fresh(spec, x.shape[-1]), mesh).to(device)
+    architecture = shards.sharded(fresh(spec, x.shape[-1]), mesh).to(device)
     schedule = trainer.Config(
         asked.tokens, asked.warm_up, asked.decay, asked.dead_after or int(asked.tokens * DEAD_SHARE)
     )
-    average = mesh.average if mesh.batch_parts > 1 else None
-    learner = Learner(spec, Trainer(architecture, schedule, average, mesh.batch_parts))
+    learner = Learner(spec, Trainer(architecture, schedule))
     learner.trainer.initialise(x, target)
     return learner
 
@@ -129,7 +128,7 @@ def train(asked: Config, learners: Sequence[Learner], source: Source, mesh: Mesh
                 figures = {one.spec.name: held.take(mesh) for one, held in zip(learners, intervals, strict=True)}
                 require_finite(figures, step)
                 record.add("train", step, step * size, figures)
-                progress.set_postfix(fvu=" ".join(f"{f['fvu']:.4f}" for f in figures.values()), refresh=False)
+                progress.set_postfix(fvu=in_short([found["fvu"] for found in figures.values()]), refresh=False)
             if saves:
                 checkpoint.save(folder / CHECKPOINTS, step, state_of(learners), mesh)
 
@@ -137,6 +136,13 @@ def train(asked: Config, learners: Sequence[Learner], source: Source, mesh: Mesh
 def bar(total: int, initial: int, mesh: Mesh) -> "tqdm[NoReturn]":
     """The progress bar, of one process alone."""
     return tqdm(total=total, initial=initial, unit="tok", unit_scale=True, desc="train", disable=not mesh.leads)
+
+
+def in_short(values: Sequence[float]) -> str:
+    """A few figures one by one, of many the range: a line of a terminal has no room for more."""
+    if len(values) <= 3:
+        return " ".join(f"{value:.4f}" for value in values)
+    return f"{min(values):.4f}..{max(values):.4f}"
 
 
 def require_finite(figures: Mapping[str, Mapping[str, float]], step: int) -> None:
@@ -168,10 +174,10 @@ class Interval:
         last, steps = self._steps[-1], self._steps
         self._steps = []
         means = torch.stack([torch.stack([getattr(step, name) for step in steps]).mean() for name in MEANS])
-        if mesh.batch_parts > 1:
-            mesh.average([means])
-        parts = {name: float(value) for name, value in last.parts.items() if name not in MEANS}
-        found = dict(zip(MEANS, means.tolist(), strict=True)) | parts
+        names = [name for name in last.parts if name not in MEANS]
+        figures = torch.cat([means, *(last.parts[name].reshape(1).to(means) for name in names)])
+        mesh.average([figures])
+        found = dict(zip([*MEANS, *names], figures.tolist(), strict=True))
         return found | {"dead_share": float(last.dead), "learning_rate": last.learning_rate}
 
 
@@ -195,15 +201,15 @@ def resume(learners: Sequence[Learner], folder: Path, mesh: Mesh) -> int:
     return step
 
 
-def canonical(learner: Learner, sample: Vectors, mesh: Mesh) -> SAE:
+def canonical(learner: Learner, sample: Vectors) -> SAE:
     """The inference form, put together from all ranks."""
     x, scale = data.inputs(learner.spec, sample), learner.trainer.scale
     template = fresh(learner.spec, x.shape[-1]).to(x.device)
-    joined = distributed.whole(learner.trainer.architecture, template, mesh)
+    joined = shards.whole(learner.trainer.architecture, template)
     return joined.canonical(scale, x * scale)
 
 
-def finish(asked: Config, learners: Sequence[Learner], saes: Sequence[SAE], made: TrainingData, folder: Path) -> None:
+def finish(asked: Config, learners: Sequence[Learner], saes: Sequence[SAE], made: Given, folder: Path) -> None:
     """Measures, describes and writes each SAE that has no bundle yet, then the report."""
     for learner, sae in zip(learners, saes, strict=True):
         if not (folder / learner.spec.name).exists():

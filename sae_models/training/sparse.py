@@ -102,6 +102,11 @@ class Read(NamedTuple):
     z: Tensor
     active: Active
 
+    def where(self, kept: Tensor) -> "Read":
+        """Of pairs, those that a mask [m] keeps."""
+        assert isinstance(self.active, Pairs)
+        return Read(self.z[kept], self.active.where(kept))
+
 
 class Weights(NamedTuple):
     """What reads: encoder [F, d], bias [F], and the precision of the product."""

@@ -90,6 +90,23 @@ class Labelled:
         return {**self.source.load(chunks), self.name: numbers[:, None]}
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some chunks of a source."""
+
+    source: Source
+    chunks: Sequence[int]
+
+    @cached_property
+    def sizes(self) -> Sequence[int]:
+        """Vectors in each."""
+        return [self.source.sizes[chunk] for chunk in self.chunks]
+
+    def load(self, chunks: Sequence[int]) -> Vectors:
+        """The source's vectors."""
+        return self.source.load([self.chunks[chunk] for chunk in chunks])
+
+
 def batches(source: Source, order: Order, start: int = 0) -> Iterator[Vectors]:
     """Batches from the one numbered `start` on, float32, without end. What is left at the end of a pass is dropped.
 

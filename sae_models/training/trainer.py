@@ -1,6 +1,5 @@
 """The inner loop: one step of one SAE on one batch. Several SAEs are trained on one stream by stepping each on it."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,9 +9,6 @@ from torch import Tensor
 from sae_models.architectures.architecture import Architecture, State
 from sae_models.sae import SAE
 from sae_models.training.schedule import trapezoid
-
-# Averages tensors over data-parallel ranks, in place.
-Average = Callable[[Iterable[Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -41,11 +37,9 @@ class Metrics(NamedTuple):
 class Trainer:
     """An architecture, its optimiser and how far they are. Nothing here is random after the architecture was made."""
 
-    def __init__(
-        self, architecture: Architecture, config: Config, average: Average | None = None, ranks: int = 1
-    ) -> None:
-        """`average`, `ranks`: of data-parallel runs, in which every rank steps on a batch of its own."""
-        self.architecture, self.config, self.average, self.ranks = architecture, config, average, ranks
+    def __init__(self, architecture: Architecture, config: Config) -> None:
+        """Where the architecture's mesh has several parts of the batch, each rank steps on its own."""
+        self.architecture, self.config = architecture, config
         settings = architecture.config
         self.optimiser = torch.optim.Adam(
             architecture.parameters(), settings.rate, (settings.beta1, settings.beta2), settings.epsilon, fused=True
@@ -62,22 +56,22 @@ class Trainer:
     def step(self, x: Tensor, target: Tensor | None = None) -> Metrics:
         """One step on raw inputs [n, d] (or [n, L, d]); x is left as it is."""
         # Of the step's middle: neither the first step nor the last is one of rate 0.
-        progress = (self.tokens + len(x) * self.ranks / 2) / self.config.tokens
+        progress = (self.tokens + len(x) * self.architecture.mesh.batch_parts / 2) / self.config.tokens
         state = State(self.steps, progress, self.silent > self.config.dead_after)
         loss = self.architecture.loss(x * self.scale, state, target)
         self.optimiser.zero_grad(set_to_none=True)
         loss.total.backward()
         rate = self._update(progress)
         count = self._count(loss.active.totals((loss.values > 0).float()), len(x))
-        return Metrics(loss.total.detach(), loss.parts, loss.fvu, count, state.dead.float().mean(), rate)
+        dead = self.architecture.mesh.total(state.dead.sum()) / self.architecture.config.latents
+        return Metrics(loss.total.detach(), loss.parts, loss.fvu, count, dead, rate)
 
     def _update(self, progress: float) -> float:
         settings = self.architecture.config
         parameters = [p for p in self.architecture.parameters() if p.grad is not None]
-        if self.average is not None:
-            self.average([p.grad for p in parameters if p.grad is not None])
+        self.architecture.mesh.average([p.grad for p in parameters if p.grad is not None])
         if settings.gradient_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, settings.gradient_norm, gradient_norm(self.architecture))
         rate = settings.rate * trapezoid(progress, self.config.warm_up, self.config.decay)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
@@ -87,13 +81,13 @@ class Trainer:
 
     def _count(self, fired: Tensor, tokens: int) -> Tensor:
         """L0 of how often each latent fired [F]; counts the tokens, and for how long each latent has been silent."""
-        if self.average is not None:
-            self.average([fired])
-        self.silent += tokens * self.ranks
+        mesh = self.architecture.mesh
+        mesh.average([fired])
+        self.silent += tokens * mesh.batch_parts
         self.silent[fired > 0] = 0
-        self.tokens += tokens * self.ranks
+        self.tokens += tokens * mesh.batch_parts
         self.steps += 1
-        return self.architecture.shards.total(fired.sum() / tokens)
+        return mesh.total(fired.sum() / tokens)
 
     def canonical(self, sample: Tensor) -> SAE:
         """The inference form; raw inputs [n, d] set what it does by threshold."""
@@ -116,3 +110,11 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.silent.copy_(state["silent"])
         self.scale, self.tokens, self.steps = state["scale"], state["tokens"], state["steps"]
+
+
+def gradient_norm(architecture: Architecture) -> Tensor:
+    """Of the gradient of all latents, of which this rank may hold a part."""
+    squares = {n: p.grad.square().sum() for n, p in architecture.named_parameters() if p.grad is not None}
+    of_latents = torch.stack([square for name, square in squares.items() if name not in architecture.SHARED]).sum()
+    of_all = sum(square for name, square in squares.items() if name in architecture.SHARED)
+    return (architecture.mesh.total(of_latents) + of_all).sqrt()

@@ -1,6 +1,5 @@
 """Every architecture finds planted directions, is in canonical form what was trained, and has its paper's loss."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ SPARSE: dict[str, dict[str, Any]] = {
     "batch_topk": {},
     "gated": {},
     "jumprelu": {},
-    "matryoshka": {"shares": (0.5, 0.5), "latents": 128},
+    "matryoshka": {"latents": 384, "learning_rate": 1e-2},
     "relu": {},
     "topk": {},
 }
@@ -52,6 +51,10 @@ def made(name: str, d: int = 8, seed: int = 0, **settings: Any) -> Architecture:
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_planted_directions_are_recovered_by_three_seeds(name: str, record_property: Any) -> None:
+    """Matryoshka takes more latents and a higher rate. With the published shares its first prefixes, of 3, 9 and 21 of
+    96 latents, learn mixtures of the 64 directions: on the others' terms it finds 0.83, after four times the steps 0.89
+    (with a single prefix 0.97), and with 384 latents, whose last share alone outnumbers the directions, 0.93.
+    """
     found = []
     for seed in range(3):
         g = torch.Generator().manual_seed(seed)
@@ -341,44 +344,6 @@ def test_defaults_are_those_of_the_papers() -> None:
     assert (config("adaptive_k").k_min, config("adaptive_k").k_max, config("adaptive_k").l1) == (20, 320, 0.005)
     assert config("matryoshka").shares == (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
     assert (config("route").k, config("route").rate) == (64, 5e-4)
-
-
-def test_latents_shared_among_ranks_give_one_saes_loss() -> None:
-    """Two shards, of which each is told what the other would send."""
-    from sae_models.architectures.architecture import Shards, shard
-
-    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
-    whole = made("topk")
-    whole.initialise(x)
-    expected = whole.loss(x, alive(24))
-    expected.total.backward()
-    halves = [shard(replaced(whole), rank, 2, Shards()) for rank in range(2)]
-    z = [sparse.strongest(x - half.centre, half.weights, 4).z.detach().view(-1, 4) for half in halves]
-    gathered = torch.cat(z, 1)
-    least = gathered.topk(4, dim=1).values[:, -1:]
-    parts = [half_output(half, x, least) for half in halves]
-    for rank, half in enumerate(halves):
-        half.shards = Shards(lambda t, other=parts[1 - rank]: t + other, lambda _: gathered)  # type: ignore[misc]
-        loss = half.loss(x, alive(12))
-        loss.total.backward()
-        assert float(loss.total) == pytest.approx(float(expected.total), rel=1e-5)
-        assert whole.encoder.grad is not None
-        assert half.encoder.grad is not None
-        assert torch.allclose(half.encoder.grad, whole.encoder.grad.chunk(2)[rank], atol=1e-6)
-
-
-def replaced(module: Architecture) -> Architecture:
-    """A copy."""
-    copy = type(module)(8, replace(module.config), torch.Generator())
-    copy.load_state_dict(module.state_dict())
-    return copy
-
-
-@torch.no_grad()
-def half_output(half: Architecture, x: Tensor, least: Tensor) -> Tensor:
-    """What a shard adds to the output, given the least pre-activation that is kept of each token."""
-    z, active = sparse.strongest(x - half.centre, half.weights, 4)
-    return active.decode(torch.where(z.view(-1, 4) >= least, z.view(-1, 4).relu(), 0.0).flatten(), half.decoder)
 
 
 def test_the_penalty_finds_the_wanted_l0() -> None:

@@ -95,9 +95,22 @@ def test_names_and_configuration_are_text_not_markup(tmp_path: Path) -> None:
 
 def test_many_saes_have_colours_of_their_own(tmp_path: Path) -> None:
     saes = {f"k{number}": EVALUATION | {"l0": float(number), "fvu": 1 / (number + 1)} for number in range(12)}
-    picture = read(run_of(tmp_path, saes)).pictures[0]
-    drawn = base64.b64decode(picture.split(",")[1]).decode()
-    assert len(set(re.findall(r"stroke: (#\w{6}); stroke-width: 1.4", drawn))) == 12
+    found = read(run_of(tmp_path, saes))
+    drawn = base64.b64decode(found.pictures[0].split(",")[1]).decode()
+    strokes = set(re.findall(r"stroke: (#\w{6}); stroke-width: 1.4", drawn))
+    assert strokes == {colour.lower() for colour in report.colours_of(list(saes)).values()}
+    assert len(strokes) == 12
+
+
+def test_a_family_has_shades_of_one_colour_and_names_are_told_without_what_they_share() -> None:
+    names = [f"model-layers.2-{kind}-k{k}" for kind in ("topk", "gated") for k in (8, 16, 32, 64)]
+    colours = report.colours_of(names)
+    assert (colours[names[3]], colours[names[7]]) == (report.COLOURS[0].lower(), report.COLOURS[1].lower())
+    brightness = [sum(int(colours[name][i : i + 2], 16) for i in (1, 3, 5)) for name in names[:4]]
+    assert brightness == sorted(brightness, reverse=True)
+    assert list(report.shortened(names).values())[:2] == ["topk-k8", "topk-k16"]
+    assert report.shortened(["model-layers.2"]) == {"model-layers.2": "model-layers.2"}
+    assert report.shortened(["a-k1", "a-k16"]) == {"a-k1": "k1", "a-k16": "k16"}
 
 
 def test_each_site_has_a_front_of_its_own(tmp_path: Path) -> None:
@@ -136,3 +149,14 @@ def test_single_figures_go_to_tensorboard(tmp_path: Path) -> None:
     assert [round(event.value, 4) for event in events.Scalars("train/fvu/k16")][:2] == [1.0, 0.5]
     assert [event.step for event in events.Scalars("evaluation/fvu/k16")] == [20 * 512]
     assert "evaluation/density/k16" not in events.Tags()["scalars"]
+
+
+def test_tensorboard_shows_a_run_that_went_on_once(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run_of(tmp_path, {"k16": EVALUATION}, whole=False)
+    with Record(tmp_path, 5) as record:
+        record.add("train", 6, 6 * 512, {"k16": TRAIN | {"fvu": 0.25}})
+    events = accumulator.EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    points = {event.step: round(event.value, 4) for event in events.Scalars("train/fvu/k16")}
+    assert points == {step * 512: round(1 / step, 4) for step in range(1, 6)} | {6 * 512: 0.25}

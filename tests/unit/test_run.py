@@ -1,7 +1,7 @@
 """A run makes bundles, goes on after a kill as if there had been none, and says in one sentence what is wrong."""
 
+import dataclasses
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +16,7 @@ import yaml
 from sae_models import bundle
 from sae_models.architectures import ARCHITECTURES
 from sae_models.sae import AdaptiveK
-from sae_models.training import checkpoint, config, run
+from sae_models.training import checkpoint, complexity, config, corpus, harvest, metrics, run
 from sae_models.training.__main__ import main
 from sae_models.training.catalogue import INACTIVE
 from sae_models.training.checkpoint import CheckpointError
@@ -25,6 +25,7 @@ from sae_models.training.distributed import Mesh
 from sae_models.training.files import locked
 from sae_models.training.record import lines
 from tests.unit import tiny
+from tests.unit.disk import full_beyond
 
 SWEEP = {"sweep": {"k": [4, 8]}}
 
@@ -130,11 +131,34 @@ def test_adaptive_k_is_taught_the_complexities_of_the_corpus(tmp_path: Path, sto
     taught = bundle.load(run.run(config.convert(asked))[0]).sae.selection
     assert isinstance(taught, AdaptiveK)
     assert float(taught.probe.norm()) > 0
+
+
+def test_complexities_must_be_there_or_asked_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = tiny.plain(tmp_path, tokens=3200)
+    asked["sae"] |= {"architecture": "adaptive_k", "k_min": 2, "k_max": 16}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(asked))
     rows = [json.loads(line) for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
-    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps(row | {"complexity": None}) for row in rows))
-    untaught = bundle.load(run.run(config.convert(asked | {"out": str(tmp_path / "untaught"), "data": {}}))[0])
-    assert isinstance(untaught.sae.selection, AdaptiveK)
-    assert float(untaught.sae.selection.probe.norm()) == 0
+    rows[3:] = [row | {"complexity": None} for row in rows[3:]]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main([str(tmp_path / "run.yaml")]) == 2
+    told = capsys.readouterr().err
+    assert "error: corpus: 3 of 120 documents have a `complexity` from 0 to 10" in told
+    assert "set sae.complexity to loss" in told
+    assert main([str(tmp_path / "run.yaml"), "sae.complexity=loss", f"out={tmp_path / 'second'}"]) == 0
+    taught = bundle.load(tmp_path / "second" / "model-layers.0").sae.selection
+    assert isinstance(taught, AdaptiveK)
+    assert float(taught.probe.norm()) > 0
+
+
+def test_a_window_that_surprises_the_model_is_complex(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model")
+    documents = corpus.read(tiny.save_corpus(tmp_path / "corpus.jsonl"))
+    windows = corpus.windows(documents, harvest.load_tokenizer(model), 32)
+    found = complexity.surprising(documents, windows, model, torch.device("cpu"))
+    nats, count = metrics.losses(harvest.load_model(model), windows).unbind(1)
+    assert (float(found.min()), float(found.max())) == (0, 10)
+    order = (nats / count).argsort()
+    assert bool((found[order].diff() >= 0).all())
 
 
 def test_several_sites_and_a_transcoder_come_to_bundles(tmp_path: Path) -> None:
@@ -192,15 +216,9 @@ def test_a_store_gives_the_run_that_harvesting_on_the_fly_gives_but_for_rounding
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
     state = {"trainers": {}, "random": torch.zeros(5)}
     checkpoint.save(tmp_path, 40, state, Mesh())
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with pytest.raises(CheckpointError, match=r"000000080\.0\.pt: .*File too large; the one before it is whole"):
-            checkpoint.save(tmp_path, 80, {"big": torch.zeros(10_000)}, Mesh())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
+    problem = r"000000080\.0\.pt: .*File too large; the one before it is whole"
+    with full_beyond(4096), pytest.raises(CheckpointError, match=problem):
+        checkpoint.save(tmp_path, 80, {"big": torch.zeros(10_000)}, Mesh())
     found = checkpoint.load(tmp_path, Mesh())
     assert found is not None
     assert found[0] == 40
@@ -212,20 +230,62 @@ def test_a_full_disk_leaves_no_bundle_that_looks_whole_and_the_run_ends_later(
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path, tokens=1280)))
     out = tmp_path / "run"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     # A checkpoint of this run has 20 KB, its catalogue more than 60.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
-    try:
+    with full_beyond(40_000):
         assert main([str(tmp_path / "run.yaml")]) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
     assert f"error: bundle: {out / 'model-layers.0'}: " in capsys.readouterr().err
     assert list(out.rglob(bundle.MANIFEST)) == []
     assert main([str(tmp_path / "run.yaml")]) == 0
     assert "train: 100%" in capsys.readouterr().err
     bundle.load(out / "model-layers.0")
+
+
+@pytest.mark.parametrize(
+    ("size", "problem"),
+    [
+        (100, "run/config.yaml"),
+        (2500, "run/metrics.jsonl"),
+        (12_000, "checkpoint: {}/run/checkpoints/000000020.0.pt: "),
+        (20_000, "store: {}/store: File too large; the shards before it are whole"),
+    ],
+)
+def test_wherever_the_disk_is_full_one_error_names_the_file_and_the_run_ends_later(
+    size: int, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path, tokens=1280, log_every=1)))
+    command = [str(tmp_path / "run.yaml"), *([f"data.store={tmp_path / 'store'}"] if "store" in problem else [])]
+    with full_beyond(size):
+        assert main(command) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert problem.format(tmp_path) in told[0]
+    assert "File too large" in told[0]
+    assert list(tmp_path.rglob(bundle.MANIFEST)) == []
+    assert main(command) == 0
+    bundle.load(tmp_path / "run" / "model-layers.0")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("model/model.safetensors", bytes(range(256)), "model: {}/model: weights: "),
+        ("model/tokenizer.json", b"{", "model: {}/model: tokenizer: "),
+        ("model/config.json", b"\0", "model: {}/model: config.json: "),
+        ("run.yaml", bytes(range(256)), "{}/run.yaml: 'utf-8' codec"),
+        ("run.yaml", b"a: [1\nb: {", "{}/run.yaml: while parsing a flow sequence"),
+        ("run", b"", "{}/run"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(
+    file: str, content: bytes, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
+    (tmp_path / file).write_bytes(content)
+    assert main([str(tmp_path / "run.yaml")]) == 2
+    told = capsys.readouterr().err
+    assert told.splitlines()[-1].startswith("error: ")
+    assert problem.format(tmp_path) in told.splitlines()[-1]
+    assert list(tmp_path.rglob(bundle.MANIFEST)) == []
 
 
 def test_a_store_cut_short_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,6 +335,7 @@ def test_two_runs_do_not_share_a_folder(whole: Config) -> None:
         ("latent_ranks=3", "latent_ranks: 3 does not divide the 1 processes"),
         ("model=nowhere", "model: no config.json in nowhere"),
         ("corpus=nowhere.jsonl", "corpus: nowhere.jsonl: "),
+        ("sae.latents=1e12", "sae.latents: 1000000000000, at most 67108864"),
         ("batch=1e6", "tokens: 12800 are less than a batch of 1000000"),
         ("batch=12000", "batch: 12000 vectors, the data hold "),
         ("nonsense", "nonsense: is not key=value"),
@@ -302,12 +363,13 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path: Path, capsy
     ("content", "problem"),
     [(b"", "holds no text"), (bytes(range(256)), "line 1"), (b'{"text": "one"}\n', "too few to hold some out")],
 )
+@pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.txt"])
 def test_a_corpus_that_cannot_be_trained_on_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, problem: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, problem: str
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
-    (tmp_path / "corpus.jsonl").write_bytes(content)
-    assert main([str(tmp_path / "run.yaml")]) == 2
+    (tmp_path / name).write_bytes(content)
+    assert main([str(tmp_path / "run.yaml"), f"corpus={tmp_path / name}"]) == 2
     assert f"error: corpus: {'' if 'few' in problem else tmp_path}" in (err := capsys.readouterr().err)
     assert problem in err
     assert list(tmp_path.rglob(bundle.MANIFEST)) == []
@@ -329,6 +391,19 @@ def test_the_example_is_a_configuration_with_a_line_of_help_for_every_key(
     for name, _, help_text in config.described(Config):
         assert f"{name}:" in text
         assert help_text in text
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_has_an_example_that_explains_its_settings(
+    architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--example", architecture]) == 0
+    (tmp_path / "example.yaml").write_text(text := capsys.readouterr().out)
+    spec = config.trained(config.load(tmp_path / "example.yaml"))[0]
+    assert spec.architecture == architecture
+    explained = " ".join(line.partition("# ")[2] for line in text.splitlines())
+    unknown = [field.name for field in dataclasses.fields(spec.settings) if field.name not in explained]
+    assert unknown == []
 
 
 def test_help_tells_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,5 @@
 """What is harvested comes back from disk, in an order that can be entered anywhere; a damaged store does not."""
 
-import resource
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from sae_models.training import store, stream
 from sae_models.training.files import locked
 from sae_models.training.store import Content, StoreError
 from sae_models.training.stream import Order, Vectors
+from tests.unit.disk import full_beyond
 
 CONTENT = Content("model", "0", "1", ("layers.0.mlp_in", "layers.1.resid_post"), 8, 0, 1000, "bfloat16")
 SITES = CONTENT.sites
@@ -147,16 +146,9 @@ def test_damage_is_found_and_the_file_named(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_clear_error_and_the_harvest_goes_on_later(tmp_path: Path) -> None:
     big = Numbers((35,) * 300)
     content = msgspec.structs.replace(CONTENT, tokens=10_000)
-    # A file may not grow beyond 8 KiB: the operating system itself refuses the write, as it does on a full disk.
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
-    try:
-        with pytest.raises(StoreError, match=r"^store: .*store: File too large; the shards before it are whole"):
-            store.write(tmp_path / "store", content, big, 1000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
+    problem = r"^store: .*store: File too large; the shards before it are whole"
+    with full_beyond(8192), pytest.raises(StoreError, match=problem):
+        store.write(tmp_path / "store", content, big, 1000)
     assert list((tmp_path / "store").glob("*.safetensors*")) == []
     assert store.write(tmp_path / "store", content, big, 1000).tokens == 10_000
 

@@ -9,18 +9,18 @@ from torch import Tensor
 from sae_models.architectures import ARCHITECTURES
 from sae_models.training import initial, memory
 from sae_models.training.schedule import ramp, trapezoid
-from sae_models.training.trainer import Average, Config, Trainer
+from sae_models.training.trainer import Config, Trainer
 from tests.unit.rigs import planted, unit
 
 DIRECTIONS = unit(64, 32, torch.Generator().manual_seed(0))
 
 
-def fresh(name: str = "batch_topk", average: Average | None = None, ranks: int = 1, dead_after: int = 500) -> Trainer:
+def fresh(name: str = "batch_topk", dead_after: int = 500) -> Trainer:
     """A trainer at its beginning."""
     kind = ARCHITECTURES[name]
     config = kind.config_type(latents=96, k=4, learning_rate=3e-3)
     made = kind(32, config, torch.Generator().manual_seed(1000))
-    trained = Trainer(made, Config(40 * 64, dead_after=dead_after), average, ranks)
+    trained = Trainer(made, Config(40 * 64, dead_after=dead_after))
     trained.initialise(planted(2048, DIRECTIONS, torch.Generator().manual_seed(1)))
     return trained
 
@@ -74,27 +74,6 @@ def test_metrics_count_active_latents() -> None:
     assert 3 < float(metrics.l0) <= 4
     assert set(metrics.parts) == {"fvu", "auxiliary"}
     assert 0 < metrics.learning_rate < 3e-3
-
-
-def test_averaged_gradients_of_two_ranks_are_those_of_the_whole_batch() -> None:
-    x = planted(128, DIRECTIONS, torch.Generator().manual_seed(3))
-    alone = fresh("topk")
-    alone.step(x)
-    sent: list[list[Tensor]] = []
-    first = fresh("topk", lambda tensors: sent.append([t.clone() for t in tensors]), ranks=2)
-    first.step(x[64:])
-
-    def meet(tensors: Iterable[Tensor]) -> None:
-        for mine, theirs in zip(tensors, sent.pop(0), strict=True):
-            mine.add_(theirs).div_(2)
-
-    second = fresh("topk", meet, ranks=2)
-    second.step(x[:64])
-    assert second.tokens == alone.tokens == 128
-    assert torch.equal(second.silent > 0, alone.silent > 0)
-    for ours, theirs in zip(second.architecture.parameters(), alone.architecture.parameters(), strict=True):
-        # bfloat16 products of other batches may differ in a last bit, and Adam's first step is a sign.
-        assert (ours - theirs).abs().mean().item() < 2e-5
 
 
 def test_several_saes_learn_from_one_stream_as_each_would_alone() -> None:
