@@ -148,8 +148,7 @@ class SAE:
     def encode(self, x: Tensor) -> Tensor:
         """Activations [..., F] of inputs x [..., d], or [..., L, d] with a router, in float32."""
         x, h = self.prepared(x)
-        z = self.preactivations(h)
-        f = torch.where(z > self.threshold, z, 0.0)
+        f = above(self.preactivations(h), self.threshold)
         return f if self.selection is None else kept(self.selection, f, x)
 
     def prepared(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,9 +178,7 @@ class SAE:
         if self.decoder.dtype == torch.float32:
             y = latents @ self.decoder + self.decoder_bias
         else:
-            y = self.decoder_bias + sum(
-                latents[..., rows] @ part for rows, part in blocks(self.decoder, latents.requires_grad)
-            )
+            y = self.decoder_bias + self.explained(latents)
         if x is None:
             if self.normalisation is not Normalisation.NONE or self.skip is not None:
                 raise ValueError("decode: x is needed to undo the normalisation or for the skip connection")
@@ -189,6 +186,13 @@ class SAE:
         x = x.float()
         y = restored(y, x, self.normalisation)
         return y if self.skip is None else y + x @ self.skip.float()
+
+    def explained(self, latents: Tensor) -> Tensor:
+        """latents . decoder [..., d_out] of a decoder in half precision, of which only rows in use are converted."""
+        everything = torch.arange(self.latents, device=latents.device)
+        used = everything if latents.requires_grad else latents.flatten(0, -2).any(0).nonzero()[:, 0]
+        parts = (latents[..., rows] @ self.decoder[rows].float() for rows in used.split(BLOCK))
+        return sum(parts, torch.zeros_like(self.decoder_bias))
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The output y for x, and the error: target - y. The target is x itself but for a transcoder; with a router,
@@ -258,13 +262,14 @@ def moved(sae: SAE, move: Callable[[Tensor], Tensor]) -> SAE:
 def activations(
     x: Tensor, rows: Rows, gain: Tensor | None = None, product: Callable[[Tensor, Tensor], Tensor] = torch.matmul
 ) -> Tensor:
-    """Activations [..., n] of rows on inputs x [..., d]; gain [..., n] of each row's normalisation, None: 1.
-
-    The test is strict, as in every published format.
-    """
+    """Activations [..., n] of rows on inputs x [..., d]; gain [..., n] of each row's normalisation, None: 1."""
     u = product(x.float(), rows.encoder.T)
-    z = (u if gain is None else u * gain) + rows.bias
-    return torch.where(z > rows.threshold, z, 0.0)
+    return above((u if gain is None else u * gain) + rows.bias, rows.threshold)
+
+
+def above(z: Tensor, threshold: Tensor) -> Tensor:
+    """z [..., n] where above its threshold [n], else 0. The test is strict, as in every published format."""
+    return torch.where(z > threshold, z, 0.0)
 
 
 def gain(x: Tensor, normalisation: Normalisation) -> Tensor:
@@ -304,13 +309,13 @@ def kept(selection: Selection, f: Tensor, x: Tensor) -> Tensor:
     if isinstance(selection, GroupMax):
         groups = f.unflatten(-1, (selection.k, -1))
         values, index = groups.max(-1, keepdim=True)
-        return torch.zeros_like(groups).scatter(-1, index, values).flatten(-2)
+        return torch.zeros_like(groups).scatter_(-1, index, values).flatten(-2)
     most = selection.k if isinstance(selection, TopK) else selection.k_max
     values, index = f.topk(min(most, f.shape[-1]), dim=-1)
     if isinstance(selection, AdaptiveK):
         rank = torch.arange(values.shape[-1], device=f.device)
         values = torch.where(rank < selection.count(x)[..., None], values, 0.0)
-    return torch.zeros_like(f).scatter(-1, index, values)
+    return torch.zeros_like(f).scatter_(-1, index, values)
 
 
 def fvu(target: Tensor, output: Tensor) -> float:
