@@ -28,6 +28,11 @@ class Fidelity:
         return self.active / self.tokens
 
     @property
+    def compared(self) -> bool:
+        """Whether outputs were compared with a target: never those of a partial SAE."""
+        return self.total is not None
+
+    @property
     def fvu(self) -> float:
         """Fraction of the target's variance unexplained; infinite where the target does not vary."""
         if self.total is None:
@@ -44,9 +49,11 @@ def add(sums: Fidelity, sae: SAE, x: Tensor, target: Tensor | None = None) -> No
 
 def count(sums: Fidelity, sae: SAE, latents: Tensor, x: Tensor, target: Tensor | None = None) -> None:
     """Counts inputs as `add` does, whose activations [n, F] are known."""
-    output, error = forward(sae, latents, x, target)
     sums.tokens += len(x)
     sums.active += float((latents != 0).sum())
+    if sae.partial:
+        return
+    output, error = forward(sae, latents, x, target)
     sums.error += float(error.double().square().sum())
     aimed = (output + error).double()
     sums.square += float(aimed.square().sum())

@@ -174,10 +174,11 @@ def measure(sae: SAE, content: Manifest, wish: Wish, corpus: Path) -> Measured:
     sums = entries.tally_of(materials.inputs(using, content.sites, using.windows), sae, sample)
     statistics = entries.statistics_of(sums)
     dead = float((statistics.frequency == 0).float().mean())
-    conformance = typical(sae, x, target, Claims(found.l0, found.fvu))
-    training = Training(l0=found.l0, fvu=found.fvu, dead_share=dead, credit=wish.credit)
+    whole = Claims(found.l0, found.fvu if found.compared else None)
+    conformance = typical(sae, x, target, whole)
+    training = Training(l0=whole.l0, fvu=whole.fvu, dead_share=dead, credit=wish.credit)
     latents = list(entries.describe(sums, sample))
-    if content.output_site.endswith(ADDED):
+    if content.output_site.endswith(ADDED) and not sae.partial:
         latents = list(with_words(latents, sae, using))
     return Measured(training, statistics, conformance, latents, verdict)
 
@@ -225,10 +226,13 @@ def doubt(found: Fidelity, claims: Claims, verdict: Verdict | None) -> str:
     """Why figures speak against an SAE as it is declared, empty where they do not; a cure only from a verdict."""
     if verdict:
         return "" if verdict.stands else advice(verdict)
-    if found.fvu < 1 and bundle.near(found.l0, claims.l0):
+    explains = not found.compared or found.fvu < 1
+    if explains and bundle.near(found.l0, claims.l0):
         return ""
+    unexplained = f" and FVU {found.fvu:.4g}" if found.compared else ""
     claimed = "" if claims.l0 is None else f", L0 {claims.l0:.4g} is claimed"
-    return f"L0 {found.l0:.4g} and FVU {found.fvu:.4g} on this text{claimed}: the output is not what it should explain"
+    told = f"L0 {found.l0:.4g}{unexplained} on this text{claimed}"
+    return told if explains else f"{told}: the output is not what it should explain"
 
 
 def advice(verdict: Verdict) -> str:
@@ -243,7 +247,7 @@ def advice(verdict: Verdict) -> str:
 def inputs_and_target(content: Manifest, at: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """What the SAE reads [n, d], with a router [n, L, d], and what it explains if that is another site's [n, d_out]."""
     x = torch.stack([at[site] for site in content.sites], dim=-2) if content.router else at[content.site]
-    return x, at[content.output_site] if content.transcodes else None
+    return x, at[content.output_site] if content.transcodes and not content.partial else None
 
 
 def with_words(latents: Sequence[Latent], sae: SAE, using: Material) -> Iterator[Latent]:

@@ -93,6 +93,7 @@ class Manifest(Part, frozen=True):
 
     `sites` are read, more than one only by a `router`, which pools them so; `output_site` is what the decoder explains.
     `architecture` is the trainer's or source's word. `dtype` is that of encoder, decoder and skip; all else is float32.
+    `partial`: the latents write to other sites than `output_site` too (sae.SAE), so that no FVU can be claimed.
     """
 
     format_version: int
@@ -112,6 +113,7 @@ class Manifest(Part, frozen=True):
     source: Source | None
     training: Training
     files: dict[str, str]
+    partial: bool = False
 
     @property
     def site(self) -> str:
@@ -167,6 +169,7 @@ def describe(
         source=source,
         training=training,
         files={},
+        partial=weights.partial,
     )
 
 
@@ -222,6 +225,8 @@ def _check_sizes(manifest: Manifest) -> None:
     if isinstance(rule, AdaptiveK):
         require(0 <= rule.k_min <= rule.k_max <= latents, "activation.k_max", f"{rule.k_min} to {rule.k_max}")
         require(rule.scale > 0, "activation.scale", f"{rule.scale}")
+    measurable = manifest.training.fvu is None or not manifest.partial
+    require(measurable, "training.fvu", "claimed of an SAE that is partial: its latents write to other sites too")
     # Encoder and decoder of a square SAE look alike turned on their side: only a measured reconstruction tells.
     undecidable = manifest.training.fvu is None and latents in (manifest.d, manifest.d_out)
     require(not undecidable, "latents", f"{latents} equals d: the matrices' orientation cannot be told without an FVU")
@@ -267,6 +272,7 @@ def sae_of(manifest: Manifest, tensors: dict[str, Tensor]) -> SAE:
         selection=_selection(manifest.activation, tensors),
         skip=tensors.get("skip"),
         router=Router(tensors["router"], manifest.router == "mean") if manifest.router else None,
+        partial=manifest.partial,
     )
 
 

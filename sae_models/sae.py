@@ -116,7 +116,8 @@ class SAE:
     ReLU is threshold 0, JumpReLU (arXiv 2407.14435) a threshold per latent, BatchTopK (arXiv 2412.06410) at inference
     one threshold for all; Gated (arXiv 2404.16014) folds to JumpReLU. Thresholds are not negative. encoder and decoder
     may be bfloat16 and memory-mapped; all arithmetic is in float32. A transcoder has d_out of its own, and `skip` where
-    the output has a linear part.
+    the output has a linear part. With `partial`, as in one layer of a cross-layer transcoder, the latents write to
+    other layers too: the decoder is their part at one, which reconstructs nothing.
     """
 
     encoder: Tensor
@@ -129,6 +130,7 @@ class SAE:
     selection: Selection | None = None
     skip: Tensor | None = None
     router: Router | None = None
+    partial: bool = False
 
     @property
     def latents(self) -> int:
@@ -173,8 +175,12 @@ class SAE:
 
     def decode(self, latents: Tensor, x: Tensor | None = None) -> Tensor:
         """Output y [..., d_out] of activations [..., F]; x [..., d], the input, where a normalisation is to be undone
-        or a skip connection adds to the output.
+        or a skip connection adds to the output. ValueError: it is partial.
         """
+        if self.partial:
+            raise ValueError(
+                "decode: the latents write to other layers too, what they write to one reconstructs nothing"
+            )
         if self.decoder.dtype == torch.float32:
             y = latents @ self.decoder + self.decoder_bias
         else:
@@ -250,9 +256,13 @@ def moved(sae: SAE, move: Callable[[Tensor], Tensor]) -> SAE:
     selection, router = sae.selection, sae.router
     if isinstance(selection, AdaptiveK):
         selection = replace(selection, probe=move(selection.probe), offset=move(selection.offset))
-    return SAE(
-        *(move(t) for t in (sae.encoder, sae.bias, sae.threshold, sae.decoder, sae.decoder_bias)),
-        normalisation=sae.normalisation,
+    return replace(
+        sae,
+        encoder=move(sae.encoder),
+        bias=move(sae.bias),
+        threshold=move(sae.threshold),
+        decoder=move(sae.decoder),
+        decoder_bias=move(sae.decoder_bias),
         selection=selection,
         skip=None if sae.skip is None else move(sae.skip),
         router=replace(router, weight=move(router.weight)) if router else None,

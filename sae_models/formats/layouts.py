@@ -70,6 +70,16 @@ def linear(tensors: Mapping[str, Any], file: str, encoder: str = "encoder", deco
     return Weights(into, bias, out.T, decoder_bias)
 
 
+def own_part(found: Mapping[str, Any], key: str, file: str, layer: int, shape: tuple[int, int]) -> Tensor:
+    """What latents write to one layer, `shape` [F, d], of their decoder [F, layers, d]; the others are not read."""
+    decoder = found.get(key)
+    if not isinstance(decoder, Tensor):
+        return take(found, key, file)
+    if decoder.dim() != 3 or not layer < decoder.shape[1]:
+        raise FormatError(f"{file} {key}: shape {tuple(decoder.shape)}, which has no layer {layer}")
+    return take({key: decoder[:, layer]}, key, file, shape)
+
+
 def without_bias(found: Mapping[str, Any], decoder: str, dim: int, file: str) -> Tensor:
     """The decoder's bias [d_out], 0, of a checkpoint that has none; `dim` of the decoder is d_out."""
     return torch.zeros(take(found, decoder, file, (-1, -1)).shape[dim])

@@ -268,6 +268,8 @@ def architecture_for(sae: SAE, declared: Declaration) -> str:
     """The architecture of SAELens that an SAE is; FormatError where none is."""
     if sae.router is not None:
         raise FormatError("router: SAELens has no SAE that chooses among sites")
+    if sae.partial:
+        raise FormatError("partial: SAELens takes the decoder for a whole one")
     if sae.selection is not None and not isinstance(sae.selection, TopK):
         raise FormatError(f"selection: SAELens has no {type(sae.selection).__name__}")
     jumps = bool((sae.threshold > 0).any())

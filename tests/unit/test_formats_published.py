@@ -13,6 +13,7 @@ import yaml
 
 from sae_models.formats import (
     adaptive_k,
+    cross_layer,
     deepseek_r1,
     gemma_scope,
     gemma_scope_2,
@@ -55,6 +56,7 @@ from tests.unit.checkpoints import (
 
 READERS = (
     adaptive_k,
+    cross_layer,
     deepseek_r1,
     gemma_scope,
     gemma_scope_2,
@@ -215,20 +217,6 @@ def test_gemma_scope_2_attention_has_no_site_and_a_missing_skip_is_named(tmp_pat
     save_json(folder / "config.json", {"architecture": "jump_relu", "affine_connection": True})
     with pytest.raises(FormatError, match="affine_skip_connection: missing"):
         gemma_scope_2.FORMAT.read(folder)
-
-
-def test_cross_layer_transcoders_are_refused_by_name(tmp_path: Path) -> None:
-    d = Draw()
-    across = {"w_enc": d.w_enc.T, "w_dec": d.w_dec[:, None].expand(-1, 3, -1), "b_enc": d.b_enc, "b_dec": d.b_dec}
-    clt = tmp_path / "clt/layer_0_width_262k_l0_medium.safetensors"
-    save_safe(clt, across | {"threshold": d.threshold})
-    assert gemma_scope_2.FORMAT.recognise(clt)
-    with pytest.raises(FormatError, match=r"w_dec: a cross-layer transcoder"):
-        gemma_scope_2.FORMAT.read(clt)
-    save_safe(tmp_path / "mntss/W_enc_0.safetensors", {"W_enc_0": d.w_enc, "b_enc_0": d.b_enc, "b_dec_0": d.b_dec})
-    assert "cross-layer" in str(transcoders.FORMAT.recognise(tmp_path / "mntss"))
-    with pytest.raises(FormatError, match=r"W_enc_0\.safetensors: a cross-layer transcoder"):
-        transcoders.FORMAT.read(tmp_path / "mntss")
 
 
 def test_openai_takes_the_pre_bias_off_after_the_layer_norm(tmp_path: Path) -> None:
