@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +231,30 @@ def test_the_model_hash_covers_every_shard(tmp_path: Path) -> None:
     assert bundle.model_sha256(tmp_path) == hashlib.sha256(b"onetwo").hexdigest()
     with pytest.raises(FileNotFoundError, match=r"^model: "):
         bundle.model_sha256(tmp_path / "nowhere")
+
+
+class Terminal(StringIO):
+    """Standard error of somebody who waits."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_long_hashing_shows_how_far_it_is_and_quick_hashing_nothing(
+    quick: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    if not quick:
+        monkeypatch.setattr(bundle, "QUICK_S", 0.0)
+    bundle.load(path).catalogue.close()
+    for name in ("a", "b"):
+        (path.parent / f"{name}.safetensors").write_bytes(b"x" * (3 << 20))
+    bundle.model_sha256(path.parent)
+    said = terminal.getvalue()
+    assert (f"hashing {path.name}: " in said, f"hashing {path.parent.name}: " in said) == (not quick, not quick)
+    assert ("6.29M" in said) == (not quick)
 
 
 def test_writing_again_replaces_the_bundle_and_leaves_nothing_else(path: Path) -> None:
