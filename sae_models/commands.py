@@ -81,6 +81,8 @@ def run_import(args: argparse.Namespace) -> int:
         for key, note in loaded.declared.notes.items():
             if isinstance(note, str | int | float):
                 err.print(f"[dim]{escape(key)}: {escape(str(note))}[/]")
+        if taken := importing.assumed(loaded.declared):
+            err.print(f"[bold yellow]ASSUMED[/] {escape(taken)}")
         tell_imported(importing.make(loaded, importing.source_of(loaded, args.source), wish_of(args)))
         return HOLDS
 

@@ -31,6 +31,10 @@ DRAWS, TYPICAL = 16, 0.1
 ADDED = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "embed")
 
 
+# A note by this name tells of a scale that its source keeps elsewhere (saelens).
+INPUT_SCALE = "input_scale"
+
+
 class ImportRefused(Exception):
     """A checkpoint of which no bundle is made; the message begins with what is wrong."""
 
@@ -106,10 +110,10 @@ def source_of(loaded: Loaded, where: str) -> Source:
 
 def with_scale(loaded: Loaded, scale: float | None) -> Loaded:
     """The checkpoint with an input scale that is known from elsewhere, where it could not find one itself."""
-    if scale is None or "input_scale" not in loaded.declared.notes:
+    if scale is None or INPUT_SCALE not in loaded.declared.notes:
         return loaded
-    notes = {key: note for key, note in loaded.declared.notes.items() if key != "input_scale"}
-    declared = replace(loaded.declared, folded=(*loaded.declared.folded, "input_scale"), notes=notes)
+    notes = {key: note for key, note in loaded.declared.notes.items() if key != INPUT_SCALE}
+    declared = replace(loaded.declared, folded=(*loaded.declared.folded, INPUT_SCALE), notes=notes)
     return replace(loaded, sae=fold_input_scale(loaded.sae, scale), declared=declared)
 
 
@@ -133,8 +137,14 @@ def described(loaded: Loaded, source: Source, wish: Wish) -> Manifest:
         training=Training(credit=wish.credit),
         declared=str(declared.notes.get("normalize_activations", sae.normalisation)),
         folded=declared.folded,
+        assumed=assumed(declared),
         source=source,
     )
+
+
+def assumed(declared: Declaration) -> str:
+    """What the source declares of its input, does not give, and was taken for something; empty where nothing was."""
+    return f"{INPUT_SCALE}: {declared.notes[INPUT_SCALE]}" if INPUT_SCALE in declared.notes else ""
 
 
 def output_of(declared: Declaration, wish: Wish) -> str:

@@ -53,11 +53,15 @@ class Training(Part, frozen=True):
 
 
 class InputNormalisation(Part, frozen=True):
-    """In the source's words; what of it is folded into the weights; and what the server does to each token."""
+    """In the source's words; what of it is folded into the weights; and what the server does to each token.
+
+    `assumed`: what the source declares, does not give, and was therefore taken for something; empty where nothing was.
+    """
 
     declared: str = "none"
     folded: tuple[str, ...] = ()
     run_time: Normalisation = Normalisation.NONE
+    assumed: str = ""
 
 
 class Threshold(Part, frozen=True, tag_field="kind", tag="threshold"):
@@ -147,6 +151,7 @@ def describe(
     output_site: str = "",
     declared: str = "none",
     folded: tuple[str, ...] = (),
+    assumed: str = "",
     source: Source | None = None,
 ) -> Manifest:
     """The manifest of an SAE but for the hashes of the files. Without `output_site` it explains the site it reads."""
@@ -159,7 +164,7 @@ def describe(
         output_site=output_site or sites[0],
         architecture=architecture,
         activation=_activation(weights),
-        normalisation=InputNormalisation(declared, folded, weights.normalisation),
+        normalisation=InputNormalisation(declared, folded, weights.normalisation, assumed),
         d=weights.width,
         d_out=weights.decoder.shape[1],
         latents=weights.latents,

@@ -91,7 +91,8 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     if said["norm_activation"] == "dataset-wise":
         sae = fold_scales(sae, *(scale(found, hook, sae.width, checkpoint.name) for hook in hooks))
         folded.append("input_scale")
-    return whole(sae, checkpoint.name), declaration(str(said["act_fn"]), *hooks, folded=tuple(folded))
+    notes = {"normalize_activations": said["norm_activation"]}
+    return whole(sae, checkpoint.name), declaration(str(said["act_fn"]), *hooks, folded=tuple(folded), notes=notes)
 
 
 def check(said: Mapping[str, Any]) -> None:

@@ -59,6 +59,7 @@ NOTED = (
     "hook_name", "hook_name_out", "hook_head_index", "hf_hook_name", "hf_hook_name_out", "prepend_bos", "context_size",
     "dataset_path", "exclude_special_tokens", "seqpos_slice", "model_class_name", "model_from_pretrained_kwargs",
     "neuronpedia_id", "sae_lens_version", "sae_lens_training_version", "training_architecture", "reshape_activations",
+    "normalize_activations",
 )  # fmt: skip
 
 
