@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_models import sae
-from sae_models.sae import SAE, Normalisation, Router
+from sae_models.sae import LAYER_NORM_EPSILON, SAE, Normalisation, Router
 
 FORMAT_VERSION = 2
 SITE = re.compile(r"layers\.\d+\.(resid_pre|attn_out|resid_mid|mlp_in|mlp_out|resid_post)|embed")
@@ -56,12 +56,14 @@ class InputNormalisation(Part, frozen=True):
     """In the source's words; what of it is folded into the weights; and what the server does to each token.
 
     `assumed`: what the source declares, does not give, and was therefore taken for something; empty where nothing was.
+    `epsilon` is that of a layer norm.
     """
 
     declared: str = "none"
     folded: tuple[str, ...] = ()
     run_time: Normalisation = Normalisation.NONE
     assumed: str = ""
+    epsilon: float = LAYER_NORM_EPSILON
 
 
 class Threshold(Part, frozen=True, tag_field="kind", tag="threshold"):
@@ -164,7 +166,7 @@ def describe(
         output_site=output_site or sites[0],
         architecture=architecture,
         activation=_activation(weights),
-        normalisation=InputNormalisation(declared, folded, weights.normalisation, assumed),
+        normalisation=InputNormalisation(declared, folded, weights.normalisation, assumed, weights.epsilon),
         d=weights.width,
         d_out=weights.decoder.shape[1],
         latents=weights.latents,
@@ -214,6 +216,10 @@ def _check_sites(manifest: Manifest) -> None:
     for site in (*sites, manifest.output_site):
         require(bool(SITE.fullmatch(site)), "sites", f"{site!r} is not layers.<L>.<point> or embed")
     require(bool(sites) and len(set(sites)) == len(sites), "sites", f"{list(sites)}, one or more and each once")
+    epsilon = manifest.normalisation.epsilon
+    # Rows are served with the one epsilon; an SAE with a router has none, it is read whole.
+    usual = epsilon == LAYER_NORM_EPSILON or (router is not None and 0 < epsilon < 1)
+    require(usual, "normalisation.epsilon", f"{epsilon}, rows are normalised with {LAYER_NORM_EPSILON}")
     several = "is for two or more sites, and they need one"
     require((router is not None) == (len(sites) > 1), "router", f"{router} for {len(sites)} sites: it {several}")
 
@@ -278,6 +284,7 @@ def sae_of(manifest: Manifest, tensors: dict[str, Tensor]) -> SAE:
         skip=tensors.get("skip"),
         router=Router(tensors["router"], manifest.router == "mean") if manifest.router else None,
         partial=manifest.partial,
+        epsilon=manifest.normalisation.epsilon,
     )
 
 

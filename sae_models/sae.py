@@ -27,7 +27,7 @@ class Normalisation(StrEnum):
     """Of each token's input over its width d, undone on the output.
 
     CONSTANT_NORM gives it norm sqrt(d). LAYER_NORM takes off its mean and divides by (unbiased standard deviation +
-    1e-5), as OpenAI's sparse_autoencoder and SAELens' `layer_norm` do.
+    epsilon), as OpenAI's sparse_autoencoder and SAELens' `layer_norm` do, whose epsilon is 1e-5.
     """
 
     NONE = "none"
@@ -131,6 +131,7 @@ class SAE:
     skip: Tensor | None = None
     router: Router | None = None
     partial: bool = False
+    epsilon: float = LAYER_NORM_EPSILON
 
     @property
     def latents(self) -> int:
@@ -157,8 +158,8 @@ class SAE:
         """x as it is read [..., d], and the encoder's input h [..., d], both float32."""
         x = x.float()
         if self.router is None:
-            return x, normalised(x, self.normalisation)
-        h = normalised(x, self.normalisation)
+            return x, normalised(x, self.normalisation, self.epsilon)
+        h = normalised(x, self.normalisation, self.epsilon)
         site, p = self.router.route(h)
         at = site[..., None, None].expand(*site.shape, 1, x.shape[-1])
         return x.gather(-2, at).squeeze(-2), p[..., None] * h.gather(-2, at).squeeze(-2)
@@ -207,7 +208,7 @@ class SAE:
         if self.router is None:
             y = self.decode(self.encode(x), x)
             return y, (x if target is None else target).float() - y
-        h = normalised(x.float(), self.normalisation)
+        h = normalised(x.float(), self.normalisation, self.epsilon)
         read, _ = self.prepared(x)
         _, p = self.router.route(h)
         scaled = replace(self, router=None, normalisation=Normalisation.NONE).decode(self.encode(x)) / p[..., None]
@@ -282,7 +283,7 @@ def above(z: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(z > threshold, z, 0.0)
 
 
-def gain(x: Tensor, normalisation: Normalisation) -> Tensor:
+def gain(x: Tensor, normalisation: Normalisation, epsilon: float = LAYER_NORM_EPSILON) -> Tensor:
     """What a normalisation multiplies inputs x [..., d] by, [..., 1]."""
     match normalisation:
         case Normalisation.NONE:
@@ -291,7 +292,7 @@ def gain(x: Tensor, normalisation: Normalisation) -> Tensor:
             norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
             return sqrt(x.shape[-1]) / norm
         case Normalisation.LAYER_NORM:
-            return 1 / (x.std(dim=-1, keepdim=True) + LAYER_NORM_EPSILON)
+            return 1 / (x.std(dim=-1, keepdim=True) + epsilon)
 
 
 def centre(x: Tensor, normalisation: Normalisation) -> Tensor:
@@ -299,16 +300,16 @@ def centre(x: Tensor, normalisation: Normalisation) -> Tensor:
     return x.mean(-1, keepdim=True) if normalisation is Normalisation.LAYER_NORM else x.new_zeros(())
 
 
-def normalised(x: Tensor, normalisation: Normalisation) -> Tensor:
+def normalised(x: Tensor, normalisation: Normalisation, epsilon: float = LAYER_NORM_EPSILON) -> Tensor:
     """The encoder's input of inputs x [..., d]."""
     if normalisation is Normalisation.NONE:
         return x
-    h: Tensor = (x - centre(x, normalisation)) * gain(x, normalisation)
+    h: Tensor = (x - centre(x, normalisation)) * gain(x, normalisation, epsilon)
     return h
 
 
 def restored(y: Tensor, x: Tensor, normalisation: Normalisation) -> Tensor:
-    """Outputs y [..., d_out] for normalised inputs, in the units of x [..., d]; LAYER_NORM's 1e-5 is not undone."""
+    """Outputs y [..., d_out] for normalised inputs, in the units of x [..., d]; LAYER_NORM's epsilon is not undone."""
     if normalisation is Normalisation.LAYER_NORM:
         return y * x.std(dim=-1, keepdim=True) + centre(x, normalisation)
     return y / gain(x, normalisation)

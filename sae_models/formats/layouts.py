@@ -50,9 +50,10 @@ def one(path: Path, pattern: str) -> Path:
 def keys(file: Path) -> frozenset[str]:
     """The names in a safetensors or torch file, none where it cannot be read: what is wrong, the reader will say."""
     try:
-        header = file.suffix == ".safetensors"
-        return frozenset(safetensors_header(file) if header else state(read_pickle(file, verify=False), file.name))
-    except Exception:
+        if file.suffix == ".safetensors":
+            return frozenset(safetensors_header(file)[0])
+        return frozenset(state(read_pickle(file, verify=False), file.name))
+    except FormatError:
         return frozenset()
 
 

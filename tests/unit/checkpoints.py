@@ -303,8 +303,8 @@ def lay_opensae(home: Path, d: Draw) -> Laid:
     return Laid(opensae.FORMAT, home, file, d.x, f, (f @ d.w_dec + d.b_dec) * (std + 1e-5) + mean)
 
 
-def lay_route_sae(home: Path, d: Draw) -> Laid:
-    """Reads the likeliest of nine sites, standardised and times its probability."""
+def lay_route_sae(home: Path, d: Draw, size: float = 3.0) -> Laid:
+    """Reads the likeliest of nine sites, standardised and times its probability; inputs of that size."""
     file, router = home / f"sum_hard_K{K}_1B_OpenWebText2_{LATENTS}.pt", d.normal(9, WIDTH)
     content = {
         "router.weight": router,
@@ -314,7 +314,7 @@ def lay_route_sae(home: Path, d: Draw) -> Laid:
         "sae.decoder.weight": d.w_dec.T.contiguous(),
     }
     save_torch(file, content)
-    x = 3 * d.normal(40, 9, WIDTH)
+    x = size * d.normal(40, 9, WIDTH)
     h = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
     p, site = (h.sum(1) @ router.T).softmax(-1).max(-1)
     read = p[:, None] * h[torch.arange(len(x)), site]

@@ -98,6 +98,7 @@ def test_what_was_written_is_read(path: Path) -> None:
         (r"manifest.json.*\$\.activation", lambda m: m["activation"].update(k=3)),
         (r"manifest.json.*run_time", lambda m: m["normalisation"].update(run_time="batch_norm")),
         (r"manifest.json.*\$\.dtype", lambda m: m.update(dtype="int8")),
+        (r"normalisation\.epsilon: 1e-06, rows are normalised", lambda m: m["normalisation"].update(epsilon=1e-6)),
         ("sites:", lambda m: m.update(sites=["layers.1.somewhere"])),
         ("sites:", lambda m: m.update(sites=["../layers.1.resid_post"])),
         ("sites:", lambda m: m.update(output_site="layers.1")),
@@ -290,6 +291,11 @@ def every_form() -> dict[str, tuple[SAE, tuple[str, ...], str]]:
         "layer_norm": (replace(plain, normalisation=Normalisation.LAYER_NORM), (SITE,), ""),
         "skip": (replace(plain, skip=skip), ("layers.1.mlp_in",), "layers.1.mlp_out"),
         "router": (replace(plain, router=routed, normalisation=Normalisation.LAYER_NORM), several, ""),
+        "epsilon": (
+            replace(plain, router=routed, normalisation=Normalisation.LAYER_NORM, epsilon=0.1),
+            several,
+            "",
+        ),
         "tied": (replace(plain, decoder=plain.encoder), (SITE,), ""),
     }
 

@@ -29,7 +29,7 @@ from sae_models.formats import (
     transcoders,
 )
 from sae_models.formats.source import Declaration, FormatError
-from sae_models.sae import Normalisation, TopK
+from sae_models.sae import LAYER_NORM_EPSILON, Normalisation, TopK
 from tests.unit.checkpoints import (
     LATENTS,
     LAYOUTS,
@@ -43,6 +43,7 @@ from tests.unit.checkpoints import (
     lay_openai,
     lay_opensae,
     lay_qwen_scope,
+    lay_route_sae,
     lay_transcoders,
     linears,
     relu_above,
@@ -309,6 +310,14 @@ def test_opensae_without_normalisation_reads_x_itself(tmp_path: Path) -> None:
     save_json(laid.path / "config.json", settings | {"input_normalize": False, "normalize_shift_back": False})
     f = top((d.x - d.b_dec) @ d.w_enc.T + d.b_enc, K)
     check(opensae.FORMAT.read(laid.path)[0], replace(laid, f=f, y=f @ d.w_dec + d.b_dec))
+
+
+def test_small_inputs_are_standardised_as_route_sae_does(tmp_path: Path) -> None:
+    laid = lay_route_sae(tmp_path, Draw(), size=1e-4)
+    sae = route_sae.FORMAT.read(laid.path)[0]
+    check(sae, laid)
+    usual = replace(sae, epsilon=LAYER_NORM_EPSILON).encode(laid.x)
+    assert float((usual - laid.f).abs().max()) > 0.01 * float(laid.f.max()), "any epsilon would do"
 
 
 def test_soft_routing_is_refused(tmp_path: Path) -> None:
