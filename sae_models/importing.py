@@ -213,17 +213,17 @@ def typical(sae: SAE, x: Tensor, target: Tensor | None, whole: Claims) -> Confor
 def figures(
     sae: SAE, content: Manifest, model: Path, corpus: Path, tokens: int
 ) -> tuple[Material, dict[str, Tensor], Verdict | None]:
-    """The material, vectors [n, d] at the sites, and, of an SAE that explains what it reads, which convention fits."""
-    plain = content.router is None and not content.transcodes
-    near = materials.neighbours(content.site, materials.shape_of(model).layers) if plain else []
-    sites = list(dict.fromkeys((*content.sites, content.output_site, *near)))
+    """The material, vectors [n, d] at the sites, and, of an SAE with an output, which convention fits."""
+    layers = materials.shape_of(model).layers
+    own = content.sites if content.partial else (*content.sites, content.output_site)
+    near = [] if content.partial else [other for site in own for other in materials.neighbours(site, layers)]
+    sites = list(dict.fromkeys((*own, *near)))
     using = materials.material(model, sites, corpus, tokens)
     at = materials.sample(using, sites, FIGURE_TOKENS)
-    claims = claims_of(content)
-    if not plain:
+    if content.partial:
         return using, at, None
     some = {site: x[:VERDICT_TOKENS] for site, x in at.items()}
-    return using, at, convention.verdict(sae, content.site, some, claims)
+    return using, at, convention.verdict(sae, content.sites, content.output_site, some, claims_of(content))
 
 
 def claims_of(content: Manifest) -> Claims:
@@ -236,13 +236,9 @@ def doubt(found: Fidelity, claims: Claims, verdict: Verdict | None) -> str:
     """Why figures speak against an SAE as it is declared, empty where they do not; a cure only from a verdict."""
     if verdict:
         return "" if verdict.stands else advice(verdict)
-    explains = not found.compared or found.fvu < 1
-    if explains and bundle.near(found.l0, claims.l0):
+    if bundle.near(found.l0, claims.l0):
         return ""
-    unexplained = f" and FVU {found.fvu:.4g}" if found.compared else ""
-    claimed = "" if claims.l0 is None else f", L0 {claims.l0:.4g} is claimed"
-    told = f"L0 {found.l0:.4g}{unexplained} on this text{claimed}"
-    return told if explains else f"{told}: the output is not what it should explain"
+    return f"L0 {found.l0:.4g} on this text, L0 {claims.l0:.4g} is claimed"
 
 
 def advice(verdict: Verdict) -> str:
