@@ -240,6 +240,24 @@ def test_openai_relu_is_not_normalised(tmp_path: Path) -> None:
     check(openai.FORMAT.read(file)[0], Laid(openai.FORMAT, file, file, d.x, f, f @ d.w_dec + d.b_dec))
 
 
+@pytest.mark.parametrize(
+    ("where", "site"),
+    [
+        ("gpt2-small/resid_post_mlp/autoencoders/3.pt", ("layers.3.resid_post",)),
+        ("gpt2-small/resid_post_attn_v5_128k/autoencoders/0.pt", ("layers.0.resid_mid",)),
+        ("gpt2-small/resid_delta_mlp_v5_32k/autoencoders/11.pt", ("layers.11.mlp_out",)),
+        ("gpt2-small/resid_delta_attn/autoencoders/7.pt", ("layers.7.attn_out",)),
+        ("gpt2-small/mlp_post_act/autoencoders/7.pt", ()),
+        ("elsewhere/7.pt", ()),
+    ],
+)
+def test_openai_names_locations_in_its_paths(where: str, site: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / where
+    file.parent.mkdir(parents=True)
+    lay_openai(tmp_path / "as published", Draw()).file.rename(file)
+    assert openai.FORMAT.read(file)[1].sites == site
+
+
 def test_openai_activation_without_a_relu_behind_it_is_refused(tmp_path: Path) -> None:
     laid = lay_openai(tmp_path, Draw())
     content = torch.load(laid.file)
@@ -318,6 +336,13 @@ def test_small_inputs_are_standardised_as_route_sae_does(tmp_path: Path) -> None
     check(sae, laid)
     usual = replace(sae, epsilon=LAYER_NORM_EPSILON).encode(laid.x)
     assert float((usual - laid.f).abs().max()) > 0.01 * float(laid.f.max()), "any epsilon would do"
+
+
+def test_goodfire_names_model_and_layer_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "Llama-3.3-70B-Instruct-SAE-l50.pt"
+    save_torch(file, linears(Draw(), "encoder_linear", "decoder_linear"))
+    said = goodfire.FORMAT.read(tmp_path)[1]
+    assert (said.sites, said.model) == (("layers.50.resid_post",), "meta-llama/Llama-3.3-70B-Instruct")
 
 
 def test_soft_routing_is_refused(tmp_path: Path) -> None:
