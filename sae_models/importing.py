@@ -118,11 +118,15 @@ def with_scale(loaded: Loaded, scale: float | None) -> Loaded:
 
 
 def described(loaded: Loaded, source: Source, wish: Wish) -> Manifest:
-    """The manifest without figures. ImportRefused: no site is known, or the SAE does not fit the model's width."""
+    """The manifest without figures. ImportRefused: a site is not known, or the SAE does not fit the model's width."""
     declared, sae = loaded.declared, loaded.sae
     sites = wish.sites or declared.sites
     if not sites:
         raise ImportRefused(f"site: the {loaded.format} checkpoint does not tell what it reads, give --site")
+    if sae.partial and not (wish.output_site or declared.output_site):
+        raise ImportRefused(
+            f"output_site: the {loaded.format} checkpoint does not tell what it writes, give --output-site"
+        )
     width = materials.shape_of(wish.model).hidden_size
     for field, size in (("d", sae.width), ("d_out", sae.decoder.shape[1])):
         if size != width:

@@ -156,7 +156,7 @@ def test_latents_of_a_cross_layer_transcoder_agree_with_saelens(tmp_path: Path) 
     assert not torch.allclose(ours.encode(laid.x), latents, atol=0.1)
     # Their decoder is the sum over layers, whose output is that of no layer: here there is none.
     assert not torch.allclose(latents @ ours.decoder + ours.decoder_bias, output, atol=0.1)
-    with pytest.raises(ValueError, match="^decode: "):
+    with pytest.raises(ValueError, match=r"^decode: "):
         ours.decode(latents)
 
 

@@ -186,6 +186,24 @@ def test_wrong_tensors_are_refused_though_the_hash_is_right(
         bundle.load(path)
 
 
+@pytest.mark.parametrize("row", [0, 4, 5, 15])
+def test_every_vector_counts_whichever_pass_it_is_in(row: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fidelity, "ACTIVATIONS_AT_ONCE", 5 * F)
+    bundle.load(path).catalogue.close()
+    edit_tensors(path, bundle.CONFORMANCE, lambda t: t["activations"][row].add_(0.5))
+    with pytest.raises(BundleError, match=r"^conformance\.safetensors activations: differ by"):
+        bundle.load(path)
+
+
+def test_activations_that_are_no_numbers_do_not_agree(path: Path) -> None:
+    edit_tensors(path, bundle.WEIGHTS, poison("bias", float("nan")))
+    edit_tensors(path, bundle.CONFORMANCE, poison("activations", float("nan")))
+    opened = bundle.mapped(path)
+    with pytest.raises(BundleError, match=r"^conformance\.safetensors activations: differ by nan"):
+        bundle.check_conformance(opened)
+    opened.catalogue.close()
+
+
 @pytest.mark.parametrize("name", sorted(bundle.FILES))
 def test_one_changed_byte_is_refused(path: Path, name: str) -> None:
     content = bytearray((path / name).read_bytes())

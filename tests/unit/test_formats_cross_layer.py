@@ -193,6 +193,15 @@ def test_an_fvu_of_it_is_no_claim(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
+def test_where_it_writes_must_be_told(tmp_path: Path) -> None:
+    loaded = model_wide(tmp_path / "clt")
+    silent = replace(loaded, declared=replace(loaded.declared, output_site=""))
+    with pytest.raises(importing.ImportRefused, match=r"^output_site: .* give --output-site"):
+        importing.make(silent, Source("cross_layer", "clt"), Wish(MODEL, tmp_path / "out"))
+    told = Wish(MODEL, tmp_path / "out", output_site="layers.2.mlp_out")
+    assert importing.make(silent, Source("cross_layer", "clt"), told).bundle.manifest.output_site == "layers.2.mlp_out"
+
+
 def test_a_claimed_sparsity_that_it_does_not_have_is_refused(tmp_path: Path, corpus: Path) -> None:
     wish = Wish(MODEL, tmp_path / "out", corpus=corpus, tokens=600)
     with pytest.raises(importing.ImportRefused, match=r"^convention: L0 [\d.]+ on this text, L0 0\.5 is claimed"):
