@@ -7,7 +7,7 @@ explains the text with as many latents as claimed is right.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log, sqrt
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sae_models import fidelity
 from sae_models.bundle import near
+from sae_models.fidelity import Fidelity
 from sae_models.sae import SAE, Normalisation, TopK
 
 DECLARED = "as declared"
@@ -98,10 +99,13 @@ def verdict(sae: SAE, sites: tuple[str, ...], output: str, residuals: Mapping[st
     """
     plain = Variant(DECLARED, "", sae, sites, output)
     tried = [plain, *variants(plain, residuals, claims)]
-    fits = fits_of(tried, residuals, claims, None)
+    found = figures(tried, residuals)
+    usual = found[0].l0
+    fits = [fit_of(*one, claims, usual) for one in zip(tried, found, strict=True)]
     if not any(fitting(fit, claims) for fit in fits):
         some = {site: x[:PAIR_TOKENS] for site, x in residuals.items()}
-        fits += fits_of(list(pairs(tried, fits, some, claims)), some, claims, fits[0].l0)
+        more = list(pairs(tried, fits, some, claims))
+        fits += [fit_of(*one, claims, usual) for one in zip(more, figures(more, some), strict=True)]
     declared, *others = fits
     others.sort(key=lambda fit: fit.misfit)
     rivalled = claims.fvu is None and declared.misfit > others[0].misfit + log(MARGIN)
@@ -110,17 +114,15 @@ def verdict(sae: SAE, sites: tuple[str, ...], output: str, residuals: Mapping[st
     return Verdict(tuple(sorted(fits, key=lambda fit: fit.misfit)), False)
 
 
-def fits_of(tried: list[Variant], residuals: Mapping[str, Tensor], claims: Claims, usual: float | None) -> list[Fit]:
-    """How variants do; `usual` is the mean active latents of the declared one, None: it is the first of these."""
-    found = []
-    for variant in tqdm(tried, unit="reading", desc="conventions"):
-        x, target = inputs(variant, residuals)
-        found.append(fidelity.measured(variant.sae, x, target))
-    usual = found[0].l0 if usual is None and found else usual or 0.0
-    return [
-        Fit(variant.name, variant.cure, sums.l0, sums.fvu, misfit(sums.l0, sums.fvu, claims, usual))
-        for variant, sums in zip(tried, found, strict=True)
-    ]
+def figures(tried: Sequence[Variant], residuals: Mapping[str, Tensor]) -> list[Fidelity]:
+    """How sparse and how faithful each variant is."""
+    seen = tqdm(tried, unit="reading", desc="conventions")
+    return [fidelity.measured(variant.sae, *inputs(variant, residuals)) for variant in seen]
+
+
+def fit_of(variant: Variant, found: Fidelity, claims: Claims, usual: float) -> Fit:
+    """What a variant's figures say of it; see `misfit` for `usual`."""
+    return Fit(variant.name, variant.cure, found.l0, found.fvu, misfit(found.l0, found.fvu, claims, usual))
 
 
 def inputs(variant: Variant, residuals: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
