@@ -13,15 +13,17 @@ import hashlib
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from sae_models import fidelity, manifest
 from sae_models.catalogue import Catalogue
@@ -55,6 +57,7 @@ FILES = frozenset({WEIGHTS, STATISTICS, CONFORMANCE, CATALOGUE})
 MATRICES = frozenset({"encoder", "decoder", "skip"})
 
 MANIFEST_LIMIT = 1 << 20
+QUICK_S = 2.0
 ACTIVATION_TOLERANCE = 1e-3
 CLAIM_TOLERANCE = 0.25
 CONFORMANCE_TOKENS = 128
@@ -149,14 +152,27 @@ def check_model(bundle: Bundle, sha256: str, hidden_size: int) -> None:
 
 def model_sha256(folder: Path) -> str:
     """SHA-256 of a checkpoint's safetensors files, one after the other in the order of their names."""
-    digest = hashlib.sha256()
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise FileNotFoundError(f"model: no safetensors file in {folder}")
-    for shard in shards:
-        with shard.open("rb") as file:
+    with hashing(shards, f"hashing {folder.name}") as bar:
+        return sha256_of(shards, bar)
+
+
+def hashing(files: Sequence[Path], task: str) -> "tqdm[NoReturn]":
+    """The bar, in bytes of the files, of a task that shows itself on a terminal if it is not quick."""
+    total = sum(file.stat().st_size for file in files)
+    return tqdm(total=total, desc=task, unit="B", unit_scale=True, delay=QUICK_S, leave=False, disable=None)
+
+
+def sha256_of(files: Sequence[Path], bar: "tqdm[NoReturn]") -> str:
+    """Of files one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
+                bar.update(len(block))
     return digest.hexdigest()
 
 
@@ -239,12 +255,16 @@ def check_conformance(bundle: Bundle) -> None:
     inputs, expected = bundle.conformance.inputs, bundle.conformance.activations
     field, rows = f"{CONFORMANCE} activations", len(expected)
     require(0 < rows <= len(inputs), field, f"{rows} rows for {len(inputs)} inputs")
-    difference = float((fidelity.encoded(bundle.sae, inputs[:rows]) - expected).abs().max())
+    claims, found, differences = bundle.manifest.training, fidelity.Fidelity(), []
+    claimless = claims.l0 is None and claims.fvu is None
+    # One pass over both: converting the dictionary costs more than all else here.
+    for part, target in fidelity.chunks(bundle.sae, inputs[:rows] if claimless else inputs, bundle.conformance.targets):
+        latents = bundle.sae.encode(part)
+        wanted = expected[found.tokens : found.tokens + len(part)]
+        differences.append((latents[: len(wanted)] - wanted).abs())
+        fidelity.count(found, bundle.sae, latents, part, target)
+    difference = float(torch.cat(differences).max())
     require(difference < ACTIVATION_TOLERANCE * float(expected.abs().max()), field, f"differ by {difference}")
-    claims = bundle.manifest.training
-    if claims.l0 is None and claims.fvu is None:
-        return
-    found = fidelity.measured(bundle.sae, inputs, bundle.conformance.targets)
     for name, value, claimed in (("l0", found.l0, claims.l0), ("fvu", found.fvu, claims.fvu)):
         problem = f"{claimed} claimed, {value:.4g} measured on the conformance inputs"
         require(near(value, claimed), f"training.{name}", problem)
@@ -276,13 +296,9 @@ def _opened_catalogue(path: Path) -> Catalogue:
 
 def _sha256s(path: Path, names: Mapping[str, str] | list[str]) -> dict[str, str]:
     """Of several files at once: hashing holds no lock."""
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(lambda name: _sha256(path / name), names), strict=True))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    files = [path / name for name in names]
+    with ThreadPoolExecutor() as pool, hashing(files, f"hashing {path.name}") as bar:
+        return dict(zip(names, pool.map(lambda file: sha256_of([file], bar), files), strict=True))
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:

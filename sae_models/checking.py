@@ -96,7 +96,8 @@ def on_text(opened: Bundle, model: Path, corpus: Path) -> tuple[list[Finding], V
     measured = fidelity.measured(opened.sae, *importing.inputs_and_target(content, at))
     claims = importing.claims_of(content)
     findings = []
-    for field, value, claimed in (("l0", measured.l0, claims.l0), ("fvu", measured.fvu, claims.fvu)):
+    fvu = (("fvu", measured.fvu, claims.fvu),) if measured.compared else ()
+    for field, value, claimed in (("l0", measured.l0, claims.l0), *fvu):
         said = "nothing claimed" if claimed is None else f"{claimed:.4g} claimed"
         findings.append(Finding(field, bundle.near(value, claimed), f"{value:.4g} on {measured.tokens} tokens, {said}"))
     if verdict:

@@ -81,6 +81,8 @@ def run_import(args: argparse.Namespace) -> int:
         for key, note in loaded.declared.notes.items():
             if isinstance(note, str | int | float):
                 err.print(f"[dim]{escape(key)}: {escape(str(note))}[/]")
+        if taken := importing.assumed(loaded.declared):
+            err.print(f"[bold yellow]ASSUMED[/] {escape(taken)}")
         tell_imported(importing.make(loaded, importing.source_of(loaded, args.source), wish_of(args)))
         return HOLDS
 
@@ -141,12 +143,11 @@ def tell_imported(imported: "Imported") -> None:
     content, training = imported.bundle.manifest, imported.bundle.manifest.training
     out.print(f"[bold]{escape(str(imported.bundle.path))}[/]  {content.architecture}, reads {', '.join(content.sites)}")
     out.print(f"{content.latents} latents of width {content.d}, {content.dtype}, sha256 {imported.bundle.sha256}")
-    if training.l0 is None or training.fvu is None:
+    if not imported.bundle.measured:
         out.print("[yellow]not measured: without --corpus there are no maximum activations, frequencies and figures[/]")
     else:
-        out.print(
-            f"L0 {training.l0:.4g}, FVU {training.fvu:.4g}, {training.dead_share or 0:.2%} of latents never active"
-        )
+        fvu = "no FVU, its latents write to many layers" if training.fvu is None else f"FVU {training.fvu:.4g}"
+        out.print(f"L0 {training.l0 or 0:.4g}, {fvu}, {training.dead_share or 0:.2%} of latents never active")
     if imported.labels:
         found = imported.labels
         left = f"{found.empty} rows without text, {found.repeated} for a latent that had one"

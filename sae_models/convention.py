@@ -1,12 +1,13 @@
 """Which convention an SAE was trained with, told by what fits real text.
 
 A checkpoint seldom says whether its encoder wants the decoder bias subtracted, whether activations have a threshold,
-how inputs are normalised, and from which side of a layer it reads. A wrong guess gives plausible numbers. Each variant
-here differs from the declared SAE in one such point; the one that explains the text with as many latents as claimed is
-right.
+how inputs are normalised, and from which side of a layer it reads and writes. A wrong guess gives plausible numbers.
+Each variant here differs from the declared SAE in one such point, or where none of them fits, in two; the one that
+explains the text with as many latents as claimed is right.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log, sqrt
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from sae_models import fidelity
 from sae_models.bundle import near
+from sae_models.fidelity import Fidelity
 from sae_models.sae import SAE, Normalisation, TopK
 
 DECLARED = "as declared"
@@ -25,6 +27,8 @@ THRESHOLD_TOKENS = 128
 SCALED = 0.1
 # Without figures to compare with, the declared convention stands unless another leaves so much less unexplained.
 MARGIN = 1.25
+# Of how many of the best single ones pairs are tried, where none fits, and on how many tokens: there are many pairs.
+PAIRED, PAIR_TOKENS = 3, 512
 NORMALISATIONS = {
     Normalisation.NONE: "do not normalise the input",
     Normalisation.CONSTANT_NORM: "normalise each token to norm sqrt(d)",
@@ -45,14 +49,22 @@ class Claims(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """One reading of an SAE: it sees `scale` times the input, at `site`. `cure` says how to get from the declared one
-    to it."""
+    """One reading of an SAE: it sees `scale` times the input at `sites`, and explains `output`, which is among them but
+    for a transcoder. `cure` says how to get from the declared one to it; `kind` is the point in which they differ.
+    """
 
     name: str
     cure: str
     sae: SAE
-    site: str
+    sites: tuple[str, ...]
+    output: str
     scale: float = 1.0
+    kind: str = ""
+
+    @property
+    def transcodes(self) -> bool:
+        """Whether it explains another site than it reads."""
+        return self.output not in self.sites
 
 
 @dataclass(frozen=True)
@@ -79,26 +91,66 @@ class Verdict:
         return next(fit for fit in self.fits if fit.name == DECLARED)
 
 
-def verdict(sae: SAE, site: str, residuals: Mapping[str, Tensor], claims: Claims) -> Verdict:
-    """Compares an SAE that explains what it reads, at `site`, with its variants, on the inputs [n, d] of each site.
+def verdict(sae: SAE, sites: tuple[str, ...], output: str, residuals: Mapping[str, Tensor], claims: Claims) -> Verdict:
+    """Compares an SAE with its variants, on the vectors [n, d] of each site; those where the SAE may belong are among
+    the sites.
 
     The declared one stands if its figures are those claimed and, where no FVU is claimed, no other explains much more.
     """
-    tried = tqdm(list(variants(sae, site, residuals, claims)), unit="reading", desc="conventions")
-    # Error and variance scale alike, so the input's scale does not change the FVU.
-    found = [fidelity.measured(variant.sae, residuals[variant.site] * variant.scale) for variant in tried]
+    plain = Variant(DECLARED, "", sae, sites, output)
+    tried = [plain, *variants(plain, residuals, claims)]
+    found = figures(tried, residuals)
     usual = found[0].l0
-    fits = [
-        Fit(variant.name, variant.cure, sums.l0, sums.fvu, misfit(sums.l0, sums.fvu, claims, usual))
-        for variant, sums in zip(tried, found, strict=True)
-    ]
+    fits = [fit_of(*one, claims, usual) for one in zip(tried, found, strict=True)]
+    if not any(fitting(fit, claims) for fit in fits):
+        some = {site: x[:PAIR_TOKENS] for site, x in residuals.items()}
+        more = list(pairs(tried, fits, some, claims))
+        fits += [fit_of(*one, claims, usual) for one in zip(more, figures(more, some), strict=True)]
     declared, *others = fits
     others.sort(key=lambda fit: fit.misfit)
-    as_claimed = near(declared.l0, claims.l0) and near(declared.fvu, claims.fvu)
     rivalled = claims.fvu is None and declared.misfit > others[0].misfit + log(MARGIN)
-    if as_claimed and not rivalled and declared.fvu < 1:
+    if fitting(declared, claims) and not rivalled:
         return Verdict((declared, *others), True)
     return Verdict(tuple(sorted(fits, key=lambda fit: fit.misfit)), False)
+
+
+def figures(tried: Sequence[Variant], residuals: Mapping[str, Tensor]) -> list[Fidelity]:
+    """How sparse and how faithful each variant is."""
+    seen = tqdm(tried, unit="reading", desc="conventions")
+    return [fidelity.measured(variant.sae, *inputs(variant, residuals)) for variant in seen]
+
+
+def fit_of(variant: Variant, found: Fidelity, claims: Claims, usual: float) -> Fit:
+    """What a variant's figures say of it; see `misfit` for `usual`."""
+    return Fit(variant.name, variant.cure, found.l0, found.fvu, misfit(found.l0, found.fvu, claims, usual))
+
+
+def inputs(variant: Variant, residuals: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What a variant reads, [n, d] or with a router [n, L, d], and of a transcoder what it explains.
+
+    Error and variance scale alike, so the input's scale does not change the FVU of what explains its input.
+    """
+    at = [residuals[site] for site in variant.sites]
+    x = torch.stack(at, dim=-2) if variant.sae.router else at[0]
+    return x * variant.scale, residuals[variant.output] if variant.transcodes else None
+
+
+def fitting(fit: Fit, claims: Claims) -> bool:
+    """Whether figures are those claimed."""
+    return near(fit.l0, claims.l0) and near(fit.fvu, claims.fvu) and fit.fvu < 1
+
+
+def pairs(tried: list[Variant], fits: list[Fit], residuals: Mapping[str, Tensor], claims: Claims) -> Iterator[Variant]:
+    """Those that differ in two points, one of them that of one of the best single ones."""
+    ranked = sorted(zip(fits[1:], tried[1:], strict=True), key=lambda one: one[0].misfit)
+    seen = set()
+    for _, first in ranked[:PAIRED]:
+        for second in variants(first, residuals, claims):
+            both = frozenset((first.name, second.name))
+            if second.kind != first.kind and both not in seen:
+                seen.add(both)
+                names = f"{first.name}, {second.name}", f"{first.cure}; {second.cure}"
+                yield replace(second, name=names[0], cure=names[1])
 
 
 def misfit(l0: float, fvu: float, claims: Claims, usual: float) -> float:
@@ -113,16 +165,14 @@ def misfit(l0: float, fvu: float, claims: Claims, usual: float) -> float:
     return sparse + (unexplained if claims.fvu is None else abs(unexplained - log(max(claims.fvu, 1e-6))))
 
 
-def variants(sae: SAE, site: str, residuals: Mapping[str, Tensor], claims: Claims) -> Iterator[Variant]:
-    """The declared reading first, then all that differ from it in one point."""
-    yield Variant(DECLARED, "", sae, site)
-    for make in (_pre_bias, _selected, _normalised):
-        for name, cure, changed in make(sae, residuals[site], claims.l0):
-            yield Variant(name, cure, changed, site)
-    for other in residuals:
-        if other != site:
-            yield Variant(f"at {other}", f"read {other} instead of {site}", sae, other)
-    yield from _scaled(sae, site, residuals[site])
+def variants(of: Variant, residuals: Mapping[str, Tensor], claims: Claims) -> Iterator[Variant]:
+    """All that differ from one reading in one point."""
+    x, _ = inputs(of, residuals)
+    for make in (_pre_bias, _selected, _normalised, _skipped, _routed):
+        for name, cure, sae in make(of.sae, x, claims.l0):
+            yield replace(of, name=name, cure=cure, sae=sae, kind=make.__name__)
+    yield from _moved(of, residuals)
+    yield from _scaled(of, x)
 
 
 def _pre_bias(sae: SAE, _: Tensor, __: float | None) -> Changed:
@@ -165,13 +215,52 @@ def _normalised(sae: SAE, _: Tensor, __: float | None) -> Changed:
             yield f"normalisation {normalisation}", cure, replace(sae, normalisation=normalisation)
 
 
-def _scaled(sae: SAE, site: str, x: Tensor) -> Iterator[Variant]:
+def _skipped(sae: SAE, _: Tensor, __: float | None) -> Changed:
+    if sae.skip is not None:
+        yield "no skip", "leave the skip connection out", replace(sae, skip=None)
+        yield "skip transposed", "transpose the skip connection", replace(sae, skip=sae.skip.T)
+
+
+def _routed(sae: SAE, _: Tensor, __: float | None) -> Changed:
+    if sae.router is not None:
+        other = "sum" if sae.router.mean else "mean"
+        router = replace(sae.router, mean=not sae.router.mean)
+        yield f"router of the {other}", f"route by the {other} over the sites", replace(sae, router=router)
+
+
+def _moved(of: Variant, residuals: Mapping[str, Tensor]) -> Iterator[Variant]:
+    """One layer down or up: where it reads, where it writes, both."""
+    for by in (-1, 1):
+        sites, output = tuple(neighbour(site, by) for site in of.sites), neighbour(of.output, by)
+        told, was = ", ".join(sites), ", ".join(of.sites)
+        at = replace(of, name=f"at {told}", cure=f"read {told} instead of {was}", sites=sites, kind="_moved")
+        if of.transcodes:
+            explaining = replace(of, output=output, kind="_moved", name=f"explaining {output}")
+            both = replace(at, output=output, name=f"from {told} to {output}")
+            found = [
+                at,
+                replace(explaining, cure=f"it explains {output} instead of {of.output}"),
+                replace(both, cure=f"{at.cure}, and it explains {output} instead of {of.output}"),
+            ]
+        else:
+            found = [replace(at, output=output)]
+        yield from (one for one in found if residuals.keys() >= {*one.sites, one.output})
+
+
+def neighbour(site: str, by: int) -> str:
+    """The same point so many layers on; of the embedding, and before the first layer, no site's name."""
+    layer = re.fullmatch(r"layers\.(\d+)\.(\w+)", site)
+    return f"layers.{int(layer[1]) + by}.{layer[2]}" if layer else ""
+
+
+def _scaled(of: Variant, x: Tensor) -> Iterator[Variant]:
     """A dataset scalar that brings inputs to norm sqrt(d): not folded in, or folded in where it must not be."""
-    scale = sqrt(x.shape[1]) / float(x.norm(dim=1).mean())
-    if sae.normalisation is not Normalisation.NONE or abs(log(scale)) < SCALED:
+    if of.transcodes or of.sae.router or of.scale != 1 or of.sae.normalisation is not Normalisation.NONE:
         return
-    yield Variant("input scaled", f"multiply the input by {scale:.4g} (norm sqrt(d)): fold it in", sae, site, scale)
-    back = 1 / scale
-    yield Variant(
-        "input not scaled", f"take a folded input scale out again: multiply it by {back:.4g}", sae, site, back
-    )
+    scale = sqrt(x.shape[1]) / float(x.norm(dim=1).mean())
+    if abs(log(scale)) < SCALED:
+        return
+    cures = f"multiply the input by {scale:.4g} (norm sqrt(d)): fold it in", "take a folded input scale out again"
+    yield replace(of, name="input scaled", cure=cures[0], scale=scale, kind="_scaled")
+    back = replace(of, name="input not scaled", scale=1 / scale, kind="_scaled")
+    yield replace(back, cure=f"{cures[1]}: multiply it by {1 / scale:.4g}")

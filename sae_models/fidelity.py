@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sae_models.sae import SAE
 
-# Activations held at a time: 8 MB in float32.
-ACTIVATIONS_AT_ONCE = 1 << 21
+# Activations held at a time: 16 MB in float32. Each time, a dictionary in half precision is converted once.
+ACTIVATIONS_AT_ONCE = 1 << 22
 
 
 @dataclass
@@ -28,6 +28,11 @@ class Fidelity:
         return self.active / self.tokens
 
     @property
+    def compared(self) -> bool:
+        """Whether outputs were compared with a target: never those of a partial SAE."""
+        return self.total is not None
+
+    @property
     def fvu(self) -> float:
         """Fraction of the target's variance unexplained; infinite where the target does not vary."""
         if self.total is None:
@@ -39,14 +44,20 @@ class Fidelity:
 def add(sums: Fidelity, sae: SAE, x: Tensor, target: Tensor | None = None) -> None:
     """Counts inputs x [n, d], or [n, L, d] with a router; target [n, d_out] where another site is written."""
     for part, wanted in chunks(sae, x, target):
-        latents = sae.encode(part)
-        output, error = forward(sae, latents, part, wanted)
-        sums.tokens += len(part)
-        sums.active += float((latents != 0).sum())
-        sums.error += float(error.double().square().sum())
-        aimed = (output + error).double()
-        sums.square += float(aimed.square().sum())
-        sums.total = aimed.sum(0) if sums.total is None else sums.total + aimed.sum(0)
+        count(sums, sae, sae.encode(part), part, wanted)
+
+
+def count(sums: Fidelity, sae: SAE, latents: Tensor, x: Tensor, target: Tensor | None = None) -> None:
+    """Counts inputs as `add` does, whose activations [n, F] are known."""
+    sums.tokens += len(x)
+    sums.active += float((latents != 0).sum())
+    if sae.partial:
+        return
+    output, error = forward(sae, latents, x, target)
+    sums.error += float(error.double().square().sum())
+    aimed = (output + error).double()
+    sums.square += float(aimed.square().sum())
+    sums.total = aimed.sum(0) if sums.total is None else sums.total + aimed.sum(0)
 
 
 def measured(sae: SAE, x: Tensor, target: Tensor | None = None) -> Fidelity:

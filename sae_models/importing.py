@@ -31,6 +31,10 @@ DRAWS, TYPICAL = 16, 0.1
 ADDED = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "embed")
 
 
+# A note by this name tells of a scale that its source keeps elsewhere (saelens).
+INPUT_SCALE = "input_scale"
+
+
 class ImportRefused(Exception):
     """A checkpoint of which no bundle is made; the message begins with what is wrong."""
 
@@ -106,19 +110,23 @@ def source_of(loaded: Loaded, where: str) -> Source:
 
 def with_scale(loaded: Loaded, scale: float | None) -> Loaded:
     """The checkpoint with an input scale that is known from elsewhere, where it could not find one itself."""
-    if scale is None or "input_scale" not in loaded.declared.notes:
+    if scale is None or INPUT_SCALE not in loaded.declared.notes:
         return loaded
-    notes = {key: note for key, note in loaded.declared.notes.items() if key != "input_scale"}
-    declared = replace(loaded.declared, folded=(*loaded.declared.folded, "input_scale"), notes=notes)
+    notes = {key: note for key, note in loaded.declared.notes.items() if key != INPUT_SCALE}
+    declared = replace(loaded.declared, folded=(*loaded.declared.folded, INPUT_SCALE), notes=notes)
     return replace(loaded, sae=fold_input_scale(loaded.sae, scale), declared=declared)
 
 
 def described(loaded: Loaded, source: Source, wish: Wish) -> Manifest:
-    """The manifest without figures. ImportRefused: no site is known, or the SAE does not fit the model's width."""
+    """The manifest without figures. ImportRefused: a site is not known, or the SAE does not fit the model's width."""
     declared, sae = loaded.declared, loaded.sae
     sites = wish.sites or declared.sites
     if not sites:
         raise ImportRefused(f"site: the {loaded.format} checkpoint does not tell what it reads, give --site")
+    if sae.partial and not (wish.output_site or declared.output_site):
+        raise ImportRefused(
+            f"output_site: the {loaded.format} checkpoint does not tell what it writes, give --output-site"
+        )
     width = materials.shape_of(wish.model).hidden_size
     for field, size in (("d", sae.width), ("d_out", sae.decoder.shape[1])):
         if size != width:
@@ -133,8 +141,14 @@ def described(loaded: Loaded, source: Source, wish: Wish) -> Manifest:
         training=Training(credit=wish.credit),
         declared=str(declared.notes.get("normalize_activations", sae.normalisation)),
         folded=declared.folded,
+        assumed=assumed(declared),
         source=source,
     )
+
+
+def assumed(declared: Declaration) -> str:
+    """What the source declares of its input, does not give, and was taken for something; empty where nothing was."""
+    return f"{INPUT_SCALE}: {declared.notes[INPUT_SCALE]}" if INPUT_SCALE in declared.notes else ""
 
 
 def output_of(declared: Declaration, wish: Wish) -> str:
@@ -174,10 +188,11 @@ def measure(sae: SAE, content: Manifest, wish: Wish, corpus: Path) -> Measured:
     sums = entries.tally_of(materials.inputs(using, content.sites, using.windows), sae, sample)
     statistics = entries.statistics_of(sums)
     dead = float((statistics.frequency == 0).float().mean())
-    conformance = typical(sae, x, target, Claims(found.l0, found.fvu))
-    training = Training(l0=found.l0, fvu=found.fvu, dead_share=dead, credit=wish.credit)
+    whole = Claims(found.l0, found.fvu if found.compared else None)
+    conformance = typical(sae, x, target, whole)
+    training = Training(l0=whole.l0, fvu=whole.fvu, dead_share=dead, credit=wish.credit)
     latents = list(entries.describe(sums, sample))
-    if content.output_site.endswith(ADDED):
+    if content.output_site.endswith(ADDED) and not sae.partial:
         latents = list(with_words(latents, sae, using))
     return Measured(training, statistics, conformance, latents, verdict)
 
@@ -202,17 +217,17 @@ def typical(sae: SAE, x: Tensor, target: Tensor | None, whole: Claims) -> Confor
 def figures(
     sae: SAE, content: Manifest, model: Path, corpus: Path, tokens: int
 ) -> tuple[Material, dict[str, Tensor], Verdict | None]:
-    """The material, vectors [n, d] at the sites, and, of an SAE that explains what it reads, which convention fits."""
-    plain = content.router is None and not content.transcodes
-    near = materials.neighbours(content.site, materials.shape_of(model).layers) if plain else []
-    sites = list(dict.fromkeys((*content.sites, content.output_site, *near)))
+    """The material, vectors [n, d] at the sites, and, of an SAE with an output, which convention fits."""
+    layers = materials.shape_of(model).layers
+    own = content.sites if content.partial else (*content.sites, content.output_site)
+    near = [] if content.partial else [other for site in own for other in materials.neighbours(site, layers)]
+    sites = list(dict.fromkeys((*own, *near)))
     using = materials.material(model, sites, corpus, tokens)
     at = materials.sample(using, sites, FIGURE_TOKENS)
-    claims = claims_of(content)
-    if not plain:
+    if content.partial:
         return using, at, None
     some = {site: x[:VERDICT_TOKENS] for site, x in at.items()}
-    return using, at, convention.verdict(sae, content.site, some, claims)
+    return using, at, convention.verdict(sae, content.sites, content.output_site, some, claims_of(content))
 
 
 def claims_of(content: Manifest) -> Claims:
@@ -225,10 +240,9 @@ def doubt(found: Fidelity, claims: Claims, verdict: Verdict | None) -> str:
     """Why figures speak against an SAE as it is declared, empty where they do not; a cure only from a verdict."""
     if verdict:
         return "" if verdict.stands else advice(verdict)
-    if found.fvu < 1 and bundle.near(found.l0, claims.l0):
+    if bundle.near(found.l0, claims.l0):
         return ""
-    claimed = "" if claims.l0 is None else f", L0 {claims.l0:.4g} is claimed"
-    return f"L0 {found.l0:.4g} and FVU {found.fvu:.4g} on this text{claimed}: the output is not what it should explain"
+    return f"L0 {found.l0:.4g} on this text, L0 {claims.l0:.4g} is claimed"
 
 
 def advice(verdict: Verdict) -> str:
@@ -243,7 +257,7 @@ def advice(verdict: Verdict) -> str:
 def inputs_and_target(content: Manifest, at: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """What the SAE reads [n, d], with a router [n, L, d], and what it explains if that is another site's [n, d_out]."""
     x = torch.stack([at[site] for site in content.sites], dim=-2) if content.router else at[content.site]
-    return x, at[content.output_site] if content.transcodes else None
+    return x, at[content.output_site] if content.transcodes and not content.partial else None
 
 
 def with_words(latents: Sequence[Latent], sae: SAE, using: Material) -> Iterator[Latent]:

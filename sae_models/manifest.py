@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_models import sae
-from sae_models.sae import SAE, Normalisation, Router
+from sae_models.sae import LAYER_NORM_EPSILON, SAE, Normalisation, Router
 
 FORMAT_VERSION = 2
 SITE = re.compile(r"layers\.\d+\.(resid_pre|attn_out|resid_mid|mlp_in|mlp_out|resid_post)|embed")
@@ -53,11 +53,17 @@ class Training(Part, frozen=True):
 
 
 class InputNormalisation(Part, frozen=True):
-    """In the source's words; what of it is folded into the weights; and what the server does to each token."""
+    """In the source's words; what of it is folded into the weights; and what the server does to each token.
+
+    `assumed`: what the source declares, does not give, and was therefore taken for something; empty where nothing was.
+    `epsilon` is that of a layer norm.
+    """
 
     declared: str = "none"
     folded: tuple[str, ...] = ()
     run_time: Normalisation = Normalisation.NONE
+    assumed: str = ""
+    epsilon: float = LAYER_NORM_EPSILON
 
 
 class Threshold(Part, frozen=True, tag_field="kind", tag="threshold"):
@@ -93,6 +99,7 @@ class Manifest(Part, frozen=True):
 
     `sites` are read, more than one only by a `router`, which pools them so; `output_site` is what the decoder explains.
     `architecture` is the trainer's or source's word. `dtype` is that of encoder, decoder and skip; all else is float32.
+    `partial`: the latents write to other sites than `output_site` too (sae.SAE), so that no FVU can be claimed.
     """
 
     format_version: int
@@ -112,6 +119,7 @@ class Manifest(Part, frozen=True):
     source: Source | None
     training: Training
     files: dict[str, str]
+    partial: bool = False
 
     @property
     def site(self) -> str:
@@ -145,6 +153,7 @@ def describe(
     output_site: str = "",
     declared: str = "none",
     folded: tuple[str, ...] = (),
+    assumed: str = "",
     source: Source | None = None,
 ) -> Manifest:
     """The manifest of an SAE but for the hashes of the files. Without `output_site` it explains the site it reads."""
@@ -157,7 +166,7 @@ def describe(
         output_site=output_site or sites[0],
         architecture=architecture,
         activation=_activation(weights),
-        normalisation=InputNormalisation(declared, folded, weights.normalisation),
+        normalisation=InputNormalisation(declared, folded, weights.normalisation, assumed, weights.epsilon),
         d=weights.width,
         d_out=weights.decoder.shape[1],
         latents=weights.latents,
@@ -167,6 +176,7 @@ def describe(
         source=source,
         training=training,
         files={},
+        partial=weights.partial,
     )
 
 
@@ -206,6 +216,10 @@ def _check_sites(manifest: Manifest) -> None:
     for site in (*sites, manifest.output_site):
         require(bool(SITE.fullmatch(site)), "sites", f"{site!r} is not layers.<L>.<point> or embed")
     require(bool(sites) and len(set(sites)) == len(sites), "sites", f"{list(sites)}, one or more and each once")
+    epsilon = manifest.normalisation.epsilon
+    # Rows are served with the one epsilon; an SAE with a router has none, it is read whole.
+    usual = epsilon == LAYER_NORM_EPSILON or (router is not None and 0 < epsilon < 1)
+    require(usual, "normalisation.epsilon", f"{epsilon}, rows are normalised with {LAYER_NORM_EPSILON}")
     several = "is for two or more sites, and they need one"
     require((router is not None) == (len(sites) > 1), "router", f"{router} for {len(sites)} sites: it {several}")
 
@@ -222,6 +236,8 @@ def _check_sizes(manifest: Manifest) -> None:
     if isinstance(rule, AdaptiveK):
         require(0 <= rule.k_min <= rule.k_max <= latents, "activation.k_max", f"{rule.k_min} to {rule.k_max}")
         require(rule.scale > 0, "activation.scale", f"{rule.scale}")
+    measurable = manifest.training.fvu is None or not manifest.partial
+    require(measurable, "training.fvu", "claimed of an SAE that is partial: its latents write to other sites too")
     # Encoder and decoder of a square SAE look alike turned on their side: only a measured reconstruction tells.
     undecidable = manifest.training.fvu is None and latents in (manifest.d, manifest.d_out)
     require(not undecidable, "latents", f"{latents} equals d: the matrices' orientation cannot be told without an FVU")
@@ -267,6 +283,8 @@ def sae_of(manifest: Manifest, tensors: dict[str, Tensor]) -> SAE:
         selection=_selection(manifest.activation, tensors),
         skip=tensors.get("skip"),
         router=Router(tensors["router"], manifest.router == "mean") if manifest.router else None,
+        partial=manifest.partial,
+        epsilon=manifest.normalisation.epsilon,
     )
 
 

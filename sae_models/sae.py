@@ -27,7 +27,7 @@ class Normalisation(StrEnum):
     """Of each token's input over its width d, undone on the output.
 
     CONSTANT_NORM gives it norm sqrt(d). LAYER_NORM takes off its mean and divides by (unbiased standard deviation +
-    1e-5), as OpenAI's sparse_autoencoder and SAELens' `layer_norm` do.
+    epsilon), as OpenAI's sparse_autoencoder and SAELens' `layer_norm` do, whose epsilon is 1e-5.
     """
 
     NONE = "none"
@@ -116,7 +116,8 @@ class SAE:
     ReLU is threshold 0, JumpReLU (arXiv 2407.14435) a threshold per latent, BatchTopK (arXiv 2412.06410) at inference
     one threshold for all; Gated (arXiv 2404.16014) folds to JumpReLU. Thresholds are not negative. encoder and decoder
     may be bfloat16 and memory-mapped; all arithmetic is in float32. A transcoder has d_out of its own, and `skip` where
-    the output has a linear part.
+    the output has a linear part. With `partial`, as in one layer of a cross-layer transcoder, the latents write to
+    other layers too: the decoder is their part at one, which reconstructs nothing.
     """
 
     encoder: Tensor
@@ -129,6 +130,8 @@ class SAE:
     selection: Selection | None = None
     skip: Tensor | None = None
     router: Router | None = None
+    partial: bool = False
+    epsilon: float = LAYER_NORM_EPSILON
 
     @property
     def latents(self) -> int:
@@ -148,16 +151,15 @@ class SAE:
     def encode(self, x: Tensor) -> Tensor:
         """Activations [..., F] of inputs x [..., d], or [..., L, d] with a router, in float32."""
         x, h = self.prepared(x)
-        z = self.preactivations(h)
-        f = torch.where(z > self.threshold, z, 0.0)
+        f = above(self.preactivations(h), self.threshold)
         return f if self.selection is None else kept(self.selection, f, x)
 
     def prepared(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x as it is read [..., d], and the encoder's input h [..., d], both float32."""
         x = x.float()
         if self.router is None:
-            return x, normalised(x, self.normalisation)
-        h = normalised(x, self.normalisation)
+            return x, normalised(x, self.normalisation, self.epsilon)
+        h = normalised(x, self.normalisation, self.epsilon)
         site, p = self.router.route(h)
         at = site[..., None, None].expand(*site.shape, 1, x.shape[-1])
         return x.gather(-2, at).squeeze(-2), p[..., None] * h.gather(-2, at).squeeze(-2)
@@ -174,14 +176,16 @@ class SAE:
 
     def decode(self, latents: Tensor, x: Tensor | None = None) -> Tensor:
         """Output y [..., d_out] of activations [..., F]; x [..., d], the input, where a normalisation is to be undone
-        or a skip connection adds to the output.
+        or a skip connection adds to the output. ValueError: it is partial.
         """
+        if self.partial:
+            raise ValueError(
+                "decode: the latents write to other layers too, what they write to one reconstructs nothing"
+            )
         if self.decoder.dtype == torch.float32:
             y = latents @ self.decoder + self.decoder_bias
         else:
-            y = self.decoder_bias + sum(
-                latents[..., rows] @ part for rows, part in blocks(self.decoder, latents.requires_grad)
-            )
+            y = self.decoder_bias + self.explained(latents)
         if x is None:
             if self.normalisation is not Normalisation.NONE or self.skip is not None:
                 raise ValueError("decode: x is needed to undo the normalisation or for the skip connection")
@@ -190,6 +194,13 @@ class SAE:
         y = restored(y, x, self.normalisation)
         return y if self.skip is None else y + x @ self.skip.float()
 
+    def explained(self, latents: Tensor) -> Tensor:
+        """latents . decoder [..., d_out] of a decoder in half precision, of which only rows in use are converted."""
+        everything = torch.arange(self.latents, device=latents.device)
+        used = everything if latents.requires_grad else latents.flatten(0, -2).any(0).nonzero()[:, 0]
+        parts = (latents[..., rows] @ self.decoder[rows].float() for rows in used.split(BLOCK))
+        return sum(parts, torch.zeros_like(self.decoder_bias))
+
     def forward(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The output y for x, and the error: target - y. The target is x itself but for a transcoder; with a router,
         x [..., L, d], it is x at the routed site.
@@ -197,7 +208,7 @@ class SAE:
         if self.router is None:
             y = self.decode(self.encode(x), x)
             return y, (x if target is None else target).float() - y
-        h = normalised(x.float(), self.normalisation)
+        h = normalised(x.float(), self.normalisation, self.epsilon)
         read, _ = self.prepared(x)
         _, p = self.router.route(h)
         scaled = replace(self, router=None, normalisation=Normalisation.NONE).decode(self.encode(x)) / p[..., None]
@@ -246,9 +257,13 @@ def moved(sae: SAE, move: Callable[[Tensor], Tensor]) -> SAE:
     selection, router = sae.selection, sae.router
     if isinstance(selection, AdaptiveK):
         selection = replace(selection, probe=move(selection.probe), offset=move(selection.offset))
-    return SAE(
-        *(move(t) for t in (sae.encoder, sae.bias, sae.threshold, sae.decoder, sae.decoder_bias)),
-        normalisation=sae.normalisation,
+    return replace(
+        sae,
+        encoder=move(sae.encoder),
+        bias=move(sae.bias),
+        threshold=move(sae.threshold),
+        decoder=move(sae.decoder),
+        decoder_bias=move(sae.decoder_bias),
         selection=selection,
         skip=None if sae.skip is None else move(sae.skip),
         router=replace(router, weight=move(router.weight)) if router else None,
@@ -258,16 +273,17 @@ def moved(sae: SAE, move: Callable[[Tensor], Tensor]) -> SAE:
 def activations(
     x: Tensor, rows: Rows, gain: Tensor | None = None, product: Callable[[Tensor, Tensor], Tensor] = torch.matmul
 ) -> Tensor:
-    """Activations [..., n] of rows on inputs x [..., d]; gain [..., n] of each row's normalisation, None: 1.
-
-    The test is strict, as in every published format.
-    """
+    """Activations [..., n] of rows on inputs x [..., d]; gain [..., n] of each row's normalisation, None: 1."""
     u = product(x.float(), rows.encoder.T)
-    z = (u if gain is None else u * gain) + rows.bias
-    return torch.where(z > rows.threshold, z, 0.0)
+    return above((u if gain is None else u * gain) + rows.bias, rows.threshold)
 
 
-def gain(x: Tensor, normalisation: Normalisation) -> Tensor:
+def above(z: Tensor, threshold: Tensor) -> Tensor:
+    """z [..., n] where above its threshold [n], else 0. The test is strict, as in every published format."""
+    return torch.where(z > threshold, z, 0.0)
+
+
+def gain(x: Tensor, normalisation: Normalisation, epsilon: float = LAYER_NORM_EPSILON) -> Tensor:
     """What a normalisation multiplies inputs x [..., d] by, [..., 1]."""
     match normalisation:
         case Normalisation.NONE:
@@ -276,7 +292,7 @@ def gain(x: Tensor, normalisation: Normalisation) -> Tensor:
             norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
             return sqrt(x.shape[-1]) / norm
         case Normalisation.LAYER_NORM:
-            return 1 / (x.std(dim=-1, keepdim=True) + LAYER_NORM_EPSILON)
+            return 1 / (x.std(dim=-1, keepdim=True) + epsilon)
 
 
 def centre(x: Tensor, normalisation: Normalisation) -> Tensor:
@@ -284,16 +300,16 @@ def centre(x: Tensor, normalisation: Normalisation) -> Tensor:
     return x.mean(-1, keepdim=True) if normalisation is Normalisation.LAYER_NORM else x.new_zeros(())
 
 
-def normalised(x: Tensor, normalisation: Normalisation) -> Tensor:
+def normalised(x: Tensor, normalisation: Normalisation, epsilon: float = LAYER_NORM_EPSILON) -> Tensor:
     """The encoder's input of inputs x [..., d]."""
     if normalisation is Normalisation.NONE:
         return x
-    h: Tensor = (x - centre(x, normalisation)) * gain(x, normalisation)
+    h: Tensor = (x - centre(x, normalisation)) * gain(x, normalisation, epsilon)
     return h
 
 
 def restored(y: Tensor, x: Tensor, normalisation: Normalisation) -> Tensor:
-    """Outputs y [..., d_out] for normalised inputs, in the units of x [..., d]; LAYER_NORM's 1e-5 is not undone."""
+    """Outputs y [..., d_out] for normalised inputs, in the units of x [..., d]; LAYER_NORM's epsilon is not undone."""
     if normalisation is Normalisation.LAYER_NORM:
         return y * x.std(dim=-1, keepdim=True) + centre(x, normalisation)
     return y / gain(x, normalisation)
@@ -304,13 +320,13 @@ def kept(selection: Selection, f: Tensor, x: Tensor) -> Tensor:
     if isinstance(selection, GroupMax):
         groups = f.unflatten(-1, (selection.k, -1))
         values, index = groups.max(-1, keepdim=True)
-        return torch.zeros_like(groups).scatter(-1, index, values).flatten(-2)
+        return torch.zeros_like(groups).scatter_(-1, index, values).flatten(-2)
     most = selection.k if isinstance(selection, TopK) else selection.k_max
     values, index = f.topk(min(most, f.shape[-1]), dim=-1)
     if isinstance(selection, AdaptiveK):
         rank = torch.arange(values.shape[-1], device=f.device)
         values = torch.where(rank < selection.count(x)[..., None], values, 0.0)
-    return torch.zeros_like(f).scatter(-1, index, values)
+    return torch.zeros_like(f).scatter_(-1, index, values)
 
 
 def fvu(target: Tensor, output: Tensor) -> float:

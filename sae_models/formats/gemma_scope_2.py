@@ -3,7 +3,9 @@
     z = x . w_enc + b_enc      f = z where z > threshold      y = f . w_dec + b_dec + x . affine_skip_connection
 
 Without a `config.json`, the folder's name tells the site: `{site}[_all]/layer_{L}_width_{W}_l0_{size}[_affine]`.
-A cross-layer transcoder and a crosscoder write to many layers from one latent: they are refused.
+Of a cross-layer transcoder, `clt/.../layer_{L}....safetensors` with w_dec [F, layers, d], one layer is read, partial
+(sae_models.sae). Whether it reads the MLP's input or the residual before the norm, libraries disagree: without settings
+it has no site. A crosscoder, which reads many layers, is refused.
 """
 
 import re
@@ -13,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_models.formats.layouts import Weights, declaration, keys, matching, one
+from sae_models.formats.layouts import Weights, declaration, keys, matching, one, own_part
 from sae_models.formats.settings import flag, word
 from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, read_safetensors, take
@@ -41,23 +43,29 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     file = one(path, "*.safetensors")
     found = read_safetensors(file)
     only(found, KEYS | {SKIP}, file.name)
-    weights, threshold = parameters(found, file.name)
+    across = found["w_dec"].dim() == 3 if "w_dec" in found else False
+    weights, threshold = parameters(found, file, across)
     shape = (weights.encoder.shape[1], len(weights.decoder_bias))
     skip = take(found, SKIP, file.name, shape) if SKIP in found else None
     said = declared(file)
     if said.notes.get("affine") and skip is None:
         raise FormatError(f"{file.name} {SKIP}: missing, the settings say that there is one")
-    return assembled(*weights, threshold, skip=skip), said
+    return assembled(*weights, threshold, skip=skip, partial=across), said
 
 
-def parameters(found: Mapping[str, Tensor], file: str) -> tuple[Weights, Tensor]:
-    """Weights and threshold [F]; w_enc is stored as [d, F]."""
-    for key in ("w_enc", "w_dec"):
-        if key in found and found[key].dim() > 2:
-            raise FormatError(f"{file} {key}: a cross-layer transcoder or crosscoder, its latents write to many layers")
+def parameters(found: Mapping[str, Tensor], path: Path, across: bool) -> tuple[Weights, Tensor]:
+    """Weights and threshold [F]; w_enc is stored as [d, F]. `across`: w_dec is [F, layers, d]."""
+    file, layer = path.name, re.search(r"layer_(\d+)", path.stem)
+    if "w_enc" in found and found["w_enc"].dim() > 2:
+        raise FormatError(f"{file} w_enc: a crosscoder, its latents read many layers")
+    if across and layer is None:
+        raise FormatError(f"{file} w_dec: of a cross-layer transcoder, and the file's name has no layer_{{L}}")
     bias, decoder_bias = take(found, "b_enc", file, (-1,)), take(found, "b_dec", file, (-1,))
-    encoder = take(found, "w_enc", file, (-1, len(bias)))
-    decoder = take(found, "w_dec", file, (len(bias), len(decoder_bias)))
+    encoder, shape = take(found, "w_enc", file, (-1, len(bias))), (len(bias), len(decoder_bias))
+    if across and layer:
+        decoder = own_part(found, "w_dec", file, int(layer[1]), shape)
+    else:
+        decoder = take(found, "w_dec", file, shape)
     return Weights(encoder.T, bias, decoder, decoder_bias), take(found, "threshold", file, (len(bias),))
 
 
@@ -83,7 +91,8 @@ def inferred(where: str) -> dict[str, Any]:
     model = re.search(r"gemma-scope-2-(\w+-(?:pt|it))", where)
     folder = re.search(r"/(resid_post|mlp_out|attn_out|transcoder)(?:_all)?/layer_(\d+)_\w+/", where)
     name = f"google/gemma-3-{model[1]}" if model else ""
-    settings: dict[str, Any] = {"architecture": "jump_relu", "model_name": name}
+    affine = bool(re.search(r"/clt/[^/]*_affine/", where))
+    settings: dict[str, Any] = {"architecture": "jump_relu", "model_name": name, "affine_connection": affine}
     if folder:
         read_at, written_at = (f"model.layers.{int(folder[2])}.{module}" for module in FOLDERS[folder[1]])
         settings |= {"hf_hook_point_in": read_at, "hf_hook_point_out": written_at}

@@ -21,6 +21,8 @@ WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".gguf")
 SETTINGS = (".json", ".yaml", ".yml")
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 TABLE = "pretrained_saes.yaml"
+# SAELens' word for cross-layer transcoders: the path of one is the number of its layer.
+LAYERS = "mntss_clt_layer_transcoder"
 # A checkpoint has fewer files of weights, in shards or not; a folder with more has many checkpoints.
 MANY = 8
 # Seconds in which the hub must answer; then the cache must do.
@@ -113,8 +115,10 @@ def release(name: str) -> Release | None:
     if not found:
         some = ", ".join(str(sae["id"]) for sae in entry["saes"][:3])
         raise NotFound(f"{name}: release {head} has no {identity}; it has {len(entry['saes'])}, such as {some}")
-    scaling = found[0].get("norm_scaling_factor")
-    return Release(Place(entry["repo_id"], within=str(found[0]["path"])), None if scaling is None else float(scaling))
+    scaling, within = found[0].get("norm_scaling_factor"), str(found[0]["path"])
+    if entry.get("conversion_func") == LAYERS:
+        within = f"W_enc_{within}.safetensors"
+    return Release(Place(entry["repo_id"], within=within), None if scaling is None else float(scaling))
 
 
 def download(place: Place, cache: Path | None) -> Path:
@@ -147,13 +151,17 @@ def cached(place: Place, cache: Path | None, why: str) -> Path:
 
 def wanted(files: Iterable[str], place: Place) -> list[str]:
     """The files of a place among a repository's: weights and settings in the folder itself and its `checkpoints`, or
-    the one file and the settings beside it. NotFound: no weights there, or those of many checkpoints.
+    the one file, its decoders where they are apart, and the settings beside it. NotFound: no weights there, or those of
+    many checkpoints.
     """
     paths = [PurePosixPath(name) for name in sorted(files) if ".." not in name.split("/")]
     within = PurePosixPath(place.within)
     if within in paths:
         beside = (within.parent, within.parent.parent if within.parent.name == "checkpoints" else within.parent)
-        return [str(within), *(str(path) for path in paths if path.parent in beside and path.suffix in SETTINGS)]
+        decoders = within.with_name(within.name.replace("W_enc_", "W_dec_"))
+        apart = [path for path in paths if path == decoders != within]
+        settings = [path for path in paths if path.parent in beside and path.suffix in SETTINGS]
+        return [str(path) for path in (within, *apart, *settings)]
     folders = (within, within / "checkpoints")
     weights = [str(path) for path in paths if path.parent in folders and path.suffix in WEIGHTS]
     where = f"weights in {place.within or 'its root'}"

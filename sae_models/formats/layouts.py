@@ -50,9 +50,10 @@ def one(path: Path, pattern: str) -> Path:
 def keys(file: Path) -> frozenset[str]:
     """The names in a safetensors or torch file, none where it cannot be read: what is wrong, the reader will say."""
     try:
-        header = file.suffix == ".safetensors"
-        return frozenset(safetensors_header(file) if header else state(read_pickle(file, verify=False), file.name))
-    except Exception:
+        if file.suffix == ".safetensors":
+            return frozenset(safetensors_header(file)[0])
+        return frozenset(state(read_pickle(file, verify=False), file.name))
+    except FormatError:
         return frozenset()
 
 
@@ -68,6 +69,16 @@ def linear(tensors: Mapping[str, Any], file: str, encoder: str = "encoder", deco
     into = take(tensors, f"{encoder}.weight", file, (len(bias), -1))
     out = take(tensors, f"{decoder}.weight", file, (len(decoder_bias), len(bias)))
     return Weights(into, bias, out.T, decoder_bias)
+
+
+def own_part(found: Mapping[str, Any], key: str, file: str, layer: int, shape: tuple[int, int]) -> Tensor:
+    """What latents write to one layer, `shape` [F, d], of their decoder [F, layers, d]; the others are not read."""
+    decoder = found.get(key)
+    if not isinstance(decoder, Tensor):
+        return take(found, key, file)
+    if decoder.dim() != 3 or not layer < decoder.shape[1]:
+        raise FormatError(f"{file} {key}: shape {tuple(decoder.shape)}, which has no layer {layer}")
+    return take({key: decoder[:, layer]}, key, file, shape)
 
 
 def without_bias(found: Mapping[str, Any], decoder: str, dim: int, file: str) -> Tensor:

@@ -89,7 +89,8 @@ def declared(said: Mapping[str, Any], folded: tuple[str, ...]) -> Declaration:
     hook = word(said, "hook_point_in")
     out = word(said, "hook_point_out") or hook
     architecture = "jumprelu" if hook == out else "jumprelu_transcoder"
-    return declaration(architecture, hook, out, "meta-llama/Llama-3.1-8B", folded=folded)
+    notes = {"normalize_activations": "dataset-wise"}
+    return declaration(architecture, hook, out, "meta-llama/Llama-3.1-8B", folded=folded, notes=notes)
 
 
 FORMAT = Format("llama_scope", recognise, read)

@@ -1,4 +1,5 @@
-"""OpenMOSS Llamascopium (Language-Model-SAEs) 1.x and 2.x, and Llama Scope R1: `config.json`, `sae_weights.*`.
+"""OpenMOSS Llamascopium (Language-Model-SAEs) 1.x and 2.x, and Llama Scope R1: `config.json`, `sae_weights.*`, and
+`lm_config.json`, which names the model.
 
     h = x * scale_in      z = h . W_E + b_E      f = z where z * ||W_D row|| passes      y = (f . W_D + b_D) / scale_out
 
@@ -30,7 +31,7 @@ from sae_models.formats.source import Declaration, Format, FormatError
 from sae_models.formats.tensors import assembled, only, read_json, state, take
 from sae_models.sae import SAE, Normalisation, TopK
 
-SETTINGS = "config.json"
+SETTINGS, MODEL = "config.json", "lm_config.json"
 # In the order in which the library looks.
 CHECKPOINTS = tuple(
     f"{name}.{suffix}"
@@ -91,7 +92,10 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     if said["norm_activation"] == "dataset-wise":
         sae = fold_scales(sae, *(scale(found, hook, sae.width, checkpoint.name) for hook in hooks))
         folded.append("input_scale")
-    return whole(sae, checkpoint.name), declaration(str(said["act_fn"]), *hooks, folded=tuple(folded))
+    model = word(read_json(home / MODEL), "model_name") if (home / MODEL).is_file() else ""
+    notes = {"normalize_activations": said["norm_activation"]}
+    said_of = declaration(str(said["act_fn"]), *hooks, model, folded=tuple(folded), notes=notes)
+    return whole(sae, checkpoint.name), said_of
 
 
 def check(said: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sae_models.formats import (
     adaptive_k,
+    cross_layer,
     deepseek_r1,
     dictionary_learning,
     gemma_scope,
@@ -35,6 +36,7 @@ FORMATS: tuple[Format, ...] = (
     qwen_scope.FORMAT,
     deepseek_r1.FORMAT,
     transcoders.FORMAT,
+    cross_layer.FORMAT,
     opensae.FORMAT,
     route_sae.FORMAT,
     adaptive_k.FORMAT,

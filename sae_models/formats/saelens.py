@@ -59,6 +59,7 @@ NOTED = (
     "hook_name", "hook_name_out", "hook_head_index", "hf_hook_name", "hf_hook_name_out", "prepend_bos", "context_size",
     "dataset_path", "exclude_special_tokens", "seqpos_slice", "model_class_name", "model_from_pretrained_kwargs",
     "neuronpedia_id", "sae_lens_version", "sae_lens_training_version", "training_architecture", "reshape_activations",
+    "normalize_activations",
 )  # fmt: skip
 
 
@@ -268,6 +269,8 @@ def architecture_for(sae: SAE, declared: Declaration) -> str:
     """The architecture of SAELens that an SAE is; FormatError where none is."""
     if sae.router is not None:
         raise FormatError("router: SAELens has no SAE that chooses among sites")
+    if sae.partial:
+        raise FormatError("partial: SAELens takes the decoder for a whole one")
     if sae.selection is not None and not isinstance(sae.selection, TopK):
         raise FormatError(f"selection: SAELens has no {type(sae.selection).__name__}")
     jumps = bool((sae.threshold > 0).any())

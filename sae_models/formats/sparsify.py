@@ -119,6 +119,8 @@ def check(sae: SAE, declared: Declaration) -> None:
         raise FormatError(f"decoder: sparsify writes as many dimensions as it reads, not {sae.decoder.shape[1]}")
     if sae.router is not None:
         raise FormatError("router: sparsify has no SAE that chooses among sites")
+    if sae.partial:
+        raise FormatError("partial: sparsify takes the decoder for a whole one")
 
 
 FORMAT = Format("sparsify", recognise, read)

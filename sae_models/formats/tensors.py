@@ -7,7 +7,10 @@ is cut short or expands without measure gives one FormatError that names it.
 import json
 import math
 import pickletools
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -16,6 +19,7 @@ import msgspec
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,6 +42,12 @@ npy: Any = np.lib.format
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SIZES = FLOATS | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+# What zipfile and numpy's reader of headers raise beside the errors of their own: the header is a Python literal.
+BROKEN_ARCHIVE = (
+    *(OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, SyntaxError, OverflowError, struct.error),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
 
 # What a torch file of plain tensors is made of: storages and the sizes of their values, and what is called.
 STORAGES = {
@@ -75,31 +85,31 @@ class Entry(msgspec.Struct):
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, memory-mapped."""
+    check_safetensors(path)
     try:
-        check_safetensors(path)
         return load_file(path)
-    except FormatError:
-        raise
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         raise FormatError(f"{path.name}: {error}") from error
 
 
-def safetensors_header(path: Path) -> dict[str, Entry]:
-    """What a safetensors file says it holds, from its header alone."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(HEADER_LIMIT, path.stat().st_size - 8):
-            raise FormatError(f"{path.name}: a header of {length} bytes, the file has {path.stat().st_size}")
-        header = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
-    header.pop("__metadata__", None)
-    return {key: msgspec.json.decode(raw, type=Entry) for key, raw in header.items()}
+def safetensors_header(path: Path) -> tuple[dict[str, Entry], int]:
+    """What a safetensors file says it holds, from its header alone, and how many bytes it has beside that."""
+    try:
+        with path.open("rb") as file:
+            size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+                raise FormatError(f"{path.name}: a header of {length} bytes, the file has {size}")
+            header = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
+        header.pop("__metadata__", None)
+        entries = {key: msgspec.json.decode(raw, type=Entry) for key, raw in header.items()}
+    except (OSError, UnicodeDecodeError, msgspec.MsgspecError, RecursionError) as error:
+        raise FormatError(f"{path.name}: {error}") from error
+    return entries, size - 8 - length
 
 
 def check_safetensors(path: Path) -> None:
     """FormatError unless every tensor lies in the file with the size of its shape and a known dtype."""
-    header = safetensors_header(path)
-    with path.open("rb") as file:
-        data = path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    header, data = safetensors_header(path)
     for key, entry in header.items():
         begin, end = entry.data_offsets
         if entry.dtype not in SIZES:
@@ -125,6 +135,7 @@ def read_pickle(path: Path, verify: bool = True) -> Any:
         raise
     except zipfile.BadZipFile as error:
         raise FormatError(f"{path.name}: not a whole torch file of version 1.6 or later: {error}") from error
+    # Unpickling runs the file's opcodes on Python objects, so it may end in any error that Python has.
     except Exception as error:
         raise FormatError(f"{path.name}: {error}") from error
 
@@ -207,7 +218,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
             return {member.filename.removesuffix(".npy"): read_npy(archive, member, path) for member in members}
     except FormatError:
         raise
-    except Exception as error:
+    except BROKEN_ARCHIVE as error:
         raise FormatError(f"{path.name}: {error}") from error
 
 
@@ -242,14 +253,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping of plain values, without aliases."""
+    """A YAML mapping, without aliases; its values are words, mappings and lists of them."""
     try:
         content = text(path, YAML_LIMIT)
         check_tokens(content, path)
-        found = yaml.safe_load(content)
+        # It converts no word: PyYAML's conversions of numbers and dates end in any error that Python has.
+        found = yaml.load(content, Loader=yaml.BaseLoader)
     except FormatError:
         raise
-    except Exception as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise FormatError(f"{path.name}: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise FormatError(f"{path.name}: is not a mapping of names")

@@ -350,13 +350,14 @@ def dictionary_of(bundle: Bundle) -> Dictionary:
     """What compiling a program needs to know of a bundle."""
     manifest, statistics = bundle.manifest, bundle.statistics if bundle.measured else None
     routed = "a routed SAE decides its layer from all of them: ask for its strongest latents"
-    transcoder = f"it reads {manifest.site} and explains {manifest.output_site}: it can be watched, not edited"
+    elsewhere = "writes to many layers" if manifest.partial else f"explains {manifest.output_site}"
+    transcoder = f"it reads {manifest.site} and {elsewhere}: it can be watched, not edited"
     return Dictionary(
         name=manifest.name, site=manifest.site, sha256=bundle.sha256, latents=manifest.latents,
         max_activation=statistics.max_activation.numpy() if statistics else None,
         decoder_norm=row_norms(bundle.sae.decoder).numpy(),
         mean=statistics.mean.numpy().astype(np.float32) if statistics else None,
-        watched_only=transcoder if manifest.transcodes else "",
+        watched_only=transcoder if manifest.transcodes or manifest.partial else "",
         whole_only=routed if bundle.sae.router else "",
     )  # fmt: skip
 

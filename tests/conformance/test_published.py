@@ -17,12 +17,14 @@ from sae_lens.registry import get_sae_class
 from safetensors import safe_open
 from torch import Tensor
 
+from sae_models.formats import cross_layer
 from tests.conformance.agreement import assert_agrees
 from tests.unit.checkpoints import (
     LATENTS,
     WIDTH,
     Draw,
     Laid,
+    cross_layer_folder,
     lay_deepseek_r1,
     lay_gemma_scope,
     lay_gemma_scope_2,
@@ -139,6 +141,23 @@ def test_a_transcoder_of_mwhanna_agrees_with_saelens(tmp_path: Path) -> None:
     laid.file.with_name("wandb-config.yaml").write_text(WANDB)
     known = Known(lay_transcoders, loaders.mwhanna_transcoder_huggingface_loader, "any", laid.file.name, {})
     assert_agrees(laid.format.read(laid.file)[0], laid.x, *given(saelens(known), laid.x))
+
+
+def test_latents_of_a_cross_layer_transcoder_agree_with_saelens(tmp_path: Path) -> None:
+    laid = cross_layer_folder(tmp_path, Draw())
+    known = Known(cross_layer_folder, loaders.mntss_clt_layer_huggingface_loader, "any", "2", {})
+    with pytest.warns(UserWarning, match="not for reconstruction"):
+        theirs = saelens(known)
+    ours = cross_layer.FORMAT.read(laid.path)[0]
+    # Their loader leaves the thresholds out.
+    relu = replace(ours, threshold=torch.zeros(LATENTS))
+    latents, output = given(theirs, laid.x)
+    assert torch.allclose(relu.encode(laid.x), latents, atol=1e-5)
+    assert not torch.allclose(ours.encode(laid.x), latents, atol=0.1)
+    # Their decoder is the sum over layers, whose output is that of no layer: here there is none.
+    assert not torch.allclose(latents @ ours.decoder + ours.decoder_bias, output, atol=0.1)
+    with pytest.raises(ValueError, match=r"^decode: "):
+        ours.decode(latents)
 
 
 def lay_llama(home: Path, draw: Draw, **settings: Any) -> tuple[Laid, Known]:

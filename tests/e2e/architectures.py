@@ -66,6 +66,8 @@ def architectures(x: Mapping[str, Tensor]) -> Iterator[Made]:
     skip = 0.05 * torch.randn(width, width, generator=torch.Generator().manual_seed(7))
     transcoder = random_sae(x["layers.1.mlp_in"], 7, skip=skip)
     yield Made("skip_transcoder", ("layers.1.mlp_in",), transcoder, "layers.1.mlp_out")
+    # Where it writes is not told: that it is partial must do.
+    yield Made("cross_layer", ("layers.3.mlp_in",), random_sae(x["layers.3.mlp_in"], 9, partial=True))
     routed = tuple(f"layers.{layer}.resid_pre" for layer in (1, 2, 4))
     stacked = sae.normalised(torch.stack([x[site] for site in routed], -2), Normalisation.LAYER_NORM)
     router = Router(0.3 * torch.randn(len(routed), width, generator=torch.Generator().manual_seed(8)))

@@ -86,7 +86,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path])
 
 NAMES = (
     "relu", "jumprelu", "topk", "group_max", "adaptive_k", "layer_norm_topk", "constant_norm_topk", "layer_norm",
-    "skip_transcoder", "route_sae",
+    "skip_transcoder", "cross_layer", "route_sae",
 )  # fmt: skip
 
 
@@ -125,6 +125,7 @@ def test_what_a_bundle_allows_is_told(everything: Running) -> None:
         told = {bundle.name: bundle for bundle in client.model().bundles}
     assert (told["topk"].activation, told["topk"].editable) == ("top_k", True)
     assert (told["skip_transcoder"].output_site, told["skip_transcoder"].editable) == ("layers.1.mlp_out", False)
+    assert "writes to many layers" in told["cross_layer"].not_editable_because
     assert "ask for its strongest" in told["route_sae"].not_editable_because
     assert not told["relu"].HasField("fvu")
 
@@ -191,8 +192,9 @@ def test_selection_and_normalisation_inside_the_compiled_graph(
     agree(told[1:, chosen], one.sae.encode(x)[1:, chosen], sure(one.sae, x)[1:, chosen])
 
 
-def test_a_transcoder_is_watched_and_not_edited(everything: Running) -> None:
-    program = Program().at("layers.1.mlp_in").set(Feature(3, "skip_transcoder"), to=1.0)
+@pytest.mark.parametrize(("name", "site"), [("skip_transcoder", "layers.1.mlp_in"), ("cross_layer", "layers.3.mlp_in")])
+def test_a_transcoder_is_watched_and_not_edited(name: str, site: str, everything: Running) -> None:
+    program = Program().at(site).set(Feature(3, name), to=1.0)
     with Client(everything.address) as client, pytest.raises(RudderError, match=r"it can be watched, not edited"):
         client.complete("A", steer=program)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_models.formats import (
     adaptive_k,
+    cross_layer,
     deepseek_r1,
     dictionary_learning,
     gemma_scope,
@@ -302,8 +303,8 @@ def lay_opensae(home: Path, d: Draw) -> Laid:
     return Laid(opensae.FORMAT, home, file, d.x, f, (f @ d.w_dec + d.b_dec) * (std + 1e-5) + mean)
 
 
-def lay_route_sae(home: Path, d: Draw) -> Laid:
-    """Reads the likeliest of nine sites, standardised and times its probability."""
+def lay_route_sae(home: Path, d: Draw, size: float = 3.0) -> Laid:
+    """Reads the likeliest of nine sites, standardised and times its probability; inputs of that size."""
     file, router = home / f"sum_hard_K{K}_1B_OpenWebText2_{LATENTS}.pt", d.normal(9, WIDTH)
     content = {
         "router.weight": router,
@@ -313,7 +314,7 @@ def lay_route_sae(home: Path, d: Draw) -> Laid:
         "sae.decoder.weight": d.w_dec.T.contiguous(),
     }
     save_torch(file, content)
-    x = 3 * d.normal(40, 9, WIDTH)
+    x = size * d.normal(40, 9, WIDTH)
     h = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
     p, site = (h.sum(1) @ router.T).softmax(-1).max(-1)
     read = p[:, None] * h[torch.arange(len(x)), site]
@@ -373,8 +374,21 @@ def dictionary_learning_folder(home: Path, d: Draw) -> Laid:
     return Laid(dictionary_learning.FORMAT, home, home / "ae.pt", d.x, f, f @ d.w_dec + d.b_dec)
 
 
+def cross_layer_folder(home: Path, d: Draw) -> Laid:
+    """Layer 2 of a cross-layer transcoder of five layers; y is what its latents write to that layer alone."""
+    file, decoders = home / "W_enc_2.safetensors", d.normal(LATENTS, 3, WIDTH)
+    found = {"W_enc_2": d.w_enc, "b_enc_2": d.b_enc, "b_dec_2": d.b_dec, "threshold_2": d.threshold}
+    save_safe(file, found)
+    save_safe(home / "W_dec_2.safetensors", {"W_dec_2": decoders})
+    hooks = "feature_input_hook: hook_resid_mid\nfeature_output_hook: hook_mlp_out\n"
+    (home / "config.yaml").write_text(f"model_name: google/gemma-2-2b\nmodel_kind: cross_layer_transcoder\n{hooks}")
+    f = relu_above(d.x @ d.w_enc.T + d.b_enc, d.threshold)
+    return Laid(cross_layer.FORMAT, home, file, d.x, f, f @ decoders[:, 0] + d.b_dec)
+
+
 # With those that tests of their own hold to their arithmetic.
 ALL = LAYOUTS | {
+    "cross_layer": cross_layer_folder,
     "saelens": saelens_folder,
     "sparsify": sparsify_folder,
     "dictionary_learning": dictionary_learning_folder,

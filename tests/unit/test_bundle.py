@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,7 @@ def test_what_was_written_is_read(path: Path) -> None:
         (r"manifest.json.*\$\.activation", lambda m: m["activation"].update(k=3)),
         (r"manifest.json.*run_time", lambda m: m["normalisation"].update(run_time="batch_norm")),
         (r"manifest.json.*\$\.dtype", lambda m: m.update(dtype="int8")),
+        (r"normalisation\.epsilon: 1e-06, rows are normalised", lambda m: m["normalisation"].update(epsilon=1e-6)),
         ("sites:", lambda m: m.update(sites=["layers.1.somewhere"])),
         ("sites:", lambda m: m.update(sites=["../layers.1.resid_post"])),
         ("sites:", lambda m: m.update(output_site="layers.1")),
@@ -183,6 +186,24 @@ def test_wrong_tensors_are_refused_though_the_hash_is_right(
         bundle.load(path)
 
 
+@pytest.mark.parametrize("row", [0, 4, 5, 15])
+def test_every_vector_counts_whichever_pass_it_is_in(row: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fidelity, "ACTIVATIONS_AT_ONCE", 5 * F)
+    bundle.load(path).catalogue.close()
+    edit_tensors(path, bundle.CONFORMANCE, lambda t: t["activations"][row].add_(0.5))
+    with pytest.raises(BundleError, match=r"^conformance\.safetensors activations: differ by"):
+        bundle.load(path)
+
+
+def test_activations_that_are_no_numbers_do_not_agree(path: Path) -> None:
+    edit_tensors(path, bundle.WEIGHTS, poison("bias", float("nan")))
+    edit_tensors(path, bundle.CONFORMANCE, poison("activations", float("nan")))
+    opened = bundle.mapped(path)
+    with pytest.raises(BundleError, match=r"^conformance\.safetensors activations: differ by nan"):
+        bundle.check_conformance(opened)
+    opened.catalogue.close()
+
+
 @pytest.mark.parametrize("name", sorted(bundle.FILES))
 def test_one_changed_byte_is_refused(path: Path, name: str) -> None:
     content = bytearray((path / name).read_bytes())
@@ -231,6 +252,30 @@ def test_the_model_hash_covers_every_shard(tmp_path: Path) -> None:
         bundle.model_sha256(tmp_path / "nowhere")
 
 
+class Terminal(StringIO):
+    """Standard error of somebody who waits."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_long_hashing_shows_how_far_it_is_and_quick_hashing_nothing(
+    quick: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    if not quick:
+        monkeypatch.setattr(bundle, "QUICK_S", 0.0)
+    bundle.load(path).catalogue.close()
+    for name in ("a", "b"):
+        (path.parent / f"{name}.safetensors").write_bytes(b"x" * (3 << 20))
+    bundle.model_sha256(path.parent)
+    said = terminal.getvalue()
+    assert (f"hashing {path.name}: " in said, f"hashing {path.parent.name}: " in said) == (not quick, not quick)
+    assert ("6.29M" in said) == (not quick)
+
+
 def test_writing_again_replaces_the_bundle_and_leaves_nothing_else(path: Path) -> None:
     (path / "stale").write_text("from an older format")
     write_bundle(path)
@@ -264,6 +309,11 @@ def every_form() -> dict[str, tuple[SAE, tuple[str, ...], str]]:
         "layer_norm": (replace(plain, normalisation=Normalisation.LAYER_NORM), (SITE,), ""),
         "skip": (replace(plain, skip=skip), ("layers.1.mlp_in",), "layers.1.mlp_out"),
         "router": (replace(plain, router=routed, normalisation=Normalisation.LAYER_NORM), several, ""),
+        "epsilon": (
+            replace(plain, router=routed, normalisation=Normalisation.LAYER_NORM, epsilon=0.1),
+            several,
+            "",
+        ),
         "tied": (replace(plain, decoder=plain.encoder), (SITE,), ""),
     }
 

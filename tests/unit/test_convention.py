@@ -80,14 +80,14 @@ BREAKS: dict[str, tuple[Callable[[SAE, float], SAE], str]] = {
 @pytest.mark.parametrize("broken", BREAKS)
 def test_the_cure_of_a_broken_sae_is_named(shipped: Bundle, residuals: dict[str, Tensor], broken: str) -> None:
     breaking, cure = BREAKS[broken]
-    found = convention.verdict(breaking(shipped.sae, norm(residuals)), SITE, residuals, claims_of(shipped))
+    found = convention.verdict(breaking(shipped.sae, norm(residuals)), (SITE,), SITE, residuals, claims_of(shipped))
     assert not found.stands
     assert found.fits[0].name == cure, table(found)
 
 
 @pytest.mark.parametrize("site", [SITES[0], SITES[2]])
 def test_a_site_off_by_one_layer_is_named(shipped: Bundle, residuals: dict[str, Tensor], site: str) -> None:
-    found = convention.verdict(shipped.sae, site, residuals, claims_of(shipped))
+    found = convention.verdict(shipped.sae, (site,), site, residuals, claims_of(shipped))
     assert found.fits[0].name == f"at {SITE}", table(found)
 
 
@@ -109,8 +109,8 @@ def test_what_selects_and_normalises_is_named(
     cure: str,
 ) -> None:
     unit = scaled(shipped.sae, 1 / norm(residuals)) if "normalisation" in cure else shipped.sae
-    honest = convention.verdict(true(unit), SITE, residuals, Claims(None, None)).declared
-    found = convention.verdict(declared(unit), SITE, residuals, Claims(honest.l0, honest.fvu))
+    honest = convention.verdict(true(unit), (SITE,), SITE, residuals, Claims(None, None)).declared
+    found = convention.verdict(declared(unit), (SITE,), SITE, residuals, Claims(honest.l0, honest.fvu))
     assert not found.stands
     assert found.fits[0].name == cure, table(found)
 
@@ -121,7 +121,7 @@ def zeroed(sae: SAE) -> SAE:
 
 
 def test_the_shipped_sae_stands_as_declared(shipped: Bundle, residuals: dict[str, Tensor]) -> None:
-    found = convention.verdict(shipped.sae, SITE, residuals, claims_of(shipped))
+    found = convention.verdict(shipped.sae, (SITE,), SITE, residuals, claims_of(shipped))
     assert found.stands
     assert found.declared.name == DECLARED
 
@@ -130,17 +130,52 @@ def test_the_shipped_sae_stands_as_declared(shipped: Bundle, residuals: dict[str
 def test_a_site_off_by_one_layer_is_told_from_the_l0_alone(
     shipped: Bundle, residuals: dict[str, Tensor], site: str
 ) -> None:
-    found = convention.verdict(shipped.sae, site, residuals, Claims(shipped.manifest.training.l0, None))
+    found = convention.verdict(shipped.sae, (site,), site, residuals, Claims(shipped.manifest.training.l0, None))
     assert not found.stands
     assert found.fits[0].name == f"at {SITE}", table(found)
 
 
 def test_without_claims_the_least_unexplained_counts(shipped: Bundle, residuals: dict[str, Tensor]) -> None:
     unknown = Claims(None, None)
-    assert convention.verdict(shipped.sae, SITE, residuals, unknown).stands
-    found = convention.verdict(shifted(shipped.sae, 1), SITE, residuals, unknown)
+    assert convention.verdict(shipped.sae, (SITE,), SITE, residuals, unknown).stands
+    found = convention.verdict(shifted(shipped.sae, 1), (SITE,), SITE, residuals, unknown)
     assert not found.stands
     assert found.fits[0].name == "pre-bias", table(found)
+
+
+PAIRS: dict[str, tuple[Callable[[SAE, float], SAE], set[str]]] = {
+    "scale not folded, bias not subtracted": (
+        lambda sae, norm: shifted(scaled(sae, 1 / norm), 1),
+        {"input scaled", "pre-bias"},
+    ),
+    "scale folded twice, threshold dropped": (
+        lambda sae, norm: zeroed(scaled(sae, norm)),
+        {"input not scaled", "threshold"},
+    ),
+    "bias subtracted twice, layer norm": (
+        lambda sae, _: replace(shifted(sae, -1), normalisation=Normalisation.LAYER_NORM),
+        {"no pre-bias", "normalisation none"},
+    ),
+}
+
+
+@pytest.mark.parametrize("broken", PAIRS)
+def test_two_faults_at_once_are_both_named(shipped: Bundle, residuals: dict[str, Tensor], broken: str) -> None:
+    breaking, cures = PAIRS[broken]
+    found = convention.verdict(breaking(shipped.sae, norm(residuals)), (SITE,), SITE, residuals, claims_of(shipped))
+    assert not found.stands
+    assert set(found.fits[0].name.split(", ")) == cures, table(found)
+    assert found.fits[0].cure.count("; ") == 1
+
+
+def test_a_fault_and_the_wrong_layer_are_both_named(shipped: Bundle, residuals: dict[str, Tensor]) -> None:
+    found = convention.verdict(shifted(shipped.sae, 1), (SITES[2],), SITES[2], residuals, claims_of(shipped))
+    assert set(found.fits[0].name.split(", ")) == {"pre-bias", f"at {SITE}"}, table(found)
+
+
+def test_pairs_are_tried_only_where_no_single_fault_fits(shipped: Bundle, residuals: dict[str, Tensor]) -> None:
+    one = convention.verdict(shifted(shipped.sae, 1), (SITE,), SITE, residuals, claims_of(shipped))
+    assert not any("; " in fit.cure for fit in one.fits)
 
 
 def table(found: Verdict) -> str:

@@ -50,6 +50,17 @@ def test_what_does_not_vary_is_not_explained() -> None:
     assert fidelity.measured(random_sae(40), torch.ones(5, D)).fvu > 1e6
 
 
+@pytest.mark.parametrize("share", [0.0, 1e-3, 1.0])
+def test_rows_that_no_token_uses_change_nothing(share: float) -> None:
+    model = random_sae(2 * BLOCK + 5)
+    stored = replace(model, decoder=model.decoder.bfloat16())
+    exact = replace(stored, decoder=stored.decoder.float())
+    g = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 3, model.latents, generator=g)
+    latents *= torch.rand(latents.shape, generator=g) < share
+    assert torch.allclose(stored.decode(latents), exact.decode(latents), atol=1e-4)
+
+
 @pytest.mark.parametrize("normalisation", [Normalisation.NONE, Normalisation.LAYER_NORM])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stored_precision_does_not_change_the_arithmetic(dtype: torch.dtype, normalisation: Normalisation) -> None:

@@ -358,8 +358,6 @@ def test_settings_in_json_that_are_no_small_object_are_refused(content: str, tmp
         "[" * 30_000,
         "- " * 30_000,
         "- a",
-        "1: a",
-        "a: 2020-99-99",
         "x" * (1 << 20),
         "a: b: c",
         "\x00",
@@ -368,3 +366,8 @@ def test_settings_in_json_that_are_no_small_object_are_refused(content: str, tmp
 def test_settings_in_yaml_that_are_no_small_mapping_are_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(content)
     refused(read_yaml, tmp_path / "c.yaml")
+
+
+def test_words_in_yaml_stay_words(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("1: a\nb: 2020-99-99\nc: !!int x\nd: [0b_, on]\n")
+    assert read_yaml(tmp_path / "c.yaml") == {"1": "a", "b": "2020-99-99", "c": "x", "d": ["0b_", "on"]}

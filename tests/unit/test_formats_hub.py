@@ -69,6 +69,13 @@ scaled:
   - id: blocks.3.hook_resid_pre
     path: 3
     norm_scaling_factor: 1.5
+clt-as-per-layer:
+  conversion_func: mntss_clt_layer_transcoder
+  model: gemma-2-2b
+  repo_id: mntss/clt
+  saes:
+  - id: layer_3
+    path: 3
 """
 
 
@@ -151,6 +158,12 @@ def test_only_the_files_of_a_place_are_wanted() -> None:
     assert hub.wanted(files, Place("a/b", within="scope")) == scope
     assert hub.wanted(files, Place("a/b", within=scope[0])) == scope
     assert hub.wanted(files, Place("a/b")) == ["layer_0.safetensors", "layer_1.safetensors", "config.yaml"]
+    across = [f"{part}_{layer}.safetensors" for part in ("W_enc", "W_dec") for layer in range(3)]
+    assert hub.wanted([*across, "config.yaml"], Place("a/b", within="W_enc_1.safetensors")) == [
+        "W_enc_1.safetensors",
+        "W_dec_1.safetensors",
+        "config.yaml",
+    ]
     layers = [f"layer_{layer}.safetensors" for layer in range(28)]
     with pytest.raises(NotFound, match="a/b: 28 weights in its root, name one of them"):
         hub.wanted(layers, Place("a/b"))
@@ -165,6 +178,8 @@ def test_a_release_and_id_are_found_in_the_table_of_saelens(tmp_path: Path, monk
     assert found.name == "average_l0_71"
     assert hub.release("scaled/blocks.3.hook_resid_pre") == hub.Release(Place("a/scaled", within="3"), 1.5)
     assert hub.release("a/b") is None
+    across = hub.Release(Place("mntss/clt", within="W_enc_3.safetensors"), None)
+    assert hub.release("clt-as-per-layer/layer_3") == across
     with pytest.raises(NotFound, match="release scaled has no 4; it has 1, such as blocks"):
         hub.release("scaled/4")
 

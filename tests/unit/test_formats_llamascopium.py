@@ -84,6 +84,13 @@ def test_llama_scope_r1_has_the_names_of_1_x_and_a_threshold_for_each_latent(tmp
     assert said.folded == ("pre_bias", "input_scale")
 
 
+def test_the_model_is_named_beside_the_settings(tmp_path: Path) -> None:
+    folder = scopium(tmp_path, newer(Draw()), act_fn="relu", norm_activation="inference")
+    assert llamascopium.FORMAT.read(folder)[1].model == ""
+    save_json(folder / "lm_config.json", {"model_name": "meta-llama/Llama-3.1-8B", "d_model": WIDTH})
+    assert llamascopium.FORMAT.read(folder)[1].model == "meta-llama/Llama-3.1-8B"
+
+
 def test_llamascopium_by_token_is_normalised_at_run_time(tmp_path: Path) -> None:
     d = Draw()
     folder = scopium(tmp_path, newer(d), act_fn="relu", norm_activation="token-wise")

@@ -13,6 +13,7 @@ import yaml
 
 from sae_models.formats import (
     adaptive_k,
+    cross_layer,
     deepseek_r1,
     gemma_scope,
     gemma_scope_2,
@@ -28,7 +29,7 @@ from sae_models.formats import (
     transcoders,
 )
 from sae_models.formats.source import Declaration, FormatError
-from sae_models.sae import Normalisation, TopK
+from sae_models.sae import LAYER_NORM_EPSILON, Normalisation, TopK
 from tests.unit.checkpoints import (
     LATENTS,
     LAYOUTS,
@@ -42,6 +43,7 @@ from tests.unit.checkpoints import (
     lay_openai,
     lay_opensae,
     lay_qwen_scope,
+    lay_route_sae,
     lay_transcoders,
     linears,
     relu_above,
@@ -55,6 +57,7 @@ from tests.unit.checkpoints import (
 
 READERS = (
     adaptive_k,
+    cross_layer,
     deepseek_r1,
     gemma_scope,
     gemma_scope_2,
@@ -217,20 +220,6 @@ def test_gemma_scope_2_attention_has_no_site_and_a_missing_skip_is_named(tmp_pat
         gemma_scope_2.FORMAT.read(folder)
 
 
-def test_cross_layer_transcoders_are_refused_by_name(tmp_path: Path) -> None:
-    d = Draw()
-    across = {"w_enc": d.w_enc.T, "w_dec": d.w_dec[:, None].expand(-1, 3, -1), "b_enc": d.b_enc, "b_dec": d.b_dec}
-    clt = tmp_path / "clt/layer_0_width_262k_l0_medium.safetensors"
-    save_safe(clt, across | {"threshold": d.threshold})
-    assert gemma_scope_2.FORMAT.recognise(clt)
-    with pytest.raises(FormatError, match=r"w_dec: a cross-layer transcoder"):
-        gemma_scope_2.FORMAT.read(clt)
-    save_safe(tmp_path / "mntss/W_enc_0.safetensors", {"W_enc_0": d.w_enc, "b_enc_0": d.b_enc, "b_dec_0": d.b_dec})
-    assert "cross-layer" in str(transcoders.FORMAT.recognise(tmp_path / "mntss"))
-    with pytest.raises(FormatError, match=r"W_enc_0\.safetensors: a cross-layer transcoder"):
-        transcoders.FORMAT.read(tmp_path / "mntss")
-
-
 def test_openai_takes_the_pre_bias_off_after_the_layer_norm(tmp_path: Path) -> None:
     d = Draw()
     laid = lay_openai(tmp_path, d)
@@ -249,6 +238,24 @@ def test_openai_relu_is_not_normalised(tmp_path: Path) -> None:
     f = ((d.x - d.b_dec) @ d.w_enc.T + d.b_enc).relu()
     file = tmp_path / "0.pt"
     check(openai.FORMAT.read(file)[0], Laid(openai.FORMAT, file, file, d.x, f, f @ d.w_dec + d.b_dec))
+
+
+@pytest.mark.parametrize(
+    ("where", "site"),
+    [
+        ("gpt2-small/resid_post_mlp/autoencoders/3.pt", ("layers.3.resid_post",)),
+        ("gpt2-small/resid_post_attn_v5_128k/autoencoders/0.pt", ("layers.0.resid_mid",)),
+        ("gpt2-small/resid_delta_mlp_v5_32k/autoencoders/11.pt", ("layers.11.mlp_out",)),
+        ("gpt2-small/resid_delta_attn/autoencoders/7.pt", ("layers.7.attn_out",)),
+        ("gpt2-small/mlp_post_act/autoencoders/7.pt", ()),
+        ("elsewhere/7.pt", ()),
+    ],
+)
+def test_openai_names_locations_in_its_paths(where: str, site: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / where
+    file.parent.mkdir(parents=True)
+    lay_openai(tmp_path / "as published", Draw()).file.rename(file)
+    assert openai.FORMAT.read(file)[1].sites == site
 
 
 def test_openai_activation_without_a_relu_behind_it_is_refused(tmp_path: Path) -> None:
@@ -321,6 +328,21 @@ def test_opensae_without_normalisation_reads_x_itself(tmp_path: Path) -> None:
     save_json(laid.path / "config.json", settings | {"input_normalize": False, "normalize_shift_back": False})
     f = top((d.x - d.b_dec) @ d.w_enc.T + d.b_enc, K)
     check(opensae.FORMAT.read(laid.path)[0], replace(laid, f=f, y=f @ d.w_dec + d.b_dec))
+
+
+def test_small_inputs_are_standardised_as_route_sae_does(tmp_path: Path) -> None:
+    laid = lay_route_sae(tmp_path, Draw(), size=1e-4)
+    sae = route_sae.FORMAT.read(laid.path)[0]
+    check(sae, laid)
+    usual = replace(sae, epsilon=LAYER_NORM_EPSILON).encode(laid.x)
+    assert float((usual - laid.f).abs().max()) > 0.01 * float(laid.f.max()), "any epsilon would do"
+
+
+def test_goodfire_names_model_and_layer_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "Llama-3.3-70B-Instruct-SAE-l50.pt"
+    save_torch(file, linears(Draw(), "encoder_linear", "decoder_linear"))
+    said = goodfire.FORMAT.read(tmp_path)[1]
+    assert (said.sites, said.model) == (("layers.50.resid_post",), "meta-llama/Llama-3.3-70B-Instruct")
 
 
 def test_soft_routing_is_refused(tmp_path: Path) -> None:

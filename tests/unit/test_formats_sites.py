@@ -56,6 +56,7 @@ def test_an_attention_module_likewise(name: str) -> None:
     ("name", "why"),
     [
         ("blocks.3.attn.hook_z", "every head"),
+        ("model.layers.3.self_attn.o_proj.input", "an unknown hook point"),
         ("blocks.3.ln2.hook_normalized", "norm's weight"),
         ("blocks.3.hook_mlp_in", "resid_mid, or resid_pre"),
         ("model.layers.3.post_attention_layernorm", "before the MLP on some"),

@@ -1,5 +1,6 @@
 """What is imported is measured on real text, refused where the text speaks against it, and never half written."""
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,14 +11,16 @@ import pytest
 import torch
 
 from sae_models import bundle as bundles
-from sae_models import checking, fidelity, importing
-from sae_models.bundle import Bundle, BundleError, Source
+from sae_models import checking, commands, fidelity, importing
+from sae_models.bundle import Bundle, BundleError, InputNormalisation, Source
 from sae_models.catalogue import QUANTILES
 from sae_models.convention import Claims
+from sae_models.formats import saelens
+from sae_models.formats.load import load
 from sae_models.formats.source import Declaration, Loaded
 from sae_models.importing import Imported, ImportRefused, Wish
 from sae_models.labels import LabelError
-from sae_models.sae import SAE, Router, TopK
+from sae_models.sae import SAE, Normalisation, Router, TopK
 from sae_models.training import catalogue as entries
 
 PRETRAINED = Path(bundles.__file__).parent / "pretrained"
@@ -149,6 +152,40 @@ def test_without_text_nothing_is_claimed(tmp_path: Path) -> None:
     assert made.bundle.catalogue.get(3).summary.frequency is None
     assert bool((made.bundle.conformance.activations > 0).any(0).sum() > 20), "conformance vectors that hold nothing"
     assert checking.check(tmp_path / "toy", MODEL).holds
+
+
+def saelens_folder(home: Path, sae: SAE, **settings: Any) -> Path:
+    """As SAELens saves it."""
+    saelens.write(home, sae, Declaration("jumprelu", (SITE,)))
+    config = json.loads((home / "cfg.json").read_text())
+    (home / "cfg.json").write_text(json.dumps(config | settings))
+    return home
+
+
+def test_a_scale_that_was_taken_for_1_is_told_by_the_import_and_the_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saelens_folder(tmp_path / "sae", random_sae(), normalize_activations="expected_average_only_in")
+    words = ["bundle", "import", str(folder), "--model", str(MODEL), "--out", str(tmp_path / "toy")]
+    parser = argparse.ArgumentParser()
+    commands.add_bundle(parser.add_subparsers())
+    arguments = parser.parse_args(words)
+    assert arguments.run(arguments) == commands.HOLDS
+    told = "input_scale: not in the files, taken as 1"
+    assert f"ASSUMED {told}" in capsys.readouterr().err
+    normalisation = bundles.load(tmp_path / "toy").manifest.normalisation
+    assert normalisation.declared == "expected_average_only_in"
+    assert normalisation.assumed.startswith(told)
+
+
+def test_a_scale_that_is_known_is_not_assumed(tmp_path: Path) -> None:
+    folder = saelens_folder(tmp_path / "sae", random_sae(), normalize_activations="expected_average_only_in")
+    scaled = importing.with_scale(load(folder), 2.0)
+    made = importing.make(scaled, Source("toy", "x"), Wish(MODEL, tmp_path / "toy"))
+    assert made.bundle.manifest.normalisation == InputNormalisation(
+        "expected_average_only_in", ("input_scale",), Normalisation.NONE, ""
+    )
+    assert torch.allclose(made.bundle.sae.encoder, 2 * random_sae().encoder)
 
 
 def test_a_transcoder_and_a_router_are_imported(tmp_path: Path, corpus: Path) -> None:
