@@ -16,7 +16,7 @@ from sae_models.bundle import Bundle, Conformance, Manifest, Model, Source, Stat
 from sae_models.catalogue import Latent, Summary
 from sae_models.convention import Claims, Verdict
 from sae_models.fidelity import Fidelity
-from sae_models.formats.folding import fold_input_scale
+from sae_models.formats.folding import fold_decoder_norm, fold_input_scale
 from sae_models.formats.source import Declaration, Loaded
 from sae_models.labels import Labels
 from sae_models.material import Material
@@ -114,7 +114,11 @@ def with_scale(loaded: Loaded, scale: float | None) -> Loaded:
         return loaded
     notes = {key: note for key, note in loaded.declared.notes.items() if key != INPUT_SCALE}
     declared = replace(loaded.declared, folded=(*loaded.declared.folded, INPUT_SCALE), notes=notes)
-    return replace(loaded, sae=fold_input_scale(loaded.sae, scale), declared=declared)
+    sae = fold_input_scale(loaded.sae, scale)
+    if "decoder_norm" in declared.folded:
+        # It is that of the scaled decoder which activations are told in.
+        sae = fold_decoder_norm(sae)
+    return replace(loaded, sae=sae, declared=declared)
 
 
 def described(loaded: Loaded, source: Source, wish: Wish) -> Manifest:

@@ -1,6 +1,5 @@
 """What a bundle's manifest.json says, and which tensors follow from it."""
 
-import re
 from typing import Literal
 
 import msgspec
@@ -8,10 +7,10 @@ import torch
 from torch import Tensor
 
 from sae_models import sae
+from sae_models.points import SITE
 from sae_models.sae import LAYER_NORM_EPSILON, SAE, Normalisation, Router
 
 FORMAT_VERSION = 2
-SITE = re.compile(r"layers\.\d+\.(resid_pre|attn_out|resid_mid|mlp_in|mlp_out|resid_post)|embed")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -214,7 +213,7 @@ def parse(raw: bytes) -> Manifest:
 def _check_sites(manifest: Manifest) -> None:
     sites, router = manifest.sites, manifest.router
     for site in (*sites, manifest.output_site):
-        require(bool(SITE.fullmatch(site)), "sites", f"{site!r} is not layers.<L>.<point> or embed")
+        require(site == "embed" or bool(SITE.fullmatch(site)), "sites", f"{site!r} is not layers.<L>.<point> or embed")
     require(bool(sites) and len(set(sites)) == len(sites), "sites", f"{list(sites)}, one or more and each once")
     epsilon = manifest.normalisation.epsilon
     # Rows are served with the one epsilon; an SAE with a router has none, it is read whole.

@@ -1,6 +1,5 @@
 """Where in a transformers model vectors are read or replaced."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from sae_models import points
+
 Edit = Callable[[Tensor], Tensor | None]
 
-# In the order in which a layer's forward pass reaches them.
-POINTS = ("resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post")
 # Where in a layer a branch is, the first that the layer has: the norm or scale behind the branch where there is one,
 # and in post-norm encoders the projection, because what surrounds it already holds the residual stream.
 BRANCHES = {
@@ -25,7 +24,9 @@ SANDWICH = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward
 
 @dataclass(frozen=True)
 class Site:
-    """`layers.<layer>.<point>`: what the layer is given or returns, what its MLP is given, what a branch adds."""
+    """`layers.<layer>.<point>`: what the layer is given or returns, the stream between its branches, what its MLP is
+    given, what a branch adds.
+    """
 
     layer: int
     point: str
@@ -36,10 +37,7 @@ class Site:
 
 def parse_site(text: str) -> Site:
     """ValueError: the text does not name a site."""
-    match = re.fullmatch(rf"layers\.(\d+)\.({'|'.join(POINTS)})", text)
-    if not match:
-        raise ValueError(f"site: {text!r} is not layers.<L>.<{'|'.join(POINTS)}>")
-    return Site(int(match[1]), match[2])
+    return Site(*points.parse(text))
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -72,8 +70,15 @@ def layer_at(model: nn.Module, site: Site) -> nn.Module:
 
 
 def module_at(model: nn.Module, site: Site) -> nn.Module:
-    """The module that is given (`resid_pre`, `mlp_in`) or returns (the others) the vectors. ValueError: none does."""
+    """The module that is given (`resid_pre`, `mlp_in`) or returns (the others) the vectors. ValueError: none does.
+
+    For `resid_mid` it is that of `attn_out`, which returns what is to be added to what the layer was given.
+    """
     layer = layer_at(model, site)
+    if site.point == "resid_mid":
+        if not points.has_middle(layer):
+            raise ValueError(f"site: {site}: the branches of {type(layer).__name__} do not follow one another")
+        return module_at(model, Site(site.layer, "attn_out"))
     if site.point not in BRANCHES:
         return layer
     sandwich = all(hasattr(layer, norm) for norm in ("pre_feedforward_layernorm", *SANDWICH.values()))
@@ -94,13 +99,37 @@ def _attribute(module: Any, path: str) -> Any:
 @contextmanager
 def hooked(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
     """Within the block, `edit` sees the vectors [batch, length, d] at the site; what it returns replaces them."""
+    module = module_at(model, site)
+    with ExitStack() as stack:
+        if site.point in ("resid_pre", "mlp_in"):
+            handle = module.register_forward_pre_hook(_on_input(edit), with_kwargs=True)
+        elif site.point == "resid_mid":
+            given: list[Tensor] = []
+            keep = _on_input(lambda x: given.append(x))
+            stack.callback(layer_at(model, site).register_forward_pre_hook(keep, with_kwargs=True).remove)
+            handle = module.register_forward_hook(_on_output(lambda added: _displaced(edit, given.pop(), added)))
+        else:
+            handle = module.register_forward_hook(_on_output(edit))
+        stack.callback(handle.remove)
+        yield
 
+
+def _displaced(edit: Edit, given: Tensor, added: Tensor) -> Tensor | None:
+    edited = edit(given + added)
+    return None if edited is None else edited - given
+
+
+def _on_input(edit: Edit) -> Callable[..., Any]:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         edited = edit(args[0] if args else kwargs["hidden_states"])
         if edited is None:
             return None
         return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": edited})
 
+    return before
+
+
+def _on_output(edit: Edit) -> Callable[..., Any]:
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         edited = edit(hidden)
@@ -108,16 +137,7 @@ def hooked(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
             return None
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    module = module_at(model, site)
-    handle = (
-        module.register_forward_pre_hook(before, with_kwargs=True)
-        if site.point in ("resid_pre", "mlp_in")
-        else module.register_forward_hook(after)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
+    return after
 
 
 @contextmanager

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from sae_models.points import parse
 from server import config as configuration
 from server.bench.shapes import SHAPES, write_bundle, write_model
-from server.engine.layout import parse
 
 WATCHED = 64
 # The server process and a client process, against the engine in one process.

@@ -90,6 +90,7 @@ class SiteBank(nn.Module):
     moved: Tensor
     before: Tensor
     after: Tensor
+    given: Tensor
 
     def __init__(
         self,
@@ -137,6 +138,10 @@ class SiteBank(nn.Module):
         self.normalisations = tuple({sae.normalisation for sae in self.dictionaries} - {Normalisation.NONE})
         self.register_buffer("normalisation", torch.zeros(rows, dtype=torch.int64), persistent=False)
         self.register_buffer("column", torch.full((rows,), -1), persistent=False)
+
+    def keep_given(self) -> None:
+        """Make room for what the layer was given [max tokens, d]: the site reads it together with what came since."""
+        self.register_buffer("given", self.active.new_zeros(len(self.active), self.width), persistent=False)
 
     def fill(self, places: Tensor, rows: Rows, name: str, latents: Tensor) -> None:
         """Load row places [n] with the latents [n] of bundle `name`, or with raw rows where it is empty."""

@@ -1,17 +1,15 @@
 """The bank's fixed shape: what the compiled graph depends on and the compile cache is keyed by."""
 
 import hashlib
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sae_models import formula, sae
+from sae_models.points import POINTS, parse
 
-SITE = re.compile(r"layers\.(\d+)\.(resid_pre|attn_out|mlp_in|mlp_out|resid_post)")
 HERE = Path(__file__).parent
 TRACED = (HERE / "bank.py", HERE / "sites.py", Path(formula.__file__), Path(sae.__file__))
-POINTS = ("resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post")
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,8 @@ class Layout:
     dictionaries: tuple[tuple[str, str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        unknown = [site for site in self.sites if not SITE.fullmatch(site)]
-        if unknown:
-            raise ValueError(f"sites: {unknown[0]!r} is not layers.<L>.<{'|'.join(POINTS)}>")
+        for site in self.sites:
+            parse(site)
         if len(set(self.sites)) < len(self.sites):
             raise ValueError("sites: a site is named twice")
         for name in ("rows", "slots", "stages", "window"):
@@ -65,14 +62,6 @@ def depth(site: str) -> tuple[int, int]:
     """Order in which the forward pass reaches a site."""
     layer, point = parse(site)
     return layer, POINTS.index(point)
-
-
-def parse(site: str) -> tuple[int, str]:
-    """(layer, point) of a site's name."""
-    match = SITE.fullmatch(site)
-    if match is None:
-        raise ValueError(f"site: {site!r} is not layers.<L>.<{'|'.join(POINTS)}>")
-    return int(match[1]), match[2]
 
 
 def code_digest() -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sae_models.points import has_middle, parse
 from server.engine.bank import SiteBank
-from server.engine.layout import parse
 
 ATTENTION = ("self_attn", "attn", "attention")
 MLP = ("mlp", "fc2", "feed_forward")
@@ -40,6 +40,9 @@ def attach(bank: SiteBank, layers: nn.ModuleList) -> None:
         return
     if point == "mlp_in":
         hook_mlp_input(branch(layer, point, bank.site), bank)
+        return
+    if point == "resid_mid":
+        hook_middle(layer, branch(layer, "attn_out", bank.site), bank)
         return
     module = layer if point == "resid_post" else branch(layer, point, bank.site)
     module.add_module("rudder_" + point, bank)
@@ -83,23 +86,60 @@ def output_hook(bank: SiteBank, fused: bool) -> Callable[..., Any]:
 
 def hook_inputs(layer: nn.Module, bank: SiteBank) -> None:
     """Edit what a layer is given: `hidden_states`, read together with `residual` where the layer takes one."""
+    given = inputs_of(layer, bank.site)
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        hidden, residual, at = given(args, kwargs)
+        edited = steered(bank, hidden, residual)
+        if at is None:
+            return args, kwargs | {"hidden_states": edited}
+        return (*args[:at], edited, *args[at + 1 :]), kwargs
+
+    layer.add_module("rudder_resid_pre", bank)
+    layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def inputs_of(layer: nn.Module, site: str) -> Callable[[Any, Any], tuple[Tensor, Tensor | None, int | None]]:
+    """Of a layer's arguments: hidden states, the residual if it takes one, and the former's place, if positional."""
     names = list(inspect.signature(layer.forward).parameters)
     if "hidden_states" not in names:
-        raise UnknownLayout(f"site: {bank.site}: {type(layer).__name__} takes no hidden_states")
+        raise UnknownLayout(f"site: {site}: {type(layer).__name__} takes no hidden_states")
     hidden_at = names.index("hidden_states")
     residual_at = names.index("residual") if "residual" in names else len(names)
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None, int | None]:
         residual = (
             kwargs["residual"] if "residual" in kwargs else args[residual_at] if residual_at < len(args) else None
         )
         if "hidden_states" in kwargs:
-            return args, kwargs | {"hidden_states": steered(bank, kwargs["hidden_states"], residual)}
-        hidden = steered(bank, args[hidden_at], residual)
-        return (*args[:hidden_at], hidden, *args[hidden_at + 1 :]), kwargs
+            return kwargs["hidden_states"], residual, None
+        return args[hidden_at], residual, hidden_at
 
-    layer.add_module("rudder_resid_pre", bank)
-    layer.register_forward_pre_hook(hook, with_kwargs=True)
+    return given
+
+
+def hook_middle(layer: nn.Module, attention: nn.Module, bank: SiteBank) -> None:
+    """Edit the residual stream behind the attention branch, by what that branch adds to what the layer was given."""
+    if not has_middle(layer):
+        raise UnknownLayout(f"site: {bank.site}: the branches of {type(layer).__name__} do not follow one another")
+    given = inputs_of(layer, bank.site)
+    bank.keep_given()
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, residual, _ = given(args, kwargs)
+        x = hidden.float() if residual is None else hidden.float() + residual.float()
+        x = x.reshape(-1, bank.width)
+        bank.given[: x.shape[0]].copy_(x)
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+        hidden, *rest = (output,) if isinstance(output, Tensor) else output
+        tokens = hidden.reshape(-1, bank.width).shape[0]
+        edited = steered(bank, hidden, bank.given[:tokens].reshape(hidden.shape))
+        return edited if isinstance(output, Tensor) else (edited, *rest)
+
+    layer.add_module("rudder_resid_mid", bank)
+    layer.register_forward_pre_hook(before, with_kwargs=True)
+    attention.register_forward_hook(after)
 
 
 def hook_mlp_input(module: nn.Module, bank: SiteBank) -> None:

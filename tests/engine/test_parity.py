@@ -15,7 +15,8 @@ from server.steering import wire
 from tests.engine import models, transformers_hooks
 
 SITES = ("layers.0.resid_pre", "layers.1.attn_out", "layers.1.mlp_out", "layers.1.resid_post", "layers.2.resid_pre")
-LAYOUT = Layout(SITES, rows=16, slots=8, sequence_sites=SITES[3:4])
+# Of models whose branches follow one another.
+MIDDLE = "layers.1.resid_mid"
 PROMPTS = ([1, 5, 9, 20, 33, 47], [1, 60, 61, 62], [1, 5, 9, 20, 33, 47], [1, 99, 98, 97, 96, 95, 94, 93])
 NEW_TOKENS = 4
 WIDTH = 64
@@ -32,17 +33,29 @@ def row(seed: int, threshold: float) -> wire.Row:
     return wire.Row(encoder=vector(seed, 1.0), decoder=vector(seed + 100, 1.0), bias=0.1, threshold=threshold)
 
 
-def programs() -> list[tuple[wire.Site, ...]]:
+def layout_of(folder: Path) -> Layout:
+    """The sites of a model."""
+    sites = SITES if folder.name.startswith("gpt_neox") else (*SITES, MIDDLE)
+    return Layout(sites, rows=16, slots=8, sequence_sites=SITES[3:4])
+
+
+def programs(layout: Layout) -> list[tuple[wire.Site, ...]]:
     """Programs that between them use every site, unit, phase and option."""
     push = wire.Row(decoder=vector(1, 1.0))
     mean = wire.Row(decoder=vector(2, 4.0), threshold=inf)
-    on = LAYOUT.sites.index
+    on = layout.sites.index
+    middle = (
+        [wire.Site(on(MIDDLE), (row(8, 0.0),), (wire.Edit(0, scale=0.0, shift=-1.5),))]
+        if MIDDLE in layout.sites
+        else []
+    )
     return [
         (
             wire.Site(on("layers.0.resid_pre"), (push,), (wire.Edit(0, shift=0.5, relative=True),)),
             wire.Site(on("layers.1.resid_post"), (row(3, 0.0), row(4, -0.2)), (
                 wire.Edit(0, scale=0.0, shift=-2.0, above=0.0), wire.Edit(1, upper=0.3, generated=False),
             ), restore_norm=True),
+            *middle,
         ),
         (
             wire.Site(on("layers.1.attn_out"), (row(5, -inf),), (wire.Edit(0, scale=3.0),)),
@@ -65,10 +78,13 @@ def expected(folder: Path) -> list[tuple[list[int], np.ndarray]]:
 
     Made before vLLM sees the model: it rewrites the classes of those that it runs through transformers.
     """
-    model = transformers_hooks.load(folder)
-    plain, steered = (answer_of_transformers(model, PROMPTS[0], program)[1][0] for program in (None, programs()[0]))
+    model, layout = transformers_hooks.load(folder), layout_of(folder)
+    plain, steered = (
+        answer_of_transformers(model, PROMPTS[0], program, layout)[1][0] for program in (None, programs(layout)[0])
+    )
     assert np.abs(plain - steered).max() > 0.05, "the edits must show, or this test shows nothing"
-    return [answer_of_transformers(model, prompt, program) for prompt, program in zip(PROMPTS, chosen(), strict=True)]
+    chosen_ones = zip(PROMPTS, chosen(layout), strict=True)
+    return [answer_of_transformers(model, prompt, program, layout) for prompt, program in chosen_ones]
 
 
 @pytest.fixture(scope="module", params=["eager", "compiled"])
@@ -79,9 +95,9 @@ def llm(request: pytest.FixtureRequest, folder: Path, expected: object) -> Itera
 
     engine = LLM(
         model=str(folder), dtype="float32", worker_cls="server.engine.worker_cpu.Worker", skip_tokenizer_init=True,
-        additional_config=LAYOUT.additional_config(), enforce_eager=request.param == "eager", max_model_len=64,
-        max_num_seqs=8, max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 26, distributed_executor_backend="uni",
-        max_logprobs=-1,
+        additional_config=layout_of(folder).additional_config(), enforce_eager=request.param == "eager",
+        max_model_len=64, max_num_seqs=8, max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 26,
+        distributed_executor_backend="uni", max_logprobs=-1,
     )  # fmt: skip
     yield engine
     engine.llm_engine.engine_core.shutdown()
@@ -90,13 +106,13 @@ def llm(request: pytest.FixtureRequest, folder: Path, expected: object) -> Itera
     cleanup_dist_env_and_memory()
 
 
-def chosen() -> list[tuple[wire.Site, ...] | None]:
+def chosen(layout: Layout) -> list[tuple[wire.Site, ...] | None]:
     """The program of each prompt."""
-    first, second = programs()
+    first, second = programs(layout)
     return [first, second, None, first]
 
 
-def answers_of_vllm(llm: Any) -> list[tuple[list[int], np.ndarray]]:
+def answers_of_vllm(llm: Any, layout: Layout) -> list[tuple[list[int], np.ndarray]]:
     """(greedy ids, log-probabilities [tokens, vocabulary]) of all prompts in one batch."""
     from vllm import SamplingParams
 
@@ -105,7 +121,7 @@ def answers_of_vllm(llm: Any) -> list[tuple[list[int], np.ndarray]]:
             temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=-1,
             extra_args={wire.EXTRA_ARG: wire.encode(wire.Request(len(prompt), 64, True, (program or (),)))},
         )
-        for prompt, program in zip(PROMPTS, chosen(), strict=True)
+        for prompt, program in zip(PROMPTS, chosen(layout), strict=True)
     ]  # fmt: skip
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
     return [(list(o.outputs[0].token_ids), np.array([row_of(step) for step in o.outputs[0].logprobs])) for o in outputs]
@@ -118,20 +134,22 @@ def row_of(step: dict[int, Any]) -> list[float]:
 
 @torch.no_grad()
 def answer_of_transformers(
-    model: torch.nn.Module, prompt: list[int], program: tuple[wire.Site, ...] | None
+    model: torch.nn.Module, prompt: list[int], program: tuple[wire.Site, ...] | None, layout: Layout
 ) -> tuple[list[int], np.ndarray]:
     """(greedy ids, log-probabilities [tokens, vocabulary]) of one prompt."""
     ids: list[int] = []
     logprobs = []
     for _ in range(NEW_TOKENS):
-        with transformers_hooks.hooked(model, program or (), LAYOUT.sites, len(prompt)):
+        with transformers_hooks.hooked(model, program or (), layout.sites, len(prompt)):
             logits = model(torch.tensor([prompt + ids])).logits[0, -1]
         logprobs.append(torch.log_softmax(logits.double(), -1).numpy())
         ids.append(int(logits.argmax()))
     return ids, np.array(logprobs)
 
 
-def test_logits_equal_those_of_transformers(llm: Any, expected: list[tuple[list[int], np.ndarray]]) -> None:
-    for (ids, ours), (their_ids, theirs) in zip(answers_of_vllm(llm), expected, strict=True):
+def test_logits_equal_those_of_transformers(
+    llm: Any, expected: list[tuple[list[int], np.ndarray]], folder: Path
+) -> None:
+    for (ids, ours), (their_ids, theirs) in zip(answers_of_vllm(llm, layout_of(folder)), expected, strict=True):
         assert ids == their_ids
         assert np.abs(ours - theirs).max() < 1e-4

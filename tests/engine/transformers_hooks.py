@@ -50,18 +50,39 @@ def hooked(model: nn.Module, programs: Sequence[wire.Site], sites: Sequence[str]
     """The model with one program's edits; position 0 holds BOS and is left alone."""
     handles = []
     for program in programs:
-        module, takes_input = module_of(model, sites[program.site])
+        site = sites[program.site]
+        module, takes_input = module_of(model, site)
 
         def change(x: Tensor, program: wire.Site = program) -> Tensor:
             return torch.cat([x[:, :1], edited(program, x[:, 1:], prompt_tokens - 1)], 1)
 
-        if takes_input:
+        if site.endswith("resid_mid"):
+            keep, displace = middle_hooks(change)
+            layer = layers_of(model)[int(site.split(".")[1])]
+            handles.append(layer.register_forward_pre_hook(input_hook(keep), with_kwargs=True))
+            handles.append(module.register_forward_hook(output_hook(displace)))
+        elif takes_input:
             handles.append(module.register_forward_pre_hook(input_hook(change), with_kwargs=True))
         else:
             handles.append(module.register_forward_hook(output_hook(change)))
     yield
     for handle in handles:
         handle.remove()
+
+
+def middle_hooks(change: Any) -> tuple[Any, Any]:
+    """Of what a layer is given, and of what its attention adds: change their sum."""
+    given: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        given.append(x)
+        return x
+
+    def displace(added: Tensor) -> Tensor:
+        displaced: Tensor = change(given[-1] + added) - given[-1]
+        return displaced
+
+    return keep, displace
 
 
 def input_hook(change: Any) -> Any:

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sae_models import importing
 from sae_models.formats import saelens
+from sae_models.formats.load import load
 from sae_models.formats.source import Declaration, FormatError
 from sae_models.sae import SAE, AdaptiveK, GroupMax, Normalisation, Router, TopK
 
@@ -64,6 +66,18 @@ def test_standard_takes_its_decoder_bias_off_the_input(tmp_path: Path) -> None:
     assert torch.allclose(sae.encode(X), f, atol=1e-5)
     assert torch.allclose(sae.decode(f), f @ t["W_dec"] + t["b_dec"], atol=1e-5)
     assert (declared.sites, declared.model, declared.folded) == (("layers.3.resid_post",), "toy", ("pre_bias",))
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_an_input_scale_from_elsewhere_does_what_one_in_the_files_does(rescaled: bool, tmp_path: Path) -> None:
+    settings = {"architecture": "topk", "k": 3, "rescale_acts_by_decoder_norm": rescaled}
+    path = lay_out(tmp_path, weights(), **settings, normalize_activations="expected_average_only_in")
+    told = importing.with_scale(load(path), 0.25)
+    (path / "activation_scaler.json").write_text('{"scaling_factor": 0.25}')
+    inside = load(path)
+    assert torch.allclose(told.sae.encode(X), inside.sae.encode(X), atol=1e-5)
+    assert torch.allclose(told.sae.forward(X)[0], inside.sae.forward(X)[0], atol=1e-5)
+    assert sorted(told.declared.folded) == sorted(inside.declared.folded)
 
 
 def test_it_does_so_where_the_file_does_not_say(tmp_path: Path) -> None:

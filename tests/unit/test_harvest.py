@@ -18,9 +18,10 @@ from transformers import (
     ViTConfig,
 )
 
+from sae_models.points import POINTS
 from sae_models.training import corpus, harvest, sites, stream
 from sae_models.training.corpus import Document, Windows
-from sae_models.training.sites import POINTS, Site, parse_site
+from sae_models.training.sites import Site, hooked, parse_site
 from tests.unit import tiny
 
 SMALL: dict[str, Any] = {
@@ -107,12 +108,30 @@ def mlp_of(layer: Any) -> nn.Module:
     return nn.Sequential(layer.intermediate, layer.output.dense)
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", [point for point in POINTS if point != "resid_mid"])
 def test_a_post_norm_encoder_has_every_point(point: str, tmp_path: Path) -> None:
     saved("bert", tmp_path)
     trunk = harvest.load_trunk(tmp_path, Site(1, point))
     ((x,),) = harvest.activations(trunk, [Site(1, point)], [inputs_of("bert")])
     assert x.shape == (2, 6, 16)
+
+
+def test_a_post_norm_encoder_has_no_middle(tmp_path: Path) -> None:
+    saved("bert", tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.1\.resid_mid: the branches of BertLayer do not follow"):
+        harvest.load_trunk(tmp_path, Site(1, "resid_mid"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "vit"])
+def test_the_middle_is_what_the_mlp_is_added_to(name: str, tmp_path: Path) -> None:
+    saved(name, tmp_path)
+    wanted = [Site(1, point) for point in ("resid_mid", "mlp_out", "resid_post")]
+    trunk, push = harvest.load_trunk(tmp_path, *wanted), torch.randn(16)
+    ((middle, added, post),) = harvest.activations(trunk, wanted, [inputs_of(name)])
+    assert torch.allclose(middle + added, post, atol=1e-5)
+    with hooked(trunk, wanted[0], lambda x: x + push):
+        ((added, post),) = harvest.activations(trunk, wanted[1:], [inputs_of(name)])
+    assert torch.allclose(middle + push + added, post, atol=1e-5)
 
 
 def test_padding_does_not_reach_an_encoder_and_is_not_counted(tmp_path: Path) -> None:
