@@ -20,6 +20,7 @@ class Common:
     """Of every architecture. The defaults are those of TopK (arXiv 2406.04093); others say where theirs are from.
 
     latents F; k the mean number of active latents a token, kept or aimed at; precision of the encoder's product;
+    encoder_norm, that of encoder rows at first, along the decoder's;
     offset, what decoder_bias begins as: `median` (geometric) or `mean`; auxiliary_k, how many dead latents a token are
     asked to explain the error (None: d / 2), at auxiliary_weight; learning_rate, beta1, beta2, epsilon of Adam;
     gradient_norm, to which the gradient is cut (None: it is not). TopK is published with beta1 = 0.9; without momentum,
@@ -30,6 +31,7 @@ class Common:
     latents: int
     k: int = 32
     precision: str = "bfloat16"
+    encoder_norm: float = 1.0
     offset: str = "median"
     auxiliary_k: int | None = None
     auxiliary_weight: float = 1 / 32
@@ -84,7 +86,7 @@ class Architecture(nn.Module):
         self.config = config
         self.mesh: Mesh = ALONE
         directions = functional.normalize(torch.randn(config.latents, d, generator=generator), dim=1)
-        self.encoder = nn.Parameter(directions.clone())
+        self.encoder = nn.Parameter(config.encoder_norm * directions)
         self.bias = nn.Parameter(torch.zeros(config.latents))
         self.decoder = nn.Parameter(directions)
         self.decoder_bias = nn.Parameter(torch.zeros(d))

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sae_models.architectures import topk
 from sae_models.architectures.architecture import Architecture, Common, Loss, State
 from sae_models.sae import SAE
 from sae_models.training import sparse
@@ -23,7 +24,7 @@ BATCH = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(topk.Config):
     """As TopK's, which the paper takes over."""
 
 
