@@ -6,13 +6,14 @@ from typing import Any
 # In the order in which a layer's forward pass reaches them. resid_mid is the residual stream between the branches.
 POINTS = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 SITE = re.compile(rf"layers\.(\d+)\.({'|'.join(POINTS)})")
+FORM = f"layers.<L>.<{'|'.join(POINTS)}>"
 
 
 def parse(site: str) -> tuple[int, str]:
     """(layer, point) of a site's name. ValueError: it is none."""
     match = SITE.fullmatch(site)
     if match is None:
-        raise ValueError(f"site: {site!r} is not layers.<L>.<{'|'.join(POINTS)}>")
+        raise ValueError(f"site: {site!r} is not {FORM}")
     return int(match[1]), match[2]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_models import formula, sae
-from sae_models.points import POINTS, parse
+from sae_models.points import FORM, POINTS, SITE, parse
 
 HERE = Path(__file__).parent
 TRACED = (HERE / "bank.py", HERE / "sites.py", Path(formula.__file__), Path(sae.__file__))
@@ -29,8 +29,9 @@ class Layout:
     dictionaries: tuple[tuple[str, str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        for site in self.sites:
-            parse(site)
+        unknown = [site for site in self.sites if not SITE.fullmatch(site)]
+        if unknown:
+            raise ValueError(f"sites: {unknown[0]!r} is not {FORM}")
         if len(set(self.sites)) < len(self.sites):
             raise ValueError("sites: a site is named twice")
         for name in ("rows", "slots", "stages", "window"):
