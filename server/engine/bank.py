@@ -23,6 +23,7 @@ from server.steering import wire
 TOKEN = ("entry", "slot", "start", "count", "capture")
 
 
+SEQUENCE = ENTRY.index("sequence")
 NO_DICTIONARIES: Mapping[str, SAE] = MappingProxyType({})
 
 
@@ -43,6 +44,30 @@ def product_of_used(a: Tensor, b: Tensor, used: Tensor, inner: bool) -> Tensor:
 @product_of_used.register_fake
 def _(a: Tensor, b: Tensor, _used: Tensor, _inner: bool) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
+
+
+@torch.library.custom_op("rudder::condition_of_used", mutates_args=())
+def condition_of_used(
+    f: Tensor, entry: Tensor, token: Tensor, carry: Tensor, latched: Tensor, ring: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`sequence_condition` on a CPU: nothing where no program of the batch has one, and no more steps than its longest
+    request needs.
+    """
+    tokens = f.shape[0]
+    if not bool((entry[:, SEQUENCE] > 0).any()):
+        zero = entry.new_zeros(tokens)
+        return torch.zeros(tokens, dtype=torch.bool), zero, latched.new_zeros(tokens), zero.clone()
+    longest = int((torch.arange(tokens) - token[2]).max()) + 1
+    return sequence_condition(f, entry, token, carry, latched, ring, (longest - 1).bit_length())
+
+
+@condition_of_used.register_fake
+def _(
+    f: Tensor, entry: Tensor, _token: Tensor, _carry: Tensor, latched: Tensor, _ring: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens = f.shape[0]
+    holds = f.new_empty(tokens, dtype=torch.bool)
+    return holds, entry.new_empty(tokens), latched.new_empty(tokens), entry.new_empty(tokens)
 
 
 class Sequences(nn.Module):
@@ -207,7 +232,7 @@ class SiteBank(nn.Module):
         holds = (conditional == 0) | (f > edits[:, 6]).any(1)
         if self.keeps_sequences:
             carry, latched, ring = sequences.state[stage], sequences.latched[stage], sequences.ring[stage]
-            condition, state, alarms, score = sequence_condition(f, entry, token, carry, latched, ring, self.steps)
+            condition, state, alarms, score = self.condition(f, entry, token, carry, latched, ring)
             holds = holds & ((in_sequence == 0) | condition)
             here = gated > 0
             for kept, new in (("token_state", state), ("token_alarms", alarms), ("token_score", score)):
@@ -216,6 +241,12 @@ class SiteBank(nn.Module):
         is_open = torch.where(gated > 0, holds, sequences.is_open[stage, :tokens])
         sequences.is_open[stage, :tokens].copy_(is_open)
         return is_open
+
+    def condition(self, f: Tensor, entry: Tensor, token: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """`sequence_condition` of all that may be needed, or on a CPU of what is."""
+        if self.on_cpu:
+            return condition_of_used(f, entry, token, *state)
+        return sequence_condition(f, entry, token, *state, self.steps)
 
 
 def edit_parameters(program: wire.Site, places: list[int], rows: int, prompt: bool) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sae_models.formula import scan
+from sae_models.formula import ENTRY, IDENTITY_ENTRY, scan, sequence_condition
+from server.engine.bank import condition_of_used
 from server.engine.driver import Driver
 from server.engine.layout import Layout
 from server.steering import wire
@@ -191,3 +192,27 @@ def test_the_scan_is_the_loop() -> None:
         for i in range(int(start[t]), t + 1):
             state = max(float(floor[i]), float(decay[i]) * state + float(shift[i]))
         assert float(torch.maximum(c[t], a[t] * 0.25 + b[t])) == pytest.approx(state, abs=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [[1] * 9, [4, 1, 4], [9], [2, 7], [8, 1]])
+def test_what_a_cpu_leaves_out_of_the_scan_changes_nothing(lengths: list[int]) -> None:
+    g = torch.Generator().manual_seed(len(lengths))
+    table = dict(zip(ENTRY, IDENTITY_ENTRY, strict=True))
+    table |= {"gated": 1.0, "sequence": 1.0, "decay": 0.9, "gain": 1.0, "level": 0.1, "floor": -1.0, "latch": 1.0}
+    entry = torch.tensor([table[name] for name in ENTRY], dtype=torch.float64).repeat(9, 1)
+    start = torch.cat([torch.full((n,), sum(lengths[:i])) for i, n in enumerate(lengths)])
+    slot = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
+    token = torch.stack([torch.zeros_like(start), slot, start, torch.arange(9) + 1, torch.zeros_like(start)])
+    state = torch.rand(9, generator=g).double(), torch.zeros(9, dtype=torch.long), torch.zeros(9, 4).double()
+    f = torch.randn(9, 3, generator=g)
+    whole = sequence_condition(f, entry, token, *state, steps=12)
+    for ours, wanted in zip(condition_of_used(f, entry, token, *state), whole, strict=True):
+        assert torch.equal(ours, wanted)
+    assert whole[0].any()
+
+
+def test_without_a_sequence_condition_nothing_holds() -> None:
+    entry = torch.tensor(IDENTITY_ENTRY, dtype=torch.float64).repeat(2, 1)
+    state = torch.zeros(1).double(), torch.zeros(1, dtype=torch.long), torch.zeros(1, 4).double()
+    token = torch.zeros(5, 2, dtype=torch.long)
+    assert not condition_of_used(torch.ones(2, 3), entry, token, *state)[0].any()
