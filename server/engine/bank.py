@@ -242,11 +242,14 @@ class SiteBank(nn.Module):
         sequences.is_open[stage, :tokens].copy_(is_open)
         return is_open
 
-    def condition(self, f: Tensor, entry: Tensor, token: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+    def condition(
+        self, f: Tensor, entry: Tensor, token: Tensor, carry: Tensor, latched: Tensor, ring: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`sequence_condition` of all that may be needed, or on a CPU of what is."""
-        if self.on_cpu:
-            return condition_of_used(f, entry, token, *state)
-        return sequence_condition(f, entry, token, *state, self.steps)
+        if not self.on_cpu:
+            return sequence_condition(f, entry, token, carry, latched, ring, self.steps)
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = condition_of_used(f, entry, token, carry, latched, ring)
+        return found
 
 
 def edit_parameters(program: wire.Site, places: list[int], rows: int, prompt: bool) -> Tensor:
