@@ -1,7 +1,6 @@
 """`rudder bench engine`: plain vLLM against Rudder, alternating in one run, each in a process of its own."""
 
 import asyncio
-import gc
 import json
 import multiprocessing
 import os
@@ -179,8 +178,6 @@ def side_main(name: str, model: str, bundle: str, load: Load, pipe: Connection) 
     """The process of one side."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     asyncio.run(serve_side(name, model, bundle, load, pipe))
-    # vLLM's engine shuts down when it is collected, for which it needs what the interpreter's end takes away.
-    gc.collect()
 
 
 async def serve_side(name: str, model: str, bundle: str, load: Load, pipe: Connection) -> None:
