@@ -13,8 +13,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import zmq
-import zmq.asyncio
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import TokensPrompt
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -120,16 +118,13 @@ class Engine:
     async def connect(self, config: configuration.Config) -> None:
         """Open the telemetry channel and give the workers their bundles and pinned rows."""
         address = f"ipc://{self.folder.name}/telemetry"
-        key = secrets.token_bytes(32)
-        socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.bind(address)
-        self.spawn(self.hub.listen(socket, key))
+        self.hub.bind(address)
+        self.spawn(self.hub.listen())
         paths = {name: str(bundle.path) for name, bundle in self.bundles.items()}
         for loaded in await self.llm.collective_rpc("rudder_load", args=(paths,)):
             if loaded != {name: bundle.sha256 for name, bundle in self.bundles.items()}:
                 raise bundles.BundleError("bundles: a worker loaded another bundle than the server")
-        await self.llm.collective_rpc("rudder_connect", args=(address, key))
+        await self.llm.collective_rpc("rudder_connect", args=(address, self.hub.key))
         watched = [(site_of(w, self.bundles), row_of(w, self.bundles)) for w in config.watch]
         if watched:
             sites, columns = with_watch((), compile_watch(watched, self.registry, "watch"))
@@ -189,7 +184,8 @@ class Engine:
         handle = next(self.handles)
         request, columns = self.compile(call)
         order = None if columns == tuple(range(len(columns))) else columns
-        await self.admission.acquire(handle, request)
+        with self.hub.awaited():
+            await self.admission.acquire(handle, request)
         inbox = self.hub.open(handle, request)
         request_id = f"{handle}-{secrets.token_hex(4)}"
         try:
@@ -201,16 +197,16 @@ class Engine:
             async with aclosing(self.llm.generate(prompt, parameters, request_id)) as outputs:
                 async for out in outputs:
                     choice = out.outputs[0]
-                    generated += len(choice.token_ids)
-                    cached = max(cached, out.num_cached_tokens or 0)
                     ids = list(choice.token_ids)
+                    generated += len(ids)
+                    cached = max(cached, out.num_cached_tokens or 0)
                     if choice.finish_reason:
                         outcome = await self.outcome(choice, inbox, call, generated, cached)
                         features = inbox.take().reordered(order)
                         last = features.positions < outcome.prompt_tokens + generated - 1
                         yield Output(choice.text, ids, choice.logprobs, features.where(last), outcome)
                     elif inbox.reports:
-                        self.hub.sort()
+                        self.hub.update()
                         yield Output(choice.text, ids, choice.logprobs, inbox.take().reordered(order))
                     else:
                         yield Output(choice.text, ids, choice.logprobs, inbox.nothing)
@@ -233,19 +229,20 @@ class Engine:
     async def covered(self, inbox: Inbox, position: int) -> None:
         """Wait until every token before `position` has been reported."""
         deadline = time.monotonic() + TELEMETRY_TIMEOUT_S
-        while True:
-            self.hub.arrived.clear()
-            self.hub.sort()
-            if inbox.covered >= position:
-                return
-            if self.hub.lost:
-                raise self.hub.lost
-            if self.llm.errored:
-                raise EngineDeadError
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise TelemetryLost(f"no telemetry for position {inbox.covered}")
-            await happened(self.hub.arrived, min(remaining, 1.0))
+        with self.hub.awaited():
+            while True:
+                self.hub.arrived.clear()
+                self.hub.update()
+                if inbox.covered >= position:
+                    return
+                if self.hub.lost:
+                    raise self.hub.lost
+                if self.llm.errored:
+                    raise EngineDeadError
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    raise TelemetryLost(f"no telemetry for position {inbox.covered}")
+                await happened(self.hub.arrived, min(remaining, 1.0))
 
     async def see_released(self, handle: int, inbox: Inbox, request_id: str) -> None:
         """Make sure that a request's places come back, also when it never reached the worker."""

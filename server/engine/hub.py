@@ -1,23 +1,26 @@
 """Receives the worker's frames and sorts them into one inbox per request.
 
-Steady decoding sends frame after frame of the same shape. They are kept as they came and sorted together when someone
-asks: what a step costs here does not grow with the requests in flight unless they read features.
+Steady decoding sends frame after frame of the same shape. They lie in the socket until someone asks, are kept as they
+came and sorted together: what a step costs here does not grow with the requests in flight unless they read features.
 """
 
 import asyncio
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import zmq
-import zmq.asyncio
 
 from server.engine.telemetry import Array, Capture, Frame, TelemetryLost, column, unseal
 from server.steering import wire
 
 # Frames kept before they are sorted, whoever asks: bounds memory.
 LONGEST_RUN = 64
+# Frames that nobody awaits are taken in this often: a wake-up for each of them would take the model's cores from it.
+UNASKED_S = 0.1
 
 
 class Features(NamedTuple):
@@ -113,30 +116,63 @@ class Hub:
 
     def __init__(self, totals: Callable[[Array], None], released: Callable[[int], None]) -> None:
         self.totals, self.on_released = totals, released
+        self.key = secrets.token_bytes(32)
         self.inboxes: dict[int, Inbox] = {}
         self.run: Run | None = None
         self.arrived = asyncio.Event()
+        self.awaiting = 0
         self.expected = 0
         self.lost: TelemetryLost | None = None
+
+    def bind(self, address: str) -> None:
+        """Where the worker's frames arrive, sealed with `key`."""
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
+        self.socket.setsockopt(zmq.RCVHWM, 0)
+        self.socket.bind(address)
 
     def open(self, handle: int, request: wire.Request) -> Inbox:
         """Expect telemetry of a request from now on."""
         inbox = self.inboxes[handle] = Inbox(request)
         return inbox
 
-    async def listen(self, socket: zmq.asyncio.Socket, key: bytes) -> None:
-        """Take in frames for ever. A lost frame fails every request in flight and all that follow."""
-        while True:
-            message = await socket.recv()
+    async def listen(self) -> None:
+        """Take in for ever what nobody asks for."""
+        while self.lost is None:
+            self.receive()
+            await asyncio.sleep(UNASKED_S)
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Within it, frames are taken in as they come."""
+        loop, socket = asyncio.get_running_loop(), self.socket.fileno()
+        if not self.awaiting:
+            loop.add_reader(socket, self.receive)
+        self.awaiting += 1
+        # The socket's file descriptor tells of news only.
+        self.receive()
+        try:
+            yield
+        finally:
+            self.awaiting -= 1
+            if not self.awaiting:
+                loop.remove_reader(socket)
+
+    def receive(self) -> None:
+        """Take in every frame that has come. A lost one fails every request in flight and all that follow."""
+        while self.lost is None and int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN:
             try:
-                frame = unseal(message, key, self.expected)
+                frame = unseal(self.socket.recv(), self.key, self.expected)
             except TelemetryLost as lost:
                 self.lost = lost
-                self.arrived.set()
-                return
-            self.expected += 1
-            self.take(frame)
+            else:
+                self.expected += 1
+                self.take(frame)
             self.arrived.set()
+
+    def update(self) -> None:
+        """Bring the inboxes up to date."""
+        self.receive()
+        self.sort()
 
     def take(self, frame: Frame) -> None:
         """Take in a frame; its columns are sorted when someone asks."""

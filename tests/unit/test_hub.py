@@ -1,6 +1,8 @@
-"""Frames are sorted the same whether someone asks after every step or only at the end."""
+"""Frames are taken in and sorted the same whether someone asks after every step or only at the end."""
 
+import asyncio
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from server.engine.hub import Hub, Inbox
 from server.engine.telemetry import Frame
+from server.engine.worker import Channel
 from server.steering import wire
 
 ROW = wire.Row("sae", 1)
@@ -109,3 +112,35 @@ def test_steady_decoding_is_kept_as_it_came() -> None:
     assert inbox.covered == 0
     hub.sort()
     assert (inbox.first, inbox.covered, inbox.take().positions.tolist()) == (5, 15, list(range(5, 15)))
+
+
+async def test_a_gap_on_the_channel_fails_all_who_wait(tmp_path: Path) -> None:
+    hub = Hub(lambda _: None, lambda _: None)
+    address = f"ipc://{tmp_path}/telemetry"
+    hub.bind(address)
+    worker = Channel(address, hub.key)
+    task = asyncio.create_task(hub.listen())
+    worker.send(Frame(0))
+    worker.send(Frame(2))
+    await asyncio.wait_for(task, 5)
+    assert hub.arrived.is_set()
+    assert "frame 2 came where 1 was due" in str(hub.lost)
+
+
+async def test_frames_that_someone_awaits_are_taken_in_as_they_come(tmp_path: Path) -> None:
+    hub = Hub(lambda _: None, lambda _: None)
+    hub.bind(f"ipc://{tmp_path}/telemetry")
+    worker = Channel(f"ipc://{tmp_path}/telemetry", hub.key)
+    # Nobody listens: what comes in is taken in because it is awaited, one frame after the other.
+    with hub.awaited(), hub.awaited():
+        for number in range(5):
+            worker.send(Frame(number))
+            await asyncio.wait_for(hub.arrived.wait(), 5)
+            hub.arrived.clear()
+            assert hub.expected == number + 1
+    worker.send(Frame(5))
+    await asyncio.sleep(0.05)
+    assert hub.expected == 5
+    with hub.awaited():
+        await asyncio.wait_for(hub.arrived.wait(), 5)
+    assert hub.expected == 6
