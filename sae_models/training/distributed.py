@@ -6,7 +6,7 @@ the latents.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -65,13 +65,21 @@ class Mesh:
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over the parts of the batch. A gradient passes as it is: gradients are averaged later."""
-        meant: Tensor = _Mean.apply(tensor, self) if self.batch_parts > 1 else tensor  # type: ignore[no-untyped-call]
-        return meant
+        if self.batch_parts == 1:
+            return tensor
+        mean: Tensor = _Reduced.apply(tensor, lambda t: self.average([t]))  # type: ignore[no-untyped-call]
+        return mean
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over the parts of the latents. All go on with all of it, so a gradient passes as it is."""
-        summed: Tensor = _Total.apply(tensor, self) if self.latent_parts > 1 else tensor  # type: ignore[no-untyped-call]
+        if self.latent_parts == 1:
+            return tensor
+        summed: Tensor = _Reduced.apply(tensor, self.add_up)  # type: ignore[no-untyped-call]
         return summed
+
+    def add_up(self, tensor: Tensor) -> None:
+        """The sum over the parts of the latents, in place."""
+        dist.all_reduce(tensor, group=self.latent_group)
 
     def spread(self, tensor: Tensor) -> Tensor:
         """A tensor that all parts of the latents have, for each to read with its own: its gradient is of all."""
@@ -107,24 +115,14 @@ class Mesh:
 ALONE = Mesh()
 
 
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(_: Any, t: Tensor, mesh: Mesh) -> Tensor:
-        summed = t.detach().clone()
-        dist.all_reduce(summed, group=mesh.latent_group)
-        return summed
+class _Reduced(torch.autograd.Function):
+    """What `reduce` makes of a copy in place; a gradient passes as it is."""
 
     @staticmethod
-    def backward(_: Any, g: Tensor) -> Any:
-        return g, None
-
-
-class _Mean(torch.autograd.Function):
-    @staticmethod
-    def forward(_: Any, t: Tensor, mesh: Mesh) -> Tensor:
-        mean = t.detach().clone()
-        mesh.average([mean])
-        return mean
+    def forward(_: Any, t: Tensor, reduce: Callable[[Tensor], object]) -> Tensor:
+        reduced = t.detach().clone()
+        reduce(reduced)
+        return reduced
 
     @staticmethod
     def backward(_: Any, g: Tensor) -> Any:
@@ -139,7 +137,9 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return _Total.forward(None, g, ctx.mesh), None
+        summed = g.clone()
+        ctx.mesh.add_up(summed)
+        return summed, None
 
 
 def join(latent_parts: int, batch: int) -> Mesh:

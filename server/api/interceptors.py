@@ -13,6 +13,8 @@ from server.api.serving import REQUEST_ID, Context, Serving
 from server.monitoring import metrics
 
 OURS = "/rudder."
+# What gRPC adds to a call that an earlier attempt at the same call came before.
+PREVIOUS_ATTEMPTS = "grpc-previous-rpc-attempts"
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
 
 
@@ -48,6 +50,8 @@ def surrounded(behaviour: Behaviour, method: str, deserialize: Callable[[bytes],
         REQUEST_ID.set(request_id)
         context.set_trailing_metadata((("rudder-request-id", request_id),))
         began = time.monotonic()
+        if any(key == PREVIOUS_ATTEMPTS for key, _ in context.invocation_metadata() or ()):
+            metrics.retried(method)
 
         def ended(outcome: str) -> None:
             metrics.request_done(method, outcome, time.monotonic() - began)

@@ -18,6 +18,7 @@ INTER_TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2
 REQUESTS = Counter(
     "rudder_requests", "Calls ended, by method and outcome (OK or the reason of the error).", ["method", "outcome"]
 )
+RETRIED = Counter("rudder_retried_requests", "Calls that a client's gRPC library made again by itself.", ["method"])
 REQUEST_SECONDS = Histogram("rudder_request_seconds", "Time from call to end.", ["method"], buckets=SECONDS)
 FIRST_TOKEN = Histogram("rudder_time_to_first_token_seconds", "Time from call to first token.", buckets=SECONDS)
 INTER_TOKEN = Histogram("rudder_inter_token_seconds", "Time between tokens of a choice.", buckets=INTER_TOKEN_SECONDS)
@@ -31,6 +32,11 @@ def request_done(method: str, outcome: str, seconds: float) -> None:
     """A call has ended. `method` and `outcome` are from closed sets, so the series are bounded."""
     REQUESTS.labels(method, outcome).inc()
     REQUEST_SECONDS.labels(method).observe(seconds)
+
+
+def retried(method: str) -> None:
+    """A call is another attempt at one that came before."""
+    RETRIED.labels(method).inc()
 
 
 def stream_message(tokens: int) -> None:

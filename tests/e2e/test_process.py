@@ -1,6 +1,7 @@
 """The server as a process among others: many streams, cancellation, deadlines, stalled readers, health, leaving."""
 
 import asyncio
+import json
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from rudder.v1 import inference_pb2_grpc
+from rudder.v1 import inference_pb2, inference_pb2_grpc
 from rudder_client import AsyncClient, Client, Program, Report, RudderError
 from rudder_client.requests import generate_request
 from server.cli import TOUR
@@ -53,6 +54,17 @@ async def test_64_streams_with_64_programs_are_each_their_own(aclient: AsyncClie
         assert many[2] == f"feature {100 + number} of textbook-lm-layers.2"
     # Batches of other sizes round differently, so a tie may fall the other way now and then.
     assert sum(one == many for one, many in zip(alone, together, strict=True)) >= STREAMS - 2
+
+
+def test_what_grpc_tries_again_is_counted(server: Running) -> None:
+    retry = {"maxAttempts": 3, "initialBackoff": "0.01s", "maxBackoff": "0.01s", "backoffMultiplier": 1}
+    again = [{"name": [{}], "retryPolicy": retry | {"retryableStatusCodes": ["INVALID_ARGUMENT"]}}]
+    before = server.metric("rudder_retried_requests_total", method="InferenceService.Complete")
+    options = [("grpc.service_config", json.dumps({"methodConfig": again}))]
+    with grpc.insecure_channel(server.address, options) as channel, pytest.raises(grpc.RpcError):
+        inference_pb2_grpc.InferenceServiceStub(channel).Complete(inference_pb2.CompleteRequest(), timeout=30)
+    after = server.metric("rudder_retried_requests_total", method="InferenceService.Complete")
+    assert after - before == 2
 
 
 async def test_cancelling_half_leaves_the_others_and_leaks_nothing(aclient: AsyncClient, server: Running) -> None:
