@@ -33,7 +33,7 @@ def shipped() -> Bundle:
 @pytest.fixture(scope="module")
 def residuals(shipped: Bundle) -> dict[str, Tensor]:
     """Of the texts of the catalogue's contexts, at the SAE's layer and its neighbours."""
-    contexts = (shipped.catalogue.get(index).contexts[0] for index in range(0, 400, 4))
+    contexts = (context for index in range(0, 400, 4) for context in shipped.catalogue.get(index).contexts[:1])
     text = "\n".join(f"{context.before}{context.token}{context.after}" for context in contexts)
     tokenizer = harvest.load_tokenizer(PRETRAINED / "textbook-lm")
     documents = [Document("", "", text)]

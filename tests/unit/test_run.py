@@ -209,7 +209,7 @@ def test_a_store_gives_the_run_that_harvesting_on_the_fly_gives_but_for_rounding
     asked["data"] = {"block": 2000, "store": str(tmp_path / "store")}
     run.run(config.convert(asked))
     last, expected = curve(Path(asked["out"]))[-1][2], curve(Path(whole.out))[-1][2]
-    assert last["fvu"] == pytest.approx(expected["fvu"], rel=0.1)
+    assert last["fvu"] == pytest.approx(expected["fvu"], rel=0.2)
     assert last["l0"] == pytest.approx(expected["l0"], rel=0.05)
 
 
