@@ -19,9 +19,9 @@ latents is active, have all of these latents set to {dose:g} residual norms. How
 frequency on microbiology, below {ceiling:.0%} on the other books and {ratio:g} times as frequent as on \
 anatomy-physiology or chemistry; the detector by logistic regression with {neighbour_weight:.0%} of its negative \
 weight on those two; both on four fifths of the sections. The level is the one that {false_alarms:.0%} of the benign \
-windows of another tenth pass, most of them from those two books. On that tenth the dose was chosen among -0.1, \
--0.15, -0.2 and blends towards the mean of weight 0.6 to 1: it is the one that leaves text fluent. A last tenth of \
-the sections was kept for the report."""
+windows of another tenth pass, most of them from those two books. The dose was chosen on such a tenth with an earlier \
+model, among -0.1, -0.15, -0.2 and blends towards the mean of weight 0.6 to 1: it is the one that left text fluent. A \
+last tenth of the sections was kept for the report."""
 MORE_ASTRONOMY = """\
 Speaks of astronomy. Adds {value:g} residual norms to each of the {latents} latents that are most frequent on \
 astronomy among those {ratio:g} times as frequent there as in any other book."""
