@@ -29,7 +29,7 @@ SERVICES = ("rudder.v1.InferenceService", "rudder.v1.FeatureService", "rudder.v1
 
 def program(number: int) -> Program:
     """A different one for each stream."""
-    return Program().at(SITE).set(feature=100 + number, to=10.0 + number % 7)
+    return Program().at(SITE).set(feature=100 + number, to=0.4 + 0.05 * (number % 7), unit="residual")
 
 
 async def answer(client: AsyncClient, number: int, tokens: int = 24) -> tuple[str, list[int], str]:
