@@ -132,13 +132,15 @@ class Catalogue:
         return [Summary(*row) for row in rows]
 
     def search(self, words: str, limit: int) -> list[Summary]:
-        """Up to `limit` latents whose label has all the words, or words that begin so, best first. Any text is fine."""
+        """Up to `limit` latents whose label has all the words, or words that begin so, best first, and of labels as good
+        the more frequent latents. Any text is fine.
+        """
         query = " ".join(f'"{word}"*' for word in re.findall(r"[^\W_]+", words)[:MAX_SEARCH_WORDS])
         if not query:
             return []
         matching = 'JOIN labels ON labels.rowid = latents."index" WHERE labels MATCH ?'
         rows = self._database.execute(
-            f"{SUMMARY} {matching} ORDER BY labels.rank, labels.rowid LIMIT ?", (query, max(limit, 0))
+            f"{SUMMARY} {matching} ORDER BY labels.rank, frequency DESC, labels.rowid LIMIT ?", (query, max(limit, 0))
         )
         return [Summary(*row) for row in rows]
 

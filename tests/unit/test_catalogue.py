@@ -67,6 +67,15 @@ def test_search_wants_all_words_or_their_beginnings(opened: Catalogue) -> None:
     assert opened.search("viral", -1) == []
 
 
+def test_of_labels_as_good_the_more_frequent_latent_is_first(tmp_path: Path) -> None:
+    labels = (("star, foot", 0.1), ("stars, galaxies", 0.3), ("starry, night", 0.2))
+    path = tmp_path / "c.sqlite"
+    catalogue.write(path, (Latent(Summary(i, *label, 1.0), (), ()) for i, label in enumerate(labels)))
+    reader = Catalogue(path)
+    assert found(reader, "star") == [1, 2, 0]
+    reader.close()
+
+
 @pytest.mark.parametrize(
     "words", ["foo AND (", '"', "*", "planet OR virus", "NEAR(", "label:virus", "-", "", "\0", "\ud800", "a" * 100_000]
 )
