@@ -132,8 +132,9 @@ class Catalogue:
         return [Summary(*row) for row in rows]
 
     def search(self, words: str, limit: int) -> list[Summary]:
-        """Up to `limit` latents whose label has all the words, or words that begin so, best first, and of labels as good
-        the more frequent latents. Any text is fine.
+        """Up to `limit` latents whose label has all the words, or words that begin so. Any text is fine.
+
+        The best labels come first, and of labels as good the more frequent latents.
         """
         query = " ".join(f'"{word}"*' for word in re.findall(r"[^\W_]+", words)[:MAX_SEARCH_WORDS])
         if not query:
