@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -23,12 +24,10 @@ from tqdm import tqdm
 from sae_models.training.files import PARTIAL, locked, write_whole
 from sae_models.training.stream import Source, Vectors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "store.json"
 SCALE = ".scale"
 SHARD_TOKENS = 131_072
-# Vectors that are read as one: a sequential read, and few enough that a block mixes many.
-CHUNK_TOKENS = 2048
 
 Precision = Literal["bfloat16", "int8"]
 
@@ -51,10 +50,12 @@ class Content(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file. `chunks` of the harvest went into it; `error` is what the precision costs, as FVU at each site."""
+    """One file. `chunks`: vectors of each chunk of the harvest in it, so that they are read in the order in which they
+    would be on the fly. `error` is what the precision costs, as FVU at each site.
+    """
 
     file: str
-    chunks: int
+    chunks: tuple[int, ...]
     tokens: int
     size: int
     sha256: str
@@ -97,9 +98,9 @@ class Store:
     @cached_property
     def _chunks(self) -> list[tuple[int, int, int]]:
         return [
-            (number, first, min(first + CHUNK_TOKENS, shard.tokens))
+            (number, last - size, last)
             for number, shard in enumerate(self.manifest.shards)
-            for first in range(0, shard.tokens, CHUNK_TOKENS)
+            for size, last in zip(shard.chunks, accumulate(shard.chunks), strict=True)
         ]
 
     def load(self, chunks: Sequence[int]) -> Vectors:
@@ -189,7 +190,7 @@ def _shards(source: Source, manifest: Manifest, shard_tokens: int) -> Iterator[t
     content, done = manifest.content, sum(shard.tokens for shard in manifest.shards)
     held: list[Vectors] = []
     number, tokens = len(manifest.shards), 0
-    first = sum(shard.chunks for shard in manifest.shards)
+    first = sum(len(shard.chunks) for shard in manifest.shards)
     with tqdm(total=content.tokens, initial=done, desc="harvest", unit="tok", unit_scale=True) as progress:
         for chunk in range(first, len(source.sizes)):
             if done + tokens >= content.tokens:
@@ -210,7 +211,9 @@ def _packed(name: str, held: Sequence[Vectors], most: int, content: Content) -> 
         x = torch.cat([part[site] for part in held])[:most].float().cpu()
         tensors |= quantised(site, x, content.precision)
         error[site] = lost(x, restored(tensors[site], tensors.get(site + SCALE)))
-    return Shard(name, len(held), len(x), 0, "", error), tensors
+    ends = [0, *accumulate(len(part[content.sites[0]]) for part in held)]
+    chunks = tuple(min(last, most) - first for first, last in pairwise(ends))
+    return Shard(name, chunks, len(x), 0, "", error), tensors
 
 
 def _with_shard(folder: Path, manifest: Manifest, shard: Shard, tensors: dict[str, Tensor]) -> Manifest:

@@ -209,11 +209,11 @@ def test_a_store_gives_the_run_that_harvesting_on_the_fly_gives_but_for_rounding
     asked["data"] = {"block": 2000, "store": str(tmp_path / "store")}
     run.run(config.convert(asked))
     kept, live = curve(Path(asked["out"])), curve(Path(whole.out))
-    assert kept[-1][2]["l0"] == pytest.approx(live[-1][2]["l0"], rel=0.05)
-    # A store has other chunks, so the vectors come in another order: the last line alone would be luck.
     for name in {name for _, name, _ in live}:
-        ours, wanted = (sum(at["fvu"] for _, sae, at in lines if sae == name) for lines in (kept, live))
-        assert ours == pytest.approx(wanted, rel=0.1)
+        ours, wanted = ([at["fvu"] for _, sae, at in lines if sae == name] for lines in (kept, live))
+        # The same vectors in the same order; bfloat16 tells later.
+        assert ours[:5] == pytest.approx(wanted[:5], rel=2e-3)
+        assert ours == pytest.approx(wanted, rel=0.05)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
