@@ -4,24 +4,19 @@ import asyncio
 import json
 import multiprocessing
 import os
-import socket
 import statistics
-import sys
 import tempfile
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
-from sae_models.points import parse
-from server import config as configuration
 from server.bench.shapes import SHAPES, write_bundle, write_model
 
 WATCHED = 64
@@ -38,7 +33,9 @@ class Load:
     requests: int = 64
     prompt_tokens: int = 32
     new_tokens: int = 128
-    pairs: int = 5
+    # Each pair of engines is started so often: which pages and cores a start gets moves its speed by some percent.
+    starts: int = 4
+    pairs: int = 2
     rows: int = 256
     latents: int = 16384
     sites: int = 1
@@ -55,14 +52,25 @@ class Load:
 
 
 def run(load: Load, output: Path | None) -> dict[str, Any]:
-    """Run every case and write the result. `pairs`: (plain, Rudder) tokens per second, one after the other."""
+    """Run every case and write the result. `pairs`: (plain, Rudder) tokens per second, one after the other, those of
+    one start after those of another.
+    """
     console = Console(stderr=True)
-    with tempfile.TemporaryDirectory(prefix="rudder-bench-") as folder:
+    cases = load.all_cases()
+    pairs: dict[str, list[Pair]] = {case: [] for case in cases}
+    with tempfile.TemporaryDirectory(prefix="rudder-bench-") as folder, Progress(console=console) as progress:
         model, bundle = prepare(Path(folder), load)
-        sides = ("plain", "rudder", GRPC) if GRPC in load.all_cases() else ("plain", "rudder")
-        with ExitStack() as running:
-            started = {name: running.enter_context(Side(name, model, bundle, load)) for name in sides}
-            result = {"machine": machine(), "load": asdict(load), "cases": measure(load, started, console)}
+        bar = progress.add_task("pairs", total=load.starts * len(cases) * (load.pairs + 1))
+        for _ in range(load.starts):
+            with ExitStack() as running:
+                sides = {name: running.enter_context(Side(name, model, bundle, load)) for name in sides_of(cases)}
+                for case in cases:
+                    pairs[case] += measure(case, load, sides, lambda: progress.advance(bar))
+    result = {
+        "machine": machine(),
+        "load": asdict(load),
+        "cases": {case: summary(found, load) for case, found in pairs.items()},
+    }
     console.print(table(result["cases"]))
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -70,30 +78,33 @@ def run(load: Load, output: Path | None) -> dict[str, Any]:
     return result
 
 
-def measure(load: Load, sides: dict[str, "Side"], console: Console) -> dict[str, Any]:
-    """Alternate two sides, case by case; the first pair of each case warms up."""
-    cases: dict[str, Any] = {}
-    with Progress(console=console) as progress:
-        bar = progress.add_task("pairs", total=len(load.all_cases()) * (load.pairs + 1))
-        for case in load.all_cases():
-            base, ours = ("rudder", GRPC) if case == GRPC else ("plain", "rudder")
-            pairs = []
-            for number in range(load.pairs + 1):
-                order = (base, ours) if number % 2 else (ours, base)
-                runs = {name: sides[name].measure(case) for name in order}
-                pairs.append((runs[base], runs[ours]))
-                progress.advance(bar)
-            cases[case] = summary(pairs[1:])
-    return cases
+def sides_of(cases: Sequence[str]) -> list[str]:
+    """The engines that some cases need."""
+    needed = {side for case in cases for side in (("rudder", GRPC) if case == GRPC else ("plain", "rudder"))}
+    return [side for side in ("plain", "rudder", GRPC) if side in needed]
 
 
-def summary(pairs: list[tuple["Run", "Run"]]) -> dict[str, Any]:
+def measure(case: str, load: Load, sides: Mapping[str, "Side"], advance: Callable[[], None]) -> list["Pair"]:
+    """Alternate two sides; the first pair warms up."""
+    base, ours = ("rudder", GRPC) if case == GRPC else ("plain", "rudder")
+    pairs = []
+    for number in range(load.pairs + 1):
+        runs = {name: sides[name].measure(case) for name in ((base, ours) if number % 2 else (ours, base))}
+        pairs.append((runs[base], runs[ours]))
+        advance()
+    return pairs[1:]
+
+
+def summary(pairs: Sequence["Pair"], load: Load) -> dict[str, Any]:
     """The case's entry of the result."""
     base, ours = zip(*pairs, strict=True)
+    ratios = [b.tok_s / a.tok_s for a, b in pairs]
+    starts = [ratios[first : first + load.pairs] for first in range(0, len(ratios), load.pairs)]
     return {
         "plain_tok_s": round(statistics.median(run.tok_s for run in base), 1),
         "tok_s": round(statistics.median(run.tok_s for run in ours), 1),
-        "ratio": round(statistics.median(b.tok_s / a.tok_s for a, b in pairs), 4),
+        "ratio": round(statistics.median(ratios), 4),
+        "ratio_of_each_start": [round(statistics.median(part), 4) for part in starts],
         "pairs": [[round(a.tok_s, 1), round(b.tok_s, 1)] for a, b in pairs],
         "first_token_added_ms": round(statistics.median(b.first_ms - a.first_ms for a, b in pairs), 2),
     }
@@ -101,10 +112,12 @@ def summary(pairs: list[tuple["Run", "Run"]]) -> dict[str, Any]:
 
 def table(cases: dict[str, Any]) -> Table:
     """The cases for people."""
-    shown = Table("case", "plain tok/s", "Rudder tok/s", "ratio", "ratios of the pairs")
+    shown = Table(Column("case", no_wrap=True), "plain", "Rudder", "ratio", "of each start", "first token")
+    shown.caption = "plain and Rudder: tokens a second"
     for name, case in cases.items():
-        ratios = " ".join(f"{b / a:.3f}" for a, b in case["pairs"])
-        shown.add_row(name, f"{case['plain_tok_s']:.0f}", f"{case['tok_s']:.0f}", f"{case['ratio']:.3f}", ratios)
+        ratios = " ".join(f"{ratio:.3f}" for ratio in case["ratio_of_each_start"])
+        speeds = (f"{case[side]:.0f}" for side in ("plain_tok_s", "tok_s"))
+        shown.add_row(name, *speeds, f"{case['ratio']:.3f}", ratios, f"{case['first_token_added_ms']:+.0f} ms")
     return shown
 
 
@@ -141,17 +154,21 @@ class Run:
     first_ms: float
 
 
+Pair = tuple[Run, Run]
+
+
 class Side:
     """One engine in a process of its own, which runs the load when told."""
 
     def __init__(self, name: str, model: Path, bundle: Path, load: Load) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=side_main, args=(name, str(model), str(bundle), load, theirs))
+        self.pipe, self.theirs = context.Pipe()
+        self.process = context.Process(target=side_main, args=(name, str(model), str(bundle), load, self.theirs))
 
     def __enter__(self) -> "Side":
         self.process.start()
+        self.theirs.close()
         self.receive()
         return self
 
@@ -168,160 +185,16 @@ class Side:
 
     def receive(self) -> Any:
         """The process's next answer; RuntimeError when it has died."""
-        while not self.pipe.poll(1):
-            if not self.process.is_alive():
-                raise RuntimeError(f"the {self.name} engine stopped with exit code {self.process.exitcode}")
-        return self.pipe.recv()
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise RuntimeError(f"the {self.name} engine stopped with exit code {self.process.exitcode}") from None
 
 
 def side_main(name: str, model: str, bundle: str, load: Load, pipe: Connection) -> None:
     """The process of one side."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    asyncio.run(serve_side(name, model, bundle, load, pipe))
+    from server.bench import sides
 
-
-async def serve_side(name: str, model: str, bundle: str, load: Load, pipe: Connection) -> None:
-    """Start the engine, then run the load for every case that comes through the pipe."""
-    config = configuration.Config(
-        engine=configuration.Engine(
-            model=model, bundles=(bundle,), sites=sites_of(load)[1:], sequence_sites=sites_of(load)[:1], rows=load.rows,
-            max_num_seqs=load.requests, slots=load.requests, max_model_len=1024, max_num_batched_tokens=2048,
-            kv_cache_memory_bytes=2 << 30, dtype="bfloat16", enforce_eager=load.eager, load_format="dummy",
-        ),
-        programs=configuration.Programs(folder=None),
-    )  # fmt: skip
-    start = {"plain": start_plain, "rudder": start_rudder, GRPC: start_grpc}[name]
-    generate, stop = await start(config, load)
-    pipe.send("ready")
-    loop = asyncio.get_running_loop()
-    while case := await loop.run_in_executor(None, pipe.recv):
-        begin = time.perf_counter()
-        first = await asyncio.gather(*(drain(generate(case, number)) for number in range(load.requests)))
-        rate = load.requests * load.new_tokens / (time.perf_counter() - begin)
-        pipe.send(Run(rate, 1e3 * statistics.median(first)))
-    stop()
-
-
-Generate = Callable[[str, int], AsyncIterator[Any]]
-
-
-async def drain(outputs: AsyncIterator[Any]) -> float:
-    """Read a stream to its end; seconds to its first message."""
-    begin, first = time.perf_counter(), 0.0
-    async for _ in outputs:
-        first = first or time.perf_counter() - begin
-    return first
-
-
-def sampling(load: Load) -> Any:
-    """Greedy, of exact length, ids only."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=0.0,
-        max_tokens=load.new_tokens,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
-
-
-def prompt(load: Load, number: int) -> list[int]:
-    """A prompt that shares no prefix with the others; BOS first."""
-    return [1, *((7 * number + 13 * i) % 8000 + 2 for i in range(load.prompt_tokens - 1))]
-
-
-async def start_plain(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
-    """Unmodified vLLM with the same arguments."""
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    from server.engine.engine import engine_args
-    from server.engine.layout import Layout
-
-    args = engine_args(config, Layout(sites_of(load)))
-    llm = AsyncLLM.from_engine_args(replace(args, worker_cls="auto", additional_config={}))
-
-    def generate(_case: str, number: int) -> AsyncIterator[Any]:
-        outputs: AsyncIterator[Any] = llm.generate(
-            {"prompt_token_ids": prompt(load, number)}, sampling(load), f"{time.perf_counter_ns()}-{number}"
-        )
-        return outputs
-
-    return generate, llm.shutdown
-
-
-async def start_rudder(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
-    """Rudder's engine, self-tested."""
-    from rudder.v1 import program_pb2
-    from server.engine import selftest
-    from server.engine.engine import Engine
-    from server.steering.compile import compile_program
-    from server.steering.watch import compile_watch
-
-    engine = await Engine.start(config)
-    await selftest.run(engine)
-    programs = [compile_program(program_of(load, number), engine.registry) for number in range(load.programs)]
-    features = [program_pb2.Row(feature=program_pb2.Feature(index=i)) for i in range(WATCHED)]
-    watch = compile_watch([(sites_of(load)[0], row) for row in features], engine.registry, "watch")
-
-    def generate(case: str, number: int) -> AsyncIterator[Any]:
-        return engine.stream(call_of(case, number, load, programs, watch))
-
-    return generate, engine.llm.shutdown
-
-
-async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
-    """A server process, reached by the Python client in this one."""
-    from rudder_client import AsyncClient
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    listening = replace(config, listen=configuration.Listen(port=port, metrics_port=0))
-    settings = Path(config.engine.bundles[0]).with_suffix(".yaml")
-    settings.write_text(configuration.show(listening))
-    server = await asyncio.create_subprocess_exec(sys.executable, "-m", "server", "serve", "--config", str(settings))
-    client = AsyncClient(f"127.0.0.1:{port}")
-    await client.wait_ready(timeout=600)
-
-    def generate(_case: str, number: int) -> AsyncIterator[Any]:
-        stream = client.generate(prompt(load, number), temperature=0.0, max_tokens=load.new_tokens, ignore_eos=True)
-        return aiter(stream)
-
-    return generate, server.terminate
-
-
-def call_of(case: str, number: int, load: Load, programs: list[Any], watch: Any) -> Any:
-    """Request `number` of a case."""
-    from server.engine.call import Call
-
-    site = sites_of(load)[0]
-    more: dict[str, Any] = {}
-    if case.endswith("program"):
-        more = {"compiled": programs[0]}
-    if case.endswith("programs"):
-        more = {"compiled": programs[number % len(programs)]}
-    if case.startswith("watch"):
-        more = {"watch": watch}
-    if case.startswith("full_encode"):
-        more = {"top_k": 8, "top_k_sites": (site,)}
-    return Call(tuple(prompt(load, number)), sampling(load), **more)
-
-
-def program_of(load: Load, number: int) -> Any:
-    """A program that edits a few latents at the bundle's site and pushes at every other one."""
-    from rudder.v1 import program_pb2
-
-    edits = [
-        program_pb2.Edit(
-            row=program_pb2.Row(feature=program_pb2.Feature(index=(3 * number + i) % (load.rows // 2))), clamp=-1.0
-        )
-        for i in range(PROGRAM_EDITS)
-    ]
-    width = SHAPES[load.shape].width
-    vector = program_pb2.Vector(name="push", values=[0.01] * width)
-    push = program_pb2.Edit(row=program_pb2.Row(vector=vector), add=1.0 + number)
-    first, *others = sorted(sites_of(load), key=lambda site: (site != sites_of(load)[0], parse(site)))
-    sites = [program_pb2.SiteEdits(site=first, edits=edits)]
-    return program_pb2.Program(sites=[*sites, *(program_pb2.SiteEdits(site=site, edits=[push]) for site in others)])
+    asyncio.run(sides.serve(name, model, bundle, load, pipe))

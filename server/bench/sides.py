@@ -1,0 +1,159 @@
+"""What runs in the process of each side of `rudder bench engine`: an engine, and the load on it.
+
+vLLM is imported here and not in a function: modules of its own keep the frames of failed imports, with what these hold.
+"""
+
+import asyncio
+import socket
+import statistics
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from rudder.v1 import program_pb2
+from rudder_client import AsyncClient
+from sae_models.points import parse
+from server import config as configuration
+from server.bench.engine import GRPC, PROGRAM_EDITS, WATCHED, Load, Run, sites_of
+from server.bench.shapes import SHAPES
+from server.engine import selftest
+from server.engine.call import Call
+from server.engine.engine import Engine, engine_args
+from server.engine.layout import Layout
+from server.steering.compile import compile_program
+from server.steering.watch import compile_watch
+
+
+async def serve(name: str, model: str, bundle: str, load: Load, pipe: Connection) -> None:
+    """Start the engine, then run the load for every case that comes through the pipe."""
+    config = configuration.Config(
+        engine=configuration.Engine(
+            model=model, bundles=(bundle,), sites=sites_of(load)[1:], sequence_sites=sites_of(load)[:1], rows=load.rows,
+            max_num_seqs=load.requests, slots=load.requests, max_model_len=1024, max_num_batched_tokens=2048,
+            kv_cache_memory_bytes=2 << 30, dtype="bfloat16", enforce_eager=load.eager, load_format="dummy",
+        ),
+        programs=configuration.Programs(folder=None),
+    )  # fmt: skip
+    start = {"plain": start_plain, "rudder": start_rudder, GRPC: start_grpc}[name]
+    generate, stop = await start(config, load)
+    pipe.send("ready")
+    loop = asyncio.get_running_loop()
+    while case := await loop.run_in_executor(None, pipe.recv):
+        begin = time.perf_counter()
+        first = await asyncio.gather(*(drain(generate(case, number)) for number in range(load.requests)))
+        rate = load.requests * load.new_tokens / (time.perf_counter() - begin)
+        pipe.send(Run(rate, 1e3 * statistics.median(first)))
+    stop()
+
+
+Generate = Callable[[str, int], AsyncIterator[Any]]
+
+
+async def drain(outputs: AsyncIterator[Any]) -> float:
+    """Read a stream to its end; seconds to its first message."""
+    begin, first = time.perf_counter(), 0.0
+    async for _ in outputs:
+        first = first or time.perf_counter() - begin
+    return first
+
+
+def sampling(load: Load) -> Any:
+    """Greedy, of exact length, ids only."""
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=load.new_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def prompt(load: Load, number: int) -> list[int]:
+    """A prompt that shares no prefix with the others; BOS first."""
+    return [1, *((7 * number + 13 * i) % 8000 + 2 for i in range(load.prompt_tokens - 1))]
+
+
+async def start_plain(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
+    """Unmodified vLLM with the same arguments."""
+    args = engine_args(config, Layout(sites_of(load)))
+    llm = AsyncLLM.from_engine_args(replace(args, worker_cls="auto", additional_config={}))
+
+    def generate(_case: str, number: int) -> AsyncIterator[Any]:
+        outputs: AsyncIterator[Any] = llm.generate(
+            {"prompt_token_ids": prompt(load, number)}, sampling(load), f"{time.perf_counter_ns()}-{number}"
+        )
+        return outputs
+
+    return generate, llm.shutdown
+
+
+async def start_rudder(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
+    """Rudder's engine, self-tested."""
+    engine = await Engine.start(config)
+    await selftest.run(engine)
+    programs = [compile_program(program_of(load, number), engine.registry) for number in range(load.programs)]
+    features = [program_pb2.Row(feature=program_pb2.Feature(index=i)) for i in range(WATCHED)]
+    watch = compile_watch([(sites_of(load)[0], row) for row in features], engine.registry, "watch")
+
+    def generate(case: str, number: int) -> AsyncIterator[Any]:
+        return engine.stream(call_of(case, number, load, programs, watch))
+
+    return generate, engine.llm.shutdown
+
+
+async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
+    """A server process, reached by the Python client in this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    listening = replace(config, listen=configuration.Listen(port=port, metrics_port=0))
+    settings = Path(config.engine.bundles[0]).with_suffix(".yaml")
+    settings.write_text(configuration.show(listening))
+    server = await asyncio.create_subprocess_exec(sys.executable, "-m", "server", "serve", "--config", str(settings))
+    client = AsyncClient(f"127.0.0.1:{port}")
+    await client.wait_ready(timeout=600)
+
+    def generate(_case: str, number: int) -> AsyncIterator[Any]:
+        stream = client.generate(prompt(load, number), temperature=0.0, max_tokens=load.new_tokens, ignore_eos=True)
+        return aiter(stream)
+
+    return generate, server.terminate
+
+
+def call_of(case: str, number: int, load: Load, programs: list[Any], watch: Any) -> Any:
+    """Request `number` of a case."""
+    site = sites_of(load)[0]
+    more: dict[str, Any] = {}
+    if case.endswith("program"):
+        more = {"compiled": programs[0]}
+    if case.endswith("programs"):
+        more = {"compiled": programs[number % len(programs)]}
+    if case.startswith("watch"):
+        more = {"watch": watch}
+    if case.startswith("full_encode"):
+        more = {"top_k": 8, "top_k_sites": (site,)}
+    return Call(tuple(prompt(load, number)), sampling(load), **more)
+
+
+def program_of(load: Load, number: int) -> Any:
+    """A program that edits a few latents at the bundle's site and pushes at every other one."""
+    edits = [
+        program_pb2.Edit(
+            row=program_pb2.Row(feature=program_pb2.Feature(index=(3 * number + i) % (load.rows // 2))), clamp=-1.0
+        )
+        for i in range(PROGRAM_EDITS)
+    ]
+    width = SHAPES[load.shape].width
+    vector = program_pb2.Vector(name="push", values=[0.01] * width)
+    push = program_pb2.Edit(row=program_pb2.Row(vector=vector), add=1.0 + number)
+    first, *others = sorted(sites_of(load), key=lambda site: (site != sites_of(load)[0], parse(site)))
+    sites = [program_pb2.SiteEdits(site=first, edits=edits)]
+    return program_pb2.Program(sites=[*sites, *(program_pb2.SiteEdits(site=site, edits=[push]) for site in others)])
