@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sae_models.sae import SAE
 from sae_models.strongest import Screen, strongest
 from server.engine.bank import SiteBank
 from server.engine.driver import Live, Step
@@ -39,7 +40,7 @@ class Columns:
 class Readable:
     """A dictionary that can be read whole, and the numbers of the sites that it reads."""
 
-    screen: Screen
+    screen: Screen | SAE
     sites: list[int]
 
 
