@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -43,6 +44,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "evaluate", parents=[common], help="loss by book on held-out sections, with and without a program"
     )
     measuring.add_argument("--program", type=Path, required=True, help="YAML file of the program")
+    measuring.add_argument("--twin", type=Path, help="folder of a model that has never seen the topic, to compare with")
     measuring.add_argument(
         "--windows", type=int, default=24, help="at most so many windows of each book (default %(default)s)"
     )
@@ -71,17 +73,31 @@ def write_programs(options: argparse.Namespace) -> None:
 def print_losses(options: argparse.Namespace) -> None:
     """A table by book, most harmed first."""
     program = programs.read(options.program)
+    twin = load_twin(options.twin, options.model) if options.twin else None
     using = material(options)
     windows = derive.chosen(using, corpus.HELD_OUT_FOLDS, dict.fromkeys(using.books, options.windows))
     model = harvest.load_model(options.model)
-    plain = metrics.losses(model, windows)
+    plain, never = metrics.losses(model, windows), metrics.losses(twin, windows) if twin else None
+    found = unlearning.table(model, using.trunk, using.bundle, program, windows, using.documents, plain, never)
     table = Table(title=f"{program.name}: nats a token on held-out sections")
-    for column in ("book", "tokens", "without", "with", "rise", "touched"):
+    for column in ("book", "tokens", "without", "with", "rise", "touched", *(("twin", "gap") if twin else ())):
         table.add_column(column, justify="left" if column == "book" else "right")
-    for row in unlearning.table(model, using.trunk, using.bundle, program, windows, using.documents, plain):
+    for row in found:
         rise = f"{row.edited - row.plain:+.3f}"
-        table.add_row(row.book, f"{row.tokens:,}", f"{row.plain:.3f}", f"{row.edited:.3f}", rise, f"{row.touched:.2%}")
+        beside = ["" if figure is None else f"{figure:.3f}" for figure in (row.twin, row.gap)] if twin else []
+        figures = f"{row.tokens:,}", f"{row.plain:.3f}", f"{row.edited:.3f}", rise, f"{row.touched:.2%}"
+        table.add_row(row.book, *figures, *beside)
+    if twin:
+        table.caption = "gap: the rise as a share of what the twin lacks; 1 is as ignorant as a model that never saw it"
     Console().print(table)
+
+
+def load_twin(folder: Path, model: Path) -> Any:
+    """The twin. ValueError: it reads other tokens than the model."""
+    theirs, ours = (harvest.load_tokenizer(each).get_vocab() for each in (folder, model))
+    if theirs != ours:
+        raise ValueError(f"twin: {folder} reads other tokens than {model}: their losses cannot be compared")
+    return harvest.load_model(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,15 +14,29 @@ from sae_models.training.harvest import residuals
 from sae_models.training.metrics import behind_bos, losses
 from sae_models.training.sites import parse_site
 
+# Nats a token: two models of the same recipe differ by less than this on what both have seen.
+LACKS = 0.1
+
 
 class BookLoss(NamedTuple):
-    """Of one book: counted tokens, nats a token without and with the program, share of tokens touched."""
+    """Of one book: counted tokens, nats a token without and with the program, share of tokens touched; nats a token of
+    the twin, a model like this one that has never seen the topic.
+    """
 
     book: str
     tokens: int
     plain: float
     edited: float
     touched: float
+    twin: float | None = None
+
+    @property
+    def gap(self) -> float | None:
+        """What the program takes away, as a share of what the twin lacks: 1 is as ignorant as the twin. None where the
+        twin lacks nothing worth telling, or there is none.
+        """
+        lacks = 0.0 if self.twin is None else self.twin - self.plain
+        return (self.edited - self.plain) / lacks if lacks > LACKS else None
 
 
 def table(
@@ -33,8 +47,9 @@ def table(
     windows: Windows,
     documents: Sequence[Document],
     plain: Tensor,
+    twin: Tensor | None = None,
 ) -> list[BookLoss]:
-    """One row a book, most harmed first; `plain` are metrics.losses of the windows without a program.
+    """One row a book, most harmed first; `plain` and `twin` are metrics.losses of the windows without a program.
 
     Only windows that the program touches are run again: in all others the model's output cannot differ.
     """
@@ -44,7 +59,7 @@ def table(
     if len(hit):
         edit = behind_bos(lambda x: programs.apply(program, bundle, x).x)
         edited[hit] = losses(model, windows.take(hit), parse_site(program.sites[0].site), edit)
-    rows = [_row(book, chosen, plain, edited, touched) for book, chosen in _by_book(windows, documents)]
+    rows = [_row(book, chosen, plain, edited, touched, twin) for book, chosen in _by_book(windows, documents)]
     return sorted(rows, key=lambda row: row.plain - row.edited)
 
 
@@ -60,12 +75,8 @@ def _by_book(windows: Windows, documents: Sequence[Document]) -> list[tuple[str,
     return [(book, torch.tensor([other == book for other in books])) for book in sorted(set(books))]
 
 
-def _row(book: str, chosen: Tensor, plain: Tensor, edited: Tensor, touched: Tensor) -> BookLoss:
-    total, count = plain[chosen].double().sum(0).tolist()
-    return BookLoss(
-        book,
-        int(count),
-        total / count,
-        float(edited[chosen, 0].double().sum()) / count,
-        float(touched[chosen].sum()) / count,
-    )
+def _row(book: str, chosen: Tensor, plain: Tensor, edited: Tensor, touched: Tensor, twin: Tensor | None) -> BookLoss:
+    count = int(plain[chosen, 1].sum())
+    without, changed = (float(nats[chosen, 0].double().sum()) / count for nats in (plain, edited))
+    never = None if twin is None else float(twin[chosen, 0].double().sum()) / count
+    return BookLoss(book, count, without, changed, float(touched[chosen].sum()) / count, never)

@@ -17,12 +17,15 @@ from sae_models.training.schedule import ramp
 class Config(Common):
     """bandwidth of the estimates: the paper's 0.001 for inputs of unit norm is about 0.03 for norm sqrt(768).
     sparsity: weight of (L0 / k - 1)^2, the paper's penalty for a wanted L0; it rises over a share warm_up of the run.
+    aim: by how much the logarithm of all thresholds follows L0 / k - 1 at each step (0: as published): where L0 ends
+    does not then depend on the learning rate (our own).
     threshold: where thresholds begin; None: so that start * k latents a token are active, each equally often (our own).
     """
 
     bandwidth: float = 0.03
     sparsity: float = 1.0
     warm_up: float = 0.05
+    aim: float = 0.02
     threshold: float | None = None
     start: float = 4.0
     learning_rate: float | None = 7e-5
@@ -38,6 +41,7 @@ class JumpReLU(Architecture):
     def __init__(self, d: int, config: Common, generator: torch.Generator) -> None:
         super().__init__(d, config, generator)
         self.log_threshold = nn.Parameter(torch.zeros(config.latents))
+        self.rise = torch.zeros(())
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, target: Tensor | None = None) -> None:
@@ -55,8 +59,15 @@ class JumpReLU(Architecture):
         z, active = sparse.positives(centred, self.weights, threshold - self.config.bandwidth / 2)
         f, gate = jump(z, active.of_latents(threshold), self.config.bandwidth)
         l0 = self.mesh.mean(self.mesh.total(gate.sum() / len(x)))
-        weight = self.config.sparsity * ramp(state.progress, self.config.warm_up)
-        return self.loss_of(centred, x, f, active, state, l0=weight * (l0 / self.config.k - 1).square())
+        excess, risen = l0 / self.config.k - 1, ramp(state.progress, self.config.warm_up)
+        self.rise = risen * self.config.aim * excess.detach().clamp(-1, 1)
+        return self.loss_of(centred, x, f, active, state, l0=risen * self.config.sparsity * excess.square())
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Unit decoder rows, and thresholds towards L0 = k."""
+        super().constrain()
+        self.log_threshold.add_(self.rise)
 
     @torch.no_grad()
     def canonical(self, scale: float, sample: Tensor) -> SAE:

@@ -26,7 +26,7 @@ class Admission:
         self.waiting: OrderedDict[int, tuple[wire.Request, asyncio.Future[None]]] = OrderedDict()
 
     async def acquire(self, handle: int, request: wire.Request) -> None:
-        """Wait until the bank has room. Raises QueueFull at once when too many wait."""
+        """Wait until the bank has room. Raises QueueFull at once when too many wait, and what `fail` is given."""
         needs_nothing = not request.reads and not any(site.rows for stage in request.stages for site in stage)
         if needs_nothing or not self.waiting:
             lease = self.ledger.enter(handle, request)
@@ -53,4 +53,20 @@ class Admission:
                 return
             del self.waiting[head]
             self.ledger.acquire(head, request)
-            future.set_result(None)
+            settle(future)
+
+    def fail(self, error: Exception) -> None:
+        """Nobody who waits will be let in any more."""
+        while self.waiting:
+            _, (_, future) = self.waiting.popitem()
+            settle(future, error)
+
+
+def settle(future: "asyncio.Future[None]", error: Exception | None = None) -> None:
+    """Wake who waits. One that was cancelled a moment ago has yet to run, and gives back what it was given."""
+    if future.done():
+        return
+    if error:
+        future.set_exception(error)
+    else:
+        future.set_result(None)

@@ -119,7 +119,7 @@ class Engine:
         """Open the telemetry channel and give the workers their bundles and pinned rows."""
         address = f"ipc://{self.folder.name}/telemetry"
         self.hub.bind(address)
-        self.spawn(self.hub.listen())
+        self.spawn(self.listen())
         paths = {name: str(bundle.path) for name, bundle in self.bundles.items()}
         for loaded in await self.llm.collective_rpc("rudder_load", args=(paths,)):
             if loaded != {name: bundle.sha256 for name, bundle in self.bundles.items()}:
@@ -133,6 +133,11 @@ class Engine:
             self.admission.ledger.acquire(0, request)
             await self.llm.collective_rpc("rudder_pin", args=(wire.encode(request),))
             metrics.pin([(self.bundles[row.feature.bundle], row.feature.index) for _, row in watched], columns)
+
+    async def listen(self) -> None:
+        """Take in telemetry until it is lost: then nobody has to wait for a place."""
+        await self.hub.listen()
+        self.admission.fail(self.hub.lost or TelemetryLost("the channel is closed"))
 
     def spawn(self, work: Any) -> None:
         """Run a task that lives no longer than the engine."""
@@ -179,6 +184,8 @@ class Engine:
 
         Raises QueueFull, TelemetryLost, EngineDeadError, ProgramError (more rows than a bank has places).
         """
+        if self.llm.errored:
+            raise EngineDeadError
         if self.hub.lost:
             raise self.hub.lost
         handle = next(self.handles)
@@ -256,6 +263,8 @@ class Engine:
                 self.hub.inboxes.pop(handle, None)
                 self.admission.release(handle)
                 return
+        if self.llm.errored:
+            self.admission.fail(EngineDeadError())
 
 
 async def happened(event: asyncio.Event, seconds: float) -> bool:

@@ -12,6 +12,7 @@ from rudder.v1 import program_pb2 as pb
 from server.engine.admission import QueueFull
 from server.engine.call import Call, Outcome, Output
 from server.engine.engine import Engine
+from server.engine.telemetry import TelemetryLost
 from server.steering.compile import Compiled, compile_program
 from server.steering.watch import compile_watch
 from tests.engine.conftest import preempted
@@ -207,6 +208,28 @@ async def test_a_full_bank_queues_and_then_refuses(engine: Engine) -> None:
     assert {r.resource for r in refused} <= {"slots", "rows"}
     assert all(outcome(outputs).moved == (38,) for outputs in served)
     assert (await usage(engine))["slots"] == 0
+
+
+async def test_who_waits_for_the_bank_is_told_when_telemetry_is_lost(engine: Engine) -> None:
+    calls = [Call(prompt(engine, 10, n), greedy(400), push(engine, 0.5, n)) for n in range(13)]
+    tasks = [asyncio.create_task(run(engine, call)) for call in calls]
+    for _ in range(500):
+        await asyncio.sleep(0.01)
+        if engine.admission.waiting:
+            break
+    engine.hub.lost = TelemetryLost("a gap")
+    done, running = await asyncio.wait(tasks, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+    engine.hub.lost = None
+    engine.spawn(engine.listen())
+    assert [type(task.exception()) for task in done] == [TelemetryLost]
+    for task in running:
+        task.cancel()
+    await asyncio.wait(running)
+    for _ in range(500):
+        if not (await usage(engine))["slots"]:
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("slots were not given back")
 
 
 async def test_reused_slots_and_rows_carry_nothing_over(engine: Engine) -> None:

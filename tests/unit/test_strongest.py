@@ -31,7 +31,9 @@ def test_equals_the_full_encode(seed: int, scale: float, threshold: float, k: in
 
 def aligned(values: Tensor) -> Tensor:
     """Exact in bfloat16, of unit length, and along what bfloat16 loses of values [n], n a power of 4."""
-    return torch.sign(values - values.bfloat16().float()) / len(values) ** 0.5
+    lost = values - values.bfloat16().float()
+    unit: Tensor = lost.sign() / len(values) ** 0.5
+    return unit
 
 
 def worst_cases() -> dict[str, tuple[Tensor, Tensor]]:
