@@ -20,7 +20,7 @@ class Config(Common):
     against 0.773, and 0.150 against 0.219 (one seed each).
     """
 
-    encoder_norm: float = 0.3
+    encoder_norm: float = 0.5
 
 
 class TopK(Architecture):

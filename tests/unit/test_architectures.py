@@ -129,6 +129,15 @@ def test_the_auxiliary_loss_reaches_dead_latents_alone(name: str) -> None:
     assert float(module.auxiliary(x, error, dead & False)) == 0
 
 
+@pytest.mark.parametrize("rate", [3e-4, 3e-3, 3e-2])
+def test_jumprelu_ends_at_the_wanted_l0_whatever_the_learning_rate(rate: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    directions = unit(64, 32, g)
+    trained = run("jumprelu", lambda n: planted(n, directions, g), 0, steps=300, learning_rate=rate)
+    x = planted(4096, directions, g)
+    assert canonical.l0(trained.canonical(x).encode(x)) == pytest.approx(4, rel=0.05)
+
+
 def test_a_batch_keeps_k_a_token_on_average_whatever_the_last_cut() -> None:
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     module = made("batch_topk", latents=64)
