@@ -13,11 +13,8 @@ from sae_models import bundle as bundles
 from sae_models import convention
 from sae_models.bundle import Bundle
 from sae_models.convention import DECLARED, Claims, Verdict
-from sae_models.material import Material, sample
 from sae_models.sae import SAE, Normalisation, TopK
-from sae_models.training import corpus, harvest
-from sae_models.training.corpus import Document
-from sae_models.training.sites import parse_site
+from tests.unit import tiny
 
 PRETRAINED = Path(bundles.__file__).parent / "pretrained"
 SITES = ("layers.1.resid_post", "layers.2.resid_post", "layers.3.resid_post")
@@ -31,15 +28,9 @@ def shipped() -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def residuals(shipped: Bundle) -> dict[str, Tensor]:
-    """Of the texts of the catalogue's contexts, at the SAE's layer and its neighbours."""
-    contexts = (context for index in range(0, 400, 4) for context in shipped.catalogue.get(index).contexts[:1])
-    text = "\n".join(f"{context.before}{context.token}{context.after}" for context in contexts)
-    tokenizer = harvest.load_tokenizer(PRETRAINED / "textbook-lm")
-    documents = [Document("", "", text)]
-    trunk = harvest.load_trunk(PRETRAINED / "textbook-lm", parse_site(SITES[2]))
-    windows = corpus.windows(documents, tokenizer, 256)
-    return sample(Material(trunk, tokenizer, documents, windows), SITES, TOKENS)
+def residuals() -> dict[str, Tensor]:
+    """At the SAE's layer and its neighbours."""
+    return tiny.real_vectors(SITES, TOKENS)
 
 
 def claims_of(shipped: Bundle) -> Claims:

@@ -12,11 +12,8 @@ from sae_models import bundle as bundles
 from sae_models import convention, fidelity
 from sae_models import sae as canonical
 from sae_models.convention import Claims, Verdict
-from sae_models.material import Material, sample
 from sae_models.sae import SAE, Normalisation, Router, TopK
-from sae_models.training import corpus, harvest
-from sae_models.training.corpus import Document
-from sae_models.training.sites import parse_site
+from tests.unit import tiny
 
 PRETRAINED = Path(bundles.__file__).parent / "pretrained"
 MLP = tuple(f"layers.{layer}.{point}" for layer in (1, 2, 3) for point in ("mlp_in", "mlp_out"))
@@ -29,14 +26,7 @@ TOKENS, LATENTS, K = 512, 160, 12
 @pytest.fixture(scope="module")
 def at() -> dict[str, Tensor]:
     """Vectors of real text at all sites."""
-    shipped = bundles.mapped(PRETRAINED / "textbook-lm-layers.2")
-    contexts = (context for index in range(0, 400, 4) for context in shipped.catalogue.get(index).contexts[:1])
-    text = "\n".join(f"{context.before}{context.token}{context.after}" for context in contexts)
-    shipped.catalogue.close()
-    tokenizer, documents = harvest.load_tokenizer(PRETRAINED / "textbook-lm"), [Document("", "", text)]
-    trunk = harvest.load_trunk(PRETRAINED / "textbook-lm", parse_site(POST[-1]))
-    windows = corpus.windows(documents, tokenizer, 256)
-    return sample(Material(trunk, tokenizer, documents, windows), (*MLP, *POST), TOKENS)
+    return tiny.real_vectors((*MLP, *POST), TOKENS)
 
 
 def directions(h: Tensor, share: float) -> SAE:

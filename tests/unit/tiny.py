@@ -2,17 +2,23 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_models import bundle
-from sae_models.training import config
+from sae_models.material import Material, sample
+from sae_models.training import config, corpus, harvest
 from sae_models.training.config import Config
+from sae_models.training.corpus import Document
+from sae_models.training.sites import parse_site
 
-TEXTBOOK_LM = Path(bundle.__file__).parent / "pretrained" / "textbook-lm"
+PRETRAINED = Path(bundle.__file__).parent / "pretrained"
+TEXTBOOK_LM = PRETRAINED / "textbook-lm"
 WORDS = ("cells", "divide", "viruses", "need", "host", "king", "may", "rule", "state", "of", "free", "people", "peace")
 
 
@@ -43,6 +49,18 @@ def save_corpus(path: Path, documents: int = 120) -> Path:
             row = {"book": f"book{book}", "module": f"m{number}", "text": text, "complexity": number % 11}
             file.write(json.dumps(row) + "\n")
     return path
+
+
+def real_vectors(sites: Sequence[str], tokens: int) -> dict[str, Tensor]:
+    """[n, d] of the shipped model at some sites, on the texts of the shipped catalogue's contexts."""
+    shipped = bundle.mapped(PRETRAINED / "textbook-lm-layers.2")
+    contexts = (context for index in range(0, 400, 4) for context in shipped.catalogue.get(index).contexts[:1])
+    text = "\n".join(f"{context.before}{context.token}{context.after}" for context in contexts)
+    shipped.catalogue.close()
+    tokenizer, documents = harvest.load_tokenizer(TEXTBOOK_LM), [Document("", "", text)]
+    trunk = harvest.load_trunk(TEXTBOOK_LM, *map(parse_site, sites))
+    windows = corpus.windows(documents, tokenizer, 256)
+    return dict(sample(Material(trunk, tokenizer, documents, windows), tuple(sites), tokens))
 
 
 def plain(folder: Path, **changes: Any) -> dict[str, Any]:
