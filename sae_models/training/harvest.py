@@ -26,6 +26,8 @@ def load_image_processor(folder: Path) -> Any:
 
 
 def _read(kind: Any, folder: Path, what: str, **settings: Any) -> Any:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"model: {folder} is not a folder")
     try:
         return kind.from_pretrained(folder, **settings)
     # transformers raises whatever its readers meet in a damaged file.

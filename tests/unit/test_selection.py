@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sae_models import bundle as bundles
 from sae_models.analysis import derive, detector, selection, unlearning
 from sae_models.analysis import program as p
+from sae_models.analysis.__main__ import load_twin
 from sae_models.analysis.program import Program
 from sae_models.analysis.shipped import SHIPPED
 from sae_models.bundle import Bundle, Statistics
@@ -19,6 +20,7 @@ from sae_models.training.corpus import Document
 from sae_models.training.sites import parse_site
 
 PRETRAINED = Path(bundles.__file__).parent / "pretrained"
+TEXTBOOK_LM = PRETRAINED / "textbook-lm"
 
 BOOKS = ("microbiology", "anatomy", "history")
 # By latent: topic word, rarer topic word, everywhere, the neighbour's too, never, rare everywhere, common elsewhere.
@@ -175,7 +177,7 @@ def material() -> derive.Material:
     bundle = bundles.load(PRETRAINED / "textbook-lm-layers.2")
     trunk = harvest.load_trunk(PRETRAINED / "textbook-lm", parse_site(bundle.manifest.site))
     documents = [Document(book, f"m{i}", text * (2 + i % 3)) for book, text in TOPICS.items() for i in range(40)]
-    windows = corpus.windows(documents, harvest.load_tokenizer(PRETRAINED / "textbook-lm"), 48)
+    windows = corpus.windows(documents, harvest.load_tokenizer(TEXTBOOK_LM), 48)
     return derive.material_of(bundle, trunk, documents, windows)
 
 
@@ -183,7 +185,7 @@ def test_forgetting_touches_the_topic_and_spares_the_rest(material: derive.Mater
     topic = derive.Topic(("microbes",), ("economics",))
     recipe = derive.Recipe(windows_a_book=20, windows_of_topic=40, latents=8, dose=-0.5)
     made = derive.forget(material, topic, recipe, "forget-microbes", "")
-    model = harvest.load_model(PRETRAINED / "textbook-lm")
+    model = harvest.load_model(TEXTBOOK_LM)
     windows = derive.chosen(material, corpus.HELD_OUT_FOLDS, dict.fromkeys(TOPICS, 3))
     plain = metrics.losses(model, windows)
     rows = unlearning.table(model, material.trunk, material.bundle, made, windows, material.documents, plain)
@@ -191,6 +193,42 @@ def test_forgetting_touches_the_topic_and_spares_the_rest(material: derive.Mater
     assert rows[0].touched > 0.3
     assert rows[0].edited > rows[0].plain + 1
     assert [(row.touched, row.edited - row.plain) for row in rows[1:]] == [(0, 0), (0, 0)]
+
+
+def test_the_gap_is_the_rise_as_a_share_of_what_the_twin_lacks() -> None:
+    row = unlearning.BookLoss("microbiology", 100, plain=3.0, edited=4.0, touched=0.5)
+    assert row.gap is None
+    assert row._replace(twin=3.5).gap == pytest.approx(2.0)
+    assert row._replace(twin=3.15).gap is None, "two trainings differ by as much"
+
+
+LESSONS = {
+    "microbiology": "Gram-negative bacteria have an outer membrane that contains lipopolysaccharide, and they do not "
+    "retain the crystal violet stain. Penicillin inhibits the synthesis of peptidoglycan in the cell wall of bacteria. "
+    "Bacteriophages infect bacteria; the lytic cycle ends with the lysis of the host cell. Streptococcus pyogenes "
+    "causes pharyngitis.",
+    "history": "In 1789 the representatives of the Third Estate declared themselves the National Assembly of France. "
+    "The American Civil War began when Confederate troops fired on Fort Sumter. After the war, Congress passed laws to "
+    "protect the rights of the former slaves, and the Southern states resisted them for many years.",
+}
+
+
+def test_the_twin_has_not_learned_microbiology_and_has_learned_the_rest() -> None:
+    documents = [Document(book, "m", text) for book, text in LESSONS.items()]
+    windows = corpus.windows(documents, harvest.load_tokenizer(TEXTBOOK_LM), 256)
+    twin = load_twin(PRETRAINED / "textbook-lm-twin", TEXTBOOK_LM)
+    nats, theirs = (metrics.losses(model, windows) for model in (harvest.load_model(TEXTBOOK_LM), twin))
+    lacks = ((theirs[:, 0] - nats[:, 0]) / nats[:, 1]).tolist()
+    assert lacks[0] > 0.3
+    assert abs(lacks[1]) < 0.2
+
+
+def test_a_twin_that_reads_other_tokens_is_refused(tmp_path: Path) -> None:
+    tokenizer = (TEXTBOOK_LM / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(tokenizer.replace('"<|bos|>"', '"<|begin|>"'))
+    (tmp_path / "tokenizer_config.json").write_text((TEXTBOOK_LM / "tokenizer_config.json").read_text())
+    with pytest.raises(ValueError, match=f"twin: {tmp_path} reads other tokens than {TEXTBOOK_LM}"):
+        load_twin(tmp_path, TEXTBOOK_LM)
 
 
 def test_no_latent_of_a_program_was_chosen_on_held_out_sections(material: derive.Material) -> None:
@@ -203,7 +241,7 @@ def test_no_latent_of_a_program_was_chosen_on_held_out_sections(material: derive
 
 
 def test_the_shipped_bundle_fits_the_shipped_model(material: derive.Material) -> None:
-    sha256 = bundles.model_sha256(PRETRAINED / "textbook-lm")
+    sha256 = bundles.model_sha256(TEXTBOOK_LM)
     bundles.check_model(material.bundle, sha256, material.trunk.config.hidden_size)
     assert (material.bundle.manifest.training.fvu or 1) < 0.12
 
