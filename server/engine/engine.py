@@ -213,7 +213,9 @@ class Engine:
                         last = features.positions < outcome.prompt_tokens + generated - 1
                         yield Output(choice.text, ids, choice.logprobs, features.where(last), outcome)
                     elif inbox.reports:
-                        self.hub.update()
+                        # One frame is of all requests: the first of them to ask takes it in for the others.
+                        if inbox.covered < len(call.prompt_ids) + generated - 1:
+                            self.hub.update()
                         yield Output(choice.text, ids, choice.logprobs, inbox.take().reordered(order))
                     else:
                         yield Output(choice.text, ids, choice.logprobs, inbox.nothing)
