@@ -22,7 +22,6 @@ from server.bench.shapes import SHAPES, write_bundle, write_model
 WATCHED = 64
 # The server process and a client process, against the engine in one process.
 GRPC = "grpc"
-PROGRAM_EDITS = 4
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ vLLM is imported here and not in a function: modules of its own keep the frames 
 """
 
 import asyncio
-import socket
 import statistics
 import sys
 import time
@@ -22,14 +21,17 @@ from rudder.v1 import program_pb2
 from rudder_client import AsyncClient
 from sae_models.points import parse
 from server import config as configuration
-from server.bench.engine import GRPC, PROGRAM_EDITS, WATCHED, Load, Run, sites_of
+from server.bench.engine import GRPC, WATCHED, Load, Run, sites_of
 from server.bench.shapes import SHAPES
+from server.cli import free_port
 from server.engine import selftest
 from server.engine.call import Call
 from server.engine.engine import Engine, engine_args
 from server.engine.layout import Layout
 from server.steering.compile import compile_program
 from server.steering.watch import compile_watch
+
+PROGRAM_EDITS = 4
 
 
 async def serve(name: str, model: str, bundle: str, load: Load, pipe: Connection) -> None:
@@ -65,7 +67,7 @@ async def drain(outputs: AsyncIterator[Any]) -> float:
     return first
 
 
-def sampling(load: Load) -> Any:
+def sampling(load: Load) -> SamplingParams:
     """Greedy, of exact length, ids only."""
     return SamplingParams(
         temperature=0.0,
@@ -111,9 +113,7 @@ async def start_rudder(config: configuration.Config, load: Load) -> tuple[Genera
 
 async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
     """A server process, reached by the Python client in this one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     listening = replace(config, listen=configuration.Listen(port=port, metrics_port=0))
     settings = Path(config.engine.bundles[0]).with_suffix(".yaml")
     settings.write_text(configuration.show(listening))
@@ -128,7 +128,7 @@ async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate
     return generate, server.terminate
 
 
-def call_of(case: str, number: int, load: Load, programs: list[Any], watch: Any) -> Any:
+def call_of(case: str, number: int, load: Load, programs: list[Any], watch: Any) -> Call:
     """Request `number` of a case."""
     site = sites_of(load)[0]
     more: dict[str, Any] = {}
@@ -143,7 +143,7 @@ def call_of(case: str, number: int, load: Load, programs: list[Any], watch: Any)
     return Call(tuple(prompt(load, number)), sampling(load), **more)
 
 
-def program_of(load: Load, number: int) -> Any:
+def program_of(load: Load, number: int) -> program_pb2.Program:
     """A program that edits a few latents at the bundle's site and pushes at every other one."""
     edits = [
         program_pb2.Edit(

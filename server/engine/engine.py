@@ -136,8 +136,7 @@ class Engine:
 
     async def listen(self) -> None:
         """Take in telemetry until it is lost: then nobody has to wait for a place."""
-        await self.hub.listen()
-        self.admission.fail(self.hub.lost or TelemetryLost("the channel is closed"))
+        self.admission.fail(await self.hub.listen())
 
     def spawn(self, work: Any) -> None:
         """Run a task that lives no longer than the engine."""
@@ -179,15 +178,19 @@ class Engine:
         check_capacity([*request.stages, self.pinned], registry, "report.features")
         return request, columns
 
+    def require_alive(self) -> None:
+        """Raises TelemetryLost or EngineDeadError where no call can end well any more."""
+        if self.hub.lost:
+            raise self.hub.lost
+        if self.llm.errored:
+            raise EngineDeadError
+
     async def stream(self, call: Call) -> AsyncGenerator[Output]:
         """Run a call. Closing or cancelling the iterator aborts it in the engine at once.
 
         Raises QueueFull, TelemetryLost, EngineDeadError, ProgramError (more rows than a bank has places).
         """
-        if self.llm.errored:
-            raise EngineDeadError
-        if self.hub.lost:
-            raise self.hub.lost
+        self.require_alive()
         handle = next(self.handles)
         request, columns = self.compile(call)
         order = None if columns == tuple(range(len(columns))) else columns
@@ -244,10 +247,7 @@ class Engine:
                 self.hub.update()
                 if inbox.covered >= position:
                     return
-                if self.hub.lost:
-                    raise self.hub.lost
-                if self.llm.errored:
-                    raise EngineDeadError
+                self.require_alive()
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     raise TelemetryLost(f"no telemetry for position {inbox.covered}")

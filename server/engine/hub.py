@@ -135,11 +135,12 @@ class Hub:
         inbox = self.inboxes[handle] = Inbox(request)
         return inbox
 
-    async def listen(self) -> None:
-        """Take in for ever what nobody asks for."""
+    async def listen(self) -> TelemetryLost:
+        """Take in what nobody asks for, until telemetry is lost."""
         while self.lost is None:
             self.receive()
             await asyncio.sleep(UNASKED_S)
+        return self.lost
 
     @contextmanager
     def awaited(self) -> Iterator[None]:

@@ -214,6 +214,7 @@ def test_a_store_gives_the_run_that_harvesting_on_the_fly_gives_but_for_rounding
         # The same vectors in the same order; bfloat16 tells later.
         assert ours[:3] == pytest.approx(wanted[:3], rel=5e-3)
         assert ours == pytest.approx(wanted, rel=0.05)
+    assert kept[-1][2]["l0"] == pytest.approx(live[-1][2]["l0"], rel=0.05)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:

@@ -18,9 +18,7 @@ from sae_models.sae import SAE
 from sae_models.training import corpus, harvest, metrics
 from sae_models.training.corpus import Document
 from sae_models.training.sites import parse_site
-
-PRETRAINED = Path(bundles.__file__).parent / "pretrained"
-TEXTBOOK_LM = PRETRAINED / "textbook-lm"
+from tests.unit.tiny import PRETRAINED, TEXTBOOK_LM
 
 BOOKS = ("microbiology", "anatomy", "history")
 # By latent: topic word, rarer topic word, everywhere, the neighbour's too, never, rare everywhere, common elsewhere.

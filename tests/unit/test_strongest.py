@@ -29,6 +29,16 @@ def test_equals_the_full_encode(seed: int, scale: float, threshold: float, k: in
     )
 
 
+def test_a_latent_just_above_its_threshold_is_not_missed() -> None:
+    x = torch.full((1, 4096), 1.0 + 2**-9)
+    encoder = torch.full((1, 4096), 1.0 + 2**-9)
+    z = float((x @ encoder.T)[0, 0])
+    sae = SAE(encoder, torch.zeros(1), torch.tensor([z * (1 - 1e-6)]), encoder.clone(), torch.zeros(4096))
+    latents, values = strongest(screen(sae), x, 1)
+    assert values[0, 0] > 0
+    assert latents[0, 0] == 0
+
+
 def aligned(values: Tensor) -> Tensor:
     """Exact in bfloat16, of unit length, and along what bfloat16 loses of values [n], n a power of 4."""
     lost = values - values.bfloat16().float()
@@ -50,7 +60,7 @@ def worst_cases() -> dict[str, tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("case", worst_cases())
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_latent_just_above_its_threshold_is_not_missed(case: str, count: int) -> None:
+def test_a_latent_that_bfloat16_puts_below_its_threshold_is_not_missed(case: str, count: int) -> None:
     x, direction = worst_cases()[case]
     z = float(x.double() @ direction.double())
     bias = torch.tensor([max(0.0, 1 - z), -10 * x.norm()])[:count]
