@@ -111,9 +111,9 @@ class Stream:
     """How generated tokens are gathered into messages."""
 
     message_budget_per_s: float | None = option(
-        None, "messages a second, over all streams, before tokens are gathered; null: 120 for each core", 1
+        None, "messages a second, over all streams, before tokens are gathered; null: 100 for each core", 1
     )
-    max_flush_ms: float = option(250.0, "longest time that a token waits to be gathered with the next", 0)
+    max_flush_ms: float = option(400.0, "longest time that a token waits to be gathered with the next", 0)
 
 
 @dataclass(frozen=True)

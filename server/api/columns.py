@@ -89,7 +89,7 @@ class Pool:
 def entries_of(features: Features, names: Names) -> Entries:
     """The active entries, in the order of positions."""
     rows, places = np.nonzero(features.active)
-    parts = [(features.positions[rows], places, features.active[rows, places])]
+    parts = [(features.first + rows, places, features.active[rows, places])]
     if features.top_values.size:
         parts.append(strongest(features, names))
     positions, places, values = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -105,7 +105,7 @@ def strongest(features: Features, names: Names) -> tuple[Ints, Ints, Floats]:
     found = np.array([names.place(site, latent) for site, latent in pairs.T.tolist()], np.int64)
     places = found[inverse.reshape(-1)] if len(found) else np.zeros(0, np.int64)
     new = places >= 0
-    return features.positions[rows][new], places[new], features.top_values[rows, sites, ranks][new]
+    return (features.first + rows)[new], places[new], features.top_values[rows, sites, ranks][new]
 
 
 def columns(entries: Entries) -> inference_pb2.FeatureColumns:

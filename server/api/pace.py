@@ -11,37 +11,40 @@ from dataclasses import dataclass, field
 from server import config
 from server.monitoring import metrics
 
-MEASURED_S = 0.5
 # With the client on the same machine a message costs about 0.2 ms of a core.
-MESSAGES_PER_CORE = 120
+MESSAGES_PER_CORE = 100
+# Seconds of the budget that may be spent at once after a quiet time.
+BURST_S = 0.25
 
 
 @dataclass
 class Pace:
-    """The tempo of all streams together. Tokens go out as they come while their rate is within the budget."""
+    """The tempo of all streams together. Tokens go out as they come while messages are within the budget; above it
+    they are gathered, and all streams send at the same ticks: a message alone costs twice one among many.
+
+    `left`: messages that the budget still has at time `since`; below 0 it is overdrawn. `tick`: when gathered tokens go.
+    """
 
     settings: config.Stream
     budget: float = field(init=False)
     streams: int = 0
-    tokens: int = 0
+    left: float = 0.0
     since: float = field(default_factory=time.monotonic)
-    rate: float = 0.0
+    tick: float = 0.0
 
     def __post_init__(self) -> None:
         self.budget = self.settings.message_budget_per_s or MESSAGES_PER_CORE * (os.cpu_count() or 1)
 
-    def count(self, tokens: int, now: float) -> None:
-        """Tokens that came, for the rate over the last half second or so."""
-        self.tokens += tokens
-        if now - self.since >= MEASURED_S:
-            self.rate = self.tokens / (now - self.since)
-            self.tokens, self.since = 0, now
-
-    def interval(self) -> float:
-        """Seconds between two messages of a stream, so that all streams keep to the budget."""
-        if self.rate <= self.budget:
+    def wait(self, now: float) -> float:
+        """Count a message; seconds until its stream may send the next."""
+        most = BURST_S * self.budget
+        self.left = min(max(self.left + (now - self.since) * self.budget - 1, -most), most)
+        self.since = now
+        if self.left >= 0:
             return 0.0
-        return min(self.streams / self.budget, self.settings.max_flush_ms / 1000)
+        if now >= self.tick:
+            self.tick = now + min(self.streams / self.budget, self.settings.max_flush_ms / 1000)
+        return self.tick - now
 
 
 @dataclass
@@ -61,10 +64,9 @@ class Stream:
         now = time.monotonic()
         each = (now - (self.last or self.began)) / max(tokens, 1)
         self.measure(tokens, each)
-        self.pace.count(tokens, now)
         self.left -= tokens
         self.last = now
-        if wait := min(self.pace.interval(), each * max(self.left - 1, 0)):
+        if wait := min(self.pace.wait(now), each * max(self.left - 1, 0)):
             await asyncio.sleep(wait)
 
     def measure(self, tokens: int, each: float) -> None:
@@ -72,6 +74,5 @@ class Stream:
         metrics.stream_message(tokens)
         if not self.last:
             metrics.first_token(each * max(tokens, 1))
-            return
-        for _ in range(tokens):
-            metrics.inter_token(each)
+        else:
+            metrics.inter_token(each, tokens)

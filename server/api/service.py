@@ -1,6 +1,7 @@
 """The server process: engine, services, health, metrics, and how it leaves."""
 
 import asyncio
+import gc
 import logging
 import signal
 
@@ -63,6 +64,8 @@ async def serve(config: Config) -> int:
     await selftest.run(engine)
     serving = serving_of(config, engine)
     server, port, checks = await build(serving)
+    # What is there now stays: collecting garbage is not to walk through it again and again.
+    gc.freeze()
     metrics_server, _ = start_http_server(config.listen.metrics_port, config.listen.host)
     await server.start()
     await set_health(checks, serving=engine.healthy)

@@ -68,12 +68,11 @@ async def drain(outputs: AsyncIterator[Any]) -> float:
 
 
 def sampling(load: Load) -> SamplingParams:
-    """Greedy, of exact length, ids only."""
+    """Greedy, of exact length, with its text as users want it."""
     return SamplingParams(
         temperature=0.0,
         max_tokens=load.new_tokens,
         ignore_eos=True,
-        detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
 

@@ -207,14 +207,13 @@ class Engine:
             async with aclosing(self.llm.generate(prompt, parameters, request_id)) as outputs:
                 async for out in outputs:
                     choice = out.outputs[0]
-                    ids = list(choice.token_ids)
+                    ids = choice.token_ids
                     generated += len(ids)
                     cached = max(cached, out.num_cached_tokens or 0)
                     if choice.finish_reason:
                         outcome = await self.outcome(choice, inbox, call, generated, cached)
-                        features = inbox.take().reordered(order)
-                        last = features.positions < outcome.prompt_tokens + generated - 1
-                        yield Output(choice.text, ids, choice.logprobs, features.where(last), outcome)
+                        features = inbox.take().between(0, outcome.prompt_tokens + generated - 1)
+                        yield Output(choice.text, ids, choice.logprobs, features.reordered(order), outcome)
                     elif inbox.reports:
                         # One frame is of all requests: the first of them to ask takes it in for the others.
                         if inbox.covered < len(call.prompt_ids) + generated - 1:

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,30 +21,42 @@ from server.steering import wire
 # Frames kept before they are sorted, whoever asks: bounds memory.
 LONGEST_RUN = 64
 # Frames that nobody awaits are taken in this often: a wake-up for each of them would take the model's cores from it.
-UNASKED_S = 0.1
+UNASKED_S = 0.5
 
 
 class Features(NamedTuple):
-    """Of the tokens at `positions` [n]: active [n, rows], top_latents and top_values [n, sites, k]."""
+    """Of n tokens in a row, from position `first` on: active [n, rows], top_latents and top_values [n, sites, k].
 
-    positions: Array
+    Columns that nobody asked for may be of no token.
+    """
+
+    first: int
     active: Array
     top_latents: Array
     top_values: Array
+
+    @property
+    def end(self) -> int:
+        """The position after the last token."""
+        return self.first + len(self.active)
 
     def reordered(self, columns: tuple[int, ...] | None) -> "Features":
         """With the columns of `active` in this order; None: as they are."""
         return self if columns is None else self._replace(active=self.active[:, list(columns)])
 
-    def where(self, chosen: Array) -> "Features":
-        """Those of some tokens, [n] bool."""
-        return Features(*(column[chosen] for column in self))
+    def between(self, begin: int, end: int) -> "Features":
+        """Those of the tokens at positions begin <= p < end."""
+        if begin <= self.first and self.end <= end:
+            return self
+        begin = max(begin, self.first)
+        cut = slice(begin - self.first, max(end - self.first, 0))
+        return Features(begin, self.active[cut], self.top_latents[cut], self.top_values[cut])
 
 
 def no_features(rows: int, sites: int, k: int) -> Features:
     """Features of no token."""
     top = np.zeros((0, sites, k), np.float32)
-    return Features(np.zeros(0, np.int64), np.zeros((0, rows), np.float32), top, top)
+    return Features(0, np.zeros((0, rows), np.float32), top, top)
 
 
 @dataclass
@@ -75,13 +88,15 @@ class Inbox:
         """What has been sorted since the last take. A position that ran again after a preemption is not told twice."""
         parts = []
         for chunk in self.chunks:
-            new = chunk if chunk.positions[0] >= self.delivered else chunk.where(chunk.positions >= self.delivered)
-            self.delivered = max(self.delivered, int(chunk.positions[-1]) + 1)
-            parts.append(new)
+            parts.append(chunk.between(self.delivered, chunk.end))
+            self.delivered = max(self.delivered, chunk.end)
         self.chunks.clear()
         if len(parts) < 2:
             return parts[0] if parts else self.nothing
-        return Features(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        if any(part.first != before.end for before, part in pairwise(parts)):
+            raise TelemetryLost(f"features of positions after {parts[0].first} are missing")
+        firsts, *columns = zip(*parts, strict=True)
+        return Features(firsts[0], *map(np.concatenate, columns))
 
     def moved_before(self, end: int) -> tuple[int, ...]:
         """Tokens touched per edit among positions before `end`."""
@@ -240,9 +255,9 @@ class RunReader:
         total = self.steps * tokens
         active = self.active[:, self.active_at : self.active_at + tokens * rows].reshape(total, rows)
         self.active_at += tokens * rows
-        latents, values = self.read_top(inbox, tokens) if request.top_k_sites else (np.empty((total, *inbox.top)),) * 2
+        latents, values = self.read_top(inbox, tokens) if request.top_k_sites else inbox.nothing[2:]
         if total:
-            inbox.chunks.append(Features(np.arange(start + cut, start + cut + total), active, latents, values))
+            inbox.chunks.append(Features(start + cut, active, latents, values))
 
     def read_top(self, inbox: Inbox, tokens: int) -> tuple[Array, Array]:
         """(latents, values) [n * tokens, sites, k]; the worker writes site by site."""

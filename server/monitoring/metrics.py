@@ -1,11 +1,13 @@
 """Rudder's Prometheus series, each declared once, beside vLLM's own in the same registry. A metric is added here."""
 
 import re
-from collections.abc import Sequence, Sized
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
+from itertools import accumulate
 
-from prometheus_client import REGISTRY, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from sae_models.bundle import Bundle
@@ -15,13 +17,37 @@ from server.engine.telemetry import Array
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 INTER_TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 
+
+class ManyAtOnce(Collector):
+    """A histogram that takes in a value many times at once: the library's own takes each by itself."""
+
+    def __init__(
+        self, name: str, documentation: str, bounds: Sequence[float], registry: CollectorRegistry = REGISTRY
+    ) -> None:
+        self.name, self.documentation, self.bounds = name, documentation, bounds
+        self.counts, self.sum = [0] * (len(bounds) + 1), 0.0
+        registry.register(self)
+
+    def observe(self, value: float, times: int) -> None:
+        """`value` was seen so many times."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.sum += value * times
+
+    def collect(self) -> Iterable[Metric]:
+        """The one series."""
+        names = [*(str(float(bound)) for bound in self.bounds), "+Inf"]
+        family = HistogramMetricFamily(self.name, self.documentation)
+        family.add_metric([], list(zip(names, accumulate(self.counts), strict=True)), self.sum)
+        return [family]
+
+
 REQUESTS = Counter(
     "rudder_requests", "Calls ended, by method and outcome (OK or the reason of the error).", ["method", "outcome"]
 )
 RETRIED = Counter("rudder_retried_requests", "Calls that a client's gRPC library made again by itself.", ["method"])
 REQUEST_SECONDS = Histogram("rudder_request_seconds", "Time from call to end.", ["method"], buckets=SECONDS)
 FIRST_TOKEN = Histogram("rudder_time_to_first_token_seconds", "Time from call to first token.", buckets=SECONDS)
-INTER_TOKEN = Histogram("rudder_inter_token_seconds", "Time between tokens of a choice.", buckets=INTER_TOKEN_SECONDS)
+INTER_TOKEN = ManyAtOnce("rudder_inter_token_seconds", "Time between tokens of a choice.", INTER_TOKEN_SECONDS)
 STREAM_MESSAGES = Counter("rudder_stream_messages", "Messages of token streams.")
 STREAM_TOKENS = Counter("rudder_stream_tokens", "Tokens of token streams.")
 EDITED_TOKENS = Counter("rudder_edits_applied_tokens", "Tokens that an edit touched.", ["site", "operation", "origin"])
@@ -50,9 +76,9 @@ def first_token(seconds: float) -> None:
     FIRST_TOKEN.observe(seconds)
 
 
-def inter_token(seconds: float) -> None:
-    """A later token came."""
-    INTER_TOKEN.observe(seconds)
+def inter_token(seconds: float, tokens: int) -> None:
+    """Later tokens came, each after so long."""
+    INTER_TOKEN.observe(seconds, tokens)
 
 
 def edits_applied(site: str, operation: str, origin: str, tokens: int) -> None:

@@ -119,7 +119,7 @@ async def test_reading_the_prompt_does_not_lose_cached_tokens(engine: Engine) ->
     call = Call(prompt(engine, 200, 63), greedy(2), watch=watch, report_prompt=True)
     for _ in range(2):
         outputs = await run(engine, call)
-        positions = [p for output in outputs for p in output.features.positions.tolist()]
+        positions = [p for output in outputs for p in range(output.features.first, output.features.end)]
         assert positions == list(range(201))
 
 

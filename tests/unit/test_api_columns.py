@@ -19,7 +19,7 @@ def info(site: str, latent: int) -> inference_pb2.FeatureInfo:
 
 def features_of(start: int, active: list[list[float]], latents: object, values: object) -> Features:
     return Features(
-        np.arange(start, start + len(active)), np.array(active, np.float32).reshape(len(active), -1),
+        start, np.array(active, np.float32).reshape(len(active), -1),
         np.array(latents, np.int32), np.array(values, np.float32),
     )  # fmt: skip
 

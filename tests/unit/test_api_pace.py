@@ -1,39 +1,72 @@
 """The tempo of streams: within the budget tokens go as they come, above it they are gathered."""
 
 import asyncio
+import heapq
 import time
+from itertools import pairwise
 
 import pytest
 
 from server import config
-from server.api.pace import MEASURED_S, Pace, Stream
+from server.api.pace import BURST_S, Pace, Stream
+
+BUDGET = 1000.0
 
 
-def pace_at(rate: float, streams: int, budget: float = 1000, longest_ms: float = 50) -> Pace:
-    """A pace that has measured `rate` tokens a second over `streams` streams."""
-    now = time.monotonic()
-    pace = Pace(config.Stream(budget, longest_ms), streams=streams, since=now - MEASURED_S)
-    pace.count(round(rate * MEASURED_S), now)
+def paced(streams: int, longest_ms: float = 1000) -> Pace:
+    """A pace of so many streams."""
+    return Pace(config.Stream(BUDGET, longest_ms), streams=streams)
+
+
+def overdrawn(streams: int) -> Pace:
+    """A pace that has spent far more than its budget, and lets nobody wait longer than 50 ms."""
+    pace = paced(streams, longest_ms=50)
+    pace.left = -BURST_S * BUDGET
     return pace
 
 
+def sent(pace: Pace, tokens_per_s: float, seconds: float) -> list[float]:
+    """When messages go, of streams that have a token every 1 / tokens_per_s and send when they may."""
+    begin = pace.since
+    waiting = [(begin + n / tokens_per_s / pace.streams, n) for n in range(pace.streams)]
+    times = []
+    while waiting[0][0] < begin + seconds:
+        now, n = heapq.heappop(waiting)
+        times.append(now - begin)
+        heapq.heappush(waiting, (now + max(pace.wait(now), 1 / tokens_per_s), n))
+    return times
+
+
 def test_within_the_budget_nobody_waits() -> None:
-    assert pace_at(rate=1000, streams=64).interval() == 0
+    assert len(sent(paced(streams=40), 0.9 * BUDGET / 40, 10)) == pytest.approx(0.9 * BUDGET * 10, rel=0.01)
 
 
-def test_above_it_all_streams_together_keep_to_it() -> None:
-    streams = 40
-    assert streams / pace_at(rate=4000, streams=streams).interval() == pytest.approx(1000)
+@pytest.mark.parametrize("tokens_per_s", [30, 100, 1000])
+def test_above_it_all_streams_together_keep_to_it_from_the_start(tokens_per_s: float) -> None:
+    times = sent(paced(streams=40), tokens_per_s, 10)
+    for end in (0.1, 0.5, 1, 10):
+        assert sum(t < end for t in times) <= BUDGET * (end + BURST_S) + 1
+    assert len(times) > 0.8 * BUDGET * 10
+
+
+def test_above_it_all_streams_send_at_the_same_ticks() -> None:
+    times = [t for t in sent(paced(streams=40), 100, 10) if t > 1]
+    apart = [b - a for a, b in pairwise(sorted(times))]
+    assert sum(gap > 1e-6 for gap in apart) < len(times) / 20
 
 
 def test_no_token_waits_longer_than_configured() -> None:
-    assert pace_at(rate=1e6, streams=10_000).interval() == 0.05
+    pace = overdrawn(10_000)
+    begin = pace.since
+    waits = [pace.wait(begin + t / 1000) for t in range(120)]
+    assert 0 < min(waits) <= max(waits) <= 0.05 + 1e-6
 
 
-def test_the_rate_falls_when_the_load_does() -> None:
-    pace = pace_at(rate=4000, streams=40)
-    pace.count(10, time.monotonic() + MEASURED_S)
-    assert pace.interval() == 0
+def test_after_a_quiet_time_tokens_go_as_they_come_again() -> None:
+    pace = overdrawn(40)
+    assert pace.wait(pace.since) > 0
+    assert pace.wait(pace.since + 1) == 0
+    assert pace.left == BURST_S * BUDGET
 
 
 async def rested(stream: Stream, tokens: int) -> float:
@@ -43,13 +76,15 @@ async def rested(stream: Stream, tokens: int) -> float:
 
 
 async def test_a_stream_waits_its_interval() -> None:
-    stream = Stream(pace_at(rate=1e6, streams=10_000), left=1000)
-    await asyncio.sleep(0.01)
-    assert 0.045 < await rested(stream, 1) < 0.2
+    stream = Stream(overdrawn(10_000), left=1000)
+    stream.began -= 1
+    await rested(stream, 1)
+    # From one tick to the next.
+    assert 0.03 < await rested(stream, 1) < 0.2
 
 
 async def test_the_last_token_does_not_wait() -> None:
-    stream = Stream(pace_at(rate=1e6, streams=10_000), left=2)
-    await asyncio.sleep(0.01)
+    stream = Stream(overdrawn(10_000), left=2)
+    stream.began -= 1
     assert await rested(stream, 1) < 0.01
     assert await rested(stream, 1) < 0.01

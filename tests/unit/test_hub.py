@@ -6,11 +6,12 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.hub import Hub, Inbox
-from server.engine.telemetry import Frame
+from server.engine.telemetry import Frame, TelemetryLost
 from server.engine.worker import Channel
 from server.steering import wire
 
@@ -79,7 +80,7 @@ def state(inbox: Inbox, ends: range) -> object:
     """All that an inbox tells."""
     features = inbox.take()
     moved = [inbox.moved_before(end) for end in ends]
-    return [column.tolist() for column in features], moved, inbox.first, inbox.covered
+    return features.first, [column.tolist() for column in features[1:]], moved, inbox.first, inbox.covered
 
 
 @settings(max_examples=60, deadline=None)
@@ -111,7 +112,15 @@ def test_steady_decoding_is_kept_as_it_came() -> None:
     assert len(hub.run.frames) == 10
     assert inbox.covered == 0
     hub.sort()
-    assert (inbox.first, inbox.covered, inbox.take().positions.tolist()) == (5, 15, list(range(5, 15)))
+    features = inbox.take()
+    assert (inbox.first, inbox.covered, features.first, features.end) == (5, 15, 5, 15)
+
+
+def test_features_with_a_gap_between_them_are_not_told_as_if_there_were_none() -> None:
+    inbox = Inbox(wire.Request(1, 99, False, ((wire.Site(0, (ROW,), (), watch=(0,)),),)))
+    inbox.chunks += [inbox.nothing._replace(first=first, active=np.ones((2, 1), np.float32)) for first in (3, 6)]
+    with pytest.raises(TelemetryLost, match="after 3"):
+        inbox.take()
 
 
 async def test_a_gap_on_the_channel_fails_all_who_wait(tmp_path: Path) -> None:
