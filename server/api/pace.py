@@ -22,7 +22,7 @@ class Pace:
     """The tempo of all streams together. Tokens go out as they come while messages are within the budget; above it
     they are gathered, and all streams send at the same ticks: a message alone costs twice one among many.
 
-    `left`: messages that the budget still has at time `since`; below 0 it is overdrawn. `tick`: when gathered tokens go.
+    `left`: messages that the budget still has at time `since`, below 0 where it is overdrawn. `tick`: the next one.
     """
 
     settings: config.Stream

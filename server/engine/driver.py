@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_models.sae import SAE, Candidates, Rows
-from server.engine.bank import SiteBank, edit_parameters, entry_parameters
+from server.engine.bank import TOKEN, SiteBank, edit_parameters, entry_parameters
 from server.engine.layout import Layout
 from server.engine.ledger import Lease, Ledger
 from server.steering import wire
 
 Ints = NDArray[np.int64]
+COUNT = TOKEN.index("count")
 
 
 @dataclass
@@ -68,11 +69,18 @@ class Step:
     def __post_init__(self) -> None:
         self.offsets = np.cumsum(self.lengths) - self.lengths
         self.tokens = int(self.lengths.sum())
+        # One token of each request, all of them generated.
+        self.decodes = bool((self.lengths == 1).all() and (self.starts >= self.batch.prompt).all())
 
     @property
     def live(self) -> list[Live | None]:
         """The requests in row order; None for one without a payload."""
         return self.batch.live
+
+    def goes_on(self, last: "Step") -> bool:
+        """Whether this is the same requests' next tokens: all that changes is how many came before."""
+        same = self.decodes and last.decodes and self.batch is last.batch
+        return same and bool((self.starts == last.starts + 1).all())
 
     def unreported(self) -> Ints:
         """Prompt tokens at the front of each request's part that it does not want reported."""
@@ -155,7 +163,12 @@ class Driver:
             batch = Batch(request_ids, [self.live.get(request_id) for request_id in request_ids])
         step = Step(batch, starts, lengths)
         self.carry_sequences(step)
-        step.capture = self.write_tokens(step)
+        self.sequences.is_open.fill_(True)
+        if step.goes_on(self.step):
+            step.capture = self.step.capture
+            self.token[COUNT, : step.tokens] += 1
+        else:
+            step.capture = self.write_tokens(step)
         for row, request in batch.in_sequence:
             request.start, request.length, request.offset = int(starts[row]), int(lengths[row]), int(step.offsets[row])
         self.step = step
@@ -168,7 +181,6 @@ class Driver:
         padded[:, : step.tokens] = columns
         padded[2, step.tokens :] = np.arange(step.tokens, extent)
         self.token[:, :extent].copy_(to_device(padded, self.token.device))
-        self.sequences.is_open.fill_(True)
         self.extent = step.tokens
         capture: Ints = columns[4]
         return capture

@@ -88,8 +88,9 @@ class Inbox:
         """What has been sorted since the last take. A position that ran again after a preemption is not told twice."""
         parts = []
         for chunk in self.chunks:
-            parts.append(chunk.between(self.delivered, chunk.end))
-            self.delivered = max(self.delivered, chunk.end)
+            end = chunk.end
+            parts.append(chunk if chunk.first >= self.delivered else chunk.between(self.delivered, end))
+            self.delivered = max(self.delivered, end)
         self.chunks.clear()
         if len(parts) < 2:
             return parts[0] if parts else self.nothing
@@ -250,7 +251,8 @@ class RunReader:
     def read_features(self, inbox: Inbox, start: int, length: int) -> None:
         """Take the part of a request that reports features."""
         request, rows = inbox.request, inbox.watched
-        cut = 0 if request.watch_prompt else max(0, min(length, request.prompt_tokens - start))
+        prompt = 0 if request.watch_prompt else request.prompt_tokens
+        cut = min(length, prompt - start) if start < prompt else 0
         tokens = length - cut
         total = self.steps * tokens
         active = self.active[:, self.active_at : self.active_at + tokens * rows].reshape(total, rows)

@@ -17,12 +17,11 @@ from server.engine.telemetry import Array, Capture, Frame
 
 @dataclass(frozen=True)
 class Gather:
-    """Where a column's values lie: buffer `source` at [row, place], to be put at `target` of the column."""
+    """Where a column's values lie: `index` into the flat values of buffer `source`, to be put at `target`."""
 
     source: int
-    row: Array
-    place: Array
-    target: Array
+    index: Array
+    target: Array | slice
 
 
 @dataclass(frozen=True)
@@ -75,11 +74,12 @@ class Reader:
 
     def columns_of(self, step: Step) -> Columns:
         """The gathers for this composition, made anew when it changed."""
-        cut = step.unreported()
-        key = (step.batch, step.lengths.tobytes(), cut.tobytes())
+        # A step that decodes has one token of each request, all of them reported.
+        key = (step.batch, None if step.decodes else (step.lengths.tobytes(), step.unreported().tobytes()))
         if key != self.columns.key:
-            active, active_size = watch_gathers(step, cut)
-            moved, moved_size = moved_gathers(step, self.banks[0].stages)
+            rows, stages = self.banks[0].active.shape[1], self.banks[0].stages
+            active, active_size = watch_gathers(step, rows)
+            moved, moved_size = moved_gathers(step, stages, rows)
             self.columns = Columns(key, active, active_size, moved, moved_size)
         return self.columns
 
@@ -87,7 +87,8 @@ class Reader:
         """fp32: activations of watched rows."""
         column = np.empty(columns.active_size, "<f4")
         for gather in columns.active:
-            column[gather.target] = to_host(self.banks[gather.source].active[: step.tokens])[gather.row, gather.place]
+            values = to_host(self.banks[gather.source].active[: step.tokens])
+            column[gather.target] = values.reshape(-1).take(gather.index)
         return column
 
     def moved(self, columns: Columns, step: Step) -> Array:
@@ -96,8 +97,8 @@ class Reader:
         for gather in columns.moved:
             bank = self.banks[gather.source // self.banks[0].stages]
             flags = to_host(bank.moved[gather.source % bank.stages, : step.tokens])
-            counts = np.add.reduceat(flags, step.offsets, axis=0, dtype=np.int32)
-            column[gather.target] = counts[gather.row, gather.place]
+            counts = flags if step.decodes else np.add.reduceat(flags, step.offsets, axis=0, dtype=np.int32)
+            column[gather.target] = counts.reshape(-1).take(gather.index)
         return column
 
     def top(self, step: Step) -> tuple[bytes, bytes]:
@@ -106,9 +107,11 @@ class Reader:
         One encode per site for all requests of the step.
         """
         readers = captured(step)
+        if not readers:
+            return b"", b""
         wanted = sorted({site for request, _ in readers for site in request.request.top_k_sites})
-        most = max((request.request.top_k for request, _ in readers), default=0)
-        captured_rows = slice(1, 1 + int(step.capture.max(initial=0)))
+        most = max(request.request.top_k for request, _ in readers)
+        captured_rows = slice(1, 1 + int(step.capture.max()))
         found = {site: self.strongest(self.dictionaries[site], captured_rows, most) for site in wanted}
         parts = [
             [found[site][column][rows - 1, : request.request.top_k].tobytes() for column in (0, 1)]
@@ -134,20 +137,23 @@ class Reader:
 
     def totals(self, step: Step) -> NDArray[np.float64]:
         """[pinned rows, 4]: active tokens, tokens, sum and maximum over the step, position 0 left out."""
+        if not self.pinned:
+            return np.zeros((0, 4))
         counted = np.ones(step.tokens, bool)
         counted[step.offsets[step.starts == 0]] = False
         parts = []
         for site, places in self.pinned.items():
             f = to_host(self.banks[site].active[: step.tokens])[:, places][counted]
             parts.append(np.stack([(f > 0).sum(0), np.full(len(places), len(f)), f.sum(0), f.max(0, initial=0)], 1))
-        return np.concatenate(parts) if parts else np.zeros((0, 4))
+        return np.concatenate(parts)
 
 
-def watch_gathers(step: Step, cut: Array) -> tuple[tuple[Gather, ...], int]:
+def watch_gathers(step: Step, places_of_bank: int) -> tuple[tuple[Gather, ...], int]:
     """Gathers of the `active` column: per request, [tokens reported, rows watched over its sites]."""
-    parts: dict[int, list[tuple[Array, Array, Array]]] = {}
+    parts: dict[int, list[tuple[Array, Array]]] = {}
     size = 0
-    for request, first, end in zip(step.live, step.offsets + cut, step.offsets + step.lengths, strict=True):
+    firsts, ends = step.offsets + step.unreported(), step.offsets + step.lengths
+    for request, first, end in zip(step.live, firsts, ends, strict=True):
         if request is None:
             continue
         tokens = np.arange(first, end)
@@ -158,16 +164,16 @@ def watch_gathers(step: Step, cut: Array) -> tuple[tuple[Gather, ...], int]:
             places, rows = request.places(site), len(site.watch)
             taken = np.array([places[row] for row in site.watch], np.int64)
             target = size + np.arange(len(tokens))[:, None] * width + before + np.arange(rows)
-            part = np.repeat(tokens, rows), np.tile(taken, len(tokens)), target.reshape(-1)
-            parts.setdefault(site.site, []).append(part)
+            index = tokens[:, None] * places_of_bank + taken
+            parts.setdefault(site.site, []).append((index.reshape(-1), target.reshape(-1)))
             before += rows
         size += len(tokens) * width
     return joined(parts), size
 
 
-def moved_gathers(step: Step, stages: int) -> tuple[tuple[Gather, ...], int]:
+def moved_gathers(step: Step, stages: int, places_of_bank: int) -> tuple[tuple[Gather, ...], int]:
     """Gathers of the `moved` column: per request, one count for each edit, then one for the blend, of each site."""
-    parts: dict[int, list[tuple[Array, Array, Array]]] = {}
+    parts: dict[int, list[tuple[Array, Array]]] = {}
     size = 0
     for number, request in enumerate(step.live):
         if request is None:
@@ -178,14 +184,21 @@ def moved_gathers(step: Step, stages: int) -> tuple[tuple[Gather, ...], int]:
                 held = request.places(site)
                 places = np.array([held[row] for row in rows], np.int64)
                 target = np.arange(size, size + len(rows))
-                parts.setdefault(site.site * stages + stage, []).append((np.full(len(rows), number), places, target))
+                parts.setdefault(site.site * stages + stage, []).append((number * places_of_bank + places, target))
                 size += len(rows)
     return joined(parts), size
 
 
-def joined(parts: dict[int, list[tuple[Array, Array, Array]]]) -> tuple[Gather, ...]:
+def joined(parts: dict[int, list[tuple[Array, Array]]]) -> tuple[Gather, ...]:
     """One gather per source."""
-    return tuple(Gather(s, *(np.concatenate(c) for c in zip(*ps, strict=True))) for s, ps in parts.items())
+    pairs = {source: [np.concatenate(column) for column in zip(*found, strict=True)] for source, found in parts.items()}
+    return tuple(Gather(source, index, as_slice(target)) for source, (index, target) in pairs.items())
+
+
+def as_slice(target: Array) -> Array | slice:
+    """The same places, as a slice where they follow each other: the usual case of one site."""
+    follows = len(target) > 0 and bool((np.diff(target) == 1).all())
+    return slice(int(target[0]), int(target[-1]) + 1) if follows else target
 
 
 def captured(step: Step) -> list[tuple[Live, Array]]:

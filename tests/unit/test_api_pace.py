@@ -1,6 +1,5 @@
 """The tempo of streams: within the budget tokens go as they come, above it they are gathered."""
 
-import asyncio
 import heapq
 import time
 from itertools import pairwise

@@ -1,10 +1,13 @@
 """What the worker tells the banks before a step: which token has which entry, and nothing left of those before."""
 
+from dataclasses import replace
 from random import Random
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sae_models.formula import IDENTITY_EDIT, IDENTITY_ENTRY
 from server.engine.driver import Driver, token_columns
@@ -65,6 +68,37 @@ def test_columns_by_hand() -> None:
     ]
     assert token_columns(driver.step).T.tolist() == expected
     assert driver.token[:, :11].T.tolist() == expected
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_columns_kept_from_the_last_step_are_those_written_anew(seed: int) -> None:
+    """Whatever runs, and however long it goes on decoding: preempted, swapped, left out, by chunks, with drafts."""
+    rng = Random(seed)
+    requests = {
+        "edits": adding(1.0, bos=True, generated=rng.random() < 0.5),
+        "reads": wire.Request(2, 9, bool(rng.randint(0, 1)), top_k=1),
+        "captures": wire.Request(rng.randint(1, 4), 9, True, capture=True),
+    }
+    driver = make_driver(replace(LAYOUT, capture_tokens=64), toy_sae(Random(0)))
+    for handle, (name, request) in enumerate(requests.items(), 1):
+        driver.admit(name, handle, request)
+    at = dict.fromkeys(requests, 0)
+    order = list(requests)
+    for _ in range(rng.randint(1, 30)):
+        if rng.random() < 0.2:
+            rng.shuffle(order)
+        if rng.random() < 0.1:
+            name = rng.choice(order)
+            at[name] = rng.choice([0, max(at[name] - 1, 0)])
+        running = order if rng.random() < 0.8 else order[:2]
+        left = {name: requests[name].prompt_tokens - at[name] for name in running}
+        lengths = {name: rng.randint(1, max(left[name], 1 + (rng.random() < 0.1))) for name in running}
+        place(driver, *((name, at[name], lengths[name]) for name in running))
+        assert driver.token[:, : driver.step.tokens].tolist() == token_columns(driver.step).tolist()
+        # No padding: what the last step wrote beyond this one's tokens is harmless.
+        assert not driver.token[:2, driver.step.tokens :].any()
+        for name in running:
+            at[name] += lengths[name]
 
 
 def test_entries_go_by_the_runners_row_order() -> None:
