@@ -73,6 +73,7 @@ async def serve(config: Config) -> int:
     logger.info("serving %s on %s, metrics on port %d", engine.model.name, where, metrics_server.server_port)
     await leave_when_told(server, checks, serving, stop)
     died = not engine.healthy
+    gc.unfreeze()
     metrics_server.shutdown()
     await engine.stop()
     serving.tokenizing.shutdown(wait=False)
