@@ -21,7 +21,7 @@ from server.steering import wire
 # Frames kept before they are sorted, whoever asks: bounds memory.
 LONGEST_RUN = 64
 # Frames that nobody awaits are taken in this often: a wake-up for each of them would take the model's cores from it.
-UNASKED_S = 0.5
+UNASKED_S = 0.1
 
 
 class Features(NamedTuple):
