@@ -46,8 +46,6 @@ class Features(NamedTuple):
 
     def between(self, begin: int, end: int) -> "Features":
         """Those of the tokens at positions begin <= p < end."""
-        if begin <= self.first and self.end <= end:
-            return self
         begin = max(begin, self.first)
         cut = slice(begin - self.first, max(end - self.first, 0))
         return Features(begin, self.active[cut], self.top_latents[cut], self.top_values[cut])

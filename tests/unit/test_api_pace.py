@@ -58,7 +58,8 @@ def test_no_token_waits_longer_than_configured() -> None:
     pace = overdrawn(10_000)
     begin = pace.since
     waits = [pace.wait(begin + t / 1000) for t in range(120)]
-    assert 0 < min(waits) <= max(waits) <= 0.05 + 1e-6
+    assert min(waits) > 0
+    assert max(waits) == pytest.approx(0.05)
 
 
 def test_after_a_quiet_time_tokens_go_as_they_come_again() -> None:
@@ -77,9 +78,7 @@ async def rested(stream: Stream, tokens: int) -> float:
 async def test_a_stream_waits_its_interval() -> None:
     stream = Stream(overdrawn(10_000), left=1000)
     stream.began -= 1
-    await rested(stream, 1)
-    # From one tick to the next.
-    assert 0.03 < await rested(stream, 1) < 0.2
+    assert 0.045 < await rested(stream, 1) < 0.2
 
 
 async def test_the_last_token_does_not_wait() -> None:
