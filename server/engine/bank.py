@@ -4,9 +4,10 @@ Nothing here depends on how many programs are in the batch, allocates state or l
 Shapes: T tokens, d width, K row places, E program entries.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import inf
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,22 @@ from server.steering import wire
 TOKEN = ("entry", "slot", "start", "count", "capture")
 
 
-SEQUENCE = ENTRY.index("sequence")
 NO_DICTIONARIES: Mapping[str, SAE] = MappingProxyType({})
 
 
-@torch.library.custom_op("rudder::product_of_used", mutates_args=())
+# torch.library.custom_op wraps an operator in several layers of Python, which cost a CPU as much as a small product.
+LIBRARY = torch.library.Library("rudder", "FRAGMENT")
+
+
+def cpu_operator(compute: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
+    """A function as an operator that a compiled graph calls on a CPU; `shapes` makes empty results."""
+    name = compute.__name__
+    LIBRARY.define(name + torch.library.infer_schema(compute, mutates_args=()))
+    LIBRARY.impl(name, compute, "CPU")
+    torch.library.register_fake(f"rudder::{name}", shapes, lib=LIBRARY)
+    return getattr(torch.ops.rudder, name).default
+
+
 def product_of_used(a: Tensor, b: Tensor, used: Tensor, inner: bool) -> Tensor:
     """a @ b [n, m] on a CPU, over the first `used` [] of their inner dimension, or else of b's columns, the others 0.
 
@@ -35,43 +47,45 @@ def product_of_used(a: Tensor, b: Tensor, used: Tensor, inner: bool) -> Tensor:
     """
     rows = int(used)
     if inner:
-        return a[:, :rows] @ b[:rows]
+        return a[:, :rows] @ b[:rows] if a.any() else a.new_zeros(len(a), b.shape[1])
     product = a.new_zeros(len(a), b.shape[1])
     torch.matmul(a, b[:, :rows], out=product[:, :rows])
     return product
 
 
-@product_of_used.register_fake
-def _(a: Tensor, b: Tensor, _used: Tensor, _inner: bool) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1])
+used_product = cpu_operator(product_of_used, lambda a, b, _used, _inner: a.new_empty(a.shape[0], b.shape[1]))
 
 
-@torch.library.custom_op("rudder::condition_of_used", mutates_args=())
 def condition_of_used(
-    f: Tensor, entry: Tensor, token: Tensor, carry: Tensor, latched: Tensor, ring: Tensor
+    f: Tensor, entry: Tensor, token: Tensor, carry: Tensor, latched: Tensor, ring: Tensor, longest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`sequence_condition` on a CPU: nothing where no program of the batch has one, and no more steps than its longest
-    request needs.
+    """`sequence_condition` on a CPU, with no more steps than the `longest` [] part of a request needs that has one in
+    its program; 0: nothing, since no program of the batch has one.
     """
-    tokens = f.shape[0]
-    if not bool((entry[:, SEQUENCE] > 0).any()):
+    tokens, most = len(f), int(longest)
+    if not most:
         zero = entry.new_zeros(tokens)
         return torch.zeros(tokens, dtype=torch.bool), zero, latched.new_zeros(tokens), zero.clone()
-    longest = int((torch.arange(tokens) - token[2]).max()) + 1
-    return sequence_condition(f, entry, token, carry, latched, ring, (longest - 1).bit_length())
+    return sequence_condition(f, entry, token, carry, latched, ring, (most - 1).bit_length())
 
 
-@condition_of_used.register_fake
-def _(
-    f: Tensor, entry: Tensor, _token: Tensor, _carry: Tensor, latched: Tensor, _ring: Tensor
+def no_condition(
+    f: Tensor, entry: Tensor, _token: Tensor, _carry: Tensor, latched: Tensor, _ring: Tensor, _longest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The shapes of `condition_of_used`."""
     tokens = f.shape[0]
     holds = f.new_empty(tokens, dtype=torch.bool)
     return holds, entry.new_empty(tokens), latched.new_empty(tokens), entry.new_empty(tokens)
 
 
+used_condition = cpu_operator(condition_of_used, no_condition)
+
+
 class Sequences(nn.Module):
-    """Per stage and slot, the state of the one gate a program may have; shared by all sites."""
+    """Per stage and slot, the state of the one gate a program may have; shared by all sites.
+
+    `longest`: tokens of the longest part of a request of this step that has a sequence condition; 0: none has.
+    """
 
     state: Tensor
     latched: Tensor
@@ -80,6 +94,7 @@ class Sequences(nn.Module):
     token_state: Tensor
     token_alarms: Tensor
     token_score: Tensor
+    longest: Tensor
 
     def __init__(self, layout: Layout, max_tokens: int, device: torch.device) -> None:
         super().__init__()
@@ -93,9 +108,11 @@ class Sequences(nn.Module):
         buffer("latched", slots, dtype=torch.int64)
         buffer("ring", slots, layout.window, dtype=torch.float64)
         buffer("is_open", max_tokens, dtype=torch.bool)
+        self.is_open.fill_(True)
         buffer("token_state", max_tokens, dtype=torch.float64)
         buffer("token_alarms", max_tokens, dtype=torch.int64)
         buffer("token_score", max_tokens, dtype=torch.float64)
+        self.register_buffer("longest", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 
 
 class SiteBank(nn.Module):
@@ -201,7 +218,7 @@ class SiteBank(nn.Module):
         """The product over the rows' dimension, which is the inner one or else the last."""
         if not self.on_cpu:
             return torch.matmul
-        return lambda a, b: product_of_used(a, b, self.used, inner)
+        return lambda a, b: used_product(a, b, self.used, inner)
 
     def forward(self, x: Tensor) -> Tensor:
         """x' - x [T, d] of x [T, d], both fp32, T the padded batch."""
@@ -248,7 +265,8 @@ class SiteBank(nn.Module):
         """`sequence_condition` of all that may be needed, or on a CPU of what is."""
         if not self.on_cpu:
             return sequence_condition(f, entry, token, carry, latched, ring, self.steps)
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = condition_of_used(f, entry, token, carry, latched, ring)
+        longest = self.sequences.longest
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = used_condition(f, entry, token, carry, latched, ring, longest)
         return found
 
 

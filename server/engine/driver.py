@@ -35,7 +35,8 @@ class Live:
     kept: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        self.in_sequence = any(s.gate and s.gate.sequence for stage in self.request.stages for s in stage)
+        gates = [site.gate for stage in self.request.stages for site in stage if site.gate]
+        self.gated, self.in_sequence = bool(gates), any(gate.sequence for gate in gates)
 
     def places(self, site: wire.Site) -> list[int]:
         """Row places of a site's rows."""
@@ -54,6 +55,8 @@ class Batch:
         self.reported = np.array([bool(r and r.request.watch_prompt) for r in live])
         # 0: captures nothing, 1: generated tokens, 2: all tokens.
         self.reads = np.array([reading(r) for r in live], np.int64)
+        self.reads_any = bool(self.reads.any())
+        self.gated = any(r.gated for r in live if r)
         self.in_sequence = [(row, r) for row, r in enumerate(live) if r and r.in_sequence]
 
 
@@ -65,6 +68,8 @@ class Step:
     starts: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     lengths: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     capture: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    # On the device: how many tokens of its request came with each token.
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
 
     def __post_init__(self) -> None:
         self.offsets = np.cumsum(self.lengths) - self.lengths
@@ -77,10 +82,9 @@ class Step:
         """The requests in row order; None for one without a payload."""
         return self.batch.live
 
-    def goes_on(self, last: "Step") -> bool:
-        """Whether this is the same requests' next tokens: all that changes is how many came before."""
-        same = self.decodes and last.decodes and self.batch is last.batch
-        return same and bool((self.starts == last.starts + 1).all())
+    def goes_on(self, starts: Ints, lengths: Ints) -> bool:
+        """Whether these are its requests' next tokens: all that changes is how many came before."""
+        return self.decodes and int(lengths.sum()) == len(lengths) and np.array_equal(starts, self.starts + 1)
 
     def unreported(self) -> Ints:
         """Prompt tokens at the front of each request's part that it does not want reported."""
@@ -98,7 +102,7 @@ class Driver:
         self.saes: dict[str, SAE] = {}
         self.live: dict[str, Live] = {}
         self.step = Step()
-        self.extent = 0
+        self.extent = self.longest = 0
 
     def load_sae(self, name: str, sae: SAE) -> None:
         """Make a bundle's latents available as rows."""
@@ -158,46 +162,54 @@ class Driver:
 
     def place(self, request_ids: Sequence[str], starts: Ints, lengths: Ints) -> None:
         """Before a forward pass: tell each token its entry. Requests in row order, positions from `starts`."""
-        batch = self.step.batch
+        last, batch = self.step, self.step.batch
+        if batch.gated:
+            self.sequences.is_open.fill_(True)
         if batch.request_ids != list(request_ids):
             batch = Batch(request_ids, [self.live.get(request_id) for request_id in request_ids])
-        step = Step(batch, starts, lengths)
-        self.carry_sequences(step)
-        self.sequences.is_open.fill_(True)
-        if step.goes_on(self.step):
-            step.capture = self.step.capture
-            self.token[COUNT, : step.tokens] += 1
+        self.carry_sequences(batch, starts)
+        if batch is last.batch and last.goes_on(starts, lengths):
+            last.starts = starts
+            last.counts.add_(1)
         else:
-            step.capture = self.write_tokens(step)
+            self.step = self.write_tokens(Step(batch, starts, lengths))
         for row, request in batch.in_sequence:
-            request.start, request.length, request.offset = int(starts[row]), int(lengths[row]), int(step.offsets[row])
-        self.step = step
+            request.start, request.length = int(starts[row]), int(lengths[row])
+            request.offset = int(self.step.offsets[row])
+        self.tell_longest([request.length for _, request in batch.in_sequence])
 
-    def write_tokens(self, step: Step) -> Ints:
-        """Write the TOKEN columns of a step and make padding harmless; the capture column."""
-        columns: Ints = token_columns(step)
+    def tell_longest(self, lengths: list[int]) -> None:
+        """Tell the banks how many tokens the longest part of a request with a sequence condition has."""
+        longest = max(lengths, default=0)
+        if longest != self.longest:
+            self.sequences.longest.fill_(longest)
+            self.longest = longest
+
+    def write_tokens(self, step: Step) -> Step:
+        """Write the TOKEN columns of a step and make padding harmless."""
+        columns = token_columns(step)
         extent = max(step.tokens, self.extent)
         padded = np.zeros((len(columns), extent), np.int32)
         padded[:, : step.tokens] = columns
         padded[2, step.tokens :] = np.arange(step.tokens, extent)
         self.token[:, :extent].copy_(to_device(padded, self.token.device))
         self.extent = step.tokens
-        capture: Ints = columns[4]
-        return capture
+        step.capture, step.counts = columns[4], self.token[COUNT, : step.tokens]
+        return step
 
-    def carry_sequences(self, step: Step) -> None:
+    def carry_sequences(self, batch: Batch, starts: Ints) -> None:
         """Move the sequence state of the tokens before this step into the slots.
 
         The last token that counts is the one before the next start: a rejected draft leaves no trace, and a request
         that begins again at 0 starts afresh. One that sits this step out keeps its tokens' states until it returns.
         """
-        now = {request.handle for _, request in step.batch.in_sequence}
+        now = {request.handle for _, request in batch.in_sequence}
         for _, request in self.step.batch.in_sequence:
             if request.handle not in now and self.live_now(request) and request.kept is None:
                 states, alarms, scores = self.last_step_of(request)
                 request.kept = states.clone(), alarms.clone(), scores.clone()
-        for row, request in step.batch.in_sequence:
-            self.carry(request, int(step.starts[row]))
+        for row, request in batch.in_sequence:
+            self.carry(request, int(starts[row]))
 
     def live_now(self, request: Live) -> bool:
         """Whether the request still holds its slot."""

@@ -26,9 +26,11 @@ class Gather:
 
 @dataclass(frozen=True)
 class Columns:
-    """The gathers of a batch composition; steady decoding reuses them step after step."""
+    """The packed handles, lengths and gathers of a batch composition; steady decoding reuses them step after step."""
 
     key: tuple[object, ...]
+    handles: bytes
+    lengths: bytes
     active: tuple[Gather, ...]
     active_size: int
     moved: tuple[Gather, ...]
@@ -50,7 +52,7 @@ class Reader:
         self.banks = banks
         self.dictionaries: dict[int, Readable] = {}
         self.pinned: dict[int, list[int]] = {}
-        self.columns = Columns((), (), 0, (), 0)
+        self.columns = Columns((), b"", b"", (), 0, (), 0)
 
     def frame(self, sequence: int, step: Step, released: Sequence[int]) -> Frame:
         """The frame of a step whose forward pass has run."""
@@ -60,9 +62,9 @@ class Reader:
         top_latents, top_values = self.top(step)
         return Frame(
             sequence,
-            handles=packed(step.batch.handles, "<i8"),
+            handles=columns.handles,
             starts=packed(step.starts, "<i4"),
-            lengths=packed(step.lengths, "<i4"),
+            lengths=columns.lengths,
             moved=self.moved(columns, step).tobytes(),
             active=self.active(columns, step).tobytes(),
             top_values=top_values,
@@ -80,7 +82,8 @@ class Reader:
             rows, stages = self.banks[0].active.shape[1], self.banks[0].stages
             active, active_size = watch_gathers(step, rows)
             moved, moved_size = moved_gathers(step, stages, rows)
-            self.columns = Columns(key, active, active_size, moved, moved_size)
+            handles, lengths = packed(step.batch.handles, "<i8"), packed(step.lengths, "<i4")
+            self.columns = Columns(key, handles, lengths, active, active_size, moved, moved_size)
         return self.columns
 
     def active(self, columns: Columns, step: Step) -> Array:
@@ -204,7 +207,7 @@ def as_slice(target: Array) -> Array | slice:
 def captured(step: Step) -> list[tuple[Live, Array]]:
     """The requests that read residuals, and their rows of the capture buffer in this step."""
     found = []
-    if not step.batch.reads.any():
+    if not step.batch.reads_any:
         return []
     for request, offset, length in zip(step.live, step.offsets, step.lengths, strict=True):
         if request and request.request.reads:

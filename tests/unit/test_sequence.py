@@ -206,7 +206,8 @@ def test_what_a_cpu_leaves_out_of_the_scan_changes_nothing(lengths: list[int]) -
     state = torch.rand(9, generator=g).double(), torch.zeros(9, dtype=torch.long), torch.zeros(9, 4).double()
     f = torch.randn(9, 3, generator=g)
     whole = sequence_condition(f, entry, token, *state, steps=12)
-    for ours, wanted in zip(condition_of_used(f, entry, token, *state), whole, strict=True):
+    ours_of_all = condition_of_used(f, entry, token, *state, torch.tensor(max(lengths)))
+    for ours, wanted in zip(ours_of_all, whole, strict=True):
         assert torch.equal(ours, wanted)
     assert whole[0].any()
 
@@ -215,4 +216,19 @@ def test_without_a_sequence_condition_nothing_holds() -> None:
     entry = torch.tensor(IDENTITY_ENTRY, dtype=torch.float64).repeat(2, 1)
     state = torch.zeros(1).double(), torch.zeros(1, dtype=torch.long), torch.zeros(1, 4).double()
     token = torch.zeros(5, 2, dtype=torch.long)
-    assert not condition_of_used(torch.ones(2, 3), entry, token, *state)[0].any()
+    assert not condition_of_used(torch.ones(2, 3), entry, token, *state, torch.tensor(0))[0].any()
+
+
+def test_the_bank_is_told_the_longest_part_with_a_sequence_condition() -> None:
+    driver, request = one_gate(wire.Sequence(0, decay=1.0, gain=1.0, level=3.5))
+    driver.admit("r", 1, request)
+    driver.admit("other", 2, wire.Request(1, 100, False, ((),)))
+    told = []
+    for ids, starts, lengths in (
+        (["r", "other"], (0, 0), (5, 9)),
+        (["other", "r"], (9, 5), (1, 2)),
+        (["other"], (10,), (1,)),
+    ):
+        driver.place(ids, np.array(starts), np.array(lengths))
+        told.append(int(driver.sequences.longest))
+    assert told == [5, 2, 0]
