@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,13 @@ def run(load: Load, output: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rudder-bench-") as folder, Progress(console=console) as progress:
         model, bundle = prepare(Path(folder), load)
         bar = progress.add_task("pairs", total=load.starts * len(cases) * (load.pairs + 1))
-        for _ in range(load.starts):
-            with ExitStack() as running:
-                sides = {name: running.enter_context(Side(name, model, bundle, load)) for name in sides_of(cases)}
-                for case in cases:
-                    pairs[case] += measure(case, load, sides, lambda: progress.advance(bar))
+        for number in range(load.starts):
+            for names, group in groups(cases):
+                with ExitStack() as running:
+                    order = names if number % 2 else names[::-1]
+                    sides = {name: running.enter_context(Side(name, model, bundle, load)) for name in order}
+                    for case in group:
+                        pairs[case] += measure(case, load, sides, lambda: progress.advance(bar))
     result = {
         "machine": machine(),
         "load": asdict(load),
@@ -77,15 +80,19 @@ def run(load: Load, output: Path | None) -> dict[str, Any]:
     return result
 
 
-def sides_of(cases: Sequence[str]) -> list[str]:
-    """The engines that some cases need."""
-    needed = {side for case in cases for side in (("rudder", GRPC) if case == GRPC else ("plain", "rudder"))}
-    return [side for side in ("plain", "rudder", GRPC) if side in needed]
+def sides_of(case: str) -> tuple[str, str]:
+    """The two engines that a case compares. No third one runs beside them: an idle one takes 2 % of a core."""
+    return ("rudder", GRPC) if case == GRPC else ("plain", "rudder")
+
+
+def groups(cases: Sequence[str]) -> list[tuple[tuple[str, str], list[str]]]:
+    """The cases that run on the same engines, and these."""
+    return [(sides, list(group)) for sides, group in groupby(cases, sides_of)]
 
 
 def measure(case: str, load: Load, sides: Mapping[str, "Side"], advance: Callable[[], None]) -> list["Pair"]:
     """Alternate two sides; the first pair warms up."""
-    base, ours = ("rudder", GRPC) if case == GRPC else ("plain", "rudder")
+    base, ours = sides_of(case)
     pairs = []
     for number in range(load.pairs + 1):
         runs = {name: sides[name].measure(case) for name in ((base, ours) if number % 2 else (ours, base))}

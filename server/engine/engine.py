@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.envs import enable_envs_cache
 from vllm.inputs import TokensPrompt
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -99,6 +100,8 @@ class Engine:
         except BaseException:
             llm.shutdown()
             raise
+        # vLLM reads its environment for every token of every request, but in processes of its own.
+        enable_envs_cache()
         return engine
 
     @classmethod
@@ -117,14 +120,15 @@ class Engine:
 
     async def connect(self, config: configuration.Config) -> None:
         """Open the telemetry channel and give the workers their bundles and pinned rows."""
-        address = f"ipc://{self.folder.name}/telemetry"
+        address = f"{self.folder.name}/telemetry"
         self.hub.bind(address)
-        self.spawn(self.listen())
         paths = {name: str(bundle.path) for name, bundle in self.bundles.items()}
         for loaded in await self.llm.collective_rpc("rudder_load", args=(paths,)):
             if loaded != {name: bundle.sha256 for name, bundle in self.bundles.items()}:
                 raise bundles.BundleError("bundles: a worker loaded another bundle than the server")
         await self.llm.collective_rpc("rudder_connect", args=(address, self.hub.key))
+        self.hub.channel.accept()
+        self.spawn(self.listen())
         watched = [(site_of(w, self.bundles), row_of(w, self.bundles)) for w in config.watch]
         if watched:
             sites, columns = with_watch((), compile_watch(watched, self.registry, "watch"))

@@ -13,8 +13,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import zmq
 
+from server.engine.channel import Receiver
 from server.engine.telemetry import Array, Capture, Frame, TelemetryLost, column, unseal
 from server.steering import wire
 
@@ -140,9 +140,7 @@ class Hub:
 
     def bind(self, address: str) -> None:
         """Where the worker's frames arrive, sealed with `key`."""
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
-        self.socket.setsockopt(zmq.RCVHWM, 0)
-        self.socket.bind(address)
+        self.channel = Receiver(address)
 
     def open(self, handle: int, request: wire.Request) -> Inbox:
         """Expect telemetry of a request from now on."""
@@ -159,30 +157,33 @@ class Hub:
     @contextmanager
     def awaited(self) -> Iterator[None]:
         """Within it, frames are taken in as they come."""
-        loop, socket = asyncio.get_running_loop(), self.socket.fileno()
-        if not self.awaiting:
-            loop.add_reader(socket, self.receive)
+        loop = asyncio.get_running_loop()
+        if not self.awaiting and not self.channel.ended:
+            loop.add_reader(self.channel.socket, self.receive)
         self.awaiting += 1
-        # The socket's file descriptor tells of news only.
-        self.receive()
         try:
             yield
         finally:
             self.awaiting -= 1
             if not self.awaiting:
-                loop.remove_reader(socket)
+                loop.remove_reader(self.channel.socket)
 
     def receive(self) -> None:
         """Take in every frame that has come. A lost one fails every request in flight and all that follow."""
-        while self.lost is None and int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        for message in self.channel.messages():
+            if self.lost:
+                return
             try:
-                frame = unseal(self.socket.recv(), self.key, self.expected)
+                frame = unseal(message, self.key, self.expected)
             except TelemetryLost as lost:
                 self.lost = lost
             else:
                 self.expected += 1
                 self.take(frame)
             self.arrived.set()
+        if self.channel.ended:
+            # The engine has died, which vLLM tells.
+            asyncio.get_running_loop().remove_reader(self.channel.socket)
 
     def update(self) -> None:
         """Bring the inboxes up to date."""

@@ -6,13 +6,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import zmq
 
 from sae_models import bundle as bundles
 from sae_models.sae import SAE
 from sae_models.strongest import screen
 from server.engine import runners, telemetry
 from server.engine.bank import Sequences, SiteBank
+from server.engine.channel import Sender
 from server.engine.driver import Driver, Step
 from server.engine.layout import Layout
 from server.engine.reader import Readable, Reader
@@ -27,16 +27,11 @@ class Channel:
     """Sealed frames to the server process; only rank 0 has one, since all ranks see the same."""
 
     def __init__(self, address: str, key: bytes) -> None:
-        self.key, self.sequence = key, 0
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
-        self.socket.setsockopt(zmq.SNDHWM, 0)
-        # The server is gone when the worker stops: nothing is worth waiting for.
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.connect(address)
+        self.key, self.sequence, self.sender = key, 0, Sender(address)
 
     def send(self, frame: telemetry.Frame) -> None:
         """Send frame number `sequence`."""
-        self.socket.send(telemetry.seal(frame, self.key))
+        self.sender.send(telemetry.seal(frame, self.key))
         self.sequence += 1
 
 

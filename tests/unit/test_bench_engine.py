@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.bench.engine import Load, Run, Side, sides_of, summary
+from server.bench.engine import Load, Run, Side, groups, summary
 
 
 def test_a_side_that_dies_is_named_with_its_exit_code() -> None:
@@ -23,7 +23,9 @@ def test_the_ratio_is_the_median_of_the_pairs_and_each_start_tells_its_own() -> 
     assert (found["plain_tok_s"], found["first_token_added_ms"]) == (100.0, 5.0)
 
 
-def test_only_the_engines_that_the_cases_need_are_started() -> None:
-    assert sides_of(("idle",)) == ["plain", "rudder"]
-    assert sides_of(("grpc",)) == ["rudder", "grpc"]
-    assert sides_of(("idle", "grpc")) == ["plain", "rudder", "grpc"]
+def test_only_the_two_engines_that_a_case_compares_run_beside_each_other() -> None:
+    assert groups(["idle", "one_program", "grpc"]) == [
+        (("plain", "rudder"), ["idle", "one_program"]),
+        (("rudder", "grpc"), ["grpc"]),
+    ]
+    assert groups(["grpc"]) == [(("rudder", "grpc"), ["grpc"])]

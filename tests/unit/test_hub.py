@@ -123,11 +123,17 @@ def test_features_with_a_gap_between_them_are_not_told_as_if_there_were_none() -
         inbox.take()
 
 
+def connected(hub: Hub, folder: Path) -> Channel:
+    """The worker's end of the hub's channel."""
+    hub.bind(f"{folder}/telemetry")
+    worker = Channel(f"{folder}/telemetry", hub.key)
+    hub.channel.accept()
+    return worker
+
+
 async def test_a_gap_on_the_channel_fails_all_who_wait(tmp_path: Path) -> None:
     hub = Hub(lambda _: None, lambda _: None)
-    address = f"ipc://{tmp_path}/telemetry"
-    hub.bind(address)
-    worker = Channel(address, hub.key)
+    worker = connected(hub, tmp_path)
     task = asyncio.create_task(hub.listen())
     worker.send(Frame(0))
     worker.send(Frame(2))
@@ -138,8 +144,7 @@ async def test_a_gap_on_the_channel_fails_all_who_wait(tmp_path: Path) -> None:
 
 async def test_frames_that_someone_awaits_are_taken_in_as_they_come(tmp_path: Path) -> None:
     hub = Hub(lambda _: None, lambda _: None)
-    hub.bind(f"ipc://{tmp_path}/telemetry")
-    worker = Channel(f"ipc://{tmp_path}/telemetry", hub.key)
+    worker = connected(hub, tmp_path)
     # Nobody listens: what comes in is taken in because it is awaited, one frame after the other.
     with hub.awaited(), hub.awaited():
         for number in range(5):

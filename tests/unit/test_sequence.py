@@ -2,6 +2,7 @@
 
 from random import Random
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -232,3 +233,12 @@ def test_the_bank_is_told_the_longest_part_with_a_sequence_condition() -> None:
         driver.place(ids, np.array(starts), np.array(lengths))
         told.append(int(driver.sequences.longest))
     assert told == [5, 2, 0]
+
+
+def test_a_gate_that_was_closed_does_not_hold_back_whoever_stands_there_next() -> None:
+    driver, request = one_gate(wire.Sequence(0, decay=1.0, gain=1.0, level=3.5))
+    driver.admit("gated", 1, request)
+    ungated = msgspec.structs.replace(request, stages=((msgspec.structs.replace(request.stages[0][0], gate=None),),))
+    driver.admit("ungated", 2, ungated)
+    assert not any(opened(driver, [0.0] * 4, [(0, 4)], "gated"))
+    assert opened(driver, [0.0] * 4, [(0, 4)], "ungated") == [False, True, True, True]
