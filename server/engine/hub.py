@@ -170,17 +170,15 @@ class Hub:
 
     def receive(self) -> None:
         """Take in every frame that has come. A lost one fails every request in flight and all that follow."""
-        for message in self.channel.messages():
-            if self.lost:
-                return
+        for message in [] if self.lost else self.channel.messages():
+            self.arrived.set()
             try:
                 frame = unseal(message, self.key, self.expected)
             except TelemetryLost as lost:
                 self.lost = lost
-            else:
-                self.expected += 1
-                self.take(frame)
-            self.arrived.set()
+                break
+            self.expected += 1
+            self.take(frame)
         if self.channel.ended:
             # The engine has died, which vLLM tells.
             asyncio.get_running_loop().remove_reader(self.channel.socket)

@@ -11,7 +11,7 @@ from vllm import SamplingParams
 from rudder.v1 import program_pb2 as pb
 from server.engine.admission import QueueFull
 from server.engine.call import Call, Outcome, Output
-from server.engine.engine import Engine
+from server.engine.engine import RELEASE_TIMEOUT_S, Engine
 from server.engine.telemetry import TelemetryLost
 from server.steering.compile import Compiled, compile_program
 from server.steering.watch import compile_watch
@@ -208,6 +208,26 @@ async def test_a_full_bank_queues_and_then_refuses(engine: Engine) -> None:
     assert {r.resource for r in refused} <= {"slots", "rows"}
     assert all(outcome(outputs).moved == (38,) for outputs in served)
     assert (await usage(engine))["slots"] == 0
+
+
+async def test_a_finished_request_is_seen_to_have_been_released_without_asking_the_worker(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    rpc = engine.llm.collective_rpc
+
+    async def listened(method: str, *args: Any, **kwargs: Any) -> Any:
+        asked.append(method)
+        return await rpc(method, *args, **kwargs)
+
+    monkeypatch.setattr(engine.llm, "collective_rpc", listened)
+    for seed in range(3):
+        await asyncio.gather(
+            *(run(engine, Call(prompt(engine, 10, n), greedy(5), push(engine, 0.5, seed))) for n in range(4))
+        )
+        await asyncio.sleep(2 * RELEASE_TIMEOUT_S)
+    assert asked == []
+    assert not engine.hub.inboxes
 
 
 async def test_who_waits_for_the_bank_is_told_when_telemetry_is_lost(engine: Engine) -> None:
