@@ -142,6 +142,11 @@ class Hub:
         """Where the worker's frames arrive, sealed with `key`."""
         self.channel = Receiver(address)
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is taken in: telemetry is lost, or the engine has died, which vLLM tells."""
+        return self.lost is not None or self.channel.ended
+
     def open(self, handle: int, request: wire.Request) -> Inbox:
         """Expect telemetry of a request from now on."""
         inbox = self.inboxes[handle] = Inbox(request)
@@ -158,7 +163,7 @@ class Hub:
     def awaited(self) -> Iterator[None]:
         """Within it, frames are taken in as they come."""
         loop = asyncio.get_running_loop()
-        if not self.awaiting and not self.channel.ended:
+        if not self.awaiting and not self.over:
             loop.add_reader(self.channel.socket, self.receive)
         self.awaiting += 1
         try:
@@ -179,8 +184,7 @@ class Hub:
                 break
             self.expected += 1
             self.take(frame)
-        if self.channel.ended:
-            # The engine has died, which vLLM tells.
+        if self.over:
             asyncio.get_running_loop().remove_reader(self.channel.socket)
 
     def update(self) -> None:

@@ -91,7 +91,8 @@ def test_a_worker_whose_server_is_gone_is_told() -> None:
             sender.send(b"lost")
 
 
-async def test_a_dead_worker_does_not_keep_the_server_busy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["dead", "lost"])
+async def test_what_nobody_will_read_any_more_does_not_keep_the_server_busy(tmp_path: Path, end: str) -> None:
     hub = Hub(lambda _: None, lambda _: None)
     hub.bind(f"{tmp_path}/telemetry")
     sender = Sender(f"{tmp_path}/telemetry")
@@ -105,8 +106,13 @@ async def test_a_dead_worker_does_not_keep_the_server_busy(tmp_path: Path) -> No
         receive()
 
     hub.receive = counted  # type: ignore[method-assign]
-    sender.socket.close()
-    for _ in range(2):
-        with hub.awaited():
-            await asyncio.sleep(0.05)
+    with hub.awaited():
+        sender.send(b"no frame") if end == "lost" else sender.socket.close()
+        await asyncio.sleep(0.02)
+        if end == "lost":
+            sender.send(b"another")
+        await asyncio.sleep(0.05)
+    with hub.awaited():
+        await asyncio.sleep(0.05)
+    assert hub.over
     assert looked == 1
