@@ -72,7 +72,7 @@ title("5. Metrics: what the server counted")
 wanted = (
     "rudder_requests_total",
     "rudder_stream_tokens_total",
-    "rudder_edits_applied",
+    "rudder_edits_applied_tokens_total",
     "rudder_bank",
     "rudder_feature",
 )
