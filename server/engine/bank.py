@@ -22,8 +22,6 @@ from server.steering import wire
 # What the host writes for every token of a step, [len(TOKEN), max tokens]: the entry in force, the request's slot,
 # the batch index of its first token, its count of tokens so far (BOS excluded), its row in the capture buffer.
 TOKEN = ("entry", "slot", "start", "count", "capture")
-
-
 NO_DICTIONARIES: Mapping[str, SAE] = MappingProxyType({})
 
 

@@ -100,7 +100,7 @@ class Engine:
         except BaseException:
             llm.shutdown()
             raise
-        # vLLM reads its environment for every token of every request, but in processes of its own.
+        # vLLM asks its environment at every token of every request. Its own processes keep the answers; so does this.
         enable_envs_cache()
         return engine
 

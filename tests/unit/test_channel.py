@@ -1,10 +1,8 @@
 """Telemetry on its way: nothing is lost, reordered or cut, and the worker does not wait for the server."""
 
-import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
@@ -13,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.channel import Receiver, Sender
-from server.engine.hub import Hub
 
 
 @contextmanager
@@ -89,30 +86,3 @@ def test_a_worker_whose_server_is_gone_is_told() -> None:
         receiver.socket.close()
         with pytest.raises(BrokenPipeError):
             sender.send(b"lost")
-
-
-@pytest.mark.parametrize("end", ["dead", "lost"])
-async def test_what_nobody_will_read_any_more_does_not_keep_the_server_busy(tmp_path: Path, end: str) -> None:
-    hub = Hub(lambda _: None, lambda _: None)
-    hub.bind(f"{tmp_path}/telemetry")
-    sender = Sender(f"{tmp_path}/telemetry")
-    hub.channel.accept()
-    looked = 0
-    receive = hub.receive
-
-    def counted() -> None:
-        nonlocal looked
-        looked += 1
-        receive()
-
-    hub.receive = counted  # type: ignore[method-assign]
-    with hub.awaited():
-        sender.send(b"no frame") if end == "lost" else sender.socket.close()
-        await asyncio.sleep(0.02)
-        if end == "lost":
-            sender.send(b"another")
-        await asyncio.sleep(0.05)
-    with hub.awaited():
-        await asyncio.sleep(0.05)
-    assert hub.over
-    assert looked == 1

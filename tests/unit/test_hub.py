@@ -158,3 +158,28 @@ async def test_frames_that_someone_awaits_are_taken_in_as_they_come(tmp_path: Pa
     with hub.awaited():
         await asyncio.wait_for(hub.arrived.wait(), 5)
     assert hub.expected == 6
+
+
+@pytest.mark.parametrize("end", ["dead", "lost"])
+async def test_what_nobody_will_read_any_more_does_not_keep_the_server_busy(tmp_path: Path, end: str) -> None:
+    hub = Hub(lambda _: None, lambda _: None)
+    sender = connected(hub, tmp_path).sender
+    looked = 0
+    receive = hub.receive
+
+    def counted() -> None:
+        nonlocal looked
+        looked += 1
+        receive()
+
+    hub.receive = counted  # type: ignore[method-assign]
+    with hub.awaited():
+        sender.send(b"no frame") if end == "lost" else sender.socket.close()
+        await asyncio.sleep(0.02)
+        if end == "lost":
+            sender.send(b"another")
+        await asyncio.sleep(0.05)
+    with hub.awaited():
+        await asyncio.sleep(0.05)
+    assert hub.over
+    assert looked == 1
