@@ -68,6 +68,8 @@ class Step:
     starts: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     lengths: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     capture: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    # How often the same requests have gone on decoding since.
+    gone_on: int = 0
     # On the device: how many tokens of its request came with each token.
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
 
@@ -170,6 +172,7 @@ class Driver:
         self.carry_sequences(batch, starts)
         if batch is last.batch and last.goes_on(starts, lengths):
             last.starts = starts
+            last.gone_on += 1
             last.counts.add_(1)
         else:
             self.step = self.write_tokens(Step(batch, starts, lengths))

@@ -5,7 +5,6 @@ import secrets
 import tempfile
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -18,6 +17,7 @@ from vllm.envs import enable_envs_cache
 from vllm.inputs import TokensPrompt
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from rudder.v1 import program_pb2
 from sae_models import bundle as bundles
@@ -202,31 +202,37 @@ class Engine:
             await self.admission.acquire(handle, request)
         inbox = self.hub.open(handle, request)
         request_id = f"{handle}-{secrets.token_hex(4)}"
+        running: RequestOutputCollector | None = None
+        ended = False
         try:
             prompt = TokensPrompt(
                 prompt_token_ids=list(call.prompt_ids), cache_salt=salt(self.secret, call, self.policy)
             )
-            parameters = engine_sampling(call, request, self.policy)
+            # vLLM's `generate` would be one more generator to step through for every token.
+            running = await self.llm.add_request(request_id, prompt, engine_sampling(call, request, self.policy))
             generated = cached = 0
-            async with aclosing(self.llm.generate(prompt, parameters, request_id)) as outputs:
-                async for out in outputs:
-                    choice = out.outputs[0]
-                    ids = choice.token_ids
-                    generated += len(ids)
-                    cached = max(cached, out.num_cached_tokens or 0)
-                    if choice.finish_reason:
-                        outcome = await self.outcome(choice, inbox, call, generated, cached)
-                        features = inbox.take().between(0, outcome.prompt_tokens + generated - 1)
-                        yield Output(choice.text, ids, choice.logprobs, features.reordered(order), outcome)
-                    elif inbox.reports:
-                        # One frame is of all requests: the first of them to ask takes it in for the others.
-                        if inbox.covered < len(call.prompt_ids) + generated - 1:
-                            self.hub.update()
-                        yield Output(choice.text, ids, choice.logprobs, inbox.take().reordered(order))
-                    else:
-                        yield Output(choice.text, ids, choice.logprobs, inbox.nothing)
+            while not ended:
+                out = running.get_nowait() or await running.get()
+                choice = out.outputs[0]
+                ids = choice.token_ids
+                generated += len(ids)
+                cached = max(cached, out.num_cached_tokens or 0)
+                if choice.finish_reason:
+                    ended = True
+                    outcome = await self.outcome(choice, inbox, call, generated, cached)
+                    features = inbox.take().between(0, outcome.prompt_tokens + generated - 1)
+                    yield Output(choice.text, ids, choice.logprobs, features.reordered(order), outcome)
+                elif inbox.reports:
+                    # One frame is of all requests: the first of them to ask takes it in for the others.
+                    if inbox.covered < len(call.prompt_ids) + generated - 1:
+                        self.hub.receive()
+                    yield Output(choice.text, ids, choice.logprobs, inbox.take().reordered(order))
+                else:
+                    yield Output(choice.text, ids, choice.logprobs, inbox.nothing)
         finally:
             self.spawn(self.see_released(handle, inbox, request_id))
+            if running and not ended:
+                await self.llm.abort(running.request_id, internal=True)
 
     async def outcome(self, choice: Any, inbox: Inbox, call: Call, generated: int, cached: int) -> Outcome:
         """How the call ended, once all of its telemetry has come."""
@@ -244,12 +250,10 @@ class Engine:
     async def covered(self, inbox: Inbox, position: int) -> None:
         """Wait until every token before `position` has been reported."""
         deadline = time.monotonic() + TELEMETRY_TIMEOUT_S
+        self.hub.receive()
         with self.hub.awaited():
-            while True:
+            while inbox.covered < position:
                 self.hub.arrived.clear()
-                self.hub.update()
-                if inbox.covered >= position:
-                    return
                 self.require_alive()
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
@@ -265,6 +269,8 @@ class Engine:
             await self.llm.abort(request_id)
             held = await self.llm.collective_rpc("rudder_holds", args=(handle,))
             if not any(held):
+                # What it had sent before is still told apart by whose it was.
+                self.hub.receive()
                 self.hub.inboxes.pop(handle, None)
                 self.admission.release(handle)
                 return

@@ -1,7 +1,7 @@
-"""Receives the worker's frames and sorts them into one inbox per request.
+"""Receives the worker's frames and hands every request its part.
 
-Steady decoding sends frame after frame of the same shape. They lie in the socket until someone asks, are kept as they
-came and sorted together: what a step costs here does not grow with the requests in flight unless they read features.
+Steady decoding sends frame after frame of the same shape. They lie in the socket until someone asks and are kept as
+they came: a request is told once where its values stand in them, and reads them there when it wants them.
 """
 
 import asyncio
@@ -18,10 +18,10 @@ from server.engine.channel import Receiver
 from server.engine.telemetry import Array, Capture, Frame, TelemetryLost, column, unseal
 from server.steering import wire
 
-# Frames kept before they are sorted, whoever asks: bounds memory.
-LONGEST_RUN = 64
+# Frames of one run at most, so that those of which everything has been read are forgotten.
+LONGEST_RUN = 256
 # Frames that nobody awaits are taken in this often: a wake-up for each of them would take the model's cores from it.
-UNASKED_S = 0.1
+UNASKED_S = 0.25
 
 
 class Features(NamedTuple):
@@ -57,16 +57,55 @@ def no_features(rows: int, sites: int, k: int) -> Features:
     return Features(0, np.zeros((0, rows), np.float32), top, top)
 
 
+class Run:
+    """Consecutive frames of one shape: the same requests in the same order, each going on where it stopped."""
+
+    def __init__(self, frame: Frame, handles: Array, starts: Array, lengths: Array) -> None:
+        self.frames = [frame]
+        self.handles, self.starts, self.lengths = handles, starts, lengths
+        self.read: dict[str, tuple[int, Array]] = {}
+
+    def next_starts(self) -> Array:
+        """Where the requests go on after the last frame."""
+        starts: Array = self.starts + len(self.frames) * self.lengths
+        return starts
+
+    def column(self, name: str, dtype: str, begin: int) -> Array:
+        """A column of the frames from number `begin` on, [n, size]: put together once for all requests that ask."""
+        frames = len(self.frames) - begin
+        read = self.read.get(name)
+        if read is None or read[0] != len(self.frames) or len(read[1]) != frames:
+            data = b"".join(getattr(frame, name) for frame in self.frames[begin:])
+            read = self.read[name] = len(self.frames), column(data, dtype).reshape(frames, -1)
+        return read[1]
+
+
+@dataclass(slots=True)
+class Part:
+    """What a request has of a run: `length` tokens a step from position `start` on, the first `cut` of each step
+    unreported, and where its values stand in the columns. `told`: frames whose features have been taken.
+    """
+
+    run: Run
+    start: int
+    length: int
+    cut: int
+    moved: slice
+    active: slice
+    top: slice
+    told: int = 0
+
+
 @dataclass
 class Inbox:
-    """A request's telemetry, joined by position. `covered`: the position after the last token that ran.
+    """A request's telemetry, joined by position. `delivered`: the position after the last token in `chunks`, ever.
 
-    `moved`: (positions after each step [n], tokens that each edit touched in it [n, edits]).
+    `moved`: (positions after each step [n], tokens that each edit touched in it [n, edits]) of former parts.
     """
 
     request: wire.Request
     first: int = -1
-    covered: int = 0
+    part: Part | None = None
     chunks: list[Features] = field(default_factory=list)
     delivered: int = 0
     moved: list[tuple[Array, Array]] = field(default_factory=list)
@@ -82,14 +121,67 @@ class Inbox:
         self.reports = bool(self.watched or self.request.top_k_sites)
         self.nothing = no_features(self.watched, *self.top)
 
+    @property
+    def covered(self) -> int:
+        """The position after the last token that ran."""
+        part = self.part
+        return part.start + part.length * len(part.run.frames) if part else 0
+
+    def unreported(self, start: int, length: int) -> int:
+        """Prompt tokens at the front of a step's part that are not reported."""
+        prompt = 0 if self.request.watch_prompt else self.request.prompt_tokens
+        return max(0, min(length, prompt - start))
+
+    def enter(self, part: Part) -> None:
+        """Go on with the part of a new run, which begins earlier than the last one ended after a preemption."""
+        self.read()
+        if self.part and self.edits:
+            self.moved.append(self.moved_in(self.part))
+        if part.start < self.covered:
+            self.moved = [(ends[ends <= part.start], counts[ends <= part.start]) for ends, counts in self.moved]
+        self.first = part.start if self.first < 0 else min(self.first, part.start)
+        self.part = part
+
+    def moved_in(self, part: Part) -> tuple[Array, Array]:
+        """(positions after each step [n], tokens that each edit touched in it [n, edits])."""
+        steps = np.arange(1, len(part.run.frames) + 1)
+        return part.start + part.length * steps, part.run.column("moved", "<i4", 0)[:, part.moved]
+
+    def read(self) -> None:
+        """Take in the features that have come with the part."""
+        part = self.part
+        if part is None or not self.reports:
+            return
+        told, part.told = part.told, len(part.run.frames)
+        tokens = part.length - part.cut
+        total = tokens * (part.told - told)
+        if not total:
+            return
+        active = part.run.column("active", "<f4", told)[:, part.active]
+        if tokens > 1:
+            active = active.reshape(total, self.watched)
+        latents, values = self.read_top(part, told) if self.request.top_k_sites else self.nothing[2:]
+        first = part.start + told * part.length + part.cut
+        self.add(Features(first, active, latents, values), first + total)
+
+    def read_top(self, part: Part, told: int) -> tuple[Array, Array]:
+        """(latents, values) [n * tokens, sites, k]; the worker writes site by site."""
+        shape = (-1, self.top[0], part.length - part.cut, self.top[1])
+        columns = (part.run.column(*name, told) for name in (("top_latents", "<i4"), ("top_values", "<f4")))
+        latents, values = (column[:, part.top].reshape(shape).swapaxes(1, 2) for column in columns)
+        return latents.reshape(-1, *self.top), values.reshape(-1, *self.top)
+
+    def add(self, features: Features, end: int) -> None:
+        """Keep features, to the position `end`, to be taken. What ran again after a preemption is not told twice."""
+        if end > self.delivered:
+            again = features.first < self.delivered
+            self.chunks.append(features.between(self.delivered, end) if again else features)
+            self.delivered = end
+
     def take(self) -> Features:
-        """What has been sorted since the last take. A position that ran again after a preemption is not told twice."""
-        parts = []
-        for chunk in self.chunks:
-            end = chunk.end
-            parts.append(chunk if chunk.first >= self.delivered else chunk.between(self.delivered, end))
-            self.delivered = max(self.delivered, end)
-        self.chunks.clear()
+        """What has come since the last take."""
+        self.read()
+        parts, self.chunks = self.chunks, []
         if len(parts) < 2:
             return parts[0] if parts else self.nothing
         if any(part.first != before.end for before, part in pairwise(parts)):
@@ -99,30 +191,9 @@ class Inbox:
 
     def moved_before(self, end: int) -> tuple[int, ...]:
         """Tokens touched per edit among positions before `end`."""
-        counts = [np.zeros(self.edits, np.int64), *(count[ends <= end].sum(0) for ends, count in self.moved)]
+        moved = [*self.moved, self.moved_in(self.part)] if self.part and self.edits else self.moved
+        counts = [np.zeros(self.edits, np.int64), *(count[ends <= end].sum(0) for ends, count in moved)]
         return tuple(np.sum(counts, axis=0).tolist())
-
-
-@dataclass
-class Run:
-    """Consecutive frames of one shape: the same requests in the same order, each going on where it stopped."""
-
-    frames: list[Frame]
-    starts: Array
-    lengths: Array
-
-    def continues(self, frame: Frame) -> bool:
-        """Whether `frame` can be appended."""
-        last = self.frames[-1]
-        return (
-            len(self.frames) < LONGEST_RUN
-            and frame.handles == last.handles
-            and frame.lengths == last.lengths
-            and len(frame.moved) == len(last.moved)
-            and len(frame.active) == len(last.active)
-            and len(frame.top_values) == len(last.top_values)
-            and bool((column(frame.starts, "<i4") == self.starts + len(self.frames) * self.lengths).all())
-        )
 
 
 class Hub:
@@ -178,95 +249,56 @@ class Hub:
         for message in [] if self.lost else self.channel.messages():
             self.arrived.set()
             try:
-                frame = unseal(message, self.key, self.expected)
+                self.take(unseal(message, self.key, self.expected))
             except TelemetryLost as lost:
                 self.lost = lost
                 break
             self.expected += 1
-            self.take(frame)
         if self.over:
             asyncio.get_running_loop().remove_reader(self.channel.socket)
 
-    def update(self) -> None:
-        """Bring the inboxes up to date."""
-        self.receive()
-        self.sort()
-
     def take(self, frame: Frame) -> None:
-        """Take in a frame; its columns are sorted when someone asks."""
-        if frame.handles:
-            if self.run and self.run.continues(frame):
-                self.run.frames.append(frame)
-            else:
-                self.sort()
-                self.run = Run([frame], column(frame.starts, "<i4"), column(frame.lengths, "<i4"))
+        """Take in a frame; its columns are read when someone asks."""
+        if frame.goes_on:
+            self.go_on(frame)
+        elif frame.handles:
+            self.begin(frame, *map(column, (frame.handles, frame.starts, frame.lengths), ("<i8", "<i4", "<i4")))
         for capture in frame.captures:
             if inbox := self.inboxes.get(capture.handle):
                 inbox.captures.append(capture)
         if frame.pinned:
             self.totals(column(frame.pinned, "<f8").reshape(-1, 4))
         for handle in column(frame.released, "<i8").tolist():
-            self.sort()
             if inbox := self.inboxes.pop(handle, None):
                 inbox.released.set()
             self.on_released(handle)
 
-    def sort(self) -> None:
-        """Sort what has come into the inboxes."""
-        if self.run is None:
-            return
-        run, self.run = self.run, None
-        reader = RunReader(run)
-        handles = column(run.frames[0].handles, "<i8").tolist()
-        for handle, start, length in zip(handles, run.starts.tolist(), run.lengths.tolist(), strict=True):
+    def go_on(self, frame: Frame) -> None:
+        """Keep a frame with those before it."""
+        run = self.run
+        if run is None or shape(frame) != shape(run.frames[-1]):
+            raise TelemetryLost("a telemetry frame that goes on with something else than what was before it")
+        if len(run.frames) < LONGEST_RUN:
+            run.frames.append(frame)
+        else:
+            self.begin(frame, run.handles, run.next_starts(), run.lengths)
+
+    def begin(self, frame: Frame, handles: Array, starts: Array, lengths: Array) -> None:
+        """Begin a run: give every request its part, in the order in which the worker writes them."""
+        run = self.run = Run(frame, handles, starts, lengths)
+        moved = active = top = 0
+        for handle, start, length in zip(handles.tolist(), starts.tolist(), lengths.tolist(), strict=True):
             if inbox := self.inboxes.get(handle):
-                reader.read(inbox, start, length)
+                cut = inbox.unreported(start, length)
+                tokens, (sites, k) = length - cut, inbox.top
+                ends = moved + inbox.edits, active + tokens * inbox.watched, top + tokens * sites * k
+                here = slice(moved, ends[0]), slice(active, ends[1]), slice(top, ends[2])
+                inbox.enter(Part(run, start, length, cut, *here))
+                moved, active, top = ends
+        if (4 * moved, 4 * active, 4 * top) != shape(frame):
+            raise TelemetryLost("a telemetry frame with columns of other requests than those that it names")
 
 
-class RunReader:
-    """Cuts the columns of a run of n frames into requests, in the order in which the worker wrote them."""
-
-    def __init__(self, run: Run) -> None:
-        self.steps = len(run.frames)
-        self.moved, self.active = self.stacked(run, "moved", "<i4"), self.stacked(run, "active", "<f4")
-        self.latents, self.values = self.stacked(run, "top_latents", "<i4"), self.stacked(run, "top_values", "<f4")
-        self.moved_at = self.active_at = self.top_at = 0
-
-    def stacked(self, run: Run, name: str, dtype: str) -> Array:
-        """A column of all frames, [n, size]."""
-        return column(b"".join(getattr(frame, name) for frame in run.frames), dtype).reshape(self.steps, -1)
-
-    def read(self, inbox: Inbox, start: int, length: int) -> None:
-        """Take the next request's part: `length` tokens a step from position `start` on."""
-        if start < inbox.covered:
-            inbox.moved = [(ends[ends <= start], count[ends <= start]) for ends, count in inbox.moved]
-        inbox.first = start if inbox.first < 0 else min(inbox.first, start)
-        inbox.covered = start + self.steps * length
-        if inbox.edits:
-            counts = self.moved[:, self.moved_at : self.moved_at + inbox.edits]
-            inbox.moved.append((start + length * np.arange(1, self.steps + 1), counts))
-            self.moved_at += inbox.edits
-        if inbox.reports:
-            self.read_features(inbox, start, length)
-
-    def read_features(self, inbox: Inbox, start: int, length: int) -> None:
-        """Take the part of a request that reports features."""
-        request, rows = inbox.request, inbox.watched
-        prompt = 0 if request.watch_prompt else request.prompt_tokens
-        cut = min(length, prompt - start) if start < prompt else 0
-        tokens = length - cut
-        total = self.steps * tokens
-        active = self.active[:, self.active_at : self.active_at + tokens * rows].reshape(total, rows)
-        self.active_at += tokens * rows
-        latents, values = self.read_top(inbox, tokens) if request.top_k_sites else inbox.nothing[2:]
-        if total:
-            inbox.chunks.append(Features(start + cut, active, latents, values))
-
-    def read_top(self, inbox: Inbox, tokens: int) -> tuple[Array, Array]:
-        """(latents, values) [n * tokens, sites, k]; the worker writes site by site."""
-        sites, k = inbox.top
-        here = slice(self.top_at, self.top_at + tokens * sites * k)
-        self.top_at = here.stop
-        parts = (column[:, here].reshape(self.steps, sites, tokens, k) for column in (self.latents, self.values))
-        latents, values = (part.swapaxes(1, 2).reshape(self.steps * tokens, sites, k) for part in parts)
-        return latents, values
+def shape(frame: Frame) -> tuple[int, int, int]:
+    """Bytes of each column that is divided among requests."""
+    return len(frame.moved), len(frame.active), len(frame.top_values)

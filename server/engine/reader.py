@@ -26,11 +26,9 @@ class Gather:
 
 @dataclass(frozen=True)
 class Columns:
-    """The packed handles, lengths and gathers of a batch composition; steady decoding reuses them step after step."""
+    """The gathers of a batch composition; steady decoding reuses them step after step."""
 
     key: tuple[object, ...]
-    handles: bytes
-    lengths: bytes
     active: tuple[Gather, ...]
     active_size: int
     moved: tuple[Gather, ...]
@@ -52,7 +50,8 @@ class Reader:
         self.banks = banks
         self.dictionaries: dict[int, Readable] = {}
         self.pinned: dict[int, list[int]] = {}
-        self.columns = Columns((), b"", b"", (), 0, (), 0)
+        self.columns = Columns((), (), 0, (), 0)
+        self.told: tuple[Step, int] = Step(), -1
 
     def frame(self, sequence: int, step: Step, released: Sequence[int]) -> Frame:
         """The frame of a step whose forward pass has run."""
@@ -60,11 +59,14 @@ class Reader:
             return Frame(sequence, released=packed(released, "<i8"))
         columns = self.columns_of(step)
         top_latents, top_values = self.top(step)
+        goes_on = step is self.told[0] and step.gone_on == self.told[1] + 1
+        self.told = step, step.gone_on
         return Frame(
             sequence,
-            handles=columns.handles,
-            starts=packed(step.starts, "<i4"),
-            lengths=columns.lengths,
+            goes_on,
+            handles=b"" if goes_on else packed(step.batch.handles, "<i8"),
+            starts=b"" if goes_on else packed(step.starts, "<i4"),
+            lengths=b"" if goes_on else packed(step.lengths, "<i4"),
             moved=self.moved(columns, step).tobytes(),
             active=self.active(columns, step).tobytes(),
             top_values=top_values,
@@ -82,8 +84,7 @@ class Reader:
             rows, stages = self.banks[0].active.shape[1], self.banks[0].stages
             active, active_size = watch_gathers(step, rows)
             moved, moved_size = moved_gathers(step, stages, rows)
-            handles, lengths = packed(step.batch.handles, "<i8"), packed(step.lengths, "<i4")
-            self.columns = Columns(key, handles, lengths, active, active_size, moved, moved_size)
+            self.columns = Columns(key, active, active_size, moved, moved_size)
         return self.columns
 
     def active(self, columns: Columns, step: Step) -> Array:

@@ -31,13 +31,15 @@ class Capture(msgspec.Struct, frozen=True, array_like=True):
 class Frame(msgspec.Struct, frozen=True, array_like=True):
     """One step. R requests were in it; each column lists them in the order of `handles`.
 
-    handles int64 [R], starts int32 [R] (position of the first token), lengths int32 [R]; `moved` int32: tokens touched,
+    handles int64 [R], starts int32 [R] (position of the first token), lengths int32 [R], all left out if it `goes_on`:
+    the same requests as in the last step, with their next tokens, as many as then; `moved` int32: tokens touched,
     per edit and blend; `active` fp32: activations [tokens, watched rows] of every request that watches; `top_values`
     fp32 and `top_latents` int32: [tokens, k] per top-k site; `pinned` fp64 [pinned rows, 4]: active tokens,
     tokens, sum and maximum; `released` int64: requests that hold nothing any more.
     """
 
     sequence: int
+    goes_on: bool = False
     handles: bytes = b""
     starts: bytes = b""
     lengths: bytes = b""

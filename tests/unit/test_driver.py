@@ -1,6 +1,6 @@
 """What the worker tells the banks before a step: which token has which entry, and nothing left of those before."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import numpy as np
@@ -14,6 +14,7 @@ from server.engine.driver import Driver, token_columns
 from server.engine.layout import Layout
 from server.engine.ledger import BankFull
 from server.engine.reader import Reader
+from server.engine.telemetry import Frame
 from server.steering import wire
 from tests.unit.reference import BUNDLE, WIDTH, Floats, grid, make_driver, run_step, toy_sae
 
@@ -46,6 +47,22 @@ def amounts(driver: Driver, *chunks: tuple[str, int, int], site: int = 0) -> dic
     return {name: moves[site, :, 0].tolist() for name, moves in run_step(driver, chunks, xs).items()}
 
 
+@dataclass
+class Positions:
+    """What a server knows of (handle, start, length) of each request by the frames that it got."""
+
+    parts: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def take(self, frame: Frame) -> None:
+        """Take in a frame."""
+        if frame.goes_on:
+            assert (frame.handles, frame.starts, frame.lengths) == (b"", b"", b"")
+            self.parts = [(handle, start + length, length) for handle, start, length in self.parts]
+        else:
+            columns = ((frame.handles, "<i8"), (frame.starts, "<i4"), (frame.lengths, "<i4"))
+            self.parts = list(zip(*(np.frombuffer(*c).tolist() for c in columns), strict=True))
+
+
 def test_columns_by_hand() -> None:
     reading = wire.Request(2, 8, False, top_k=1)
     driver = driver_of(
@@ -76,12 +93,13 @@ def test_columns_kept_from_the_last_step_are_those_written_anew(seed: int) -> No
     rng = Random(seed)
     requests = {
         "edits": adding(1.0, bos=True, generated=rng.random() < 0.5),
-        "reads": wire.Request(2, 9, bool(rng.randint(0, 1)), top_k=1),
-        "captures": wire.Request(rng.randint(1, 4), 9, True, capture=True),
+        "reads": wire.Request(2, 9, bool(rng.randint(0, 1)), ((), ()), top_k=1),
+        "captures": wire.Request(rng.randint(1, 4), 9, True, ((), ()), capture=True),
     }
     driver = make_driver(replace(LAYOUT, capture_tokens=64), toy_sae(Random(0)))
     for handle, (name, request) in enumerate(requests.items(), 1):
         driver.admit(name, handle, request)
+    reader, told = Reader(driver.banks), Positions()
     at = dict.fromkeys(requests, 0)
     order = list(requests)
     for _ in range(rng.randint(1, 30)):
@@ -97,6 +115,10 @@ def test_columns_kept_from_the_last_step_are_those_written_anew(seed: int) -> No
         assert driver.token[:, : driver.step.tokens].tolist() == token_columns(driver.step).tolist()
         # No padding: what the last step wrote beyond this one's tokens is harmless.
         assert not driver.token[:2, driver.step.tokens :].any()
+        # A step that is not told, as before the telemetry is connected, is not taken for one that was.
+        if rng.random() < 0.9:
+            told.take(reader.frame(0, driver.step, ()))
+            assert told.parts == [(1 + list(requests).index(name), at[name], lengths[name]) for name in running]
         for name in running:
             at[name] += lengths[name]
 

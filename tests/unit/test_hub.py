@@ -1,16 +1,18 @@
-"""Frames are taken in and sorted the same whether someone asks after every step or only at the end."""
+"""What requests are told of frames is the same whether they ask after every step or only at the end."""
 
 import asyncio
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.hub import Hub, Inbox
+from server.engine.hub import Features, Hub, Inbox, shape
 from server.engine.telemetry import Frame, TelemetryLost
 from server.engine.worker import Channel
 from server.steering import wire
@@ -73,31 +75,52 @@ def step(batch: dict[int, Running], sequence: int, rng: Random) -> Frame:
     moved, active, latents, values = (b"".join(parts[name]) for name in parts)
     handles = np.array(list(batch), "<i8").tobytes()
     begun, run = (np.array(column, "<i4").tobytes() for column in (starts, lengths))
-    return Frame(sequence, handles, begun, run, moved, active, top_latents=latents, top_values=values)
+    return Frame(sequence, False, handles, begun, run, moved, active, top_latents=latents, top_values=values)
 
 
-def state(inbox: Inbox, ends: range) -> object:
-    """All that an inbox tells."""
-    features = inbox.take()
-    moved = [inbox.moved_before(end) for end in ends]
-    return features.first, [column.tolist() for column in features[1:]], moved, inbox.first, inbox.covered
+def shortened(frames: list[Frame], rng: Random) -> list[Frame]:
+    """The frames as a worker may send them: where a step has the next tokens of the last one's requests, not named."""
+    result = frames[:1]
+    for before, frame in pairwise(frames):
+        starts, lengths, now = (np.frombuffer(c, "<i4") for c in (before.starts, before.lengths, frame.starts))
+        same = all(getattr(before, name) == getattr(frame, name) for name in ("handles", "lengths"))
+        if same and shape(before) == shape(frame) and (now == starts + lengths).all() and rng.random() < 0.9:
+            frame = msgspec.structs.replace(frame, goes_on=True, handles=b"", starts=b"", lengths=b"")
+        result.append(frame)
+    return result
+
+
+def told(inbox: Inbox, taken: list[Features], ends: range) -> object:
+    """All that an inbox has told, its features over all takes."""
+    taken = [*taken, inbox.take()]
+    features = [
+        (position, *(column[i].tolist() if len(column) else [] for column in part[1:]))
+        for part in taken
+        for i, position in enumerate(range(part.first, part.end))
+    ]
+    return features, [inbox.moved_before(end) for end in ends], inbox.first, inbox.covered
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 90))
-def test_sorting_at_the_end_is_sorting_after_every_step(seed: int, requests: int, steps: int) -> None:
-    rng = Random(seed)
+@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 60))
+def test_features_are_told_the_same_however_often_they_are_taken(seed: int, requests: int, steps: int) -> None:
+    rng, asking = Random(seed), Random(seed + 1)
     batch = {n + 1: Running(request_of(rng)) for n in range(requests)}
-    eager, lazy = (Hub(lambda _: None, lambda _: None) for _ in range(2))
-    inboxes = [{n: hub.open(n, running.request) for n, running in batch.items()} for hub in (eager, lazy)]
-    for sequence in range(steps):
-        frame = step(batch, sequence, rng)
-        eager.take(frame)
-        eager.sort()
-        lazy.take(frame)
-    lazy.sort()
-    for one, other in zip(*(boxes.values() for boxes in inboxes), strict=True):
-        assert state(one, range(100)) == state(other, range(100))
+    hubs = [Hub(lambda _: None, lambda _: None) for _ in range(3)]
+    every_step, now_and_then, at_the_end = ({n: hub.open(n, r.request) for n, r in batch.items()} for hub in hubs)
+    taken: dict[int, list[Features]] = {id(inbox): [] for inbox in (*every_step.values(), *now_and_then.values())}
+    for frame in shortened([step(batch, sequence, rng) for sequence in range(steps)], rng):
+        for hub in hubs:
+            hub.take(frame)
+        for inbox in (*every_step.values(), *(i for i in now_and_then.values() if asking.random() < 0.2)):
+            taken[id(inbox)].append(inbox.take())
+    for n, last in at_the_end.items():
+        expected = told(last, [], range(100))
+        assert told(every_step[n], taken[id(every_step[n])], range(100)) == expected
+        assert told(now_and_then[n], taken[id(now_and_then[n])], range(100)) == expected
+        # The numbers tell their positions, so what was told is also right.
+        for position, active, _, _ in expected[0]:  # type: ignore[index]
+            assert set(active) <= {position + 0.5}
 
 
 def test_steady_decoding_is_kept_as_it_came() -> None:
@@ -106,14 +129,35 @@ def test_steady_decoding_is_kept_as_it_came() -> None:
     hub = Hub(lambda _: None, lambda _: None)
     inbox = hub.open(1, batch[1].request)
     rng.random = lambda: 1.0  # type: ignore[method-assign]
-    for sequence in range(10):
-        hub.take(step(batch, sequence, rng))
+    frames = shortened([step(batch, sequence, rng) for sequence in range(10)], Random(1))
+    assert [frame.goes_on for frame in frames] == [False] + [True] * 9
+    for frame in frames:
+        hub.take(frame)
     assert hub.run is not None
     assert len(hub.run.frames) == 10
-    assert inbox.covered == 0
-    hub.sort()
+    assert not inbox.chunks
     features = inbox.take()
     assert (inbox.first, inbox.covered, list(range(features.first, features.end))) == (5, 15, list(range(5, 15)))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_frame_that_goes_on_with_something_else_is_an_error(first: bool) -> None:
+    hub = Hub(lambda _: None, lambda _: None)
+    if not first:
+        hub.take(step({1: Running(wire.Request(1, 99, False, ((),)), at=7)}, 0, Random(0)))
+    with pytest.raises(TelemetryLost, match="goes on with something else"):
+        hub.take(Frame(1, True, active=b"\0" * 400))
+
+
+async def test_columns_of_a_request_that_nobody_knows_are_not_told_as_anothers(tmp_path: Path) -> None:
+    rng = Random(0)
+    request = wire.Request(1, 99, False, ((wire.Site(0, (ROW,), (), watch=(0,)),),))
+    hub = Hub(lambda _: None, lambda _: None)
+    worker = connected(hub, tmp_path)
+    hub.open(2, request)
+    worker.send(step({1: Running(request, at=5), 2: Running(request, at=7)}, 0, rng))
+    hub.receive()
+    assert "columns of other requests" in str(hub.lost)
 
 
 def test_features_with_a_gap_between_them_are_not_told_as_if_there_were_none() -> None:
