@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from server.engine.channel import Receiver
@@ -259,13 +260,16 @@ class Hub:
 
     def take(self, frame: Frame) -> None:
         """Take in a frame; its columns are read when someone asks."""
+        for capture in frame.captures:
+            if inbox := self.inboxes.get(capture.handle):
+                inbox.captures.append(capture)
+        if frame.captures:
+            # They are large, and a run is long.
+            frame = msgspec.structs.replace(frame, captures=())
         if frame.goes_on:
             self.go_on(frame)
         elif frame.handles:
             self.begin(frame, *map(column, (frame.handles, frame.starts, frame.lengths), ("<i8", "<i4", "<i4")))
-        for capture in frame.captures:
-            if inbox := self.inboxes.get(capture.handle):
-                inbox.captures.append(capture)
         if frame.pinned:
             self.totals(column(frame.pinned, "<f8").reshape(-1, 4))
         for handle in column(frame.released, "<i8").tolist():

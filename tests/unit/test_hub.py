@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.hub import Features, Hub, Inbox, shape
-from server.engine.telemetry import Frame, TelemetryLost
+from server.engine.telemetry import Capture, Frame, TelemetryLost
 from server.engine.worker import Channel
 from server.steering import wire
 
@@ -147,6 +147,18 @@ def test_a_frame_that_goes_on_with_something_else_is_an_error(first: bool) -> No
         hub.take(step({1: Running(wire.Request(1, 99, False, ((),)), at=7)}, 0, Random(0)))
     with pytest.raises(TelemetryLost, match="goes on with something else"):
         hub.take(Frame(1, True, active=b"\0" * 400))
+
+
+def test_residuals_are_not_held_longer_than_by_who_asked_for_them() -> None:
+    hub = Hub(lambda _: None, lambda _: None)
+    inbox = hub.open(1, wire.Request(1, 99, False, ((),), capture=True))
+    capture = Capture(1, 0, b"before", b"after")
+    frames = [step({1: Running(inbox.request, at=at)}, at, Random(0)) for at in (5, 6)]
+    for frame in shortened(frames, Random(1)):
+        hub.take(msgspec.structs.replace(frame, captures=(capture,)))
+    assert inbox.captures == [capture, capture]
+    assert hub.run is not None
+    assert [frame.captures for frame in hub.run.frames] == [(), ()]
 
 
 async def test_columns_of_a_request_that_nobody_knows_are_not_told_as_anothers(tmp_path: Path) -> None:
