@@ -230,6 +230,41 @@ async def test_a_finished_request_is_seen_to_have_been_released_without_asking_t
     assert not engine.hub.inboxes
 
 
+async def test_what_a_released_request_had_reported_is_not_told_as_anothers(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server reads nothing until the worker has said that it knows the request no more."""
+    monkeypatch.setattr("server.engine.engine.RELEASE_TIMEOUT_S", 0.05)
+    row = pb.Row(feature=pb.Feature(index=0))
+    calls = [
+        Call(prompt(engine, 20, n), greedy(tokens), watch=compile_watch([(SITE, row)], engine.registry, "watch"))
+        for n, tokens in enumerate((150, 400, 3))
+    ]
+    reading = True
+    messages, rpc = engine.hub.channel.messages, engine.llm.collective_rpc
+
+    async def asked(method: str, *args: Any, **kwargs: Any) -> Any:
+        nonlocal reading
+        answer = await rpc(method, *args, **kwargs)
+        reading = reading or (method == "rudder_holds" and not any(answer))
+        return answer
+
+    monkeypatch.setattr(engine.llm, "collective_rpc", asked)
+    monkeypatch.setattr(engine.hub.channel, "messages", lambda: messages() if reading else [])
+    stays = asyncio.create_task(run(engine, calls[0]))
+    goes = engine.stream(calls[1])
+    await anext(goes)
+    reading = False
+    comes = asyncio.create_task(run(engine, calls[2]))
+    await asyncio.sleep(0.2)
+    await goes.aclose()
+    for outputs, tokens in ((await stays, 150), (await comes, 3)):
+        told = [p for output in outputs for p in range(output.features.first, output.features.end)]
+        assert told == list(range(20, 20 + tokens - 1))
+    assert reading
+    assert engine.hub.lost is None
+
+
 async def test_who_waits_for_the_bank_is_told_when_telemetry_is_lost(engine: Engine) -> None:
     calls = [Call(prompt(engine, 10, n), greedy(400), push(engine, 0.5, n)) for n in range(13)]
     tasks = [asyncio.create_task(run(engine, call)) for call in calls]

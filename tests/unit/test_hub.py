@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.hub import Features, Hub, Inbox, shape
+from server.engine.hub import LONGEST_RUN, Features, Hub, Inbox, shape
 from server.engine.telemetry import Capture, Frame, TelemetryLost
 from server.engine.worker import Channel
 from server.steering import wire
@@ -27,7 +27,12 @@ class Running:
 
     request: wire.Request
     at: int = 0
-    columns: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    moved: list[tuple[int, np.ndarray]] = field(default_factory=list)
+
+    def moved_before(self, end: int) -> tuple[int, ...]:
+        """Tokens touched per edit before `end`: of what was computed again, only the last time counts."""
+        edits = sum(len(site.edits) for site in self.request.stages[0])
+        return tuple(sum((moved for at, moved in self.moved if at <= end), np.zeros(edits, int)).tolist())
 
 
 def request_of(rng: Random) -> wire.Request:
@@ -64,10 +69,12 @@ def step(batch: dict[int, Running], sequence: int, rng: Random) -> Frame:
     starts = []
     for running in batch.values():
         if rng.random() < 0.05:
-            running.at = 0
+            running.at, running.moved = 0, []
         length = min(rng.randint(1, 4), running.request.prompt_tokens - running.at)
         length = length if length > 0 else 1
-        for name, column in part_of(running, length, rng).items():
+        part = part_of(running, length, rng)
+        running.moved.append((running.at + length, part["moved"]))
+        for name, column in part.items():
             parts[name].append(column.tobytes())
         starts.append(running.at)
         lengths.append(length)
@@ -102,8 +109,17 @@ def told(inbox: Inbox, taken: list[Features], ends: range) -> object:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 60))
-def test_features_are_told_the_same_however_often_they_are_taken(seed: int, requests: int, steps: int) -> None:
+@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 60), st.sampled_from([3, 256]))
+def test_features_are_told_the_same_however_often_they_are_taken(
+    seed: int, requests: int, steps: int, longest: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.engine.hub.LONGEST_RUN", longest)
+        check_takes(seed, requests, steps)
+
+
+def check_takes(seed: int, requests: int, steps: int) -> None:
+    """What is told does not depend on when it is taken, and is what the worker wrote."""
     rng, asking = Random(seed), Random(seed + 1)
     batch = {n + 1: Running(request_of(rng)) for n in range(requests)}
     hubs = [Hub(lambda _: None, lambda _: None) for _ in range(3)]
@@ -118,7 +134,8 @@ def test_features_are_told_the_same_however_often_they_are_taken(seed: int, requ
         expected = told(last, [], range(100))
         assert told(every_step[n], taken[id(every_step[n])], range(100)) == expected
         assert told(now_and_then[n], taken[id(now_and_then[n])], range(100)) == expected
-        # The numbers tell their positions, so what was told is also right.
+        assert expected[1] == [batch[n].moved_before(end) for end in range(100)]  # type: ignore[index]
+        # The numbers tell their positions.
         for position, active, _, _ in expected[0]:  # type: ignore[index]
             assert set(active) <= {position + 0.5}
 
@@ -138,6 +155,22 @@ def test_steady_decoding_is_kept_as_it_came() -> None:
     assert not inbox.chunks
     features = inbox.take()
     assert (inbox.first, inbox.covered, list(range(features.first, features.end))) == (5, 15, list(range(5, 15)))
+
+
+def test_what_has_been_read_of_long_decoding_is_forgotten() -> None:
+    hub = Hub(lambda _: None, lambda _: None)
+    batch = {1: Running(wire.Request(1, 999, False, ((wire.Site(0, (ROW,), (), watch=(0,)),),)), at=5)}
+    inbox = hub.open(1, batch[1].request)
+    rng = Random(0)
+    rng.random = lambda: 1.0  # type: ignore[method-assign]
+    positions: list[int] = []
+    for frame in shortened([step(batch, sequence, rng) for sequence in range(2 * LONGEST_RUN + 9)], Random(1)):
+        hub.take(frame)
+        features = inbox.take()
+        positions += range(features.first, features.end)
+    assert hub.run is not None
+    assert len(hub.run.frames) < LONGEST_RUN
+    assert positions == list(range(5, 2 * LONGEST_RUN + 14))
 
 
 @pytest.mark.parametrize("first", [True, False])
