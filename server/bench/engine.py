@@ -52,12 +52,13 @@ class Load:
 
 
 def run(load: Load, output: Path | None) -> dict[str, Any]:
-    """Run every case and write the result. `pairs`: (plain, Rudder) tokens per second, one after the other, those of
-    one start after those of another.
+    """Run every case and write the result after each start. `pairs`: (plain, Rudder) tokens per second, one after the
+    other, those of one start after those of another.
     """
     console = Console(stderr=True)
     cases = load.all_cases()
     pairs: dict[str, list[Pair]] = {case: [] for case in cases}
+    result: dict[str, Any] = {"cases": {}}
     with tempfile.TemporaryDirectory(prefix="rudder-bench-") as folder, Progress(console=console) as progress:
         model, bundle = prepare(Path(folder), load)
         bar = progress.add_task("pairs", total=load.starts * len(cases) * (load.pairs + 1))
@@ -68,12 +69,16 @@ def run(load: Load, output: Path | None) -> dict[str, Any]:
                     sides = {name: running.enter_context(Side(name, model, bundle, load)) for name in order}
                     for case in group:
                         pairs[case] += measure(case, load, sides, lambda: progress.advance(bar))
-    result = {
-        "machine": machine(),
-        "load": asdict(load),
-        "cases": {case: summary(found, load) for case, found in pairs.items()},
-    }
+            # A run takes half an hour: what has been measured is not lost with it.
+            result = save(load, pairs, output)
     console.print(table(result["cases"]))
+    return result
+
+
+def save(load: Load, pairs: Mapping[str, Sequence["Pair"]], output: Path | None) -> dict[str, Any]:
+    """The result of the starts so far, written to `output`."""
+    cases = {case: summary(found, load) for case, found in pairs.items()}
+    result = {"machine": machine(), "load": asdict(load), "cases": cases}
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,112 @@
+"""Asynchronous scheduling: a step begins before the last one's tokens are known, so one token too many may run."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+from rudder.v1 import program_pb2 as pb
+from server import config as configuration
+from server.engine import engine as engines
+from server.engine import selftest
+from server.engine.call import Call, Output
+from server.engine.engine import Engine
+from server.engine.hub import Inbox
+from server.steering import wire
+from server.steering.watch import compile_watch
+from tests.engine.conftest import SMALL
+from tests.engine.test_traps import SITE, greedy, ids, outcome, prompt, push, run, usage
+
+
+@pytest.fixture(scope="module")
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    """Changes for this module."""
+    with pytest.MonkeyPatch.context() as patched:
+        yield patched
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def overlapping(patch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
+    """The small engine with two steps in flight; vLLM's CPU platform would switch that off."""
+    create, args = AsyncEngineArgs.create_engine_config, engines.engine_args
+
+    def with_overlap(self: AsyncEngineArgs, *more: Any, **named: Any) -> Any:
+        config = create(self, *more, **named)
+        config.scheduler_config.async_scheduling = True
+        return config
+
+    patch.setattr(AsyncEngineArgs, "create_engine_config", with_overlap)
+    patch.setattr(engines, "engine_args", lambda *a: replace(args(*a), worker_cls="tests.engine.worker_async.Worker"))
+    started = await Engine.start(configuration.load(None, SMALL))
+    assert started.llm.vllm_config.max_concurrent_batches == 2
+    await selftest.run(started)
+    yield started
+    await started.stop()
+
+
+def features(outputs: list[Output]) -> tuple[list[int], np.ndarray]:
+    """Positions and activations of all that was reported."""
+    parts = [output.features for output in outputs]
+    positions = [position for part in parts for position in range(part.first, part.end)]
+    return positions, np.concatenate([part.active for part in parts])
+
+
+def calls(engine: Engine, stop: list[int]) -> list[Call]:
+    """Plain, edited, phase-limited, watched, and one that ends where nobody knew it would."""
+    rows = [(SITE, pb.Row(feature=pb.Feature(index=i))) for i in range(8)]
+    watch = compile_watch(rows, engine.registry, "watch")
+    generated = push(engine, 0.5, 2, pb.PHASE_GENERATED)
+    ends = greedy(60, stop_token_ids=stop)
+    return [
+        Call(prompt(engine, 20), greedy(24)),
+        Call(prompt(engine, 120, 5), greedy(24), push(engine, 1.0)),
+        Call(prompt(engine, 30, 9), greedy(24), generated),
+        Call(prompt(engine, 40, 3), greedy(24), watch=watch, report_prompt=True),
+        Call(prompt(engine, 25, 7), ends, generated, watch=watch),
+    ]
+
+
+async def test_it_changes_no_answer_and_no_report(
+    engine: Engine, overlapping: Engine, patch: pytest.MonkeyPatch
+) -> None:
+    *_, last = calls(engine, [])
+    stop = [ids(await run(engine, last))[10]]
+    opened: list[Inbox] = []
+    open_inbox = overlapping.hub.open
+
+    def keep(handle: int, request: wire.Request) -> Inbox:
+        opened.append(open_inbox(handle, request))
+        return opened[-1]
+
+    patch.setattr(overlapping.hub, "open", keep)
+    expected = await asyncio.gather(*(run(engine, call) for call in calls(engine, stop)))
+    found = await asyncio.gather(*(run(overlapping, call) for call in calls(overlapping, stop)))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ids(ours) == ids(theirs)
+        assert outcome(ours) == outcome(theirs)
+        (positions, active), (known, values) = features(ours), features(theirs)
+        assert positions == known
+        np.testing.assert_allclose(active, values, atol=1e-4)
+    ended = outcome(found[-1])
+    assert ended.finish_reason == "stop"
+    # The engine ran the stop token, too, which is no token of the answer's program.
+    assert opened[-1].covered == ended.prompt_tokens + ended.generated_tokens
+    assert sum(ended.moved) == ended.generated_tokens - 1
+
+
+async def test_a_request_aborted_between_two_steps_gives_everything_back(overlapping: Engine) -> None:
+    long = [Call(prompt(overlapping, 20, n), greedy(200), push(overlapping, 0.5, n)) for n in range(6)]
+    neighbour = Call(prompt(overlapping, 20), greedy(40))
+    alone = ids(await run(overlapping, neighbour))
+    going = asyncio.create_task(run(overlapping, neighbour))
+    for stream in map(overlapping.stream, long):
+        await anext(stream)
+        await stream.aclose()
+    assert ids(await going) == alone
+    assert await usage(overlapping) == {"slots": 0, "rows": [0, 0, 0], "requests": 0}
+    assert overlapping.healthy

@@ -1,0 +1,42 @@
+"""`worker_cls` for asynchronous scheduling on a CPU, which vLLM switches off there: what it asks of CUDA does nothing.
+
+A CPU computes in order, so there is nothing to wait for. Scheduler, queue of steps and model runner are vLLM's own.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from server.engine.worker_cpu import Worker as Worker
+
+
+class Event:
+    """An event that has happened."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record(self, *_: Any) -> None:
+        """Nothing to record."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+class Stream:
+    """The only stream."""
+
+    def wait_stream(self, _: Any) -> None:
+        """Nothing to wait for."""
+
+
+def in_stream(_: Any) -> AbstractContextManager[None]:
+    """Within the only stream."""
+    return nullcontext()
+
+
+torch.cuda.Event = Event  # type: ignore[assignment,misc]
+torch.cuda.Stream = Stream  # type: ignore[assignment,misc]
+torch.cuda.current_stream = lambda *_: Stream()  # type: ignore[assignment]
+torch.cuda.stream = in_stream  # type: ignore[assignment]
