@@ -20,7 +20,7 @@ from server.engine.hub import Inbox
 from server.steering import wire
 from server.steering.watch import compile_watch
 from tests.engine.conftest import SMALL
-from tests.engine.test_traps import SITE, greedy, ids, outcome, prompt, push, run, usage
+from tests.engine.test_traps import SITE, greedy, ids, outcome, positions, prompt, push, run, usage
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,9 @@ async def overlapping(patch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
     await started.stop()
 
 
-def features(outputs: list[Output]) -> tuple[list[int], np.ndarray]:
-    """Positions and activations of all that was reported."""
-    parts = [output.features for output in outputs]
-    positions = [position for part in parts for position in range(part.first, part.end)]
-    return positions, np.concatenate([part.active for part in parts])
+def activations(outputs: list[Output]) -> np.ndarray:
+    """All that was reported, [tokens, features]."""
+    return np.concatenate([output.features.active for output in outputs])
 
 
 def calls(engine: Engine, stop: list[int]) -> list[Call]:
@@ -89,9 +87,8 @@ async def test_it_changes_no_answer_and_no_report(
     for ours, theirs in zip(found, expected, strict=True):
         assert ids(ours) == ids(theirs)
         assert outcome(ours) == outcome(theirs)
-        (positions, active), (known, values) = features(ours), features(theirs)
-        assert positions == known
-        np.testing.assert_allclose(active, values, atol=1e-4)
+        assert positions(ours) == positions(theirs)
+        np.testing.assert_allclose(activations(ours), activations(theirs), atol=1e-4)
     ended = outcome(found[-1])
     assert ended.finish_reason == "stop"
     # The engine ran the stop token, too, which is no token of the answer's program.

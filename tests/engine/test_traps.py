@@ -58,6 +58,11 @@ def ids(outputs: Iterable[Output]) -> list[int]:
     return [i for output in outputs for i in output.token_ids]
 
 
+def positions(outputs: Iterable[Output]) -> list[int]:
+    """The positions of which features were reported."""
+    return [p for output in outputs for p in range(output.features.first, output.features.end)]
+
+
 async def usage(engine: Engine) -> dict[str, Any]:
     """What the worker holds, once nothing is in flight."""
     for _ in range(100):
@@ -118,9 +123,7 @@ async def test_reading_the_prompt_does_not_lose_cached_tokens(engine: Engine) ->
     watch = compile_watch([(SITE, row)], engine.registry, "watch")
     call = Call(prompt(engine, 200, 63), greedy(2), watch=watch, report_prompt=True)
     for _ in range(2):
-        outputs = await run(engine, call)
-        positions = [p for output in outputs for p in range(output.features.first, output.features.end)]
-        assert positions == list(range(201))
+        assert positions(await run(engine, call)) == list(range(201))
 
 
 def frequency(engine: Engine) -> Any:
@@ -259,8 +262,7 @@ async def test_what_a_released_request_had_reported_is_not_told_as_anothers(
     await asyncio.sleep(0.2)
     await goes.aclose()
     for outputs, tokens in ((await stays, 150), (await comes, 3)):
-        told = [p for output in outputs for p in range(output.features.first, output.features.end)]
-        assert told == list(range(20, 20 + tokens - 1))
+        assert positions(outputs) == list(range(20, 20 + tokens - 1))
     assert reading
     assert engine.hub.lost is None
 

@@ -3,7 +3,7 @@
 A CPU computes in order, so there is nothing to wait for. Scheduler, queue of steps and model runner are vLLM's own.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,12 +31,7 @@ class Stream:
         """Nothing to wait for."""
 
 
-def in_stream(_: Any) -> AbstractContextManager[None]:
-    """Within the only stream."""
-    return nullcontext()
-
-
 torch.cuda.Event = Event  # type: ignore[assignment,misc]
 torch.cuda.Stream = Stream  # type: ignore[assignment,misc]
 torch.cuda.current_stream = lambda *_: Stream()  # type: ignore[assignment]
-torch.cuda.stream = in_stream  # type: ignore[assignment]
+torch.cuda.stream = nullcontext  # type: ignore[assignment]

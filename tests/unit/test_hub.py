@@ -109,7 +109,7 @@ def told(inbox: Inbox, taken: list[Features], ends: range) -> object:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 60), st.sampled_from([3, 256]))
+@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 90), st.sampled_from([3, 256]))
 def test_features_are_told_the_same_however_often_they_are_taken(
     seed: int, requests: int, steps: int, longest: int
 ) -> None:
