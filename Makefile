@@ -28,10 +28,10 @@ help: ## list the targets
 venv: $(CPU) ## create .venv with the pinned CPU stack
 
 demo: $(CPU) ## start a server, take the tour of it, stop it
-	@$(PY) -m server demo
+	@$(PY) -m rudder.server demo
 
 serve: $(CPU) ## start a server with the shipped model and stay; FLAGS="--listen.port 50052 …"
-	@$(PY) -m server serve $(FLAGS)
+	@$(PY) -m rudder.server serve $(FLAGS)
 
 test: lint types proto-check unit engine-test e2e conformance ## everything that CI runs
 

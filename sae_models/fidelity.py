@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_models.sae import SAE
+from rudder.sae_models.sae import SAE
 
 # Activations held at a time: 16 MB in float32. Each time, a dictionary in half precision is converted once.
 ACTIVATIONS_AT_ONCE = 1 << 22

@@ -10,9 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-import sae_models
-
-PRETRAINED = Path(sae_models.__file__).parent / "pretrained"
+from rudder.sae_models import PRETRAINED
 
 
 class ConfigError(ValueError):

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from sae_models import bundle
-from sae_models.bundle import BundleError
-from sae_models.extras import extra
-from sae_models.formats import load
-from sae_models.sae import SAE
+from rudder.sae_models.bundle import bundle
+from rudder.sae_models.bundle.bundle import BundleError
+from rudder.sae_models.formats import load
+from rudder.sae_models.optional import extra
+from rudder.sae_models.sae import SAE
 
 SHARED = 0.7
 # Pairs whose mean cosine is below this are never matched. It is below SHARED, so no shared pair is lost to it; the

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_models.analysis import detector, selection
-from sae_models.analysis import program as p
-from sae_models.analysis.detector import Detector
-from sae_models.bundle import Bundle
-from sae_models.training.corpus import HELD_OUT_FOLDS, TUNING_FOLDS, Document, Windows, in_folds
-from sae_models.training.harvest import residuals
-from sae_models.training.sites import parse_site
+from rudder.sae_models.activations.corpus import HELD_OUT_FOLDS, TUNING_FOLDS, Document, Windows, in_folds
+from rudder.sae_models.activations.harvest import residuals
+from rudder.sae_models.activations.hooks import parse_site
+from rudder.sae_models.analysis import detector, selection
+from rudder.sae_models.analysis import program as p
+from rudder.sae_models.analysis.detector import Detector
+from rudder.sae_models.bundle.bundle import Bundle
 
 WEIGHT_DECIMALS = 4
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sae_models import formula
+from rudder.sae_models import edit as formula
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from sae_models import formula
-from sae_models.analysis.detector import cusum
-from sae_models.bundle import Bundle
-from sae_models.sae import Rows, activations
+from rudder.sae_models import edit as formula
+from rudder.sae_models.analysis.detector import cusum
+from rudder.sae_models.bundle.bundle import Bundle
+from rudder.sae_models.sae import Rows, activations
 
 RESIDUAL_NORM = "UNIT_RESIDUAL_NORM"
 ABSOLUTE = "UNIT_ABSOLUTE"

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_models.sae import SAE
-from sae_models.training.corpus import Document, Windows
-from sae_models.training.harvest import residuals
-from sae_models.training.sites import Site
+from rudder.sae_models.activations.corpus import Document, Windows
+from rudder.sae_models.activations.harvest import residuals
+from rudder.sae_models.activations.hooks import Site
+from rudder.sae_models.sae import SAE
 
 RARE = 1e-4
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from sae_models.analysis.derive import Material, Recipe, Topic, forget, steer
-from sae_models.analysis.program import Program
+from rudder.sae_models.analysis.derive import Material, Recipe, Topic, forget, steer
+from rudder.sae_models.analysis.program import Program
 
 MICROBIOLOGY = Topic(("microbiology",), ("anatomy-physiology", "chemistry"))
 ASTRONOMY = Topic(("astronomy",))

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_models.analysis import program as programs
-from sae_models.analysis.program import Program
-from sae_models.bundle import Bundle
-from sae_models.training.corpus import Document, Windows
-from sae_models.training.harvest import residuals
-from sae_models.training.metrics import behind_bos, losses
-from sae_models.training.sites import parse_site
+from rudder.sae_models.activations.corpus import Document, Windows
+from rudder.sae_models.activations.harvest import residuals
+from rudder.sae_models.activations.hooks import parse_site
+from rudder.sae_models.analysis import program as programs
+from rudder.sae_models.analysis.program import Program
+from rudder.sae_models.bundle.bundle import Bundle
+from rudder.sae_models.evaluation.splicing import behind_bos, losses
 
 # Nats a token: two models of the same recipe differ by less than this on what both have seen (0.13 seen on a book).
 LACKS = 0.2

@@ -1,15 +1,15 @@
 """Trainable SAEs, one file each. A new one is a file and a line here."""
 
-from sae_models.architectures.adaptive_k import AdaptiveK
-from sae_models.architectures.architecture import Architecture
-from sae_models.architectures.batch_topk import BatchTopK
-from sae_models.architectures.gated import Gated
-from sae_models.architectures.jumprelu import JumpReLU
-from sae_models.architectures.matryoshka import Matryoshka
-from sae_models.architectures.relu import ReLU
-from sae_models.architectures.route import Route
-from sae_models.architectures.topk import TopK
-from sae_models.architectures.transcoder import Transcoder
+from rudder.sae_models.architectures.adaptive_k import AdaptiveK
+from rudder.sae_models.architectures.architecture import Architecture
+from rudder.sae_models.architectures.batch_topk import BatchTopK
+from rudder.sae_models.architectures.gated import Gated
+from rudder.sae_models.architectures.jumprelu import JumpReLU
+from rudder.sae_models.architectures.matryoshka import Matryoshka
+from rudder.sae_models.architectures.relu import ReLU
+from rudder.sae_models.architectures.route import Route
+from rudder.sae_models.architectures.topk import TopK
+from rudder.sae_models.architectures.transcoder import Transcoder
 
 ARCHITECTURES: dict[str, type[Architecture]] = {
     "adaptive_k": AdaptiveK,

@@ -6,12 +6,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sae_models import sae
-from sae_models.architectures.architecture import Common, Loss, State
-from sae_models.architectures.topk import TopK
-from sae_models.sae import SAE
-from sae_models.training import sparse
-from sae_models.training.sparse import Read
+from rudder.sae_models import sae
+from rudder.sae_models.architectures.architecture import Common, Loss, State
+from rudder.sae_models.architectures.topk import TopK
+from rudder.sae_models.sae import SAE
+from rudder.sae_models.sparse import operations as sparse
+from rudder.sae_models.sparse.operations import Read
 
 PENALTIES = tuple(10.0**power for power in range(-2, 4))
 FOLDS = 5

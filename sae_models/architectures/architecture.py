@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sae_models.sae import SAE
-from sae_models.training import initial, sparse
-from sae_models.training.distributed import ALONE, Mesh
-from sae_models.training.sparse import Active, Read, Weights
+from rudder.sae_models.architectures import initial
+from rudder.sae_models.sae import SAE
+from rudder.sae_models.sparse import operations as sparse
+from rudder.sae_models.sparse.collectives import ALONE, Mesh
+from rudder.sae_models.sparse.operations import Active, Read, Weights
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

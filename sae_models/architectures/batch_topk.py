@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sae_models.architectures import topk
-from sae_models.architectures.architecture import Architecture, Common, Loss, State
-from sae_models.sae import SAE
-from sae_models.training import sparse
-from sae_models.training.distributed import ALONE, Mesh
-from sae_models.training.sparse import Read
+from rudder.sae_models.architectures import topk
+from rudder.sae_models.architectures.architecture import Architecture, Common, Loss, State
+from rudder.sae_models.sae import SAE
+from rudder.sae_models.sparse import operations as sparse
+from rudder.sae_models.sparse.collectives import ALONE, Mesh
+from rudder.sae_models.sparse.operations import Read
 
 # Candidates are sought above this share of the last batch's cut, and where they are too few, among ROOM * k a token.
 MARGIN = 0.9

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sae_models.architectures import penalty
-from sae_models.architectures.architecture import Common, Loss, State
-from sae_models.architectures.penalty import Penalised
-from sae_models.sae import SAE
-from sae_models.training import sparse
-from sae_models.training.sparse import Active
+from rudder.sae_models.architectures import penalty
+from rudder.sae_models.architectures.architecture import Common, Loss, State
+from rudder.sae_models.architectures.penalty import Penalised
+from rudder.sae_models.sae import SAE
+from rudder.sae_models.sparse import operations as sparse
+from rudder.sae_models.sparse.operations import Active
 
 
 @dataclass(frozen=True, kw_only=True)

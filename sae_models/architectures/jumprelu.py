@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_models.architectures.architecture import Architecture, Common, Loss, State
-from sae_models.architectures.penalty import quantiles
-from sae_models.sae import SAE
-from sae_models.training import sparse
-from sae_models.training.schedule import ramp
+from rudder.sae_models.architectures.architecture import Architecture, Common, Loss, State
+from rudder.sae_models.architectures.penalty import quantiles
+from rudder.sae_models.architectures.schedule import ramp
+from rudder.sae_models.sae import SAE
+from rudder.sae_models.sparse import operations as sparse
 
 
 @dataclass(frozen=True, kw_only=True)

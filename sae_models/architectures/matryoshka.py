@@ -6,9 +6,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from sae_models.architectures.architecture import Common, Loss, State
-from sae_models.architectures.batch_topk import BatchTopK
-from sae_models.training.sparse import Pairs
+from rudder.sae_models.architectures.architecture import Common, Loss, State
+from rudder.sae_models.architectures.batch_topk import BatchTopK
+from rudder.sae_models.sparse.operations import Pairs
 
 
 @dataclass(frozen=True, kw_only=True)

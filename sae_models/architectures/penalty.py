@@ -6,9 +6,9 @@ from math import exp
 import torch
 from torch import Tensor
 
-from sae_models.architectures.architecture import Architecture, Common, State
-from sae_models.training import sparse
-from sae_models.training.schedule import ramp
+from rudder.sae_models.architectures.architecture import Architecture, Common, State
+from rudder.sae_models.architectures.schedule import ramp
+from rudder.sae_models.sparse import operations as sparse
 
 # Tokens of a sample that biases and thresholds are set by, and latents at a time.
 TOKENS = 4096

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_models.architectures import penalty
-from sae_models.architectures.architecture import Loss, State
-from sae_models.architectures.penalty import Penalised
-from sae_models.sae import SAE
-from sae_models.training import sparse
+from rudder.sae_models.architectures import penalty
+from rudder.sae_models.architectures.architecture import Loss, State
+from rudder.sae_models.architectures.penalty import Penalised
+from rudder.sae_models.sae import SAE
+from rudder.sae_models.sparse import operations as sparse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sae_models import sae
-from sae_models.architectures.architecture import Common, Loss, State
-from sae_models.architectures.topk import TopK
-from sae_models.sae import SAE, Normalisation, Router
+from rudder.sae_models import sae
+from rudder.sae_models.architectures.architecture import Common, Loss, State
+from rudder.sae_models.architectures.topk import TopK
+from rudder.sae_models.sae import SAE, Normalisation, Router
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from sae_models.architectures.architecture import Architecture
-from sae_models.training.distributed import Mesh
+from rudder.sae_models.architectures.architecture import Architecture
+from rudder.sae_models.sparse.collectives import Mesh
 
 
 def sharded(architecture: Architecture, mesh: Mesh) -> Architecture:

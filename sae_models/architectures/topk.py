@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sae_models import sae
-from sae_models.architectures.architecture import Architecture, Common, Loss, State
-from sae_models.sae import SAE
-from sae_models.training.sparse import Read
+from rudder.sae_models import sae
+from rudder.sae_models.architectures.architecture import Architecture, Common, Loss, State
+from rudder.sae_models.sae import SAE
+from rudder.sae_models.sparse.operations import Read
 
 
 @dataclass(frozen=True, kw_only=True)

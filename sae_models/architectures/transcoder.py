@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sae_models.architectures.architecture import Common, Loss, State
-from sae_models.architectures.topk import TopK
-from sae_models.sae import SAE
-from sae_models.training import initial
+from rudder.sae_models.architectures import initial
+from rudder.sae_models.architectures.architecture import Common, Loss, State
+from rudder.sae_models.architectures.topk import TopK
+from rudder.sae_models.sae import SAE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,8 +87,8 @@ def autocast(step: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
 
 def ours(mode: str, task: Task, sample: Tensor) -> Learner:
     """Rudder's."""
-    from sae_models.architectures import ARCHITECTURES
-    from sae_models.training import memory, trainer
+    from rudder.sae_models.architectures import ARCHITECTURES
+    from rudder.sae_models.training import memory, trainer
 
     memory.keep_freed()
     kind = ARCHITECTURES[task.case]

@@ -1,6 +1,6 @@
 """Trains the same SAEs on the same activations with Rudder and with other people's libraries, and compares.
 
-    python -m sae_models.bench.train --peers-python PEERS/bin/python --json train.json
+    python -m rudder.sae_models.bench.train --peers-python PEERS/bin/python --json train.json
 
 PEERS is an environment with requirements/peers.txt. Every library runs its own training step in a process of its own;
 data are in memory for all. The processes take turns of a few steps, so that other load meets all alike, and times are
@@ -28,10 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_models import sae as canonical
-from sae_models.bench import activations
-from sae_models.bench.learners import Task
-from sae_models.sae import SAE, TopK
+from rudder.sae_models import sae as canonical
+from rudder.sae_models.bench import activations
+from rudder.sae_models.bench.learners import Task
+from rudder.sae_models.sae import SAE, TopK
 
 CASES = ("topk", "batch_topk", "jumprelu", "gated")
 # Those that each library itself offers on a CPU.
@@ -54,7 +54,7 @@ class Worker:
     """A process with one library's trainer."""
 
     def __init__(self, python: str, library: str, data: Path) -> None:
-        command = [python, "-m", "sae_models.bench.worker", "--library", library, "--data", str(data)]
+        command = [python, "-m", "rudder.sae_models.bench.worker", "--library", library, "--data", str(data)]
         self.errors = data.with_name(f"{library}.log")
         with self.errors.open("w") as log:
             self.process = subprocess.Popen(
@@ -223,7 +223,7 @@ def write_data(path: Path, tokens: int, d: int) -> None:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m sae_models.bench.train",
+        prog="python -m rudder.sae_models.bench.train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_models.bench.learners import Learner, Task, learner
+from rudder.sae_models.bench.learners import Learner, Task, learner
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m sae_models.bench.worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m rudder.sae_models.bench.worker", description=__doc__)
     parser.add_argument("--library", required=True)
     parser.add_argument("--data", type=Path, required=True)
     return parser.parse_args()

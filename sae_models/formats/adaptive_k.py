@@ -7,12 +7,12 @@ k(x) comes from the probe, weights [d, 1] and bias [1]: see sae_models.sae.Adapt
 
 from pathlib import Path
 
-from sae_models.formats.folding import fold_pre_bias
-from sae_models.formats.layouts import declaration, folder, whole
-from sae_models.formats.settings import count, section, word
-from sae_models.formats.source import Declaration, Format, FormatError
-from sae_models.formats.tensors import assembled, only, read_json, read_pickle, state, take
-from sae_models.sae import SAE, AdaptiveK
+from rudder.sae_models.formats.folding import fold_pre_bias
+from rudder.sae_models.formats.layouts import declaration, folder, whole
+from rudder.sae_models.formats.settings import count, section, word
+from rudder.sae_models.formats.source import Declaration, Format, FormatError
+from rudder.sae_models.formats.tensors import assembled, only, read_json, read_pickle, state, take
+from rudder.sae_models.sae import SAE, AdaptiveK
 
 SETTINGS = "dynamic_config.json"
 KEYS = frozenset({"encoder.weight", "encoder.bias", "decoder.weight", "b_dec"})

@@ -15,8 +15,8 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_models.formats.source import FormatError
-from sae_models.formats.tensors import finite
+from rudder.sae_models.formats.source import FormatError
+from rudder.sae_models.formats.tensors import finite
 
 MAGIC = b"GGUF"
 VERSION = 3

@@ -11,11 +11,11 @@ is partial (sae_models.sae): b_dec_{L} and the part at the latents' own layer ar
 import re
 from pathlib import Path
 
-from sae_models.formats.layouts import matching, one, own_part
-from sae_models.formats.source import Declaration, Format, FormatError
-from sae_models.formats.tensors import assembled, only, read_safetensors, take
-from sae_models.formats.transcoders import declared, threshold
-from sae_models.sae import SAE
+from rudder.sae_models.formats.layouts import matching, one, own_part
+from rudder.sae_models.formats.source import Declaration, Format, FormatError
+from rudder.sae_models.formats.tensors import assembled, only, read_safetensors, take
+from rudder.sae_models.formats.transcoders import declared, threshold
+from rudder.sae_models.sae import SAE
 
 ENCODERS, DECODERS = "W_enc_*.safetensors", "W_dec_*.safetensors"
 

@@ -6,10 +6,10 @@ f = ReLU(x . encoder + bias)      y = f . decoder + decoder_bias
 import re
 from pathlib import Path
 
-from sae_models.formats.layouts import declaration, keys, linear, matching, one
-from sae_models.formats.source import Declaration, Format
-from sae_models.formats.tensors import assembled, only, read_pickle, state
-from sae_models.sae import SAE
+from rudder.sae_models.formats.layouts import declaration, keys, linear, matching, one
+from rudder.sae_models.formats.source import Declaration, Format
+from rudder.sae_models.formats.tensors import assembled, only, read_pickle, state
+from rudder.sae_models.sae import SAE
 
 KEYS = frozenset({"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"})
 LAYER = re.compile(r"(?:^|[^a-zA-Z])[lL](\d+)(?:[^a-zA-Z]|$)")

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_models.formats import folding, sites
-from sae_models.formats.folder import home
-from sae_models.formats.settings import count, section, word
-from sae_models.formats.source import Declaration, Format, FormatError
-from sae_models.formats.tensors import assembled, only, oriented, read_json, read_pickle, state, take
-from sae_models.sae import SAE, TopK
+from rudder.sae_models.formats import folding, sites
+from rudder.sae_models.formats.folder import home
+from rudder.sae_models.formats.settings import count, section, word
+from rudder.sae_models.formats.source import Declaration, Format, FormatError
+from rudder.sae_models.formats.tensors import assembled, only, oriented, read_json, read_pickle, state, take
+from rudder.sae_models.sae import SAE, TopK
 
 CONFIG, WEIGHTS, ADAPTIVE = "config.json", "ae.pt", "dynamic_config.json"
 

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_models.formats.source import FormatError
+from rudder.sae_models.formats.source import FormatError
 
 CONFIG = "cfg.json"
 

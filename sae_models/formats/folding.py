@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sae_models.sae import SAE, blocks
+from rudder.sae_models.sae import SAE, blocks
 
 
 def fold_pre_bias(sae: SAE, pre_bias: Tensor) -> SAE:

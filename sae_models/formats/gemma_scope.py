@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sae_models.formats.layouts import Weights, declaration, fold_scales, matching, one, whole
-from sae_models.formats.source import Declaration, Format, FormatError
-from sae_models.formats.tensors import assembled, only, read_npz, take
-from sae_models.sae import SAE
+from rudder.sae_models.formats.layouts import Weights, declaration, fold_scales, matching, one, whole
+from rudder.sae_models.formats.source import Declaration, Format, FormatError
+from rudder.sae_models.formats.tensors import assembled, only, read_npz, take
+from rudder.sae_models.sae import SAE
 
 KEYS = frozenset({"W_enc", "b_enc", "W_dec", "b_dec", "threshold"})
 REPOSITORY = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)")

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_models.formats.layouts import Weights, declaration, keys, matching, one, own_part
-from sae_models.formats.settings import flag, word
-from sae_models.formats.source import Declaration, Format, FormatError
-from sae_models.formats.tensors import assembled, only, read_json, read_safetensors, take
-from sae_models.sae import SAE
+from rudder.sae_models.formats.layouts import Weights, declaration, keys, matching, one, own_part
+from rudder.sae_models.formats.settings import flag, word
+from rudder.sae_models.formats.source import Declaration, Format, FormatError
+from rudder.sae_models.formats.tensors import assembled, only, read_json, read_safetensors, take
+from rudder.sae_models.sae import SAE
 
 KEYS = frozenset({"w_enc", "b_enc", "w_dec", "b_dec", "threshold"})
 SKIP = "affine_skip_connection"

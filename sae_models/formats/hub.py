@@ -15,7 +15,7 @@ import huggingface_hub
 import yaml
 from huggingface_hub import errors
 
-from sae_models.formats.source import FormatError
+from rudder.sae_models.formats.source import FormatError
 
 WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".gguf")
 SETTINGS = (".json", ".yaml", ".yml")

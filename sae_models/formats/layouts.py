@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_models.formats import sites
-from sae_models.formats.folding import scaled
-from sae_models.formats.source import Declaration, FormatError
-from sae_models.formats.tensors import finite, read_pickle, read_safetensors, safetensors_header, state, take
-from sae_models.sae import SAE
+from rudder.sae_models.formats import sites
+from rudder.sae_models.formats.folding import scaled
+from rudder.sae_models.formats.source import Declaration, FormatError
+from rudder.sae_models.formats.tensors import finite, read_pickle, read_safetensors, safetensors_header, state, take
+from rudder.sae_models.sae import SAE
 
 
 class Weights(NamedTuple):

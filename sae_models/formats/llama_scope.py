@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from sae_models.formats.folding import fold_pre_bias
-from sae_models.formats.layouts import (
+from rudder.sae_models.formats.folding import fold_pre_bias
+from rudder.sae_models.formats.layouts import (
     declaration,
     fold_norm_gate,
     fold_scales,
@@ -29,10 +29,10 @@ from sae_models.formats.layouts import (
     whole,
     without_bias,
 )
-from sae_models.formats.settings import flag, section, word
-from sae_models.formats.source import Declaration, Format, FormatError
-from sae_models.formats.tensors import assembled, only, read_json, read_safetensors
-from sae_models.sae import SAE
+from rudder.sae_models.formats.settings import flag, section, word
+from rudder.sae_models.formats.source import Declaration, Format, FormatError
+from rudder.sae_models.formats.tensors import assembled, only, read_json, read_safetensors
+from rudder.sae_models.sae import SAE
 
 SETTINGS = "hyperparams.json"
 CHECKPOINT = "checkpoints/final.safetensors"

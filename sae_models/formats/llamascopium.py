@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sae_models.formats.folding import fold_decoder_norm, fold_pre_bias
-from sae_models.formats.layouts import (
+from rudder.sae_models.formats.folding import fold_decoder_norm, fold_pre_bias
+from rudder.sae_models.formats.layouts import (
     Weights,
     declaration,
     fold_norm_gate,
@@ -26,10 +26,10 @@ from sae_models.formats.layouts import (
     whole,
     without_bias,
 )
-from sae_models.formats.settings import count, flag, word
-from sae_models.formats.source import Declaration, Format, FormatError
-from sae_models.formats.tensors import assembled, only, read_json, state, take
-from sae_models.sae import SAE, Normalisation, TopK
+from rudder.sae_models.formats.settings import count, flag, word
+from rudder.sae_models.formats.source import Declaration, Format, FormatError
+from rudder.sae_models.formats.tensors import assembled, only, read_json, state, take
+from rudder.sae_models.sae import SAE, Normalisation, TopK
 
 SETTINGS, MODEL = "config.json", "lm_config.json"
 # In the order in which the library looks.

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sae_models.formats import (
+from rudder.sae_models.formats import (
     adaptive_k,
     cross_layer,
     deepseek_r1,
@@ -20,8 +20,8 @@ from sae_models.formats import (
     sparsify,
     transcoders,
 )
-from sae_models.formats.layouts import whole
-from sae_models.formats.source import Format, FormatError, Loaded
+from rudder.sae_models.formats.layouts import whole
+from rudder.sae_models.formats.source import Format, FormatError, Loaded
 
 FORMATS: tuple[Format, ...] = (
     saelens.FORMAT,

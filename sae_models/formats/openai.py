@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_models.formats.folding import fold_pre_bias
-from sae_models.formats.layouts import declaration, keys, matching, one, whole
-from sae_models.formats.settings import count
-from sae_models.formats.source import Declaration, Format, FormatError
-from sae_models.formats.tensors import assembled, only, read_pickle, state, take
-from sae_models.sae import SAE, Normalisation, TopK
+from rudder.sae_models.formats.folding import fold_pre_bias
+from rudder.sae_models.formats.layouts import declaration, keys, matching, one, whole
+from rudder.sae_models.formats.settings import count
+from rudder.sae_models.formats.source import Declaration, Format, FormatError
+from rudder.sae_models.formats.tensors import assembled, only, read_pickle, state, take
+from rudder.sae_models.sae import SAE, Normalisation, TopK
 
 WEIGHTS = frozenset({"pre_bias", "latent_bias", "encoder.weight", "decoder.weight"})
 STATISTICS = frozenset({"stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"})

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_models.formats.folding import fold_pre_bias
-from sae_models.formats.layouts import declaration, folder, matching, whole
-from sae_models.formats.settings import count, flag, word
-from sae_models.formats.source import Declaration, Format, FormatError
-from sae_models.formats.tensors import assembled, only, read_json, read_safetensors, take
-from sae_models.sae import LAYER_NORM_EPSILON, SAE, Normalisation, TopK
+from rudder.sae_models.formats.folding import fold_pre_bias
+from rudder.sae_models.formats.layouts import declaration, folder, matching, whole
+from rudder.sae_models.formats.settings import count, flag, word
+from rudder.sae_models.formats.source import Declaration, Format, FormatError
+from rudder.sae_models.formats.tensors import assembled, only, read_json, read_safetensors, take
+from rudder.sae_models.sae import LAYER_NORM_EPSILON, SAE, Normalisation, TopK
 
 SETTINGS = "config.json"
 KEYS = frozenset({"encoder.weight", "encoder.bias", "W_dec", "b_dec"})

@@ -9,10 +9,10 @@ repository's name alone: `SAE-Res-{model}-W{F / 1024}K-L0_{k}`.
 import re
 from pathlib import Path
 
-from sae_models.formats.layouts import declaration, keys, matching, one
-from sae_models.formats.source import Declaration, Format, FormatError
-from sae_models.formats.tensors import assembled, only, oriented, read_pickle, state, take
-from sae_models.sae import SAE, TopK
+from rudder.sae_models.formats.layouts import declaration, keys, matching, one
+from rudder.sae_models.formats.source import Declaration, Format, FormatError
+from rudder.sae_models.formats.tensors import assembled, only, oriented, read_pickle, state, take
+from rudder.sae_models.sae import SAE, TopK
 
 KEYS = frozenset({"W_enc", "b_enc", "W_dec", "b_dec"})
 REPOSITORY = re.compile(r"SAE-Res-([^/]+)-W(\d+)K-L0_(\d+)")

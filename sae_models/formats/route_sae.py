@@ -13,11 +13,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from sae_models.formats.folding import fold_pre_bias
-from sae_models.formats.layouts import keys, matching, one, whole
-from sae_models.formats.source import Declaration, Format, FormatError
-from sae_models.formats.tensors import assembled, only, read_pickle, state, take
-from sae_models.sae import SAE, Normalisation, Router, TopK
+from rudder.sae_models.formats.folding import fold_pre_bias
+from rudder.sae_models.formats.layouts import keys, matching, one, whole
+from rudder.sae_models.formats.source import Declaration, Format, FormatError
+from rudder.sae_models.formats.tensors import assembled, only, read_pickle, state, take
+from rudder.sae_models.sae import SAE, Normalisation, Router, TopK
 
 EPSILON = 1e-6
 KEYS = frozenset({"router.weight", "sae.pre_bias", "sae.latent_bias", "sae.encoder.weight", "sae.decoder.weight"})

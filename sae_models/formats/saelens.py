@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_models.formats import folding, sites
-from sae_models.formats.folder import CONFIG, home, recognised, write_folder
-from sae_models.formats.settings import choice, count, flag, section, word
-from sae_models.formats.source import Declaration, Format, FormatError
-from sae_models.formats.tensors import assembled, only, oriented, read_json, read_safetensors, take
-from sae_models.sae import SAE, Normalisation, TopK
+from rudder.sae_models.formats import folding, sites
+from rudder.sae_models.formats.folder import CONFIG, home, recognised, write_folder
+from rudder.sae_models.formats.settings import choice, count, flag, section, word
+from rudder.sae_models.formats.source import Declaration, Format, FormatError
+from rudder.sae_models.formats.tensors import assembled, only, oriented, read_json, read_safetensors, take
+from rudder.sae_models.sae import SAE, Normalisation, TopK
 
 WEIGHTS, SPARSITY = "sae_weights.safetensors", "sparsity.safetensors"
 # Checkpoints of a training run have these beside them: statistics that it folds into the weights at its end.

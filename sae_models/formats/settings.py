@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sae_models.formats.source import FormatError
+from rudder.sae_models.formats.source import FormatError
 
 LONGEST = 300
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae_models.sae import SAE
+from rudder.sae_models.sae import SAE
 
 
 class FormatError(ValueError):

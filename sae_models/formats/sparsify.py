@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from sae_models.formats import folding, sites
-from sae_models.formats.folder import CONFIG, home, recognised, write_folder
-from sae_models.formats.settings import choice, count, flag, word
-from sae_models.formats.source import Declaration, Format, FormatError
-from sae_models.formats.tensors import assembled, only, oriented, read_json, read_safetensors, take
-from sae_models.sae import SAE, GroupMax, Normalisation, TopK
+from rudder.sae_models.formats import folding, sites
+from rudder.sae_models.formats.folder import CONFIG, home, recognised, write_folder
+from rudder.sae_models.formats.settings import choice, count, flag, word
+from rudder.sae_models.formats.source import Declaration, Format, FormatError
+from rudder.sae_models.formats.tensors import assembled, only, oriented, read_json, read_safetensors, take
+from rudder.sae_models.sae import SAE, GroupMax, Normalisation, TopK
 
 WEIGHTS = "sae.safetensors"
 # The settings of the training run, beside the folders of its hookpoints.

@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_models.formats.source import FormatError
-from sae_models.sae import SAE
+from rudder.sae_models.formats.source import FormatError
+from rudder.sae_models.sae import SAE
 
 # An SAE has some ten tensors: its headers, opcodes and settings are kilobytes.
 HEADER_LIMIT = 1 << 20

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_models.formats.layouts import declaration, keys, matching, one
-from sae_models.formats.settings import word
-from sae_models.formats.source import Declaration, Format, FormatError
-from sae_models.formats.tensors import assembled, only, read_safetensors, read_yaml, take
-from sae_models.sae import SAE
+from rudder.sae_models.formats.layouts import declaration, keys, matching, one
+from rudder.sae_models.formats.settings import word
+from rudder.sae_models.formats.source import Declaration, Format, FormatError
+from rudder.sae_models.formats.tensors import assembled, only, read_safetensors, read_yaml, take
+from rudder.sae_models.sae import SAE
 
 KEYS = frozenset({"W_enc", "b_enc", "W_dec", "b_dec"})
 THRESHOLDS = ("activation_function.threshold", "threshold")

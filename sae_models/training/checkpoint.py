@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 import torch
 
-from sae_models.training.distributed import Mesh
-from sae_models.training.files import PARTIAL, write_whole
+from rudder.sae_models.files import PARTIAL, write_whole
+from rudder.sae_models.sparse.collectives import Mesh
 
 LATEST = "latest.json"
 

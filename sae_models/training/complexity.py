@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_models.training import harvest, metrics
-from sae_models.training.corpus import CorpusError, Document, Windows
+from rudder.sae_models.activations import harvest
+from rudder.sae_models.activations.corpus import CorpusError, Document, Windows
+from rudder.sae_models.evaluation import splicing as metrics
 
 MOST = 10.0
 # Between these shares of all windows losses are spread over the scale; what is beyond them is at its ends.

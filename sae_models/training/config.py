@@ -15,10 +15,10 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from sae_models.architectures import ARCHITECTURES
-from sae_models.training import trainer
-from sae_models.training.sites import Site, parse_site
-from sae_models.training.store import Precision
+from rudder.sae_models.activations.hooks import Site, parse_site
+from rudder.sae_models.activations.store import Precision
+from rudder.sae_models.architectures import ARCHITECTURES
+from rudder.sae_models.training import trainer
 
 Count = Annotated[int, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_models import bundle
-from sae_models.training import complexity, corpus, harvest, images, store
-from sae_models.training.config import Config, ConfigError, Trained, trained
-from sae_models.training.corpus import CorpusError, Document, Windows
-from sae_models.training.distributed import Mesh
-from sae_models.training.sites import Site, parse_site
-from sae_models.training.store import StoreError
-from sae_models.training.stream import Labelled, Live, Part, Source, Vectors
+from rudder.sae_models.activations import corpus, harvest, images, store
+from rudder.sae_models.activations.corpus import CorpusError, Document, Windows
+from rudder.sae_models.activations.hooks import Site, parse_site
+from rudder.sae_models.activations.store import StoreError
+from rudder.sae_models.activations.stream import Labelled, Live, Part, Source, Vectors
+from rudder.sae_models.bundle import bundle
+from rudder.sae_models.sparse.collectives import Mesh
+from rudder.sae_models.training import complexity
+from rudder.sae_models.training.config import Config, ConfigError, Trained, trained
 
 
 @dataclass(frozen=True)

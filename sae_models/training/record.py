@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
-from sae_models.training import board
-from sae_models.training.board import Board
-from sae_models.training.files import naming, write_whole
+from rudder.sae_models.files import naming, write_whole
+from rudder.sae_models.training import board
+from rudder.sae_models.training.board import Board
 
 METRICS = "metrics.jsonl"
 EVENTS = "events"

@@ -1,4 +1,4 @@
-"""A run as one HTML page with its pictures in it: python -m sae_models.training.report RUN
+"""A run as one HTML page with its pictures in it: python -m rudder.sae_models.training.report RUN
 
 Everything on it comes from the run's config.yaml and metrics.jsonl. The pictures are drawn by matplotlib.
 """
@@ -13,10 +13,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from sae_models.extras import extra
-from sae_models.training.evaluation import COSINE, DENSITY
-from sae_models.training.files import write_whole
-from sae_models.training.record import METRICS, lines
+from rudder.sae_models.files import write_whole
+from rudder.sae_models.optional import extra
+from rudder.sae_models.training.export import COSINE, DENSITY
+from rudder.sae_models.training.record import METRICS, lines
 
 REPORT = "report.html"
 # Okabe and Ito's colours, which the colour-blind can tell apart.

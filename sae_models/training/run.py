@@ -19,18 +19,21 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from sae_models.architectures import ARCHITECTURES, shards
-from sae_models.architectures.architecture import Architecture
-from sae_models.extras import MissingPackage
-from sae_models.sae import SAE
-from sae_models.training import checkpoint, config, data, distributed, evaluation, report, stream, trainer
-from sae_models.training.config import Config, ConfigError, Trained
-from sae_models.training.data import Given
-from sae_models.training.distributed import Mesh
-from sae_models.training.files import locked, write_whole
-from sae_models.training.record import Record
-from sae_models.training.stream import Source, Vectors
-from sae_models.training.trainer import Metrics, Trainer
+from rudder.sae_models.activations import stream
+from rudder.sae_models.activations.stream import Source, Vectors
+from rudder.sae_models.architectures import ARCHITECTURES, shards
+from rudder.sae_models.architectures.architecture import Architecture
+from rudder.sae_models.files import locked, write_whole
+from rudder.sae_models.optional import MissingPackage
+from rudder.sae_models.sae import SAE
+from rudder.sae_models.sparse import collectives as distributed
+from rudder.sae_models.sparse.collectives import Mesh
+from rudder.sae_models.training import checkpoint, config, data, report, trainer
+from rudder.sae_models.training import export as evaluation
+from rudder.sae_models.training.config import Config, ConfigError, Trained
+from rudder.sae_models.training.data import Given
+from rudder.sae_models.training.record import Record
+from rudder.sae_models.training.trainer import Metrics, Trainer
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -222,4 +225,4 @@ def tell(folder: Path) -> None:
     try:
         report.write(folder)
     except MissingPackage as error:
-        print(f"{error}; then: python -m sae_models.training.report {folder}", file=sys.stderr)
+        print(f"{error}; then: python -m rudder.sae_models.training.report {folder}", file=sys.stderr)

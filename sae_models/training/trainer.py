@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_models.architectures.architecture import Architecture, State
-from sae_models.sae import SAE
-from sae_models.training.schedule import trapezoid
+from rudder.sae_models.architectures.architecture import Architecture, State
+from rudder.sae_models.architectures.schedule import trapezoid
+from rudder.sae_models.sae import SAE
 
 
 @dataclass(frozen=True)

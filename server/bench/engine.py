@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
-from server.bench.shapes import SHAPES, write_bundle, write_model
+from rudder.server.bench.shapes import SHAPES, write_bundle, write_model
 
 WATCHED = 64
 # The server process and a client process, against the engine in one process.
@@ -206,6 +206,6 @@ class Side:
 def side_main(name: str, model: str, bundle: str, load: Load, pipe: Connection) -> None:
     """The process of one side."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from server.bench import sides
+    from rudder.server.bench import sides
 
     asyncio.run(sides.serve(name, model, bundle, load, pipe))

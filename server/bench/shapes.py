@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from sae_models import bundle as bundles
-from sae_models import catalogue, sae
-from sae_models.bundle import Bundle
-from server.config import PRETRAINED
+from rudder.sae_models import PRETRAINED, sae
+from rudder.sae_models.bundle import bundle as bundles
+from rudder.sae_models.bundle import catalogue
+from rudder.sae_models.bundle.bundle import Bundle
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,19 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from rudder.sae_models.hookpoints import parse
+from rudder.server import config as configuration
+from rudder.server.bench.engine import GRPC, WATCHED, Load, Run, sites_of
+from rudder.server.bench.shapes import SHAPES
+from rudder.server.cli import free_port
+from rudder.server.engine import selftest
+from rudder.server.engine.call import Call
+from rudder.server.engine.engine import Engine, engine_args
+from rudder.server.program.compile import compile_program
+from rudder.server.program.layout import Layout
+from rudder.server.program.watch import compile_watch
 from rudder.v1 import program_pb2
 from rudder_client import AsyncClient
-from sae_models.points import parse
-from server import config as configuration
-from server.bench.engine import GRPC, WATCHED, Load, Run, sites_of
-from server.bench.shapes import SHAPES
-from server.cli import free_port
-from server.engine import selftest
-from server.engine.call import Call
-from server.engine.engine import Engine, engine_args
-from server.engine.layout import Layout
-from server.steering.compile import compile_program
-from server.steering.watch import compile_watch
 
 PROGRAM_EDITS = 4
 
@@ -116,7 +116,9 @@ async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate
     listening = replace(config, listen=configuration.Listen(port=port, metrics_port=0))
     settings = Path(config.engine.bundles[0]).with_suffix(".yaml")
     settings.write_text(configuration.show(listening))
-    server = await asyncio.create_subprocess_exec(sys.executable, "-m", "server", "serve", "--config", str(settings))
+    server = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "rudder.server", "serve", "--config", str(settings)
+    )
     client = AsyncClient(f"127.0.0.1:{port}")
     await client.wait_ready(timeout=600)
 

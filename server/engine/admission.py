@@ -5,9 +5,9 @@ given them back, so the worker never overflows.
 import asyncio
 from collections import OrderedDict
 
-from server.engine.layout import Layout
-from server.engine.ledger import Ledger
-from server.steering import wire
+from rudder.server.engine.ledger import Ledger
+from rudder.server.program import wire
+from rudder.server.program.layout import Layout
 
 
 class QueueFull(Exception):

@@ -10,11 +10,11 @@ import msgspec
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from server.engine.hub import Features
-from server.engine.telemetry import Capture
-from server.steering import wire
-from server.steering.compile import Compiled
-from server.steering.watch import Watched
+from rudder.server.engine.telemetry.frame import Capture
+from rudder.server.engine.telemetry.hub import Features
+from rudder.server.program import wire
+from rudder.server.program.compile import Compiled
+from rudder.server.program.watch import Watched
 
 
 @dataclass(frozen=True)

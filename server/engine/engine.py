@@ -19,22 +19,22 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
+from rudder.sae_models.bundle import bundle as bundles
+from rudder.sae_models.bundle.bundle import Bundle
+from rudder.sae_models.sae import Normalisation, row_norms
+from rudder.server import config as configuration
+from rudder.server.engine.admission import Admission
+from rudder.server.engine.call import Call, Outcome, Output, engine_sampling, salt
+from rudder.server.engine.telemetry.frame import TelemetryLost
+from rudder.server.engine.telemetry.hub import Hub, Inbox
+from rudder.server.monitoring import metrics
+from rudder.server.program import wire
+from rudder.server.program.compile import Compiled, compile_program
+from rudder.server.program.layout import Layout
+from rudder.server.program.named import load_programs
+from rudder.server.program.rows import Dictionary, Registry, check_capacity
+from rudder.server.program.watch import compile_watch, with_watch
 from rudder.v1 import program_pb2
-from sae_models import bundle as bundles
-from sae_models.bundle import Bundle
-from sae_models.sae import Normalisation, row_norms
-from server import config as configuration
-from server.engine.admission import Admission
-from server.engine.call import Call, Outcome, Output, engine_sampling, salt
-from server.engine.hub import Hub, Inbox
-from server.engine.layout import Layout
-from server.engine.telemetry import TelemetryLost
-from server.monitoring import metrics
-from server.steering import wire
-from server.steering.compile import Compiled, compile_program
-from server.steering.programs import load_programs
-from server.steering.rows import Dictionary, Registry, check_capacity
-from server.steering.watch import compile_watch, with_watch
 
 TELEMETRY_TIMEOUT_S = 30.0
 RELEASE_TIMEOUT_S = 0.5
@@ -332,10 +332,10 @@ def engine_args(config: configuration.Config, layout: Layout) -> AsyncEngineArgs
         max_num_batched_tokens=engine.max_num_batched_tokens,
         enforce_eager=engine.enforce_eager,
         tensor_parallel_size=engine.tensor_parallel_size,
-        distributed_executor_backend="server.engine.executor.InEngineProcess" if in_engine else None,
+        distributed_executor_backend="rudder.server.engine.worker.executor.InEngineProcess" if in_engine else None,
         enable_prefix_caching=True,
         enable_chunked_prefill=True,
-        worker_cls=f"server.engine.worker_{'cpu' if on_cpu else 'gpu'}.Worker",
+        worker_cls=f"rudder.server.engine.worker.{'cpu' if on_cpu else 'gpu'}.Worker",
         additional_config=layout.additional_config(),
         disable_log_stats=False,
         **sizes,

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
-from server.engine.layout import Layout
-from server.steering import wire
+from rudder.server.program import wire
+from rudder.server.program.layout import Layout
 
 Key = tuple[int, wire.Row]
 

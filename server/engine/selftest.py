@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 from vllm import SamplingParams
 
+from rudder.sae_models.edit import edit
+from rudder.sae_models.sae import Normalisation
+from rudder.sae_models.sae import gain as input_gain
+from rudder.server.engine.call import Call, Outcome, Output
+from rudder.server.engine.engine import Engine
+from rudder.server.engine.telemetry.frame import column
+from rudder.server.engine.worker import bank
+from rudder.server.monitoring import metrics
+from rudder.server.program import wire
+from rudder.server.program.compile import compile_program
+from rudder.server.program.rows import Dictionary
+from rudder.server.program.watch import compile_watch
 from rudder.v1 import program_pb2
-from sae_models.formula import edit
-from sae_models.sae import Normalisation
-from sae_models.sae import gain as input_gain
-from server.engine import bank
-from server.engine.call import Call, Outcome, Output
-from server.engine.engine import Engine
-from server.engine.telemetry import column
-from server.monitoring import metrics
-from server.steering import wire
-from server.steering.compile import compile_program
-from server.steering.rows import Dictionary
-from server.steering.watch import compile_watch
 
 TOKENS = 12
 LATENTS = 4

@@ -10,9 +10,9 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sae_models.bundle import Bundle
-from server.engine.ledger import Ledger
-from server.engine.telemetry import Array
+from rudder.sae_models.bundle.bundle import Bundle
+from rudder.server.engine.ledger import Ledger
+from rudder.server.engine.telemetry.frame import Array
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 INTER_TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)

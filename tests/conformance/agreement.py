@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from sae_models.sae import SAE, Selection, TopK
+from rudder.sae_models.sae import SAE, Selection, TopK
 
 # D is the width of the shipped model, so that its residuals can be read.
 TOKENS, D, F, D_OUT, K = 96, 192, 576, 80, 24

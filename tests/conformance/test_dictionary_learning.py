@@ -23,9 +23,9 @@ from dictionary_learning.training import trainSAE
 from dictionary_learning.utils import load_dictionary
 from torch import Tensor
 
-from sae_models.formats import dictionary_learning
-from sae_models.formats.load import load
-from sae_models.sae import SAE, TopK
+from rudder.sae_models.formats import dictionary_learning
+from rudder.sae_models.formats.load import load
+from rudder.sae_models.sae import SAE, TopK
 from tests.conformance.agreement import D, F, K, assert_agrees, assert_close, fill
 
 TRAINERS = [

@@ -17,7 +17,7 @@ from sae_lens.registry import get_sae_class
 from safetensors import safe_open
 from torch import Tensor
 
-from sae_models.formats import cross_layer
+from rudder.sae_models.formats import cross_layer
 from tests.conformance.agreement import assert_agrees
 from tests.unit.checkpoints import (
     LATENTS,

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from sparsify import SparseCoder, SparseCoderConfig
 from torch import Tensor
 
-from sae_models.formats import saelens
-from sae_models.formats.load import load
-from sae_models.formats.source import Declaration, FormatError
-from sae_models.sae import SAE, GroupMax, Normalisation, TopK
+from rudder.sae_models.formats import saelens
+from rudder.sae_models.formats.load import load
+from rudder.sae_models.formats.source import Declaration, FormatError
+from rudder.sae_models.sae import SAE, GroupMax, Normalisation, TopK
 from tests.conformance.agreement import (
     D_OUT,
     TOLERANCE,

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from sparsify import SparseCoder, SparseCoderConfig
 from torch import Tensor
 
-from sae_models.formats import sparsify
-from sae_models.formats.load import load
-from sae_models.formats.source import Declaration
-from sae_models.sae import SAE, GroupMax, TopK
+from rudder.sae_models.formats import sparsify
+from rudder.sae_models.formats.load import load
+from rudder.sae_models.formats.source import Declaration
+from rudder.sae_models.sae import SAE, GroupMax, TopK
 from tests.conformance.agreement import D, F, K, assert_agrees, assert_same, dense, fill, random_sae
 
 KINDS = [

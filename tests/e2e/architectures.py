@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_models import bundle as bundles
-from sae_models import catalogue, sae
-from sae_models.sae import SAE, AdaptiveK, GroupMax, Normalisation, Router, TopK
+from rudder.sae_models import sae
+from rudder.sae_models.bundle import bundle as bundles
+from rudder.sae_models.bundle import catalogue
+from rudder.sae_models.sae import SAE, AdaptiveK, GroupMax, Normalisation, Router, TopK
 
 LATENTS = 64
 K = 8

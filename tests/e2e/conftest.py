@@ -12,8 +12,8 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from rudder.server.cli import free_port, stop
 from rudder_client import AsyncClient, Client, RudderError
-from server.cli import free_port, stop
 
 WRITE_TIMEOUT_S = 3
 WATCHED = (7, 12)
@@ -73,7 +73,7 @@ def running(folder: Path, **flags: str) -> Iterator[Running]:
     given = [f"--{name}={value}" for name, value in {**FLAGS, **ports, **flags}.items()]
     log = folder / "server.log"
     with log.open("wb") as out:
-        process = subprocess.Popen([sys.executable, "-m", "server", "serve", *given], stdout=out, stderr=out)
+        process = subprocess.Popen([sys.executable, "-m", "rudder.server", "serve", *given], stdout=out, stderr=out)
     server = Running(process, int(ports["listen.port"]), int(ports["listen.metrics_port"]), log)
     try:
         wait_serving(server)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rudder.sae_models import PRETRAINED
+from rudder.sae_models.bundle import bundle as bundles
+from rudder.sae_models.sae import SAE, kept
 from rudder_client import Client, Feature, Inspection, Program, Report, RudderError
-from sae_models import bundle as bundles
-from sae_models.sae import SAE, kept
-from server.config import PRETRAINED
 from tests.e2e.architectures import LATENTS, Made, architectures, write
 from tests.e2e.conftest import Running, running
 

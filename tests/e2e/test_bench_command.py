@@ -14,7 +14,7 @@ def test_a_small_benchmark_runs_and_writes_its_result(tmp_path: Path) -> None:
         "programs": 2, "eager": "true", "cases": json.dumps(CASES), "json": tmp_path / "result.json",
     }  # fmt: skip
     asked = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "server", "bench", "engine", *asked]
+    command = [sys.executable, "-m", "rudder.server", "bench", "engine", *asked]
     told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stderr
     assert "Exception ignored" not in told
     assert all(case in told for case in CASES)

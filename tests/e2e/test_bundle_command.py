@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_models import bundle as bundles
-from sae_models.formats import saelens
-from sae_models.formats.source import Declaration
+from rudder.sae_models import PRETRAINED
+from rudder.sae_models.bundle import bundle as bundles
+from rudder.sae_models.formats import saelens
+from rudder.sae_models.formats.source import Declaration
 
 pytestmark = pytest.mark.e2e
-PRETRAINED = Path(bundles.__file__).parent / "pretrained"
 MODEL, SHIPPED = PRETRAINED / "textbook-lm", PRETRAINED / "textbook-lm-layers.2"
 SITE = "layers.2.resid_post"
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rudder(*words: str | Path) -> "subprocess.CompletedProcess[str]":
     """`rudder bundle` in a process of its own."""
-    command = [sys.executable, "-m", "server", "bundle", *map(str, words)]
+    command = [sys.executable, "-m", "rudder.server", "bundle", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 

@@ -19,7 +19,6 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from rudder.v1 import inference_pb2, inference_pb2_grpc
 from rudder_client import AsyncClient, Client, Program, Report, RudderError
 from rudder_client.requests import generate_request
-from server.cli import TOUR
 from tests.e2e.conftest import WRITE_TIMEOUT_S, Running, running
 
 pytestmark = pytest.mark.e2e
@@ -204,7 +203,10 @@ def test_tokens_edits_and_outcomes_are_counted(client: Client, server: Running) 
 def test_the_tour_ends_well(server: Running) -> None:
     metrics = f"http://127.0.0.1:{server.metrics_port}/metrics"
     tour = subprocess.run(
-        [sys.executable, str(TOUR), server.address, metrics], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "rudder_client.tour", server.address, metrics],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert tour.returncode == 0, tour.stderr
     assert "rudder_requests_total" in tour.stdout
@@ -212,7 +214,7 @@ def test_the_tour_ends_well(server: Running) -> None:
 
 def test_the_commands_print_what_they_get(server: Running) -> None:
     def rudder(*words: str) -> str:
-        command = [sys.executable, "-m", "server", *words, "--address", server.address]
+        command = [sys.executable, "-m", "rudder.server", *words, "--address", server.address]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
     assert "textbook-lm-layers.2" in rudder("model")
@@ -222,7 +224,7 @@ def test_the_commands_print_what_they_get(server: Running) -> None:
 
 
 def test_a_port_in_use_is_named_at_once(server: Running) -> None:
-    command = [sys.executable, "-m", "server", "serve", "--listen.port", str(server.port)]
+    command = [sys.executable, "-m", "rudder.server", "serve", "--listen.port", str(server.port)]
     second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert second.returncode == 1
     assert "listen.port" in second.stderr

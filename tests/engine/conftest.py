@@ -10,9 +10,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import pytest_asyncio
 from prometheus_client import REGISTRY
 
-from server import config as configuration
-from server.engine import selftest
-from server.engine.engine import Engine
+from rudder.server import config as configuration
+from rudder.server.engine import selftest
+from rudder.server.engine.engine import Engine
 
 # 12 blocks of 128 tokens: a few long requests at once are preempted. Steps of 96 tokens: long prompts come in chunks.
 KV_BLOCK_BYTES = 128 * 6 * 2 * 6 * 32 * 4

@@ -10,15 +10,15 @@ import pytest
 import pytest_asyncio
 from vllm.engine.arg_utils import AsyncEngineArgs
 
+from rudder.server import config as configuration
+from rudder.server.engine import engine as engines
+from rudder.server.engine import selftest
+from rudder.server.engine.call import Call, Output
+from rudder.server.engine.engine import Engine
+from rudder.server.engine.telemetry.hub import Inbox
+from rudder.server.program import wire
+from rudder.server.program.watch import compile_watch
 from rudder.v1 import program_pb2 as pb
-from server import config as configuration
-from server.engine import engine as engines
-from server.engine import selftest
-from server.engine.call import Call, Output
-from server.engine.engine import Engine
-from server.engine.hub import Inbox
-from server.steering import wire
-from server.steering.watch import compile_watch
 from tests.engine.conftest import SMALL
 from tests.engine.test_traps import SITE, greedy, ids, outcome, positions, prompt, push, run, usage
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_models.training import corpus, harvest, store
-from sae_models.training.corpus import Document, Windows
-from sae_models.training.sites import parse_site
-from sae_models.training.store import Content
-from sae_models.training.stream import Live
-from server.engine.engine import Engine
-from server.harvest import Served, captured
+from rudder.sae_models.activations import corpus, harvest, store
+from rudder.sae_models.activations.corpus import Document, Windows
+from rudder.sae_models.activations.hooks import parse_site
+from rudder.sae_models.activations.store import Content
+from rudder.sae_models.activations.stream import Live
+from rudder.server.engine.engine import Engine
+from rudder.server.engine.harvest import Served, captured
 
 SITES = ("layers.1.mlp_out", "layers.2.resid_post", "layers.4.resid_post")
 

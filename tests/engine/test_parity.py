@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.layout import Layout
-from server.steering import wire
+from rudder.server.program import wire
+from rudder.server.program.layout import Layout
 from tests.engine import models, transformers_hooks
 
 SITES = ("layers.0.resid_pre", "layers.1.attn_out", "layers.1.mlp_out", "layers.1.resid_post", "layers.2.resid_pre")
@@ -94,7 +94,8 @@ def llm(request: pytest.FixtureRequest, folder: Path, expected: object) -> Itera
     from vllm.distributed import cleanup_dist_env_and_memory
 
     engine = LLM(
-        model=str(folder), dtype="float32", worker_cls="server.engine.worker_cpu.Worker", skip_tokenizer_init=True,
+        model=str(folder), dtype="float32", worker_cls="rudder.server.engine.worker.cpu.Worker",
+        skip_tokenizer_init=True,
         additional_config=layout_of(folder).additional_config(), enforce_eager=request.param == "eager",
         max_model_len=64, max_num_seqs=8, max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 26,
         distributed_executor_backend="uni", max_logprobs=-1,

@@ -9,13 +9,13 @@ import pytest_asyncio
 import torch
 from vllm import SamplingParams
 
+from rudder.server import config as configuration
+from rudder.server.engine import selftest
+from rudder.server.engine.call import Call, Outcome
+from rudder.server.engine.engine import Engine
+from rudder.server.program.compile import compile_program
+from rudder.server.program.errors import ProgramError
 from rudder.v1 import program_pb2 as pb
-from server import config as configuration
-from server.engine import selftest
-from server.engine.call import Call, Outcome
-from server.engine.engine import Engine
-from server.steering.compile import compile_program
-from server.steering.errors import ProgramError
 
 SITE = "layers.2.resid_post"
 POLICY = """

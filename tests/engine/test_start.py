@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from vllm import SamplingParams
 
-from server.engine import selftest, sites
-from server.engine.call import Call
-from server.engine.engine import Engine
-from server.engine.layout import Layout
-from server.engine.telemetry import TelemetryLost
-from server.engine.worker import build_banks
+from rudder.server.engine import selftest
+from rudder.server.engine.call import Call
+from rudder.server.engine.engine import Engine
+from rudder.server.engine.telemetry.frame import TelemetryLost
+from rudder.server.engine.worker import hooks as sites
+from rudder.server.engine.worker.worker import build_banks
+from rudder.server.program.layout import Layout
 
 
 def bank(site: str) -> Any:

@@ -26,7 +26,8 @@ def request(seed):
 
 def main(folder, ranks):
     from vllm import LLM, SamplingParams
-    llm = LLM(model=folder, dtype="float32", worker_cls="server.engine.worker_cpu.Worker", skip_tokenizer_init=True,
+    llm = LLM(model=folder, dtype="float32", worker_cls="rudder.server.engine.worker.cpu.Worker",
+              skip_tokenizer_init=True,
               additional_config=Layout(SITES, rows=8, slots=4).additional_config(), enforce_eager=True,
               max_model_len=64, max_num_seqs=4, kv_cache_memory_bytes=1 << 26, tensor_parallel_size=ranks)
     extras = [None, {wire.EXTRA_ARG: request(1)}, {wire.EXTRA_ARG: request(2)}]

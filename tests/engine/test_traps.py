@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from vllm import SamplingParams
 
+from rudder.server.engine.admission import QueueFull
+from rudder.server.engine.call import Call, Outcome, Output
+from rudder.server.engine.engine import RELEASE_TIMEOUT_S, Engine
+from rudder.server.engine.telemetry.frame import TelemetryLost
+from rudder.server.program.compile import Compiled, compile_program
+from rudder.server.program.watch import compile_watch
 from rudder.v1 import program_pb2 as pb
-from server.engine.admission import QueueFull
-from server.engine.call import Call, Outcome, Output
-from server.engine.engine import RELEASE_TIMEOUT_S, Engine
-from server.engine.telemetry import TelemetryLost
-from server.steering.compile import Compiled, compile_program
-from server.steering.watch import compile_watch
 from tests.engine.conftest import preempted
 
 SITE = "layers.2.resid_post"
@@ -237,7 +237,7 @@ async def test_what_a_released_request_had_reported_is_not_told_as_anothers(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server reads nothing until the worker has said that it knows the request no more."""
-    monkeypatch.setattr("server.engine.engine.RELEASE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("rudder.server.engine.engine.RELEASE_TIMEOUT_S", 0.05)
     row = pb.Row(feature=pb.Feature(index=0))
     calls = [
         Call(prompt(engine, 20, n), greedy(tokens), watch=compile_watch([(SITE, row)], engine.registry, "watch"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from server.steering import wire
+from rudder.server.program import wire
 
 LAYERS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
 ATTENTION = ("self_attn", "attn", "attention")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from server.engine.worker_cpu import Worker as Worker
+from rudder.server.engine.worker.cpu import Worker as Worker
 
 
 class Event:

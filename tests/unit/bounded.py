@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sae_models.formats.source import FormatError
+from rudder.sae_models.formats.source import FormatError
 
 SECONDS = 5.0
 MEMORY = 96 << 20

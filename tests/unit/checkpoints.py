@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_models.formats import (
+from rudder.sae_models.formats import (
     adaptive_k,
     cross_layer,
     deepseek_r1,
@@ -30,8 +30,8 @@ from sae_models.formats import (
     sparsify,
     transcoders,
 )
-from sae_models.formats.source import Format
-from sae_models.sae import SAE, Normalisation
+from rudder.sae_models.formats.source import Format
+from rudder.sae_models.sae import SAE, Normalisation
 
 LATENTS, WIDTH, K = 24, 6, 5
 

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 from google.protobuf import json_format
 
+from rudder.server.program import wire
+from rudder.server.program.compile import Compiled, compile_program
+from rudder.server.program.layout import Layout
+from rudder.server.program.rows import Dictionary, Registry
 from rudder.v1 import program_pb2
-from server.engine.layout import Layout
-from server.steering import wire
-from server.steering.compile import Compiled, compile_program
-from server.steering.rows import Dictionary, Registry
 from tests.unit.reference import BUNDLE, WIDTH
 
 EARLY, SITE, OTHER = "layers.0.resid_post", "layers.1.resid_post", "layers.2.mlp_out"

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_models.architectures import ARCHITECTURES, shards
-from sae_models.training import distributed, trainer
-from sae_models.training.distributed import ALONE, Mesh
-from sae_models.training.trainer import Trainer
+from rudder.sae_models.architectures import ARCHITECTURES, shards
+from rudder.sae_models.sparse import collectives as distributed
+from rudder.sae_models.sparse.collectives import ALONE, Mesh
+from rudder.sae_models.training import trainer
+from rudder.sae_models.training.trainer import Trainer
 from tests.unit.rigs import planted, unit
 
 D, LATENTS, BATCH, STEPS = 16, 64, 64, 12

@@ -14,11 +14,11 @@ import torch
 from hypothesis import reject
 from numpy.typing import NDArray
 
-from sae_models.sae import SAE
-from server.engine.driver import Driver
-from server.engine.layout import Layout
-from server.engine.worker import build_banks
-from server.steering import wire
+from rudder.sae_models.sae import SAE
+from rudder.server.engine.worker.driver import Driver
+from rudder.server.engine.worker.worker import build_banks
+from rudder.server.program import wire
+from rudder.server.program.layout import Layout
 
 Floats = NDArray[np.float64]
 WIDTH = 8

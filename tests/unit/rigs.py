@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_models.architectures import ARCHITECTURES
-from sae_models.sae import SAE
-from sae_models.training import trainer
-from sae_models.training.trainer import Trainer
+from rudder.sae_models.architectures import ARCHITECTURES
+from rudder.sae_models.sae import SAE
+from rudder.sae_models.training import trainer
+from rudder.sae_models.training.trainer import Trainer
 
 Stream = Callable[[int], Any]
 

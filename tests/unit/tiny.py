@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sae_models import bundle
-from sae_models.material import Material, sample
-from sae_models.training import config, corpus, harvest
-from sae_models.training.config import Config
-from sae_models.training.corpus import Document
-from sae_models.training.sites import parse_site
+from rudder.sae_models import PRETRAINED
+from rudder.sae_models.activations import corpus, harvest
+from rudder.sae_models.activations.corpus import Document
+from rudder.sae_models.activations.hooks import parse_site
+from rudder.sae_models.activations.samples import Material, sample
+from rudder.sae_models.bundle import bundle
+from rudder.sae_models.training import config
+from rudder.sae_models.training.config import Config
 
-PRETRAINED = Path(bundle.__file__).parent / "pretrained"
 TEXTBOOK_LM = PRETRAINED / "textbook-lm"
 WORDS = ("cells", "divide", "viruses", "need", "host", "king", "may", "rule", "state", "of", "free", "people", "peace")
 

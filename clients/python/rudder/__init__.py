@@ -1,1 +1,0 @@
-"""Generated code of the contract in `proto/rudder`."""

@@ -1,0 +1,1 @@
+"""Activations of a model: corpora, hooks, harvest, store and stream."""

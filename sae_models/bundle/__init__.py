@@ -1,0 +1,1 @@
+"""The artifact from trainer to server."""

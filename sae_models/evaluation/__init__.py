@@ -1,0 +1,1 @@
+"""What an SAE is worth: splicing, logit lens, probes, density and labels."""

@@ -1,0 +1,1 @@
+"""Bundles from SAEs that others trained."""

@@ -1,0 +1,1 @@
+"""Sparse operations on the latents of a batch, their kernels and collectives."""

@@ -1,0 +1,1 @@
+"""The engine process: the bank in the model, and what drives it."""

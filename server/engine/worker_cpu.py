@@ -1,9 +1,0 @@
-"""`worker_cls` on CPU."""
-
-from vllm.v1.worker.cpu_worker import CPUWorker
-
-from server.engine.worker import SteeringWorker
-
-
-class Worker(SteeringWorker, CPUWorker):
-    """vLLM's CPU worker with a bank."""

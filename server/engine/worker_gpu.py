@@ -1,9 +1,0 @@
-"""`worker_cls` on CUDA."""
-
-from vllm.v1.worker.gpu_worker import Worker as GPUWorker
-
-from server.engine.worker import SteeringWorker
-
-
-class Worker(SteeringWorker, GPUWorker):
-    """vLLM's GPU worker with a bank."""

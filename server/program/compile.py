@@ -1,0 +1,214 @@
+"""From a program, as people write it, to the numbers of the bank's one formula.
+
+An edit operation is added in `formula.OPERATIONS`; nothing behind it knows operations by name.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from math import inf
+
+import msgspec
+
+from rudder.sae_models.edit import OPERATIONS
+from rudder.server.program import wire
+from rudder.server.program.errors import number, require
+from rudder.server.program.gates import with_gate
+from rudder.server.program.rows import Registry, Resolved, blend_target, check_capacity, own_place, resolve, site_number
+from rudder.v1 import program_pb2
+
+UNIT_NAMES = {
+    program_pb2.UNIT_UNSPECIFIED: "",
+    program_pb2.UNIT_ABSOLUTE: "",
+    program_pb2.UNIT_MAX_ACTIVATION: " maximum activations",
+    program_pb2.UNIT_RESIDUAL_NORM: " residual norms",
+}
+# (prompt tokens, generated tokens)
+PHASES = {
+    program_pb2.PHASE_UNSPECIFIED: (True, True),
+    program_pb2.PHASE_BOTH: (True, True),
+    program_pb2.PHASE_PROMPT: (True, False),
+    program_pb2.PHASE_GENERATED: (False, True),
+}
+WITHOUT_UNIT = ("ablate", "scale")
+FOR_VECTORS = ("add", "set")
+
+
+@dataclass(frozen=True)
+class EditName:
+    """An edit in words, for attestation."""
+
+    site: str
+    row: str
+    operation: str
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A program ready to run.
+
+    `edits` are in the order of the telemetry's `moved` column: per site its edits, then its blend. `digest` is equal
+    where the numbers that run are equal: names, spelling and the order of sites do not enter it. `in_sequence`: a
+    token's edits depend on the tokens before it. `by_phase`: they depend on where the prompt ends, and so do cached
+    keys and values, which the digest alone does not tell apart.
+    """
+
+    sites: tuple[wire.Site, ...]
+    digest: str
+    edits: tuple[EditName, ...]
+    in_sequence: bool
+    by_phase: bool
+
+
+def compile_program(
+    program: program_pb2.Program, registry: Registry, *, policy: bool = False, field: str = "program"
+) -> Compiled:
+    """Resolve and check a program. Raises ProgramError; `policy`: locked rows may be edited."""
+    require(program.sites, f"{field}.sites", "is empty: the program changes nothing")
+    count = sum(len(part.edits) + part.HasField("blend") for part in program.sites)
+    require(count <= registry.max_edits, f"{field}.sites", f"has {count} edits, more than {registry.max_edits}")
+    gate_site = site_number(program.gate.site, registry, f"{field}.gate.site") if program.HasField("gate") else None
+    sites = {} if gate_site is None else {gate_site: wire.Site(gate_site)}
+    names: list[EditName] = []
+    for here, (part, part_field) in sorted(parts_by_site(program, registry, gate_site, field).items()):
+        sites[here], site_names = compile_site(here, part, registry, policy, part_field)
+        names += site_names
+    if gate_site is not None:
+        sites[gate_site] = with_gate(sites[gate_site], program.gate, registry, f"{field}.gate")
+    ordered = tuple(sites[here] for here in sorted(sites))
+    check_capacity([ordered], registry, f"{field}.sites")
+    by_phase = any(site.tells_phases_apart() for site in ordered)
+    return Compiled(ordered, digest_of(ordered, registry), tuple(names), program.gate.HasField("sequence"), by_phase)
+
+
+Parts = dict[int, tuple[program_pb2.SiteEdits, str]]
+
+
+def parts_by_site(program: program_pb2.Program, registry: Registry, gate_site: int | None, field: str) -> Parts:
+    """The program's SiteEdits and their fields, by site number."""
+    parts: Parts = {}
+    for i, part in enumerate(program.sites):
+        part_field = f"{field}.sites[{i}]"
+        here = site_number(part.site, registry, f"{part_field}.site")
+        require(here not in parts, f"{part_field}.site", f"{part.site} is named twice")
+        require(part.edits or part.HasField("blend"), part_field, "has no edits and no blend")
+        late = f"{part.site} comes before the gate's site {program.gate.site}"
+        require(gate_site is None or here >= gate_site, f"{part_field}.site", late)
+        parts[here] = part, part_field
+    return parts
+
+
+def compile_site(
+    here: int, part: program_pb2.SiteEdits, registry: Registry, policy: bool, field: str
+) -> tuple[wire.Site, list[EditName]]:
+    """The wire form of one site, and its edits in words."""
+    rows: dict[wire.Row, int] = {}
+    edits, names, targets = [], [], []
+    for i, message in enumerate(part.edits):
+        edit_field = f"{field}.edits[{i}]"
+        target = resolve(message.row, part.site, registry, f"{edit_field}.row")
+        check_editable(target, message, registry, policy, edit_field)
+        edits.append(compile_edit(message, own_place(rows, target.row), target, edit_field))
+        names.append(EditName(part.site, target.name, in_words(message)))
+        targets.append(target.row)
+    check_once(targets, edits, field)
+    blend = None
+    if part.HasField("blend"):
+        target = blend_target(part.blend, part.site, registry, f"{field}.blend")
+        blend = compile_blend(part.blend, own_place(rows, target.row), f"{field}.blend")
+        names.append(EditName(part.site, target.name, f"blend {blend.weight:g}"))
+    cap = displacement_cap(part, f"{field}.max_displacement")
+    return wire.Site(here, tuple(rows), tuple(edits), blend, part.restore_norm, cap), names
+
+
+def check_editable(target: Resolved, message: program_pb2.Edit, registry: Registry, policy: bool, field: str) -> None:
+    """Refuse edits of rows that cannot or must not move the residual stream."""
+    operation = message.WhichOneof("operation")
+    require(operation, f"{field}.operation", "names no operation")
+    require(not target.watched_only, f"{field}.row", f"{target.name}: {target.watched_only}")
+    require(target.norm > 0, f"{field}.row", f"{target.name} has no direction to move along")
+    if not target.reads:
+        require(operation in FOR_VECTORS, f"{field}.{operation}", "a vector has no activation: it takes add or set")
+        require(not message.HasField("when_above"), f"{field}.when_above", "a vector has no activation")
+    locked = (target.row.bundle, target.row.latent) in registry.locked
+    require(policy or not locked, f"{field}.row", f"{target.name} is locked", "ROW_LOCKED")
+
+
+def compile_edit(message: program_pb2.Edit, row: int, target: Resolved, field: str) -> wire.Edit:
+    """The numbers of one edit."""
+    operation = message.WhichOneof("operation") or ""
+    numbers = OPERATIONS[operation](operand(message, operation, target, field))
+    above = numbers.pop("above", -inf)
+    if message.HasField("when_above"):
+        above = max(above, number(message.when_above, f"{field}.when_above"))
+    prompt, generated = phases(message.phase, f"{field}.phase")
+    relative = message.unit == program_pb2.UNIT_RESIDUAL_NORM
+    return wire.Edit(row, **numbers, above=above, relative=relative, prompt=prompt, generated=generated)
+
+
+def operand(message: program_pb2.Edit, operation: str, target: Resolved, field: str) -> float:
+    """The operation's value in activation units, or for UNIT_RESIDUAL_NORM in residual norms along a unit direction."""
+    field_unit, value = f"{field}.unit", getattr(message, operation)
+    require(value is not False, f"{field}.ablate", "must be true")
+    require(message.unit in UNIT_NAMES, field_unit, f"{message.unit} is no unit")
+    absolute = not UNIT_NAMES[message.unit]
+    require(absolute or operation not in WITHOUT_UNIT, field_unit, f"{operation} has none")
+    scale = 1.0
+    if message.unit == program_pb2.UNIT_MAX_ACTIVATION:
+        require(target.maximum > 0, field_unit, f"{target.name} has no maximum activation")
+        scale = target.maximum
+    if message.unit == program_pb2.UNIT_RESIDUAL_NORM:
+        scale = 1.0 / target.norm
+    return number(number(float(value), f"{field}.{operation}") * scale, f"{field}.{operation}")
+
+
+def compile_blend(message: program_pb2.Blend, row: int, field: str) -> wire.Blend:
+    """The numbers of a blend."""
+    require(0 <= message.weight <= 1, f"{field}.weight", f"{message.weight:g} is not in [0, 1]")
+    return wire.Blend(row, message.weight, *phases(message.phase, f"{field}.phase"))
+
+
+def displacement_cap(part: program_pb2.SiteEdits, field: str) -> float:
+    """Bound of the displacement as a share of ||x||; inf without one."""
+    if not part.HasField("max_displacement"):
+        return inf
+    require(part.max_displacement > 0, field, f"{part.max_displacement:g} is not above 0")
+    return number(part.max_displacement, field)
+
+
+def phases(phase: program_pb2.Phase, field: str) -> tuple[bool, bool]:
+    """(prompt, generated) of a phase."""
+    require(phase in PHASES, field, f"{phase} is no phase")
+    return PHASES[phase]
+
+
+def check_once(targets: list[wire.Row], edits: list[wire.Edit], field: str) -> None:
+    """Refuse two edits of one row that are in force at the same tokens."""
+    taken: dict[tuple[wire.Row, str], int] = {}
+    for i, (target, edit) in enumerate(zip(targets, edits, strict=True)):
+        for phase in ("prompt", "generated"):
+            if getattr(edit, phase):
+                first = taken.setdefault((target, phase), i)
+                require(first == i, f"{field}.edits[{i}].row", f"is edited by edits[{first}] at the same tokens")
+
+
+def in_words(message: program_pb2.Edit) -> str:
+    """An edit's operation, such as `clamp -2 residual norms`."""
+    operation = message.WhichOneof("operation") or ""
+    value = "" if operation == "ablate" else f" {getattr(message, operation):g}"
+    return f"{operation}{value}{UNIT_NAMES[message.unit]}"
+
+
+def digest_of(sites: tuple[wire.Site, ...], registry: Registry) -> str:
+    """SHA-256 over sites by name and rows by their bundle's hash."""
+
+    def identified(row: wire.Row) -> wire.Row:
+        return msgspec.structs.replace(row, bundle=registry.dictionaries[row.bundle].sha256) if row.bundle else row
+
+    canonical = [
+        (
+            registry.layout.sites[site.site],
+            msgspec.structs.replace(site, site=0, rows=tuple(map(identified, site.rows))),
+        )
+        for site in sites
+    ]
+    return hashlib.sha256(msgspec.msgpack.encode(canonical)).hexdigest()

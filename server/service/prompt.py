@@ -1,0 +1,53 @@
+"""From text, token ids or chat messages to the ids that the model reads, and back to the text of each id."""
+
+from typing import Any
+
+from jinja2 import TemplateError
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+
+from rudder.server.service.errors import invalid
+from rudder.server.service.limits import Bounds
+from rudder.v1 import inference_pb2
+
+
+def prompt_ids(prompt: inference_pb2.Prompt, tokenizer: Any, bounds: Bounds) -> tuple[int, ...]:
+    """The ids of a prompt that `limits.check` has passed, with one BOS token where the model has them.
+
+    Refusal FIELD_INVALID: no token, too many, or a chat that the template does not take.
+    """
+    kind = prompt.WhichOneof("prompt")
+    match kind:
+        case "text":
+            ids = without_double_bos(tokenizer.encode(prompt.text), tokenizer.bos_token_id)
+        case "chat":
+            ids = chat_ids(prompt.chat, tokenizer)
+        case _:
+            ids = tuple(prompt.token_ids.ids)
+    most = bounds.limits.max_prompt_tokens or 0
+    if not 1 <= len(ids) <= most:
+        raise invalid(f"prompt.{kind}", f"has {len(ids)} tokens, must have from 1 to {most}")
+    return ids
+
+
+def without_double_bos(ids: list[int], bos: int | None) -> tuple[int, ...]:
+    """A text that spells the BOS token itself gets no second one."""
+    double = len(ids) > 1 and ids[0] == ids[1] == bos
+    return tuple(ids[1:] if double else ids)
+
+
+def chat_ids(chat: inference_pb2.Chat, tokenizer: Any) -> tuple[int, ...]:
+    """The model's own template over the messages, which holds all special tokens itself, up to the assistant's turn."""
+    if not tokenizer.chat_template:
+        raise invalid("prompt.chat", "the model has no chat template")
+    messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise invalid("prompt.chat.messages", f"the model's chat template refuses them: {error}") from error
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def token_texts(ids: tuple[int, ...], tokenizer: Any) -> list[str]:
+    """Each id's own text, leading spaces kept."""
+    texts: list[str] = convert_ids_list_to_tokens(tokenizer, list(ids))
+    return texts

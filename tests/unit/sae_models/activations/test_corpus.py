@@ -1,0 +1,119 @@
+"""Every kind of corpus gives the same documents; what is not text is refused by its path."""
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rudder.sae_models.activations import corpus
+from rudder.sae_models.activations.corpus import CorpusError, Document
+from rudder.sae_models.optional import MissingPackage, extra
+
+ROWS: list[dict[str, Any]] = [
+    {"book": "a", "module": "m1", "title": "Cells", "text": "Cells divide.\nThey grow.", "complexity": None},
+    {"book": "b", "module": "m2", "text": "Kings reign.", "complexity": 2.5},
+    {"book": "b", "module": "m3", "text": "  "},
+]
+DOCUMENTS = [Document("a", "m1", "Cells\nCells divide.\nThey grow."), Document("b", "m2", "Kings reign.", 2.5)]
+LINES = "\n".join(map(json.dumps, ROWS)).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("c.jsonl", LINES),
+        ("c.jsonl.xz", lzma.compress(LINES)),
+        ("c.jsonl.gz", gzip.compress(LINES)),
+        ("c.jsonl.bz2", bz2.compress(LINES)),
+    ],
+)
+def test_json_lines_are_read_however_compressed(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert corpus.read(tmp_path / name) == DOCUMENTS
+
+
+def test_a_section_without_a_name_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"text": "two", "book": null, "module": null}\n')
+    assert corpus.read(tmp_path / "c.jsonl") == [Document("", "1", "one"), Document("", "2", "two")]
+
+
+def test_a_folder_of_text_files_is_a_corpus_of_their_names(tmp_path: Path) -> None:
+    for book, name, text in (("b", "two.txt", "Kings\nreign."), ("a", "one.txt", "Cells divide.\n")):
+        (tmp_path / book).mkdir()
+        (tmp_path / book / name).write_text(text)
+    assert corpus.read(tmp_path) == [
+        Document("a", "one.txt", "Cells divide."),
+        Document("b", "two.txt", "Kings\nreign."),
+    ]
+
+
+def test_parquet_is_read_in_its_known_columns(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([row | {"other": 1} for row in ROWS]), tmp_path / "c.parquet")
+    assert corpus.read(tmp_path / "c.parquet") == DOCUMENTS
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "c.parquet").read_bytes()[:100])
+    with pytest.raises(CorpusError, match=f"^corpus: {tmp_path / 'cut.parquet'}: "):
+        corpus.read(tmp_path / "cut.parquet")
+
+
+def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    assert corpus.read(tmp_path / "saved") == DOCUMENTS
+
+
+def test_a_package_that_is_not_installed_is_named() -> None:
+    with pytest.raises(MissingPackage, match=r"^corpus: needs the package no_such: pip install no_such"):
+        extra("no_such.part", "corpus:")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("missing.jsonl", None, "No such file"),
+        ("missing", None, "no such file"),
+        ("other.csv", b"a,b", r"is not \.txt, \.jsonl"),
+        ("zstd.jsonl.zst", b"\x28\xb5\x2f\xfd", r"is not \.txt, \.jsonl"),
+        ("empty.jsonl", b"", "holds no text"),
+        ("blank.jsonl", b'{"text": " "}\n', "holds no text"),
+        ("empty.txt", b"", "holds no text"),
+        ("binary.jsonl", bytes(range(256)), "line 1"),
+        ("binary.txt", bytes(range(128, 256)), "line 1"),
+        ("nul.txt", b"text\nthen \0 junk", "line 2 holds a NUL"),
+        ("binary.jsonl.xz", bytes(range(256)), "line 1: Input format"),
+        ("binary.jsonl.gz", bytes(range(256)), "line 1: Not a gzipped file"),
+        ("cut.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 1000)[:40], "line 1"),
+        ("list.jsonl", b'["text"]\n', "line 1: not an object with a `text`"),
+        ("number.jsonl", b'{"text": 3}\n', "line 1: not an object with a `text`"),
+        ("word.jsonl", b'{"text": "a", "complexity": "high"}\n', "line 1: complexity 'high' is not a number"),
+        ("null.jsonl", b'{"text": "a"}\nnull\n', "line 2: not an object"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text"\n', "line 2: Expecting"),
+    ],
+)
+def test_a_bad_corpus_is_refused_by_its_path(tmp_path: Path, name: str, content: bytes | None, problem: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=f"^corpus: {tmp_path / name}:? .*{problem}"):
+        corpus.read(tmp_path / name)
+
+
+def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "MOST_LINE_CHARACTERS", 1000)
+    (tmp_path / "long.txt").write_text("x" * 2000)
+    with pytest.raises(CorpusError, match=r"long\.txt: line 1 is longer than 1000 characters"):
+        corpus.read(tmp_path / "long.txt")
+
+
+def test_the_hash_of_a_folder_depends_on_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    first = corpus.sha256(tmp_path)
+    assert corpus.sha256(tmp_path) == first
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    renamed = corpus.sha256(tmp_path)
+    (tmp_path / "b.txt").write_text("two")
+    assert len({first, renamed, corpus.sha256(tmp_path), corpus.sha256(tmp_path / "b.txt")}) == 4

@@ -1,0 +1,49 @@
+"""What offline evaluation says of the shipped programs is what the bank does."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rudder.sae_models import PRETRAINED
+from rudder.sae_models.analysis import program as offline
+from rudder.sae_models.bundle import bundle as bundles
+from rudder.server.engine.worker.driver import Driver
+from rudder.server.engine.worker.worker import build_banks
+from rudder.server.program import wire
+from rudder.server.program.compile import compile_program
+from rudder.server.program.layout import Layout
+from rudder.server.program.named import read_program
+from rudder.server.program.rows import Dictionary, Registry
+
+PROGRAMS = sorted((PRETRAINED / "programs").glob("*.yaml"))
+
+
+def strongest_first(x: torch.Tensor, program: offline.Program) -> torch.Tensor:
+    """The tokens [n, d] that a sequence condition scores highest first, so that the gate opens and closes again."""
+    if not (program.gate and program.gate.sequence and program.gate.sequence.score.probe):
+        return x
+    return x[(x @ torch.tensor(program.gate.sequence.score.probe.weights)).argsort(descending=True)]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_the_bank_moves_x_as_offline_evaluation_does(path: Path) -> None:
+    bundle = bundles.load(PRETRAINED / "textbook-lm-layers.2")
+    program = offline.read(path)
+    x = strongest_first(bundle.conformance.inputs, program)[:200]
+    layout = Layout((bundle.manifest.site,), rows=64, slots=1)
+    driver = Driver(layout, build_banks(layout, x.shape[1], 201, torch.device("cpu")))
+    driver.load_sae(bundle.manifest.name, bundle.sae)
+    norm = bundle.sae.decoder.norm(dim=1).numpy()
+    known = Dictionary(
+        bundle.manifest.name, bundle.manifest.site, bundle.sha256, bundle.sae.latents,
+        bundle.statistics.max_activation.numpy(), norm, bundle.statistics.mean.numpy(),
+    )  # fmt: skip
+    compiled = compile_program(read_program(path), Registry(layout, x.shape[1], {known.name: known}))
+    driver.admit("r", 1, wire.Request(200, 200, False, (compiled.sites,)))
+    driver.place(["r"], np.array([0]), np.array([200]))
+    moved = x + driver.banks[0](x)
+    expected = offline.apply(program, bundle, x[None]).x[0]
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-3)
+    assert not torch.equal(moved, x)

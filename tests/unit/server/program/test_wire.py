@@ -1,0 +1,60 @@
+"""The compiled form survives its way to the worker."""
+
+from math import inf
+from random import Random
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rudder.server.program import wire
+from rudder.server.program.layout import Layout
+from tests.unit.reference import random_request
+
+LAYOUT = Layout(("layers.0.resid_post", "layers.1.resid_post"), stages=2)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1))
+def test_round_trip(seed: int) -> None:
+    request = random_request(Random(seed), LAYOUT, tokens=5)
+    assert wire.decode(wire.encode(request)) == request
+    assert wire.decode(wire.encode(request)).rows() == request.rows()
+
+
+def test_what_has_no_value_stays_so() -> None:
+    edit, sequence = wire.Edit(0, upper=inf, lower=-inf), wire.Sequence(0, binary=None)
+    site = wire.Site(0, (wire.Row(),), (edit,), gate=wire.Gate(sequence=sequence), max_displacement=inf)
+    assert wire.decode(wire.encode(wire.Request(1, 2, True, ((site,),)))).stages[0][0] == site
+
+
+@pytest.mark.parametrize("payload", [b"", b"\xc0", msgspec.msgpack.encode([1]), msgspec.msgpack.encode(["a", 2, True])])
+def test_anything_else_is_refused(payload: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        wire.decode(payload)
+
+
+def test_a_truncated_payload_is_refused() -> None:
+    payload = wire.encode(random_request(Random(1), LAYOUT, tokens=5))
+    for length in range(len(payload)):
+        with pytest.raises(msgspec.DecodeError):
+            wire.decode(payload[:length])
+
+
+def test_who_needs_a_slot() -> None:
+    rows = (wire.Row("toy", 0),)
+    needing = (
+        wire.Site(0, rows, (wire.Edit(0),)),
+        wire.Site(0, rows, blend=wire.Blend(0, 0.5)),
+        wire.Site(0, rows, gate=wire.Gate(((0, 1.0),))),
+    )
+    for site in needing:
+        assert wire.Request(1, 2, True, ((), (site,))).edits
+    assert not wire.Request(1, 2, True, ((wire.Site(0, rows, watch=(0,)),),)).edits
+
+
+def test_a_program_of_a_few_edits_is_small() -> None:
+    rows = tuple(wire.Row("textbook-lm-layers.2", 1000 + i) for i in range(4))
+    site = wire.Site(0, rows, tuple(wire.Edit(i, scale=0.0, shift=-1.5, above=0.0) for i in range(4)))
+    assert len(wire.encode(wire.Request(100, 200, True, ((site,),)))) < 600

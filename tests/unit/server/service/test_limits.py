@@ -1,0 +1,199 @@
+"""The table of limits: at the limit, one above, absurd; and no field of the contract without a row."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from rudder.server import config
+from rudder.server.service import limits
+from rudder.server.service.errors import Refusal
+from rudder.server.service.limits import BOUNDS, Bound, bounds_of
+from rudder.server.service.sampling import sampling_of
+from rudder.v1 import catalogue_pb2, inference_pb2
+
+BOUNDED = bounds_of(
+    config.Limits(
+        max_prompt_chars=50, max_messages=3, max_choices=4, max_stop_strings=2, max_stop_chars=5, max_logit_bias=3,
+        max_logprobs=6, max_reported_features=7, max_top_k=8, max_salt_chars=9, max_page_size=10, max_query_chars=11,
+    ),
+    max_model_len=101,
+    vocab_size=1000,
+)  # fmt: skip
+REQUESTS = (
+    inference_pb2.GenerateRequest,
+    catalogue_pb2.FeatureServiceListRequest,
+    catalogue_pb2.FeatureServiceSearchRequest,
+)
+
+
+def request_with(path: str, value: object) -> Any:
+    """A request that is otherwise right, with `value` at `path`."""
+    top = path.split(".")[0]
+    kind = next(kind for kind in REQUESTS if top in kind.DESCRIPTOR.fields_by_name)
+    request: Any = kind()
+    if kind is inference_pb2.GenerateRequest:
+        request.prompt.text = "x"
+    *parents, last = path.split(".")
+    target = request
+    for name in parents:
+        target = getattr(target, name)
+    place = getattr(target, last)
+    if isinstance(place, str | int | float):
+        setattr(target, last, value)
+    elif hasattr(place, "update"):
+        place.update(value)
+    else:
+        place.extend(value)
+    return request
+
+
+def sized(row: Bound, size: int) -> object:
+    """A value of `size`: a number, or a text, list or map of that length."""
+    match row.field:
+        case "prompt.text" | "cache_salt" | "query":
+            return "x" * size
+        case "prompt.token_ids.ids" | "sampling.stop_token_ids":
+            return [1] * size
+        case "prompt.chat.messages":
+            return [inference_pb2.ChatMessage(role="user", content="x")] * size
+        case "sampling.stop" | "report.sites":
+            return ["x"] * size
+        case "sampling.logit_bias":
+            return dict.fromkeys(range(size), 1.0)
+        case "report.features":
+            return [inference_pb2.SiteFeature(site="s")] * size
+    return size
+
+
+def violations(request: Any) -> list[str]:
+    """Fields that the table refuses."""
+    try:
+        limits.check(request, BOUNDED)
+    except Refusal as refusal:
+        return [violation.field for violation in refusal.violations if refusal.reason == "FIELD_INVALID"]
+    return []
+
+
+def most_of(row: Bound) -> float:
+    return getattr(BOUNDED.limits, row.most) if isinstance(row.most, str) else row.most
+
+
+@pytest.mark.parametrize("row", BOUNDS, ids=lambda row: row.field)
+def test_at_the_limit_is_taken(row: Bound) -> None:
+    most = most_of(row)
+    assert violations(request_with(row.field, sized(row, int(most)))) == []
+
+
+@pytest.mark.parametrize("row", BOUNDS, ids=lambda row: row.field)
+def test_one_above_is_refused_by_name(row: Bound) -> None:
+    assert violations(request_with(row.field, sized(row, int(most_of(row)) + 1))) == [row.field]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("sampling.max_tokens", 2_000_000_000),
+        ("sampling.max_tokens", 0),
+        ("sampling.n", 2**32 - 1),
+        ("sampling.temperature", float("nan")),
+        ("sampling.temperature", float("inf")),
+        ("sampling.temperature", -0.1),
+        ("sampling.top_p", 0.0),
+        ("sampling.top_p", float("nan")),
+        ("sampling.repetition_penalty", 0.0),
+        ("sampling.presence_penalty", float("-inf")),
+        ("sampling.seed", 2**64 - 1),
+        ("report.top_k", 2**32 - 1),
+        ("page_size", 2**32 - 1),
+    ],
+)
+def test_absurd_numbers(path: str, value: float) -> None:
+    assert violations(request_with(path, value)) == [path]
+
+
+def test_lists_that_are_too_long_are_not_looked_through() -> None:
+    assert violations(request_with("prompt.token_ids.ids", [2**32 - 1] * 500_000)) == ["prompt.token_ids.ids"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        ("prompt.token_ids.ids", [5, 1000], "prompt.token_ids.ids[1]"),
+        ("sampling.stop_token_ids", [1000], "sampling.stop_token_ids[0]"),
+        ("sampling.stop", ["ok", ""], "sampling.stop[1]"),
+        ("sampling.stop", ["123456"], "sampling.stop[0]"),
+        ("sampling.logit_bias", {1000: 1.0}, "sampling.logit_bias[1000]"),
+        ("sampling.logit_bias", {7: float("nan")}, "sampling.logit_bias[7]"),
+        ("sampling.logit_bias", {7: 101.0}, "sampling.logit_bias[7]"),
+        ("prompt.chat.messages", [inference_pb2.ChatMessage(content="x")], "prompt.chat.messages[0]"),
+        ("prompt.chat.messages", [inference_pb2.ChatMessage(role="u", content="x" * 51)], "prompt.chat.messages[0]"),
+    ],
+)
+def test_entries_are_named_by_their_place(path: str, value: object, field: str) -> None:
+    assert violations(request_with(path, value)) == [field]
+
+
+def test_what_no_field_alone_shows() -> None:
+    assert violations(inference_pb2.GenerateRequest()) == ["prompt"]
+    empty = inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(text="x"), steering=inference_pb2.Steering())
+    assert violations(empty) == ["steering"]
+    assert violations(request_with("sampling.min_tokens", 17)) == ["sampling.min_tokens"]
+    assert violations(request_with("sampling.min_tokens", 16)) == []
+    assert violations(request_with("sampling.min_tokens", 2**32 - 1)) == ["sampling.min_tokens"]
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    request = request_with("sampling.max_tokens", 0)
+    request.sampling.top_p = 3
+    request.sampling.stop.append("")
+    assert violations(request) == ["sampling.max_tokens", "sampling.top_p", "sampling.stop[0]"]
+
+
+def leaves(message: Any, prefix: str = "") -> Iterator[str]:
+    """Every list, text and number of a request, but for those of a program, which the compiler checks."""
+    for field in message.fields:
+        path = f"{prefix}{field.name}"
+        entry = field.message_type
+        if field.is_repeated or entry is None:
+            if field.type not in (field.TYPE_BOOL, field.TYPE_ENUM):
+                yield path
+        elif not entry.file.name.endswith("program.proto"):
+            yield from leaves(entry, f"{path}.")
+
+
+def test_every_field_of_a_request_is_bounded() -> None:
+    # At most max_tokens; looked up among what is served; given by List itself.
+    elsewhere = {"sampling.min_tokens", "steering.name", "bundle", "page_token"}
+    found = {path for kind in REQUESTS for path in leaves(kind.DESCRIPTOR)} - elsewhere
+    assert found == {row.field for row in BOUNDS}
+
+
+def test_limits_are_the_models_own_where_not_configured() -> None:
+    told = bounds_of(config.Limits(), max_model_len=101, vocab_size=1000).limits
+    assert (told.max_prompt_tokens, told.max_tokens) == (100, 100)
+    told = bounds_of(config.Limits(max_prompt_tokens=10**9, max_tokens=5), max_model_len=101, vocab_size=1000).limits
+    assert (told.max_prompt_tokens, told.max_tokens) == (100, 5)
+
+
+def test_sampling_reaches_the_engine_field_by_field() -> None:
+    sampling = inference_pb2.Sampling(
+        max_tokens=9, min_tokens=2, temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, presence_penalty=0.5,
+        frequency_penalty=0.75, repetition_penalty=1.5, seed=40, stop=["a"], stop_token_ids=[4], ignore_eos=True,
+        include_stop=True, logprobs=2, logit_bias={6: 1.5},
+    )  # fmt: skip
+    params = sampling_of(sampling, choice=2, stream_interval=5)
+    given = {f.name: value for f, value in sampling.ListFields()}
+    for name in set(given) - {"seed", "include_stop", "logit_bias", "stop", "stop_token_ids"}:
+        assert getattr(params, name) == given[name], name
+    assert (params.seed, params.stop, params.stop_token_ids) == (42, ["a"], [4])
+    assert params.include_stop_str_in_output
+    assert params.logit_bias == {6: 1.5}
+    assert params.stream_interval == 5
+
+
+def test_unset_sampling_is_vllms_default() -> None:
+    from vllm import SamplingParams
+
+    assert sampling_of(inference_pb2.Sampling(), 0, 0) == SamplingParams()
+    assert SamplingParams().max_tokens == limits.DEFAULT_MAX_TOKENS
