@@ -21,10 +21,10 @@ from rudder.sae_models.hookpoints import parse
 from rudder.server import config as configuration
 from rudder.server.bench.engine import GRPC, WATCHED, Load, Run, sites_of
 from rudder.server.bench.shapes import SHAPES
-from rudder.server.cli import free_port
 from rudder.server.engine import selftest
 from rudder.server.engine.call import Call
 from rudder.server.engine.engine import Engine, engine_args
+from rudder.server.process import free_port
 from rudder.server.program.compile import compile_program
 from rudder.server.program.layout import Layout
 from rudder.server.program.watch import compile_watch

@@ -3,12 +3,9 @@
 import argparse
 import importlib
 import logging
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
@@ -23,12 +20,13 @@ from rudder import server
 from rudder.server import config as configuration
 from rudder.server.cli.bundle import add_bundle
 from rudder.server.config import ConfigError
+from rudder.server.process import free_port, require_free, stop, wait_serving
 from rudder_client import Chunk, Client, Inspection, PooledActivation, Report, RudderError
 from rudder_client.requests import Steer
 
 BENCHES = {"engine": "Rudder against plain vLLM", "train": "the trainer against other SAE libraries"}
 
-STARTED_S, STOPPED_S = 600.0, 60.0
+
 LOG_TAIL_LINES = 120
 SAMPLING = {
     "max_tokens": (int, "tokens to generate at most"),
@@ -144,7 +142,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
     import asyncio
 
-    from rudder.server.grpc.server import serve
+    from rudder.server.serve import serve
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     return asyncio.run(serve(config))
@@ -327,55 +325,11 @@ def run_demo(_: argparse.Namespace) -> int:
     return status
 
 
-def wait_serving(process: "subprocess.Popen[bytes]", address: str) -> None:
-    """Wait until the server serves, or raise why it does not."""
-    began = time.monotonic()
-    with Client(address) as client, err.status("starting the server") as status:
-        while True:
-            try:
-                client.wait_ready(timeout=1.0)
-                return
-            except RudderError:
-                seconds = time.monotonic() - began
-                if process.poll() is not None or seconds > STARTED_S:
-                    raise
-                status.update(f"starting the server: {seconds:.0f} s")
-
-
-def stop(process: "subprocess.Popen[bytes]") -> None:
-    """End a server and all it started, as one does at a terminal."""
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(STOPPED_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
 def tell_tail(log: IO[str]) -> None:
     """The end of a server's log."""
     log.seek(0)
     err.rule("the end of the server's log")
     err.print("".join(log.readlines()[-LOG_TAIL_LINES:]), markup=False)
-
-
-def require_free(host: str, port: int, field: str) -> None:
-    """ConfigError when another process has the port: better told now than after the engine's start."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(field, f"cannot listen on {host}:{port}: {error.strerror}") from error
-
-
-def free_port() -> int:
-    """A port that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def text_of(args: argparse.Namespace) -> str:

@@ -1,18 +1,13 @@
 """The server process: engine, services, health, metrics, and how it leaves."""
 
-import asyncio
-import gc
 import logging
-import signal
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
 from rudder.server import config as configuration
 from rudder.server.config import Config
-from rudder.server.engine import selftest
 from rudder.server.engine.engine import Engine
 from rudder.server.grpc.features import FeatureServicer
 from rudder.server.grpc.inference import InferenceServicer
@@ -28,7 +23,7 @@ SERVICES = (
     catalogue_pb2.DESCRIPTOR.services_by_name["FeatureService"].full_name,
     catalogue_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
 )
-HEALTH_CHECK_S = 1.0
+
 LONGEST_REQUEST_S = 3600
 # Calls beyond what queue and engine hold: they are to meet Rudder's own refusals, which give reasons.
 SPARE_CALLS = 1024
@@ -54,31 +49,6 @@ def options(limits: configuration.Limits) -> tuple[tuple[str, int], ...]:
         ("grpc.max_connection_age_ms", 10 * 60_000),
         ("grpc.max_connection_age_grace_ms", (LONGEST_REQUEST_S + 30) * 1000),
     )
-
-
-async def serve(config: Config) -> int:
-    """Start, serve until SIGTERM or SIGINT or the engine's end, and leave; the exit status."""
-    stop = stop_signals()
-    logger.info("starting the engine with %s", config.engine.model)
-    engine = await Engine.start(config)
-    await selftest.run(engine)
-    serving = serving_of(config, engine)
-    server, port, checks = await build(serving)
-    # What is there now stays: collecting garbage is not to walk through it again and again.
-    gc.freeze()
-    metrics_server, _ = start_http_server(config.listen.metrics_port, config.listen.host)
-    await server.start()
-    await set_health(checks, serving=engine.healthy)
-    where = f"{config.listen.host}:{port}"
-    logger.info("serving %s on %s, metrics on port %d", engine.model.name, where, metrics_server.server_port)
-    await leave_when_told(server, checks, serving, stop)
-    died = not engine.healthy
-    gc.unfreeze()
-    metrics_server.shutdown()
-    await engine.stop()
-    serving.tokenizing.shutdown(wait=False)
-    logger.info("left%s", ": the engine died" if died else "")
-    return int(died)
 
 
 def serving_of(config: Config, engine: Engine) -> Serving:
@@ -112,38 +82,3 @@ async def set_health(checks: health.aio.HealthServicer, *, serving: bool) -> Non
     status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
     for name in ("", "liveness", "readiness", *SERVICES):
         await checks.set(name, status)
-
-
-async def leave_when_told(
-    server: grpc.aio.Server, checks: health.aio.HealthServicer, serving: Serving, stop: "asyncio.Queue[signal.Signals]"
-) -> None:
-    """Wait for a signal or the engine's end; say NOT_SERVING, soon take no new calls, and let running ones finish.
-
-    A second signal ends them at once.
-    """
-    told = asyncio.ensure_future(stop.get())
-    while not told.done() and serving.engine.healthy:
-        await asyncio.wait([told], timeout=HEALTH_CHECK_S)
-    await set_health(checks, serving=False)
-    again = asyncio.ensure_future(stop.get())
-    listen, healthy = serving.config.listen, serving.engine.healthy
-    # Whoever routes calls here learns of it later than this process does; nobody routes to a terminal's server.
-    routed = healthy and told.done() and told.result() is signal.SIGTERM
-    await asyncio.wait([again], timeout=listen.accept_s if routed else 0)
-    serving.draining = True
-    grace = listen.drain_s if healthy and not again.done() else 0
-    logger.info("leaving; running requests have %g s", grace)
-    stopping = asyncio.ensure_future(server.stop(grace))
-    await asyncio.wait([stopping, again], return_when=asyncio.FIRST_COMPLETED)
-    await server.stop(0)
-    for task in (told, again):
-        task.cancel()
-
-
-def stop_signals() -> "asyncio.Queue[signal.Signals]":
-    """SIGTERM and SIGINT as they come."""
-    told: asyncio.Queue[signal.Signals] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told.put_nowait, number)
-    return told

@@ -12,7 +12,7 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from rudder.server.cli import free_port, stop
+from rudder.server.process import free_port, stop
 from rudder_client import AsyncClient, Client, RudderError
 
 WRITE_TIMEOUT_S = 3

@@ -1,0 +1,69 @@
+"""Processes and ports: the signals that end this process, and a server started as a child."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import time
+
+from rich.console import Console
+
+from rudder.server.config import ConfigError
+from rudder_client import Client, RudderError
+
+STARTED_S, STOPPED_S = 600.0, 60.0
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def stop_signals() -> "asyncio.Queue[signal.Signals]":
+    """SIGTERM and SIGINT as they come."""
+    told: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.put_nowait, number)
+    return told
+
+
+def free_port() -> int:
+    """A port that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def require_free(host: str, port: int, field: str) -> None:
+    """ConfigError when another process has the port: better told now than after the engine's start."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(field, f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+def wait_serving(process: "subprocess.Popen[bytes]", address: str) -> None:
+    """Wait until the server serves, or raise why it does not."""
+    began = time.monotonic()
+    with Client(address) as client, err.status("starting the server") as status:
+        while True:
+            try:
+                client.wait_ready(timeout=1.0)
+                return
+            except RudderError:
+                seconds = time.monotonic() - began
+                if process.poll() is not None or seconds > STARTED_S:
+                    raise
+                status.update(f"starting the server: {seconds:.0f} s")
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """End a server and all it started, as one does at a terminal."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(STOPPED_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
