@@ -42,7 +42,7 @@ def resolve(pins: list[str], python: str) -> list[dict[str, Any]]:
     """Return the packages of the lock file (PEP 751) that uv writes for one Python version."""
     with tempfile.TemporaryDirectory() as folder:
         lock = Path(folder) / "pylock.toml"
-        target = ["--python-version", python, "--python-platform", "x86_64-manylinux_2_28"]
+        target = ["--python-version", python, "--python-platform", "x86_64-manylinux_2_35"]
         command = ["uv", "pip", "compile", "--quiet", "--no-deps", *target, "--output-file", str(lock), "-"]
         subprocess.run(command, input="\n".join(pins), text=True, check=True)
         return list(tomllib.loads(lock.read_text())["packages"])
