@@ -53,7 +53,8 @@ def tree(tmp_path: Path) -> Path:
 
 
 def lint(tree: Path, contract: str) -> "subprocess.CompletedProcess[str]":
-    command = [Path(sys.executable).parent / "lint-imports", PYPROJECT, "--contract", contract, "--no-cache"]
+    executable = Path(sys.executable).parent / "lint-imports"
+    command = [str(executable), str(PYPROJECT), "--contract", contract, "--no-cache"]
     environment = {**os.environ, "PYTHONPATH": str(tree), "COLUMNS": "1000"}
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
 

@@ -30,7 +30,7 @@ def proto(tmp_path: Path) -> Path:
 
 def breaking(proto: Path) -> "subprocess.CompletedProcess[str]":
     buf = Path(sys.executable).parent / "buf"
-    command = [buf, "breaking", proto, "--against", PROTO / "rudder.binpb"]
+    command = [str(buf), "breaking", str(proto), "--against", str(PROTO / "rudder.binpb")]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
