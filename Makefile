@@ -90,7 +90,8 @@ install-check: wheels ## the demo from installed wheels, in an empty folder
 	@$(PY) -m venv --without-pip build/installed/venv
 	@$(PY) -m pip --disable-pip-version-check --python build/installed/venv/bin/python install --quiet --no-deps --no-index build/wheels/*.whl
 	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo build/installed/venv/lib/python*/site-packages)/packages.pth"
-	cd build/installed/empty && env -u PYTHONPATH ../venv/bin/rudder demo
+	cd build/installed/empty && unset PYTHONPATH && \
+		../venv/bin/python -c 'import rudder.server; print("installed at", rudder.server.__file__)' && ../venv/bin/rudder demo
 
 lock: ## refresh the hashes in requirements/
 	@$(PYTHON) -m venv build/lock
