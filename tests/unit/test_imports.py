@@ -19,10 +19,10 @@ PACKAGES = {
 }
 # Contract, module that gets the import, and the import.
 PLANTED = [
-    ("server", "rudder.server.service.limits", "rudder.server.grpc.model"),
+    ("server", "rudder.server.service.limits", "rudder.server.grpc.interceptors"),
     ("server", "rudder.server.engine.ledger", "rudder.server.service.limits"),
     ("server", "rudder.server.program.wire", "rudder.server.engine.ledger"),
-    ("server", "rudder.server.grpc.model", "rudder.server.process"),
+    ("server", "rudder.server.grpc.interceptors", "rudder.server.process"),
     ("server", "rudder.server.monitoring.metrics", "rudder.server.config"),
     ("engine", "rudder.server.engine.worker.bank", "rudder.server.engine.call"),
     ("engine", "rudder.server.engine.telemetry.frame", "rudder.server.engine.worker.bank"),
