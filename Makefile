@@ -7,20 +7,26 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 INSTALL := -m pip --disable-pip-version-check install --quiet
 PIP := $(PY) $(INSTALL)
-TORCH := torch==2.13.0
+# Every file that these install has its hash in requirements/; `make lock` refreshes them.
+PINNED := --no-deps --require-hashes --requirement
 
 hash = $(shell cat $(1) | sha256sum | cut -c 1-16)
-CPU := $(VENV)/.cpu-$(call hash,requirements/cpu.txt)
-CONFORMANCE := .venv-conformance/.made-$(call hash,requirements/conformance.txt)
-TEST := $(VENV)/.test-$(call hash,requirements/cpu.txt requirements/test.txt)
+CPU := $(VENV)/.cpu-$(call hash,requirements/cpu.txt requirements/torch.txt)
+CONFORMANCE := .venv-conformance/.made-$(call hash,requirements/conformance.txt requirements/torch.txt)
+TEST := $(VENV)/.test-$(call hash,requirements/cpu.txt requirements/torch.txt requirements/test.txt)
 
 # One thread each: threads of two processes that wait for one another on two cores take many times as long.
 TWO_AT_ONCE := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PY) -m pytest -n 2 --dist loadfile
 
 PROTOS := $(wildcard proto/rudder/v1/*.proto)
 PROTOC := $(PY) -m grpc_tools.protoc -Iproto
+BUF := $(VENV)/bin/buf
 
-.PHONY: help venv demo serve test lint types proto proto-check unit engine-test e2e conformance clean
+# CI measures the coverage of the unit tests: see `make coverage`.
+COVERAGE := $(if $(CI),--cov --cov-report=)
+
+.PHONY: help venv demo serve test test-long lint types proto proto-check proto-image unit coverage engine-test e2e conformance \
+	wheels install-check lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' Makefile | expand -t 16
@@ -35,15 +41,21 @@ serve: $(CPU) ## start a server with the shipped model and stay; FLAGS="--listen
 
 test: lint types proto-check unit engine-test e2e conformance ## everything that CI runs
 
-lint: $(TEST) ## ruff
+test-long: test install-check ## the same, and the demo from installed wheels
+
+lint: $(TEST) ## ruff, and the import contracts of pyproject.toml
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	PYTHONPATH=.:clients/python $(VENV)/bin/lint-imports --no-cache --no-logo
 
 types: $(TEST) ## mypy
 	$(PY) -m mypy
 
 unit: $(TEST) ## tests of parts, in seconds
-	$(TWO_AT_ONCE) tests/unit
+	$(TWO_AT_ONCE) $(COVERAGE) tests/unit
+
+coverage: ## print the coverage of the unit tests that ran last with CI=true
+	@echo "coverage of the unit tests: $$($(PY) -m coverage report --format=total) %"
 
 engine-test: $(TEST) ## tests against a vLLM engine
 	$(TWO_AT_ONCE) tests/engine
@@ -57,14 +69,40 @@ conformance: $(CONFORMANCE) ## tests against the libraries whose formats are rea
 proto: $(TEST) ## regenerate the Python code of the contract
 	$(call generate,clients/python)
 
-proto-check: $(TEST) ## the committed code is what the contract generates
+proto-check: $(TEST) ## the contract: naming, no breaking change since the last release, generated code up to date
+	$(BUF) lint proto
+	$(BUF) breaking proto --against proto/rudder.binpb
 	@rm -rf build/proto && mkdir -p build/proto
 	$(call generate,build/proto)
 	@for file in build/proto/rudder/v1/*; do cmp "$$file" clients/python/rudder/v1/"$$(basename "$$file")" || exit 1; done
 
+proto-image: $(TEST) ## at a release: record the contract that proto-check compares with
+	$(PROTOC) --include_imports --descriptor_set_out=proto/rudder.binpb $(PROTOS)
+
+wheels: $(CPU) ## build rudder-server, rudder-client and rudder-pretrained into build/wheels
+	@rm -rf $(BUILT)
+	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels \
+		. ./clients/python ./sae_models/pretrained
+
+# The environment has the packages of VENV through a .pth file, but neither its editable installs nor the repository.
+install-check: wheels ## the demo from installed wheels, in an empty folder
+	@rm -rf build/installed && mkdir -p build/installed/empty
+	@$(PY) -m venv --without-pip build/installed/venv
+	@$(PY) -m pip --disable-pip-version-check --python build/installed/venv/bin/python install --quiet --no-deps --no-index build/wheels/*.whl
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo build/installed/venv/lib/python*/site-packages)/packages.pth"
+	cd build/installed/empty && unset PYTHONPATH && \
+		../venv/bin/python -c 'import rudder.server; print("installed at", rudder.server.__file__)' && ../venv/bin/rudder demo
+
+lock: ## refresh the hashes in requirements/
+	@$(PYTHON) -m venv build/lock
+	build/lock/bin/python $(INSTALL) --require-hashes --requirement requirements/lock.txt
+	PATH="$(CURDIR)/build/lock/bin:$$PATH" build/lock/bin/python requirements/lock.py cpu.txt test.txt conformance.txt lock.txt
+
 clean: ## remove what was made here, both .venv included
-	rm -rf $(VENV) .venv-conformance build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info clients/python/*.egg-info
+	rm -rf $(VENV) .venv-conformance .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage $(BUILT)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+BUILT = build *.egg-info clients/python/build clients/python/*.egg-info sae_models/pretrained/build sae_models/pretrained/*.egg-info
 
 define generate
 $(PROTOC) --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
@@ -74,24 +112,29 @@ $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit("Rudder needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 
-# Packages are pinned to a whole set that works, so pip need not resolve it: see requirements/cpu.txt.
-$(CPU): requirements/cpu.txt pyproject.toml clients/python/pyproject.toml | $(PY)
+# Packages are pinned to a whole set that works, so pip need not resolve it: see requirements/cpu.txt. The last line of torch.txt's
+# installation brings what its CUDA build needs beside it, and nothing for the CPU build.
+define install-pinned
+	$(1) $(INSTALL) $(PINNED) $(2)
+	$(1) $(INSTALL) $(PINNED) requirements/torch.txt
+	$(1) $(INSTALL) torch
+endef
+
+$(CPU): requirements/cpu.txt requirements/torch.txt pyproject.toml clients/python/pyproject.toml | $(PY)
 	@echo "installing the CPU stack into $(VENV) (some minutes)"
 	@rm -f $(VENV)/.cpu-*
-	$(PIP) --constraint requirements/cpu.txt $(TORCH)
-	$(PIP) --no-deps --requirement requirements/cpu.txt
+	$(call install-pinned,$(PY),requirements/cpu.txt)
 	$(PIP) --no-deps --no-build-isolation --editable . --editable clients/python
 	@touch $@
 
 $(TEST): requirements/test.txt $(CPU)
 	@rm -f $(VENV)/.test-*
-	$(PIP) --no-deps --requirement requirements/test.txt
+	$(PIP) $(PINNED) requirements/test.txt
 	@touch $@
 
-$(CONFORMANCE): requirements/conformance.txt
+$(CONFORMANCE): requirements/conformance.txt requirements/torch.txt
 	@echo "installing the libraries of the conformance tests into .venv-conformance"
 	@rm -rf .venv-conformance
 	$(PYTHON) -m venv .venv-conformance
-	.venv-conformance/bin/python $(INSTALL) --constraint $< $(TORCH)
-	.venv-conformance/bin/python $(INSTALL) --no-deps --requirement $<
+	$(call install-pinned,.venv-conformance/bin/python,requirements/conformance.txt)
 	@touch $@

@@ -2,7 +2,7 @@
 
     python -m rudder.sae_models.bench.train --peers-python PEERS/bin/python --json train.json
 
-PEERS is an environment with requirements/peers.txt. Every library runs its own training step in a process of its own;
+PEERS is .venv-conformance (`make conformance`). Every library runs its own training step in a process of its own;
 data are in memory for all. The processes take turns of a few steps, so that other load meets all alike, and times are
 medians over turns. A library runs in the fastest of its modes that works here, at the learning rate of --rates (its own
 default among them) that gives it the best FVU at a quarter of the tokens and an eighth of the latents.
