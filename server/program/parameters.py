@@ -3,27 +3,30 @@
 Plain numpy, since the server process computes its self-test's reference from them without importing the worker.
 """
 
+from operator import attrgetter
+
 import numpy as np
 from numpy.typing import NDArray
 
 from rudder.sae_models.operations import EDIT, ENTRY, IDENTITY_EDIT, IDENTITY_ENTRY
 from rudder.server.program import wire
 
+TRIGGER = EDIT.index("trigger")
+# The other columns of EDIT are fields of wire.Edit: [columns, 1], to be indexed together with row places.
 EDIT_FIELDS = tuple(name for name in EDIT if name != "trigger")
+EDIT_COLUMNS = np.array([[EDIT.index(name)] for name in EDIT_FIELDS])
+values_of = attrgetter(*EDIT_FIELDS)
 SEQUENCE_FIELDS = ("decay", "gain", "offset", "floor", "window", "level", "level_rate", "min_tokens", "latch")
 
 
 def edit_parameters(site: wire.Site, places: list[int], rows: int, prompt: bool) -> NDArray[np.float32]:
     """Return EDIT parameters [len(EDIT), rows] for prompt tokens or generated ones; places[i] is row i's place."""
     table = np.repeat(np.array(IDENTITY_EDIT, np.float32)[:, None], rows, 1)
-    columns = dict(zip(EDIT, table, strict=True))
     edits = [e for e in site.edits if (e.prompt if prompt else e.generated)]
     if edits:
-        edited = [places[e.row] for e in edits]
-        for name in EDIT_FIELDS:
-            columns[name][edited] = [getattr(e, name) for e in edits]
+        table[EDIT_COLUMNS, [places[e.row] for e in edits]] = np.array([values_of(e) for e in edits], np.float32).T
     for row, above in site.gate.triggers if site.gate else ():
-        columns["trigger"][places[row]] = above
+        table[TRIGGER, places[row]] = above
     return table
 
 

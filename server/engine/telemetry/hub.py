@@ -1,9 +1,9 @@
 """Receives the worker's frames and gives every request its part of them.
 
 Steady decoding sends frame after frame of the same shape, and parsing each of them for each request would cost the
-server more than anything else it does per token. So frames stay in the socket until a call asks for its features, and
-are then kept as they came, as runs: a request learns once, at the start of a run, which span of the columns is its own,
-and reads its values there only when it needs them.
+server more than anything else that it does per token. So frames stay in the socket until a call needs its features, and
+are then stored unparsed, as runs: at the start of a run, each request is assigned its span of the columns once, and its
+values are read from there only when it takes them.
 """
 
 import asyncio

@@ -172,7 +172,7 @@ class SiteBank(nn.Module):
         self.register_buffer("token", token, persistent=False)
         buffer("activations", torch.zeros(max_tokens, rows))
         buffer("edited", torch.zeros(layout.stages, max_tokens, rows, dtype=torch.bool))
-        # Every token writes its residuals somewhere, so that the graph is the same whatever is captured: those that no
+        # The graph writes the residuals of every token, so that it does not depend on what is captured: tokens that no
         # request captures all write to index 0.
         captured = 1 + (layout.capture_tokens or max_tokens)
         buffer("before", torch.zeros(captured, width))

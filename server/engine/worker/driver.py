@@ -300,7 +300,7 @@ def captured_tokens(state: RequestState | None) -> Captured:
 
 
 def entries_of(slot: int, site: wire.Site) -> tuple[tuple[slice, bool], ...]:
-    """Return a slot's (entries, whether of prompt tokens); both at once where the program does not tell them apart."""
+    """Return a slot's (entries, whether of prompt tokens); both in one slice where the program edits them alike."""
     if not site.tells_phases_apart():
         return ((slice(2 * slot, 2 * slot + 2), True),)
     return (slice(2 * slot, 2 * slot + 1), True), (slice(2 * slot + 1, 2 * slot + 2), False)

@@ -140,7 +140,7 @@ def test_phases_go_by_position(chunks: list[tuple[int, int]]) -> None:
         assert moved["g"] == [0.0 if t < 3 else 2.0 for t in positions]
 
 
-def test_position_0_is_not_edited_only_if_it_holds_bos() -> None:
+def test_position_0_is_exempt_from_edits_only_if_it_holds_bos() -> None:
     driver = driver_of(with_bos=adding(1.0, bos=True), without=adding(1.0))
     moved = amounts(driver, ("with_bos", 0, 2), ("without", 0, 2))
     assert moved == {"with_bos": [0, 1], "without": [1, 1]}
