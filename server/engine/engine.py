@@ -27,6 +27,7 @@ from rudder.server.engine.admission import Admission
 from rudder.server.engine.call import Call, Outcome, Output, engine_sampling, salt
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.engine.telemetry.hub import Hub, Inbox
+from rudder.server.engine.traced import code_digest
 from rudder.server.monitoring import metrics
 from rudder.server.program import wire
 from rudder.server.program.compile import Compiled, compile_program
@@ -224,11 +225,11 @@ class Engine:
                     yield Output(choice.text, ids, choice.logprobs, features.reordered(order), outcome)
                 elif inbox.reports:
                     # One frame is of all requests: the first of them to ask takes it in for the others.
-                    if inbox.covered < len(call.prompt_ids) + generated - 1:
+                    if inbox.num_computed_tokens < len(call.prompt_ids) + generated - 1:
                         self.hub.receive()
                     yield Output(choice.text, ids, choice.logprobs, inbox.take().reordered(order))
                 else:
-                    yield Output(choice.text, ids, choice.logprobs, inbox.nothing)
+                    yield Output(choice.text, ids, choice.logprobs, inbox.empty)
         finally:
             self.spawn(self.see_released(handle, inbox, request_id))
             if running and not ended:
@@ -239,11 +240,12 @@ class Engine:
         # With asynchronous scheduling the engine may have run one token more than the answer has.
         last = len(call.prompt_ids) + generated - 1
         await self.covered(inbox, last)
-        moved = inbox.moved_before(last)
+        moved = inbox.edited_before(last)
         own = len(call.compiled.edits) if call.compiled else 0
         return Outcome(
             choice.finish_reason, choice.stop_reason, len(call.prompt_ids), generated, cached,
-            moved=moved[:own], policy_moved=moved[own:], tokens_seen=max(0, min(inbox.covered, last) - inbox.first),
+            moved=moved[:own], policy_moved=moved[own:],
+            tokens_seen=max(0, min(inbox.num_computed_tokens, last) - inbox.first),
             captures=tuple(inbox.captures),
         )  # fmt: skip
 
@@ -252,12 +254,12 @@ class Engine:
         deadline = time.monotonic() + TELEMETRY_TIMEOUT_S
         self.hub.receive()
         with self.hub.awaited():
-            while inbox.covered < position:
+            while inbox.num_computed_tokens < position:
                 self.hub.arrived.clear()
                 self.require_alive()
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
-                    raise TelemetryLost(f"no telemetry for position {inbox.covered}")
+                    raise TelemetryLost(f"no telemetry for position {inbox.num_computed_tokens}")
                 await happened(self.hub.arrived, min(remaining, 1.0))
 
     async def see_released(self, handle: int, inbox: Inbox, request_id: str) -> None:
@@ -336,7 +338,7 @@ def engine_args(config: configuration.Config, layout: Layout) -> AsyncEngineArgs
         enable_prefix_caching=True,
         enable_chunked_prefill=True,
         worker_cls=f"rudder.server.engine.worker.{'cpu' if on_cpu else 'gpu'}.Worker",
-        additional_config=layout.additional_config(),
+        additional_config=layout.additional_config(code_digest()),
         disable_log_stats=False,
         **sizes,
     )

@@ -14,10 +14,10 @@ from rudder.sae_models.sae import gain as input_gain
 from rudder.server.engine.call import Call, Outcome, Output
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.telemetry.frame import column
-from rudder.server.engine.worker import bank
 from rudder.server.monitoring import metrics
 from rudder.server.program import wire
 from rudder.server.program.compile import compile_program
+from rudder.server.program.parameters import edit_parameters, entry_parameters
 from rudder.server.program.rows import Dictionary
 from rudder.server.program.watch import compile_watch
 from rudder.v1 import program_pb2
@@ -68,7 +68,7 @@ async def check_site(engine: Engine, number: int, site: str, stage: int) -> None
     touched = min((*outcome_of(steered).moved, *outcome_of(steered).policy_moved))
     if touched != TOKENS:
         raise SelfTestFailed(f"{site}: an edit touched {touched} of {TOKENS} tokens")
-    for (_, watched), active in zip(watch, steered.features.active.T, strict=True):
+    for (_, watched), active in zip(watch, steered.features.activations.T, strict=True):
         encoded = engine.bundles[watched.bundle].sae.encode(before)[:, watched.latent]
         agree(
             site,
@@ -129,8 +129,8 @@ def reference(engine: Engine, site: wire.Site, x: Tensor) -> Tensor:
     f, gain = (torch.stack(column, 1) for column in list(zip(*read, strict=True))[:2])
     decoder = torch.stack([decoder for *_, decoder in read])
     places = list(range(len(read)))
-    edits = bank.edit_parameters(site, places, len(read), prompt=True).expand(len(x), -1, -1)
-    entry = bank.entry_parameters(site, places, prompt=True).expand(len(x), -1)
+    edits = torch.from_numpy(edit_parameters(site, places, len(read), prompt=True)).expand(len(x), -1, -1)
+    entry = torch.from_numpy(entry_parameters(site, places, prompt=True)).expand(len(x), -1)
     move, _ = edit(x, f, decoder, edits, entry, torch.ones(len(x), dtype=torch.bool), gain)
     return x + move
 

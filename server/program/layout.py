@@ -1,16 +1,9 @@
 """The bank's fixed shape: what the compiled graph depends on and the compile cache is keyed by."""
 
-import hashlib
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from rudder.sae_models import edit as formula
-from rudder.sae_models import sae
 from rudder.sae_models.hookpoints import FORM, POINTS, SITE, parse
-
-WORKER = Path(__file__).parents[1] / "engine/worker"
-TRACED = (WORKER / "bank.py", WORKER / "hooks.py", Path(formula.__file__), Path(sae.__file__))
 
 
 @dataclass(frozen=True)
@@ -47,9 +40,9 @@ class Layout:
         """Whether a gate with a sequence condition can be read at `site`."""
         return self.sequence_sites is None or site in self.sequence_sites
 
-    def additional_config(self) -> dict[str, Any]:
-        """For vLLM's `additional_config`, which its compile-cache key hashes; the code's own digest is part of it."""
-        return {"rudder": asdict(self) | {"code": code_digest()}}
+    def additional_config(self, code: str) -> dict[str, Any]:
+        """Return vLLM's `additional_config`, which its compile-cache key hashes; `code`: digest of the traced code."""
+        return {"rudder": asdict(self) | {"code": code}}
 
     @staticmethod
     def from_additional_config(config: dict[str, Any]) -> "Layout":
@@ -64,8 +57,3 @@ def depth(site: str) -> tuple[int, int]:
     """Order in which the forward pass reaches a site."""
     layer, point = parse(site)
     return layer, POINTS.index(point)
-
-
-def code_digest() -> str:
-    """Hash of the code that is traced into the graph: a change of it must not meet an old artifact."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in TRACED)).hexdigest()[:16]
