@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rudder.sae_models.hookpoints import has_middle, parse
+from rudder.sae_models.hookpoints import has_resid_mid, parse
 from rudder.server.engine.worker.bank import SiteBank
 
 ATTENTION = ("self_attn", "attn", "attention")
@@ -120,7 +120,7 @@ def inputs_of(layer: nn.Module, site: str) -> Callable[[Any, Any], tuple[Tensor,
 
 def hook_middle(layer: nn.Module, attention: nn.Module, bank: SiteBank) -> None:
     """Edit the residual stream behind the attention branch, by what that branch adds to what the layer was given."""
-    if not has_middle(layer):
+    if not has_resid_mid(layer):
         raise UnknownLayout(f"site: {bank.site}: the branches of {type(layer).__name__} do not follow one another")
     given = inputs_of(layer, bank.site)
     bank.keep_given()
