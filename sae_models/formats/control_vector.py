@@ -183,7 +183,7 @@ def layer_of(name: str, path: Path) -> int:
 def read_data(file: BinaryIO, start: int, info: Info, name: str, path: Path) -> Tensor:
     """Read a direction [d] as float32. FormatError: it has values that are not finite."""
     if start + info.offset > path.stat().st_size:
-        raise FormatError(f"{path.name} {name}: lies behind the end of the file")
+        raise FormatError(f"{path.name} {name}: extends past the end of the file")
     file.seek(start + info.offset)
     content = bytearray(read_exactly(file, info.width * info.dtype.itemsize, path))
     direction = torch.frombuffer(content, dtype=info.dtype).float()

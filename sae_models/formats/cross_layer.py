@@ -28,23 +28,23 @@ def recognise(path: Path) -> str | None:
 
 
 def read(path: Path) -> tuple[SAE, Declaration]:
-    """Read the latents of one layer from the file of its encoder, with its decoder beside it, or a folder with one."""
+    """Read the latents of one layer from the file of its encoder, its decoder next to it, or from a folder with one."""
     file = single_file(path, ENCODERS)
     layer = re.fullmatch(r"W_enc_(\d+)", file.stem)
     if layer is None:
         raise FormatError(f"{file.name}: no layer in the name, W_enc_0.safetensors would have one")
-    beside = file.with_name(f"W_dec_{layer[1]}.safetensors")
-    if not beside.is_file():
-        raise FormatError(f"{beside.name}: not beside {file.name}")
+    decoder_file = file.with_name(f"W_dec_{layer[1]}.safetensors")
+    if not decoder_file.is_file():
+        raise FormatError(f"{decoder_file.name}: not beside {file.name}")
     w_enc, b_enc, b_dec, w_dec, limit = (
         f"{part}_{layer[1]}" for part in ("W_enc", "b_enc", "b_dec", "W_dec", "threshold")
     )
-    tensors, decoders = read_safetensors(file), read_safetensors(beside)
+    tensors, decoders = read_safetensors(file), read_safetensors(decoder_file)
     refuse_unknown(tensors, {w_enc, b_enc, b_dec, limit}, file.name)
-    refuse_unknown(decoders, {w_dec}, beside.name)
+    refuse_unknown(decoders, {w_dec}, decoder_file.name)
     bias, decoder_bias = take(tensors, b_enc, file.name, (-1,)), take(tensors, b_dec, file.name, (-1,))
     encoder = take(tensors, w_enc, file.name, (len(bias), len(decoder_bias)))
-    decoder = decoder_at_layer(decoders, w_dec, beside.name, 0, (len(bias), len(decoder_bias)))
+    decoder = decoder_at_layer(decoders, w_dec, decoder_file.name, 0, (len(bias), len(decoder_bias)))
     limits = threshold(tensors, (limit,), bias, file.name)
     sae = assemble(encoder, bias, decoder, decoder_bias, limits, partial=True)
     return sae, declared(file, "cross_layer_transcoder", layer[1])

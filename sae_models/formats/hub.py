@@ -69,7 +69,7 @@ def resolve(name: str, cache: Path | None = None, offline: bool = False) -> Path
     try:
         return download(location, cache)
     except errors.GatedRepoError as error:
-        raise NotFound(f"{name}: access to {location.repository} must be asked for and a token given") from error
+        raise NotFound(f"{name}: access to {location.repository} must be requested and a token configured") from error
     except errors.RevisionNotFoundError as error:
         raise NotFound(f"{name}: {location.repository} has no revision {location.revision}") from error
     except errors.RepositoryNotFoundError as error:

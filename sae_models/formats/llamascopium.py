@@ -121,8 +121,8 @@ def parameters(tensors: Mapping[str, Any], settings: Mapping[str, Any], file: st
     older = "encoder.weight" in tensors
     width = count(settings, "d_model", SETTINGS)
     if not flag(settings, "use_decoder_bias", SETTINGS, True):
-        absent, beside, dim = ("decoder.bias", "decoder.weight", 0) if older else ("b_D", "W_D", 1)
-        tensors = {**tensors, absent: zero_bias(tensors, beside, dim, file)}
+        missing, decoder_key, dim = ("decoder.bias", "decoder.weight", 0) if older else ("b_D", "W_D", 1)
+        tensors = {**tensors, missing: zero_bias(tensors, decoder_key, dim, file)}
     if older:
         weights = linear_layers(tensors, file)
     else:

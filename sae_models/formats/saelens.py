@@ -184,7 +184,7 @@ def input_scale(file: Checkpoint, notes: dict[str, Any]) -> float | None:
     SAELens stores it in its table of releases and assumes 1 if it is not there.
     """
     if not (file.folder / SCALER).is_file():
-        notes["input_scale"] = f"not in the files, taken as 1: {SCALER} with its `scaling_factor` would tell"
+        notes["input_scale"] = f"not in the files, taken as 1: {SCALER} with its `scaling_factor` is missing"
         return None
     scale = read_json(file.folder / SCALER).get("scaling_factor")
     if not isinstance(scale, float | int) or not 0 < scale < float("inf"):

@@ -46,7 +46,7 @@ def _add_import(actions: Any) -> None:
     command.add_argument("source", help=source)
     command.add_argument("--model", type=Path, required=True, help="folder of the model that the SAE was trained on")
     command.add_argument("--out", type=Path, required=True, help="folder of the bundle; its name is the bundle's name")
-    sites = "layers.<L>.<point> that it reads, where the source does not tell; repeat for an SAE with a router"
+    sites = "layers.<L>.<point> that it reads, where the source does not say; repeat for an SAE with a router"
     command.add_argument("--site", action="append", default=[], help=sites)
     command.add_argument("--output-site", default="", help="that it explains, where that is another (transcoders)")
     command.add_argument("--corpus", type=Path, help=f"text to measure on and describe latents with: {CORPUS}")

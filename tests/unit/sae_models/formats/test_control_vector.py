@@ -110,7 +110,7 @@ def vector(name: str = "direction.1", width: int = 4, kind: int = 0, offset: int
         (gguf(1, 1, ARCHITECTURE, vector(width=1 << 60)), "a tensor of type 0 and width"),
         (gguf(1, 1, ARCHITECTURE, vector(kind=2)), "a tensor of type 2"),
         (gguf(1, 1, ARCHITECTURE, vector(dimensions=2)), "a tensor of 2 dimensions"),
-        (gguf(1, 1, ARCHITECTURE, vector(offset=1 << 60)), "direction.1: lies behind the end"),
+        (gguf(1, 1, ARCHITECTURE, vector(offset=1 << 60)), "direction.1: extends past the end"),
         (gguf(1, 1, ARCHITECTURE, vector("direction.-1")), "not direction.L"),
         (gguf(1, 1, ARCHITECTURE, vector("direction." + "9" * 400)), "not direction.L"),
         (gguf(1, 1, ARCHITECTURE, vector(width=40), bytes(100)), "too early"),

@@ -194,7 +194,7 @@ def test_release_and_id_are_looked_up_in_the_table_of_saelens(tmp_path: Path, mo
 class Hub(BaseHTTPRequestHandler):
     """The part of the hub that a download requests: one repository, one gated repository, no other."""
 
-    files = {"x/params.npz": b"weights", "x/config.json": b"{}", "y/params.npz": b"not asked for"}  # noqa: RUF012
+    files = {"x/params.npz": b"weights", "x/config.json": b"{}", "y/params.npz": b"not requested"}  # noqa: RUF012
 
     def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
         """Send a complete response."""
@@ -263,7 +263,7 @@ def test_download_fetches_only_the_files_of_its_location(tmp_path: Path, endpoin
     }
     assert not (folder.parent / "y").exists()
     assert "a/b has no revision v9" in output[1]
-    assert "access to a/gated must be asked for" in output[2]
+    assert "access to a/gated must be requested" in output[2]
     assert "no repository a/none that can be seen" in output[3]
     assert "no weights in z; there are some in ['x', 'y']" in output[4]
     assert hub.resolve("a/b:x", tmp_path, offline=True) == folder
