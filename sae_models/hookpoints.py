@@ -1,29 +1,29 @@
-"""Where in a layer vectors are read and written: the points of a site `layers.L.POINT`."""
+"""Hook points: where in a decoder layer a site `layers.L.POINT` reads and writes vectors."""
 
 import re
 from typing import Any
 
-# In the order in which a layer's forward pass reaches them. resid_mid is the residual stream between the branches.
+# In the order of a layer's forward pass. resid_mid is the residual stream between attention and MLP.
 POINTS = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 SITE = re.compile(rf"layers\.(\d+)\.({'|'.join(POINTS)})")
 FORM = f"layers.<L>.<{'|'.join(POINTS)}>"
 
 
 def parse(site: str) -> tuple[int, str]:
-    """(layer, point) of a site's name. ValueError: it is none."""
+    """Return (layer, hook point) of a site's name. ValueError: not a site."""
     match = SITE.fullmatch(site)
     if match is None:
         raise ValueError(f"site: {site!r} is not {FORM}")
     return int(match[1]), match[2]
 
 
-def has_middle(layer: Any) -> bool:
-    """Whether a layer's MLP reads what its attention wrote, so that there is a residual stream between them.
+def has_resid_mid(layer: Any) -> bool:
+    """Return whether a layer has a residual stream between attention and MLP, that is, whether its MLP reads it.
 
-    Not where both read the layer's input (GPT-NeoX, GPT-J, Phi, Falcon, Cohere), nor where the stream is normalised
-    behind each branch (BERT, OPT 350M).
+    False for parallel branches, which both read the layer's input (GPT-NeoX, GPT-J, Phi, Falcon, Cohere), and for
+    post-norm layers, which normalise the stream after each branch (BERT, OPT 350M).
     """
-    settings = getattr(layer, "config", None)
-    at_once = getattr(layer, "use_parallel_residual", False) or getattr(settings, "parallel_attn", False)
+    config = getattr(layer, "config", None)
+    parallel = getattr(layer, "use_parallel_residual", False) or getattr(config, "parallel_attn", False)
     norms = [name for name, module in layer.named_children() if "norm" in type(module).__name__.lower()]
-    return not at_once and len(norms) > 1 and getattr(layer, "do_layer_norm_before", True)
+    return not parallel and len(norms) > 1 and getattr(layer, "do_layer_norm_before", True)

@@ -76,7 +76,7 @@ def module_at(model: nn.Module, site: Site) -> nn.Module:
     """
     layer = layer_at(model, site)
     if site.point == "resid_mid":
-        if not points.has_middle(layer):
+        if not points.has_resid_mid(layer):
             raise ValueError(f"site: {site}: the branches of {type(layer).__name__} do not follow one another")
         return module_at(model, Site(site.layer, "attn_out"))
     if site.point not in BRANCHES:

@@ -1,0 +1,1 @@
+"""Studies with SAEs: comparing dictionaries, selecting latents, deriving and evaluating programs."""

@@ -1,7 +1,7 @@
-"""Which latents of two SAEs are the same (arXiv 2501.16615), and how to carry policies from one to the other.
+"""Match the latents of two SAEs (arXiv 2501.16615), to port policies from one to the other.
 
-Latents are matched one to one so that the mean cosine of encoder and decoder rows is largest in sum. A pair is shared
-where both cosines are 0.7 or more.
+Latents are matched one to one so as to maximise the sum of the mean cosines of encoder and decoder rows. A pair is
+shared where both cosines are 0.7 or more.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from rudder.sae_models.bundle import bundle
 from rudder.sae_models.bundle.bundle import BundleError
-from rudder.sae_models.formats import load
+from rudder.sae_models.formats.load import load
 from rudder.sae_models.optional import extra
 from rudder.sae_models.sae import SAE
 
 SHARED = 0.7
-# Pairs whose mean cosine is below this are never matched. It is below SHARED, so no shared pair is lost to it; the
-# pairs above it fall into small groups, each matched by itself, so that the whole fits in memory at any width.
+# Pairs with a mean cosine below this are never matched. It is below SHARED, so no shared pair is lost. The pairs above
+# it form small connected groups, which are matched separately: memory stays bounded whatever the number of latents.
 FLOOR = 0.5
 BLOCK = 2048
 BINS = 20
@@ -34,8 +34,8 @@ BINS = 20
 
 @dataclass(frozen=True)
 class Match:
-    """Partners: latent `a` [n] of the one SAE and `b` [n] of the other, with the cosines of encoder and decoder rows;
-    and `nearest` [F], the largest mean cosine of each latent of the one with any of the other.
+    """Matched pairs: latent `a` [n] of the first SAE and `b` [n] of the second, with cosines of encoder and decoder
+    rows; `nearest` [F]: the largest mean cosine of each latent of the first with any of the second.
     """
 
     a: Tensor
@@ -46,14 +46,15 @@ class Match:
 
     @property
     def shared(self) -> Tensor:
-        """Which pairs [n] agree in encoder and decoder both."""
+        """Mask [n] of the pairs that agree in both encoder and decoder."""
         return (self.encoder >= SHARED) & (self.decoder >= SHARED)
 
 
 class Report(msgspec.Struct, frozen=True):
-    """A comparison as it is told. `shared_share` is of the smaller SAE's latents; `histogram` counts `nearest` in BINS
-    equal bins of [-1, 1]; a pair of `mapping` is (latent of the one, latent of the other, encoder cosine, decoder
-    cosine), shared pairs alone.
+    """The result of a comparison, as the command prints it in JSON.
+
+    `shared_share`: share of the smaller SAE's latents. `histogram`: counts of `nearest` in BINS equal bins of [-1, 1].
+    `mapping`: (latent of the first, latent of the second, encoder cosine, decoder cosine) of each shared pair.
     """
 
     one: str
@@ -67,103 +68,110 @@ class Report(msgspec.Struct, frozen=True):
     mapping: tuple[tuple[int, int, float, float], ...]
 
 
-def match(one: SAE, other: SAE) -> Match:
-    """The one-to-one assignment that maximises the sum of mean cosines over pairs above FLOOR.
+def match(first: SAE, second: SAE) -> Match:
+    """Return the one-to-one assignment that maximises the sum of mean cosines over pairs above FLOOR.
 
-    Memory grows with the pairs above FLOOR, not with the product of the widths. ValueError: widths differ.
+    Memory grows with the number of pairs above FLOOR, not with F1 * F2. ValueError: the SAEs' widths differ.
     """
-    if one.width != other.width or one.decoder.shape[1] != other.decoder.shape[1]:
-        raise ValueError(f"compare: widths {one.width} and {other.width}: the SAEs are not of one site")
-    ours, theirs = (tuple(normalize(m.float(), dim=1) for m in (s.encoder, s.decoder)) for s in (one, other))
-    rows, columns, cosines, nearest = _candidates(ours, theirs)
-    a, b = _assigned(rows, columns, cosines, one.latents, other.latents)
-    encoder, decoder = ((mine[a] * its[b]).sum(1) for mine, its in zip(ours, theirs, strict=True))
+    if first.width != second.width or first.decoder.shape[1] != second.decoder.shape[1]:
+        raise ValueError(f"compare: widths {first.width} and {second.width}: the SAEs are not of one site")
+    rows, others = (tuple(normalize(m.float(), dim=1) for m in (s.encoder, s.decoder)) for s in (first, second))
+    a, b, cosines, nearest = _candidates(rows, others)
+    a, b = _assign(a, b, cosines, first.latents, second.latents)
+    encoder, decoder = ((row[a] * other[b]).sum(1) for row, other in zip(rows, others, strict=True))
     return Match(a, b, encoder, decoder, nearest)
 
 
-def _candidates(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The pairs above FLOOR and their mean cosines, and the largest of each of our latents."""
-    found, nearest = [], []
-    latents = len(ours[0])
-    for first in tqdm(range(0, latents, BLOCK), desc="compare", unit="block", disable=latents <= BLOCK):
-        here = slice(first, first + BLOCK)
-        mean = (ours[0][here] @ theirs[0].T + ours[1][here] @ theirs[1].T) / 2
-        row, column = (mean > FLOOR).nonzero(as_tuple=True)
-        found.append((row + first, column, mean[row, column]))
+def _candidates(rows: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the pairs (a, b) above FLOOR with their mean cosines, and the largest of each latent of the first SAE.
+
+    `rows` and `others` are the unit (encoder, decoder) rows of the first and the second SAE.
+    """
+    candidates, nearest = [], []
+    latents = len(rows[0])
+    for start in tqdm(range(0, latents, BLOCK), desc="compare", unit="block", disable=latents <= BLOCK):
+        block = slice(start, start + BLOCK)
+        mean = (rows[0][block] @ others[0].T + rows[1][block] @ others[1].T) / 2
+        a, b = (mean > FLOOR).nonzero(as_tuple=True)
+        candidates.append((a + start, b, mean[a, b]))
         nearest.append(mean.amax(1))
-    rows, columns, cosines = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return rows, columns, cosines, torch.cat(nearest).clamp(max=1.0)
+    all_a, all_b, cosines = (torch.cat(parts) for parts in zip(*candidates, strict=True))
+    return all_a, all_b, cosines, torch.cat(nearest).clamp(max=1.0)
 
 
-def _assigned(rows: Tensor, columns: Tensor, cosines: Tensor, ours: int, theirs: int) -> tuple[Tensor, Tensor]:
-    """The best assignment of each connected group of candidates by itself, which is the best of all."""
-    row, column, cosine = rows.numpy(), columns.numpy(), cosines.double().numpy()
+def _assign(a: Tensor, b: Tensor, cosines: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]:
+    """Match each connected group of candidate pairs separately; together these are the optimum over all pairs.
+
+    `first` and `second` are the numbers of latents of the two SAEs.
+    """
+    i, j, cosine = a.numpy(), b.numpy(), cosines.double().numpy()
+    nodes = first + second
     sparse = extra("scipy.sparse", "comparing SAEs")
-    graph = sparse.coo_matrix((np.ones(len(row)), (row, ours + column)), shape=(ours + theirs, ours + theirs))
+    graph = sparse.coo_matrix((np.ones(len(i)), (i, first + j)), shape=(nodes, nodes))
     _, group = extra("scipy.sparse.csgraph", "comparing SAEs").connected_components(graph, directed=False)
-    order = np.argsort(group[row], kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(group[row][order])) + 1)
-    pairs = np.concatenate([_best(row[members], column[members], cosine[members]) for members in groups], 1)
+    order = np.argsort(group[i], kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(group[i][order])) + 1)
+    pairs = np.concatenate([_assign_group(i[members], j[members], cosine[members]) for members in groups], 1)
     return torch.from_numpy(pairs[0]), torch.from_numpy(pairs[1])
 
 
-def _best(row: NDArray[np.int64], column: NDArray[np.int64], cosine: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Hungarian assignment of one group [2, pairs]; who is left without a candidate stays without a partner."""
-    ours, i = np.unique(row, return_inverse=True)
-    theirs, j = np.unique(column, return_inverse=True)
-    gain = np.zeros((len(ours), len(theirs)))
+def _assign_group(a: NDArray[np.int64], b: NDArray[np.int64], cosine: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the Hungarian assignment of one group [2, pairs], without pairs that are not candidates."""
+    rows, i = np.unique(a, return_inverse=True)
+    columns, j = np.unique(b, return_inverse=True)
+    gain = np.zeros((len(rows), len(columns)))
     gain[i, j] = cosine
-    a, b = extra("scipy.optimize", "comparing SAEs").linear_sum_assignment(gain, maximize=True)
-    kept = gain[a, b] > 0
-    return np.stack([ours[a[kept]], theirs[b[kept]]])
+    i, j = extra("scipy.optimize", "comparing SAEs").linear_sum_assignment(gain, maximize=True)
+    is_candidate = gain[i, j] > 0
+    return np.stack([rows[i[is_candidate]], columns[j[is_candidate]]])
 
 
-def report(one: Path, other: Path) -> Report:
-    """Compares two SAEs on disk."""
-    first, second = read(one), read(other)
-    found = match(first, second)
-    shared = found.shared
-    columns = (found.a, found.b, found.encoder, found.decoder)
+def compare(first: Path, second: Path) -> Report:
+    """Compare two SAEs on disk: bundles, or checkpoints in published formats."""
+    one, other = read(first), read(second)
+    matches = match(one, other)
+    shared = matches.shared
+    columns = (matches.a, matches.b, matches.encoder, matches.decoder)
     mapping = zip(*(column[shared].tolist() for column in columns), strict=True)
     return Report(
-        one=str(one),
-        other=str(other),
-        latents=(first.latents, second.latents),
-        matched=len(found.a),
+        one=str(first),
+        other=str(second),
+        latents=(one.latents, other.latents),
+        matched=len(matches.a),
         shared=int(shared.sum()),
-        shared_share=int(shared.sum()) / min(first.latents, second.latents),
-        mean_nearest=float(found.nearest.mean()),
-        histogram=tuple(found.nearest.histc(BINS, -1, 1).long().tolist()),
+        shared_share=int(shared.sum()) / min(one.latents, other.latents),
+        mean_nearest=float(matches.nearest.mean()),
+        histogram=tuple(matches.nearest.histc(BINS, -1, 1).long().tolist()),
         mapping=tuple(sorted(mapping)),
     )
 
 
 def read(path: Path) -> SAE:
-    """The SAE of a bundle, or of a checkpoint in any published format."""
+    """Read the SAE of a bundle, or of a checkpoint in any published format."""
     if not (path / bundle.MANIFEST).is_file():
-        return load.load(path).sae
+        return load(path).sae
     opened = bundle.load(path)
     opened.catalogue.close()
     return opened.sae
 
 
-def told(found: Report) -> str:
-    """A comparison for a person to read."""
-    of = " and ".join(f"{latents:,}" for latents in found.latents)
+def format_report(report: Report) -> str:
+    """Format a comparison for a terminal."""
+    of = " and ".join(f"{latents:,}" for latents in report.latents)
     lines = [
-        f"{found.shared:,} latents are shared ({found.shared_share:.1%}) of {of}; {found.matched:,} have a partner",
-        f"mean largest cosine {found.mean_nearest:.3f}; how many latents of the first are how near:",
+        f"{report.shared:,} latents are shared ({report.shared_share:.1%}) of {of}; {report.matched:,} have a partner",
+        f"mean largest cosine {report.mean_nearest:.3f}; latents of the first by largest cosine:",
     ]
-    most = max(found.histogram)
-    for index, count in enumerate(found.histogram):
+    highest = max(report.histogram)
+    for index, count in enumerate(report.histogram):
         if count:
             low, high = (2 * edge / BINS - 1 for edge in (index, index + 1))
-            lines.append(f"  {low:5.1f} to {high:4.1f}  {count:7,}  {'#' * round(40 * count / most)}")
+            lines.append(f"  {low:5.1f} to {high:4.1f}  {count:7,}  {'#' * round(40 * count / highest)}")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 with the reason on stderr."""
+    """Run the command. Return exit status 0, or 2 after printing the reason on stderr."""
     parser = argparse.ArgumentParser(
         prog="rudder sae compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -173,11 +181,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mapping", type=Path, metavar="FILE", help="write the shared pairs here, to carry policies")
     options = parser.parse_args(argv)
     try:
-        found = report(options.one, options.other)
+        report = compare(options.one, options.other)
         if options.mapping:
-            options.mapping.write_bytes(msgspec.json.encode(found) + b"\n")
+            options.mapping.write_bytes(msgspec.json.encode(report) + b"\n")
     except (BundleError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(msgspec.json.encode(found).decode() if options.json else told(found))
+    print(msgspec.json.encode(report).decode() if options.json else format_report(report))
     return 0

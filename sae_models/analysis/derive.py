@@ -1,4 +1,4 @@
-"""Makes programs from a corpus labelled by book: forget a topic, or steer towards or away from one."""
+"""Derive programs from a corpus labelled by book: forget a topic, or steer towards or away from one."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -30,13 +30,13 @@ class Material:
 
     @property
     def books(self) -> list[str]:
-        """In alphabetical order."""
+        """The corpus's books in alphabetical order."""
         return sorted({document.book for document in self.documents})
 
 
 @dataclass(frozen=True)
 class Topic:
-    """Books to act on, the books nearest to them that must be spared, and books too close to tell apart."""
+    """Books to act on; their neighbours, which must not be affected; and books too similar to classify."""
 
     books: tuple[str, ...]
     neighbours: tuple[str, ...] = ()
@@ -45,9 +45,15 @@ class Topic:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Of a forgetting program. `neighbour_weight`: their share of the detector's negative examples."""
+    """Parameters of a derived program.
 
-    windows_a_book: int = 80
+    `windows_per_book`, `windows_of_topic`: windows to use of each book, of the topic and its neighbours more.
+    `neighbour_weight`: share of the neighbours in the detector's negative examples. `drift`, `false_alarms`: of the
+    CUSUM. `latents`, `ceiling`, `ratio`: see selection.select. `token_level`: detector score that triggers on a token.
+    `dose`: value of the latents in residual norms.
+    """
+
+    windows_per_book: int = 80
     windows_of_topic: int = 600
     neighbour_weight: float = 0.8
     drift: float = 1.0
@@ -60,33 +66,33 @@ class Recipe:
 
 
 def material_of(bundle: Bundle, trunk: Any, documents: Sequence[Document], windows: Windows) -> Material:
-    """The windows in random order, so that the first of a book are a sample of it."""
+    """Shuffle the windows, so that the first of a book are a random sample of it."""
     return Material(bundle, trunk, documents, windows.shuffled(0))
 
 
-def chosen(material: Material, folds: Collection[int], most: dict[str, int]) -> Windows:
-    """Up to `most` windows of each book, of documents of these folds."""
+def sample_windows(material: Material, folds: Collection[int], limits: dict[str, int]) -> Windows:
+    """Return up to `limits[book]` windows of each book, from documents in these folds."""
     pool = material.windows.where(in_folds(material.windows, material.documents, folds))
     books = [material.documents[index].book for index in pool.document.tolist()]
-    places = [[place for place, book in enumerate(books) if book == name][:count] for name, count in most.items()]
-    return pool.take(torch.tensor(list(chain.from_iterable(places))))
+    indices = [[index for index, book in enumerate(books) if book == name][:count] for name, count in limits.items()]
+    return pool.take(torch.tensor(list(chain.from_iterable(indices))))
 
 
-def for_selection(material: Material) -> set[int]:
-    """Folds that are neither held out nor for tuning."""
+def selection_folds(material: Material) -> set[int]:
+    """Return the folds that are neither held out nor for tuning."""
     return {document.fold for document in material.documents} - {*HELD_OUT_FOLDS, *TUNING_FOLDS}
 
 
-def counts(material: Material, topic: Topic, recipe: Recipe) -> dict[str, int]:
-    """Windows to take of each book: more of the topic and its neighbours."""
+def window_counts(material: Material, topic: Topic, recipe: Recipe) -> dict[str, int]:
+    """Return the number of windows to use of each book: more of the topic and its neighbours."""
     near = {*topic.books, *topic.neighbours}
-    kept = [book for book in material.books if book not in topic.ignored]
-    return {book: recipe.windows_of_topic if book in near else recipe.windows_a_book for book in kept}
+    books = [book for book in material.books if book not in topic.ignored]
+    return {book: recipe.windows_of_topic if book in near else recipe.windows_per_book for book in books}
 
 
 def fit_detector(material: Material, topic: Topic, recipe: Recipe) -> Detector:
-    """A linear detector of the topic at the bundle's site, rounded as it will be written."""
-    windows = chosen(material, for_selection(material), counts(material, topic, recipe))
+    """Fit a linear detector of the topic at the bundle's site, rounded as the program's file stores it."""
+    windows = sample_windows(material, selection_folds(material), window_counts(material, topic, recipe))
     x = torch.cat(
         [x[counted] for x, counted in residuals(material.trunk, parse_site(material.bundle.manifest.site), windows)]
     )
@@ -106,25 +112,26 @@ def fit_detector(material: Material, topic: Topic, recipe: Recipe) -> Detector:
     )
 
 
-def alarm_level(material: Material, topic: Topic, found: Detector, recipe: Recipe) -> float:
-    """The CUSUM level that few benign windows of the tuning folds, half of them of neighbours, ever reach."""
-    benign = {book: count for book, count in counts(material, topic, recipe).items() if book not in topic.books}
-    windows = chosen(material, TUNING_FOLDS, benign)
+def alarm_level(material: Material, topic: Topic, fitted: Detector, recipe: Recipe) -> float:
+    """Return the CUSUM level that a share `false_alarms` of the benign windows of the tuning folds exceeds."""
+    benign = {book: count for book, count in window_counts(material, topic, recipe).items() if book not in topic.books}
+    windows = sample_windows(material, TUNING_FOLDS, benign)
     highest = [
-        _highest(found, x, counted, recipe.drift)
+        _max_cusum(fitted, x, counted, recipe.drift)
         for x, counted in residuals(material.trunk, parse_site(material.bundle.manifest.site), windows)
     ]
     return round(detector.level_for(torch.cat(highest), recipe.false_alarms), 2)
 
 
-def _highest(found: Detector, x: Tensor, counted: Tensor, drift: float) -> Tensor:
-    score = torch.where(counted[:, 1:], found.score(x[:, 1:]), -1e3)
+def _max_cusum(fitted: Detector, x: Tensor, counted: Tensor, drift: float) -> Tensor:
+    """Return the highest CUSUM value of each window [n]; tokens that do not count reset the sum to 0."""
+    score = torch.where(counted[:, 1:], fitted.score(x[:, 1:]), -1e3)
     return detector.cusum(score, drift).amax(1)
 
 
 def topic_latents(material: Material, topic: Topic, recipe: Recipe) -> list[int]:
-    """The latents that stand for the topic, on the folds for selection."""
-    windows = chosen(material, for_selection(material), counts(material, topic, recipe))
+    """Select the topic's latents on the folds for selection."""
+    windows = sample_windows(material, selection_folds(material), window_counts(material, topic, recipe))
     site = parse_site(material.bundle.manifest.site)
     books = [book for book in material.books if book not in topic.ignored]
     frequency = selection.book_frequencies(
@@ -135,19 +142,19 @@ def topic_latents(material: Material, topic: Topic, recipe: Recipe) -> list[int]
 
 
 def forget(material: Material, topic: Topic, recipe: Recipe, name: str, description: str) -> p.Program:
-    """Turn away from the topic, once the text is found to be about it, as Dynamic SAE Guardrails do (arXiv 2504.08192).
+    """Derive a program that forgets a topic, like Dynamic SAE Guardrails (arXiv 2504.08192).
 
-    Sequence condition: CUSUM of the detector's score. Token condition: a topic latent is active, or the detector's
-    score is above `token_level`. Edit: every topic latent, active or not, is set to `dose` residual norms.
+    Sequence condition: CUSUM of the detector's score above its level. Token condition: a topic latent is active, or the
+    detector's score is above `token_level`. Edit: set every topic latent, active or not, to `dose` residual norms.
     """
-    found = fit_detector(material, topic, recipe)
+    fitted = fit_detector(material, topic, recipe)
     manifest = material.bundle.manifest
     score = p.Row(
         probe=p.Probe(
-            "-".join(topic.books), tuple(round(w, WEIGHT_DECIMALS) for w in found.weights.tolist()), found.bias
+            "-".join(topic.books), tuple(round(w, WEIGHT_DECIMALS) for w in fitted.weights.tolist()), fitted.bias
         )
     )
-    sequence = p.SequenceCondition(score, p.Cusum(recipe.drift), alarm_level(material, topic, found, recipe))
+    sequence = p.SequenceCondition(score, p.Cusum(recipe.drift), alarm_level(material, topic, fitted, recipe))
     features = [p.Row(feature=p.Feature(index)) for index in topic_latents(material, topic, recipe)]
     triggers = (p.Trigger(score, recipe.token_level), *(p.Trigger(feature) for feature in features))
     edits = tuple(p.Edit(feature, set=recipe.dose, unit=p.RESIDUAL_NORM) for feature in features)
@@ -157,7 +164,7 @@ def forget(material: Material, topic: Topic, recipe: Recipe, name: str, descript
 def steer(
     material: Material, topic: Topic, recipe: Recipe, operation: str, value: float, name: str, description: str
 ) -> p.Program:
-    """Adds to, sets or clamps (`operation`) the topic's latents, by a value in residual norms."""
+    """Derive a program that adds to, sets or clamps (`operation`) the topic's latents by a value in residual norms."""
     rows = [p.Row(feature=p.Feature(index)) for index in topic_latents(material, topic, recipe)]
     edits = tuple(p.Edit(row, **{operation: value}, unit=p.RESIDUAL_NORM) for row in rows)
     return p.Program(name, description, (p.SiteEdits(material.bundle.manifest.site, edits),))

@@ -12,20 +12,20 @@ from rudder.sae_models.operations import STATISTICS
 
 @dataclass(frozen=True)
 class Detector:
-    """score = x . weights + bias, the log-odds that a token is of the topic; weights [d]."""
+    """score = x . weights + bias: log-odds that a token belongs to the topic; weights [d]."""
 
     weights: Tensor
     bias: float
 
     def score(self, x: Tensor) -> Tensor:
-        """[...] of residuals x [..., d]."""
+        """Return scores [...] of residuals x [..., d]."""
         return x @ self.weights + self.bias
 
 
 def fit(x: Tensor, positive: Tensor, weight: Tensor, penalty: float = 1e-3) -> Detector:
-    """Logistic regression of `positive` [n] on residuals x [n, d], each token counted `weight` [n] times.
+    """Fit a logistic regression of `positive` [n] on residuals x [n, d], with each token weighted by `weight` [n].
 
-    The penalty is on the squared weights of the standardised x.
+    The L2 penalty applies to the weights of the standardised x.
     """
     mean, deviation = x.mean(0), x.std(0)
     standardised = (x - mean) / deviation
@@ -48,7 +48,7 @@ def fit(x: Tensor, positive: Tensor, weight: Tensor, penalty: float = 1e-3) -> D
 
 
 def cusum(score: Tensor, drift: float) -> Tensor:
-    """S_t = max(0, S_{t-1} + score_t - drift) along the last dimension, by the formula's scan."""
+    """Return S_t = max(0, S_{t-1} + score_t - drift) along the last dimension, by the same scan as the server."""
     p = STATISTICS["cusum"](drift)
     u = score.double().reshape(-1)
     start = torch.arange(len(u)) // score.shape[-1] * score.shape[-1]
@@ -59,6 +59,7 @@ def cusum(score: Tensor, drift: float) -> Tensor:
 
 
 def level_for(highest: Tensor, false_alarms: float) -> float:
-    """The level that at most this share of benign texts' highest CUSUM values [n] exceeds (split conformal, n + 1)."""
+    """Return the level that at most this share of benign texts' maximum CUSUM values [n] exceeds (split conformal)."""
+    # ceil((1 - false_alarms) * (n + 1)), truncated to 1e-6 first so that a rounding error does not raise the ceiling.
     rank = min(len(highest), -(-int((1 - false_alarms) * (len(highest) + 1) * 1e6) // 1_000_000))
     return float(highest.sort().values[rank - 1])

@@ -1,7 +1,7 @@
-"""The programs of this package's YAML files, and what they do to the residual stream, by the formula that serves.
+"""Read, write and apply programs offline, with the formula that the server uses (edit.py).
 
-The part of message Program (proto/rudder/v1) that the shipped programs use: edits of latents at one site, a blend, and
-a gate read at that site. A file that asks for more is refused.
+Supports the part of message Program (proto/rudder/v1) that the shipped programs use: edits of latents at one site, a
+blend, and a gate read at that site. Other fields in a file are an error.
 """
 
 from collections.abc import Sequence
@@ -26,18 +26,18 @@ ABSOLUTE = "UNIT_ABSOLUTE"
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A message in its JSON form."""
+    """A protobuf message in its JSON form."""
 
 
 class Feature(Message, frozen=True):
-    """A latent."""
+    """A latent of a bundle."""
 
     index: int
     bundle: str = ""
 
 
 class Probe(Message, frozen=True):
-    """score = x . weights + bias."""
+    """A linear probe: score = x . weights + bias."""
 
     name: str
     weights: tuple[float, ...]
@@ -45,14 +45,14 @@ class Probe(Message, frozen=True):
 
 
 class Row(Message, frozen=True):
-    """A latent or a probe."""
+    """An SAE row: a latent or a probe."""
 
     feature: Feature | None = None
     probe: Probe | None = None
 
 
 class Edit(Message, frozen=True):
-    """One of add, set (at every open token) and clamp (where the latent is active)."""
+    """An edit with one of add, set (both at every open token) and clamp (where the latent is active)."""
 
     row: Row
     add: float | None = None
@@ -62,14 +62,14 @@ class Edit(Message, frozen=True):
 
 
 class Blend(Message, frozen=True):
-    """Towards the bundle's mean residual."""
+    """A blend towards the bundle's mean residual."""
 
     bundle: str
     weight: float
 
 
 class SiteEdits(Message, frozen=True):
-    """The edits at one site."""
+    """The edits and the blend at one site."""
 
     site: str
     edits: tuple[Edit, ...] = ()
@@ -77,20 +77,20 @@ class SiteEdits(Message, frozen=True):
 
 
 class Trigger(Message, frozen=True):
-    """Holds where the row is above the value."""
+    """A token condition: true where the row's activation is above the value."""
 
     row: Row
     above: float = 0.0
 
 
 class Cusum(Message, frozen=True):
-    """The statistic of detector.cusum."""
+    """The statistic that detector.cusum computes."""
 
     drift: float
 
 
 class SequenceCondition(Message, frozen=True):
-    """CUSUM of a score above a level; once open, open for good if latched."""
+    """A condition on the sequence: CUSUM of a score above a level; with `latch` it stays true from then on."""
 
     score: Row
     cusum: Cusum
@@ -99,7 +99,7 @@ class SequenceCondition(Message, frozen=True):
 
 
 class Gate(Message, frozen=True):
-    """Both conditions must hold; an absent one does."""
+    """A gate: open where both conditions hold; an absent condition always holds."""
 
     site: str
     any_of: tuple[Trigger, ...] = ()
@@ -117,14 +117,14 @@ class Program(Message, frozen=True):
 
 @dataclass(frozen=True)
 class Effect:
-    """Edited residuals [batch, length, d] and where the program touched them [batch, length]."""
+    """Edited residuals [batch, length, d] and the mask of tokens that the program touched [batch, length]."""
 
     x: Tensor
     touched: Tensor
 
 
 def read(path: Path) -> Program:
-    """A program of a YAML file. ValueError: not such a program."""
+    """Read a program from a YAML file. ValueError: not a program that this module supports."""
     try:
         return msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), Program)
     except (msgspec.ValidationError, yaml.YAMLError) as error:
@@ -132,31 +132,31 @@ def read(path: Path) -> Program:
 
 
 def write(path: Path, program: Program) -> None:
-    """The YAML file of a program: numbers in one line, equal rows spelled once."""
-    content = _shared(msgspec.to_builtins(program), {})
+    """Write a program to a YAML file: lists of numbers on one line, equal probes once, with YAML anchors."""
+    content = _share_probes(msgspec.to_builtins(program), {})
     text = yaml.safe_dump(content, sort_keys=False, width=110, default_flow_style=None, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
 
 
-def _shared(value: Any, rows: dict[str, Any]) -> Any:
-    """The same content, with equal probes the same object, which YAML writes once and then refers to."""
+def _share_probes(value: Any, probes: dict[str, Any]) -> Any:
+    """Return a copy in which equal probes are the same object, which PyYAML writes once and refers to by alias."""
     if isinstance(value, list | tuple):
-        return [_shared(item, rows) for item in value]
+        return [_share_probes(item, probes) for item in value]
     if not isinstance(value, dict):
         return value
-    copied = {key: _shared(item, rows) for key, item in value.items()}
-    return rows.setdefault(repr(copied), copied) if "weights" in copied else copied
+    copied = {key: _share_probes(item, probes) for key, item in value.items()}
+    return probes.setdefault(repr(copied), copied) if "weights" in copied else copied
 
 
 def apply(program: Program, bundle: Bundle, x: Tensor) -> Effect:
-    """What the program makes of residuals x [batch, length, d] of whole texts without BOS."""
+    """Apply a program to residuals x [batch, length, d] of whole texts without BOS."""
     site, flat = program.sites[0], x.reshape(-1, x.shape[-1])
     is_open = gate_open(program.gate, bundle, x).reshape(-1)
     parts = [row_of(edit.row, bundle) for edit in site.edits]
     if site.blend:
         mean = bundle.statistics.mean[None]
         parts.append(Rows(torch.zeros_like(mean), torch.zeros(1), torch.zeros(1), mean))
-    rows = stacked(parts)
+    rows = concatenate(parts)
     columns = [edit_column(edit) for edit in site.edits] + [operations.IDENTITY_EDIT] * bool(site.blend)
     edits = torch.tensor(columns).T.expand(len(flat), -1, -1)
     blend = {"weight": site.blend.weight, "blend_row": len(site.edits)} if site.blend else {}
@@ -165,10 +165,10 @@ def apply(program: Program, bundle: Bundle, x: Tensor) -> Effect:
 
 
 def gate_open(gate: Gate | None, bundle: Bundle, x: Tensor) -> Tensor:
-    """Where the gate is open [batch, length], for residuals x [batch, length, d] of whole texts without BOS."""
+    """Return where the gate is open [batch, length], for residuals x [batch, length, d] of whole texts without BOS."""
     is_open = torch.ones(x.shape[:-1], dtype=torch.bool)
     if gate and gate.any_of:
-        f = activations(x, stacked([row_of(trigger.row, bundle) for trigger in gate.any_of]))
+        f = activations(x, concatenate([row_of(trigger.row, bundle) for trigger in gate.any_of]))
         is_open &= (f > torch.tensor([trigger.above for trigger in gate.any_of])).any(-1)
     if gate and gate.sequence:
         score = activations(x, row_of(gate.sequence.score, bundle))[..., 0]
@@ -178,23 +178,23 @@ def gate_open(gate: Gate | None, bundle: Bundle, x: Tensor) -> Tensor:
 
 
 def entries(tokens: int, parameters: dict[str, float]) -> Tensor:
-    """The same entry parameters at every token, [tokens, len(ENTRY)]."""
+    """Return the same entry parameters for every token, [tokens, len(ENTRY)]."""
     identity = dict(zip(operations.ENTRY, operations.IDENTITY_ENTRY, strict=True))
     return torch.tensor([*(identity | parameters).values()], dtype=torch.float64).expand(tokens, -1)
 
 
 def edit_column(edit: Edit) -> tuple[float, ...]:
-    """The formula's parameters of an edit, in the order of operations.EDIT."""
+    """Return the formula's parameters of an edit, in the order of operations.EDIT."""
     operand = {"add": edit.add, "set": edit.set, "clamp": edit.clamp}
     operation, value = next(((name, value) for name, value in operand.items() if value is not None), ("", 0.0))
     if not operation:
         raise ValueError("edit: none of add, set and clamp")
-    given = {"above": -inf, "relative": float(edit.unit == RESIDUAL_NORM)} | operations.OPERATIONS[operation](value)
-    return tuple((dict(zip(operations.EDIT, operations.IDENTITY_EDIT, strict=True)) | given).values())
+    parameters = {"above": -inf, "relative": float(edit.unit == RESIDUAL_NORM)} | operations.OPERATIONS[operation](value)
+    return tuple((dict(zip(operations.EDIT, operations.IDENTITY_EDIT, strict=True)) | parameters).values())
 
 
 def row_of(row: Row, bundle: Bundle) -> Rows:
-    """One row; a probe has no decoder."""
+    """Return the SAE row of a latent, or of a probe with a zero decoder."""
     if row.feature:
         return bundle.sae.exact_rows(torch.tensor([row.feature.index]))
     if row.probe is None:
@@ -203,6 +203,6 @@ def row_of(row: Row, bundle: Bundle) -> Rows:
     return Rows(weights, torch.tensor([row.probe.bias]), torch.tensor([-inf]), torch.zeros_like(weights))
 
 
-def stacked(rows: Sequence[Rows]) -> Rows:
-    """All of the rows as one."""
+def concatenate(rows: Sequence[Rows]) -> Rows:
+    """Concatenate rows."""
     return Rows(*(torch.cat(parts) for parts in zip(*rows, strict=True)))

@@ -1,7 +1,7 @@
-"""Which latents stand for a topic: frequent on its texts, rare on all others, and rarer on its near neighbours.
+"""Select the latents of a topic: frequent on its texts, rare on all others, and less frequent on related texts.
 
-Frequencies are shares of tokens on which a latent is active, as in Farrell et al. (arXiv 2410.19278); the ratio to the
-neighbours is the filter of CRISP (arXiv 2508.13650), which keeps what merely shares the topic's vocabulary out.
+Frequencies are shares of tokens on which a latent is active, as in Farrell et al. (arXiv 2410.19278). The ratio to the
+neighbours is the filter of CRISP (arXiv 2508.13650); it excludes latents of vocabulary that the topic shares.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,13 +15,14 @@ from rudder.sae_models.activations.harvest import residuals
 from rudder.sae_models.activations.hooks import Site
 from rudder.sae_models.sae import SAE
 
+# Added to the other books' frequency, so that a latent that is rare everywhere has no large ratio.
 RARE = 1e-4
 
 
 def book_frequencies(
     trunk: Any, site: Site, sae: SAE, windows: Windows, documents: Sequence[Document], books: Sequence[str]
 ) -> Tensor:
-    """Frequency [books, F] of each latent on the windows of each book; 0 where a book has none."""
+    """Return the frequency [books, F] of each latent on the windows of each book; 0 for a book without windows."""
     number = torch.tensor([books.index(documents[source].book) for source in windows.document.tolist()])
     active, tokens = torch.zeros(len(books), sae.latents), torch.zeros(len(books))
     start = 0
@@ -43,10 +44,10 @@ def select(
     ceiling: float = 0.01,
     ratio: float = 3.0,
 ) -> list[int]:
-    """Up to `count` latents, most frequent on the target books first, of frequency [books, F].
+    """Select up to `count` latents from frequencies [books, F], those most frequent on the target books first.
 
-    Left out: latents at or above the ceiling on the mean of the other books, and those more than 1 / ratio as frequent
-    on any neighbour, or on that mean, as on the target. Without neighbours every other book is one.
+    Excludes latents whose mean frequency on the other books is `ceiling` or more, and those whose frequency on any
+    neighbour, or that mean, exceeds 1 / ratio of that on the target. Without neighbours every other book counts as one.
     """
     forget = _mean(frequency, books, target)
     retain = _mean(frequency, books, set(books) - set(target))

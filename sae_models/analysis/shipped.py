@@ -1,4 +1,4 @@
-"""The programs that ship with the demonstration model, and the choices behind them."""
+"""Recipes of the programs that ship with the demonstration model."""
 
 from collections.abc import Callable
 
@@ -31,19 +31,19 @@ world history among those {ratio:g} times as frequent there as in any other book
 
 
 def forget_microbiology(material: Material, name: str) -> Program:
-    """Turns what speaks of microbiology to something else."""
+    """Derive a program that forgets microbiology."""
     recipe = Recipe()
     return forget(material, MICROBIOLOGY, recipe, name, FORGET_MICROBIOLOGY.format(**vars(recipe)))
 
 
 def more_astronomy(material: Material, name: str) -> Program:
-    """Adds astronomy's latents."""
+    """Derive a program that adds the latents of astronomy."""
     recipe = Recipe(latents=8, ratio=3.0, windows_of_topic=80)
     return steer(material, ASTRONOMY, recipe, "add", 0.1, name, MORE_ASTRONOMY.format(value=0.1, **vars(recipe)))
 
 
 def less_history(material: Material, name: str) -> Program:
-    """Takes history's latents away."""
+    """Derive a program that subtracts the latents of history."""
     recipe = Recipe(latents=8, windows_of_topic=80)
     return steer(material, HISTORY, recipe, "add", -0.1, name, LESS_HISTORY.format(value=-0.1, **vars(recipe)))
 

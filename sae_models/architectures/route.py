@@ -45,7 +45,7 @@ class Route(TopK):
 
     def routed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is read [n, d] of inputs [n, L, d], from which site [n], and how likely that was [n]."""
-        h = sae.normalised(x, Normalisation.LAYER_NORM)
+        h = sae.normalise(x, Normalisation.LAYER_NORM)
         site, p = Router(self.router, self.config.mean).route(h)
         return p[:, None] * h[torch.arange(len(h)), site], site, p
 

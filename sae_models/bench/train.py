@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from rudder.sae_models import sae as canonical
+from rudder.sae_models import fidelity
 from rudder.sae_models.bench import activations
 from rudder.sae_models.bench.learners import Task
 from rudder.sae_models.sae import SAE, TopK
@@ -123,9 +123,9 @@ class Bench:
         for part in self.held.split(4096):
             f = sae.encode(part)
             fired += (f > 0).sum(0)
-            counts.append(canonical.l0(f))
+            counts.append(fidelity.l0(f))
             outputs.append(sae.decode(strongest(f, task.k)))
-        fvu = canonical.fvu(self.held, torch.cat(outputs))
+        fvu = fidelity.fvu(self.held, torch.cat(outputs))
         return {"fvu": fvu, "l0": statistics.mean(counts), "dead": float((fired == 0).float().mean())}
 
 

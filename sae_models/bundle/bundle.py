@@ -1,11 +1,11 @@
-"""The artifact that goes from trainer to server: a folder with one SAE and all that is needed to trust it.
+"""Read, verify and write bundles: folders with one SAE and everything needed to trust it.
 
-manifest.json             what it is, what it fits, and the SHA-256 of every other file (manifest.Manifest)
-sae.safetensors           the canonical form (sae.SAE); matrices stay in the manifest's dtype and memory-mapped
+manifest.json             model, sites, shapes, training figures; the SHA-256 of every other file (manifest.Manifest)
+sae.safetensors           the canonical form (sae.SAE); matrices in the manifest's dtype, read memory-mapped
 statistics.safetensors    max_activation [F], frequency [F], mean [d] (mean residual), residual_norm [] (mean ||x||);
-                          absent where an SAE was imported without text to measure it on
-conformance.safetensors   inputs [n, d], with a router [n, L, d], and the activations [m, F] expected of the first m;
-                          targets [n, d_out] where another site is written than is read
+                          absent if the SAE was imported without a corpus
+conformance.safetensors   inputs [n, d], with a router [n, L, d]; expected activations [m, F] of the first m inputs;
+                          targets [n, d_out] of a transcoder
 catalogue.sqlite          labels and contexts (catalogue.Catalogue)
 """
 
@@ -41,12 +41,13 @@ from rudder.sae_models.bundle.manifest import (
     require,
 )
 from rudder.sae_models.formats.source import FormatError
-from rudder.sae_models.formats.tensors import finite, fits, read_safetensors
+from rudder.sae_models.formats.tensors import all_finite, has_shape, read_safetensors
 from rudder.sae_models.sae import SAE
 
 __all__ = [
     "FORMAT_VERSION", "Bundle", "BundleError", "Conformance", "InputNormalisation", "Manifest", "Model", "Source",
-    "Statistics", "Training", "check_model", "conformance_of", "describe", "load", "mapped", "model_sha256", "write",
+    "Statistics", "Training", "check_model", "conformance_of", "describe", "load", "model_sha256",
+    "open_unverified", "write",
 ]  # fmt: skip
 
 MANIFEST = "manifest.json"
@@ -58,8 +59,10 @@ FILES = frozenset({WEIGHTS, STATISTICS, CONFORMANCE, CATALOGUE})
 MATRICES = frozenset({"encoder", "decoder", "skip"})
 
 MANIFEST_LIMIT = 1 << 20
-QUICK_S = 2.0
+# Seconds before a progress bar appears.
+PROGRESS_DELAY_S = 2.0
 ACTIVATION_TOLERANCE = 1e-3
+# L0 and FVU vary by this much, relatively, between texts.
 CLAIM_TOLERANCE = 0.25
 CONFORMANCE_TOKENS = 128
 EXPECTED_TOKENS = 32
@@ -67,7 +70,7 @@ EXPECTED_TOKENS = 32
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the corpus at the site, BOS excluded: max_activation [F], frequency [F], mean [d], residual_norm []."""
+    """Statistics of a corpus without BOS: max_activation [F], frequency [F], mean [d], residual_norm [] at the site."""
 
     max_activation: Tensor
     frequency: Tensor
@@ -77,10 +80,10 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Conformance:
-    """Inputs [n, d] and the activations [m, F], m <= n, that the SAE must give on the first m of them.
+    """Conformance vectors: inputs [n, d] and the activations [m, F], m <= n, that the SAE must give on the first m.
 
-    The inputs are real residuals where the manifest has an L0 and FVU, which then hold on them. `targets` [n, d_out]
-    are what the output must be near to, where that is not the input.
+    Where the manifest claims L0 and FVU, the inputs are real residuals on which both hold. A transcoder also has
+    `targets` [n, d_out], which its output must approximate.
     """
 
     inputs: Tensor
@@ -90,7 +93,7 @@ class Conformance:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle. `sha256` is its identity: the hash of the manifest, which holds those of all files."""
+    """A verified bundle. `sha256` is its identity: the hash of the manifest, which holds the hashes of all files."""
 
     path: Path
     manifest: Manifest
@@ -102,14 +105,14 @@ class Bundle:
 
     @property
     def measured(self) -> bool:
-        """Whether the statistics are known; they are all zero where not."""
+        """Whether the bundle has statistics; without them all are zero."""
         return STATISTICS in self.manifest.files
 
 
 def load(path: Path) -> Bundle:
-    """Reads and verifies a bundle. BundleError: the field that is missing, tampered with or out of shape."""
+    """Read and verify a bundle. BundleError: the field that is missing, tampered with or of the wrong shape."""
     check_files(path, read_manifest(path)[0])
-    bundle = mapped(path)
+    bundle = open_unverified(path)
     try:
         for check in (check_values, check_conformance, check_catalogue):
             check(bundle)
@@ -119,8 +122,11 @@ def load(path: Path) -> Bundle:
     return bundle
 
 
-def mapped(path: Path) -> Bundle:
-    """A bundle of which only names, shapes and types were checked: quick, and reads no matrix."""
+def open_unverified(path: Path) -> Bundle:
+    """Open a bundle memory-mapped; check names, shapes and dtypes only, without reading a matrix.
+
+    For processes that share a bundle which `load` has verified.
+    """
     content, sha256 = read_manifest(path)
     weights = manifest.sae_of(content, _tensors(path, WEIGHTS, manifest.weight_shapes(content)))
     check_dtype(content, weights)
@@ -133,7 +139,7 @@ def mapped(path: Path) -> Bundle:
 
 
 def read_manifest(path: Path) -> tuple[Manifest, str]:
-    """The manifest of a bundle's folder, and its SHA-256."""
+    """Return the manifest of a bundle's folder, and its SHA-256."""
     file = path / MANIFEST
     require(file.is_file(), MANIFEST, f"not a file in {path}")
     size = file.stat().st_size
@@ -143,7 +149,7 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
 
 
 def check_model(bundle: Bundle, sha256: str, hidden_size: int) -> None:
-    """BundleError unless the bundle was made for the checkpoint with this `model_sha256` and width."""
+    """Raise BundleError unless the bundle fits the checkpoint with this `model_sha256` and hidden size."""
     model = bundle.manifest.model
     width = f"the bundle fits {model.hidden_size}, the model has {hidden_size}"
     require(model.hidden_size == hidden_size, "model.hidden_size", width)
@@ -152,22 +158,22 @@ def check_model(bundle: Bundle, sha256: str, hidden_size: int) -> None:
 
 
 def model_sha256(folder: Path) -> str:
-    """SHA-256 of a checkpoint's safetensors files, one after the other in the order of their names."""
+    """Return the SHA-256 of a checkpoint's safetensors files, concatenated in the order of their names."""
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise FileNotFoundError(f"model: no safetensors file in {folder}")
-    with hashing(shards, f"hashing {folder.name}") as bar:
+    with byte_progress(shards, f"hashing {folder.name}") as bar:
         return sha256_of(shards, bar)
 
 
-def hashing(files: Sequence[Path], task: str) -> "tqdm[NoReturn]":
-    """The bar, in bytes of the files, of a task that shows itself on a terminal if it is not quick."""
+def byte_progress(files: Sequence[Path], task: str) -> "tqdm[NoReturn]":
+    """Return a progress bar over the bytes of files; it appears on a terminal after PROGRESS_DELAY_S."""
     total = sum(file.stat().st_size for file in files)
-    return tqdm(total=total, desc=task, unit="B", unit_scale=True, delay=QUICK_S, leave=False, disable=None)
+    return tqdm(total=total, desc=task, unit="B", unit_scale=True, delay=PROGRESS_DELAY_S, leave=False, disable=None)
 
 
 def sha256_of(files: Sequence[Path], bar: "tqdm[NoReturn]") -> str:
-    """Of files one after the other."""
+    """Return the SHA-256 of concatenated files."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -185,7 +191,10 @@ def write(
     conformance: Conformance,
     catalogue: Path,
 ) -> Bundle:
-    """Writes the bundle beside `path` and moves it there whole, in place of an older; `files` is filled in."""
+    """Write a bundle atomically, in place of an older one; fill in the manifest's `files` and verify the result.
+
+    BundleError: the content is inconsistent, or `path` exists and is no bundle.
+    """
     check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
@@ -200,7 +209,7 @@ def write(
             content, files=_sha256s(folder, sorted(file.name for file in folder.iterdir()))
         )
         for name in hashed.files:
-            # safetensors makes files that only their owner may read.
+            # safetensors creates files that only their owner may read.
             shutil.copymode(folder / CATALOGUE, folder / name)
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(hashed), indent=2) + b"\n")
         verified = load(folder)
@@ -211,7 +220,7 @@ def write(
 
 
 def check_replaceable(path: Path) -> None:
-    """BundleError if there is something at `path` that is no bundle: writing there would destroy it."""
+    """Raise BundleError if `path` exists and is no bundle, so that writing would destroy it."""
     free = not path.exists() or (path / MANIFEST).is_file() or (path.is_dir() and not any(path.iterdir()))
     require(free, str(path), "is there and is no bundle, so it is left as it is")
 
@@ -219,23 +228,23 @@ def check_replaceable(path: Path) -> None:
 def conformance_of(
     weights: SAE, inputs: Tensor, expected: int = EXPECTED_TOKENS, targets: Tensor | None = None
 ) -> Conformance:
-    """Conformance vectors from residuals [n, d]: activations are kept for the first `expected`."""
-    return Conformance(inputs, fidelity.encoded(weights, inputs[:expected]), targets)
+    """Return conformance vectors from residuals [n, d], with activations of the first `expected`."""
+    return Conformance(inputs, fidelity.encode_in_chunks(weights, inputs[:expected]), targets)
 
 
 def check_files(path: Path, content: Manifest) -> None:
-    """BundleError unless the folder has the manifest's files with the manifest's hashes."""
+    """Raise BundleError unless the folder has the manifest's files with the manifest's hashes."""
     needed = FILES - {STATISTICS}
     require(needed <= content.files.keys() <= FILES, "files", f"{sorted(content.files)} instead of {sorted(FILES)}")
     for name in content.files:
         require((path / name).is_file(), name, f"not a file in {path}")
-    for name, found in _sha256s(path, content.files).items():
+    for name, digest in _sha256s(path, content.files).items():
         differs = "the content does not have the SHA-256 of the manifest"
-        require(found == content.files[name], f"files.{name}", differs)
+        require(digest == content.files[name], f"files.{name}", differs)
 
 
 def check_dtype(content: Manifest, weights: SAE) -> None:
-    """BundleError unless the matrices are of the manifest's dtype."""
+    """Raise BundleError unless the matrices have the manifest's dtype."""
     for name in ("encoder", "decoder", "skip"):
         matrix = getattr(weights, name)
         wanted = matrix is None or matrix.dtype == DTYPES[content.dtype]
@@ -243,41 +252,42 @@ def check_dtype(content: Manifest, weights: SAE) -> None:
 
 
 def check_values(bundle: Bundle) -> None:
-    """BundleError unless all numbers are finite, and no threshold is negative."""
+    """Raise BundleError unless all values are finite and no threshold is negative."""
     stored = {WEIGHTS: manifest.tensors_of(bundle.sae), CONFORMANCE: _fields(bundle.conformance)}
     for file, tensors in {**stored, STATISTICS: _fields(bundle.statistics)}.items():
         for name, tensor in tensors.items():
-            require(finite(tensor), f"{file} {name}", "has values that are not finite")
+            require(all_finite(tensor), f"{file} {name}", "has values that are not finite")
     require(bool((bundle.sae.threshold >= 0).all()), f"{WEIGHTS} threshold", "has negative values")
 
 
 def check_conformance(bundle: Bundle) -> None:
-    """BundleError unless the arithmetic reproduces, and the SAE is as sparse and as faithful as the manifest claims."""
+    """Raise BundleError unless the SAE reproduces the expected activations and has the claimed L0 and FVU."""
     inputs, expected = bundle.conformance.inputs, bundle.conformance.activations
-    field, rows = f"{CONFORMANCE} activations", len(expected)
-    require(0 < rows <= len(inputs), field, f"{rows} rows for {len(inputs)} inputs")
-    claims, found, differences = bundle.manifest.training, fidelity.Fidelity(), []
+    field, count = f"{CONFORMANCE} activations", len(expected)
+    require(0 < count <= len(inputs), field, f"{count} tokens for {len(inputs)} inputs")
+    claims, measured, differences = bundle.manifest.training, fidelity.Fidelity(), []
     claimless = claims.l0 is None and claims.fvu is None
-    # One pass over both: converting the dictionary costs more than all else here.
-    for part, target in fidelity.chunks(bundle.sae, inputs[:rows] if claimless else inputs, bundle.conformance.targets):
+    used = inputs[:count] if claimless else inputs
+    # One pass for activations and figures: converting a half-precision dictionary costs more than all else here.
+    for part, target in fidelity.chunks(bundle.sae, used, bundle.conformance.targets):
         latents = bundle.sae.encode(part)
-        wanted = expected[found.tokens : found.tokens + len(part)]
+        wanted = expected[measured.tokens : measured.tokens + len(part)]
         differences.append((latents[: len(wanted)] - wanted).abs())
-        fidelity.count(found, bundle.sae, latents, part, target)
+        measured.update(bundle.sae, latents, part, target)
     difference = float(torch.cat(differences).max())
     require(difference < ACTIVATION_TOLERANCE * float(expected.abs().max()), field, f"differ by {difference}")
-    for name, value, claimed in (("l0", found.l0, claims.l0), ("fvu", found.fvu, claims.fvu)):
+    for name, value, claimed in (("l0", measured.l0, claims.l0), ("fvu", measured.fvu, claims.fvu)):
         problem = f"{claimed} claimed, {value:.4g} measured on the conformance inputs"
-        require(near(value, claimed), f"training.{name}", problem)
+        require(confirms(value, claimed), f"training.{name}", problem)
 
 
-def near(measured: float, claimed: float | None) -> bool:
-    """Whether a figure is what was claimed, as far as other text allows to tell."""
+def confirms(measured: float, claimed: float | None) -> bool:
+    """Return whether a measured figure is within CLAIM_TOLERANCE of the claimed one; None claims nothing."""
     return claimed is None or abs(measured - claimed) <= CLAIM_TOLERANCE * claimed
 
 
 def check_catalogue(bundle: Bundle) -> None:
-    """BundleError unless the catalogue has an entry for every latent; reads from its tables."""
+    """Raise BundleError unless the catalogue has an entry for every latent and its tables can be read."""
     catalogue, latents = bundle.catalogue, bundle.manifest.latents
     try:
         count = len(catalogue)
@@ -296,19 +306,19 @@ def _opened_catalogue(path: Path) -> Catalogue:
 
 
 def _sha256s(path: Path, names: Mapping[str, str] | list[str]) -> dict[str, str]:
-    """Of several files at once: hashing holds no lock."""
+    """Return the SHA-256 of each file. Hashing releases the GIL, so threads run in parallel."""
     files = [path / name for name in names]
-    with ThreadPoolExecutor() as pool, hashing(files, f"hashing {path.name}") as bar:
+    with ThreadPoolExecutor() as pool, byte_progress(files, f"hashing {path.name}") as bar:
         return dict(zip(names, pool.map(lambda file: sha256_of([file], bar), files), strict=True))
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    apart: dict[str, Tensor] = {}
+    distinct: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        # Encoder and decoder of a tied SAE are one tensor; the file holds both.
-        shared = any(tensor.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in apart.values())
-        apart[name] = tensor.contiguous().clone() if shared else tensor.contiguous()
-    save_file(apart, path)
+        # Encoder and decoder of a tied SAE share storage, which save_file refuses.
+        shared = any(tensor.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in distinct.values())
+        distinct[name] = tensor.contiguous().clone() if shared else tensor.contiguous()
+    save_file(distinct, path)
 
 
 def _fields(content: Statistics | Conformance) -> dict[str, Tensor]:
@@ -330,7 +340,7 @@ def _conformance_shapes(content: Manifest) -> dict[str, tuple[int, ...]]:
 
 
 def _tensors(path: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The file's tensors, all but the matrices as float32; -1 in a shape stands for any length."""
+    """Read a file's tensors, all but the matrices as float32; -1 in a shape matches any length."""
     require((path / name).is_file(), name, f"not a file in {path}")
     try:
         tensors = read_safetensors(path / name)
@@ -338,6 +348,8 @@ def _tensors(path: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> di
         raise BundleError(str(error)) from error
     require(tensors.keys() == shapes.keys(), name, f"holds {sorted(tensors)} instead of {sorted(shapes)}")
     for key, tensor in tensors.items():
-        require(fits(tensor, shapes[key]), f"{name} {key}", f"shape {tuple(tensor.shape)} instead of {shapes[key]}")
+        require(
+            has_shape(tensor, shapes[key]), f"{name} {key}", f"shape {tuple(tensor.shape)} instead of {shapes[key]}"
+        )
         require(tensor.is_floating_point(), f"{name} {key}", f"dtype {tensor.dtype}")
     return {key: tensors[key] if key in MATRICES else tensors[key].float() for key in shapes}

@@ -1,4 +1,4 @@
-"""What the latents of a bundle stand for: a read-only SQLite file, searched by the words or the meaning of labels."""
+"""The catalogue of a bundle's latents, labels and statistics: a read-only SQLite file with full-text search."""
 
 import re
 import sqlite3
@@ -34,7 +34,7 @@ Vectors = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Context:
-    """One place where a latent is active: text before, the token, text after, and the book it is from."""
+    """A token on which a latent is active, the text before and after it, and the book it is from."""
 
     before: str
     token: str
@@ -45,9 +45,9 @@ class Context:
 
 @dataclass(frozen=True)
 class Word:
-    """A token of the vocabulary, and how much one unit of the latent adds to its logit, before the final norm's scale.
+    """A token of the vocabulary, and the logit that one unit of the latent adds to it, before the final norm's scale.
 
-    Logits are taken from their mean over the vocabulary, which changes no probability.
+    Logits are relative to their mean over the vocabulary, which changes no probability.
     """
 
     token: str
@@ -56,9 +56,9 @@ class Word:
 
 @dataclass(frozen=True)
 class Summary:
-    """One latent in a list. `frequency` is the share of tokens on which it is active; None where nobody measured it.
+    """A latent in a list. `frequency`: share of tokens on which it is active, None if not measured.
 
-    `origin` tells who made the label; empty without one.
+    `origin`: who wrote the label, empty without one.
     """
 
     index: int
@@ -70,10 +70,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class Latent:
-    """All that is known of one latent; tokens and contexts strongest first.
+    """The catalogue entry of a latent; tokens and contexts by activation, strongest first.
 
-    `quantiles` are of its activation where it is active, at QUANTILES, or empty. `promoted` and `suppressed` are what
-    its decoder direction says of the next token (logit lens), strongest first.
+    `quantiles`: of its non-zero activations at QUANTILES, or empty. `promoted` and `suppressed`: the tokens whose
+    logits its decoder raises and lowers most (logit lens), strongest first.
     """
 
     summary: Summary
@@ -85,7 +85,7 @@ class Latent:
 
 
 class Catalogue:
-    """A catalogue opened for reading. May be shared between threads."""
+    """A catalogue opened for reading. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
         # One connection serves all threads: SQLite is built serialized, and an immutable file takes no locks.
@@ -99,16 +99,16 @@ class Catalogue:
 
     @property
     def embedder(self) -> str:
-        """The sentence embedder of the stored meanings; empty without any."""
-        row = self._database.execute("SELECT embedder FROM meanings LIMIT 1").fetchone()
-        return row[0] if row else ""
+        """Name of the sentence embedder of the stored label embeddings; empty without any."""
+        record = self._database.execute("SELECT embedder FROM meanings LIMIT 1").fetchone()
+        return record[0] if record else ""
 
     def get(self, index: int) -> Latent:
-        """One latent. LookupError: there is none with this index."""
-        # An index that SQLite's integers cannot hold is not a latent either.
+        """Return the entry of a latent. LookupError: no latent has this index."""
+        # Clamp indices beyond SQLite's 64-bit integers: they match no latent either.
         key = min(max(index, -1), 2**62)
-        row = self._database.execute(f'{SUMMARY} WHERE "index" = ?', (key,)).fetchone()
-        if row is None:
+        summary = self._database.execute(f'{SUMMARY} WHERE "index" = ?', (key,)).fetchone()
+        if summary is None:
             raise LookupError(f"index: latent {index} is not in the catalogue")
         select = self._database.execute
         tokens = select("SELECT token FROM tokens WHERE latent = ? ORDER BY rank", (key,))
@@ -118,46 +118,46 @@ class Catalogue:
         quantiles = select('SELECT q25, q50, q75, q90, q99 FROM latents WHERE "index" = ?', (key,)).fetchone()
         words = select("SELECT promoted, token, logit FROM words WHERE latent = ? ORDER BY rank", (key,)).fetchall()
         return Latent(
-            Summary(*row),
+            Summary(*summary),
             tuple(token for (token,) in tokens),
-            tuple(Context(*row) for row in contexts),
+            tuple(Context(*context) for context in contexts),
             () if quantiles[0] is None else quantiles,
             tuple(Word(*word) for promoted, *word in words if promoted),
             tuple(Word(*word) for promoted, *word in words if not promoted),
         )
 
     def page(self, after: int, limit: int) -> list[Summary]:
-        """Up to `limit` latents with an index above `after` (-1: from the first), in order."""
-        rows = self._database.execute(f'{SUMMARY} WHERE "index" > ? ORDER BY "index" LIMIT ?', (after, max(limit, 0)))
-        return [Summary(*row) for row in rows]
+        """Return up to `limit` latents with an index above `after` (-1: from the first), in order."""
+        query = f'{SUMMARY} WHERE "index" > ? ORDER BY "index" LIMIT ?'
+        return [Summary(*record) for record in self._database.execute(query, (after, max(limit, 0)))]
 
     def search(self, words: str, limit: int) -> list[Summary]:
-        """Up to `limit` latents whose label has all the words, or words that begin so. Any text is fine.
+        """Return up to `limit` latents whose label contains every word, or a word with it as prefix. Accepts any text.
 
-        The best labels come first, and of labels as good the more frequent latents.
+        Ordered by relevance of the label, then by frequency of the latent.
         """
         query = " ".join(f'"{word}"*' for word in re.findall(r"[^\W_]+", words)[:MAX_SEARCH_WORDS])
         if not query:
             return []
         matching = 'JOIN labels ON labels.rowid = latents."index" WHERE labels MATCH ?'
-        rows = self._database.execute(
+        records = self._database.execute(
             f"{SUMMARY} {matching} ORDER BY labels.rank, frequency DESC, labels.rowid LIMIT ?", (query, max(limit, 0))
         )
-        return [Summary(*row) for row in rows]
+        return [Summary(*record) for record in records]
 
-    def meanings(self) -> tuple[list[int], Vectors]:
-        """Latents with a stored meaning, and the meanings as unit vectors [n, e]."""
-        rows = self._database.execute("SELECT latent, vector FROM meanings ORDER BY latent").fetchall()
-        vectors = np.frombuffer(b"".join(vector for _, vector in rows), "<f2").astype(np.float32)
-        return [latent for latent, _ in rows], vectors.reshape(len(rows), -1 if rows else 0)
+    def embeddings(self) -> tuple[list[int], Vectors]:
+        """Return the latents with an embedded label, and the embeddings as unit vectors [n, e]."""
+        records = self._database.execute("SELECT latent, vector FROM meanings ORDER BY latent").fetchall()
+        vectors = np.frombuffer(b"".join(vector for _, vector in records), "<f2").astype(np.float32)
+        return [latent for latent, _ in records], vectors.reshape(len(records), -1 if records else 0)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._database.close()
 
 
 def write(path: Path, latents: Iterable[Latent]) -> None:
-    """Writes a new catalogue; the latents come in the order of their indices."""
+    """Write a new catalogue from latents in the order of their indices."""
     database = sqlite3.connect(path)
     database.executescript(SCHEMA)
     for latent in latents:
@@ -166,8 +166,8 @@ def write(path: Path, latents: Iterable[Latent]) -> None:
     _finish(database)
 
 
-def write_meanings(path: Path, embedder: str, indices: Sequence[int], vectors: Vectors) -> None:
-    """Stores unit vectors [n, e] of the labels of latents, in place of older ones."""
+def write_embeddings(path: Path, embedder: str, indices: Sequence[int], vectors: Vectors) -> None:
+    """Store unit vectors [n, e] that embed the labels of latents, in place of older ones."""
     database = sqlite3.connect(path)
     database.execute("DELETE FROM meanings")
     stored = ((index, embedder, vector.astype("<f2").tobytes()) for index, vector in zip(indices, vectors, strict=True))
@@ -177,16 +177,16 @@ def write_meanings(path: Path, embedder: str, indices: Sequence[int], vectors: V
 
 def _insert(database: sqlite3.Connection, latent: Latent) -> None:
     s, index = latent.summary, latent.summary.index
-    known = latent.quantiles or (None,) * len(QUANTILES)
-    row = (index, s.label, s.frequency, s.max_activation, s.origin, *known)
-    database.execute("INSERT INTO latents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+    quantiles = latent.quantiles or (None,) * len(QUANTILES)
+    record = (index, s.label, s.frequency, s.max_activation, s.origin, *quantiles)
+    database.execute("INSERT INTO latents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", record)
     tokens = ((index, rank, token) for rank, token in enumerate(latent.tokens))
     database.executemany("INSERT INTO tokens VALUES (?, ?, ?)", tokens)
     contexts = ((index, r, c.before, c.token, c.after, c.activation, c.source) for r, c in enumerate(latent.contexts))
     database.executemany("INSERT INTO contexts VALUES (?, ?, ?, ?, ?, ?, ?)", contexts)
     for promoted, words in ((1, latent.promoted), (0, latent.suppressed)):
-        rows = ((index, promoted, rank, word.token, word.logit) for rank, word in enumerate(words))
-        database.executemany("INSERT INTO words VALUES (?, ?, ?, ?, ?)", rows)
+        records = ((index, promoted, rank, word.token, word.logit) for rank, word in enumerate(words))
+        database.executemany("INSERT INTO words VALUES (?, ?, ?, ?, ?)", records)
 
 
 def _finish(database: sqlite3.Connection) -> None:

@@ -1,4 +1,4 @@
-"""What a bundle's manifest.json says, and which tensors follow from it."""
+"""The schema of a bundle's manifest.json, its consistency checks, and the tensors that it implies."""
 
 from typing import Literal
 
@@ -19,11 +19,11 @@ class BundleError(Exception):
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of the manifest; a field that it does not know is an error."""
+    """A part of the manifest; unknown fields are an error."""
 
 
 class Model(Part, frozen=True):
-    """The one checkpoint a bundle fits. `sha256` is `bundle.model_sha256` of its folder."""
+    """The one model checkpoint that a bundle fits. `sha256` is `bundle.model_sha256` of its folder."""
 
     name: str
     sha256: str
@@ -31,7 +31,7 @@ class Model(Part, frozen=True):
 
 
 class Source(Part, frozen=True):
-    """Where an imported SAE is from: format, file or repository, revision, and the mean active latents it claims."""
+    """Origin of an imported SAE: format, file or repository (`where`), revision, and the L0 that it claims."""
 
     format: str
     where: str
@@ -40,7 +40,7 @@ class Source(Part, frozen=True):
 
 
 class Training(Part, frozen=True):
-    """How the SAE was trained, and how good it is on text it was not trained on; null where nobody measured it."""
+    """How the SAE was trained, and its figures on held-out text; null where not measured."""
 
     tokens: int | None = None
     seed: int | None = None
@@ -52,10 +52,10 @@ class Training(Part, frozen=True):
 
 
 class InputNormalisation(Part, frozen=True):
-    """In the source's words; what of it is folded into the weights; and what the server does to each token.
+    """Input normalisation: the source's own word for it, what is folded into the weights, and what remains at run time.
 
-    `assumed`: what the source declares, does not give, and was therefore taken for something; empty where nothing was.
-    `epsilon` is that of a layer norm.
+    `assumed`: a parameter that the source declares but does not give, and the value assumed for it; empty otherwise.
+    `epsilon`: of a layer norm.
     """
 
     declared: str = "none"
@@ -66,7 +66,7 @@ class InputNormalisation(Part, frozen=True):
 
 
 class Threshold(Part, frozen=True, tag_field="kind", tag="threshold"):
-    """A latent is active where z is above its own threshold: ReLU, JumpReLU, Gated, BatchTopK at inference."""
+    """A latent is active where z exceeds its own threshold: ReLU, JumpReLU, Gated, BatchTopK at inference."""
 
 
 class TopK(Part, frozen=True, tag_field="kind", tag="top_k"):
@@ -96,9 +96,10 @@ Activation = Threshold | TopK | GroupMax | AdaptiveK
 class Manifest(Part, frozen=True):
     """The content of manifest.json.
 
-    `sites` are read, more than one only by a `router`, which pools them so; `output_site` is what the decoder explains.
-    `architecture` is the trainer's or source's word. `dtype` is that of encoder, decoder and skip; all else is float32.
-    `partial`: the latents write to other sites than `output_site` too (sae.SAE), so that no FVU can be claimed.
+    `sites`: the sites that the encoder reads, more than one only with a `router`, whose value names its pooling.
+    `output_site`: the site that the decoder reconstructs. `architecture`: the trainer's or source's name for it.
+    `dtype`: of encoder, decoder and skip; all else is float32. `partial`: the latents also write to sites other than
+    `output_site` (sae.SAE), so no FVU can be claimed.
     """
 
     format_version: int
@@ -122,12 +123,12 @@ class Manifest(Part, frozen=True):
 
     @property
     def site(self) -> str:
-        """The site that is read; with a router the first."""
+        """The site that the encoder reads; with a router the first."""
         return self.sites[0]
 
     @property
     def transcodes(self) -> bool:
-        """Whether another site is written than is read."""
+        """Whether the SAE writes another site than it reads."""
         return self.output_site not in self.sites
 
 
@@ -136,7 +137,7 @@ class _Version(msgspec.Struct):
 
 
 def require(condition: bool, field: str, problem: str) -> None:
-    """BundleError unless the condition holds."""
+    """Raise BundleError unless the condition holds."""
     if not condition:
         raise BundleError(f"{field}: {problem}")
 
@@ -155,7 +156,7 @@ def describe(
     assumed: str = "",
     source: Source | None = None,
 ) -> Manifest:
-    """The manifest of an SAE but for the hashes of the files. Without `output_site` it explains the site it reads."""
+    """Return the manifest of an SAE without file hashes. `output_site` defaults to the first site read."""
     router = weights.router
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -191,14 +192,14 @@ def _activation(weights: SAE) -> Activation:
 
 
 def _dtype(weights: SAE) -> Literal["float32", "bfloat16", "float16"]:
-    found = {t.dtype for t in (weights.encoder, weights.decoder, weights.skip) if t is not None}
-    if found == {torch.bfloat16}:
+    dtypes = {t.dtype for t in (weights.encoder, weights.decoder, weights.skip) if t is not None}
+    if dtypes == {torch.bfloat16}:
         return "bfloat16"
-    return "float16" if found == {torch.float16} else "float32"
+    return "float16" if dtypes == {torch.float16} else "float32"
 
 
 def parse(raw: bytes) -> Manifest:
-    """BundleError: the field that is missing, unknown, of the wrong type, or at odds with another."""
+    """Parse manifest.json. BundleError: the field that is missing, unknown, of the wrong type, or inconsistent."""
     try:
         version = msgspec.json.decode(raw, type=_Version).format_version
         require(version == FORMAT_VERSION, "format_version", f"{version}, this program reads {FORMAT_VERSION}")
@@ -216,7 +217,7 @@ def _check_sites(manifest: Manifest) -> None:
         require(site == "embed" or bool(SITE.fullmatch(site)), "sites", f"{site!r} is not layers.<L>.<point> or embed")
     require(bool(sites) and len(set(sites)) == len(sites), "sites", f"{list(sites)}, one or more and each once")
     epsilon = manifest.normalisation.epsilon
-    # Rows are served with the one epsilon; an SAE with a router has none, it is read whole.
+    # Banks serve every row with one epsilon. An SAE with a router is encoded whole and may have its own.
     usual = epsilon == LAYER_NORM_EPSILON or (router is not None and 0 < epsilon < 1)
     require(usual, "normalisation.epsilon", f"{epsilon}, rows are normalised with {LAYER_NORM_EPSILON}")
     several = "is for two or more sites, and they need one"
@@ -237,13 +238,13 @@ def _check_sizes(manifest: Manifest) -> None:
         require(rule.scale > 0, "activation.scale", f"{rule.scale}")
     measurable = manifest.training.fvu is None or not manifest.partial
     require(measurable, "training.fvu", "claimed of an SAE that is partial: its latents write to other sites too")
-    # Encoder and decoder of a square SAE look alike turned on their side: only a measured reconstruction tells.
+    # A square matrix and its transpose have the same shape: only a measured reconstruction tells them apart.
     undecidable = manifest.training.fvu is None and latents in (manifest.d, manifest.d_out)
-    require(not undecidable, "latents", f"{latents} equals d: the matrices' orientation cannot be told without an FVU")
+    require(not undecidable, "latents", f"{latents} equals d: the matrices' orientation is ambiguous without an FVU")
 
 
 def weight_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """Of every tensor that the manifest's SAE has."""
+    """Return the shape of every tensor of the manifest's SAE, by name."""
     f, d, d_out = manifest.latents, manifest.d, manifest.d_out
     shapes: dict[str, tuple[int, ...]] = {
         "encoder": (f, d),
@@ -262,7 +263,7 @@ def weight_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
 
 
 def tensors_of(weights: SAE) -> dict[str, Tensor]:
-    """The tensors as they are stored: matrices in the manifest's dtype, all else float32."""
+    """Return an SAE's tensors as they are stored: matrices in the manifest's dtype, all else float32."""
     dtype = DTYPES[_dtype(weights)]
     matrices = {"encoder": weights.encoder, "decoder": weights.decoder, "skip": weights.skip}
     vectors = {"bias": weights.bias, "threshold": weights.threshold, "decoder_bias": weights.decoder_bias}
@@ -275,7 +276,7 @@ def tensors_of(weights: SAE) -> dict[str, Tensor]:
 
 
 def sae_of(manifest: Manifest, tensors: dict[str, Tensor]) -> SAE:
-    """The SAE of a manifest and its stored tensors."""
+    """Build the SAE of a manifest from its stored tensors."""
     return SAE(
         *(tensors[name] for name in ("encoder", "bias", "threshold", "decoder", "decoder_bias")),
         normalisation=manifest.normalisation.run_time,

@@ -1,4 +1,4 @@
-"""Search for latents by what their labels mean, with a sentence embedder (optional dependency)."""
+"""Semantic search over a catalogue's labels, with sentence-transformers (optional dependency)."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -17,14 +17,14 @@ Embed = Callable[[Sequence[str]], Vectors]
 
 
 class MeaningUnknown(Exception):
-    """A search by meaning that cannot be made here; the message says what is missing."""
+    """Semantic search is not available; the message says what is missing."""
 
 
 @cache
-def embedder(name: str) -> Embed:
-    """Texts to unit vectors [n, e], by a sentence-transformers model: a folder or a name on the hub.
+def load_embedder(name: str) -> Embed:
+    """Return a function from texts to unit vectors [n, e]; `name` is a sentence-transformers model or its folder.
 
-    MeaningUnknown: the package is not installed, or there is no such model.
+    MeaningUnknown: the package is not installed, or the model does not exist.
     """
     try:
         package: Any = import_module("sentence_transformers")
@@ -38,25 +38,26 @@ def embedder(name: str) -> Embed:
     return lambda texts: np.asarray(model.encode(list(texts), normalize_embeddings=True), np.float32)
 
 
-def store(path: Path, name: str, embed: Embed) -> int:
-    """Stores the meaning of every label of the catalogue file at `path`; how many."""
+def embed_labels(path: Path, name: str, embed: Embed) -> int:
+    """Embed every label of the catalogue file at `path` and store the vectors in it. Return the number of labels."""
     reader = Catalogue(path)
     labelled = [summary for summary in reader.page(-1, PAGE) if summary.label]
     reader.close()
     vectors = embed([summary.label for summary in labelled]) if labelled else np.zeros((0, 0), np.float32)
-    catalogue.write_meanings(path, name, [summary.index for summary in labelled], vectors)
+    catalogue.write_embeddings(path, name, [summary.index for summary in labelled], vectors)
     return len(labelled)
 
 
-def nearest(reader: Catalogue, words: str, limit: int, embed: Embed | None = None) -> list[Summary]:
-    """Up to `limit` latents whose labels mean most nearly what the words mean, nearest first.
+def search_by_meaning(reader: Catalogue, query: str, limit: int, embed: Embed | None = None) -> list[Summary]:
+    """Return up to `limit` latents, those with labels most similar in meaning to the query first.
 
-    Without `embed`, the catalogue's own embedder. MeaningUnknown: no meanings are stored, or no embedder is at hand.
+    `embed` defaults to the catalogue's own embedder. MeaningUnknown: the catalogue has no embeddings, or the embedder
+    cannot be loaded.
     """
     if not reader.embedder:
         raise MeaningUnknown("the catalogue has no meanings stored: import the bundle with --embedder")
-    embed = embed or embedder(reader.embedder)
-    indices, vectors = reader.meanings()
-    cosine = vectors @ embed([words])[0]
+    embed = embed or load_embedder(reader.embedder)
+    indices, vectors = reader.embeddings()
+    cosine = vectors @ embed([query])[0]
     best = np.argsort(-cosine, kind="stable")[: max(limit, 0)]
-    return [reader.get(indices[place]).summary for place in best]
+    return [reader.get(indices[position]).summary for position in best]

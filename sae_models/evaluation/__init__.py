@@ -1,1 +1,1 @@
-"""What an SAE is worth: splicing, logit lens, probes, density and labels."""
+"""Evaluation of SAEs and their latents: splicing, logit lens, sparse probing, activity, labels."""

@@ -1,4 +1,4 @@
-"""What each latent stands for: how often and how strongly it fires, on which words and books, and a label from them."""
+"""Activity of latents over a corpus: frequency, activations, top words and books, and automatic labels from them."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,17 +22,22 @@ LABEL_WORDS = 3
 BOOK_SHARE = 0.3
 INACTIVE = "(inactive)"
 ORIGIN = "corpus"
-LOWEST_OCTAVE, OCTAVES, BINS_AN_OCTAVE = -20, 40, 8
-BINS = OCTAVES * BINS_AN_OCTAVE
-PAIRS_WAITING = 1 << 22
-# Activations held at a time: 128 MB in float32.
-ACTIVATIONS_AT_ONCE = 1 << 25
+# The histogram of activations is logarithmic: 8 bins per octave, from 2^-20.
+LOWEST_OCTAVE, OCTAVES, BINS_PER_OCTAVE = -20, 40, 8
+BINS = OCTAVES * BINS_PER_OCTAVE
+# Cap on pairs that wait in Pairs.new before they are merged.
+PENDING_PAIRS = 1 << 22
+# Cap on activations held at a time: 128 MB in float32.
+ACTIVATIONS_PER_CHUNK = 1 << 25
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The text a catalogue is made from. `word` [n, length] is the word of `vocabulary` each token belongs to, and
-    `book` [n] the book of `books` that each window is from."""
+    """The text that a catalogue describes.
+
+    `word` [n, length]: index into `vocabulary` of the word that each token belongs to. `book` [n]: index into `books`
+    of the book that each window is from.
+    """
 
     windows: Windows
     tokenizer: Any
@@ -44,9 +49,10 @@ class Sample:
 
 @dataclass
 class Pairs:
-    """Energy of (latent, other) pairs that occurred, `other` below `size`: `keys` are latent * size + other, in order.
+    """Energy, the sum of squared activations, of the (latent, other) pairs that occurred; 0 <= other < size.
 
-    What came since they were last brought together waits in `new`: a table [F, size] would not fit in memory.
+    `keys`, sorted, are latent * size + other. `new` collects additions until they are merged. A sparse table, because
+    a dense one [F, size] would not fit in memory.
     """
 
     size: int
@@ -57,11 +63,11 @@ class Pairs:
 
 @dataclass(kw_only=True)
 class Activity:
-    """Sums over vectors: per latent [F] or [F, BINS], over what is read [d] or []."""
+    """Sums over vectors, per latent: count `active`, maximum, histogram [F, BINS]; of inputs: sum [d], norms []."""
 
     tokens: int
     active: Tensor
-    strongest: Tensor
+    max_activation: Tensor
     histogram: Tensor
     total: Tensor
     norm: Tensor
@@ -69,8 +75,10 @@ class Activity:
 
 @dataclass(kw_only=True)
 class Tally(Activity):
-    """Of text also: by pairs of latent and token or word, per latent and book [F, books], and the strongest places of
-    each latent [places, F]."""
+    """Sums over text: also energy per token and word, counts per book [F, books], and each latent's strongest contexts.
+
+    `peaks`, `peak_window` and `peak_position` [TOP_CONTEXTS, F]: activation, window and position, strongest first.
+    """
 
     energy_of_token: Pairs
     energy_of_word: Pairs
@@ -82,20 +90,21 @@ class Tally(Activity):
 
 
 def sample_of(windows: Windows, documents: Sequence[Document], tokenizer: Any) -> Sample:
-    """Finds the words and books of windows. A word is lower case and whole, however many tokens spell it."""
+    """Index the words and books of windows. A word is whole and lower case, however many tokens spell it."""
     pieces = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     index: dict[str, int] = {"": 0}
     word = torch.zeros_like(windows.tokens)
-    for row, ids in enumerate(windows.tokens.tolist()):
-        for first, last in _runs([pieces[token] for token in ids]):
+    for window, ids in enumerate(windows.tokens.tolist()):
+        for first, last in _word_spans([pieces[token] for token in ids]):
             text = re.sub(r"\s+", " ", "".join(pieces[token] for token in ids[first:last])).strip().lower()
-            word[row, first:last] = index.setdefault(text, len(index))
+            word[window, first:last] = index.setdefault(text, len(index))
     books = sorted({document.book for document in documents})
     book = torch.tensor([books.index(documents[source].book) for source in windows.document.tolist()])
     return Sample(windows, tokenizer, list(index), word, books, book)
 
 
-def _runs(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
+def _word_spans(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Yield [first, last) of maximal runs of tokens that continue one another letter to letter."""
     first = 0
     for position in range(1, len(pieces) + 1):
         if position == len(pieces) or not (pieces[position][:1].isalpha() and pieces[position - 1][-1:].isalpha()):
@@ -104,18 +113,21 @@ def _runs(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def tally_of(passes: Iterable[tuple[Tensor, Tensor]], sae: SAE, sample: Sample) -> Tally:
-    """Of inputs [windows, length, d], with a router [windows, length, L, d], and counted, in the sample's order."""
+    """Sum over batches (inputs, counted) in the sample's order.
+
+    Inputs [windows, length, d], with a router [windows, length, L, d]; counted [windows, length] marks tokens to use.
+    """
     sums = _zeros(sae, sample)
     start = 0
     with tqdm(total=len(sample.windows), unit="window", desc="catalogue") as progress:
         for inputs, all_counted in passes:
-            size = max(1, ACTIVATIONS_AT_ONCE // (sae.latents * inputs.shape[1]))
+            size = max(1, ACTIVATIONS_PER_CHUNK // (sae.latents * inputs.shape[1]))
             for x, counted in zip(inputs.split(size), all_counted.split(size), strict=True):
                 index = torch.arange(start, start + len(x))
-                # The sums are the CPU's.
+                # The sums are on the CPU, whatever device encodes.
                 x, counted, latents = x.cpu(), counted.cpu(), sae.encode(x).cpu()
                 latents *= counted[..., None]
-                add(sums, x[counted], latents[counted])
+                _add_vectors(sums, x[counted], latents[counted])
                 _add_words(sums, latents, sample, index)
                 _add_peaks(sums, latents, index)
                 start += len(x)
@@ -126,21 +138,21 @@ def tally_of(passes: Iterable[tuple[Tensor, Tensor]], sae: SAE, sample: Sample) 
 
 
 def activity(sae: SAE, x: Tensor) -> Activity:
-    """Of vectors [n, d], or [n, L, d] with a router."""
-    sums = Activity(**_silence(sae))
+    """Sum over vectors [n, d], with a router [n, L, d], that have no text."""
+    sums = Activity(**_empty_sums(sae))
     with tqdm(total=len(x), unit="vector", unit_scale=True, desc="catalogue") as progress:
-        for part in x.split(max(1, ACTIVATIONS_AT_ONCE // sae.latents)):
-            add(sums, part.cpu(), sae.encode(part).cpu())
+        for part in x.split(max(1, ACTIVATIONS_PER_CHUNK // sae.latents)):
+            _add_vectors(sums, part.cpu(), sae.encode(part).cpu())
             progress.update(len(part))
     return sums
 
 
-def _silence(sae: SAE) -> dict[str, Any]:
+def _empty_sums(sae: SAE) -> dict[str, Any]:
     f = sae.latents
     return {
         "tokens": 0,
         "active": torch.zeros(f),
-        "strongest": torch.zeros(f),
+        "max_activation": torch.zeros(f),
         "histogram": torch.zeros(f, BINS, dtype=torch.int32),
         "total": torch.zeros(sae.width),
         "norm": torch.zeros(()),
@@ -150,7 +162,7 @@ def _silence(sae: SAE) -> dict[str, Any]:
 def _zeros(sae: SAE, sample: Sample) -> Tally:
     f, books = sae.latents, len(sample.books)
     return Tally(
-        **_silence(sae),
+        **_empty_sums(sae),
         energy_of_token=_no_pairs(len(sample.tokenizer)),
         energy_of_word=_no_pairs(len(sample.vocabulary)),
         fired_in_book=torch.zeros(f, books),
@@ -165,52 +177,52 @@ def _no_pairs(size: int) -> Pairs:
     return Pairs(size, torch.zeros(0, dtype=torch.long), torch.zeros(0), [])
 
 
-def add(sums: Activity, x: Tensor, latents: Tensor) -> None:
-    """Counts vectors [n, d] or [n, L, d] and their activations [n, F]."""
+def _add_vectors(sums: Activity, x: Tensor, latents: Tensor) -> None:
+    """Add vectors [n, d] or [n, L, d] and their activations [n, F]."""
     sums.tokens += len(x)
-    # With a router, the mean over the sites that it chooses from.
+    # With a router, average over the sites that it chooses from.
     per_site = x.float().reshape(len(x), -1, x.shape[-1])
     sums.total += per_site.mean(1).sum(0)
     sums.norm += per_site.norm(dim=-1).mean(1).sum()
     sums.active += (latents > 0).sum(0)
-    sums.strongest = torch.cat([sums.strongest[None], latents]).amax(0)
+    sums.max_activation = torch.cat([sums.max_activation[None], latents]).amax(0)
     token, latent = latents.nonzero(as_tuple=True)
-    once = torch.ones_like(latent, dtype=torch.int32)
-    sums.histogram.view(-1).index_add_(0, latent * BINS + bin_of(latents[token, latent]), once)
+    increments = torch.ones_like(latent, dtype=torch.int32)
+    sums.histogram.view(-1).index_add_(0, latent * BINS + bin_of(latents[token, latent]), increments)
 
 
 def _add_words(sums: Tally, latents: Tensor, sample: Sample, index: Tensor) -> None:
     window, position, latent = latents.nonzero(as_tuple=True)
-    book, place = sample.book[index], (index[window], position)
-    # Squares, because a latent's weak activations are many and say little.
+    book, at = sample.book[index], (index[window], position)
+    # Squared, because a latent's many weak activations carry little information.
     energy = latents[window, position, latent].square()
-    _add_pairs(sums.energy_of_token, latent, sample.windows.tokens[place], energy)
-    _add_pairs(sums.energy_of_word, latent, sample.word[place], energy)
+    _add_pairs(sums.energy_of_token, latent, sample.windows.tokens[at], energy)
+    _add_pairs(sums.energy_of_word, latent, sample.word[at], energy)
     sums.fired_in_book.index_put_((latent, book[window]), torch.ones_like(energy), accumulate=True)
     sums.tokens_of_book.index_add_(0, book, sample.windows.counted[index].sum(1).float())
 
 
 def _add_pairs(pairs: Pairs, latent: Tensor, other: Tensor, energy: Tensor) -> None:
     pairs.new.append((latent * pairs.size + other, energy))
-    if sum(len(keys) for keys, _ in pairs.new) > max(PAIRS_WAITING, len(pairs.keys)):
+    if sum(len(keys) for keys, _ in pairs.new) > max(PENDING_PAIRS, len(pairs.keys)):
         _merge(pairs)
 
 
 def _merge(pairs: Pairs) -> None:
     keys = torch.cat([pairs.keys, *(keys for keys, _ in pairs.new)])
     values = torch.cat([pairs.values, *(values for _, values in pairs.new)])
-    pairs.keys, place = keys.unique(return_inverse=True)
-    pairs.values = torch.zeros(len(pairs.keys)).index_add_(0, place, values)
+    pairs.keys, inverse = keys.unique(return_inverse=True)
+    pairs.values = torch.zeros(len(pairs.keys)).index_add_(0, inverse, values)
     pairs.new.clear()
 
 
 def bin_of(activation: Tensor) -> Tensor:
-    """The bin [n] of the histogram that each activation is in: eight an octave."""
-    return ((activation.log2() - LOWEST_OCTAVE) * BINS_AN_OCTAVE).long().clamp(0, BINS - 1)
+    """Return the histogram bin [n] of each activation."""
+    return ((activation.log2() - LOWEST_OCTAVE) * BINS_PER_OCTAVE).long().clamp(0, BINS - 1)
 
 
 def _add_peaks(sums: Tally, latents: Tensor, index: Tensor) -> None:
-    """Keeps the strongest windows of each latent, one place in each."""
+    """Update each latent's strongest contexts with one position, its maximum, of each window."""
     strength, position = latents.max(1)
     sums.peaks, order = torch.cat([sums.peaks, strength]).topk(TOP_CONTEXTS, dim=0)
     sums.peak_window = torch.cat([sums.peak_window, index[:, None].expand_as(strength)]).gather(0, order)
@@ -218,80 +230,84 @@ def _add_peaks(sums: Tally, latents: Tensor, index: Tensor) -> None:
 
 
 def statistics_of(sums: Activity) -> Statistics:
-    """The bundle's statistics of a pass."""
-    return Statistics(sums.strongest, sums.active / sums.tokens, sums.total / sums.tokens, sums.norm / sums.tokens)
+    """Return the bundle's statistics from the sums of a pass."""
+    return Statistics(sums.max_activation, sums.active / sums.tokens, sums.total / sums.tokens, sums.norm / sums.tokens)
 
 
-def quantiles(histogram: Tensor, strongest: Tensor) -> Tensor:
-    """Quantiles [F, q] of the activations that a histogram [F, BINS] counts, at most `strongest` [F]; 0 of none."""
-    above, count = histogram.cumsum(1), histogram.sum(1, keepdim=True)
-    wanted = count * torch.tensor(QUANTILES)
-    place = torch.searchsorted(above.float(), wanted.contiguous()).clamp(max=BINS - 1)
-    held = histogram.gather(1, place).clamp(min=1)
-    share = ((wanted - (above.gather(1, place) - held)) / held).clamp(0, 1)
-    value = torch.exp2((place + share) / BINS_AN_OCTAVE + LOWEST_OCTAVE)
-    return torch.where(count > 0, torch.minimum(value, strongest[:, None]), 0.0)
+def quantiles(histogram: Tensor, max_activation: Tensor) -> Tensor:
+    """Return quantiles [F, q] at QUANTILES of the non-zero activations that a histogram [F, BINS] counts.
+
+    Interpolated within a bin and capped at the maximum activation [F]; 0 for a latent without any.
+    """
+    cumulative, count = histogram.cumsum(1), histogram.sum(1, keepdim=True)
+    rank = count * torch.tensor(QUANTILES)
+    index = torch.searchsorted(cumulative.float(), rank.contiguous()).clamp(max=BINS - 1)
+    in_bin = histogram.gather(1, index).clamp(min=1)
+    share = ((rank - (cumulative.gather(1, index) - in_bin)) / in_bin).clamp(0, 1)
+    value = torch.exp2((index + share) / BINS_PER_OCTAVE + LOWEST_OCTAVE)
+    return torch.where(count > 0, torch.minimum(value, max_activation[:, None]), 0.0)
 
 
-def unnamed(sums: Activity) -> Iterator[Latent]:
-    """Every latent's catalogue entry where there is no text to tell what it stands for: how it is active."""
-    frequency, strongest = (sums.active / sums.tokens).tolist(), sums.strongest.tolist()
-    levels = quantiles(sums.histogram, sums.strongest).tolist()
-    for index, most in enumerate(strongest):
-        summary = Summary(index, "", frequency[index], most)
-        yield Latent(summary, (), (), tuple(levels[index]) if most > 0 else ())
+def unlabelled(sums: Activity) -> Iterator[Latent]:
+    """Yield every latent's catalogue entry, in order, where there is no text to label it from."""
+    frequency, max_activation = (sums.active / sums.tokens).tolist(), sums.max_activation.tolist()
+    levels = quantiles(sums.histogram, sums.max_activation).tolist()
+    for index, maximum in enumerate(max_activation):
+        summary = Summary(index, "", frequency[index], maximum)
+        yield Latent(summary, (), (), tuple(levels[index]) if maximum > 0 else ())
 
 
 def describe(sums: Tally, sample: Sample) -> Iterator[Latent]:
-    """Every latent's catalogue entry, in order."""
+    """Yield every latent's catalogue entry, in order."""
     rate = sums.fired_in_book / sums.tokens_of_book.clamp(min=1)
     share = (rate / rate.sum(1, keepdim=True).clamp(min=1e-12)).tolist()
-    frequency, strongest = (sums.active / sums.tokens).tolist(), sums.strongest.tolist()
-    tokens = _strongest(sums.energy_of_token, len(frequency), TOP_TOKENS)
-    words = _strongest(sums.energy_of_word, len(frequency), 4 * LABEL_WORDS)
-    levels = quantiles(sums.histogram, sums.strongest).tolist()
+    frequency, max_activation = (sums.active / sums.tokens).tolist(), sums.max_activation.tolist()
+    tokens = _top_others(sums.energy_of_token, len(frequency), TOP_TOKENS)
+    words = _top_others(sums.energy_of_word, len(frequency), 4 * LABEL_WORDS)
+    levels = quantiles(sums.histogram, sums.max_activation).tolist()
     for index in range(len(frequency)):
-        spoken = [sample.vocabulary[word] for word in words[index]]
-        label = label_of(spoken, dict(zip(sample.books, share[index], strict=True)))
-        summary = Summary(index, label, frequency[index], strongest[index], ORIGIN)
+        top_words = [sample.vocabulary[word] for word in words[index]]
+        label = label_of(top_words, dict(zip(sample.books, share[index], strict=True)))
+        summary = Summary(index, label, frequency[index], max_activation[index], ORIGIN)
         top = tuple(sample.tokenizer.decode([token]) for token in tokens[index])
-        spread = tuple(levels[index]) if strongest[index] > 0 else ()
-        yield Latent(summary, top, tuple(_contexts(sums, index, sample)), spread)
+        quantile = tuple(levels[index]) if max_activation[index] > 0 else ()
+        yield Latent(summary, top, tuple(_contexts(sums, index, sample)), quantile)
 
 
-def _strongest(pairs: Pairs, latents: int, k: int) -> list[list[int]]:
-    """Of each latent, up to k others with the most energy, most first."""
+def _top_others(pairs: Pairs, latents: int, k: int) -> list[list[int]]:
+    """Return for each latent up to k others of its pairs, by energy, highest first."""
+    # Sort by energy, then stably by latent: within a latent, pairs stay sorted by energy.
     order = pairs.values.argsort(descending=True, stable=True)
     order = order[(pairs.keys[order] // pairs.size).argsort(stable=True)]
     latent, other = pairs.keys[order] // pairs.size, pairs.keys[order] % pairs.size
-    begins = torch.searchsorted(latent, torch.arange(latents + 1)).tolist()
-    return [other[begins[i] : min(begins[i] + k, begins[i + 1])].tolist() for i in range(latents)]
+    start = torch.searchsorted(latent, torch.arange(latents + 1)).tolist()
+    return [other[start[i] : min(start[i] + k, start[i + 1])].tolist() for i in range(latents)]
 
 
 def label_of(words: Sequence[str], share_of_book: dict[str, float]) -> str:
-    """`virus, viral, viruses (microbiology)`: the strongest words, and the books that hold much of the firing.
+    """Return a label such as `virus, viral, viruses (microbiology)`: the top words, and the books with a large share.
 
     Shares are of the firing rate, so that long books do not win by length.
     """
     if not words:
         return INACTIVE
-    spoken = [word for word in dict.fromkeys(words) if any(letter.isalnum() for letter in word)] or list(words)
-    named = sorted(
+    readable = [word for word in dict.fromkeys(words) if any(letter.isalnum() for letter in word)] or list(words)
+    books = sorted(
         (book for book in share_of_book if share_of_book[book] >= BOOK_SHARE), key=lambda b: -share_of_book[b]
     )
-    return ", ".join(spoken[:LABEL_WORDS]) + (f" ({', '.join(named)})" if named else "")
+    return ", ".join(readable[:LABEL_WORDS]) + (f" ({', '.join(books)})" if books else "")
 
 
 def _contexts(sums: Tally, index: int, sample: Sample) -> Iterator[Context]:
-    places = (sums.peaks[:, index], sums.peak_window[:, index], sums.peak_position[:, index])
-    for strength, window, position in zip(*(place.tolist() for place in places), strict=True):
-        if strength > 0:
-            yield _context(sample, window, position, strength)
+    columns = (sums.peaks[:, index], sums.peak_window[:, index], sums.peak_position[:, index])
+    for activation, window, position in zip(*(column.tolist() for column in columns), strict=True):
+        if activation > 0:
+            yield _context(sample, window, position, activation)
 
 
-def _context(sample: Sample, window: int, position: int, strength: float) -> Context:
+def _context(sample: Sample, window: int, position: int, activation: float) -> Context:
     ids = sample.windows.tokens[window][: int(sample.windows.counted[window].nonzero().max()) + 1].tolist()
     before = ids[max(1, position - TOKENS_BEFORE) : position]
     after = ids[position + 1 : position + 1 + TOKENS_AFTER]
     decode, book = sample.tokenizer.decode, sample.books[int(sample.book[window])]
-    return Context(decode(before), decode([ids[position]]), decode(after), strength, book)
+    return Context(decode(before), decode([ids[position]]), decode(after), activation, book)

@@ -1,8 +1,9 @@
-"""Labels of latents as Neuronpedia exports them.
+"""Read labels of latents from Neuronpedia exports.
 
-An export is JSON, an array of rows, or JSON lines, a row each; either may be gzipped, and a folder may hold several.
-A row has `modelId`, `layer` (`20-gemmascope-res-16k`), `index`, and `description`, or a list of such `explanations`,
-with `explanationModelName` and `typeName` (docs.neuronpedia.org, exports; /api/explanation/export; /api/feature).
+An export is a JSON array of records, or JSON lines with a record each; either may be gzipped, and a folder may hold
+several. A record has `modelId`, `layer` (`20-gemmascope-res-16k`), `index`, and `description` or a list of
+`explanations`, with `explanationModelName` and `typeName` (docs.neuronpedia.org, exports; /api/explanation/export;
+/api/feature).
 """
 
 import gzip
@@ -14,25 +15,25 @@ from pathlib import Path
 import msgspec
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-# Of one line or array once unpacked: the largest exports hold a million rows with embeddings.
+# Cap on the bytes of a line or array once unpacked: the largest exports hold a million records with embeddings.
 SIZE_LIMIT = 1 << 30
 LABEL_LIMIT = 2000
 
 
 class LabelError(Exception):
-    """Labels that cannot be read, or are of another SAE; the message names the file or field."""
+    """Labels that cannot be read or belong to another SAE; the message names the file or field."""
 
 
 class Explanation(msgspec.Struct, frozen=True, rename="camel"):
-    """One explanation of a latent."""
+    """An explanation of a latent."""
 
     description: str | None = None
     explanation_model_name: str | None = None
     type_name: str | None = None
 
 
-class Row(Explanation, frozen=True, rename="camel", kw_only=True):
-    """One row of an export; `layer` is the identifier of the source within the model."""
+class ExplanationRecord(Explanation, frozen=True, rename="camel", kw_only=True):
+    """A record of an export; `layer` is Neuronpedia's id of the SAE within the model."""
 
     model_id: str
     layer: str
@@ -42,7 +43,7 @@ class Row(Explanation, frozen=True, rename="camel", kw_only=True):
 
 @dataclass(frozen=True)
 class Label:
-    """What a latent stands for, and who said so."""
+    """A latent's label and who wrote it."""
 
     text: str
     origin: str
@@ -50,34 +51,35 @@ class Label:
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels by latent; how many rows were read, and how many of them had no text or a latent that had one already."""
+    """Labels by latent; the number of records read, of those without text, and of those for a latent with a label."""
 
     by_latent: dict[int, Label]
-    rows: int
+    records: int
     empty: int
     repeated: int
 
 
-def read(path: Path) -> Iterator[Row]:
-    """The rows of a file, or of all exports of a folder. LabelError: the file that is not such an export."""
+def read(path: Path) -> Iterator[ExplanationRecord]:
+    """Yield the records of a file, or of all exports in a folder. LabelError: the file that is not an export."""
     files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES)) if path.is_dir() else [path]
     if not files:
         raise LabelError(f"{path}: holds no {', '.join(SUFFIXES)}")
     for file in files:
-        yield from _rows(file)
+        yield from _records(file)
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _records(path: Path) -> Iterator[ExplanationRecord]:
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
             if ".jsonl" not in path.name:
-                yield from msgspec.json.decode(_bounded(stream.read(SIZE_LIMIT + 1)), type=list[Row], strict=False)
+                content = _bounded(stream.read(SIZE_LIMIT + 1))
+                yield from msgspec.json.decode(content, type=list[ExplanationRecord], strict=False)
                 return
             while line := _bounded(stream.readline(SIZE_LIMIT + 1)):
                 number += 1
                 if line.strip():
-                    yield msgspec.json.decode(line, type=Row, strict=False)
+                    yield msgspec.json.decode(line, type=ExplanationRecord, strict=False)
     except (OSError, EOFError, UnicodeDecodeError, msgspec.DecodeError, ValueError) as error:
         raise LabelError(f"{path}{f' line {number}' if number else ''}: {error}") from error
 
@@ -88,43 +90,47 @@ def _bounded(content: bytes) -> bytes:
     return content
 
 
-def matching(rows: Iterable[Row], models: Iterable[str], site: str, latents: int) -> Labels:
-    """The first label of each latent. LabelError: rows of a model that has none of these names, or of another layer."""
-    known = {_plain(model) for model in models if model}
+def match(records: Iterable[ExplanationRecord], models: Iterable[str], site: str, latents: int) -> Labels:
+    """Return the first label of each latent.
+
+    LabelError: a record's model has none of the names `models`, its layer is not that of `site`, or its index is not
+    below `latents`.
+    """
+    names = {_normalise_name(model) for model in models if model}
     by_latent: dict[int, Label] = {}
     count = empty = repeated = 0
-    for row in rows:
+    for record in records:
         count += 1
-        _check(row, known, site, latents)
-        label = _label(row)
+        _check(record, names, site, latents)
+        label = _label(record)
         if label is None:
             empty += 1
-        elif row.index in by_latent:
+        elif record.index in by_latent:
             repeated += 1
         else:
-            by_latent[row.index] = label
+            by_latent[record.index] = label
     return Labels(by_latent, count, empty, repeated)
 
 
-def _check(row: Row, models: set[str], site: str, latents: int) -> None:
-    if _plain(row.model_id) not in models:
-        raise LabelError(f"modelId: {row.model_id!r}, the bundle's model is {' or '.join(sorted(models))}")
-    layer, wanted = re.match(r"\d+", row.layer), re.search(r"\d+", site)
-    if layer and wanted and int(layer[0]) != int(wanted[0]):
-        raise LabelError(f"layer: {row.layer!r}, the bundle's site is {site}")
-    if not 0 <= row.index < latents:
-        raise LabelError(f"index: {row.index}, the SAE has {latents} latents")
+def _check(record: ExplanationRecord, models: set[str], site: str, latents: int) -> None:
+    if _normalise_name(record.model_id) not in models:
+        raise LabelError(f"modelId: {record.model_id!r}, the bundle's model is {' or '.join(sorted(models))}")
+    layer, site_layer = re.match(r"\d+", record.layer), re.search(r"\d+", site)
+    if layer and site_layer and int(layer[0]) != int(site_layer[0]):
+        raise LabelError(f"layer: {record.layer!r}, the bundle's site is {site}")
+    if not 0 <= record.index < latents:
+        raise LabelError(f"index: {record.index}, the SAE has {latents} latents")
 
 
-def _label(row: Row) -> Label | None:
-    for said in (row, *row.explanations):
-        text = " ".join((said.description or "").split())[:LABEL_LIMIT]
+def _label(record: ExplanationRecord) -> Label | None:
+    for explanation in (record, *record.explanations):
+        text = " ".join((explanation.description or "").split())[:LABEL_LIMIT]
         if text:
-            origin = ("neuronpedia", said.explanation_model_name, said.type_name)
+            origin = ("neuronpedia", explanation.explanation_model_name, explanation.type_name)
             return Label(text, " ".join(part for part in origin if part))
     return None
 
 
-def _plain(model: str) -> str:
-    """A model's name without organisation, case and punctuation."""
+def _normalise_name(model: str) -> str:
+    """Return a model's name without organisation, case and punctuation."""
     return re.sub(r"[^a-z0-9]", "", model.rpartition("/")[2].lower())

@@ -1,4 +1,4 @@
-"""The logit lens: which tokens a decoder direction makes more or less likely, read at the model's unembedding."""
+"""The logit lens: the tokens that a decoder direction makes more or less likely, through the model's unembedding."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,8 +10,9 @@ from tqdm import tqdm
 from rudder.sae_models.bundle.catalogue import Word
 
 TOP_WORDS = 10
-# Logits held at a time: 64 MB in float32.
-LOGITS_AT_ONCE = 1 << 24
+# Cap on logits held at a time: 64 MB in float32.
+LOGITS_PER_CHUNK = 1 << 24
+# Paths of the final norm in models of transformers.
 FINAL_NORMS = (
     "model.norm",
     "transformer.ln_f",
@@ -23,13 +24,16 @@ FINAL_NORMS = (
 
 @torch.no_grad()
 def unembedding(model: Any) -> Tensor:
-    """[V, d] of a causal LM, times the gain of its final norm. ValueError: it has no output embedding."""
+    """Return the unembedding [V, d] of a causal LM times the gain of its final norm.
+
+    ValueError: the model has no output embedding.
+    """
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"model: {type(model).__name__} has no output embedding")
     weight: Tensor = head.weight.float()
-    found = (_module(model, path) for path in FINAL_NORMS)
-    norm = next((module for module in found if module is not None), None)
+    modules = (_module(model, path) for path in FINAL_NORMS)
+    norm = next((module for module in modules if module is not None), None)
     return weight if norm is None else weight * _gain(norm, weight.shape[1])
 
 
@@ -40,8 +44,10 @@ def _module(model: Any, path: str) -> nn.Module | None:
 
 
 def _gain(norm: nn.Module, width: int) -> Tensor:
-    """Read off the norm itself, since some store the gain and some the gain less 1: of mean 0 and mean square 1, v
-    comes out of every norm as gain * v + bias."""
+    """Measure the gain [d] of a norm on an input, since some modules store the gain and some the gain minus 1.
+
+    v has mean 0 and mean square 1, so every norm maps it to gain * v + bias.
+    """
     v = torch.ones(width)
     v[1::2] = -1
     up, down = norm(v[None])[0], norm(-v[None])[0]
@@ -53,23 +59,24 @@ def _gain(norm: nn.Module, width: int) -> Tensor:
 def words(
     decoder: Tensor, unembedded: Tensor, vocabulary: Tensor, tokenizer: Any
 ) -> Iterator[tuple[tuple[Word, ...], tuple[Word, ...]]]:
-    """For every row of a decoder [F, d] the tokens that it promotes and suppresses most, of an unembedding [V, d].
+    """Yield for every row of a decoder [F, d] the tokens that it promotes and suppresses most.
 
-    Only tokens of the vocabulary [n] are told: those that no text uses were never trained, and are far from all others.
+    `unembedded` [V, d] is the unembedding. Only tokens of the vocabulary [n] are candidates: the embeddings of tokens
+    that no text uses were never trained and are far from all others.
     """
     unembedded = unembedded[vocabulary]
     k = min(TOP_WORDS, len(unembedded))
     with tqdm(total=len(decoder), unit="latent", desc="logit lens") as progress:
-        for rows in decoder.split(max(1, LOGITS_AT_ONCE // len(unembedded))):
+        for rows in decoder.split(max(1, LOGITS_PER_CHUNK // len(unembedded))):
             logits = rows.float() @ unembedded.T
             logits -= logits.mean(1, keepdim=True)
-            most, least = logits.topk(k), logits.topk(k, largest=False)
-            promoted, suppressed = (_words(vocabulary[top.indices], top.values, tokenizer) for top in (most, least))
+            extremes = logits.topk(k), logits.topk(k, largest=False)
+            promoted, suppressed = (_words(vocabulary[top.indices], top.values, tokenizer) for top in extremes)
             yield from zip(promoted, suppressed, strict=True)
             progress.update(len(rows))
 
 
 def _words(tokens: Tensor, logits: Tensor, tokenizer: Any) -> list[tuple[Word, ...]]:
     text: dict[int, str] = {token: tokenizer.decode([token]) for token in tokens.unique().tolist()}
-    rows: Sequence[tuple[list[int], list[float]]] = list(zip(tokens.tolist(), logits.tolist(), strict=True))
-    return [tuple(Word(text[t], value) for t, value in zip(*row, strict=True)) for row in rows]
+    pairs: Sequence[tuple[list[int], list[float]]] = list(zip(tokens.tolist(), logits.tolist(), strict=True))
+    return [tuple(Word(text[t], value) for t, value in zip(*pair, strict=True)) for pair in pairs]

@@ -1,17 +1,17 @@
-"""AdaptiveK (arXiv 2508.17320) as its authors' code saves it: `ae.pt`, `probe.pt` and `dynamic_config.json`.
+"""AdaptiveK (arXiv 2508.17320) as saved by its authors' code: `ae.pt`, `probe.pt` and `dynamic_config.json`.
 
     z = (x - b_dec) . encoder + bias      f = the k(x) largest z, where above 0      y = f . decoder + b_dec
 
-k(x) comes from the probe, weights [d, 1] and bias [1]: see sae_models.sae.AdaptiveK.
+The probe, weights [d, 1] and bias [1], gives k(x): see sae_models.sae.AdaptiveK.
 """
 
 from pathlib import Path
 
 from rudder.sae_models.formats.folding import fold_pre_bias
-from rudder.sae_models.formats.layouts import declaration, folder, whole
-from rudder.sae_models.formats.settings import count, section, word
+from rudder.sae_models.formats.layouts import check_finite, checkpoint_folder, declaration
+from rudder.sae_models.formats.settings import count, name_of, section
 from rudder.sae_models.formats.source import Declaration, Format, FormatError
-from rudder.sae_models.formats.tensors import assembled, only, read_json, read_pickle, state, take
+from rudder.sae_models.formats.tensors import assemble, read_json, read_pickle, refuse_unknown, state_dict, take
 from rudder.sae_models.sae import SAE, AdaptiveK
 
 SETTINGS = "dynamic_config.json"
@@ -20,39 +20,39 @@ PROBE = frozenset({"weights", "bias"})
 
 
 def recognise(path: Path) -> str | None:
-    """The three files."""
+    """Recognise the three files."""
     names = ("ae.pt", "probe.pt", SETTINGS)
-    return ", ".join(names) if all((folder(path) / name).is_file() for name in names) else None
+    return ", ".join(names) if all((checkpoint_folder(path) / name).is_file() for name in names) else None
 
 
 def read(path: Path) -> tuple[SAE, Declaration]:
-    """The SAE in a folder; `config.json` beside it may say which model and layer."""
-    home = folder(path)
-    said = read_json(home / SETTINGS)
-    found = state(read_pickle(home / "ae.pt"), "ae.pt")
-    probe = state(read_pickle(home / "probe.pt"), "probe.pt")
-    only(found, KEYS, "ae.pt")
-    only(probe, PROBE, "probe.pt")
-    bias, decoder_bias = take(found, "encoder.bias", "ae.pt", (-1,)), take(found, "b_dec", "ae.pt", (-1,))
+    """Read the SAE in a folder; a `config.json` beside it may declare the model and layer."""
+    home = checkpoint_folder(path)
+    settings = read_json(home / SETTINGS)
+    tensors = state_dict(read_pickle(home / "ae.pt"), "ae.pt")
+    probe = state_dict(read_pickle(home / "probe.pt"), "probe.pt")
+    refuse_unknown(tensors, KEYS, "ae.pt")
+    refuse_unknown(probe, PROBE, "probe.pt")
+    bias, decoder_bias = take(tensors, "encoder.bias", "ae.pt", (-1,)), take(tensors, "b_dec", "ae.pt", (-1,))
     latents, width = len(bias), len(decoder_bias)
-    encoder = take(found, "encoder.weight", "ae.pt", (latents, width))
-    decoder = take(found, "decoder.weight", "ae.pt", (width, latents)).T
-    least, most = count(said, "min_k", SETTINGS, latents), count(said, "max_k", SETTINGS, latents)
-    if least > most:
-        raise FormatError(f"{SETTINGS} min_k: {least} is above max_k, {most}")
+    encoder = take(tensors, "encoder.weight", "ae.pt", (latents, width))
+    decoder = take(tensors, "decoder.weight", "ae.pt", (width, latents)).T
+    k_min, k_max = count(settings, "min_k", SETTINGS, latents), count(settings, "max_k", SETTINGS, latents)
+    if k_min > k_max:
+        raise FormatError(f"{SETTINGS} min_k: {k_min} is above max_k, {k_max}")
     weights, offset = take(probe, "weights", "probe.pt", (width, 1)), take(probe, "bias", "probe.pt", (1,))
-    selection = AdaptiveK(weights[:, 0].float(), offset[0].float(), least, most)
-    sae = assembled(encoder, bias, decoder, decoder_bias, selection=selection)
-    return whole(fold_pre_bias(sae, decoder_bias), "ae.pt"), declared(home)
+    selection = AdaptiveK(weights[:, 0].float(), offset[0].float(), k_min, k_max)
+    sae = assemble(encoder, bias, decoder, decoder_bias, selection=selection)
+    return check_finite(fold_pre_bias(sae, decoder_bias), "ae.pt"), declared(home)
 
 
 def declared(home: Path) -> Declaration:
-    """What the trainer's `config.json` says, where there is one."""
-    settings = home / "config.json"
-    trainer = section(read_json(settings), "trainer", settings.name) if settings.is_file() else {}
-    layer, notes = trainer.get("layer"), {"submodule": word(trainer, "submodule_name")}
+    """Return the declaration in the trainer's `config.json`, if there is one."""
+    config = home / "config.json"
+    trainer = section(read_json(config), "trainer", config.name) if config.is_file() else {}
+    layer, notes = trainer.get("layer"), {"submodule": name_of(trainer, "submodule_name")}
     hook = f"blocks.{layer}.hook_resid_post" if isinstance(layer, int) and not isinstance(layer, bool) else ""
-    return declaration("adaptive_k", hook, hook, word(trainer, "lm_name"), folded=("pre_bias",), notes=notes)
+    return declaration("adaptive_k", hook, hook, name_of(trainer, "lm_name"), folded=("pre_bias",), notes=notes)
 
 
 FORMAT = Format("adaptive_k", recognise, read)

@@ -1,4 +1,4 @@
-"""A checkpoint that is a folder: settings in cfg.json, weights in a safetensors file (SAELens, sparsify)."""
+"""Checkpoints that are folders with settings in cfg.json and weights in a safetensors file (SAELens, sparsify)."""
 
 import json
 import tempfile
@@ -14,19 +14,19 @@ from rudder.sae_models.formats.source import FormatError
 CONFIG = "cfg.json"
 
 
-def home(path: Path, weights: str) -> Path:
-    """The checkpoint's folder, from its own path or from that of its weights."""
+def folder_of(path: Path, weights: str) -> Path:
+    """Return the checkpoint's folder from its own path or the path of its weights."""
     return path.parent if path.name == weights else path
 
 
-def recognised(path: Path, weights: str) -> str | None:
-    """Why a path holds such a checkpoint, or None."""
-    folder = home(path, weights)
+def recognise_folder(path: Path, weights: str) -> str | None:
+    """Return the reason why a path holds such a checkpoint, or None."""
+    folder = folder_of(path, weights)
     return f"{CONFIG} beside {weights}" if (folder / CONFIG).is_file() and (folder / weights).is_file() else None
 
 
 def write_folder(path: Path, config: Mapping[str, Any], weights: str, tensors: Mapping[str, Tensor]) -> None:
-    """Writes settings and weights beside `path` and moves the folder there whole. FormatError if `path` exists."""
+    """Write a folder with settings and weights, atomically. FormatError: `path` exists."""
     if path.exists():
         raise FormatError(f"{path.name}: is there already")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""What formats keep around an SAE's weights, folded into them exactly.
+"""Fold scales, biases and gates that formats store beside an SAE's weights into the weights, exactly.
 
-Matrices are copied, in float32, only where they change.
+Matrices that change are copied in float32; all others are kept as they are.
 """
 
 from dataclasses import replace
@@ -12,20 +12,31 @@ from rudder.sae_models.sae import SAE, blocks
 
 
 def fold_pre_bias(sae: SAE, pre_bias: Tensor) -> SAE:
-    """Of an SAE that reads h - pre_bias [d]: one that reads h. The encoder stays as it is, memory-mapped or not."""
+    """Convert an SAE that reads h - pre_bias [d] to one that reads h. The encoder does not change."""
     pre_bias = pre_bias.float()
     shift = torch.cat([encoder @ pre_bias for _, encoder in blocks(sae.encoder)])
     return replace(sae, bias=sae.bias - shift)
 
 
 def fold_input_scale(sae: SAE, scale: float) -> SAE:
-    """Of an SAE that reads scale * x and whose output is to be divided by it: one of x. Activations stay."""
-    decoder, decoder_bias = scaled(sae.decoder, 1 / scale), sae.decoder_bias / scale
-    return replace(sae, encoder=scaled(sae.encoder, scale), decoder=decoder, decoder_bias=decoder_bias)
+    """Convert an SAE that reads scale * x and whose output is divided by scale to one that reads x."""
+    return fold_scales(sae, scale, scale)
+
+
+def fold_scales(sae: SAE, input_scale: float, output_scale: float) -> SAE:
+    """Convert an SAE that reads input_scale * x and whose output is divided by output_scale to one that reads x.
+
+    Activations do not change.
+    """
+    decoder, decoder_bias = scaled(sae.decoder, 1 / output_scale), sae.decoder_bias / output_scale
+    return replace(sae, encoder=scaled(sae.encoder, input_scale), decoder=decoder, decoder_bias=decoder_bias)
 
 
 def fold_decoder_norm(sae: SAE) -> SAE:
-    """Decoder rows of norm 1, activations times the norm that they had. A selection must act on what comes out."""
+    """Normalise decoder rows to norm 1 and multiply activations by their former norms.
+
+    A selection then compares the new activations.
+    """
     norm = torch.linalg.vector_norm(sae.decoder, dim=1, dtype=torch.float32)
     rows = norm[:, None]
     return replace(
@@ -38,8 +49,10 @@ def fold_decoder_norm(sae: SAE) -> SAE:
 
 
 def fold_gate(sae: SAE, gate_bias: Tensor, r_mag: Tensor) -> SAE:
-    """A Gated SAE (arXiv 2404.16014) as JumpReLU: z = exp(r_mag) * (h . encoder) + bias, kept where the gate's
-    h . encoder + gate_bias > 0, which is z > bias - exp(r_mag) * gate_bias.
+    """Convert a Gated SAE (arXiv 2404.16014) to JumpReLU.
+
+    z = exp(r_mag) * (h . encoder) + bias is active where the gate h . encoder + gate_bias > 0, that is, where
+    z > bias - exp(r_mag) * gate_bias.
     """
     ratio = r_mag.float().exp()
     threshold = (sae.bias - ratio * gate_bias.float()).clamp(min=0.0)
@@ -47,16 +60,18 @@ def fold_gate(sae: SAE, gate_bias: Tensor, r_mag: Tensor) -> SAE:
 
 
 def fold_whitening(sae: SAE, mean: Tensor, matrix: Tensor, inverse: Tensor) -> SAE:
-    """Of an SAE that reads (x - mean) . matrix and whose output is to be mapped back: one of x (arXiv 2511.13981)."""
+    """Convert an SAE that reads (x - mean) . matrix, and whose output `inverse` maps back, to one that reads x
+    (arXiv 2511.13981); mean [d], matrix and inverse [d, d].
+    """
     encoder = sae.encoder.float() @ matrix.T
     decoder, decoder_bias = sae.decoder.float() @ inverse, sae.decoder_bias @ inverse + mean
     return replace(sae, encoder=encoder, bias=sae.bias - encoder @ mean, decoder=decoder, decoder_bias=decoder_bias)
 
 
 def fold_signs(sae: SAE) -> SAE:
-    """Of an SAE whose latents may be negative: one with twice as many, latent F + i the negative part of latent i.
+    """Convert an SAE with negative activations to one with twice as many latents: F + i is the negative part of i.
 
-    The k largest of these are the k of largest magnitude of those.
+    The k largest activations then are those with the k largest magnitudes before.
     """
     encoder, decoder = torch.cat([sae.encoder, -sae.encoder]), torch.cat([sae.decoder, -sae.decoder])
     bias, threshold = torch.cat([sae.bias, -sae.bias]), sae.threshold.repeat(2)
@@ -64,5 +79,5 @@ def fold_signs(sae: SAE) -> SAE:
 
 
 def scaled(matrix: Tensor, by: Tensor | float) -> Tensor:
-    """A matrix times a number, or [n, 1] numbers, in float32."""
+    """Multiply a matrix by a number, or by numbers [n, 1], in float32."""
     return (matrix * (by if isinstance(by, Tensor) else torch.tensor([[by]]))).float()

@@ -1,8 +1,8 @@
-"""Gemma Scope, the JumpReLU SAEs and transcoders of Gemma 2 (arXiv 2408.05147): `params.npz` without settings.
+"""Gemma Scope, JumpReLU SAEs and transcoders of Gemma 2 (arXiv 2408.05147): `params.npz` without settings.
 
     z = x . W_enc + b_enc      f = z where z > threshold      y = f . W_dec + b_dec
 
-What an SAE belongs to is in its repository and path alone:
+Only the repository and path declare the model and site:
 `gemma-scope-{2b,9b,27b}-{pt,it}-{res,mlp,att,transcoders}/layer_{L}/width_{W}/average_l0_{N}/params.npz`, and
 `embedding/...` in place of `layer_{L}`.
 """
@@ -12,14 +12,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rudder.sae_models.formats.layouts import Weights, declaration, fold_scales, matching, one, whole
+from rudder.sae_models.formats.folding import fold_scales
+from rudder.sae_models.formats.layouts import Weights, check_finite, declaration, matching_files, single_file
 from rudder.sae_models.formats.source import Declaration, Format, FormatError
-from rudder.sae_models.formats.tensors import assembled, only, read_npz, take
+from rudder.sae_models.formats.tensors import assemble, read_npz, refuse_unknown, take
 from rudder.sae_models.sae import SAE
 
 KEYS = frozenset({"W_enc", "b_enc", "W_dec", "b_dec", "threshold"})
 REPOSITORY = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)")
-# Read and written, by the names of TransformerLens.
+# (hook point read, hook point written) by the names of TransformerLens.
 HOOKS = {
     "res": ("hook_resid_post",) * 2,
     "mlp": ("hook_mlp_out",) * 2,
@@ -29,37 +30,37 @@ HOOKS = {
 
 
 def recognise(path: Path) -> str | None:
-    """A `params.npz`."""
-    return "params.npz, as Gemma Scope publishes" if matching(path, "params.npz") else None
+    """Recognise a `params.npz`."""
+    return "params.npz, as Gemma Scope publishes" if matching_files(path, "params.npz") else None
 
 
 def read(path: Path) -> tuple[SAE, Declaration]:
-    """The SAE or transcoder in a `params.npz`, or in a folder with one."""
-    file = one(path, "params.npz")
+    """Read the SAE or transcoder in a `params.npz`, or in a folder with one."""
+    file = single_file(path, "params.npz")
     where = file.absolute().as_posix()
     weights, threshold = parameters(file)
-    sae = assembled(*weights, threshold)
+    sae = assemble(*weights, threshold)
     if "/embedding/" not in where:
         return sae, declared(where, ())
-    # These were trained on rows of the embedding matrix; what the model reads is sqrt(d) times that.
+    # Trained on vectors of the embedding matrix; the model multiplies them by sqrt(d).
     root = sae.width**0.5
-    return whole(fold_scales(sae, 1 / root, 1 / root), file.name), declared(where, ("input_scale",))
+    return check_finite(fold_scales(sae, 1 / root, 1 / root), file.name), declared(where, ("input_scale",))
 
 
 def parameters(file: Path) -> tuple[Weights, Tensor]:
-    """Weights and threshold [F]; W_enc is stored as [d, F], and some files have `w_` for `W_`."""
-    found = {re.sub("^w_", "W_", key): tensor for key, tensor in read_npz(file).items()}
-    only(found, KEYS, file.name)
-    bias, decoder_bias = take(found, "b_enc", file.name, (-1,)), take(found, "b_dec", file.name, (-1,))
-    encoder = take(found, "W_enc", file.name, (-1, len(bias)))
-    decoder = take(found, "W_dec", file.name, (len(bias), len(decoder_bias)))
+    """Read weights and thresholds [F]; W_enc is stored as [d, F], and some files have `w_` for `W_`."""
+    tensors = {re.sub("^w_", "W_", key): tensor for key, tensor in read_npz(file).items()}
+    refuse_unknown(tensors, KEYS, file.name)
+    bias, decoder_bias = take(tensors, "b_enc", file.name, (-1,)), take(tensors, "b_dec", file.name, (-1,))
+    encoder = take(tensors, "W_enc", file.name, (-1, len(bias)))
+    decoder = take(tensors, "W_dec", file.name, (len(bias), len(decoder_bias)))
     if len(encoder) != len(decoder_bias) and "transcoders" not in file.absolute().as_posix():
         raise FormatError(f"{file.name} W_enc: width {len(encoder)}, b_dec has {len(decoder_bias)}")
-    return Weights(encoder.T, bias, decoder, decoder_bias), take(found, "threshold", file.name, (len(bias),))
+    return Weights(encoder.T, bias, decoder, decoder_bias), take(tensors, "threshold", file.name, (len(bias),))
 
 
 def declared(where: str, folded: tuple[str, ...]) -> Declaration:
-    """What repository and path say."""
+    """Return the declaration in repository and path."""
     repository, layer = REPOSITORY.search(where), re.search(r"/layer_(\d+)/", where)
     width, l0 = re.search(r"/width_(\w+)/", where), re.search(r"/average_l0_(\d+)", where)
     size, tuned, kind = repository.groups() if repository else ("", "", "")

@@ -1,11 +1,11 @@
-"""Gemma Scope 2, the JumpReLU SAEs and transcoders of Gemma 3: `config.json` and `params.safetensors`.
+"""Gemma Scope 2, JumpReLU SAEs and transcoders of Gemma 3: `config.json` and `params.safetensors`.
 
     z = x . w_enc + b_enc      f = z where z > threshold      y = f . w_dec + b_dec + x . affine_skip_connection
 
-Without a `config.json`, the folder's name tells the site: `{site}[_all]/layer_{L}_width_{W}_l0_{size}[_affine]`.
-Of a cross-layer transcoder, `clt/.../layer_{L}....safetensors` with w_dec [F, layers, d], one layer is read, partial
-(sae_models.sae). Whether it reads the MLP's input or the residual before the norm, libraries disagree: without settings
-it has no site. A crosscoder, which reads many layers, is refused.
+Without a `config.json`, the folder's name declares the site: `{site}[_all]/layer_{L}_width_{W}_l0_{size}[_affine]`.
+A file of a cross-layer transcoder, `clt/.../layer_{L}....safetensors` with w_dec [F, layers, d], is read as a partial
+SAE (sae_models.sae) of that layer. Libraries disagree whether it reads the MLP's input or the residual before the norm,
+so without settings it has no site. A crosscoder, which reads many layers, is refused.
 """
 
 import re
@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rudder.sae_models.formats.layouts import Weights, declaration, keys, matching, one, own_part
-from rudder.sae_models.formats.settings import flag, word
+from rudder.sae_models.formats import layouts
+from rudder.sae_models.formats.layouts import Weights, decoder_at_layer, matching_files, single_file, tensor_names
+from rudder.sae_models.formats.settings import flag, name_of
 from rudder.sae_models.formats.source import Declaration, Format, FormatError
-from rudder.sae_models.formats.tensors import assembled, only, read_json, read_safetensors, take
+from rudder.sae_models.formats.tensors import assemble, read_json, read_safetensors, refuse_unknown, take
 from rudder.sae_models.sae import SAE
 
 KEYS = frozenset({"w_enc", "b_enc", "w_dec", "b_dec", "threshold"})
@@ -33,61 +34,61 @@ FOLDERS = {
 
 
 def recognise(path: Path) -> str | None:
-    """Lower-case names of weights in a safetensors file."""
-    files = matching(path, "params.safetensors") or matching(path, "*layer_*.safetensors")
-    return f"{files[0].name} with w_enc and threshold" if files and keys(files[0]) >= KEYS else None
+    """Recognise a safetensors file by the lower-case names of its weights."""
+    files = matching_files(path, "params.safetensors") or matching_files(path, "*layer_*.safetensors")
+    return f"{files[0].name} with w_enc and threshold" if files and tensor_names(files[0]) >= KEYS else None
 
 
 def read(path: Path) -> tuple[SAE, Declaration]:
-    """The SAE or transcoder in a folder with `params.safetensors`, or that file."""
-    file = one(path, "*.safetensors")
-    found = read_safetensors(file)
-    only(found, KEYS | {SKIP}, file.name)
-    across = found["w_dec"].dim() == 3 if "w_dec" in found else False
-    weights, threshold = parameters(found, file, across)
+    """Read the SAE or transcoder in a folder with `params.safetensors`, or in that file."""
+    file = single_file(path, "*.safetensors")
+    tensors = read_safetensors(file)
+    refuse_unknown(tensors, KEYS | {SKIP}, file.name)
+    cross_layer = tensors["w_dec"].dim() == 3 if "w_dec" in tensors else False
+    weights, threshold = parameters(tensors, file, cross_layer)
     shape = (weights.encoder.shape[1], len(weights.decoder_bias))
-    skip = take(found, SKIP, file.name, shape) if SKIP in found else None
-    said = declared(file)
-    if said.notes.get("affine") and skip is None:
+    skip = take(tensors, SKIP, file.name, shape) if SKIP in tensors else None
+    declaration = declared(file)
+    if declaration.notes.get("affine") and skip is None:
         raise FormatError(f"{file.name} {SKIP}: missing, the settings say that there is one")
-    return assembled(*weights, threshold, skip=skip, partial=across), said
+    return assemble(*weights, threshold, skip=skip, partial=cross_layer), declaration
 
 
-def parameters(found: Mapping[str, Tensor], path: Path, across: bool) -> tuple[Weights, Tensor]:
-    """Weights and threshold [F]; w_enc is stored as [d, F]. `across`: w_dec is [F, layers, d]."""
+def parameters(tensors: Mapping[str, Tensor], path: Path, cross_layer: bool) -> tuple[Weights, Tensor]:
+    """Return weights and thresholds [F]; w_enc is stored as [d, F]. `cross_layer`: w_dec is [F, layers, d]."""
     file, layer = path.name, re.search(r"layer_(\d+)", path.stem)
-    if "w_enc" in found and found["w_enc"].dim() > 2:
+    if "w_enc" in tensors and tensors["w_enc"].dim() > 2:
         raise FormatError(f"{file} w_enc: a crosscoder, its latents read many layers")
-    if across and layer is None:
+    if cross_layer and layer is None:
         raise FormatError(f"{file} w_dec: of a cross-layer transcoder, and the file's name has no layer_{{L}}")
-    bias, decoder_bias = take(found, "b_enc", file, (-1,)), take(found, "b_dec", file, (-1,))
-    encoder, shape = take(found, "w_enc", file, (-1, len(bias))), (len(bias), len(decoder_bias))
-    if across and layer:
-        decoder = own_part(found, "w_dec", file, int(layer[1]), shape)
+    bias, decoder_bias = take(tensors, "b_enc", file, (-1,)), take(tensors, "b_dec", file, (-1,))
+    encoder, shape = take(tensors, "w_enc", file, (-1, len(bias))), (len(bias), len(decoder_bias))
+    if cross_layer and layer:
+        decoder = decoder_at_layer(tensors, "w_dec", file, int(layer[1]), shape)
     else:
-        decoder = take(found, "w_dec", file, shape)
-    return Weights(encoder.T, bias, decoder, decoder_bias), take(found, "threshold", file, (len(bias),))
+        decoder = take(tensors, "w_dec", file, shape)
+    return Weights(encoder.T, bias, decoder, decoder_bias), take(tensors, "threshold", file, (len(bias),))
 
 
 def declared(file: Path) -> Declaration:
-    """What `config.json` says, or else the folder."""
-    settings = file.with_name("config.json")
-    said = read_json(settings) if settings.is_file() else inferred(file.absolute().as_posix())
-    if said.get("architecture") != "jump_relu":
-        raise FormatError(f"config.json architecture: {said.get('architecture')!r}, not jump_relu")
-    hook, l0 = word(said, "hf_hook_point_in"), said.get("l0")
-    return declaration(
+    """Return the declaration in `config.json`, or without one in the path."""
+    config = file.with_name("config.json")
+    settings = read_json(config) if config.is_file() else infer_settings(file.absolute().as_posix())
+    if settings.get("architecture") != "jump_relu":
+        raise FormatError(f"config.json architecture: {settings.get('architecture')!r}, not jump_relu")
+    hook, l0 = name_of(settings, "hf_hook_point_in"), settings.get("l0")
+    return layouts.declaration(
         "jump_relu",
         hook,
-        word(said, "hf_hook_point_out") or hook,
-        word(said, "model_name"),
+        name_of(settings, "hf_hook_point_out") or hook,
+        name_of(settings, "model_name"),
         l0=float(l0) if isinstance(l0, int | float) else None,
-        notes={"affine": flag(said, "affine_connection", "config.json", False)},
+        notes={"affine": flag(settings, "affine_connection", "config.json", False)},
     )
 
 
-def inferred(where: str) -> dict[str, Any]:
-    """The settings that repository and folder imply."""
+def infer_settings(where: str) -> dict[str, Any]:
+    """Return the settings that the repository's and folder's names imply."""
     model = re.search(r"gemma-scope-2-(\w+-(?:pt|it))", where)
     folder = re.search(r"/(resid_post|mlp_out|attn_out|transcoder)(?:_all)?/layer_(\d+)_\w+/", where)
     name = f"google/gemma-3-{model[1]}" if model else ""

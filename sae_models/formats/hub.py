@@ -1,8 +1,8 @@
-"""Where a checkpoint is: a local path, a place in a Hugging Face repository, or a SAELens release and id.
+"""Locate a checkpoint: a local path, a folder or file in a Hugging Face repository, or a SAELens release and id.
 
 path/to/folder-or-file
 organisation/repository[@revision][:subfolder-or-file]
-release/id                                              as SAELens' table has it, where `sae_lens` is installed
+release/id                                              from SAELens' table, if the package `sae_lens` is installed
 """
 
 import importlib.util
@@ -21,23 +21,23 @@ WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".gguf")
 SETTINGS = (".json", ".yaml", ".yml")
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 TABLE = "pretrained_saes.yaml"
-# SAELens' word for cross-layer transcoders: the path of one is the number of its layer.
-LAYERS = "mntss_clt_layer_transcoder"
-# A checkpoint has fewer files of weights, in shards or not; a folder with more has many checkpoints.
-MANY = 8
-# Seconds in which the hub must answer; then the cache must do.
-PATIENCE = 10.0
-# huggingface_hub lets through the errors of the HTTP library that it is built on, which differs between its versions.
+# SAELens' loader of cross-layer transcoders, whose `path` is the number of a layer.
+CROSS_LAYER_LOADER = "mntss_clt_layer_transcoder"
+# A folder with more files of weights than one sharded checkpoint has holds several checkpoints.
+MAX_WEIGHT_FILES = 8
+# Seconds to wait for the hub before falling back to the cache.
+HUB_TIMEOUT_S = 10.0
+# huggingface_hub passes on the errors of its HTTP library, which differs between versions.
 UNREACHABLE: tuple[type[Exception], ...] = (getattr(errors, "HTTPError", OSError), OSError)
 
 
 class NotFound(FormatError):
-    """A name for which there is no checkpoint, or none that can be had now."""
+    """A name without a checkpoint, or with one that is not accessible now."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """A folder or file in a repository, "" for its root; `revision` None is the newest."""
+class Location:
+    """A folder or file in a repository, "" for its root; `revision` None: the newest."""
 
     repository: str
     revision: str | None = None
@@ -46,57 +46,57 @@ class Place:
 
 @dataclass(frozen=True)
 class Release:
-    """What SAELens' table says of a release and id: the place, and the dataset scale of
-    `normalize_activations: expected_average_only_in`, which is nowhere else.
+    """A release and id of SAELens' table: the location, and the input scale of
+    `normalize_activations: expected_average_only_in`, which only the table holds.
     """
 
-    place: Place
+    location: Location
     scaling: float | None
 
 
 def resolve(name: str, cache: Path | None = None, offline: bool = False) -> Path:
-    """The local path of a checkpoint, downloaded into Hugging Face's cache if need be, with progress.
+    """Return the local path of a checkpoint; download it into Hugging Face's cache if necessary.
 
-    NotFound: no such path, release, repository, revision or subfolder; a gated repository without access; nothing in
-    the cache when offline.
+    NotFound: no such path, release, repository, revision or subfolder; no access to a gated repository; not in the
+    cache when offline.
     """
     if Path(name).exists():
         return Path(name)
-    known = release(name)
-    place = known.place if known else parse(name)
+    published = release(name)
+    location = published.location if published else parse(name)
     if offline:
-        return cached(place, cache, "offline")
+        return cached(location, cache, "offline")
     try:
-        return download(place, cache)
+        return download(location, cache)
     except errors.GatedRepoError as error:
-        raise NotFound(f"{name}: access to {place.repository} must be asked for and a token given") from error
+        raise NotFound(f"{name}: access to {location.repository} must be requested and a token configured") from error
     except errors.RevisionNotFoundError as error:
-        raise NotFound(f"{name}: {place.repository} has no revision {place.revision}") from error
+        raise NotFound(f"{name}: {location.repository} has no revision {location.revision}") from error
     except errors.RepositoryNotFoundError as error:
-        raise NotFound(f"{name}: {missing(place)}") from error
+        raise NotFound(f"{name}: {missing(location)}") from error
     except UNREACHABLE as error:
-        return cached(place, cache, str(error))
+        return cached(location, cache, str(error))
 
 
-def missing(place: Place) -> str:
-    """Why a repository may not be there."""
+def missing(location: Location) -> str:
+    """Return an explanation for a repository that does not exist."""
     hint = "" if saelens_table() else "; for a SAELens release and id, install sae-lens, whose table names them"
-    return f"no path and no repository {place.repository} that can be seen{hint}"
+    return f"no path and no repository {location.repository} that can be seen{hint}"
 
 
-def parse(name: str) -> Place:
-    """A name's parts. NotFound: not of the form `organisation/repository[@revision][:subfolder]`."""
+def parse(name: str) -> Location:
+    """Parse a name. NotFound: not of the form `organisation/repository[@revision][:subfolder]`."""
     repository, _, within = name.partition(":")
     repository, _, revision = repository.partition("@")
     parts = PurePosixPath(within).parts
     if not REPOSITORY.fullmatch(repository) or ".." in parts or within.startswith("/"):
         form = "organisation/repository[@revision][:subfolder]"
-        raise NotFound(f"{name}: neither a path nor {form}; {missing(Place(name))}")
-    return Place(repository, revision or None, "/".join(parts))
+        raise NotFound(f"{name}: neither a path nor {form}; {missing(Location(name))}")
+    return Location(repository, revision or None, "/".join(parts))
 
 
 def saelens_table() -> Path | None:
-    """SAELens' table of releases, where the package is installed; the package itself is not imported."""
+    """Return SAELens' table of releases if the package is installed, without importing it."""
     package = importlib.util.find_spec("sae_lens")
     folders = package.submodule_search_locations if package else None
     tables = [Path(folder) / TABLE for folder in folders or ()]
@@ -104,70 +104,71 @@ def saelens_table() -> Path | None:
 
 
 def release(name: str) -> Release | None:
-    """What SAELens' table says of `release/id`, None where it has no such release. NotFound: it has no such id."""
+    """Look up `release/id` in SAELens' table; None if it has no such release. NotFound: the release has no such id."""
     table, (head, _, identity) = saelens_table(), name.partition("/")
     if table is None or not identity:
         return None
     entry = yaml.load(table.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)).get(head)
     if entry is None:
         return None
-    found = [sae for sae in entry["saes"] if sae["id"] == identity]
-    if not found:
+    matches = [sae for sae in entry["saes"] if sae["id"] == identity]
+    if not matches:
         some = ", ".join(str(sae["id"]) for sae in entry["saes"][:3])
         raise NotFound(f"{name}: release {head} has no {identity}; it has {len(entry['saes'])}, such as {some}")
-    scaling, within = found[0].get("norm_scaling_factor"), str(found[0]["path"])
-    if entry.get("conversion_func") == LAYERS:
+    scaling, within = matches[0].get("norm_scaling_factor"), str(matches[0]["path"])
+    if entry.get("conversion_func") == CROSS_LAYER_LOADER:
         within = f"W_enc_{within}.safetensors"
-    return Release(Place(entry["repo_id"], within=within), None if scaling is None else float(scaling))
+    return Release(Location(entry["repo_id"], within=within), None if scaling is None else float(scaling))
 
 
-def download(place: Place, cache: Path | None) -> Path:
-    """The place's files, those alone, from the hub or its cache."""
-    said = huggingface_hub.HfApi().model_info(place.repository, revision=place.revision, timeout=PATIENCE)
-    names = wanted([file.rfilename for file in said.siblings or ()], place)
-    repository, revision = place.repository, place.revision
+def download(location: Location, cache: Path | None) -> Path:
+    """Download the files of a location, or find them in the cache; return its path."""
+    info = huggingface_hub.HfApi().model_info(location.repository, revision=location.revision, timeout=HUB_TIMEOUT_S)
+    names = select_files([file.rfilename for file in info.siblings or ()], location)
+    repository, revision = location.repository, location.revision
     paths = [huggingface_hub.hf_hub_download(repository, name, revision=revision, cache_dir=cache) for name in names]
-    return snapshot(Path(paths[0]), names[0]) / place.within
+    return snapshot(Path(paths[0]), names[0]) / location.within
 
 
 def snapshot(path: Path, name: str) -> Path:
-    """The folder in which the file `name` of a repository has this path."""
+    """Return the root of a repository's snapshot in which the file `name` has this path."""
     return path.parents[len(PurePosixPath(name).parts) - 1]
 
 
-def cached(place: Place, cache: Path | None, why: str) -> Path:
-    """The place in the cache, where the hub cannot be asked. NotFound: it is not there."""
+def cached(location: Location, cache: Path | None, why: str) -> Path:
+    """Return the path of a location in the cache, if the hub is not reachable. NotFound: it is not in the cache."""
     try:
         folder = huggingface_hub.snapshot_download(
-            place.repository, revision=place.revision, cache_dir=cache, local_files_only=True
+            location.repository, revision=location.revision, cache_dir=cache, local_files_only=True
         )
     except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError, OSError) as error:
-        raise NotFound(f"{place.repository}: not in the cache, and cannot be reached: {why}") from error
+        raise NotFound(f"{location.repository}: not in the cache, and cannot be reached: {why}") from error
     root = Path(folder)
     files = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
-    wanted(files, place)
-    return root / place.within
+    select_files(files, location)
+    return root / location.within
 
 
-def wanted(files: Iterable[str], place: Place) -> list[str]:
-    """The files of a place among a repository's: weights and settings in the folder itself and its `checkpoints`, or
-    the one file, its decoders where they are apart, and the settings beside it. NotFound: no weights there, or those of
-    many checkpoints.
+def select_files(files: Iterable[str], location: Location) -> list[str]:
+    """Select the files of a location from all files of its repository.
+
+    For a folder: weights and settings in it and in its `checkpoints`. For a file: the file, its separate decoders if
+    any, and the settings beside it. NotFound: no weights, or those of several checkpoints.
     """
     paths = [PurePosixPath(name) for name in sorted(files) if ".." not in name.split("/")]
-    within = PurePosixPath(place.within)
+    within = PurePosixPath(location.within)
     if within in paths:
-        beside = (within.parent, within.parent.parent if within.parent.name == "checkpoints" else within.parent)
+        folders = (within.parent, within.parent.parent if within.parent.name == "checkpoints" else within.parent)
         decoders = within.with_name(within.name.replace("W_enc_", "W_dec_"))
-        apart = [path for path in paths if path == decoders != within]
-        settings = [path for path in paths if path.parent in beside and path.suffix in SETTINGS]
-        return [str(path) for path in (within, *apart, *settings)]
+        separate = [path for path in paths if path == decoders != within]
+        settings = [path for path in paths if path.parent in folders and path.suffix in SETTINGS]
+        return [str(path) for path in (within, *separate, *settings)]
     folders = (within, within / "checkpoints")
     weights = [str(path) for path in paths if path.parent in folders and path.suffix in WEIGHTS]
-    where = f"weights in {place.within or 'its root'}"
+    where = f"weights in {location.within or 'its root'}"
     if not weights:
         some = sorted({str(path.parent) for path in paths if path.suffix in WEIGHTS})[:5]
-        raise NotFound(f"{place.repository}: no {where}; there are some in {some}")
-    if len(weights) > MANY:
-        raise NotFound(f"{place.repository}: {len(weights)} {where}, name one of them: {weights[:3]}")
+        raise NotFound(f"{location.repository}: no {where}; there are some in {some}")
+    if len(weights) > MAX_WEIGHT_FILES:
+        raise NotFound(f"{location.repository}: {len(weights)} {where}, name one of them: {weights[:3]}")
     return weights + [str(path) for path in paths if path.parent == within and path.suffix in SETTINGS]

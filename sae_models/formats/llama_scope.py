@@ -5,9 +5,9 @@
     f = z where z * ||decoder row|| > threshold * sqrt(d) / norm_out
     y = (f . decoder + decoder_bias) * norm_out / sqrt(d)
 
-The one threshold is in units of the output, so it is scaled as the output is: over the published layers it varies
-sevenfold with norm_out, and threshold * sqrt(d) / norm_out stays near 2, also for the transcoders, where norm_in and
-norm_out differ. The decoder norm in it is the library's `sparsity_include_decoder_norm`.
+The one threshold is in units of the output and scales with it: over the published layers it varies sevenfold with
+norm_out, while threshold * sqrt(d) / norm_out stays near 2, also for the transcoders, whose norm_in and norm_out
+differ. The decoder norm in the comparison is the library's `sparsity_include_decoder_norm`.
 """
 
 import math
@@ -18,20 +18,19 @@ from typing import Any
 
 import torch
 
-from rudder.sae_models.formats.folding import fold_pre_bias
+from rudder.sae_models.formats.folding import fold_pre_bias, fold_scales
 from rudder.sae_models.formats.layouts import (
+    check_finite,
+    checkpoint_folder,
     declaration,
     fold_norm_gate,
-    fold_scales,
-    folder,
-    linear,
-    positive,
-    whole,
-    without_bias,
+    linear_layers,
+    positive_number,
+    zero_bias,
 )
-from rudder.sae_models.formats.settings import flag, section, word
+from rudder.sae_models.formats.settings import flag, name_of, section
 from rudder.sae_models.formats.source import Declaration, Format, FormatError
-from rudder.sae_models.formats.tensors import assembled, only, read_json, read_safetensors
+from rudder.sae_models.formats.tensors import assemble, read_json, read_safetensors, refuse_unknown
 from rudder.sae_models.sae import SAE
 
 SETTINGS = "hyperparams.json"
@@ -40,54 +39,59 @@ KEYS = frozenset({"encoder.weight", "encoder.bias", "decoder.weight", "decoder.b
 
 
 def recognise(path: Path) -> str | None:
-    """Both files."""
-    home = folder(path)
+    """Recognise the two files."""
+    home = checkpoint_folder(path)
     both = (home / SETTINGS).is_file() and (home / CHECKPOINT).is_file()
     return f"{SETTINGS} and {CHECKPOINT}" if both else None
 
 
 def read(path: Path) -> tuple[SAE, Declaration]:
-    """The SAE or transcoder in a folder."""
-    home = folder(path)
-    said = read_json(home / SETTINGS)
-    check(said)
-    found = read_safetensors(home / CHECKPOINT)
-    only(found, KEYS, CHECKPOINT)
-    if not flag(said, "use_decoder_bias", SETTINGS, True):
-        found["decoder.bias"] = without_bias(found, "decoder.weight", 0, CHECKPOINT)
-    sae = assembled(*linear(found, CHECKPOINT))
+    """Read the SAE or transcoder in a folder."""
+    home = checkpoint_folder(path)
+    settings = read_json(home / SETTINGS)
+    check(settings)
+    tensors = read_safetensors(home / CHECKPOINT)
+    refuse_unknown(tensors, KEYS, CHECKPOINT)
+    if not flag(settings, "use_decoder_bias", SETTINGS, True):
+        tensors["decoder.bias"] = zero_bias(tensors, "decoder.weight", 0, CHECKPOINT)
+    sae = assemble(*linear_layers(tensors, CHECKPOINT))
     folded = ["input_scale"]
-    if flag(said, "apply_decoder_bias_to_pre_encoder", SETTINGS, False):
+    if flag(settings, "apply_decoder_bias_to_pre_encoder", SETTINGS, False):
         sae = fold_pre_bias(sae, sae.decoder_bias)
         folded.append("pre_bias")
-    into, out = scales(said, sae.width)
-    sae = replace(sae, threshold=torch.full_like(sae.bias, positive(said, "jump_relu_threshold", SETTINGS) * out))
-    if flag(said, "sparsity_include_decoder_norm", SETTINGS, True):
+    into, out = scales(settings, sae.width)
+    sae = replace(
+        sae, threshold=torch.full_like(sae.bias, positive_number(settings, "jump_relu_threshold", SETTINGS) * out)
+    )
+    if flag(settings, "sparsity_include_decoder_norm", SETTINGS, True):
         sae = fold_norm_gate(sae)
         folded.append("decoder_norm")
-    return whole(fold_scales(sae, into, out), CHECKPOINT), declared(said, tuple(folded))
+    return check_finite(fold_scales(sae, into, out), CHECKPOINT), declared(settings, tuple(folded))
 
 
-def check(said: Mapping[str, Any]) -> None:
-    """FormatError of settings that would change the arithmetic."""
-    if said.get("act_fn", "jumprelu") != "jumprelu" or said.get("norm_activation", "dataset-wise") != "dataset-wise":
-        kind = (said.get("act_fn"), said.get("norm_activation"))
+def check(settings: Mapping[str, Any]) -> None:
+    """Raise FormatError for settings that would change the arithmetic."""
+    if (
+        settings.get("act_fn", "jumprelu") != "jumprelu"
+        or settings.get("norm_activation", "dataset-wise") != "dataset-wise"
+    ):
+        kind = (settings.get("act_fn"), settings.get("norm_activation"))
         raise FormatError(f"{SETTINGS} act_fn, norm_activation: {kind}, not jumprelu and dataset-wise")
-    if said.get("use_glu_encoder"):
+    if settings.get("use_glu_encoder"):
         raise FormatError(f"{SETTINGS} use_glu_encoder: a gated encoder is not linear, it cannot be served")
 
 
-def scales(said: Mapping[str, Any], width: int) -> tuple[float, float]:
-    """sqrt(d) over the dataset's mean norm, at the input and at the output."""
-    average = section(said, "dataset_average_activation_norm", SETTINGS)
+def scales(settings: Mapping[str, Any], width: int) -> tuple[float, float]:
+    """Return sqrt(d) over the dataset's mean norm, at the input and at the output."""
+    average = section(settings, "dataset_average_activation_norm", SETTINGS)
     root = math.sqrt(width)
-    return root / positive(average, "in", SETTINGS), root / positive(average, "out", SETTINGS)
+    return root / positive_number(average, "in", SETTINGS), root / positive_number(average, "out", SETTINGS)
 
 
-def declared(said: Mapping[str, Any], folded: tuple[str, ...]) -> Declaration:
-    """What the settings say."""
-    hook = word(said, "hook_point_in")
-    out = word(said, "hook_point_out") or hook
+def declared(settings: Mapping[str, Any], folded: tuple[str, ...]) -> Declaration:
+    """Return the declaration in the settings."""
+    hook = name_of(settings, "hook_point_in")
+    out = name_of(settings, "hook_point_out") or hook
     architecture = "jumprelu" if hook == out else "jumprelu_transcoder"
     notes = {"normalize_activations": "dataset-wise"}
     return declaration(architecture, hook, out, "meta-llama/Llama-3.1-8B", folded=folded, notes=notes)

@@ -3,9 +3,9 @@
 
     h = x * scale_in      z = h . W_E + b_E      f = z where z * ||W_D row|| passes      y = (f . W_D + b_D) / scale_out
 
-`passes` is a ReLU, a JumpReLU or a TopK; without `sparsity_include_decoder_norm` it looks at z. `norm_activation` says
-what the scale is: sqrt(d) / mean norm of the dataset, sqrt(d) / ||x||, or 1. Where a TopK looks at z * ||W_D row||,
-latents are read in those units: the library's f is f / ||W_D row||.
+`passes` is a ReLU, a JumpReLU or a TopK; without `sparsity_include_decoder_norm` it compares z. `norm_activation`
+determines the scale: sqrt(d) / mean norm of the dataset, sqrt(d) / ||x||, or 1. Where a TopK compares z * ||W_D row||,
+activations here are in those units: the library's f is f / ||W_D row||.
 """
 
 import math
@@ -14,25 +14,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rudder.sae_models.formats.folding import fold_decoder_norm, fold_pre_bias
+from rudder.sae_models.formats.folding import fold_decoder_norm, fold_pre_bias, fold_scales
 from rudder.sae_models.formats.layouts import (
     Weights,
+    check_finite,
+    checkpoint_folder,
     declaration,
     fold_norm_gate,
-    fold_scales,
-    folder,
-    linear,
-    stored,
-    whole,
-    without_bias,
+    linear_layers,
+    read_tensors,
+    zero_bias,
 )
-from rudder.sae_models.formats.settings import count, flag, word
+from rudder.sae_models.formats.settings import count, flag, name_of
 from rudder.sae_models.formats.source import Declaration, Format, FormatError
-from rudder.sae_models.formats.tensors import assembled, only, read_json, state, take
+from rudder.sae_models.formats.tensors import assemble, read_json, refuse_unknown, state_dict, take
 from rudder.sae_models.sae import SAE, Normalisation, TopK
 
 SETTINGS, MODEL = "config.json", "lm_config.json"
-# In the order in which the library looks.
+# In the order in which the library searches.
 CHECKPOINTS = tuple(
     f"{name}.{suffix}"
     for name in ("sae_weights", "checkpoints/pruned", "checkpoints/final")
@@ -45,23 +44,23 @@ OLDER = frozenset({"encoder.weight", "encoder.bias", "decoder.weight", "decoder.
 
 
 def recognise(path: Path) -> str | None:
-    """Settings with `norm_activation` beside a checkpoint."""
-    home = folder(path)
-    checkpoint = found_checkpoint(home)
+    """Recognise settings with `norm_activation` beside a checkpoint."""
+    home = checkpoint_folder(path)
+    checkpoint = find_checkpoint(home)
     if checkpoint is None or not (home / SETTINGS).is_file():
         return None
-    said = settings_or_none(home)
+    settings = settings_or_none(home)
     wanted = {"norm_activation", "expansion_factor"}
-    return f"{SETTINGS} with norm_activation, and {checkpoint.name}" if said and wanted <= said.keys() else None
+    return f"{SETTINGS} with norm_activation, and {checkpoint.name}" if settings and wanted <= settings.keys() else None
 
 
-def found_checkpoint(home: Path) -> Path | None:
-    """The weights that the library would take."""
+def find_checkpoint(home: Path) -> Path | None:
+    """Return the file of weights that the library would load."""
     return next((home / name for name in CHECKPOINTS if (home / name).exists()), None)
 
 
 def settings_or_none(home: Path) -> dict[str, Any] | None:
-    """The settings, where they can be read."""
+    """Return the settings if they can be read."""
     try:
         return read_json(home / SETTINGS)
     except FormatError:
@@ -69,87 +68,90 @@ def settings_or_none(home: Path) -> dict[str, Any] | None:
 
 
 def read(path: Path) -> tuple[SAE, Declaration]:
-    """The SAE or transcoder in a folder."""
-    home = folder(path)
-    said = read_json(home / SETTINGS)
-    check(said)
-    checkpoint = found_checkpoint(home)
+    """Read the SAE or transcoder in a folder."""
+    home = checkpoint_folder(path)
+    settings = read_json(home / SETTINGS)
+    check(settings)
+    checkpoint = find_checkpoint(home)
     if checkpoint is None or checkpoint.suffix == ".dcp":
         raise FormatError(f"{home.name}: no sae_weights.safetensors; a .dcp folder is to be saved again as safetensors")
-    found = stored(checkpoint)
-    found = state(found["sae"], checkpoint.name) if "sae" in found else found
-    hooks = word(said, "hook_point_in"), word(said, "hook_point_out")
-    only(found, NEWER | OLDER | {*THRESHOLDS} | {AVERAGE + hook for hook in hooks}, checkpoint.name)
-    sae = assembled(*parameters(found, said, checkpoint.name))
+    tensors = read_tensors(checkpoint)
+    tensors = state_dict(tensors["sae"], checkpoint.name) if "sae" in tensors else tensors
+    hooks = name_of(settings, "hook_point_in"), name_of(settings, "hook_point_out")
+    refuse_unknown(tensors, NEWER | OLDER | {*THRESHOLDS} | {AVERAGE + hook for hook in hooks}, checkpoint.name)
+    sae = assemble(*parameters(tensors, settings, checkpoint.name))
     folded = []
-    if flag(said, "apply_decoder_bias_to_pre_encoder", SETTINGS, False):
+    if flag(settings, "apply_decoder_bias_to_pre_encoder", SETTINGS, False):
         sae = fold_pre_bias(sae, sae.decoder_bias)
         folded.append("pre_bias")
-    sae = activated(sae, found, said, checkpoint.name)
-    if flag(said, "sparsity_include_decoder_norm", SETTINGS, True) and said["act_fn"] != "relu":
-        sae = fold_norm_gate(sae) if said["act_fn"] == "jumprelu" else fold_decoder_norm(sae)
+    sae = with_activation(sae, tensors, settings, checkpoint.name)
+    if flag(settings, "sparsity_include_decoder_norm", SETTINGS, True) and settings["act_fn"] != "relu":
+        sae = fold_norm_gate(sae) if settings["act_fn"] == "jumprelu" else fold_decoder_norm(sae)
         folded.append("decoder_norm")
-    if said["norm_activation"] == "dataset-wise":
-        sae = fold_scales(sae, *(scale(found, hook, sae.width, checkpoint.name) for hook in hooks))
+    if settings["norm_activation"] == "dataset-wise":
+        sae = fold_scales(sae, *(scale(tensors, hook, sae.width, checkpoint.name) for hook in hooks))
         folded.append("input_scale")
-    model = word(read_json(home / MODEL), "model_name") if (home / MODEL).is_file() else ""
-    notes = {"normalize_activations": said["norm_activation"]}
-    said_of = declaration(str(said["act_fn"]), *hooks, model, folded=tuple(folded), notes=notes)
-    return whole(sae, checkpoint.name), said_of
+    model = name_of(read_json(home / MODEL), "model_name") if (home / MODEL).is_file() else ""
+    notes = {"normalize_activations": settings["norm_activation"]}
+    declared = declaration(str(settings["act_fn"]), *hooks, model, folded=tuple(folded), notes=notes)
+    return check_finite(sae, checkpoint.name), declared
 
 
-def check(said: Mapping[str, Any]) -> None:
-    """FormatError of what is not an SAE of tokens, by its name."""
-    if said.get("sae_type", "sae") != "sae":
-        refuse("sae_type", f"{said['sae_type']!r} reads or writes more than one site")
-    if said.get("use_glu_encoder"):
+def check(settings: Mapping[str, Any]) -> None:
+    """Raise FormatError, by the setting, for what is not an SAE of single tokens."""
+    if settings.get("sae_type", "sae") != "sae":
+        refuse("sae_type", f"{settings['sae_type']!r} reads or writes more than one site")
+    if settings.get("use_glu_encoder"):
         refuse("use_glu_encoder", "a gated encoder is not linear, it cannot be served")
-    if said.get("act_fn") not in ("relu", "jumprelu", "topk"):
-        refuse("act_fn", f"{said.get('act_fn')!r}: a latent depends on the other tokens; convert it to a JumpReLU")
-    if said.get("norm_activation") not in ("inference", "dataset-wise", "token-wise"):
-        refuse("norm_activation", f"{said.get('norm_activation')!r}: the scale depends on the other tokens")
-    if said["norm_activation"] == "token-wise" and said.get("hook_point_in") != said.get("hook_point_out"):
+    if settings.get("act_fn") not in ("relu", "jumprelu", "topk"):
+        refuse("act_fn", f"{settings.get('act_fn')!r}: a latent depends on the other tokens; convert it to a JumpReLU")
+    if settings.get("norm_activation") not in ("inference", "dataset-wise", "token-wise"):
+        refuse("norm_activation", f"{settings.get('norm_activation')!r}: the scale depends on the other tokens")
+    if settings["norm_activation"] == "token-wise" and settings.get("hook_point_in") != settings.get("hook_point_out"):
         refuse("norm_activation", "token-wise: the scale of a transcoder's output is that of the output it predicts")
 
 
 def refuse(field: str, why: str) -> NoReturn:
-    """A FormatError of the settings."""
+    """Raise FormatError for a setting."""
     raise FormatError(f"{SETTINGS} {field}: {why}")
 
 
-def parameters(found: Mapping[str, Any], said: Mapping[str, Any], file: str) -> Weights:
-    """Weights by the names of 2.x, W_E [d, F] and W_D [F, d], or of 1.x, two linear layers."""
-    older = "encoder.weight" in found
-    width = count(said, "d_model", SETTINGS)
-    if not flag(said, "use_decoder_bias", SETTINGS, True):
-        absent, beside, dim = ("decoder.bias", "decoder.weight", 0) if older else ("b_D", "W_D", 1)
-        found = {**found, absent: without_bias(found, beside, dim, file)}
+def parameters(tensors: Mapping[str, Any], settings: Mapping[str, Any], file: str) -> Weights:
+    """Return the weights by the names of 2.x, W_E [d, F] and W_D [F, d], or of 1.x, two linear layers."""
+    older = "encoder.weight" in tensors
+    width = count(settings, "d_model", SETTINGS)
+    if not flag(settings, "use_decoder_bias", SETTINGS, True):
+        missing, decoder_key, dim = ("decoder.bias", "decoder.weight", 0) if older else ("b_D", "W_D", 1)
+        tensors = {**tensors, missing: zero_bias(tensors, decoder_key, dim, file)}
     if older:
-        weights = linear(found, file)
+        weights = linear_layers(tensors, file)
     else:
-        bias, out = take(found, "b_E", file, (-1,)), take(found, "b_D", file, (-1,))
-        encoder, decoder = take(found, "W_E", file, (-1, len(bias))), take(found, "W_D", file, (len(bias), len(out)))
+        bias, out = take(tensors, "b_E", file, (-1,)), take(tensors, "b_D", file, (-1,))
+        encoder, decoder = (
+            take(tensors, "W_E", file, (-1, len(bias))),
+            take(tensors, "W_D", file, (len(bias), len(out))),
+        )
         weights = Weights(encoder.T, bias, decoder, out)
     if weights.encoder.shape[1] != width:
         raise FormatError(f"{SETTINGS} d_model: {width}, the encoder reads {weights.encoder.shape[1]}")
     return weights
 
 
-def activated(sae: SAE, found: Mapping[str, Any], said: Mapping[str, Any], file: str) -> SAE:
-    """With the activation and the normalisation that the settings name."""
-    by_token = said["norm_activation"] == "token-wise"
+def with_activation(sae: SAE, tensors: Mapping[str, Any], settings: Mapping[str, Any], file: str) -> SAE:
+    """Return the SAE with the activation and the normalisation of the settings."""
+    by_token = settings["norm_activation"] == "token-wise"
     sae = replace(sae, normalisation=Normalisation.CONSTANT_NORM if by_token else Normalisation.NONE)
-    if said["act_fn"] == "topk":
-        return replace(sae, selection=TopK(count(said, "top_k", SETTINGS, sae.latents)))
-    if said["act_fn"] == "relu":
+    if settings["act_fn"] == "topk":
+        return replace(sae, selection=TopK(count(settings, "top_k", SETTINGS, sae.latents)))
+    if settings["act_fn"] == "relu":
         return sae
-    named = next((key for key in THRESHOLDS if key in found), THRESHOLDS[0])
-    return replace(sae, threshold=take(found, named, file, (sae.latents,)).float().exp())
+    named = next((key for key in THRESHOLDS if key in tensors), THRESHOLDS[0])
+    return replace(sae, threshold=take(tensors, named, file, (sae.latents,)).float().exp())
 
 
-def scale(found: Mapping[str, Any], hook: str, width: int, file: str) -> float:
-    """sqrt(d) over the dataset's mean norm at a hook point."""
-    norm = float(take(found, AVERAGE + hook, file, ()))
+def scale(tensors: Mapping[str, Any], hook: str, width: int, file: str) -> float:
+    """Return sqrt(d) over the dataset's mean norm at a hook point."""
+    norm = float(take(tensors, AVERAGE + hook, file, ()))
     if norm <= 0:
         raise FormatError(f"{file} {AVERAGE}{hook}: {norm} is not a norm")
     return math.sqrt(width) / norm

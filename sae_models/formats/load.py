@@ -1,4 +1,4 @@
-"""Reading a checkpoint of whatever format it is."""
+"""Load a checkpoint of any supported format."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from rudder.sae_models.formats import (
     sparsify,
     transcoders,
 )
-from rudder.sae_models.formats.layouts import whole
+from rudder.sae_models.formats.layouts import check_finite
 from rudder.sae_models.formats.source import Format, FormatError, Loaded
 
 FORMATS: tuple[Format, ...] = (
@@ -41,29 +41,30 @@ FORMATS: tuple[Format, ...] = (
     route_sae.FORMAT,
     adaptive_k.FORMAT,
 )
-SEEN = 20
+MAX_NAMES = 20
 
 
 def load(path: Path) -> Loaded:
-    """Reads the checkpoint in a file or folder, in the one format that fits it. FormatError: what was seen, where none
-    or more than one does, or what is wrong in it.
+    """Load the checkpoint in a file or folder by the one format that recognises it.
+
+    FormatError: no format or several recognise it, with the names in the folder; or it is invalid, with the field.
     """
     if not path.exists():
         raise FormatError(f"{path}: is not there")
-    fitting = [(found, why) for found in FORMATS if (why := found.recognise(path))]
-    if len(fitting) != 1:
-        known = "; ".join(f"{found.name}: {why}" for found, why in fitting) or "none that is known"
-        raise FormatError(f"{path}: the format must be one, it is {known}; seen: {seen(path)}")
-    (found, why), *_ = fitting
-    sae, declared = found.read(path)
-    # A pre-bias changes the bias alone.
-    whole(sae, path.name, matrices=bool(set(declared.folded) - {"pre_bias"}))
-    return Loaded(found.name, why, sae, declared)
+    candidates = [(candidate, why) for candidate in FORMATS if (why := candidate.recognise(path))]
+    if len(candidates) != 1:
+        known = "; ".join(f"{candidate.name}: {why}" for candidate, why in candidates) or "none that is known"
+        raise FormatError(f"{path}: the format must be one, it is {known}; seen: {list_names(path)}")
+    (reader, why), *_ = candidates
+    sae, declared = reader.read(path)
+    # Folding a pre-bias changes only the bias, so checking the matrices again would only cost time.
+    check_finite(sae, path.name, matrices=bool(set(declared.folded) - {"pre_bias"}))
+    return Loaded(reader.name, why, sae, declared)
 
 
-def seen(path: Path) -> str:
-    """The names in a folder, or that of a file, as many as help."""
+def list_names(path: Path) -> str:
+    """List the first names in a folder, or the name and size of a file."""
     if path.is_file():
         return f"the file {path.name}, {path.stat().st_size} bytes"
     names = sorted(child.name + "/" * child.is_dir() for child in path.iterdir())
-    return ", ".join(names[:SEEN]) + f" and {len(names) - SEEN} more" * (len(names) > SEEN) or "nothing"
+    return ", ".join(names[:MAX_NAMES]) + f" and {len(names) - MAX_NAMES} more" * (len(names) > MAX_NAMES) or "nothing"

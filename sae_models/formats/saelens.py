@@ -1,8 +1,8 @@
-"""SAELens: a folder with cfg.json and sae_weights.safetensors, current (6.x) and earlier.
+"""SAELens: a folder with cfg.json and sae_weights.safetensors, of versions 6.x and earlier.
 
 W_enc (d, F), b_enc (F), W_dec (F, d_out), b_dec (d_out); jumprelu: threshold (F); gated: b_gate, b_mag, r_mag (F) in
-place of b_enc; skip transcoders: W_skip (d_out, d). The input is normalised, then b_dec is taken off where
-`apply_b_dec_to_input` says so; for transcoders it never is.
+place of b_enc; skip transcoders: W_skip (d_out, d). The input is normalised; then b_dec is subtracted if
+`apply_b_dec_to_input` is set, but never for transcoders.
 
 Before 6.0 the settings are flat and have other names: `hook_point` for `hook_name`, `activation_fn_str` for
 `activation_fn`, and a topk SAE is a standard one with the activation function topk.
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from rudder.sae_models.formats import folding, sites
-from rudder.sae_models.formats.folder import CONFIG, home, recognised, write_folder
-from rudder.sae_models.formats.settings import choice, count, flag, section, word
+from rudder.sae_models.formats.folder import CONFIG, folder_of, recognise_folder, write_folder
+from rudder.sae_models.formats.settings import choice, count, flag, name_of, section
 from rudder.sae_models.formats.source import Declaration, Format, FormatError
-from rudder.sae_models.formats.tensors import assembled, only, oriented, read_json, read_safetensors, take
+from rudder.sae_models.formats.tensors import assemble, orient, read_json, read_safetensors, refuse_unknown, take
 from rudder.sae_models.sae import SAE, Normalisation, TopK
 
 WEIGHTS, SPARSITY = "sae_weights.safetensors", "sparsity.safetensors"
-# Checkpoints of a training run have these beside them: statistics that it folds into the weights at its end.
+# Statistics beside the checkpoints of a training run, which folds them into the weights at its end.
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
 VERSION = "6.54.12"
 
@@ -39,14 +39,14 @@ TENSORS = {
     "skip_transcoder": MATRICES | {"b_enc", "W_skip"},
     "jumprelu_transcoder": MATRICES | {"b_enc", "threshold"},
     "jumprelu_skip_transcoder": MATRICES | {"b_enc", "threshold", "W_skip"},
-    # Training checkpoints: for inference SAELens saves them as jumprelu.
+    # Checkpoints during training; for inference SAELens saves these as jumprelu.
     "batchtopk": MATRICES | {"b_enc", "topk_threshold"},
     "matryoshka_batchtopk": MATRICES | {"b_enc", "topk_threshold"},
 }
 FINETUNING = ("scaling_factor", "finetuning_scaling_factor")
 REFUSED = {
     "temporal": "its latents depend on earlier tokens through attention",
-    "matching_pursuit": "it takes latents one after another, each from what the last has left of the input",
+    "matching_pursuit": "it selects latents one after another, each from the residual of the last",
 }
 NORMALISATIONS = {
     "none": Normalisation.NONE,
@@ -64,7 +64,7 @@ NOTED = (
 
 
 class Checkpoint(NamedTuple):
-    """A folder's content: settings flat and by their current names, tensors as they are stored."""
+    """The content of a folder: flat settings by their current_settings names, tensors as assemble_weights."""
 
     folder: Path
     architecture: str
@@ -73,41 +73,41 @@ class Checkpoint(NamedTuple):
 
 
 def recognise(path: Path) -> str | None:
-    """Why a path holds this format, or None."""
-    return recognised(path, WEIGHTS)
+    """Recognise the two files."""
+    return recognise_folder(path, WEIGHTS)
 
 
 def read(path: Path) -> tuple[SAE, Declaration]:
-    """The SAE in canonical form, and what cfg.json says of it. FormatError: the file and the field."""
-    folder = home(path, WEIGHTS)
-    settings = current(read_json(folder / CONFIG))
+    """Read the SAE, and the declaration in cfg.json. FormatError: the file and the field."""
+    folder = folder_of(path, WEIGHTS)
+    settings = current_settings(read_json(folder / CONFIG))
     architecture = architecture_of(settings)
     file = Checkpoint(folder, architecture, settings, read_safetensors(folder / WEIGHTS))
-    only(file.tensors, TENSORS[architecture].union(FINETUNING), WEIGHTS)
+    refuse_unknown(file.tensors, TENSORS[architecture].union(FINETUNING), WEIGHTS)
     notes = {key: settings[key] for key in NOTED if settings.get(key) is not None}
-    sae, folded = folded_in(stored(file), file, notes)
+    sae, folded = fold_around(assemble_weights(file), file, notes)
     if (folder / SPARSITY).is_file():
         notes["log10_frequency"] = take(read_safetensors(folder / SPARSITY), "sparsity", SPARSITY, (sae.latents,))
-    sae = selected(sae, file, notes)
+    sae = with_selection(sae, file, notes)
     return sae, declaration(sae, file, folded, notes)
 
 
-def current(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, flat, by their current names."""
+def current_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flat settings by their current_settings names."""
     settings = section(config, "metadata", CONFIG) | dict(config)
     for old, new in (("hook_point", "hook_name"), ("hook_point_head_index", "hook_head_index")):
         if settings.get(new) is None:
             settings[new] = settings.get(old)
     if "activation_fn" not in settings:
         settings["activation_fn"] = settings.get("activation_fn_str", "relu")
-    found = settings.get("normalize_activations")
-    if found is None or isinstance(found, bool):
-        settings["normalize_activations"] = "expected_average_only_in" if found else "none"
+    normalise = settings.get("normalize_activations")
+    if normalise is None or isinstance(normalise, bool):
+        settings["normalize_activations"] = "expected_average_only_in" if normalise else "none"
     return settings
 
 
 def architecture_of(settings: Mapping[str, Any]) -> str:
-    """The architecture by its current name; FormatError where it cannot be served."""
+    """Return the architecture by its current_settings name. FormatError: it cannot be served."""
     architecture = choice(settings, "architecture", CONFIG, (*TENSORS, *REFUSED))
     if architecture in REFUSED:
         raise FormatError(f"{CONFIG} architecture: {architecture} cannot be served per token: {REFUSED[architecture]}")
@@ -117,24 +117,26 @@ def architecture_of(settings: Mapping[str, Any]) -> str:
     return architecture
 
 
-def stored(file: Checkpoint) -> SAE:
-    """The weights as they are, nothing folded in, and no selection."""
+def assemble_weights(file: Checkpoint) -> SAE:
+    """Return the weights without folding and without a selection."""
     _, architecture, settings, tensors = file
     d, latents = count(settings, "d_in", CONFIG), count(settings, "d_sae", CONFIG)
     d_out = count(settings, "d_out", CONFIG) if "transcoder" in architecture else d
-    encoder = oriented(take(tensors, "W_enc", WEIGHTS), latents, d, f"{WEIGHTS} W_enc")
-    decoder = oriented(take(tensors, "W_dec", WEIGHTS), latents, d_out, f"{WEIGHTS} W_dec")
+    encoder = orient(take(tensors, "W_enc", WEIGHTS), latents, d, f"{WEIGHTS} W_enc")
+    decoder = orient(take(tensors, "W_dec", WEIGHTS), latents, d_out, f"{WEIGHTS} W_dec")
     bias = take(tensors, "b_mag" if architecture == "gated" else "b_enc", WEIGHTS, (latents,))
     skip = take(tensors, "W_skip", WEIGHTS, (d_out, d)).T if "skip" in architecture else None
     normalisation = NORMALISATIONS[choice(settings, "normalize_activations", CONFIG, tuple(NORMALISATIONS))]
     if normalisation is not Normalisation.NONE and "transcoder" in architecture:
-        raise FormatError(f"{CONFIG} normalize_activations: {normalisation} of a transcoder, whose output it leaves so")
+        raise FormatError(
+            f"{CONFIG} normalize_activations: {normalisation} of a transcoder, whose output is not denormalised"
+        )
     decoder_bias, threshold = take(tensors, "b_dec", WEIGHTS, (d_out,)), threshold_of(file, decoder)
-    return assembled(encoder, bias, decoder, decoder_bias, threshold, skip=skip, normalisation=normalisation)
+    return assemble(encoder, bias, decoder, decoder_bias, threshold, skip=skip, normalisation=normalisation)
 
 
 def threshold_of(file: Checkpoint, decoder: Tensor) -> Tensor | float:
-    """Of z: [F], or one for all."""
+    """Return the thresholds of z: [F], or one for all latents."""
     if "jumprelu" in file.architecture:
         if "log_threshold" in file.tensors:
             return take(file.tensors, "log_threshold", WEIGHTS, (len(decoder),)).float().exp()
@@ -142,18 +144,18 @@ def threshold_of(file: Checkpoint, decoder: Tensor) -> Tensor | float:
     if "batchtopk" not in file.architecture:
         return 0.0
     threshold = take(file.tensors, "topk_threshold", WEIGHTS, ()).float()
-    # In units of z times the decoder's norm, where z is rescaled by it.
+    # The assemble_weights threshold applies to z times the decoder's norm if `rescale_acts_by_decoder_norm` is set.
     norm = torch.linalg.vector_norm(decoder, dim=1, dtype=torch.float32).clamp(min=1e-8)
-    return threshold / norm if rescaled(file) else threshold
+    return threshold / norm if rescales_by_decoder_norm(file) else threshold
 
 
-def rescaled(file: Checkpoint) -> bool:
-    """Whether z is multiplied by the norm of the latent's decoder row before the largest are taken."""
+def rescales_by_decoder_norm(file: Checkpoint) -> bool:
+    """Return whether z is multiplied by the norm of the latent's decoder row before the selection."""
     return "topk" in file.architecture and flag(file.settings, "rescale_acts_by_decoder_norm", CONFIG, default=False)
 
 
-def folded_in(sae: SAE, file: Checkpoint, notes: dict[str, Any]) -> tuple[SAE, tuple[str, ...]]:
-    """The SAE with everything around its weights folded into them, and what that was."""
+def fold_around(sae: SAE, file: Checkpoint, notes: dict[str, Any]) -> tuple[SAE, tuple[str, ...]]:
+    """Fold everything around the weights into them; return the SAE and the names of what was folded."""
     normalised, folded = file.settings["normalize_activations"], []
     if file.architecture == "gated":
         sae = folding.fold_gate(sae, *(take(file.tensors, key, WEIGHTS, (sae.latents,)) for key in ("b_gate", "r_mag")))
@@ -164,7 +166,7 @@ def folded_in(sae: SAE, file: Checkpoint, notes: dict[str, Any]) -> tuple[SAE, t
     if normalised == "expected_average_only_in" and (scale := input_scale(file, notes)):
         sae = folding.fold_input_scale(sae, scale)
         folded.append("input_scale")
-    if rescaled(file):
+    if rescales_by_decoder_norm(file):
         sae = folding.fold_decoder_norm(sae)
         folded.append("decoder_norm")
     if normalised == "covariance_whitening":
@@ -177,11 +179,12 @@ def folded_in(sae: SAE, file: Checkpoint, notes: dict[str, Any]) -> tuple[SAE, t
 
 
 def input_scale(file: Checkpoint, notes: dict[str, Any]) -> float | None:
-    """What inputs are multiplied by, where it is beside the weights. SAELens keeps it in its directory of releases, and
-    takes 1 where it does not know it.
+    """Return the factor that multiplies inputs if it is beside the weights; else None, with a note.
+
+    SAELens stores it in its table of releases and assumes 1 if it is not there.
     """
     if not (file.folder / SCALER).is_file():
-        notes["input_scale"] = f"not in the files, taken as 1: {SCALER} with its `scaling_factor` would tell"
+        notes["input_scale"] = f"not in the files, taken as 1: {SCALER} with its `scaling_factor` is missing"
         return None
     scale = read_json(file.folder / SCALER).get("scaling_factor")
     if not isinstance(scale, float | int) or not 0 < scale < float("inf"):
@@ -190,7 +193,7 @@ def input_scale(file: Checkpoint, notes: dict[str, Any]) -> float | None:
 
 
 def whitening(file: Checkpoint, d: int) -> tuple[Tensor, Tensor, Tensor]:
-    """mean [d], matrix and inverse [d, d] of the whitening of inputs."""
+    """Read mean [d], matrix and inverse [d, d] of the whitening of inputs."""
     if not (file.folder / WHITENING).is_file():
         raise FormatError(f"{CONFIG} normalize_activations: covariance_whitening without {WHITENING}")
     tensors = read_safetensors(file.folder / WHITENING)
@@ -200,21 +203,22 @@ def whitening(file: Checkpoint, d: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def finetuning_factor(file: Checkpoint) -> Tensor | None:
-    """What multiplies activations [F] on their way to the decoder, where that is not 1."""
-    found = [take(file.tensors, key, WEIGHTS).float() for key in FINETUNING if key in file.tensors]
-    if not found or torch.allclose(found[0], torch.ones(())):
+    """Return the factors [F] that multiply activations before the decoder, or None if all are 1."""
+    key = next((key for key in FINETUNING if key in file.tensors), None)
+    factor = None if key is None else take(file.tensors, key, WEIGHTS).float()
+    if factor is None or torch.allclose(factor, torch.ones(())):
         return None
-    if found[0].shape != (file.settings["d_sae"],):
-        raise FormatError(f"{WEIGHTS} scaling_factor: shape {tuple(found[0].shape)} instead of one for each latent")
-    return found[0]
+    if factor.shape != (file.settings["d_sae"],):
+        raise FormatError(f"{WEIGHTS} scaling_factor: shape {tuple(factor.shape)} instead of one for each latent")
+    return factor
 
 
-def selected(sae: SAE, file: Checkpoint, notes: dict[str, Any]) -> SAE:
-    """The SAE with its choice of the k largest, where it has one."""
+def with_selection(sae: SAE, file: Checkpoint, notes: dict[str, Any]) -> SAE:
+    """Return the SAE with its top-k selection, if it has one."""
     if file.architecture not in ("topk", "abstopk"):
         return sae
     where = file.settings if "k" in file.settings else section(file.settings, "activation_fn_kwargs", CONFIG)
-    k = count(where, "k", CONFIG, most=sae.latents)
+    k = count(where, "k", CONFIG, maximum=sae.latents)
     if file.architecture == "abstopk":
         notes["signs"] = f"latent {sae.latents} + i is the negative part of latent i"
         sae = folding.fold_signs(sae)
@@ -222,13 +226,13 @@ def selected(sae: SAE, file: Checkpoint, notes: dict[str, Any]) -> SAE:
 
 
 def declaration(sae: SAE, file: Checkpoint, folded: tuple[str, ...], notes: dict[str, Any]) -> Declaration:
-    """What the settings say beside the weights."""
-    settings, model, output_site = file.settings, word(file.settings, "model_name"), ""
-    site, why = sites.canonical(word(settings, "hook_name"), model)
+    """Return the declaration in the settings."""
+    settings, model, output_site = file.settings, name_of(file.settings, "model_name"), ""
+    site, why = sites.canonical(name_of(settings, "hook_name"), model)
     if settings.get("hook_head_index") is not None:
-        site, why = "", f"head {settings['hook_head_index']} of {word(settings, 'hook_name')}, no site here"
+        site, why = "", f"head {settings['hook_head_index']} of {name_of(settings, 'hook_name')}, no site here"
     if "transcoder" in file.architecture:
-        output_site, other = sites.canonical(word(settings, "hook_name_out"), model)
+        output_site, other = sites.canonical(name_of(settings, "hook_name_out"), model)
         why = why or other
     if why:
         notes["site"] = why
@@ -237,9 +241,9 @@ def declaration(sae: SAE, file: Checkpoint, folded: tuple[str, ...], notes: dict
 
 
 def write(path: Path, sae: SAE, declared: Declaration) -> None:
-    """Writes a folder that SAELens 6 loads. FormatError names the part that SAELens cannot hold.
+    """Write a folder that SAELens 6 loads. FormatError: the part that SAELens cannot represent.
 
-    Matrices keep their dtype; SAELens computes in float32. A pre-bias stays folded into the bias.
+    Matrices keep their dtype; SAELens computes in float32. A pre-bias remains folded into the bias.
     """
     architecture = architecture_for(sae, declared)
     tensors = {"W_enc": sae.encoder.T, "b_enc": sae.bias, "W_dec": sae.decoder, "b_dec": sae.decoder_bias}
@@ -266,7 +270,7 @@ def write(path: Path, sae: SAE, declared: Declaration) -> None:
 
 
 def architecture_for(sae: SAE, declared: Declaration) -> str:
-    """The architecture of SAELens that an SAE is; FormatError where none is."""
+    """Return SAELens' architecture for an SAE. FormatError: it has none."""
     if sae.router is not None:
         raise FormatError("router: SAELens has no SAE that chooses among sites")
     if sae.partial:
@@ -276,7 +280,7 @@ def architecture_for(sae: SAE, declared: Declaration) -> str:
     jumps = bool((sae.threshold > 0).any())
     transcodes = sae.skip is not None or sae.decoder.shape[1] != sae.width or bool(declared.output_site)
     if transcodes and sae.normalisation is not Normalisation.NONE:
-        raise FormatError(f"normalisation: SAELens leaves a transcoder's output as {sae.normalisation} made it")
+        raise FormatError(f"normalisation: SAELens does not denormalise a transcoder's output ({sae.normalisation})")
     if sae.selection is not None:
         if jumps or transcodes:
             raise FormatError("selection: SAELens has no topk with thresholds, nor of a transcoder")
@@ -287,7 +291,7 @@ def architecture_for(sae: SAE, declared: Declaration) -> str:
 
 
 def metadata(declared: Declaration) -> dict[str, Any]:
-    """SAELens' own words for what is declared."""
+    """Return a declaration as SAELens' metadata."""
     named = {
         "sae_lens_version": VERSION,
         "model_name": declared.model,

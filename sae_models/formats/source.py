@@ -1,4 +1,4 @@
-"""What a reader gives: an SAE in canonical form, and what its source declares of it."""
+"""The interface of a reader, and its result: an SAE in canonical form and what its source declares about it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,11 +14,11 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a source says beside its numbers.
+    """Metadata of a checkpoint.
 
-    `architecture` in the format's own word; `sites` read and `output_site` written as canonical names
-    (`layers.L.resid_post`), empty where the source does not tell; `model` as the source names it, or empty; `folded`
-    tells what was folded into the weights: `pre_bias`, `input_scale`, `decoder_norm`, `gate`; `notes` the rest.
+    `architecture`: in the format's own word. `sites` (read) and `output_site` (written): sites such as
+    `layers.L.resid_post`, empty if not declared. `model`: as the source names it, or empty. `folded`: what was folded
+    into the weights (`pre_bias`, `input_scale`, `decoder_norm`, `gate`). `l0`: as claimed. `notes`: everything else.
     """
 
     architecture: str
@@ -32,8 +32,8 @@ class Declaration:
 
 @dataclass(frozen=True)
 class Format:
-    """A reader. `recognise` gives the reason why a path holds this format, from names and headers alone, or None;
-    `read` raises FormatError.
+    """A reader. `recognise` returns the reason why a path holds this format, or None, from names and headers alone;
+    `read` returns the SAE and its declaration, or raises FormatError.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A read checkpoint: which format, why it was taken for it, and what came of it."""
+    """A loaded checkpoint: its format and the reason for it, the SAE, and its declaration."""
 
     format: str
     why: str

@@ -1,8 +1,8 @@
 """EleutherAI sparsify: a folder named by its hookpoint, with cfg.json and sae.safetensors.
 
-encoder.weight (F, d), encoder.bias (F), W_dec (F, d), b_dec (d), W_skip (d, d) with `skip_connection`. b_dec is taken
-off the input unless `transcode`. Of relu(z) the k largest (`topk`) or the largest of each of k groups (`groupmax`) are
-kept. Very old files may be `signed`: the k of largest magnitude, with their signs.
+encoder.weight (F, d), encoder.bias (F), W_dec (F, d), b_dec (d), W_skip (d, d) with `skip_connection`. b_dec is
+subtracted from the input unless `transcode`. The selection is the k largest of relu(z) (`topk`) or the largest of each
+of k groups (`groupmax`). Very old files may be `signed`: the k of largest magnitude, with their signs.
 """
 
 import re
@@ -14,33 +14,34 @@ from typing import Any
 import torch
 
 from rudder.sae_models.formats import folding, sites
-from rudder.sae_models.formats.folder import CONFIG, home, recognised, write_folder
-from rudder.sae_models.formats.settings import choice, count, flag, word
+from rudder.sae_models.formats.folder import CONFIG, folder_of, recognise_folder, write_folder
+from rudder.sae_models.formats.settings import choice, count, flag, name_of
 from rudder.sae_models.formats.source import Declaration, Format, FormatError
-from rudder.sae_models.formats.tensors import assembled, only, oriented, read_json, read_safetensors, take
+from rudder.sae_models.formats.tensors import assemble, orient, read_json, read_safetensors, refuse_unknown, take
 from rudder.sae_models.sae import SAE, GroupMax, Normalisation, TopK
 
 WEIGHTS = "sae.safetensors"
-# The settings of the training run, beside the folders of its hookpoints.
+# Settings of the training run, beside the folders of its hookpoints.
 RUN = "config.json"
 TENSORS = ("encoder.weight", "encoder.bias", "W_dec", "b_dec", "W_skip")
-UNIT = 1e-3
+# Tolerance within which decoder rows count as unit norm.
+UNIT_TOLERANCE = 1e-3
 
 
 def recognise(path: Path) -> str | None:
-    """Why a path holds this format, or None."""
-    return recognised(path, WEIGHTS)
+    """Recognise the two files."""
+    return recognise_folder(path, WEIGHTS)
 
 
 def read(path: Path) -> tuple[SAE, Declaration]:
-    """The SAE or transcoder in canonical form, and what its settings say. FormatError: the file and the field."""
-    folder = home(path, WEIGHTS)
+    """Read the SAE or transcoder, and the declaration in its settings. FormatError: the file and the field."""
+    folder = folder_of(path, WEIGHTS)
     settings = read_json(folder / CONFIG)
-    sae = stored(folder, settings)
+    sae = assemble_weights(folder, settings)
     transcodes = flag(settings, "transcode", CONFIG, default=False)
     if not transcodes:
         sae = folding.fold_pre_bias(sae, sae.decoder_bias)
-    k, notes = count(settings, "k", CONFIG, most=sae.latents), {}
+    k, notes = count(settings, "k", CONFIG, maximum=sae.latents), {}
     if flag(settings, "signed", CONFIG, default=False):
         notes["signs"] = f"latent {sae.latents} + i is the negative part of latent i"
         sae = folding.fold_signs(sae)
@@ -51,26 +52,29 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     return sae, declaration(folder, activation, transcodes, k, notes)
 
 
-def stored(folder: Path, settings: Mapping[str, Any]) -> SAE:
-    """The weights as they are, nothing folded in, and no selection."""
+def assemble_weights(folder: Path, settings: Mapping[str, Any]) -> SAE:
+    """Return the weights without folding and without a selection."""
     d = count(settings, "d_in", CONFIG)
     latents = settings.get("num_latents") or d * count(settings, "expansion_factor", CONFIG)
     tensors = read_safetensors(folder / WEIGHTS)
-    only(tensors, TENSORS, WEIGHTS)
+    refuse_unknown(tensors, TENSORS, WEIGHTS)
     bias = take(tensors, "encoder.bias", WEIGHTS, (latents,))
-    encoder = oriented(take(tensors, "encoder.weight", WEIGHTS), latents, d, f"{WEIGHTS} encoder.weight")
-    decoder = oriented(take(tensors, "W_dec", WEIGHTS), latents, d, f"{WEIGHTS} W_dec")
+    encoder = orient(take(tensors, "encoder.weight", WEIGHTS), latents, d, f"{WEIGHTS} encoder.weight")
+    decoder = orient(take(tensors, "W_dec", WEIGHTS), latents, d, f"{WEIGHTS} W_dec")
     skips = flag(settings, "skip_connection", CONFIG, default="W_skip" in tensors)
     skip = take(tensors, "W_skip", WEIGHTS, (d, d)).T if skips else None
-    return assembled(encoder, bias, decoder, take(tensors, "b_dec", WEIGHTS, (d,)), skip=skip)
+    return assemble(encoder, bias, decoder, take(tensors, "b_dec", WEIGHTS, (d,)), skip=skip)
 
 
 def declaration(folder: Path, activation: str, transcodes: bool, k: int, notes: dict[str, Any]) -> Declaration:
-    """What the folder's name and the run's settings beside it say: a transcoder's is of the module that it replaces."""
+    """Return the declaration in the folder's name and the run's settings beside it.
+
+    A transcoder's folder is named after the module that it replaces.
+    """
     seeded = re.fullmatch(r"seed\d+", folder.name)
     hookpoint = folder.parent if seeded else folder
     run = read_json(hookpoint.parent / RUN) if (hookpoint.parent / RUN).is_file() else {}
-    model, name = word(run, "model"), hookpoint.name
+    model, name = name_of(run, "model"), hookpoint.name
     notes |= {key: run[key] for key in ("dataset", "ctx_len", "revision") if run.get(key) is not None}
     site, why = sites.canonical(f"{name}.input" if transcodes else name, model)
     output_site, other = sites.canonical(name, model) if transcodes else ("", "")
@@ -82,8 +86,9 @@ def declaration(folder: Path, activation: str, transcodes: bool, k: int, notes: 
 
 
 def write(path: Path, sae: SAE, declared: Declaration) -> None:
-    """Writes a folder that sparsify loads, in float32: it gives all tensors one dtype. FormatError names the part that
-    sparsify cannot hold. The folder's name should be sparsify's hookpoint.
+    """Write a folder that sparsify loads, in float32, because it loads all tensors with one dtype.
+
+    The folder's name should be sparsify's hookpoint. FormatError: the part that sparsify cannot represent.
     """
     check(sae, declared)
     transcodes = bool(declared.output_site) or sae.skip is not None
@@ -96,7 +101,7 @@ def write(path: Path, sae: SAE, declared: Declaration) -> None:
     config = {
         "activation": "groupmax" if grouped else "topk",
         "expansion_factor": max(1, sae.latents // sae.width),
-        "normalize_decoder": bool((norm - 1).abs().max() < UNIT),
+        "normalize_decoder": bool((norm - 1).abs().max() < UNIT_TOLERANCE),
         "num_latents": sae.latents,
         "k": sae.selection.k if isinstance(sae.selection, TopK | GroupMax) else None,
         "multi_topk": False,
@@ -108,7 +113,7 @@ def write(path: Path, sae: SAE, declared: Declaration) -> None:
 
 
 def check(sae: SAE, declared: Declaration) -> None:
-    """FormatError that names what sparsify cannot hold of an SAE."""
+    """Raise FormatError for the part of an SAE that sparsify cannot represent."""
     if not isinstance(sae.selection, TopK | GroupMax):
         raise FormatError(f"selection: sparsify keeps k latents, the {declared.architecture} SAE has no such k")
     if bool((sae.threshold > 0).any()):

@@ -1,7 +1,7 @@
-"""Reading tensors and settings from files that are not trusted.
+"""Read tensors and settings from untrusted files.
 
-What a file declares is checked against the size it has before anything is parsed or allocated by it: a file that lies,
-is cut short or expands without measure gives one FormatError that names it.
+Declared sizes are checked against the size of the file before anything is parsed or allocated. A file with false sizes,
+a truncated file and one that expands without bound all raise a FormatError that names it.
 """
 
 import json
@@ -26,30 +26,30 @@ from torch import Tensor
 from rudder.sae_models.formats.source import FormatError
 from rudder.sae_models.sae import SAE
 
-# An SAE has some ten tensors: its headers, opcodes and settings are kilobytes.
+# An SAE has about ten tensors, so headers, opcodes and settings are a few kilobytes.
 HEADER_LIMIT = 1 << 20
 SETTINGS_LIMIT = 4 << 20
 YAML_LIMIT = 64 << 10
 NESTING_LIMIT = 20
-# Deflate cannot shrink floating-point weights much; what expands more is made to exhaust memory.
+# Deflate cannot compress floating-point weights much; a file that expands more is a decompression bomb.
 EXPANSION_LIMIT = 16
-# Hashing a tuple visits what it holds each time it occurs: tuples made of the same tuple twice, over and over, hang.
+# Hashing a tuple visits shared members once per reference: nested tuples of the same tuple twice take exponential time.
 SHARED_TUPLES_LIMIT = 24
 FINITE_BLOCK = 1 << 22
 
-# numpy gives these functions no types.
+# These functions of numpy are not typed.
 npy: Any = np.lib.format
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SIZES = FLOATS | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
-# What zipfile and numpy's reader of headers raise beside the errors of their own: the header is a Python literal.
+# All that zipfile and numpy's header parser may raise; the header is a Python literal.
 BROKEN_ARCHIVE = (
     *(OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, SyntaxError, OverflowError, struct.error),
     *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
 )
 
-# What a torch file of plain tensors is made of: storages and the sizes of their values, and what is called.
+# Storage types of a torch file with their item sizes, and all globals that a pickle of plain tensors refers to.
 STORAGES = {
     "torch DoubleStorage": 8,
     "torch FloatStorage": 4,
@@ -76,7 +76,7 @@ PICKLED = frozenset(
 
 
 class Entry(msgspec.Struct):
-    """What a safetensors header says of a tensor."""
+    """A tensor's entry in a safetensors header."""
 
     dtype: str
     shape: list[int]
@@ -84,7 +84,7 @@ class Entry(msgspec.Struct):
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, memory-mapped."""
+    """Read the tensors of a safetensors file, memory-mapped."""
     check_safetensors(path)
     try:
         return load_file(path)
@@ -93,7 +93,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, Entry], int]:
-    """What a safetensors file says it holds, from its header alone, and how many bytes it has beside that."""
+    """Read the header of a safetensors file; return its entries and the number of bytes after it."""
     try:
         with path.open("rb") as file:
             size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
@@ -108,7 +108,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, Entry], int]:
 
 
 def check_safetensors(path: Path) -> None:
-    """FormatError unless every tensor lies in the file with the size of its shape and a known dtype."""
+    """Raise FormatError unless every tensor lies within the file, with a known dtype and the size of its shape."""
     header, data = safetensors_header(path)
     for key, entry in header.items():
         begin, end = entry.data_offsets
@@ -121,28 +121,28 @@ def check_safetensors(path: Path) -> None:
 
 
 def read_pickle(path: Path, verify: bool = True) -> Any:
-    """What a torch file holds, memory-mapped, by weights-only unpickling of tensors, containers and plain values.
+    """Read a torch file, memory-mapped, by weights-only unpickling of tensors, containers and plain values.
 
-    `verify` compares the content with its checksums, which reads all of it.
+    `verify` compares the content with its checksums, which reads the whole file.
     """
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             check_torch_archive(archive, path)
             if verify and (broken := archive.testzip()) is not None:
-                raise FormatError(f"{path.name} {broken}: is not what was written, its checksum differs")
+                raise FormatError(f"{path.name} {broken}: is damaged, its checksum differs")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FormatError:
         raise
     except zipfile.BadZipFile as error:
         raise FormatError(f"{path.name}: not a whole torch file of version 1.6 or later: {error}") from error
-    # Unpickling runs the file's opcodes on Python objects, so it may end in any error that Python has.
+    # Unpickling runs the file's opcodes on Python objects, so it may raise any exception.
     except Exception as error:
         raise FormatError(f"{path.name}: {error}") from error
 
 
 def check_torch_archive(archive: zipfile.ZipFile, path: Path) -> None:
-    """FormatError unless members are stored as they are within the file, and the pickle makes plain tensors alone out
-    of members that are as large as it says.
+    """Raise FormatError unless members are uncompressed and the pickle builds plain tensors from members of their
+    declared sizes.
     """
     members = check_members(archive, path)
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -158,14 +158,14 @@ def check_torch_archive(archive: zipfile.ZipFile, path: Path) -> None:
 
 
 def storages(pickled: bytes, path: Path) -> list[tuple[str, int]]:
-    """(key, bytes) of each storage that a pickle refers to, from its opcodes alone.
+    """Return (key, bytes) of each storage that a pickle refers to, from its opcodes, without executing them.
 
-    FormatError where it calls anything but PICKLED, refers to a storage otherwise than torch does, or shares tuples
-    beyond measure.
+    FormatError: it refers to a global outside PICKLED, to a storage in another way than torch, or to shared tuples
+    more than SHARED_TUPLES_LIMIT times.
     """
     memo: dict[Any, Any] = {}
     pushed: list[tuple[str, Any]] = []
-    found, shared = [], 0
+    declared, shared = [], 0
     for opcode, argument, _ in pickletools.genops(pickled):
         name = opcode.name
         if name == "GLOBAL" and argument not in PICKLED:
@@ -176,27 +176,32 @@ def storages(pickled: bytes, path: Path) -> list[tuple[str, int]]:
             pushed.append(memo.get(argument, ("", None)))
             shared += pushed[-1][0].startswith("TUPLE")
         elif name == "BINPERSID":
-            found.append(storage(pushed[-7:], path))
+            declared.append(storage(pushed[-7:], path))
             pushed.append((name, None))
         else:
             pushed.append((name, argument))
     if shared > SHARED_TUPLES_LIMIT:
         raise FormatError(f"{path.name}: refers {shared} times to its tuples")
-    return found
+    return declared
 
 
 def storage(pushed: list[tuple[str, Any]], path: Path) -> tuple[str, int]:
-    """(key, bytes) of what torch pushes for a storage: MARK, "storage", type, key, place, number of values, TUPLE."""
+    """Return (key, bytes) of a storage from torch's seven opcodes for it.
+
+    MARK, "storage", type, key, device, number of values, TUPLE.
+    """
     names, values = [name for name, _ in pushed], [value for _, value in pushed]
     itemsize = STORAGES.get(values[2]) if len(values) == 7 else None
-    torch_like = names[:1] == ["MARK"] and names[-1:] == ["TUPLE"] and itemsize is not None
-    if not torch_like or values[1] != "storage" or not isinstance(values[3], str) or not isinstance(values[5], int):
+    if names[:1] != ["MARK"] or names[-1:] != ["TUPLE"] or itemsize is None:
         raise FormatError(f"{path.name}: refers to a storage as torch does not: {values}")
-    return values[3], values[5] * cast(int, itemsize)
+    _, tag, _, key, _, count, _ = values
+    if tag != "storage" or not isinstance(key, str) or not isinstance(count, int):
+        raise FormatError(f"{path.name}: refers to a storage as torch does not: {values}")
+    return key, count * itemsize
 
 
 def check_members(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
-    """The members of a zip archive; FormatError where names leave it, repeat, or contents expand beyond measure."""
+    """Return the members of a zip archive. FormatError: names escape it or repeat, or contents expand too much."""
     members = archive.infolist()
     names = [member.filename for member in members]
     for name in names:
@@ -211,7 +216,7 @@ def check_members(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
-    """The arrays of an npz file, by their names."""
+    """Read the arrays of an npz file by name."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             members = check_members(archive, path)
@@ -223,7 +228,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Tensor:
-    """One array of an npz file, once its header agrees with the size it declares."""
+    """Read an array of an npz file, after comparing its header with the member's size."""
     with archive.open(member) as file:
         shape, dtype = npy_header(cast(BinaryIO, file))
         if dtype.kind not in "fiub" or not dtype.isnative or any(n < 0 for n in shape):
@@ -235,41 +240,41 @@ def read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> T
 
 
 def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """(shape, dtype) of the npy array whose first byte is next; versions 1 and 2 of the format."""
+    """Return (shape, dtype) of the npy array that follows; versions 1 and 2 of the format."""
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     shape, _, dtype = read[npy.read_magic(file)](file)
     return shape, dtype
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object."""
+    """Read a JSON object."""
     try:
-        found = json.loads(text(path, SETTINGS_LIMIT))
+        content = json.loads(read_text(path, SETTINGS_LIMIT))
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path.name}: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise FormatError(f"{path.name}: is not an object")
-    return found
+    return content
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping, without aliases; its values are words, mappings and lists of them."""
+    """Read a YAML mapping without aliases; its values are strings, mappings and lists of them."""
     try:
-        content = text(path, YAML_LIMIT)
-        check_tokens(content, path)
-        # It converts no word: PyYAML's conversions of numbers and dates end in any error that Python has.
-        found = yaml.load(content, Loader=yaml.BaseLoader)
+        text = read_text(path, YAML_LIMIT)
+        check_tokens(text, path)
+        # BaseLoader converts nothing: PyYAML's conversions of numbers and dates may raise any exception.
+        content = yaml.load(text, Loader=yaml.BaseLoader)
     except FormatError:
         raise
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise FormatError(f"{path.name}: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise FormatError(f"{path.name}: is not a mapping of names")
-    return found
+    return content
 
 
 def check_tokens(content: str, path: Path) -> None:
-    """FormatError of YAML with aliases, which merged grow without measure, or nested so deeply that it takes long."""
+    """Raise FormatError for YAML with aliases, which may expand exponentially, or with deep nesting, which is slow."""
     depth = 0
     for token in yaml.scan(content):
         depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
@@ -278,22 +283,25 @@ def check_tokens(content: str, path: Path) -> None:
             raise FormatError(f"{path.name}: has aliases, or is nested {NESTING_LIMIT} deep")
 
 
-def text(path: Path, limit: int) -> str:
-    """The content of a text file of at most `limit` bytes."""
+def read_text(path: Path, limit: int) -> str:
+    """Read a text file of at most `limit` bytes."""
     if path.stat().st_size > limit:
         raise FormatError(f"{path.name}: {path.stat().st_size} bytes, at most {limit} are read")
     return path.read_text(encoding="utf-8")
 
 
-def state(found: Any, file: str) -> dict[str, Any]:
-    """What a torch file holds, where that is a dictionary with names as keys."""
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+def state_dict(content: Any, file: str) -> dict[str, Any]:
+    """Return the content of a torch file. FormatError: not a dictionary with strings as keys."""
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise FormatError(f"{file}: holds no dictionary of names")
-    return found
+    return content
 
 
 def take(tensors: Mapping[str, Any], key: str, file: str, shape: tuple[int, ...] | None = None) -> Tensor:
-    """The tensor named `key`, finite and floating; -1 in `shape` stands for any length but 0."""
+    """Return the tensor named `key`. FormatError: missing, not floating-point, not finite, or of another shape.
+
+    -1 in `shape` matches any length but 0.
+    """
     tensor = tensors.get(key)
     if tensor is None:
         raise FormatError(f"{file} {key}: missing among {', '.join(sorted(tensors)[:20])}")
@@ -301,47 +309,51 @@ def take(tensors: Mapping[str, Any], key: str, file: str, shape: tuple[int, ...]
         raise FormatError(f"{file} {key}: is not a tensor of floating-point numbers")
     if 0 in tensor.shape or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise FormatError(f"{file} {key}: shape {tuple(tensor.shape)}, the file holds less")
-    if shape is not None and not fits(tensor, shape):
+    if shape is not None and not has_shape(tensor, shape):
         raise FormatError(f"{file} {key}: shape {tuple(tensor.shape)} instead of {shape}")
-    if not finite(tensor.detach()):
+    if not all_finite(tensor.detach()):
         raise FormatError(f"{file} {key}: has values that are not finite")
     return tensor.detach()
 
 
-def fits(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor has a shape, -1 in it standing for any length."""
+def has_shape(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Return whether a tensor has a shape; -1 in it matches any length."""
     return len(shape) == tensor.dim() and all(n in (-1, have) for n, have in zip(shape, tensor.shape, strict=True))
 
 
-def finite(tensor: Tensor) -> bool:
-    """Whether all values are finite, a block at a time: a block's sum is finite only if its values are."""
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite.
+
+    Sums blocks first, without a temporary mask: a sum is finite only if all its values are. An infinite sum may also be
+    an overflow, so only then the values are tested.
+    """
     rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
     blocks = rows.split(max(1, FINITE_BLOCK * len(rows) // rows.numel()))
     return all(bool(block.sum().isfinite()) or bool(block.isfinite().all()) for block in blocks)
 
 
-def oriented(matrix: Tensor, rows: int, columns: int, name: str) -> Tensor:
-    """A matrix as [rows, columns], from its shape; FormatError where it is square, so that either way would fit."""
+def orient(matrix: Tensor, rows: int, columns: int, name: str) -> Tensor:
+    """Return a matrix as [rows, columns], transposed if its shape is. FormatError: square, so that both would fit."""
     if tuple(matrix.shape) not in ((rows, columns), (columns, rows)):
         raise FormatError(f"{name}: shape {tuple(matrix.shape)}, neither {(rows, columns)} nor {(columns, rows)}")
     if rows == columns:
-        raise FormatError(f"{name}: is square, which way it is stored cannot be told")
+        raise FormatError(f"{name}: is square, its orientation is ambiguous")
     return matrix if matrix.shape[0] == rows else matrix.T
 
 
-def only(tensors: Mapping[str, Any], known: Collection[str], file: str) -> None:
-    """FormatError that names the tensors beside the known ones: what a reader does not know, it must not ignore."""
+def refuse_unknown(tensors: Mapping[str, Any], known: Collection[str], file: str) -> None:
+    """Raise FormatError for tensors that a reader does not know, since ignoring them may change the arithmetic."""
     unknown = sorted(key for key, value in tensors.items() if key not in known and isinstance(value, Tensor))
     if unknown:
         raise FormatError(f"{file}: unknown tensors {', '.join(unknown[:20])}")
 
 
-def assembled(
+def assemble(
     encoder: Tensor, bias: Tensor, decoder: Tensor, decoder_bias: Tensor, threshold: Tensor | float = 0.0, **rest: Any
 ) -> SAE:
-    """The canonical form of checked weights, encoder [F, d] and decoder [F, d_out].
+    """Return the canonical form of checked weights, encoder [F, d] and decoder [F, d_out], with vectors in float32.
 
-    Vectors become float32. A negative threshold is 0 there: every format takes the ReLU of what passes the threshold.
+    Negative thresholds become 0: every format applies a ReLU after the threshold.
     """
     limits = threshold.float().clamp(min=0.0) if isinstance(threshold, Tensor) else torch.full_like(bias, threshold)
     return SAE(encoder, bias.float(), limits.float().expand_as(bias).clone(), decoder, decoder_bias.float(), **rest)

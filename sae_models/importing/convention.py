@@ -1,9 +1,9 @@
-"""Which convention an SAE was trained with, told by what fits real text.
+"""Determine from real text which convention an SAE was trained with.
 
-A checkpoint seldom says whether its encoder wants the decoder bias subtracted, whether activations have a threshold,
+A checkpoint seldom says whether its encoder expects the decoder bias subtracted, whether activations have a threshold,
 how inputs are normalised, and from which side of a layer it reads and writes. A wrong guess gives plausible numbers.
-Each variant here differs from the declared SAE in one such point, or where none of them fits, in two; the one that
-explains the text with as many latents as claimed is right.
+Each variant here differs from the declared SAE in one such point or, where none of them fits, in two. The right one
+reconstructs the text with the claimed L0 and FVU.
 """
 
 import re
@@ -17,17 +17,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rudder.sae_models import fidelity
-from rudder.sae_models.bundle.bundle import near
+from rudder.sae_models.bundle.bundle import confirms
 from rudder.sae_models.fidelity import Fidelity
 from rudder.sae_models.sae import SAE, Normalisation, TopK
 
 DECLARED = "as declared"
 THRESHOLD_TOKENS = 128
-# Inputs whose norm is within a tenth of sqrt(d) are as good as scaled.
+# Inputs whose mean norm is within a tenth of sqrt(d), in logarithms, count as scaled.
 SCALED = 0.1
-# Without figures to compare with, the declared convention stands unless another leaves so much less unexplained.
+# Without claimed figures, the declared convention stands unless another has an FVU lower by this factor.
 MARGIN = 1.25
-# Of how many of the best single ones pairs are tried, where none fits, and on how many tokens: there are many pairs.
+# Pairs of changes start from this many of the best single changes, and use fewer tokens, because pairs are many.
 PAIRED, PAIR_TOKENS = 3, 512
 NORMALISATIONS = {
     Normalisation.NONE: "do not normalise the input",
@@ -36,12 +36,12 @@ NORMALISATIONS = {
 }
 
 
-# Name and cure of a variant, and what the SAE is in it.
-Changed = Iterator[tuple[str, str, SAE]]
+# Name, cure and SAE of each variant.
+Changes = Iterator[tuple[str, str, SAE]]
 
 
 class Claims(NamedTuple):
-    """What the SAE's maker says of it; None where nothing."""
+    """Figures that the author of the SAE claims; None where not given."""
 
     l0: float | None
     fvu: float | None
@@ -49,8 +49,10 @@ class Claims(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """One reading of an SAE: it sees `scale` times the input at `sites`, and explains `output`, which is among them but
-    for a transcoder. `cure` says how to get from the declared one to it; `kind` is the point in which they differ.
+    """One way to read an SAE: it reads `scale` times the input at `sites` and reconstructs `output`, which is one of
+    them unless the SAE is a transcoder.
+
+    `cure`: how to convert the declared SAE to this variant; `kind`: the point in which the two differ.
     """
 
     name: str
@@ -63,13 +65,13 @@ class Variant:
 
     @property
     def transcodes(self) -> bool:
-        """Whether it explains another site than it reads."""
+        """Whether the SAE reconstructs another site than it reads."""
         return self.output not in self.sites
 
 
 @dataclass(frozen=True)
-class Fit:
-    """How a variant does on text, and how far that is from the claims; 0 is perfect."""
+class VariantFit:
+    """Figures of a variant on text, and its misfit: their distance from the claims, 0 for a perfect match."""
 
     name: str
     cure: str
@@ -79,70 +81,76 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """All variants, best first, and whether the declared one stands; it is then the first."""
+class Comparison:
+    """The fits of all variants, best first, and whether the declared convention stands; it is then the first."""
 
-    fits: tuple[Fit, ...]
+    fits: tuple[VariantFit, ...]
     stands: bool
 
     @property
-    def declared(self) -> Fit:
-        """The SAE as it is declared."""
+    def declared(self) -> VariantFit:
+        """The fit of the SAE as declared."""
         return next(fit for fit in self.fits if fit.name == DECLARED)
 
 
-def verdict(sae: SAE, sites: tuple[str, ...], output: str, residuals: Mapping[str, Tensor], claims: Claims) -> Verdict:
-    """Compares an SAE with its variants, on the vectors [n, d] of each site; those where the SAE may belong are among
-    the sites.
+def compare(
+    sae: SAE, sites: tuple[str, ...], output: str, residuals: Mapping[str, Tensor], claims: Claims
+) -> Comparison:
+    """Compare an SAE with its variants on the vectors [n, d] of each site.
 
-    The declared one stands if its figures are those claimed and, where no FVU is claimed, no other explains much more.
+    `residuals` also holds the neighbouring sites at which the SAE may belong. The declared convention stands if it
+    confirms the claims and, where no FVU is claimed, no other variant has a much lower FVU.
     """
     plain = Variant(DECLARED, "", sae, sites, output)
-    tried = [plain, *variants(plain, residuals, claims)]
-    found = figures(tried, residuals)
-    usual = found[0].l0
-    fits = [fit_of(*one, claims, usual) for one in zip(tried, found, strict=True)]
-    if not any(fitting(fit, claims) for fit in fits):
-        some = {site: x[:PAIR_TOKENS] for site, x in residuals.items()}
-        more = list(pairs(tried, fits, some, claims))
-        fits += [fit_of(*one, claims, usual) for one in zip(more, figures(more, some), strict=True)]
+    candidates = [plain, *variants(plain, residuals, claims)]
+    measured = measure_variants(candidates, residuals)
+    declared_l0 = measured[0].l0
+    fits = [fit_of(*pair, claims, declared_l0) for pair in zip(candidates, measured, strict=True)]
+    if not any(confirms_claims(fit, claims) for fit in fits):
+        fewer = {site: x[:PAIR_TOKENS] for site, x in residuals.items()}
+        doubles = list(pairs(candidates, fits, fewer, claims))
+        measured = measure_variants(doubles, fewer)
+        fits += [fit_of(*pair, claims, declared_l0) for pair in zip(doubles, measured, strict=True)]
     declared, *others = fits
     others.sort(key=lambda fit: fit.misfit)
     rivalled = claims.fvu is None and declared.misfit > others[0].misfit + log(MARGIN)
-    if fitting(declared, claims) and not rivalled:
-        return Verdict((declared, *others), True)
-    return Verdict(tuple(sorted(fits, key=lambda fit: fit.misfit)), False)
+    if confirms_claims(declared, claims) and not rivalled:
+        return Comparison((declared, *others), True)
+    return Comparison(tuple(sorted(fits, key=lambda fit: fit.misfit)), False)
 
 
-def figures(tried: Sequence[Variant], residuals: Mapping[str, Tensor]) -> list[Fidelity]:
-    """How sparse and how faithful each variant is."""
-    seen = tqdm(tried, unit="reading", desc="conventions")
-    return [fidelity.measured(variant.sae, *inputs(variant, residuals)) for variant in seen]
+def measure_variants(candidates: Sequence[Variant], residuals: Mapping[str, Tensor]) -> list[Fidelity]:
+    """Measure L0 and FVU of each variant."""
+    progress = tqdm(candidates, unit="reading", desc="conventions")
+    return [fidelity.measure(variant.sae, *inputs(variant, residuals)) for variant in progress]
 
 
-def fit_of(variant: Variant, found: Fidelity, claims: Claims, usual: float) -> Fit:
-    """What a variant's figures say of it; see `misfit` for `usual`."""
-    return Fit(variant.name, variant.cure, found.l0, found.fvu, misfit(found.l0, found.fvu, claims, usual))
+def fit_of(variant: Variant, measured: Fidelity, claims: Claims, declared_l0: float) -> VariantFit:
+    """Return the fit of a variant; see `misfit` for `declared_l0`."""
+    l0, fvu = measured.l0, measured.fvu
+    return VariantFit(variant.name, variant.cure, l0, fvu, misfit(l0, fvu, claims, declared_l0))
 
 
 def inputs(variant: Variant, residuals: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """What a variant reads, [n, d] or with a router [n, L, d], and of a transcoder what it explains.
+    """Return a variant's inputs [n, d], with a router [n, L, d], and the target [n, d_out] of a transcoder.
 
-    Error and variance scale alike, so the input's scale does not change the FVU of what explains its input.
+    The input's scale does not change the FVU of an SAE that reconstructs its input: error and variance scale alike.
     """
     at = [residuals[site] for site in variant.sites]
     x = torch.stack(at, dim=-2) if variant.sae.router else at[0]
     return x * variant.scale, residuals[variant.output] if variant.transcodes else None
 
 
-def fitting(fit: Fit, claims: Claims) -> bool:
-    """Whether figures are those claimed."""
-    return near(fit.l0, claims.l0) and near(fit.fvu, claims.fvu) and fit.fvu < 1
+def confirms_claims(fit: VariantFit, claims: Claims) -> bool:
+    """Return whether the figures agree with the claims."""
+    return confirms(fit.l0, claims.l0) and confirms(fit.fvu, claims.fvu) and fit.fvu < 1
 
 
-def pairs(tried: list[Variant], fits: list[Fit], residuals: Mapping[str, Tensor], claims: Claims) -> Iterator[Variant]:
-    """Those that differ in two points, one of them that of one of the best single ones."""
-    ranked = sorted(zip(fits[1:], tried[1:], strict=True), key=lambda one: one[0].misfit)
+def pairs(
+    candidates: list[Variant], fits: list[VariantFit], residuals: Mapping[str, Tensor], claims: Claims
+) -> Iterator[Variant]:
+    """Yield variants that differ in two points, the first of which is one of the best single changes."""
+    ranked = sorted(zip(fits[1:], candidates[1:], strict=True), key=lambda pair: pair[0].misfit)
     seen = set()
     for _, first in ranked[:PAIRED]:
         for second in variants(first, residuals, claims):
@@ -153,30 +161,30 @@ def pairs(tried: list[Variant], fits: list[Fit], residuals: Mapping[str, Tensor]
                 yield replace(second, name=names[0], cure=names[1])
 
 
-def misfit(l0: float, fvu: float, claims: Claims, usual: float) -> float:
-    """Distance from the claims in logarithms.
+def misfit(l0: float, fvu: float, claims: Claims, declared_l0: float) -> float:
+    """Return the distance of figures from the claims in logarithms.
 
-    Where no FVU is claimed, the less is unexplained the better; where no L0 is, more latents than `usual` cost, since
-    they alone explain more.
+    Without a claimed FVU, a lower FVU is better. Without a claimed L0, more latents than `declared_l0`, the L0 of the
+    SAE as declared, cost: more latents reduce the FVU under any convention.
     """
-    denser = log(max(l0, 1e-3) / max(usual if claims.l0 is None else claims.l0, 1e-3))
+    denser = log(max(l0, 1e-3) / max(declared_l0 if claims.l0 is None else claims.l0, 1e-3))
     sparse = max(0.0, denser) if claims.l0 is None else abs(denser)
     unexplained = log(min(max(fvu, 1e-6), 1e6))
     return sparse + (unexplained if claims.fvu is None else abs(unexplained - log(max(claims.fvu, 1e-6))))
 
 
 def variants(of: Variant, residuals: Mapping[str, Tensor], claims: Claims) -> Iterator[Variant]:
-    """All that differ from one reading in one point."""
+    """Yield all variants that differ from one in one point."""
     x, _ = inputs(of, residuals)
-    for make in (_pre_bias, _selected, _normalised, _skipped, _routed):
-        for name, cure, sae in make(of.sae, x, claims.l0):
-            yield replace(of, name=name, cure=cure, sae=sae, kind=make.__name__)
+    for change in (_pre_bias, _selection, _normalisation, _skip, _router):
+        for name, cure, sae in change(of.sae, x, claims.l0):
+            yield replace(of, name=name, cure=cure, sae=sae, kind=change.__name__)
     yield from _moved(of, residuals)
     yield from _scaled(of, x)
 
 
-def _pre_bias(sae: SAE, _: Tensor, __: float | None) -> Changed:
-    """The decoder bias subtracted before the encoder, or not: bias - encoder . decoder_bias, or the reverse."""
+def _pre_bias(sae: SAE, _: Tensor, __: float | None) -> Changes:
+    """Subtract the decoder bias before the encoder, bias - encoder . decoder_bias, or undo that."""
     shift = sae.preactivations(sae.decoder_bias[None])[0] - sae.bias
     if float(shift.abs().max()) == 0:
         return
@@ -185,8 +193,8 @@ def _pre_bias(sae: SAE, _: Tensor, __: float | None) -> Changed:
     yield "no pre-bias", "do not subtract the decoder bias before the encoder (it is folded in and must not be)", added
 
 
-def _selected(sae: SAE, x: Tensor, l0: float | None) -> Changed:
-    """Thresholds dropped, one found for the claimed L0, or a top-k of it."""
+def _selection(sae: SAE, x: Tensor, l0: float | None) -> Changes:
+    """Drop selection or thresholds; fit one threshold to the claimed L0; select the top k for it."""
     none = torch.zeros_like(sae.threshold)
     if sae.selection is not None:
         yield "no selection", "activations are ReLU: keep all above 0", replace(sae, selection=None)
@@ -204,24 +212,24 @@ def _selected(sae: SAE, x: Tensor, l0: float | None) -> Changed:
 
 
 def threshold_for(sae: SAE, x: Tensor, l0: float) -> float:
-    """The one threshold that leaves so many latents active on inputs [n, d]; 0 where ReLU leaves fewer."""
-    z = torch.cat([sae.preactivations(sae.prepared(part)[1]) for part, _ in fidelity.chunks(sae, x, None)]).flatten()
+    """Return the one threshold for all latents that gives this L0 on inputs [n, d]; 0 if ReLU gives less."""
+    z = torch.cat([sae.preactivations(sae.encoder_input(part)[1]) for part, _ in fidelity.chunks(sae, x)]).flatten()
     return max(0.0, float(z.kthvalue(len(z) - min(round(l0 * len(x)), len(z) - 1)).values))
 
 
-def _normalised(sae: SAE, _: Tensor, __: float | None) -> Changed:
+def _normalisation(sae: SAE, _: Tensor, __: float | None) -> Changes:
     for normalisation, cure in NORMALISATIONS.items():
         if normalisation != sae.normalisation:
             yield f"normalisation {normalisation}", cure, replace(sae, normalisation=normalisation)
 
 
-def _skipped(sae: SAE, _: Tensor, __: float | None) -> Changed:
+def _skip(sae: SAE, _: Tensor, __: float | None) -> Changes:
     if sae.skip is not None:
         yield "no skip", "leave the skip connection out", replace(sae, skip=None)
         yield "skip transposed", "transpose the skip connection", replace(sae, skip=sae.skip.T)
 
 
-def _routed(sae: SAE, _: Tensor, __: float | None) -> Changed:
+def _router(sae: SAE, _: Tensor, __: float | None) -> Changes:
     if sae.router is not None:
         other = "sum" if sae.router.mean else "mean"
         router = replace(sae.router, mean=not sae.router.mean)
@@ -229,32 +237,32 @@ def _routed(sae: SAE, _: Tensor, __: float | None) -> Changed:
 
 
 def _moved(of: Variant, residuals: Mapping[str, Tensor]) -> Iterator[Variant]:
-    """One layer down or up: where it reads, where it writes, both."""
+    """Shift the sites that the SAE reads, the site that it reconstructs, or both, by one layer."""
     for by in (-1, 1):
-        sites, output = tuple(neighbour(site, by) for site in of.sites), neighbour(of.output, by)
-        told, was = ", ".join(sites), ", ".join(of.sites)
-        at = replace(of, name=f"at {told}", cure=f"read {told} instead of {was}", sites=sites, kind="_moved")
+        sites, output = tuple(shift_layer(site, by) for site in of.sites), shift_layer(of.output, by)
+        names, declared = ", ".join(sites), ", ".join(of.sites)
+        at = replace(of, name=f"at {names}", cure=f"read {names} instead of {declared}", sites=sites, kind="_moved")
         if of.transcodes:
             explaining = replace(of, output=output, kind="_moved", name=f"explaining {output}")
-            both = replace(at, output=output, name=f"from {told} to {output}")
-            found = [
+            both = replace(at, output=output, name=f"from {names} to {output}")
+            shifted = [
                 at,
                 replace(explaining, cure=f"it explains {output} instead of {of.output}"),
                 replace(both, cure=f"{at.cure}, and it explains {output} instead of {of.output}"),
             ]
         else:
-            found = [replace(at, output=output)]
-        yield from (one for one in found if residuals.keys() >= {*one.sites, one.output})
+            shifted = [replace(at, output=output)]
+        yield from (variant for variant in shifted if residuals.keys() >= {*variant.sites, variant.output})
 
 
-def neighbour(site: str, by: int) -> str:
-    """The same point so many layers on; of the embedding, and before the first layer, no site's name."""
+def shift_layer(site: str, by: int) -> str:
+    """Return the same hook point `by` layers later; for the embedding, or before layer 0, a name that no site has."""
     layer = re.fullmatch(r"layers\.(\d+)\.(\w+)", site)
     return f"layers.{int(layer[1]) + by}.{layer[2]}" if layer else ""
 
 
 def _scaled(of: Variant, x: Tensor) -> Iterator[Variant]:
-    """A dataset scalar that brings inputs to norm sqrt(d): not folded in, or folded in where it must not be."""
+    """Fold in the constant that scales inputs to mean norm sqrt(d), or take a folded one out."""
     if of.transcodes or of.sae.router or of.scale != 1 or of.sae.normalisation is not Normalisation.NONE:
         return
     scale = sqrt(x.shape[1]) / float(x.norm(dim=1).mean())

@@ -65,7 +65,7 @@ def strongest(screened: Screen | SAE, x: Tensor, k: int) -> tuple[Latents, Value
     if isinstance(screened, SAE):
         strong, number = screened.encode(x).topk(min(k, screened.latents), dim=1)
         return padded(number.int(), k).cpu().numpy(), padded(strong, k).cpu().numpy()
-    _, h = screened.sae.prepared(x)
+    _, h = screened.sae.encoder_input(x)
     token, latent = candidates(screened, h, k)
     sae = screened.sae
     z = (h[token] * sae.encoder[latent].float()).sum(1) + sae.bias[latent]

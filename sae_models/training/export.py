@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from rudder.sae_models import fidelity
 from rudder.sae_models.activations import corpus, harvest
 from rudder.sae_models.activations import samples as materials
 from rudder.sae_models.activations.corpus import Windows
@@ -23,7 +24,7 @@ from rudder.sae_models.evaluation import activity as entries
 from rudder.sae_models.evaluation import probing
 from rudder.sae_models.evaluation import splicing as metrics
 from rudder.sae_models.evaluation.probing import Labelled
-from rudder.sae_models.evaluation.splicing import Fidelity
+from rudder.sae_models.fidelity import Fidelity
 from rudder.sae_models.importing import importer as importing
 from rudder.sae_models.importing.convention import Claims
 from rudder.sae_models.sae import SAE
@@ -44,7 +45,7 @@ def conclude(asked: Config, spec: Trained, sae: SAE, made: Given, folder: Path) 
     vectors = data.sample_of(made.held_out, asked.evaluation.tokens)
     x, target = data.inputs(spec, vectors), data.explained(spec, vectors)
     explained = x if target is None else target
-    figures = figures_of(spec, sae, metrics.fidelity(sae, x, target))
+    figures = figures_of(spec, sae, fidelity.measure(sae, x, target, progress=True))
     if made.text is not None:
         figures |= spliced(asked, spec, sae, made.text, explained.flatten(0, -2).mean(0))
         figures |= probed(asked, spec, sae, made.text)
@@ -52,7 +53,7 @@ def conclude(asked: Config, spec: Trained, sae: SAE, made: Given, folder: Path) 
     steps = asked.tokens // asked.batch
     with Record(folder, steps) as record:
         record.add("evaluation", steps, steps * asked.batch, {spec.name: figures})
-    conformance = importing.typical(sae, x, target, Claims(figures["l0"], figures["fvu"]))
+    conformance = importing.typical_conformance(sae, x, target, Claims(figures["l0"], figures["fvu"]))
     content = manifest_of(asked, spec, sae, made, figures)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".catalogue.") as scratch:
@@ -68,7 +69,7 @@ def catalogued(asked: Config, spec: Trained, sae: SAE, made: Given) -> tuple[Sta
     most = asked.evaluation.catalogue_tokens
     if made.text is None:
         sums = entries.activity(sae, data.inputs(spec, data.sample_of(made.train, most)))
-        return entries.statistics_of(sums), list(entries.unnamed(sums))
+        return entries.statistics_of(sums), list(entries.unlabelled(sums))
     text = made.text
     sample = entries.sample_of(text.train.first(most), text.documents, text.tokenizer)
     passes = materials.inputs(material_of(text), spec.sites, sample.windows)
@@ -96,22 +97,22 @@ def material_of(made: TrainingData) -> Material:
 
 def described(spec: Trained, sae: SAE, made: TrainingData, latents: Iterable[Latent]) -> Iterable[Latent]:
     """The latents, with the words that their decoder rows promote where these are added to a residual stream."""
-    if not (harvest.speaks(made.trunk.config) and spec.all_sites[-1].endswith(importing.ADDED)):
+    if not (harvest.speaks(made.trunk.config) and spec.all_sites[-1].endswith(importing.RESIDUAL_POINTS)):
         return latents
-    return importing.with_words(list(latents), sae, material_of(made))
+    return importing.with_logit_lens(list(latents), sae, material_of(made))
 
 
-def figures_of(spec: Trained, sae: SAE, fidelity: Fidelity) -> dict[str, Any]:
+def figures_of(spec: Trained, sae: SAE, measured: Fidelity) -> dict[str, Any]:
     """What vectors alone tell of an SAE, as the record and the report hold it."""
-    density = fidelity.frequency[fidelity.frequency > 0].log10().clamp(min=DENSITY[0])
+    density = measured.frequency[measured.frequency > 0].log10().clamp(min=DENSITY[0])
     return {
         "site": " ".join(spec.all_sites),
-        "fvu": fidelity.fvu,
-        "l0": fidelity.l0,
-        "dead_share": fidelity.dead_share,
-        "shrinkage": fidelity.shrinkage,
+        "fvu": measured.fvu,
+        "l0": measured.l0,
+        "dead_share": measured.dead_share,
+        "shrinkage": measured.shrinkage,
         "density": histogram(density, *DENSITY),
-        "decoder_cosine": histogram(metrics.nearest(sae.decoder), *COSINE),
+        "decoder_cosine": histogram(metrics.max_cosines(sae.decoder), *COSINE),
     }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rudder.sae_models import PRETRAINED, sae
+from rudder.sae_models import PRETRAINED, fidelity, sae
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.bundle import catalogue
 from rudder.sae_models.bundle.bundle import Bundle
@@ -60,8 +60,8 @@ def write_bundle(folder: Path, site: str, width: int, latents: int, seed: int = 
     )
     encoded = weights.encode(inputs)
     training = bundles.Training(
-        tokens=0, seed=seed, l0=sae.l0(encoded), fvu=sae.fvu(inputs, weights.decode(encoded)), ce_recovered=0.0,
-        dead_share=0.0,
+        tokens=0, seed=seed, l0=fidelity.l0(encoded), fvu=fidelity.fvu(inputs, weights.decode(encoded)),
+        ce_recovered=0.0, dead_share=0.0,
         credit="random weights, for benchmarks",
     )  # fmt: skip
     model = bundles.Model("random", "", width)

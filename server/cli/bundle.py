@@ -17,8 +17,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from rudder.sae_models.importing.check import Report
-    from rudder.sae_models.importing.convention import Verdict
-    from rudder.sae_models.importing.importer import Imported, Wish
+    from rudder.sae_models.importing.convention import Comparison
+    from rudder.sae_models.importing.importer import ImportRequest, ImportResult
 
 HOLDS, FAILS, CANNOT = 0, 1, 2
 CORPUS = "JSON lines (.jsonl or .jsonl.xz) with `text` and, if known, `book`, `module`, `title`"
@@ -46,7 +46,7 @@ def _add_import(actions: Any) -> None:
     command.add_argument("source", help=source)
     command.add_argument("--model", type=Path, required=True, help="folder of the model that the SAE was trained on")
     command.add_argument("--out", type=Path, required=True, help="folder of the bundle; its name is the bundle's name")
-    sites = "layers.<L>.<point> that it reads, where the source does not tell; repeat for an SAE with a router"
+    sites = "layers.<L>.<point> that it reads, where the source does not say; repeat for an SAE with a router"
     command.add_argument("--site", action="append", default=[], help=sites)
     command.add_argument("--output-site", default="", help="that it explains, where that is another (transcoders)")
     command.add_argument("--corpus", type=Path, help=f"text to measure on and describe latents with: {CORPUS}")
@@ -76,14 +76,14 @@ def run_import(args: argparse.Namespace) -> int:
 
     def make() -> int:
         known = None if Path(args.source).exists() else hub.release(args.source)
-        loaded = importing.with_scale(load(hub.resolve(args.source)), known.scaling if known else None)
+        loaded = importing.with_input_scale(load(hub.resolve(args.source)), known.scaling if known else None)
         err.print(f"{escape(loaded.format)}: {escape(loaded.why)}")
         for key, note in loaded.declared.notes.items():
             if isinstance(note, str | int | float):
                 err.print(f"[dim]{escape(key)}: {escape(str(note))}[/]")
-        if taken := importing.assumed(loaded.declared):
+        if taken := importing.assumed_scale(loaded.declared):
             err.print(f"[bold yellow]ASSUMED[/] {escape(taken)}")
-        tell_imported(importing.make(loaded, importing.source_of(loaded, args.source), wish_of(args)))
+        tell_imported(importing.import_sae(loaded, importing.source_of(loaded, args.source), wish_of(args)))
         return HOLDS
 
     return answered(make)
@@ -98,7 +98,7 @@ def run_check(args: argparse.Namespace) -> int:
             raise ValueError("--corpus: needs --model, which makes the text into what the SAE reads")
         if not args.bundle.is_dir():
             raise FileNotFoundError(f"bundle: {args.bundle} is not a folder")
-        report = checking.check(args.bundle, args.model, args.corpus)
+        report = checking.check_bundle(args.bundle, args.model, args.corpus)
         sys.stdout.write(as_json(report) + "\n") if args.json else tell_report(report)
         return HOLDS if report.holds else FAILS
 
@@ -130,15 +130,15 @@ def answered(command: Callable[[], int]) -> int:
         return FAILS if isinstance(error, BundleError | ImportRefused) else CANNOT
 
 
-def wish_of(args: argparse.Namespace) -> "Wish":
+def wish_of(args: argparse.Namespace) -> "ImportRequest":
     """What the command line asks for."""
-    from rudder.sae_models.importing.importer import Wish
+    from rudder.sae_models.importing.importer import ImportRequest
 
     same = ("model", "out", "output_site", "corpus", "tokens", "labels", "labels_model", "embedder", "accept", "credit")
-    return Wish(sites=tuple(args.site), **{name: getattr(args, name) for name in same})
+    return ImportRequest(sites=tuple(args.site), **{name: getattr(args, name) for name in same})
 
 
-def tell_imported(imported: "Imported") -> None:
+def tell_imported(imported: "ImportResult") -> None:
     """What was made, and what it was made from."""
     content, training = imported.bundle.manifest, imported.bundle.manifest.training
     out.print(f"[bold]{escape(str(imported.bundle.path))}[/]  {content.architecture}, reads {', '.join(content.sites)}")
@@ -150,8 +150,8 @@ def tell_imported(imported: "Imported") -> None:
         out.print(f"L0 {training.l0 or 0:.4g}, {fvu}, {training.dead_share or 0:.2%} of latents never active")
     if imported.labels:
         found = imported.labels
-        left = f"{found.empty} rows without text, {found.repeated} for a latent that had one"
-        out.print(f"{len(found.by_latent)} labels taken of {found.rows} rows; {left}")
+        left = f"{found.empty} records without text, {found.repeated} for a latent that had one"
+        out.print(f"{len(found.by_latent)} labels taken of {found.records} records; {left}")
     if imported.verdict:
         out.print(verdict_table(imported.verdict))
 
@@ -167,7 +167,7 @@ def tell_report(report: "Report") -> None:
         out.print(verdict_table(report.verdict))
 
 
-def verdict_table(verdict: "Verdict") -> Table:
+def verdict_table(verdict: "Comparison") -> Table:
     """Every reading of the SAE, best first."""
     table = Table("reading", "L0", "FVU", "misfit", "to get there", title="conventions", title_justify="left")
     for fit in verdict.fits:

@@ -76,10 +76,10 @@ def print_losses(options: argparse.Namespace) -> None:
     program = programs.read(options.program)
     twin = load_twin(options.twin, options.model) if options.twin else None
     using = material(options)
-    windows = derive.chosen(using, corpus.HELD_OUT_FOLDS, dict.fromkeys(using.books, options.windows))
+    windows = derive.sample_windows(using, corpus.HELD_OUT_FOLDS, dict.fromkeys(using.books, options.windows))
     model = harvest.load_model(options.model)
     plain, never = metrics.losses(model, windows), metrics.losses(twin, windows) if twin else None
-    found = unlearning.table(model, using.trunk, using.bundle, program, windows, using.documents, plain, never)
+    found = unlearning.losses_by_book(model, using.trunk, using.bundle, program, windows, using.documents, plain, never)
     table = Table(title=f"{program.name}: nats a token on held-out sections")
     for column in ("book", "tokens", "without", "with", "rise", "touched", *(("twin", "gap") if twin else ())):
         table.add_column(column, justify="left" if column == "book" else "right")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.bundle.catalogue import QUANTILES, Catalogue, Summary, Word
 from rudder.sae_models.bundle.catalogue import Context as Excerpt
-from rudder.sae_models.bundle.semantic import MeaningUnknown, nearest
+from rudder.sae_models.bundle.semantic import MeaningUnknown, search_by_meaning
 from rudder.server.service import limits
 from rudder.server.service.errors import invalid
 from rudder.server.service.serving import Context, Serving, bundle_named
@@ -70,9 +70,9 @@ class FeatureServicer(catalogue_pb2_grpc.FeatureServiceServicer):
 
 
 def by_meaning(reader: Catalogue, words: str, limit: int) -> list[Summary]:
-    """`meaning.nearest`, or the refusal that says what is missing."""
+    """`search_by_meaning`, or the refusal that says what is missing."""
     try:
-        return nearest(reader, words, limit)
+        return search_by_meaning(reader, words, limit)
     except MeaningUnknown as error:
         raise invalid("by_meaning", str(error)) from error
 

@@ -1,4 +1,4 @@
-"""Inputs for the libraries and for what is read here: random ones, and residuals of the shipped model at layer 2."""
+"""Inputs for the libraries and for this project: random ones, and residuals of the shipped model at layer 2."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.conformance.agreement import TOKENS, D
 
 SHIPPED = Path(__file__).parents[2] / "sae_models" / "pretrained" / "textbook-lm-layers.2"
-# The libraries have an environment of their own, `make conformance`.
+# The libraries are installed in a separate environment, `make conformance`.
 collect_ignore_glob = [] if find_spec("sae_lens") else ["test_*.py"]
 
 torch.set_num_threads(1)
@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", params=["random", "real"])
 def x(request: pytest.FixtureRequest) -> Tensor:
-    """Inputs [TOKENS, D]."""
+    """Return inputs [TOKENS, D]."""
     if request.param == "real":
         return load_file(SHIPPED / "conformance.safetensors")["inputs"][:TOKENS]
     return torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(7)) * 4

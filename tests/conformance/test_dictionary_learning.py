@@ -1,4 +1,4 @@
-"""What dictionary_learning's trainers save is read here; both encode and decode alike."""
+"""Checkpoints of dictionary_learning's trainers encode and decode like in the library."""
 
 import inspect
 import json
@@ -47,19 +47,19 @@ OPTIONS = {
 
 
 def options(trainer: Any) -> dict[str, Any]:
-    """Those of OPTIONS that a trainer takes."""
+    """Return the OPTIONS that a trainer accepts."""
     return {key: value for key, value in OPTIONS.items() if key in inspect.signature(trainer).parameters}
 
 
 def save(path: Path, autoencoder: Any, config: dict[str, Any]) -> None:
-    """Writes the two files as their trainSAE does."""
+    """Write the two files like the library's trainSAE."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"trainer": config, "buffer": {"ctx_len": 64}}))
     torch.save({key: value.cpu() for key, value in autoencoder.state_dict().items()}, path / "ae.pt")
 
 
-def made(trainer_class: Any, path: Path, threshold: float = 8.0) -> Any:
-    """Saves a dictionary with random weights under its trainer's configuration, and gives what they load of it."""
+def save_random(trainer_class: Any, path: Path, threshold: float = 8.0) -> Any:
+    """Save a dictionary with random weights and its trainer's configuration; return it as the library loads it."""
     trainer = trainer_class(**options(trainer_class))
     fill(trainer.ae)
     if hasattr(trainer.ae, "k"):
@@ -69,7 +69,7 @@ def made(trainer_class: Any, path: Path, threshold: float = 8.0) -> Any:
 
 
 def run(theirs: Any, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Their latents and their output."""
+    """Return the library's latents and output."""
     with torch.no_grad():
         latents = theirs.encode(x, **options)
         return latents, theirs.decode(latents)
@@ -77,7 +77,7 @@ def run(theirs: Any, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
 def test_dictionaries_agree(trainer: Any, x: Tensor, tmp_path: Path) -> None:
-    theirs = made(trainer, tmp_path / "sae")
+    theirs = save_random(trainer, tmp_path / "sae")
     loaded = load(tmp_path / "sae")
     assert loaded.format == "dictionary_learning"
     assert loaded.declared.architecture == type(theirs).__name__
@@ -86,7 +86,7 @@ def test_dictionaries_agree(trainer: Any, x: Tensor, tmp_path: Path) -> None:
     assert_agrees(loaded.sae, x, *run(theirs, x))
 
 
-def test_the_april_autoencoder_has_no_pre_bias(x: Tensor, tmp_path: Path) -> None:
+def test_april_autoencoder_has_no_pre_bias(x: Tensor, tmp_path: Path) -> None:
     theirs = AutoEncoderNew(D, F)
     fill(theirs)
     save(tmp_path / "sae", theirs, {"dict_class": "AutoEncoderNew"})
@@ -95,7 +95,7 @@ def test_the_april_autoencoder_has_no_pre_bias(x: Tensor, tmp_path: Path) -> Non
 
 
 def test_topk_by_its_learned_threshold_agrees(x: Tensor, tmp_path: Path) -> None:
-    theirs, loaded = made(TopKTrainer, tmp_path / "sae"), load(tmp_path / "sae")
+    theirs, loaded = save_random(TopKTrainer, tmp_path / "sae"), load(tmp_path / "sae")
     sae = loaded.sae
     assert sae.selection == TopK(K)
     by_threshold = SAE(
@@ -105,16 +105,14 @@ def test_topk_by_its_learned_threshold_agrees(x: Tensor, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("trainer", [BatchTopKTrainer, MatryoshkaBatchTopKTrainer])
-def test_without_a_learned_threshold_they_take_the_relu_and_here_that_is_noted(
-    trainer: Any, x: Tensor, tmp_path: Path
-) -> None:
-    theirs, loaded = made(trainer, tmp_path / "sae", threshold=-1.0), load(tmp_path / "sae")
+def test_without_a_learned_threshold_the_library_applies_relu(trainer: Any, x: Tensor, tmp_path: Path) -> None:
+    theirs, loaded = save_random(trainer, tmp_path / "sae", threshold=-1.0), load(tmp_path / "sae")
     assert loaded.declared.notes["threshold"] == "never learned"
     assert_agrees(loaded.sae, x, *run(theirs, x))
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-def test_what_a_run_on_real_activations_saves_agrees(normalised: bool, x: Tensor, tmp_path: Path) -> None:
+def test_saes_saved_by_a_training_run_agree(normalised: bool, x: Tensor, tmp_path: Path) -> None:
     configs = [{"trainer": kind, **options(kind)} for kind in TRAINERS]
     batches = [x[i : i + 24].clone() for i in range(0, len(x), 24)] * 2
     trainSAE(batches, configs, steps=4, save_dir=str(tmp_path), device="cpu", normalize_activations=normalised)
@@ -125,16 +123,16 @@ def test_what_a_run_on_real_activations_saves_agrees(normalised: bool, x: Tensor
         assert_agrees(load(folder).sae, x, *run(theirs, x))
 
 
-def test_every_dictionary_class_of_theirs_is_read_or_refused() -> None:
+def test_every_dictionary_class_is_read_or_refused() -> None:
     theirs = {kind.__name__ for kind in Dictionary.__subclasses__()}
     assert theirs <= set(dictionary_learning.LAYOUTS) | set(dictionary_learning.REFUSED)
     assert theirs >= set(dictionary_learning.LAYOUTS)
 
 
-# Faults of dictionary_learning 0.1, as they are.
+# Known defects of dictionary_learning 0.1.
 
 
-def test_they_report_activations_times_norms_beside_an_output_but_do_not_encode_them(x: Tensor) -> None:
+def test_library_reports_activations_times_norms_only_with_outputs(x: Tensor) -> None:
     theirs = AutoEncoderNew(D, F)
     fill(theirs)
     with torch.no_grad():
@@ -144,8 +142,8 @@ def test_they_report_activations_times_norms_beside_an_output_but_do_not_encode_
         assert float((reported - theirs.encode(x)).abs().max()) > 0.1
 
 
-def test_they_rescale_a_plain_autoencoder_as_they_load_it(x: Tensor, tmp_path: Path) -> None:
-    theirs = made(StandardTrainer, tmp_path / "sae")
+def test_library_rescales_a_plain_autoencoder_on_loading(x: Tensor, tmp_path: Path) -> None:
+    theirs = save_random(StandardTrainer, tmp_path / "sae")
     stored = torch.load(tmp_path / "sae" / "ae.pt")
     norm = stored["decoder.weight"].norm(dim=0)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A large file is mapped, not copied: 65,536 latents of width 4,096 in bfloat16, one GiB, as sparsify lays them out."""
+"""A large file is memory-mapped: 65,536 latents of width 4,096 in bfloat16, one GiB, in sparsify's format."""
 
 import json
 import subprocess
@@ -12,16 +12,16 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
 LATENTS, WIDTH = 65_536, 4_096
-# Of the file.
+# As a share of the file.
 EXTRA = 0.1
 SECONDS = 1.0
 
-# Runs by itself: what it allocates must be its own.
+# Runs in its own process, so that only its own allocations count.
 MEASURE = """
 import json, sys, threading, time
 from pathlib import Path
 import torch
-from sae_models.formats.load import load
+from rudder.sae_models.formats.load import load
 
 torch.set_num_threads(1)
 stop, peak = threading.Event(), [0]
@@ -60,11 +60,11 @@ def checkpoint(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_gib_of_bfloat16_takes_a_tenth_of_it_and_a_second_to_the_first_row(checkpoint: Path) -> None:
+def test_loading_a_gib_of_bfloat16_is_memory_mapped_and_fast(checkpoint: Path) -> None:
     run = [sys.executable, "-c", MEASURE, str(checkpoint)]
     measured = json.loads(subprocess.run(run, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
     print(measured)
     assert measured["first"] == 0.75
     assert measured["extra"] < EXTRA * (checkpoint / "sae.safetensors").stat().st_size
-    # Of processor time: the machine may be busy.
+    # Processor time, because the machine may be busy.
     assert measured["processor"] < SECONDS

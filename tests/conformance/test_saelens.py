@@ -1,4 +1,4 @@
-"""What SAELens saves is read here, and what is written here SAELens loads; both encode and decode alike."""
+"""SAEs saved by SAELens are read, and written SAEs load in SAELens; both encode and decode alike."""
 
 import json
 import warnings
@@ -39,8 +39,8 @@ NORMALISATIONS = ["none", "constant_norm_rescale", "layer_norm", "expected_avera
 METADATA = {"model_name": "textbook-lm", "hook_name": "blocks.2.hook_resid_post"}
 
 
-def made(architecture: str, **config: Any) -> Any:
-    """An inference SAE of SAELens with random weights."""
+def inference_sae(architecture: str, **config: Any) -> Any:
+    """Return an inference SAE of SAELens with random weights."""
     config = {"architecture": architecture, "d_in": D, "d_sae": F, "metadata": dict(METADATA)} | config
     sae = sae_lens.SAE.from_dict(config)
     fill(sae)
@@ -48,7 +48,7 @@ def made(architecture: str, **config: Any) -> Any:
 
 
 def trained(architecture: str, **config: Any) -> Any:
-    """A training SAE of SAELens with random weights."""
+    """Return a training SAE of SAELens with random weights."""
     kind, settings = get_sae_training_class(architecture)
     sae = kind(settings.from_dict({"architecture": architecture, "d_in": D, "d_sae": F} | config))
     fill(sae)
@@ -56,7 +56,7 @@ def trained(architecture: str, **config: Any) -> Any:
 
 
 def run(theirs: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Their latents and their output."""
+    """Return the library's latents and output."""
     with torch.no_grad():
         latents = theirs.encode(x)
         skip = x @ theirs.W_skip.T if hasattr(theirs, "W_skip") else 0.0
@@ -64,13 +64,13 @@ def run(theirs: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def saved(theirs: Any, path: Path) -> SAE:
-    """What is read here of what they save."""
+    """Save an SAE with the library and load it."""
     theirs.save_model(path)
     return load(path).sae
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """Changes the settings; None takes a field out."""
+    """Change the settings; None removes a field."""
     config = json.loads((path / "cfg.json").read_text()) | changes
     (path / "cfg.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
@@ -80,12 +80,12 @@ def edit(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated", "topk"])
 def test_saes_agree(architecture: str, normalisation: str, pre_bias: bool, x: Tensor, tmp_path: Path) -> None:
     options = {"k": K} if architecture == "topk" else {}
-    theirs = made(architecture, normalize_activations=normalisation, apply_b_dec_to_input=pre_bias, **options)
+    theirs = inference_sae(architecture, normalize_activations=normalisation, apply_b_dec_to_input=pre_bias, **options)
     assert_agrees(saved(theirs, tmp_path / "sae"), x, *run(theirs, x))
 
 
 def test_layer_norm_of_small_inputs_agrees_to_its_constant(x: Tensor, tmp_path: Path) -> None:
-    theirs, small = made("jumprelu", normalize_activations="layer_norm"), x / 500
+    theirs, small = inference_sae("jumprelu", normalize_activations="layer_norm"), x / 500
     latents, output = run(theirs, small)
     sae = saved(theirs, tmp_path / "sae")
     assert_close(sae.encode(small), latents, on_edge(sae, small))
@@ -94,13 +94,13 @@ def test_layer_norm_of_small_inputs_agrees_to_its_constant(x: Tensor, tmp_path: 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 def test_topk_whose_z_is_rescaled_by_the_decoder_norm_agrees(normalisation: str, x: Tensor, tmp_path: Path) -> None:
-    theirs = made("topk", k=K, rescale_acts_by_decoder_norm=True, normalize_activations=normalisation)
+    theirs = inference_sae("topk", k=K, rescale_acts_by_decoder_norm=True, normalize_activations=normalisation)
     assert_agrees(saved(theirs, tmp_path / "sae"), x, *run(theirs, x))
 
 
 @pytest.mark.parametrize("rescaled", [True, False])
-def test_signed_latents_become_two(rescaled: bool, x: Tensor, tmp_path: Path) -> None:
-    theirs = made("abstopk", k=K, rescale_acts_by_decoder_norm=rescaled)
+def test_signed_latents_are_split_in_two(rescaled: bool, x: Tensor, tmp_path: Path) -> None:
+    theirs = inference_sae("abstopk", k=K, rescale_acts_by_decoder_norm=rescaled)
     sae = saved(theirs, tmp_path / "sae")
     latents, output = run(theirs, x)
     both = torch.cat([latents.relu(), (-latents).relu()], -1)
@@ -111,7 +111,7 @@ def test_signed_latents_become_two(rescaled: bool, x: Tensor, tmp_path: Path) ->
 @pytest.mark.parametrize("architecture", TRANSCODERS)
 def test_transcoders_agree(architecture: str, x: Tensor, tmp_path: Path) -> None:
     names = {"hook_name": "blocks.2.hook_resid_mid", "hook_name_out": "blocks.2.hook_mlp_out"}
-    theirs = made(architecture, d_out=D_OUT, apply_b_dec_to_input=False, metadata=names)
+    theirs = inference_sae(architecture, d_out=D_OUT, apply_b_dec_to_input=False, metadata=names)
     assert_agrees(saved(theirs, tmp_path / "sae"), x, *run(theirs, x))
     declared = load(tmp_path / "sae").declared
     assert (declared.sites, declared.output_site) == (("layers.2.resid_mid",), "layers.2.mlp_out")
@@ -119,7 +119,7 @@ def test_transcoders_agree(architecture: str, x: Tensor, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated", "topk"])
 @pytest.mark.parametrize("kind", ["checkpoint", "inference"])
-def test_what_a_training_run_saves_agrees(architecture: str, kind: str, x: Tensor, tmp_path: Path) -> None:
+def test_checkpoint_of_a_training_run_agrees(architecture: str, kind: str, x: Tensor, tmp_path: Path) -> None:
     training = trained(architecture, **({"k": K} if architecture == "topk" else {}))
     (training.save_model if kind == "checkpoint" else training.save_inference_model)(tmp_path / "sae")
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "sae")
@@ -142,7 +142,7 @@ def test_batch_topk_agrees_as_saved_for_inference_and_as_a_checkpoint(
         assert_agrees(load(tmp_path / name).sae, x, *run(theirs, x))
 
 
-def test_a_checkpoint_with_its_scaler_reads_as_what_the_run_saves_at_its_end(x: Tensor, tmp_path: Path) -> None:
+def test_checkpoint_with_scaler_equals_the_final_sae(x: Tensor, tmp_path: Path) -> None:
     training = trained("standard", normalize_activations="expected_average_only_in")
     training.save_model(tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / "activation_scaler.json").write_text('{"scaling_factor": 0.31}')
@@ -156,9 +156,7 @@ def test_a_checkpoint_with_its_scaler_reads_as_what_the_run_saves_at_its_end(x: 
 
 @pytest.mark.parametrize("pre_bias", [True, False])
 @pytest.mark.parametrize("architecture", ["standard", "gated", "topk"])
-def test_whitening_beside_a_checkpoint_is_folded_as_they_fold_it(
-    architecture: str, pre_bias: bool, x: Tensor, tmp_path: Path
-) -> None:
+def test_whitening_is_folded_like_in_saelens(architecture: str, pre_bias: bool, x: Tensor, tmp_path: Path) -> None:
     options = {"k": K} if architecture == "topk" else {}
     training = trained(
         architecture, normalize_activations="covariance_whitening", apply_b_dec_to_input=pre_bias, **options
@@ -173,9 +171,9 @@ def test_whitening_beside_a_checkpoint_is_folded_as_they_fold_it(
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
-def test_flat_settings_of_before_version_6_agree(architecture: str, x: Tensor, tmp_path: Path) -> None:
+def test_flat_settings_before_version_6_agree(architecture: str, x: Tensor, tmp_path: Path) -> None:
     path = tmp_path / "sae"
-    theirs = made(architecture, **({"k": K} if architecture == "topk" else {}))
+    theirs = inference_sae(architecture, **({"k": K} if architecture == "topk" else {}))
     theirs.save_model(path)
     activation = "topk" if architecture == "topk" else "relu"
     edit(
@@ -196,9 +194,9 @@ def test_flat_settings_of_before_version_6_agree(architecture: str, x: Tensor, t
     assert_agrees(loaded.sae, x, *run(sae_lens.SAE.load_from_disk(path), x))
 
 
-def test_a_hook_z_sae_reads_the_heads_values_flattened(x: Tensor, tmp_path: Path) -> None:
+def test_hook_z_sae_reads_flattened_heads(x: Tensor, tmp_path: Path) -> None:
     names = {"hook_name": "blocks.2.attn.hook_z"}
-    theirs = made("standard", reshape_activations="hook_z", metadata=names)
+    theirs = inference_sae("standard", reshape_activations="hook_z", metadata=names)
     theirs.save_model(tmp_path / "sae")
     loaded, heads = load(tmp_path / "sae"), x.unflatten(-1, (4, -1))
     latents, output = run(theirs, heads)
@@ -220,7 +218,7 @@ def test_a_hook_z_sae_reads_the_heads_values_flattened(x: Tensor, tmp_path: Path
         (random_sae(), Declaration("x", ("layers.2.mlp_in",), "layers.2.mlp_out"), "transcoder"),
     ],
 )
-def test_what_is_written_here_loads_there(
+def test_written_sae_loads_in_the_library(
     sae: SAE, declared: Declaration, architecture: str, x: Tensor, tmp_path: Path
 ) -> None:
     saelens.write(tmp_path / "sae", sae, declared)
@@ -231,7 +229,7 @@ def test_what_is_written_here_loads_there(
 
 
 @pytest.mark.parametrize("normalisation", [Normalisation.CONSTANT_NORM, Normalisation.LAYER_NORM])
-def test_a_normalisation_written_here_is_done_there(normalisation: Normalisation, x: Tensor, tmp_path: Path) -> None:
+def test_written_normalisation_is_applied_by_saelens(normalisation: Normalisation, x: Tensor, tmp_path: Path) -> None:
     plain = random_sae(thresholds=True)
     sae = SAE(
         plain.encoder, plain.bias, plain.threshold, plain.decoder, plain.decoder_bias, normalisation=normalisation
@@ -240,24 +238,24 @@ def test_a_normalisation_written_here_is_done_there(normalisation: Normalisation
     assert_agrees(sae, x, *run(sae_lens.SAE.load_from_disk(tmp_path / "sae"), x))
 
 
-def test_every_architecture_they_register_is_read_or_refused_by_name(tmp_path: Path) -> None:
+def test_every_registered_architecture_is_read_or_refused_by_name(tmp_path: Path) -> None:
     theirs = set(SAE_CLASS_REGISTRY) | set(SAE_TRAINING_CLASS_REGISTRY)
     assert theirs == set(saelens.TENSORS) | set(saelens.REFUSED)
-    made("matching_pursuit").save_model(tmp_path / "sae")
+    inference_sae("matching_pursuit").save_model(tmp_path / "sae")
     with pytest.raises(FormatError, match="matching_pursuit cannot be served per token"):
         load(tmp_path / "sae")
 
 
-def test_what_they_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
+def test_write_refuses_selections_that_saelens_lacks(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="selection: SAELens has no GroupMax"):
         saelens.write(tmp_path / "sae", random_sae(selection=GroupMax(K)), Declaration("x"))
     assert not (tmp_path / "sae").exists()
 
 
-# Faults of SAELens 6.54, as they are.
+# Known defects of SAELens 6.54.
 
 
-def test_their_sparsify_loader_transposes_the_decoder_and_decides_the_pre_bias_by_its_norm(tmp_path: Path) -> None:
+def test_sparsify_loader_of_saelens_transposes_the_decoder(tmp_path: Path) -> None:
     coder = SparseCoder(D, SparseCoderConfig(num_latents=F, k=K))
     fill(coder)
     coder.save_to_disk(tmp_path / "layers.2")
@@ -269,10 +267,8 @@ def test_their_sparsify_loader_transposes_the_decoder_and_decides_the_pre_bias_b
         sae_lens.SAE.load_from_disk(tmp_path / "layers.2", converter=sparsify_disk_loader)
 
 
-def test_they_cannot_load_their_own_finetuned_files_and_here_the_factors_go_into_the_decoder(
-    x: Tensor, tmp_path: Path
-) -> None:
-    path, theirs = tmp_path / "sae", made("standard")
+def test_finetuned_files_fold_although_saelens_cannot_load_them(x: Tensor, tmp_path: Path) -> None:
+    path, theirs = tmp_path / "sae", inference_sae("standard")
     theirs.save_model(path)
     factor = 0.5 + torch.rand(F, generator=torch.Generator().manual_seed(1))
     save_file(
@@ -286,33 +282,33 @@ def test_they_cannot_load_their_own_finetuned_files_and_here_the_factors_go_into
         assert_agrees(load(path).sae, x, latents, theirs.decode(latents * factor))
 
 
-def test_they_read_a_tanh_sae_as_relu_and_here_it_is_refused(tmp_path: Path) -> None:
+def test_tanh_sae_is_refused_although_saelens_reads_it_as_relu(tmp_path: Path) -> None:
     path = tmp_path / "sae"
-    made("standard").save_model(path)
+    inference_sae("standard").save_model(path)
     edit(path, activation_fn_str="tanh-relu", metadata=None)
     assert sae_lens.SAE.load_from_disk(path).cfg.architecture() == "standard"
     with pytest.raises(FormatError, match="activation_fn: 'tanh-relu'"):
         load(path)
 
 
-def test_they_encode_without_a_scale_that_is_kept_elsewhere_and_here_that_is_noted(x: Tensor, tmp_path: Path) -> None:
-    theirs = made("standard", normalize_activations="expected_average_only_in")
-    plain = made("standard")
+def test_missing_input_scale_is_noted_although_saelens_ignores_it(x: Tensor, tmp_path: Path) -> None:
+    theirs = inference_sae("standard", normalize_activations="expected_average_only_in")
+    plain = inference_sae("standard")
     assert_close(run(theirs, x)[0], run(plain, x)[0])
     theirs.save_model(tmp_path / "sae")
     assert "not in the files" in load(tmp_path / "sae").declared.notes["input_scale"]
 
 
-def test_they_encode_without_a_whitening_that_is_not_there_and_here_it_is_refused(x: Tensor, tmp_path: Path) -> None:
-    theirs = made("standard", normalize_activations="covariance_whitening")
-    assert_close(run(theirs, x)[0], run(made("standard"), x)[0])
+def test_missing_whitening_is_refused_although_saelens_ignores_it(x: Tensor, tmp_path: Path) -> None:
+    theirs = inference_sae("standard", normalize_activations="covariance_whitening")
+    assert_close(run(theirs, x)[0], run(inference_sae("standard"), x)[0])
     theirs.save_model(tmp_path / "sae")
     with pytest.raises(FormatError, match=r"covariance_whitening without activation_whitening\.safetensors"):
         load(tmp_path / "sae")
 
 
-def test_they_leave_a_transcoders_output_normalised_and_here_it_is_refused(x: Tensor, tmp_path: Path) -> None:
-    theirs = made("transcoder", d_out=D, apply_b_dec_to_input=False, normalize_activations="layer_norm")
+def test_normalised_transcoder_is_refused_although_saelens_reads_it(x: Tensor, tmp_path: Path) -> None:
+    theirs = inference_sae("transcoder", d_out=D, apply_b_dec_to_input=False, normalize_activations="layer_norm")
     latents, output = run(theirs, x)
     with torch.no_grad():
         assert_close(output, latents @ theirs.W_dec + theirs.b_dec)
@@ -321,7 +317,7 @@ def test_they_leave_a_transcoders_output_normalised_and_here_it_is_refused(x: Te
         load(tmp_path / "sae")
 
 
-def test_a_batch_topk_checkpoint_loads_there_only_to_be_trained(tmp_path: Path) -> None:
+def test_saelens_loads_a_batch_topk_checkpoint_only_for_training(tmp_path: Path) -> None:
     trained("batchtopk", k=K).save_model(tmp_path / "sae")
     assert sae_lens.TrainingSAE.load_from_disk(tmp_path / "sae").cfg.architecture() == "batchtopk"
     with pytest.raises((KeyError, ValueError)):
@@ -329,5 +325,5 @@ def test_a_batch_topk_checkpoint_loads_there_only_to_be_trained(tmp_path: Path) 
 
 
 def test_edges_are_rare(x: Tensor, tmp_path: Path) -> None:
-    sae = saved(made("jumprelu"), tmp_path / "sae")
+    sae = saved(inference_sae("jumprelu"), tmp_path / "sae")
     assert float(on_edge(sae, x).float().mean()) < 1e-3

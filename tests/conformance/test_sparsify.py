@@ -1,4 +1,4 @@
-"""What sparsify saves is read here, and what is written here sparsify loads; both encode and decode alike."""
+"""SAEs saved by sparsify are read, and written SAEs load in sparsify; both encode and decode alike."""
 
 import json
 from dataclasses import replace
@@ -28,15 +28,15 @@ KINDS = [
 ]
 
 
-def made(dtype: torch.dtype = torch.float32, **config: Any) -> SparseCoder:
-    """A coder of sparsify with random weights."""
+def random_coder(dtype: torch.dtype = torch.float32, **config: Any) -> SparseCoder:
+    """Return a coder of sparsify with random weights."""
     coder = SparseCoder(D, SparseCoderConfig(num_latents=F, k=K, **config), dtype=dtype)
     fill(coder)
     return coder
 
 
 def run(coder: SparseCoder, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Its latents and its output."""
+    """Return the coder's latents and output."""
     with torch.no_grad():
         values, indices, _ = coder.encode(x)
         return dense(values, indices), coder(x).sae_out
@@ -44,7 +44,7 @@ def run(coder: SparseCoder, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("config", KINDS, ids=str)
 def test_coders_agree(config: dict[str, Any], x: Tensor, tmp_path: Path) -> None:
-    coder = made(**config)
+    coder = random_coder(**config)
     coder.save_to_disk(tmp_path / "layers.2")
     loaded = load(tmp_path / "layers.2")
     assert loaded.format == "sparsify"
@@ -52,15 +52,15 @@ def test_coders_agree(config: dict[str, Any], x: Tensor, tmp_path: Path) -> None
     assert_agrees(loaded.sae, x, *run(SparseCoder.load_from_disk(tmp_path / "layers.2"), x))
 
 
-def test_a_bfloat16_file_is_read_as_it_is_and_computed_in_float32(x: Tensor, tmp_path: Path) -> None:
-    coder = made(torch.bfloat16)
+def test_bfloat16_file_keeps_its_dtype_and_computes_in_float32(x: Tensor, tmp_path: Path) -> None:
+    coder = random_coder(torch.bfloat16)
     coder.save_to_disk(tmp_path / "layers.2")
     sae = load(tmp_path / "layers.2").sae
     assert sae.encoder.dtype == sae.decoder.dtype == torch.bfloat16
     assert_agrees(sae, x, *run(coder.float(), x))
 
 
-def test_the_expansion_factor_stands_for_a_missing_number_of_latents(x: Tensor, tmp_path: Path) -> None:
+def test_expansion_factor_replaces_a_missing_number_of_latents(x: Tensor, tmp_path: Path) -> None:
     coder = SparseCoder(D, SparseCoderConfig(expansion_factor=3, k=K))
     fill(coder)
     coder.save_to_disk(tmp_path / "layers.2")
@@ -68,9 +68,9 @@ def test_the_expansion_factor_stands_for_a_missing_number_of_latents(x: Tensor, 
     assert_agrees(load(tmp_path / "layers.2").sae, x, *run(coder, x))
 
 
-def test_their_folder_and_run_name_the_site(tmp_path: Path) -> None:
-    made().save_to_disk(tmp_path / "layers.2")
-    made(transcode=True).save_to_disk(tmp_path / "layers.3.mlp")
+def test_folder_and_run_of_sparsify_declare_the_site(tmp_path: Path) -> None:
+    random_coder().save_to_disk(tmp_path / "layers.2")
+    random_coder(transcode=True).save_to_disk(tmp_path / "layers.3.mlp")
     (tmp_path / "config.json").write_text('{"model": "textbook-lm", "dataset": "textbooks"}')
     sae, transcoder = load(tmp_path / "layers.2").declared, load(tmp_path / "layers.3.mlp").declared
     assert (sae.sites, sae.output_site, sae.model) == (("layers.2.resid_post",), "", "textbook-lm")
@@ -86,17 +86,17 @@ def test_their_folder_and_run_name_the_site(tmp_path: Path) -> None:
         (random_sae(selection=TopK(K)), Declaration("x", ("layers.2.mlp_in",), "layers.2.mlp_out")),
     ],
 )
-def test_what_is_written_here_loads_there(sae: SAE, declared: Declaration, x: Tensor, tmp_path: Path) -> None:
+def test_written_sae_loads_in_the_library(sae: SAE, declared: Declaration, x: Tensor, tmp_path: Path) -> None:
     sparsify.write(tmp_path / "layers.2", sae, declared)
     assert_agrees(sae, x, *run(SparseCoder.load_from_disk(tmp_path / "layers.2"), x))
     assert_same(sae, load(tmp_path / "layers.2").sae, x)
 
 
-# Faults of sparsify 1.3, as they are.
+# Known defects of sparsify 1.3.
 
 
-def test_with_multi_topk_they_return_the_output_of_four_times_k(x: Tensor, tmp_path: Path) -> None:
-    coder = made(multi_topk=True)
+def test_multi_topk_of_sparsify_returns_the_output_of_four_times_k(x: Tensor, tmp_path: Path) -> None:
+    coder = random_coder(multi_topk=True)
     coder.save_to_disk(tmp_path / "layers.2")
     sae = load(tmp_path / "layers.2").sae
     with torch.no_grad():
@@ -106,8 +106,8 @@ def test_with_multi_topk_they_return_the_output_of_four_times_k(x: Tensor, tmp_p
         assert_agrees(wider, x, wider.encode(x), coder(x).sae_out)
 
 
-def test_they_give_every_tensor_the_type_of_the_first(tmp_path: Path) -> None:
-    made().save_to_disk(tmp_path / "layers.2")
+def test_sparsify_loads_all_tensors_in_the_first_dtype(tmp_path: Path) -> None:
+    random_coder().save_to_disk(tmp_path / "layers.2")
     file = tmp_path / "layers.2" / "sae.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"W_dec": tensors["W_dec"].bfloat16()}, file)

@@ -59,9 +59,9 @@ def architectures(x: Mapping[str, Tensor]) -> Iterator[Made]:
         ("layer_norm_topk", "layers.1.attn_out", Normalisation.LAYER_NORM),
         ("constant_norm_topk", "layers.2.mlp_out", Normalisation.CONSTANT_NORM),
     ):
-        h = sae.normalised(x[site], kind)
+        h = sae.normalise(x[site], kind)
         yield Made(name, (site,), random_sae(h, 5, selection=TopK(K), normalisation=kind))
-    layer_norm = sae.normalised(x["layers.3.attn_out"], Normalisation.LAYER_NORM)
+    layer_norm = sae.normalise(x["layers.3.attn_out"], Normalisation.LAYER_NORM)
     yield Made("layer_norm", ("layers.3.attn_out",), random_sae(layer_norm, 6, normalisation=Normalisation.LAYER_NORM))
     width = x[post(0)].shape[-1]
     skip = 0.05 * torch.randn(width, width, generator=torch.Generator().manual_seed(7))
@@ -70,7 +70,7 @@ def architectures(x: Mapping[str, Tensor]) -> Iterator[Made]:
     # Where it writes is not told: that it is partial must do.
     yield Made("cross_layer", ("layers.3.mlp_in",), random_sae(x["layers.3.mlp_in"], 9, partial=True))
     routed = tuple(f"layers.{layer}.resid_pre" for layer in (1, 2, 4))
-    stacked = sae.normalised(torch.stack([x[site] for site in routed], -2), Normalisation.LAYER_NORM)
+    stacked = sae.normalise(torch.stack([x[site] for site in routed], -2), Normalisation.LAYER_NORM)
     router = Router(0.3 * torch.randn(len(routed), width, generator=torch.Generator().manual_seed(8)))
     parts = {"selection": TopK(K), "normalisation": Normalisation.LAYER_NORM, "router": router}
     yield Made("route_sae", routed, random_sae(stacked.flatten(0, 1), 8, **parts))

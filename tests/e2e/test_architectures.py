@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rudder.sae_models import PRETRAINED
 from rudder.sae_models.bundle import bundle as bundles
-from rudder.sae_models.sae import SAE, kept
+from rudder.sae_models.sae import SAE, select
 from rudder_client import Client, Feature, Inspection, Program, Report, RudderError
 from tests.e2e.architectures import LATENTS, Made, architectures, write
 from tests.e2e.conftest import Running, running
@@ -208,4 +208,4 @@ def test_the_selection_is_what_makes_the_difference(made: dict[str, Made], input
     one = made["topk"].sae
     z = one.preactivations(read(made["topk"], inputs)).relu()
     assert one.selection is not None
-    assert ((z > 0) != (kept(one.selection, z, z) > 0)).float().mean() > 0.1
+    assert ((z > 0) != (select(one.selection, z, z) > 0)).float().mean() > 0.1

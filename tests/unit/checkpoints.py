@@ -1,4 +1,4 @@
-"""Published checkpoints laid out by hand, each with its own few lines of arithmetic."""
+"""Checkpoints in every published format, written by hand, each with its own few lines of arithmetic."""
 
 import json
 import math
@@ -37,8 +37,8 @@ LATENTS, WIDTH, K = 24, 6, 5
 
 
 @dataclass(frozen=True)
-class Laid:
-    """A checkpoint, its reader, and what it must give: f [n, F] and y [n, d_out] of inputs x [n, d]."""
+class Checkpoint:
+    """A checkpoint, its reader, and the expected f [n, F] and y [n, d_out] for inputs x [n, d]."""
 
     format: Format
     path: Path
@@ -49,7 +49,7 @@ class Laid:
 
 
 class Draw:
-    """Random weights: matrices with rows of different norms, biases and thresholds that are not 0."""
+    """Random weights: matrices with rows of different norms, non-zero biases and thresholds."""
 
     def __init__(self, seed: int = 0) -> None:
         self.g = torch.Generator().manual_seed(seed)
@@ -60,69 +60,69 @@ class Draw:
         self.x = 3 * self.normal(40, WIDTH) + 1
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal."""
+        """Draw from a standard normal distribution."""
         return torch.randn(*shape, generator=self.g)
 
 
 def relu_above(z: Tensor, threshold: Tensor | float) -> Tensor:
-    """z where it is above the threshold."""
+    """Return relu(z) where z exceeds the threshold."""
     return z.relu() * (z > threshold)
 
 
 def top(z: Tensor, k: int) -> Tensor:
-    """The k largest of each row, where above 0."""
+    """Return the k largest of each token's z, where above 0."""
     return z.relu() * (z >= z.sort(descending=True).values[:, k - 1 : k])
 
 
-def check(sae: SAE, laid: Laid, tolerance: float = 1e-5) -> None:
-    """Encode and decode agree with the formula, which leaves some latents active and most not."""
-    f = sae.encode(laid.x)
-    assert 0.02 < float((laid.f > 0).float().mean()) < 0.8
-    assert torch.equal(f > 0, laid.f > 0)
-    assert_near(f, laid.f, tolerance)
+def check(sae: SAE, checkpoint: Checkpoint, tolerance: float = 1e-5) -> None:
+    """Assert that encode and decode agree with the formula, and that some latents are active and most are not."""
+    f = sae.encode(checkpoint.x)
+    assert 0.02 < float((checkpoint.f > 0).float().mean()) < 0.8
+    assert torch.equal(f > 0, checkpoint.f > 0)
+    assert_near(f, checkpoint.f, tolerance)
     if sae.router is None:
-        assert_near(sae.decode(f, laid.x), laid.y, tolerance)
+        assert_near(sae.decode(f, checkpoint.x), checkpoint.y, tolerance)
     else:
-        assert_near(replace(sae, router=None, normalisation=Normalisation.NONE).decode(f), laid.y, tolerance)
+        assert_near(replace(sae, router=None, normalisation=Normalisation.NONE).decode(f), checkpoint.y, tolerance)
 
 
-def assert_near(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """Relative to the largest value."""
-    assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) < tolerance * float(expected.abs().max())
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Assert equality within a tolerance relative to the largest value."""
+    assert actual.shape == expected.shape
+    assert float((actual - expected).abs().max()) < tolerance * float(expected.abs().max())
 
 
 def save_npz(file: Path, tensors: dict[str, Tensor]) -> None:
-    """As numpy does."""
+    """Save an npz file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in tensors.items()}
     np.savez(file, **arrays)
 
 
 def save_safe(file: Path, tensors: dict[str, Tensor]) -> None:
-    """As safetensors does."""
+    """Save a safetensors file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
 
 
 def save_torch(file: Path, content: Any) -> None:
-    """As torch does."""
+    """Save a torch file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, file)
 
 
 def save_json(file: Path, content: dict[str, Any]) -> None:
-    """Settings."""
+    """Save settings as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content))
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Changes what a checkpoint's file holds by name."""
+    """Change the content of a checkpoint's file."""
     if file.suffix == ".npz":
         with np.load(file) as arrays:
-            found: dict[str, Any] = {key: torch.from_numpy(arrays[key]) for key in arrays}
-        save_npz(file, change(found))
+            content: dict[str, Any] = {key: torch.from_numpy(arrays[key]) for key in arrays}
+        save_npz(file, change(content))
     elif file.suffix == ".safetensors":
         save_safe(file, change({key: tensor.clone() for key, tensor in load_file(file).items()}))
     else:
@@ -130,7 +130,7 @@ def rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> N
 
 
 def linears(draw: Draw, encoder: str = "encoder", decoder: str = "decoder") -> dict[str, Tensor]:
-    """Two `torch.nn.Linear`."""
+    """Return the tensors of two `torch.nn.Linear`."""
     return {
         f"{encoder}.weight": draw.w_enc,
         f"{encoder}.bias": draw.b_enc,
@@ -139,17 +139,17 @@ def linears(draw: Draw, encoder: str = "encoder", decoder: str = "decoder") -> d
     }
 
 
-def lay_gemma_scope(home: Path, d: Draw, prefix: str = "W_") -> Laid:
-    """Gemma Scope's residual stream; some of its files have lower-case names."""
+def write_gemma_scope(home: Path, d: Draw, prefix: str = "W_") -> Checkpoint:
+    """Write a Gemma Scope SAE of the residual stream; some of its files have lower-case names."""
     folder = home / "models--google--gemma-scope-2b-pt-res/snapshots/abc/layer_20/width_16k/average_l0_71"
     tensors = {f"{prefix}enc": d.w_enc.T, f"{prefix}dec": d.w_dec, "b_enc": d.b_enc, "b_dec": d.b_dec}
     save_npz(folder / "params.npz", tensors | {"threshold": d.threshold})
     f = relu_above(d.x @ d.w_enc.T + d.b_enc, d.threshold)
-    return Laid(gemma_scope.FORMAT, folder, folder / "params.npz", d.x, f, f @ d.w_dec + d.b_dec)
+    return Checkpoint(gemma_scope.FORMAT, folder, folder / "params.npz", d.x, f, f @ d.w_dec + d.b_dec)
 
 
-def lay_gemma_scope_2(home: Path, d: Draw) -> Laid:
-    """An affine transcoder of Gemma Scope 2."""
+def write_gemma_scope_2(home: Path, d: Draw) -> Checkpoint:
+    """Write an affine transcoder of Gemma Scope 2."""
     folder = home / "gemma-scope-2-1b-pt/transcoder_all/layer_7_width_16k_l0_small_affine"
     skip = d.normal(WIDTH, WIDTH)
     tensors = {"w_enc": d.w_enc.T, "w_dec": d.w_dec, "b_enc": d.b_enc, "b_dec": d.b_dec, "threshold": d.threshold}
@@ -165,11 +165,11 @@ def lay_gemma_scope_2(home: Path, d: Draw) -> Laid:
     save_json(folder / "config.json", settings)
     f = relu_above(d.x @ d.w_enc.T + d.b_enc, d.threshold)
     y = f @ d.w_dec + d.b_dec + d.x @ skip
-    return Laid(gemma_scope_2.FORMAT, folder, folder / "params.safetensors", d.x, f, y)
+    return Checkpoint(gemma_scope_2.FORMAT, folder, folder / "params.safetensors", d.x, f, y)
 
 
-def lay_openai(home: Path, d: Draw) -> Laid:
-    """A TopK of OpenAI: layer norm first, the pre-bias after it."""
+def write_openai(home: Path, d: Draw) -> Checkpoint:
+    """Write a TopK SAE of OpenAI: layer norm first, then the pre-bias."""
     file = home / "gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt"
     content = {
         "pre_bias": d.b_dec,
@@ -186,11 +186,11 @@ def lay_openai(home: Path, d: Draw) -> Laid:
     mean, std = d.x.mean(-1, keepdim=True), d.x.std(-1, keepdim=True)
     h = (d.x - mean) / (std + 1e-5)
     f = top((h - d.b_dec) @ d.w_enc.T + d.b_enc, K)
-    return Laid(openai.FORMAT, file, file, d.x, f, (f @ d.w_dec + d.b_dec) * std + mean)
+    return Checkpoint(openai.FORMAT, file, file, d.x, f, (f @ d.w_dec + d.b_dec) * std + mean)
 
 
-def lay_llama_scope(home: Path, d: Draw) -> Laid:
-    """A transcoder of Llama Scope: other norms at input and output, the threshold in units of the output."""
+def write_llama_scope(home: Path, d: Draw) -> Checkpoint:
+    """Write a transcoder of Llama Scope: different norms at input and output, threshold in units of the output."""
     folder = home / "Llama3_1-8B-Base-L8TC-8x"
     save_safe(folder / "checkpoints/final.safetensors", linears(d))
     settings = {
@@ -206,15 +206,15 @@ def lay_llama_scope(home: Path, d: Draw) -> Laid:
         "hook_point_out": "blocks.8.hook_mlp_out",
     }
     save_json(folder / "hyperparams.json", settings)
-    into, out = math.sqrt(WIDTH) / 5.0, math.sqrt(WIDTH) / 1.25
-    z = (d.x * into) @ d.w_enc.T + d.b_enc
+    input_scale, out = math.sqrt(WIDTH) / 5.0, math.sqrt(WIDTH) / 1.25
+    z = (d.x * input_scale) @ d.w_enc.T + d.b_enc
     f = z.relu() * (z * d.w_dec.norm(dim=1) / out > 0.4)
     y = (f @ d.w_dec + d.b_dec) / out
-    return Laid(llama_scope.FORMAT, folder, folder / "checkpoints/final.safetensors", d.x, f, y)
+    return Checkpoint(llama_scope.FORMAT, folder, folder / "checkpoints/final.safetensors", d.x, f, y)
 
 
-def lay_llamascopium(home: Path, d: Draw) -> Laid:
-    """A JumpReLU of Llamascopium 2.x on a dataset's norm, gated by the decoder norm."""
+def write_llamascopium(home: Path, d: Draw) -> Checkpoint:
+    """Write a JumpReLU SAE of Llamascopium 2.x, scaled by a dataset's norm, with thresholds on z times decoder norm."""
     folder, hook = home / "L15R-8x", "blocks.15.hook_resid_post"
     tensors = {"W_E": d.w_enc.T, "b_E": d.b_enc, "W_D": d.w_dec, "b_D": d.b_dec}
     tensors["activation_function.log_jumprelu_threshold"] = d.threshold.log()
@@ -226,11 +226,11 @@ def lay_llamascopium(home: Path, d: Draw) -> Laid:
     z = (d.x * scale) @ d.w_enc.T + d.b_enc
     f = z.relu() * (z * d.w_dec.norm(dim=1) > d.threshold)
     y = (f @ d.w_dec + d.b_dec) / scale
-    return Laid(llamascopium.FORMAT, folder, folder / "sae_weights.safetensors", d.x, f, y)
+    return Checkpoint(llamascopium.FORMAT, folder, folder / "sae_weights.safetensors", d.x, f, y)
 
 
 def scopium_settings(hook: str, **other: Any) -> dict[str, Any]:
-    """A `config.json` of Llamascopium."""
+    """Return a `config.json` of Llamascopium."""
     return {
         "sae_type": "sae",
         "d_model": WIDTH,
@@ -246,44 +246,44 @@ def scopium_settings(hook: str, **other: Any) -> dict[str, Any]:
     }
 
 
-def lay_goodfire(home: Path, d: Draw) -> Laid:
-    """Two linear layers and a ReLU."""
+def write_goodfire(home: Path, d: Draw) -> Checkpoint:
+    """Write a Goodfire SAE: two linear layers and a ReLU."""
     file = home / "Llama-3.1-8B-Instruct-SAE-l19.pth"
     save_torch(file, linears(d, "encoder_linear", "decoder_linear"))
     f = (d.x @ d.w_enc.T + d.b_enc).relu()
-    return Laid(goodfire.FORMAT, file, file, d.x, f, f @ d.w_dec + d.b_dec)
+    return Checkpoint(goodfire.FORMAT, file, file, d.x, f, f @ d.w_dec + d.b_dec)
 
 
-def lay_deepseek_r1(home: Path, d: Draw) -> Laid:
-    """The same under other names, in bfloat16."""
+def write_deepseek_r1(home: Path, d: Draw) -> Checkpoint:
+    """Write a DeepSeek R1 SAE: two linear layers in bfloat16."""
     file = home / "DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt"
     half = {key: tensor.bfloat16() for key, tensor in linears(d).items()}
     save_torch(file, half)
     f = (d.x @ half["encoder.weight"].float().T + half["encoder.bias"].float()).relu()
     y = f @ half["decoder.weight"].float().T + half["decoder.bias"].float()
-    return Laid(deepseek_r1.FORMAT, file, file, d.x, f, y)
+    return Checkpoint(deepseek_r1.FORMAT, file, file, d.x, f, y)
 
 
-def lay_qwen_scope(home: Path, d: Draw) -> Laid:
-    """SAELens' names, transposed; k is in the folder's name."""
+def write_qwen_scope(home: Path, d: Draw) -> Checkpoint:
+    """Write a Qwen-Scope SAE: SAELens' names with transposed matrices, and k in the folder's name."""
     file = home / f"models--Qwen--SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}/snapshots/abc/layer3.sae.pt"
     save_torch(file, {"W_enc": d.w_enc, "b_enc": d.b_enc, "W_dec": d.w_dec.T.contiguous(), "b_dec": d.b_dec})
     f = top(d.x @ d.w_enc.T + d.b_enc, K)
-    return Laid(qwen_scope.FORMAT, file, file, d.x, f, f @ d.w_dec + d.b_dec)
+    return Checkpoint(qwen_scope.FORMAT, file, file, d.x, f, f @ d.w_dec + d.b_dec)
 
 
-def lay_transcoders(home: Path, d: Draw) -> Laid:
-    """A layer of circuit-tracer's format with a skip connection."""
+def write_transcoders(home: Path, d: Draw) -> Checkpoint:
+    """Write a transcoder in circuit-tracer's format with a skip connection."""
     file, skip = home / "layer_4.safetensors", d.normal(WIDTH, WIDTH)
     save_safe(file, {"W_enc": d.w_enc, "b_enc": d.b_enc, "W_dec": d.w_dec, "b_dec": d.b_dec, "W_skip": skip})
     hooks = "feature_input_hook: mlp.hook_in\nfeature_output_hook: hook_mlp_out\n"
     file.with_name("config.yaml").write_text(f"model_name: Qwen/Qwen3-0.6B\n{hooks}")
     f = (d.x @ d.w_enc.T + d.b_enc).relu()
-    return Laid(transcoders.FORMAT, home, file, d.x, f, f @ d.w_dec + d.b_dec + d.x @ skip.T)
+    return Checkpoint(transcoders.FORMAT, home, file, d.x, f, f @ d.w_dec + d.b_dec + d.x @ skip.T)
 
 
-def lay_opensae(home: Path, d: Draw) -> Laid:
-    """Layer norm, then the decoder's bias taken off."""
+def write_opensae(home: Path, d: Draw) -> Checkpoint:
+    """Write an OpenSAE: layer norm, then the pre-bias."""
     file = home / "model.safetensors"
     save_safe(file, {"encoder.weight": d.w_enc, "encoder.bias": d.b_enc, "W_dec": d.w_dec, "b_dec": d.b_dec})
     settings = {
@@ -300,11 +300,11 @@ def lay_opensae(home: Path, d: Draw) -> Laid:
     save_json(home / "config.json", settings)
     mean, std = d.x.mean(-1, keepdim=True), d.x.std(-1, keepdim=True)
     f = top(((d.x - mean) / (std + 1e-5) - d.b_dec) @ d.w_enc.T + d.b_enc, K)
-    return Laid(opensae.FORMAT, home, file, d.x, f, (f @ d.w_dec + d.b_dec) * (std + 1e-5) + mean)
+    return Checkpoint(opensae.FORMAT, home, file, d.x, f, (f @ d.w_dec + d.b_dec) * (std + 1e-5) + mean)
 
 
-def lay_route_sae(home: Path, d: Draw, size: float = 3.0) -> Laid:
-    """Reads the likeliest of nine sites, standardised and times its probability; inputs of that size."""
+def write_route_sae(home: Path, d: Draw, size: float = 3.0) -> Checkpoint:
+    """Write a RouteSAE of nine sites; `size` is the scale of the inputs."""
     file, router = home / f"sum_hard_K{K}_1B_OpenWebText2_{LATENTS}.pt", d.normal(9, WIDTH)
     content = {
         "router.weight": router,
@@ -319,11 +319,11 @@ def lay_route_sae(home: Path, d: Draw, size: float = 3.0) -> Laid:
     p, site = (h.sum(1) @ router.T).softmax(-1).max(-1)
     read = p[:, None] * h[torch.arange(len(x)), site]
     f = top((read - d.b_dec) @ d.w_enc.T + d.b_enc, K)
-    return Laid(route_sae.FORMAT, file, file, x, f, f @ d.w_dec + d.b_dec)
+    return Checkpoint(route_sae.FORMAT, file, file, x, f, f @ d.w_dec + d.b_dec)
 
 
-def lay_adaptive_k(home: Path, d: Draw) -> Laid:
-    """A probe says how many latents a token has."""
+def write_adaptive_k(home: Path, d: Draw) -> Checkpoint:
+    """Write an AdaptiveK SAE, whose probe determines the k of each token."""
     probe, offset = 0.8 * d.normal(WIDTH), torch.tensor([5.0])
     content = {"encoder.weight": d.w_enc, "encoder.bias": d.b_enc, "decoder.weight": d.w_dec.T.contiguous()}
     save_torch(home / "ae.pt", content | {"b_dec": d.b_dec})
@@ -333,17 +333,17 @@ def lay_adaptive_k(home: Path, d: Draw) -> Laid:
     score = (d.x @ probe + offset).clamp(0, 10) / 10
     counts = (1 + (9 - 1) / (1 + (-6 * (score - 0.5)).exp())).round().int()
     z = (d.x - d.b_dec) @ d.w_enc.T + d.b_enc
-    f = torch.cat([top(row[None], int(k)) for row, k in zip(z, counts, strict=True)])
-    return Laid(adaptive_k.FORMAT, home, home / "ae.pt", d.x, f, f @ d.w_dec + d.b_dec)
+    f = torch.cat([top(token[None], int(k)) for token, k in zip(z, counts, strict=True)])
+    return Checkpoint(adaptive_k.FORMAT, home, home / "ae.pt", d.x, f, f @ d.w_dec + d.b_dec)
 
 
-LAYOUTS: dict[str, Callable[[Path, Draw], Laid]] = {
-    name.removeprefix("lay_"): made for name, made in list(globals().items()) if name.startswith("lay_")
+LAYOUTS: dict[str, Callable[[Path, Draw], Checkpoint]] = {
+    name.removeprefix("write_"): write for name, write in list(globals().items()) if name.startswith("write_")
 }
 
 
-def saelens_folder(home: Path, d: Draw) -> Laid:
-    """A JumpReLU of SAELens."""
+def saelens_folder(home: Path, d: Draw) -> Checkpoint:
+    """Write a JumpReLU SAE of SAELens."""
     folder, file = home / "sae", home / "sae/sae_weights.safetensors"
     tensors = {"W_enc": d.w_enc.T, "W_dec": d.w_dec, "b_enc": d.b_enc, "b_dec": d.b_dec, "threshold": d.threshold}
     save_safe(file, tensors)
@@ -352,41 +352,40 @@ def saelens_folder(home: Path, d: Draw) -> Laid:
     normalised = {"normalize_activations": "none", "apply_b_dec_to_input": True, "reshape_activations": "none"}
     save_json(folder / "cfg.json", settings | normalised | {"metadata": metadata})
     f = relu_above((d.x - d.b_dec) @ d.w_enc.T + d.b_enc, d.threshold)
-    return Laid(saelens.FORMAT, folder, file, d.x, f, f @ d.w_dec + d.b_dec)
+    return Checkpoint(saelens.FORMAT, folder, file, d.x, f, f @ d.w_dec + d.b_dec)
 
 
-def sparsify_folder(home: Path, d: Draw) -> Laid:
-    """A TopK of sparsify."""
+def sparsify_folder(home: Path, d: Draw) -> Checkpoint:
+    """Write a TopK SAE of sparsify."""
     folder, file = home / "layers.3", home / "layers.3/sae.safetensors"
     save_safe(file, {"encoder.weight": d.w_enc, "encoder.bias": d.b_enc, "W_dec": d.w_dec, "b_dec": d.b_dec})
     save_json(folder / "cfg.json", {"d_in": WIDTH, "num_latents": LATENTS, "k": K, "activation": "topk"})
     f = top((d.x - d.b_dec) @ d.w_enc.T + d.b_enc, K)
-    return Laid(sparsify.FORMAT, folder, file, d.x, f, f @ d.w_dec + d.b_dec)
+    return Checkpoint(sparsify.FORMAT, folder, file, d.x, f, f @ d.w_dec + d.b_dec)
 
 
-def dictionary_learning_folder(home: Path, d: Draw) -> Laid:
-    """A BatchTopK of dictionary_learning."""
+def dictionary_learning_folder(home: Path, d: Draw) -> Checkpoint:
+    """Write a BatchTopK SAE of dictionary_learning."""
     content = {"encoder.weight": d.w_enc, "encoder.bias": d.b_enc, "decoder.weight": d.w_dec.T.contiguous()}
     save_torch(home / "ae.pt", content | {"b_dec": d.b_dec, "k": torch.tensor(K), "threshold": torch.tensor(0.7)})
     trainer = {"dict_class": "BatchTopKSAE", "activation_dim": WIDTH, "dict_size": LATENTS, "k": K, "layer": 3}
     save_json(home / "config.json", {"trainer": trainer | {"lm_name": "a/b", "submodule_name": "resid_post_layer_3"}})
     f = relu_above((d.x - d.b_dec) @ d.w_enc.T + d.b_enc, 0.7)
-    return Laid(dictionary_learning.FORMAT, home, home / "ae.pt", d.x, f, f @ d.w_dec + d.b_dec)
+    return Checkpoint(dictionary_learning.FORMAT, home, home / "ae.pt", d.x, f, f @ d.w_dec + d.b_dec)
 
 
-def cross_layer_folder(home: Path, d: Draw) -> Laid:
-    """Layer 2 of a cross-layer transcoder of five layers; y is what its latents write to that layer alone."""
+def cross_layer_folder(home: Path, d: Draw) -> Checkpoint:
+    """Write layer 2 of a cross-layer transcoder of five layers; y is what its latents write to that layer alone."""
     file, decoders = home / "W_enc_2.safetensors", d.normal(LATENTS, 3, WIDTH)
-    found = {"W_enc_2": d.w_enc, "b_enc_2": d.b_enc, "b_dec_2": d.b_dec, "threshold_2": d.threshold}
-    save_safe(file, found)
+    save_safe(file, {"W_enc_2": d.w_enc, "b_enc_2": d.b_enc, "b_dec_2": d.b_dec, "threshold_2": d.threshold})
     save_safe(home / "W_dec_2.safetensors", {"W_dec_2": decoders})
     hooks = "feature_input_hook: hook_resid_mid\nfeature_output_hook: hook_mlp_out\n"
     (home / "config.yaml").write_text(f"model_name: google/gemma-2-2b\nmodel_kind: cross_layer_transcoder\n{hooks}")
     f = relu_above(d.x @ d.w_enc.T + d.b_enc, d.threshold)
-    return Laid(cross_layer.FORMAT, home, file, d.x, f, f @ decoders[:, 0] + d.b_dec)
+    return Checkpoint(cross_layer.FORMAT, home, file, d.x, f, f @ decoders[:, 0] + d.b_dec)
 
 
-# With those that tests of their own hold to their arithmetic.
+# With the formats whose arithmetic has test files of its own.
 ALL = LAYOUTS | {
     "cross_layer": cross_layer_folder,
     "saelens": saelens_folder,

@@ -1,6 +1,6 @@
-"""The bank by definition, one token and one row at a time in float64, and random programs to hold it against.
+"""Reference implementation of the bank, one token and one row at a time in float64, and random programs.
 
-Numbers come from a grid that fp32 represents exactly, so that a strict comparison means the same in both precisions.
+Numbers come from a grid that fp32 represents exactly, so that strict comparisons agree in both precisions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,13 +28,13 @@ TINY = 1e-12
 
 
 def grid(rng: Random, *shape: int, step: float = 0.5, top: int = 2) -> Floats:
-    """Random multiples of `step` up to `top` steps."""
+    """Return random multiples of `step` up to `top` steps."""
     count = int(np.prod(shape))
     return np.array([rng.randint(-top, top) * step for _ in range(count)], np.float64).reshape(shape)
 
 
 def toy_sae(rng: Random) -> SAE:
-    """An SAE with numbers on the grid."""
+    """Return an SAE with numbers on the grid."""
     encoder, decoder, bias = grid(rng, LATENTS, WIDTH), grid(rng, LATENTS, WIDTH), grid(rng, LATENTS)
     threshold = np.abs(grid(rng, LATENTS))
     tensors = (torch.tensor(a, dtype=torch.float32) for a in (encoder, bias, threshold, decoder, np.zeros(WIDTH)))
@@ -42,7 +42,7 @@ def toy_sae(rng: Random) -> SAE:
 
 
 def make_driver(layout: Layout, sae: SAE, max_tokens: int = 48, width: int = WIDTH) -> Driver:
-    """A driver with banks as the worker builds them."""
+    """Return a driver with banks built like in the worker."""
     driver = Driver(layout, build_banks(layout, width, max_tokens, torch.device("cpu")))
     driver.load_sae(BUNDLE, sae)
     return driver
@@ -51,9 +51,9 @@ def make_driver(layout: Layout, sae: SAE, max_tokens: int = 48, width: int = WID
 def run_step(
     driver: Driver, chunks: Sequence[tuple[str, int, int]], xs: Mapping[str, Floats], padding: int = 2
 ) -> dict[str, Floats]:
-    """One forward pass over chunks (request, start, tokens): how far each moves, [sites, tokens, d].
+    """Run a forward pass over chunks (request, start, tokens); return each request's displacement [sites, tokens, d].
 
-    xs [sites, all tokens, d] of each request. Padding rows hold NaN, as a buffer nobody wrote may.
+    xs [sites, all tokens, d] of each request. Padding tokens hold NaN, like an uninitialised buffer may.
     """
     ids = [request_id for request_id, _, _ in chunks]
     starts, lengths = (np.array([c[i] for c in chunks], np.int64) for i in (1, 2))
@@ -70,7 +70,10 @@ def run_step(
 
 @dataclass
 class Trace:
-    """What the definition says of one request: displacement [sites, tokens, d], what touched it, the gates."""
+    """Expected result of one request: displacement [sites, tokens, d], edits that touched tokens, and open gates.
+
+    `touched`: (stage, site, edit, token). `is_open`: by (stage, token).
+    """
 
     moved: Floats
     touched: list[tuple[int, wire.Site, int, int]] = field(default_factory=list)
@@ -79,7 +82,7 @@ class Trace:
 
 @dataclass
 class State:
-    """A gate's memory of the tokens before."""
+    """The state of a gate after earlier tokens."""
 
     scores: list[float] = field(default_factory=list)
     value: float = 0.0
@@ -88,7 +91,7 @@ class State:
 
 
 def by_definition(request: wire.Request, x: Floats, sae: SAE) -> Trace:
-    """Every token of a request, x [sites, tokens, d], by a loop over tokens and rows."""
+    """Compute every token of a request, x [sites, tokens, d], by a loop over tokens and rows."""
     trace = Trace(np.zeros_like(x))
     states = [State() for _ in request.stages]
     rows = {row: vectors(row, sae) for _, row in request.rows()}
@@ -99,7 +102,7 @@ def by_definition(request: wire.Request, x: Floats, sae: SAE) -> Trace:
             gate_open = True
             for site in sorted(sites, key=lambda s: s.site):
                 y = x[site.site, t] + trace.moved[site.site, t]
-                # Behind another stage's edits x is off the grid.
+                # After another stage's edits x is no longer on the grid.
                 exact = not trace.moved[site.site, t].any()
                 here = [rows[row] for row in site.rows]
                 f = [activation(row, y, exact) for row in here]
@@ -114,7 +117,7 @@ def by_definition(request: wire.Request, x: Floats, sae: SAE) -> Trace:
 
 
 class RowVectors(NamedTuple):
-    """A row in numbers."""
+    """The numbers of an SAE row."""
 
     encoder: Floats
     bias: float
@@ -123,19 +126,19 @@ class RowVectors(NamedTuple):
 
 
 class Force(NamedTuple):
-    """What holds at a token. `exact`: fp32 computes its activations without rounding."""
+    """The conditions at a token. `exact`: fp32 computes its activations without rounding."""
 
     gate_open: bool
     prompt: bool
     exact: bool
 
     def covers(self, part: wire.Edit | wire.Blend) -> bool:
-        """Whether an edit or blend is in force."""
+        """Return whether an edit or blend is in force."""
         return self.gate_open and (part.prompt if self.prompt else part.generated)
 
 
 def vectors(row: wire.Row, sae: SAE) -> RowVectors:
-    """The numbers of a row."""
+    """Return the numbers of a row."""
     if row.bundle:
         encoder, bias, threshold, decoder = (
             t[row.latent].double().numpy() for t in sae.exact_rows(torch.arange(sae.latents))
@@ -146,7 +149,7 @@ def vectors(row: wire.Row, sae: SAE) -> RowVectors:
 
 
 def activation(row: RowVectors, y: Floats, exact: bool) -> float:
-    """f of a row."""
+    """Return the activation of a row."""
     z = float(y @ row.encoder) + row.bias
     if not exact and row.encoder.any() and abs(z - row.threshold) < 1e-5:
         reject()
@@ -154,7 +157,7 @@ def activation(row: RowVectors, y: Floats, exact: bool) -> float:
 
 
 def clearly_above(value: float, bound: float, exact: bool) -> bool:
-    """value > bound; an example in which fp32 could see it otherwise is given up."""
+    """Return value > bound; reject examples that fp32 may decide differently."""
     certain = value == bound and (exact or value == 0)
     if not certain and abs(value - bound) < 1e-5 * max(1.0, abs(value)):
         reject()
@@ -164,7 +167,7 @@ def clearly_above(value: float, bound: float, exact: bool) -> bool:
 def edited(
     site: wire.Site, y: Floats, f: list[float], rows: list[RowVectors], force: Force
 ) -> tuple[Floats, list[int]]:
-    """How far one token moves at a site, and which edits (the blend comes after the last) moved it."""
+    """Return a token's displacement at a site, and the edits that moved it; the blend's index follows the last edit."""
     norm = max(float(np.linalg.norm(y)), TINY)
     new_y, touched = y.copy(), []
     for number, edit in enumerate(site.edits):
@@ -189,21 +192,21 @@ def edited(
 
 
 def well_posed(vector: Floats, norm: float) -> None:
-    """Give up an example in which a difference that is all rounding would be scaled up."""
+    """Reject examples that would scale up a difference which is only rounding."""
     length = float(np.linalg.norm(vector))
     if 0 < length < 1e-3 * norm or (length == 0 and norm > TINY):
         reject()
 
 
 def gate_holds(gate: wire.Gate, f: list[float], state: State, exact: bool) -> bool:
-    """The gate at one token; counts the token."""
+    """Return whether the gate is open at a token, and count the token."""
     above = [clearly_above(f[row], bound, exact) for row, bound in gate.triggers]
     in_sequence = not gate.sequence or sequence_holds(gate.sequence, f[gate.sequence.score], state, exact)
     return in_sequence and (any(above) or not above)
 
 
 def sequence_holds(s: wire.Sequence, score: float, state: State, exact: bool) -> bool:
-    """The sequence condition, by the statistic's own definition; counts the token."""
+    """Return whether the sequence condition holds, by the definition of its statistic, and count the token."""
     u = score if s.binary is None else float(clearly_above(score, s.binary, exact))
     state.exact &= exact or s.binary is not None
     state.scores.append(u)
@@ -217,7 +220,7 @@ def sequence_holds(s: wire.Sequence, score: float, state: State, exact: bool) ->
 
 
 def random_row(rng: Random, reads: bool, writes: bool) -> wire.Row:
-    """A latent, a probe, a vector, or a raw row with both halves."""
+    """Return a latent, a probe, a vector, or a raw row with both encoder and decoder."""
     if rng.random() < 0.6:
         return wire.Row(bundle=BUNDLE, latent=rng.randrange(LATENTS))
     encoder = grid(rng, WIDTH).astype("<f4").tobytes() if reads else b""
@@ -228,7 +231,7 @@ def random_row(rng: Random, reads: bool, writes: bool) -> wire.Row:
 
 
 def random_edit(rng: Random, row: int) -> wire.Edit:
-    """One of the operations, in one of the units, in one of the phases."""
+    """Return an edit with a random operation, unit and phase."""
     value = rng.randint(-6, 6) * 0.25
     formula = rng.choice(
         (
@@ -247,7 +250,7 @@ def random_edit(rng: Random, row: int) -> wire.Edit:
 
 
 def random_sequence(rng: Random, score: int, window: int) -> wire.Sequence:
-    """One of the statistics."""
+    """Return a sequence condition with a random statistic."""
     statistic: dict[str, Any] = rng.choice(
         (
             {"binary": rng.choice((0.0, 0.5)), "level_rate": rng.choice((0.125, 0.25, 0.5))},
@@ -260,7 +263,7 @@ def random_sequence(rng: Random, score: int, window: int) -> wire.Sequence:
 
 
 def random_site(rng: Random, number: int, gate: str, window: int) -> wire.Site:
-    """A site with up to three edits; `gate`: '', or any of the letters t(oken) and s(equence)."""
+    """Return a site with up to three edits; `gate`: '' or any of the letters t(oken) and s(equence)."""
     rows = list(dict.fromkeys(random_row(rng, reads=rng.random() < 0.7, writes=True) for _ in range(rng.randint(1, 3))))
     edits = tuple(random_edit(rng, i) for i in range(len(rows)))
     blend = None
@@ -285,7 +288,7 @@ def random_site(rng: Random, number: int, gate: str, window: int) -> wire.Site:
 
 
 def random_stage(rng: Random, layout: Layout, gates: Sequence[str] = ("", "t", "s", "ts")) -> tuple[wire.Site, ...]:
-    """A program over some of the sites; a gate is read at the first."""
+    """Return a program over some of the sites, with its gate at the first."""
     numbers = sorted(rng.sample(range(len(layout.sites)), rng.randint(1, len(layout.sites))))
     gate = rng.choice(tuple(gates))
     return tuple(random_site(rng, n, gate if n == numbers[0] else "", layout.window) for n in numbers)
@@ -294,6 +297,6 @@ def random_stage(rng: Random, layout: Layout, gates: Sequence[str] = ("", "t", "
 def random_request(
     rng: Random, layout: Layout, tokens: int, gates: Iterable[str] = ("", "t", "s", "ts")
 ) -> wire.Request:
-    """A request of `tokens` tokens in all, with a program in each stage or none."""
+    """Return a request of `tokens` tokens in all, with a program in each stage or none."""
     stages = tuple(random_stage(rng, layout, tuple(gates)) if rng.random() < 0.8 else () for _ in range(layout.stages))
     return wire.Request(rng.randint(1, tokens), tokens, rng.random() < 0.5, stages)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rudder.sae_models.hookpoints import has_middle, parse
+from rudder.sae_models.hookpoints import has_resid_mid, parse
 from rudder.server.engine.worker.bank import SiteBank
 
 ATTENTION = ("self_attn", "attn", "attention")
@@ -126,7 +126,7 @@ def hook_middle(layer: nn.Module, attention: nn.Module, bank: SiteBank) -> None:
     No module returns it there: it is the layer's input plus the output of the attention branch. The displacement is
     added to that output.
     """
-    if not has_middle(layer):
+    if not has_resid_mid(layer):
         raise UnknownLayout(f"site: {bank.site}: the branches of {type(layer).__name__} do not follow one another")
     layer_input = input_reader(layer, bank.site)
     bank.allocate_layer_input()

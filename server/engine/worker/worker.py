@@ -117,7 +117,7 @@ class SteeringWorker:
 
 def load_dictionary(path: str, sha256: str, device: torch.device) -> dict[str, SAE]:
     """Load the SAE of a bundle, by its name. BundleError: the bundle is not the one that the server checked."""
-    bundle = bundles.mapped(Path(path))
+    bundle = bundles.open_unverified(Path(path))
     if bundle.sha256 != sha256:
         raise bundles.BundleError(f"{path}: changed since the server read it")
     return {bundle.manifest.name: bundle.sae.to(device)}

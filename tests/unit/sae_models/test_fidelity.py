@@ -1,18 +1,18 @@
-"""Figures summed piece by piece are those of the whole, in whatever precision the matrices are stored."""
+"""FVU and L0 do not depend on the chunk size, nor the arithmetic on the precision of stored matrices."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from rudder.sae_models import fidelity, sae
+from rudder.sae_models import fidelity
 from rudder.sae_models.sae import BLOCK, SAE, Normalisation, Router
 
 D = 24
 
 
 def random_sae(latents: int) -> SAE:
-    """Random weights, positive thresholds."""
+    """Return an SAE with random weights and positive thresholds."""
     g = torch.Generator().manual_seed(0)
     encoder, decoder = torch.randn(latents, D, generator=g), torch.randn(latents, D, generator=g) / latents
     bias, threshold = torch.randn(latents, generator=g), 4 * torch.rand(latents, generator=g)
@@ -21,37 +21,39 @@ def random_sae(latents: int) -> SAE:
 
 @pytest.fixture
 def x() -> torch.Tensor:
-    """Tokens far from the origin, where a sum of squares loses digits."""
+    """Return tokens far from the origin, where a sum of squares loses digits."""
     return torch.randn(200, D, generator=torch.Generator().manual_seed(1)) + 50
 
 
-def test_figures_are_those_of_the_whole(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measures_do_not_depend_on_the_chunk_size(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_sae(40)
-    monkeypatch.setattr(fidelity, "ACTIVATIONS_AT_ONCE", 40 * 7)
-    found = fidelity.measured(model, x)
+    monkeypatch.setattr(fidelity, "ACTIVATIONS_PER_CHUNK", 40 * 7)
+    result = fidelity.measure(model, x)
     latents = model.encode(x)
-    assert found.tokens == 200
-    assert found.l0 == pytest.approx(sae.l0(latents))
-    assert found.fvu == pytest.approx(sae.fvu(x, model.decode(latents)), rel=1e-5)
+    assert result.tokens == 200
+    assert result.l0 == pytest.approx(fidelity.l0(latents))
+    assert result.fvu == pytest.approx(fidelity.fvu(x, model.decode(latents)), rel=1e-5)
     target = x.flip(0)
-    assert fidelity.measured(model, x, target).fvu == pytest.approx(sae.fvu(target, model.decode(latents)), rel=1e-5)
+    assert fidelity.measure(model, x, target).fvu == pytest.approx(
+        fidelity.fvu(target, model.decode(latents)), rel=1e-5
+    )
 
 
-def test_the_target_of_a_routed_sae_is_the_routed_site() -> None:
+def test_target_of_a_routed_sae_is_the_routed_site() -> None:
     g = torch.Generator().manual_seed(0)
     model = replace(random_sae(40), router=Router(torch.randn(3, D, generator=g)))
     x = torch.randn(50, 3, D, generator=g)
     output, error = model.forward(x)
-    expected = sae.fvu(output + error, output)
-    assert fidelity.measured(model, x).fvu == pytest.approx(expected, rel=1e-5)
+    expected = fidelity.fvu(output + error, output)
+    assert fidelity.measure(model, x).fvu == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_does_not_vary_is_not_explained() -> None:
-    assert fidelity.measured(random_sae(40), torch.ones(5, D)).fvu > 1e6
+def test_fvu_of_a_constant_target_is_infinite() -> None:
+    assert fidelity.measure(random_sae(40), torch.ones(5, D)).fvu > 1e6
 
 
 @pytest.mark.parametrize("share", [0.0, 1e-3, 1.0])
-def test_rows_that_no_token_uses_change_nothing(share: float) -> None:
+def test_decode_skips_rows_that_no_token_uses(share: float) -> None:
     model = random_sae(2 * BLOCK + 5)
     stored = replace(model, decoder=model.decoder.bfloat16())
     exact = replace(stored, decoder=stored.decoder.float())

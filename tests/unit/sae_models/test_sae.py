@@ -1,4 +1,4 @@
-"""The canonical SAE: rows are the full dictionary, thresholds are strict, and the measures are what they are called."""
+"""The canonical SAE: rows agree with the full encode, thresholds are strict; the definitions of FVU and L0."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rudder.sae_models import fidelity
 from rudder.sae_models import sae as canonical
 from rudder.sae_models.sae import SAE
 
 
 def random_sae(latents: int, width: int, seed: int) -> SAE:
-    """Random weights, unit decoder rows, positive thresholds."""
+    """Return an SAE with random weights, unit decoder rows and positive thresholds."""
     g = torch.Generator().manual_seed(seed)
     decoder = torch.nn.functional.normalize(torch.randn(latents, width, generator=g), dim=1)
     bias, threshold = torch.randn(latents, generator=g), torch.rand(latents, generator=g)
@@ -32,7 +33,7 @@ def test_rows_give_the_columns_of_the_full_encode(data: st.DataObject, latents: 
     assert torch.equal(sae.exact_rows(chosen).decoder, sae.decoder[chosen])
 
 
-def test_threshold_is_strict_and_keeps_the_whole_value() -> None:
+def test_threshold_is_strict_and_is_not_subtracted() -> None:
     sae = SAE(torch.eye(3), torch.zeros(3), torch.tensor([0.0, 1.0, 2.0]), torch.eye(3), torch.zeros(3))
     x = torch.tensor([[0.0, 1.0, 2.0], [-1.0, 1.5, 2.5]])
     assert sae.encode(x).tolist() == [[0.0, 0.0, 0.0], [0.0, 1.5, 2.5]]
@@ -65,8 +66,8 @@ def test_half_precision_input_is_computed_in_float32() -> None:
 )
 def test_fvu_is_error_over_variance(reconstruct: Callable[[torch.Tensor], torch.Tensor], expected: float) -> None:
     x = 100 + torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    assert canonical.fvu(x, reconstruct(x)) == pytest.approx(expected, abs=1e-4)
+    assert fidelity.fvu(x, reconstruct(x)) == pytest.approx(expected, abs=1e-4)
 
 
-def test_l0_counts_active_latents_a_token() -> None:
-    assert canonical.l0(torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 3.0]])) == 1.5
+def test_l0_counts_active_latents_per_token() -> None:
+    assert fidelity.l0(torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 3.0]])) == 1.5

@@ -1,4 +1,4 @@
-"""What offline evaluation says of the shipped programs is what the bank does."""
+"""Offline evaluation of the shipped programs agrees with the bank."""
 
 from pathlib import Path
 
@@ -21,14 +21,14 @@ PROGRAMS = sorted((PRETRAINED / "programs").glob("*.yaml"))
 
 
 def strongest_first(x: torch.Tensor, program: offline.Program) -> torch.Tensor:
-    """The tokens [n, d] that a sequence condition scores highest first, so that the gate opens and closes again."""
+    """Return tokens [n, d] by the sequence condition's score, highest first, so that the gate opens and then closes."""
     if not (program.gate and program.gate.sequence and program.gate.sequence.score.probe):
         return x
     return x[(x @ torch.tensor(program.gate.sequence.score.probe.weights)).argsort(descending=True)]
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_the_bank_moves_x_as_offline_evaluation_does(path: Path) -> None:
+def test_bank_moves_x_like_offline_evaluation(path: Path) -> None:
     bundle = bundles.load(PRETRAINED / "textbook-lm-layers.2")
     program = offline.read(path)
     x = strongest_first(bundle.conformance.inputs, program)[:200]

@@ -1,4 +1,4 @@
-"""Which latents stand for a topic, how a topic is detected, and what a program does to residuals."""
+"""Selection of a topic's latents, detection of a topic, and the effect of programs on residuals."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from rudder.server.cli.program import load_twin
 from tests.unit.tiny import TEXTBOOK_LM
 
 BOOKS = ("microbiology", "anatomy", "history")
-# By latent: topic word, rarer topic word, everywhere, the neighbour's too, never, rare everywhere, common elsewhere.
+# By latent: topic word, rarer topic word, everywhere, also the neighbour's, never, rare everywhere, common elsewhere.
 FREQUENCY = torch.tensor(
     [
         [0.020, 0.010, 0.500, 0.030, 0.000, 0.0001, 0.200],
@@ -33,11 +33,11 @@ FREQUENCY = torch.tensor(
 )
 
 
-def test_selection_keeps_what_is_frequent_on_the_topic_alone() -> None:
+def test_select_returns_latents_frequent_on_the_topic_alone() -> None:
     assert selection.select(FREQUENCY, BOOKS, {"microbiology"}, {"anatomy"}, 10) == [0, 1]
 
 
-def test_each_filter_is_needed() -> None:
+def test_each_filter_of_select_has_an_effect() -> None:
     assert selection.select(FREQUENCY, BOOKS, {"microbiology"}, {"anatomy"}, 10, ceiling=0.1) == [6, 0, 1]
     assert selection.select(FREQUENCY, BOOKS, {"microbiology"}, {"anatomy"}, 10, ceiling=0.011, ratio=1.2) == [3, 0, 1]
     assert selection.select(FREQUENCY, BOOKS, {"microbiology"}, {"anatomy"}, 1) == [0]
@@ -49,17 +49,17 @@ def test_detector_finds_a_planted_direction() -> None:
     x = torch.randn(4000, 10, generator=g) * torch.logspace(-1, 2, 10) + 50
     positive = torch.rand(4000, generator=g) < 0.3
     x[positive, 3] += 3 * x[:, 3].std()
-    found = detector.fit(x, positive, torch.ones(4000))
-    assert float(((found.score(x) > 0) == positive).float().mean()) > 0.9
-    assert int((found.weights * x.std(0)).abs().argmax()) == 3
+    fitted = detector.fit(x, positive, torch.ones(4000))
+    assert float(((fitted.score(x) > 0) == positive).float().mean()) > 0.9
+    assert int((fitted.weights * x.std(0)).abs().argmax()) == 3
 
 
-def test_detector_counts_each_token_by_its_weight() -> None:
+def test_detector_weights_each_token() -> None:
     x = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
     positive = torch.tensor([True, False, True, False])
-    found = detector.fit(x, positive, torch.tensor([1.0, 3.0, 3.0, 1.0]))
-    assert found.score(x)[0] == pytest.approx(-1.0986, abs=0.05)
-    assert found.score(x)[2] == pytest.approx(1.0986, abs=0.05)
+    fitted = detector.fit(x, positive, torch.tensor([1.0, 3.0, 3.0, 1.0]))
+    assert fitted.score(x)[0] == pytest.approx(-1.0986, abs=0.05)
+    assert fitted.score(x)[2] == pytest.approx(1.0986, abs=0.05)
 
 
 @settings(max_examples=100, deadline=None)
@@ -83,7 +83,7 @@ def test_level_bounds_false_alarms(share: float) -> None:
 
 
 def toy_bundle() -> Bundle:
-    """Two latents along the axes of a space of three; of a bundle only what programs read."""
+    """Return the parts of a bundle that programs read, with two latents along axes of a space of three."""
     sae = SAE(torch.eye(3)[:2], torch.zeros(2), torch.full((2,), 0.5), torch.eye(3)[:2], torch.zeros(3))
     bundle = Bundle.__new__(Bundle)
     object.__setattr__(bundle, "sae", sae)
@@ -94,18 +94,18 @@ def toy_bundle() -> Bundle:
 
 
 def feature(index: int) -> p.Row:
-    """A row that is a latent."""
+    """Return a row that is a latent."""
     return p.Row(feature=p.Feature(index))
 
 
 def run(program: Program, *tokens: tuple[float, float, float]) -> list[list[float]]:
-    """What a program makes of one text."""
+    """Apply a program to one text."""
     edited: list[list[float]] = p.apply(program, toy_bundle(), torch.tensor([tokens])).x[0].tolist()
     return edited
 
 
 def program(*edits: p.Edit, blend: p.Blend | None = None, gate: p.Gate | None = None) -> Program:
-    """A program at one site."""
+    """Return a program at one site."""
     return Program("toy", "", (p.SiteEdits("layers.0.resid_post", edits, blend),), gate)
 
 
@@ -144,7 +144,7 @@ def test_gate_needs_both_conditions() -> None:
         assert p.gate_open(gate, toy_bundle(), torch.tensor([texts]))[0].tolist() == expected
 
 
-def test_a_program_survives_its_file(tmp_path: Path) -> None:
+def test_program_survives_write_and_read(tmp_path: Path) -> None:
     score = p.Row(probe=p.Probe("axis", (0.0, 0.25, -1.0), 0.5))
     gate = p.Gate(
         "layers.0.resid_post",
@@ -156,7 +156,7 @@ def test_a_program_survives_its_file(tmp_path: Path) -> None:
     assert p.read(tmp_path / "toy.yaml") == written
 
 
-def test_a_file_that_asks_for_more_is_refused_by_field(tmp_path: Path) -> None:
+def test_read_refuses_unsupported_fields_by_name(tmp_path: Path) -> None:
     (tmp_path / "toy.yaml").write_text(
         "name: toy\ndescription: ''\nsites: [{site: layers.0.resid_post, restore_norm: true}]"
     )
@@ -173,7 +173,7 @@ TOPICS = {
 
 @pytest.fixture(scope="module")
 def material() -> derive.Material:
-    """The shipped bundle, on three short books of forty sections."""
+    """Return the shipped bundle with three short books of forty sections."""
     bundle = bundles.load(PRETRAINED / "textbook-lm-layers.2")
     trunk = harvest.load_trunk(PRETRAINED / "textbook-lm", parse_site(bundle.manifest.site))
     documents = [Document(book, f"m{i}", text * (2 + i % 3)) for book, text in TOPICS.items() for i in range(40)]
@@ -181,25 +181,27 @@ def material() -> derive.Material:
     return derive.material_of(bundle, trunk, documents, windows)
 
 
-def test_forgetting_touches_the_topic_and_spares_the_rest(material: derive.Material) -> None:
+def test_forget_touches_the_topic_and_spares_the_rest(material: derive.Material) -> None:
     topic = derive.Topic(("microbes",), ("economics",))
-    recipe = derive.Recipe(windows_a_book=20, windows_of_topic=40, latents=8, dose=-0.5)
-    made = derive.forget(material, topic, recipe, "forget-microbes", "")
+    recipe = derive.Recipe(windows_per_book=20, windows_of_topic=40, latents=8, dose=-0.5)
+    program = derive.forget(material, topic, recipe, "forget-microbes", "")
     model = harvest.load_model(TEXTBOOK_LM)
-    windows = derive.chosen(material, corpus.HELD_OUT_FOLDS, dict.fromkeys(TOPICS, 3))
+    windows = derive.sample_windows(material, corpus.HELD_OUT_FOLDS, dict.fromkeys(TOPICS, 3))
     plain = metrics.losses(model, windows)
-    rows = unlearning.table(model, material.trunk, material.bundle, made, windows, material.documents, plain)
-    assert [rows[0].book, *sorted(row.book for row in rows[1:])] == ["microbes", "economics", "history"]
-    assert rows[0].touched > 0.3
-    assert rows[0].edited > rows[0].plain + 1
-    assert [(row.touched, row.edited - row.plain) for row in rows[1:]] == [(0, 0), (0, 0)]
+    topic_loss, *others = unlearning.losses_by_book(
+        model, material.trunk, material.bundle, program, windows, material.documents, plain
+    )
+    assert [topic_loss.book, *sorted(other.book for other in others)] == ["microbes", "economics", "history"]
+    assert topic_loss.touched > 0.3
+    assert topic_loss.edited > topic_loss.plain + 1
+    assert [(other.touched, other.edited - other.plain) for other in others] == [(0, 0), (0, 0)]
 
 
-def test_the_gap_is_the_rise_as_a_share_of_what_the_twin_lacks() -> None:
-    row = unlearning.BookLoss("microbiology", 100, plain=3.0, edited=4.0, touched=0.5)
-    assert row.gap is None
-    assert row._replace(twin=3.5).gap == pytest.approx(2.0)
-    assert row._replace(twin=3.15).gap is None, "two trainings differ by as much"
+def test_gap_is_the_rise_as_a_share_of_the_twins_deficit() -> None:
+    loss = unlearning.BookLoss("microbiology", 100, plain=3.0, edited=4.0, touched=0.5)
+    assert loss.gap is None
+    assert loss._replace(twin=3.5).gap == pytest.approx(2.0)
+    assert loss._replace(twin=3.15).gap is None, "two trainings differ by as much"
 
 
 LESSONS = {
@@ -213,17 +215,18 @@ LESSONS = {
 }
 
 
-def test_the_twin_has_not_learned_microbiology_and_has_learned_the_rest() -> None:
+def test_twin_lacks_microbiology_and_nothing_else() -> None:
     documents = [Document(book, "m", text) for book, text in LESSONS.items()]
     windows = corpus.windows(documents, harvest.load_tokenizer(TEXTBOOK_LM), 256)
     twin = load_twin(PRETRAINED / "textbook-lm-twin", TEXTBOOK_LM)
-    nats, theirs = (metrics.losses(model, windows) for model in (harvest.load_model(TEXTBOOK_LM), twin))
-    lacks = ((theirs[:, 0] - nats[:, 0]) / nats[:, 1]).tolist()
-    assert lacks[0] > 0.3
-    assert abs(lacks[1]) < 0.2
+    models = harvest.load_model(TEXTBOOK_LM), twin
+    (nats, count), (twin_nats, _) = (metrics.losses(model, windows).unbind(1) for model in models)
+    deficit = ((twin_nats - nats) / count).tolist()
+    assert deficit[0] > 0.3
+    assert abs(deficit[1]) < 0.2
 
 
-def test_a_twin_that_reads_other_tokens_is_refused(tmp_path: Path) -> None:
+def test_load_twin_refuses_another_tokenizer(tmp_path: Path) -> None:
     tokenizer = (TEXTBOOK_LM / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(tokenizer.replace('"<|bos|>"', '"<|begin|>"'))
     (tmp_path / "tokenizer_config.json").write_text((TEXTBOOK_LM / "tokenizer_config.json").read_text())
@@ -231,23 +234,23 @@ def test_a_twin_that_reads_other_tokens_is_refused(tmp_path: Path) -> None:
         load_twin(tmp_path, TEXTBOOK_LM)
 
 
-def test_no_latent_of_a_program_was_chosen_on_held_out_sections(material: derive.Material) -> None:
+def test_selection_uses_no_held_out_sections(material: derive.Material) -> None:
     held = {*corpus.HELD_OUT_FOLDS, *corpus.TUNING_FOLDS}
-    assert derive.for_selection(material) == set(range(corpus.FOLDS)) - held
-    windows = derive.chosen(material, corpus.TUNING_FOLDS, {"history": 2, "microbes": 1})
+    assert derive.selection_folds(material) == set(range(corpus.FOLDS)) - held
+    windows = derive.sample_windows(material, corpus.TUNING_FOLDS, {"history": 2, "microbes": 1})
     sources = [material.documents[source] for source in windows.document.tolist()]
     assert [document.book for document in sources] == ["history", "history", "microbes"]
     assert {document.fold for document in sources} <= set(corpus.TUNING_FOLDS)
 
 
-def test_the_shipped_bundle_fits_the_shipped_model(material: derive.Material) -> None:
+def test_shipped_bundle_fits_the_shipped_model(material: derive.Material) -> None:
     sha256 = bundles.model_sha256(TEXTBOOK_LM)
     bundles.check_model(material.bundle, sha256, material.trunk.config.hidden_size)
     assert (material.bundle.manifest.training.fvu or 1) < 0.12
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_programs_are_of_the_shipped_bundle(material: derive.Material, name: str) -> None:
+def test_shipped_programs_fit_the_shipped_bundle(material: derive.Material, name: str) -> None:
     shipped = p.read(PRETRAINED / "programs" / f"{name}.yaml")
     assert shipped.name == name
     x = material.bundle.sae.decoder[:64].reshape(1, 64, -1) * material.bundle.statistics.residual_norm

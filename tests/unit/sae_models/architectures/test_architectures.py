@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rudder.sae_models import fidelity
 from rudder.sae_models import sae as canonical
 from rudder.sae_models.architectures import ARCHITECTURES
 from rudder.sae_models.architectures.adaptive_k import ridge
@@ -135,7 +136,7 @@ def test_jumprelu_ends_at_the_wanted_l0_whatever_the_learning_rate(rate: float) 
     directions = unit(64, 32, g)
     trained = run("jumprelu", lambda n: planted(n, directions, g), 0, steps=300, learning_rate=rate)
     x = planted(4096, directions, g)
-    assert canonical.l0(trained.canonical(x).encode(x)) == pytest.approx(4, rel=0.05)
+    assert fidelity.l0(trained.canonical(x).encode(x)) == pytest.approx(4, rel=0.05)
 
 
 def test_a_batch_keeps_k_a_token_on_average_whatever_the_last_cut() -> None:
@@ -186,7 +187,7 @@ def test_gates_do_not_shrink_what_an_l1_penalty_does() -> None:
         x = planted(8192, directions, g)
         sae = trained.canonical(x)
         y, error = sae.forward(x)
-        assert canonical.l0(sae.encode(x)) == pytest.approx(4, abs=0.5)
+        assert fidelity.l0(sae.encode(x)) == pytest.approx(4, abs=0.5)
         centred, out = x - x.mean(0), y - x.mean(0)
         gains[name] = float(out.square().sum() / (out * centred).sum())
         errors[name] = float(error.square().mean())
@@ -233,7 +234,7 @@ def test_a_matryoshkas_first_latents_explain_more_than_those_of_batch_topk() -> 
         x = planted(4096, directions, g)
         f = sae.encode(x)
         f[:, 24:] = 0
-        explained[name] = canonical.fvu(x, sae.decode(f))
+        explained[name] = fidelity.fvu(x, sae.decode(f))
     assert explained["matryoshka"] < explained["batch_topk"] - 0.05
 
 
@@ -272,12 +273,12 @@ def test_adaptive_k_spends_latents_where_they_are_needed() -> None:
         x, c = complex_batch(4096, directions, axis, g)
         sae = trained.canonical(x)
         f = sae.encode(x)
-        assert canonical.l0(f) == pytest.approx(13, abs=0.7)
+        assert fidelity.l0(f) == pytest.approx(13, abs=0.7)
         if name == "adaptive_k" and not shuffled:
             score = x @ sae.selection.probe + sae.selection.offset  # type: ignore[union-attr]
             assert float(torch.corrcoef(torch.stack([score, c]))[0, 1]) > 0.9
             assert torch.allclose(sae.encode(x[5:6]), f[5:6], atol=1e-4)
-        return canonical.fvu(x, sae.decode(f))
+        return fidelity.fvu(x, sae.decode(f))
 
     settings = {"k_min": 0, "k_max": 26, "steepness": 4.0, "l1": 0.0, "gradient_norm": None}
     adaptive, fixed = fvu("adaptive_k", False, **settings), fvu("topk", False, k=13)
@@ -307,7 +308,7 @@ def test_a_router_finds_the_layer_that_tells_something() -> None:
     x, group = layered(4096, directions, g)
     sae = trained.canonical(x)
     assert isinstance(sae.router, Router)
-    site, _ = sae.router.route(canonical.normalised(x, sae.normalisation))
+    site, _ = sae.router.route(canonical.normalise(x, sae.normalisation))
     assert float((site == group).float().mean()) > 0.85
     assert float(torch.bincount(site, minlength=5).amax() / 4096) < 0.6
     one = run("topk", lambda n: layered(n, directions, g)[0][:, 0], 0, d=64, steps=250, k=2, latents=32)
@@ -335,7 +336,7 @@ def test_a_transcoder_learns_another_space() -> None:
 
     sae = run("transcoder", stream, 0, steps=500, width_out=16).canonical(stream(4096)[0])
     x, y = stream(4096)
-    assert canonical.fvu(y, sae.forward(x, y)[0]) < 0.2
+    assert fidelity.fvu(y, sae.forward(x, y)[0]) < 0.2
     with pytest.raises(ValueError, match=r"^transcoder: "):
         made("transcoder").initialise(x)
 
@@ -359,8 +360,8 @@ def test_the_penalty_finds_the_wanted_l0() -> None:
     g = torch.Generator().manual_seed(0)
     directions = unit(64, 32, g)
     trained: Trainer = run("relu", lambda n: planted(n, directions, g), 0, steps=1, start=4.0)
-    first = canonical.l0(trained.canonical(planted(10, directions, g)).encode(planted(4096, directions, g)))
+    first = fidelity.l0(trained.canonical(planted(10, directions, g)).encode(planted(4096, directions, g)))
     assert first == pytest.approx(16, rel=0.2)
     trained = run("relu", lambda n: planted(n, directions, g), 0, steps=300, k=7)
     sae: SAE = trained.canonical(planted(10, directions, g))
-    assert canonical.l0(sae.encode(planted(4096, directions, g))) == pytest.approx(7, abs=0.6)
+    assert fidelity.l0(sae.encode(planted(4096, directions, g))) == pytest.approx(7, abs=0.6)

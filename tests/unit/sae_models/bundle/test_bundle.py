@@ -1,4 +1,4 @@
-"""A bundle is refused, by the name of the field, whenever a part of it is not what the manifest says."""
+"""Loading refuses a bundle, and names the field, if any part of it disagrees with the manifest."""
 
 import hashlib
 import json
@@ -17,7 +17,8 @@ from rudder.sae_models import PRETRAINED, fidelity
 from rudder.sae_models.bundle import bundle, catalogue
 from rudder.sae_models.bundle.bundle import BundleError, Manifest, Model, Statistics, Training
 from rudder.sae_models.bundle.catalogue import Latent, Summary
-from rudder.sae_models.sae import SAE, AdaptiveK, GroupMax, Normalisation, Router, TopK, fvu, l0
+from rudder.sae_models.fidelity import fvu, l0
+from rudder.sae_models.sae import SAE, AdaptiveK, GroupMax, Normalisation, Router, TopK
 
 F, D = 12, 6
 SITE = "layers.1.resid_post"
@@ -26,7 +27,7 @@ SITE = "layers.1.resid_post"
 def described(
     sae: SAE, name: str, training: Training, sites: tuple[str, ...] = (SITE,), output_site: str = ""
 ) -> Manifest:
-    """The manifest of a toy SAE."""
+    """Return the manifest of a toy SAE."""
     model = Model("toy", "ab" * 32, D)
     return bundle.describe(
         sae, name=name, model=model, sites=sites, output_site=output_site, architecture="batch_topk", training=training
@@ -34,7 +35,7 @@ def described(
 
 
 def write_bundle(path: Path) -> bundle.Bundle:
-    """A small bundle whose claims are true."""
+    """Write a small bundle with true claims."""
     g = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(F, D, generator=g), dim=1)
     sae = SAE(directions, torch.zeros(F), torch.full((F,), 0.1), directions / 2, torch.zeros(D))
@@ -57,14 +58,14 @@ def path(tmp_path: Path) -> Path:
 
 
 def edit_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes the manifest's JSON in place."""
+    """Change the manifest's JSON in place."""
     content = json.loads((path / bundle.MANIFEST).read_text())
     change(content)
     (path / bundle.MANIFEST).write_text(json.dumps(content))
 
 
 def edit_tensors(path: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Changes a file's tensors and makes its hash right again, as a careless or a clever hand would."""
+    """Change a file's tensors and update its hash in the manifest."""
     tensors = {key: tensor.clone() for key, tensor in load_file(path / name).items()}
     change(tensors)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path / name)
@@ -72,12 +73,12 @@ def edit_tensors(path: Path, name: str, change: Callable[[dict[str, torch.Tensor
 
 
 def rehash(path: Path, name: str) -> None:
-    """Makes the manifest's hash of a file right."""
+    """Update the manifest's hash of a file."""
     digest = hashlib.sha256((path / name).read_bytes()).hexdigest()
     edit_manifest(path, lambda content: content["files"].update({name: digest}))
 
 
-def test_what_was_written_is_read(path: Path) -> None:
+def test_load_returns_what_was_written(path: Path) -> None:
     read = bundle.load(path)
     assert read.manifest.name == "toy-layers.1"
     assert read.sae.latents == F
@@ -124,7 +125,7 @@ def test_what_was_written_is_read(path: Path) -> None:
         (r"training\.fvu", lambda m: m["training"].update(fvu=0.001)),
     ],
 )
-def test_a_wrong_manifest_is_refused_by_field(
+def test_load_refuses_a_wrong_manifest_by_field(
     path: Path, field: str, change: Callable[[dict[str, Any]], object]
 ) -> None:
     edit_manifest(path, change)
@@ -133,17 +134,17 @@ def test_a_wrong_manifest_is_refused_by_field(
 
 
 def transpose(key: str) -> Callable[[dict[str, torch.Tensor]], object]:
-    """Turns a matrix on its side."""
+    """Return a change that transposes a matrix."""
     return lambda t: t.update({key: t[key].T})
 
 
 def poison(key: str, value: float) -> Callable[[dict[str, torch.Tensor]], object]:
-    """Puts a value in the first place."""
+    """Return a change that sets the first value of a tensor."""
     return lambda t: t[key].view(-1)[0].fill_(value)
 
 
 def halve(key: str) -> Callable[[dict[str, torch.Tensor]], object]:
-    """Stores a tensor in half the bytes."""
+    """Return a change that stores a tensor in bfloat16."""
     return lambda t: t.update({key: t[key].bfloat16()})
 
 
@@ -166,7 +167,7 @@ def halve(key: str) -> Callable[[dict[str, torch.Tensor]], object]:
         ("dtype: float32, encoder is torch.bfloat16", bundle.WEIGHTS, halve("encoder")),
         ("conformance.safetensors inputs: shape", bundle.CONFORMANCE, lambda t: t.update(inputs=t["inputs"][:, :2])),
         (
-            "conformance.safetensors activations: 17 rows",
+            "conformance.safetensors activations: 17 tokens",
             bundle.CONFORMANCE,
             lambda t: t.update(inputs=t["inputs"][:15], activations=torch.zeros(17, F)),
         ),
@@ -178,7 +179,7 @@ def halve(key: str) -> Callable[[dict[str, torch.Tensor]], object]:
         (r"training\.fvu", bundle.WEIGHTS, lambda t: t["decoder_bias"].add_(2)),
     ],
 )
-def test_wrong_tensors_are_refused_though_the_hash_is_right(
+def test_load_refuses_wrong_tensors_with_the_right_hash(
     path: Path, field: str, name: str, change: Callable[[dict[str, torch.Tensor]], object]
 ) -> None:
     edit_tensors(path, name, change)
@@ -186,26 +187,28 @@ def test_wrong_tensors_are_refused_though_the_hash_is_right(
         bundle.load(path)
 
 
-@pytest.mark.parametrize("row", [0, 4, 5, 15])
-def test_every_vector_counts_whichever_pass_it_is_in(row: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fidelity, "ACTIVATIONS_AT_ONCE", 5 * F)
+@pytest.mark.parametrize("token", [0, 4, 5, 15])
+def test_every_conformance_vector_counts_whichever_chunk_it_is_in(
+    token: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fidelity, "ACTIVATIONS_PER_CHUNK", 5 * F)
     bundle.load(path).catalogue.close()
-    edit_tensors(path, bundle.CONFORMANCE, lambda t: t["activations"][row].add_(0.5))
+    edit_tensors(path, bundle.CONFORMANCE, lambda t: t["activations"][token].add_(0.5))
     with pytest.raises(BundleError, match=r"^conformance\.safetensors activations: differ by"):
         bundle.load(path)
 
 
-def test_activations_that_are_no_numbers_do_not_agree(path: Path) -> None:
+def test_nan_activations_do_not_agree(path: Path) -> None:
     edit_tensors(path, bundle.WEIGHTS, poison("bias", float("nan")))
     edit_tensors(path, bundle.CONFORMANCE, poison("activations", float("nan")))
-    opened = bundle.mapped(path)
+    opened = bundle.open_unverified(path)
     with pytest.raises(BundleError, match=r"^conformance\.safetensors activations: differ by nan"):
         bundle.check_conformance(opened)
     opened.catalogue.close()
 
 
 @pytest.mark.parametrize("name", sorted(bundle.FILES))
-def test_one_changed_byte_is_refused(path: Path, name: str) -> None:
+def test_load_refuses_one_changed_byte(path: Path, name: str) -> None:
     content = bytearray((path / name).read_bytes())
     content[-1] ^= 1
     (path / name).write_bytes(content)
@@ -214,21 +217,21 @@ def test_one_changed_byte_is_refused(path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted({bundle.MANIFEST, *bundle.FILES}))
-def test_a_missing_file_is_refused(path: Path, name: str) -> None:
+def test_load_refuses_a_missing_file(path: Path, name: str) -> None:
     (path / name).unlink()
     with pytest.raises(BundleError, match=f"^{name}"):
         bundle.load(path)
 
 
 @pytest.mark.parametrize("name", [bundle.WEIGHTS, bundle.STATISTICS, bundle.CONFORMANCE, bundle.CATALOGUE])
-def test_junk_with_the_right_hash_is_refused(path: Path, name: str) -> None:
+def test_load_refuses_junk_with_the_right_hash(path: Path, name: str) -> None:
     (path / name).write_bytes(b"junk")
     rehash(path, name)
     with pytest.raises(BundleError, match=f"^{name}"):
         bundle.load(path)
 
 
-def test_a_catalogue_of_another_size_is_refused(path: Path) -> None:
+def test_load_refuses_a_catalogue_of_another_size(path: Path) -> None:
     (path / bundle.CATALOGUE).unlink()
     catalogue.write(path / bundle.CATALOGUE, [])
     rehash(path, bundle.CATALOGUE)
@@ -236,7 +239,7 @@ def test_a_catalogue_of_another_size_is_refused(path: Path) -> None:
         bundle.load(path)
 
 
-def test_another_model_is_refused_by_field(path: Path) -> None:
+def test_check_model_refuses_another_model_by_field(path: Path) -> None:
     read = bundle.load(path)
     with pytest.raises(BundleError, match=r"^model\.sha256"):
         bundle.check_model(read, "cd" * 32, D)
@@ -244,7 +247,7 @@ def test_another_model_is_refused_by_field(path: Path) -> None:
         bundle.check_model(read, "ab" * 32, D + 1)
 
 
-def test_the_model_hash_covers_every_shard(tmp_path: Path) -> None:
+def test_model_sha256_covers_every_shard(tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").write_bytes(b"two")
     (tmp_path / "a.safetensors").write_bytes(b"one")
     assert bundle.model_sha256(tmp_path) == hashlib.sha256(b"onetwo").hexdigest()
@@ -253,37 +256,37 @@ def test_the_model_hash_covers_every_shard(tmp_path: Path) -> None:
 
 
 class Terminal(StringIO):
-    """Standard error of somebody who waits."""
+    """Standard error that is a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_long_hashing_shows_how_far_it_is_and_quick_hashing_nothing(
+def test_long_hashing_shows_progress_and_quick_hashing_does_not(
     quick: bool, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     if not quick:
-        monkeypatch.setattr(bundle, "QUICK_S", 0.0)
+        monkeypatch.setattr(bundle, "PROGRESS_DELAY_S", 0.0)
     bundle.load(path).catalogue.close()
     for name in ("a", "b"):
         (path.parent / f"{name}.safetensors").write_bytes(b"x" * (3 << 20))
     bundle.model_sha256(path.parent)
-    said = terminal.getvalue()
-    assert (f"hashing {path.name}: " in said, f"hashing {path.parent.name}: " in said) == (not quick, not quick)
-    assert ("6.29M" in said) == (not quick)
+    output = terminal.getvalue()
+    assert (f"hashing {path.name}: " in output, f"hashing {path.parent.name}: " in output) == (not quick, not quick)
+    assert ("6.29M" in output) == (not quick)
 
 
-def test_writing_again_replaces_the_bundle_and_leaves_nothing_else(path: Path) -> None:
+def test_write_replaces_an_older_bundle_and_leaves_nothing_else(path: Path) -> None:
     (path / "stale").write_text("from an older format")
     write_bundle(path)
     assert {file.name for file in path.iterdir()} == {bundle.MANIFEST, *bundle.FILES}
     assert {file.name for file in path.parent.iterdir()} == {path.name, "entries.sqlite"}
 
 
-def test_a_bundle_that_would_be_refused_is_not_written(path: Path) -> None:
+def test_write_refuses_what_load_would_refuse(path: Path) -> None:
     read = bundle.load(path)
     broken = SAE(
         read.sae.encoder, read.sae.bias, read.sae.threshold, read.sae.decoder * float("nan"), read.sae.decoder_bias
@@ -294,7 +297,7 @@ def test_a_bundle_that_would_be_refused_is_not_written(path: Path) -> None:
 
 
 def every_form() -> dict[str, tuple[SAE, tuple[str, ...], str]]:
-    """An SAE with each part that the canonical form may have; the sites that it reads, and where it writes."""
+    """Return an SAE with each part that the canonical form may have, with its sites and output site."""
     plain, g = random_sae(), torch.Generator().manual_seed(1)
     adaptive = AdaptiveK(torch.randn(D, generator=g), torch.tensor(0.5), 2, 5, 6.0, 10.0)
     several = (SITE, "layers.2.resid_post", "layers.3.resid_post")
@@ -319,7 +322,7 @@ def every_form() -> dict[str, tuple[SAE, tuple[str, ...], str]]:
 
 
 def random_sae() -> SAE:
-    """Random weights and positive thresholds."""
+    """Return an SAE with random weights and positive thresholds."""
     g = torch.Generator().manual_seed(0)
     encoder, decoder = torch.randn(F, D, generator=g), torch.randn(F, D, generator=g)
     bias, threshold = torch.randn(F, generator=g), torch.rand(F, generator=g)
@@ -327,7 +330,7 @@ def random_sae() -> SAE:
 
 
 def write_form(path: Path, sae: SAE, sites: tuple[str, ...], output_site: str) -> bundle.Bundle:
-    """A bundle of an SAE of which nobody measured anything."""
+    """Write a bundle without figures and statistics."""
     inputs = torch.randn(*((40, len(sites), D) if sae.router else (40, D)), generator=torch.Generator().manual_seed(2))
     manifest = described(sae, path.name, Training(), sites, output_site)
     database = path.parent / "entries.sqlite"
@@ -337,7 +340,7 @@ def write_form(path: Path, sae: SAE, sites: tuple[str, ...], output_site: str) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", every_form())
-def test_every_form_is_read_as_it_was_written(tmp_path: Path, form: str, dtype: torch.dtype) -> None:
+def test_every_form_survives_write_and_load(tmp_path: Path, form: str, dtype: torch.dtype) -> None:
     sae, sites, output_site = every_form()[form]
     skip = None if sae.skip is None else sae.skip.to(dtype)
     stored = replace(sae, encoder=sae.encoder.to(dtype), decoder=sae.decoder.to(dtype), skip=skip)
@@ -351,7 +354,7 @@ def test_every_form_is_read_as_it_was_written(tmp_path: Path, form: str, dtype: 
     assert all(torch.equal(a, b) for a, b in zip(read.sae.forward(x), stored.forward(x), strict=True))
 
 
-def test_a_bundle_without_statistics_has_none_to_go_by(tmp_path: Path) -> None:
+def test_bundle_without_statistics_is_not_measured(tmp_path: Path) -> None:
     written = write_form(tmp_path / "a", random_sae(), (SITE,), "")
     assert not written.measured
     assert written.manifest.training == Training()
@@ -359,20 +362,20 @@ def test_a_bundle_without_statistics_has_none_to_go_by(tmp_path: Path) -> None:
     assert not (tmp_path / "a" / bundle.STATISTICS).exists()
 
 
-def test_a_square_sae_without_an_fvu_is_refused(tmp_path: Path) -> None:
+def test_write_refuses_a_square_sae_without_an_fvu(tmp_path: Path) -> None:
     sae = random_sae()
     square = SAE(sae.encoder[:D], sae.bias[:D], sae.threshold[:D], sae.decoder[:D], sae.decoder_bias)
     with pytest.raises(BundleError, match=r"^latents: 6 equals d: the matrices' orientation"):
         write_form(tmp_path / "a", square, (SITE,), "")
 
 
-def test_a_transcoder_is_held_to_the_output_it_explains(tmp_path: Path) -> None:
+def test_load_compares_a_transcoder_with_its_targets(tmp_path: Path) -> None:
     sae, sites, output_site = every_form()["skip"]
     g = torch.Generator().manual_seed(3)
     inputs = torch.randn(64, D, generator=g)
     targets = sae.forward(inputs)[0] + 0.1 * torch.randn(64, D, generator=g)
-    found = fidelity.measured(sae, inputs, targets)
-    manifest = described(sae, "a", Training(l0=found.l0, fvu=found.fvu), sites, output_site)
+    measured = fidelity.measure(sae, inputs, targets)
+    manifest = described(sae, "a", Training(l0=measured.l0, fvu=measured.fvu), sites, output_site)
     catalogue.write(tmp_path / "c", (Latent(Summary(i, "", None, None), (), ()) for i in range(F)))
     vectors = bundle.conformance_of(sae, inputs, 16, targets)
     bundle.write(tmp_path / "a", manifest, sae, None, vectors, tmp_path / "c").catalogue.close()
@@ -381,12 +384,12 @@ def test_a_transcoder_is_held_to_the_output_it_explains(tmp_path: Path) -> None:
         bundle.load(tmp_path / "a")
 
 
-def test_what_is_written_can_be_read_by_others(path: Path) -> None:
+def test_all_files_have_the_same_permissions(path: Path) -> None:
     modes = {file.stat().st_mode for file in path.iterdir()}
     assert len(modes) == 1, "a file has other permissions than the rest"
 
 
-def test_a_huge_manifest_is_not_read(path: Path) -> None:
+def test_load_refuses_a_huge_manifest(path: Path) -> None:
     (path / bundle.MANIFEST).write_bytes(b" " * (bundle.MANIFEST_LIMIT + 1))
     with pytest.raises(BundleError, match=r"^manifest\.json: 1048577 bytes"):
         bundle.load(path)
@@ -395,13 +398,13 @@ def test_a_huge_manifest_is_not_read(path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "key"), [("conformance.safetensors activations", "encoder"), ("training", "decoder")]
 )
-def test_a_square_matrix_on_its_side_is_refused(tmp_path: Path, field: str, key: str) -> None:
+def test_load_refuses_a_transposed_square_matrix(tmp_path: Path, field: str, key: str) -> None:
     g = torch.Generator().manual_seed(3)
     axes = torch.linalg.qr(torch.randn(D, D, generator=g)).Q.contiguous()
     square = SAE(axes, torch.zeros(D), torch.zeros(D), axes.clone(), torch.zeros(D))
     inputs = torch.rand(64, D, generator=g) @ axes + 0.1 * torch.randn(64, D, generator=g)
-    found = fidelity.measured(square, inputs)
-    manifest = described(square, "a", Training(l0=found.l0, fvu=found.fvu))
+    measured = fidelity.measure(square, inputs)
+    manifest = described(square, "a", Training(l0=measured.l0, fvu=measured.fvu))
     catalogue.write(tmp_path / "c", (Latent(Summary(i, "", None, None), (), ()) for i in range(D)))
     vectors = bundle.conformance_of(square, inputs, 16)
     bundle.write(tmp_path / "a", manifest, square, None, vectors, tmp_path / "c").catalogue.close()
@@ -410,28 +413,28 @@ def test_a_square_matrix_on_its_side_is_refused(tmp_path: Path, field: str, key:
         bundle.load(tmp_path / "a")
 
 
-def test_the_shipped_bundle_is_whole_and_small_enough_for_a_repository() -> None:
+def test_shipped_bundle_is_complete_and_small_enough_for_a_repository() -> None:
     shipped = bundle.load(PRETRAINED / "textbook-lm-layers.2")
     assert max(file.stat().st_size for file in shipped.path.iterdir()) < 16 << 20
     assert shipped.measured
     for index in (0, 7, 4000):
-        latent, most = shipped.catalogue.get(index), float(shipped.statistics.max_activation[index])
+        latent, maximum = shipped.catalogue.get(index), float(shipped.statistics.max_activation[index])
         assert latent.summary.origin == "corpus"
-        assert most == pytest.approx(latent.summary.max_activation)
+        assert maximum == pytest.approx(latent.summary.max_activation)
         assert list(latent.quantiles) == sorted(latent.quantiles)
-        assert 0 < latent.quantiles[0] < latent.quantiles[-1] <= most
+        assert 0 < latent.quantiles[0] < latent.quantiles[-1] <= maximum
         assert len(latent.promoted) == len(latent.suppressed) == 10
 
 
-def test_opening_reads_no_matrix(path: Path) -> None:
+def test_open_unverified_reads_no_matrix(path: Path) -> None:
     edit_tensors(path, bundle.WEIGHTS, poison("decoder", float("nan")))
-    bundle.mapped(path).catalogue.close()
+    bundle.open_unverified(path).catalogue.close()
     with pytest.raises(BundleError, match=r"^sae\.safetensors decoder"):
         bundle.load(path)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_what_is_no_bundle_is_not_replaced(path: Path, tmp_path: Path, kind: str) -> None:
+def test_write_replaces_nothing_but_bundles(path: Path, tmp_path: Path, kind: str) -> None:
     read, other = bundle.load(path), tmp_path / "other"
     if kind == "folder":
         other.mkdir()

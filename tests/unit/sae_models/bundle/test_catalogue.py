@@ -1,4 +1,4 @@
-"""The catalogue: what was written is read, any text may be searched for, from any thread."""
+"""The catalogue returns what was written, searches for any text, and is thread-safe."""
 
 import sqlite3
 import sys
@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rudder.sae_models import PRETRAINED
-from rudder.sae_models.bundle import catalogue
-from rudder.sae_models.bundle import semantic as meaning
+from rudder.sae_models.bundle import catalogue, semantic
 from rudder.sae_models.bundle.catalogue import Catalogue, Context, Latent, Summary, Vectors, Word
 from rudder.sae_models.bundle.semantic import MeaningUnknown
 
@@ -22,7 +21,7 @@ LABELS = ("virus, viral, viruses (microbiology)", "planet, orbit (astronomy)", "
 
 
 def entry(index: int, label: str) -> Latent:
-    """A latent with one context."""
+    """Return a latent with one context."""
     context = Context("the ", "virus", " spreads", 3.5, "microbiology")
     words = (Word(" infects", 0.5), Word(" host", 0.25)), (Word(" planet", -0.5),)
     summary = Summary(index, label, 0.25, 3.5, "corpus")
@@ -38,8 +37,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalogue]:
     reader.close()
 
 
-def found(reader: Catalogue, words: str) -> list[int]:
-    """Indices of a search."""
+def matches(reader: Catalogue, words: str) -> list[int]:
+    """Return the indices that a search finds."""
     return [summary.index for summary in reader.search(words, 10)]
 
 
@@ -61,48 +60,48 @@ def test_pages_follow_each_other(opened: Catalogue) -> None:
     assert opened.page(-1, -1) == []
 
 
-def test_search_wants_all_words_or_their_beginnings(opened: Catalogue) -> None:
-    assert sorted(found(opened, "viral")) == [0, 2]
-    assert found(opened, "VIR micro") == [0]
-    assert found(opened, "viral astronomy") == []
+def test_search_matches_all_words_or_prefixes(opened: Catalogue) -> None:
+    assert sorted(matches(opened, "viral")) == [0, 2]
+    assert matches(opened, "VIR micro") == [0]
+    assert matches(opened, "viral astronomy") == []
     assert len(opened.search("viral", 1)) == 1
     assert opened.search("viral", -1) == []
 
 
-def test_of_labels_as_good_the_more_frequent_latent_is_first(tmp_path: Path) -> None:
+def test_search_orders_equally_relevant_labels_by_frequency(tmp_path: Path) -> None:
     labels = (("star, foot", 0.1), ("stars, galaxies", 0.3), ("starry, night", 0.2))
     path = tmp_path / "c.sqlite"
     catalogue.write(path, (Latent(Summary(i, *label, 1.0), (), ()) for i, label in enumerate(labels)))
     reader = Catalogue(path)
-    assert found(reader, "star") == [1, 2, 0]
+    assert matches(reader, "star") == [1, 2, 0]
     reader.close()
 
 
 @pytest.mark.parametrize(
     "words", ["foo AND (", '"', "*", "planet OR virus", "NEAR(", "label:virus", "-", "", "\0", "\ud800", "a" * 100_000]
 )
-def test_query_syntax_is_only_text(opened: Catalogue, words: str) -> None:
-    assert found(opened, words) == []
+def test_search_ignores_query_syntax(opened: Catalogue, words: str) -> None:
+    assert matches(opened, words) == []
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(codec=None)))
-def test_any_text_may_be_searched_for(opened: Catalogue, words: str) -> None:
+def test_search_accepts_any_text(opened: Catalogue, words: str) -> None:
     assert len(opened.search(words, 10)) <= 4
 
 
-def test_it_cannot_be_written_to(opened: Catalogue) -> None:
+def test_catalogue_is_read_only(opened: Catalogue) -> None:
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         opened._database.execute("DELETE FROM latents")
 
 
-def test_threads_share_it(opened: Catalogue) -> None:
+def test_threads_share_a_catalogue(opened: Catalogue) -> None:
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda i: (found(opened, "planet"), opened.get(i % 4).summary.index), range(400)))
+        results = list(pool.map(lambda i: (matches(opened, "planet"), opened.get(i % 4).summary.index), range(400)))
     assert results == [([1], i % 4) for i in range(400)]
 
 
-def test_what_nobody_measured_is_none(tmp_path: Path) -> None:
+def test_figures_that_were_not_measured_are_none(tmp_path: Path) -> None:
     unknown = Latent(Summary(0, "", None, None), (), ())
     catalogue.write(tmp_path / "c.sqlite", [unknown])
     reader = Catalogue(tmp_path / "c.sqlite")
@@ -112,7 +111,7 @@ def test_what_nobody_measured_is_none(tmp_path: Path) -> None:
 
 
 def letters(texts: Sequence[str]) -> Vectors:
-    """Unit vectors of how often each letter occurs."""
+    """Embed texts as unit vectors of letter counts."""
     counts: Vectors = np.array([[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts], np.float32)
     norms: Vectors = np.linalg.norm(counts, axis=1, keepdims=True)
     unit: Vectors = counts / np.maximum(norms, 1e-6)
@@ -122,23 +121,23 @@ def letters(texts: Sequence[str]) -> Vectors:
 def test_search_by_meaning_orders_by_cosine(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     catalogue.write(path, (Latent(Summary(i, label, 0.1, 1.0), (), ()) for i, label in enumerate((*LABELS, ""))))
-    assert meaning.store(path, "letters", letters) == 4
+    assert semantic.embed_labels(path, "letters", letters) == 4
     reader = Catalogue(path)
     assert reader.embedder == "letters"
-    assert next(found.index for found in meaning.nearest(reader, "orbital planets", 2, letters)) == 1
-    assert len(meaning.nearest(reader, "orbital planets", 10, letters)) == 4
-    assert meaning.nearest(reader, "orbital planets", -1, letters) == []
-    assert meaning.nearest(reader, "", 1, letters)[0].index in range(4)
+    assert semantic.search_by_meaning(reader, "orbital planets", 2, letters)[0].index == 1
+    assert len(semantic.search_by_meaning(reader, "orbital planets", 10, letters)) == 4
+    assert semantic.search_by_meaning(reader, "orbital planets", -1, letters) == []
+    assert semantic.search_by_meaning(reader, "", 1, letters)[0].index in range(4)
     reader.close()
 
 
 def test_search_by_meaning_says_what_is_missing(opened: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MeaningUnknown, match="no meanings stored"):
-        meaning.nearest(opened, "virus", 3)
-    # None in sys.modules is what Python itself takes for a package that is not there.
+        semantic.search_by_meaning(opened, "virus", 3)
+    # Python treats None in sys.modules as a package that cannot be imported.
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(MeaningUnknown, match=r"pip install 'rudder-server\[semantic\]'"):
-        meaning.embedder("a-name-not-asked-for-before")
+        semantic.load_embedder("a-name-that-is-not-cached")
 
 
 def test_search_by_meaning_with_a_sentence_embedder(tmp_path: Path) -> None:
@@ -152,10 +151,10 @@ def test_search_by_meaning_with_a_sentence_embedder(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     labels = ("virus, infection", "planet, orbit", "price, demand")
     catalogue.write(path, (Latent(Summary(i, label, 0.1, 1.0), (), ()) for i, label in enumerate(labels)))
-    meaning.store(path, str(tmp_path / "embedder"), meaning.embedder(str(tmp_path / "embedder")))
+    semantic.embed_labels(path, str(tmp_path / "embedder"), semantic.load_embedder(str(tmp_path / "embedder")))
     reader = Catalogue(path)
-    assert next(found.index for found in meaning.nearest(reader, "an orbit", 3)) == 1
-    assert next(found.index for found in meaning.nearest(reader, "the price", 3)) == 2
+    assert semantic.search_by_meaning(reader, "an orbit", 3)[0].index == 1
+    assert semantic.search_by_meaning(reader, "the price", 3)[0].index == 2
     reader.close()
     with pytest.raises(MeaningUnknown, match=r"^sentence embedder"):
-        meaning.embedder(str(tmp_path / "nothing here"))
+        semantic.load_embedder(str(tmp_path / "nothing here"))

@@ -1,4 +1,4 @@
-"""Labels from Neuronpedia's exports: every layout is read, what is of another SAE is refused, and all is counted."""
+"""Labels from Neuronpedia's exports: every layout is read, labels of other SAEs are refused, records are counted."""
 
 import gzip
 import json
@@ -13,40 +13,40 @@ from rudder.sae_models.evaluation.labels import Label, LabelError
 SITE = "layers.20.resid_post"
 
 
-def row(index: object, description: object = "viruses", **more: object) -> dict[str, Any]:
-    """A row as an export of explanations has it."""
-    said = {"explanationModelName": "gpt-4o-mini", "typeName": "oai_token-act-pair", "embedding": [0.1, 0.2]}
+def record(index: object, description: object = "viruses", **more: object) -> dict[str, Any]:
+    """Return a record of an export of explanations."""
+    details = {"explanationModelName": "gpt-4o-mini", "typeName": "oai_token-act-pair", "embedding": [0.1, 0.2]}
     return {"modelId": "gemma-2-2b", "layer": "20-gemmascope-res-16k", "index": index, "description": description} | (
-        said | more
+        details | more
     )
 
 
-def found(path: Path, model: str = "google/gemma-2-2b") -> labels.Labels:
-    """Labels of a file for an SAE of sixteen latents."""
-    return labels.matching(labels.read(path), [model, ""], SITE, 16)
+def read(path: Path, model: str = "google/gemma-2-2b") -> labels.Labels:
+    """Read the labels of a file for an SAE of sixteen latents."""
+    return labels.match(labels.read(path), [model, ""], SITE, 16)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz"])
 def test_every_layout_is_read(tmp_path: Path, name: str) -> None:
-    rows = [row("3"), row(5, " planets\n and  stars ")]
-    text = "\n".join(map(json.dumps, rows)) + "\n\n" if "jsonl" in name else json.dumps(rows)
+    records = [record("3"), record(5, " planets\n and  stars ")]
+    text = "\n".join(map(json.dumps, records)) + "\n\n" if "jsonl" in name else json.dumps(records)
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     origin = "neuronpedia gpt-4o-mini oai_token-act-pair"
-    assert found(tmp_path / name).by_latent == {3: Label("viruses", origin), 5: Label("planets and stars", origin)}
-    assert found(tmp_path) == found(tmp_path / name)
+    assert read(tmp_path / name).by_latent == {3: Label("viruses", origin), 5: Label("planets and stars", origin)}
+    assert read(tmp_path) == read(tmp_path / name)
 
 
-def test_features_hold_their_explanations_in_a_list(tmp_path: Path) -> None:
+def test_explanations_in_a_list_are_read(tmp_path: Path) -> None:
     explanations = [{"description": ""}, {"description": "cells", "explanationModelName": "a-model"}]
-    (tmp_path / "a.json").write_text(json.dumps([row(1, None, explanations=explanations)]))
-    assert found(tmp_path / "a.json").by_latent == {1: Label("cells", "neuronpedia a-model")}
+    (tmp_path / "a.json").write_text(json.dumps([record(1, None, explanations=explanations)]))
+    assert read(tmp_path / "a.json").by_latent == {1: Label("cells", "neuronpedia a-model")}
 
 
-def test_rows_without_text_and_second_labels_are_counted(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps([row(1), row(1, "other"), row(2, " "), row(3, None)]))
-    read = found(tmp_path / "a.json")
-    assert (read.rows, read.empty, read.repeated, len(read.by_latent)) == (4, 2, 1, 1)
-    assert read.by_latent[1].text == "viruses"
+def test_records_without_text_and_second_labels_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([record(1), record(1, "other"), record(2, " "), record(3, None)]))
+    result = read(tmp_path / "a.json")
+    assert (result.records, result.empty, result.repeated, len(result.by_latent)) == (4, 2, 1, 1)
+    assert result.by_latent[1].text == "viruses"
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,10 @@ def test_rows_without_text_and_second_labels_are_counted(tmp_path: Path) -> None
         ("index: -1, the SAE has 16", {"index": -1}),
     ],
 )
-def test_labels_of_another_sae_are_refused_by_field(tmp_path: Path, field: str, change: dict[str, Any]) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps(row(1)) + "\n" + json.dumps(row(2) | change))
+def test_match_refuses_labels_of_another_sae_by_field(tmp_path: Path, field: str, change: dict[str, Any]) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(record(1)) + "\n" + json.dumps(record(2) | change))
     with pytest.raises(LabelError, match=f"^{field}"):
-        found(tmp_path / "a.jsonl")
+        read(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -70,16 +70,16 @@ def test_labels_of_another_sae_are_refused_by_field(tmp_path: Path, field: str, 
         ("a.json", b"{}"),
         ("a.json", b"[1]"),
         ("a.json", b"["),
-        ("a.jsonl", json.dumps(row("many")).encode()),
+        ("a.jsonl", json.dumps(record("many")).encode()),
         ("a.jsonl", b"\xff\xfe"),
         ("a.jsonl.gz", b"not gzip"),
         ("a.jsonl.gz", gzip.compress(b"{}" * 1000)[:30]),
         ("b/nothing", b""),
     ],
 )
-def test_what_is_no_export_is_refused_by_file(tmp_path: Path, name: str, content: bytes) -> None:
+def test_read_refuses_other_files_by_name(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(content)
     path = tmp_path / "b" if name == "b/nothing" else tmp_path / name
     with pytest.raises(LabelError, match=f"^{path}"):
-        found(path)
+        read(path)

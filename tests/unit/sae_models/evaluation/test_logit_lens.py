@@ -1,4 +1,4 @@
-"""The logit lens reads decoder directions as the model's own head reads the residual stream."""
+"""The logit lens agrees with the effect of a decoder direction on the model's own logits."""
 
 from typing import Any
 
@@ -16,36 +16,36 @@ class Numbers:
     """A tokenizer whose text of a token is its number."""
 
     def decode(self, ids: list[int]) -> str:
-        """The numbers."""
+        """Return the token ids as text."""
         return " ".join(map(str, ids))
 
 
 def models() -> dict[str, Any]:
-    """One with a gain, one with a gain less 1, one with a gain and a bias; none of them trivial."""
+    """Return models whose final norms store a gain, a gain minus 1, and a gain and a bias, all non-trivial."""
     torch.manual_seed(0)
     heads = {"num_key_value_heads": 2, "head_dim": 8}
-    found = {
+    models = {
         "llama": LlamaForCausalLM(LlamaConfig(**SIZES, **heads)),
         "gemma": Gemma2ForCausalLM(Gemma2Config(**SIZES, **heads)),
         "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=D, n_layer=1, n_head=2)),
     }
     with torch.no_grad():
-        for model in found.values():
+        for model in models.values():
             for name, parameter in model.base_model.named_parameters():
                 if name.startswith(("norm", "ln_f")):
                     parameter.add_(torch.randn_like(parameter))
-    return found
+    return models
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "gpt2"])
 @torch.no_grad()
-def test_it_is_what_a_direction_adds_to_the_logits(name: str) -> None:
+def test_lens_equals_the_change_of_the_logits_along_a_direction(name: str) -> None:
     model = models()[name].eval()
     norm = model.base_model.ln_f if name == "gpt2" else model.base_model.norm
     x, direction = torch.randn(D).double(), torch.randn(D).double()
     x, direction = x - x.mean(), direction - direction.mean()
     model, small = model.double(), 1e-2
-    # To first order the final norm's scale also moves, along x alone: take that out, and a direction orthogonal to x.
+    # To first order the final norm's scale also changes, but only along x: use a direction orthogonal to x.
     direction -= (direction @ x) / (x @ x) * x
     scale = 1 / x.square().mean().sqrt()
     moved = model.lm_head(norm(x + small * direction)) - model.lm_head(norm(x - small * direction))
@@ -53,19 +53,19 @@ def test_it_is_what_a_direction_adds_to_the_logits(name: str) -> None:
     assert torch.allclose(lens.unembedding(model.float()) @ direction.float(), expected, atol=1e-3)
 
 
-def test_strongest_words_come_first_and_only_of_the_vocabulary() -> None:
+def test_words_are_sorted_and_from_the_vocabulary() -> None:
     decoder = torch.eye(D)[:3].bfloat16()
     unembedded = torch.randn(V, D, generator=torch.Generator().manual_seed(0))
     vocabulary = torch.arange(5, V)
-    found = list(lens.words(decoder, unembedded, vocabulary, Numbers()))
-    assert len(found) == 3
+    words = list(lens.words(decoder, unembedded, vocabulary, Numbers()))
+    assert len(words) == 3
     column = unembedded[5:, 1] - unembedded[5:, 1].mean()
-    promoted, suppressed = found[1]
+    promoted, suppressed = words[1]
     assert [int(word.token) for word in promoted] == (column.topk(lens.TOP_WORDS).indices + 5).tolist()
     assert [int(word.token) for word in suppressed] == (column.topk(lens.TOP_WORDS, largest=False).indices + 5).tolist()
     assert promoted[0].logit == pytest.approx(float(column.max()), abs=1e-5)
 
 
-def test_a_model_without_a_head_is_refused() -> None:
+def test_unembedding_refuses_a_model_without_a_head() -> None:
     with pytest.raises(ValueError, match=r"^model: GPT2Model has no output embedding"):
         lens.unembedding(models()["gpt2"].base_model)

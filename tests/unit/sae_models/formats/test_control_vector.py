@@ -1,4 +1,4 @@
-"""Control vectors: what is written is read, and both are what repeng and llama.cpp have in their files."""
+"""Control vectors survive write and read, in the file format of repeng and llama.cpp."""
 
 import struct
 from pathlib import Path
@@ -14,12 +14,12 @@ VECTORS = {1: torch.tensor([1.0, -2.0, 0.5]), 7: torch.tensor([0.0, 1e-9, 3e7]),
 
 
 def string(content: str) -> bytes:
-    """A GGUF string."""
+    """Return a GGUF string."""
     return struct.pack("<Q", len(content)) + content.encode()
 
 
-def laid_by_hand(alignment: int, half: bool = False) -> bytes:
-    """A file with fields of many types, its directions out of order and their data in yet another."""
+def gguf_by_hand(alignment: int, half: bool = False) -> bytes:
+    """Return a file with fields of many types, directions out of order and data in another order."""
     fields = [
         string("general.architecture") + struct.pack("<I", 8) + string("controlvector"),
         string("controlvector.model_hint") + struct.pack("<I", 8) + string("mistral"),
@@ -38,16 +38,16 @@ def laid_by_hand(alignment: int, half: bool = False) -> bytes:
     return header.ljust(-(-len(header) // alignment) * alignment, b"\0") + body
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_write_and_read_round_trip(tmp_path: Path) -> None:
     file = tmp_path / "v.gguf"
     control_vector.write(file, VECTORS, "llama")
-    found = control_vector.read(file)
-    assert list(found) == [1, 7, 12]
-    assert all(torch.equal(found[layer], VECTORS[layer]) for layer in VECTORS)
+    directions = control_vector.read(file)
+    assert list(directions) == [1, 7, 12]
+    assert all(torch.equal(directions[layer], VECTORS[layer]) for layer in VECTORS)
     assert [path.name for path in tmp_path.iterdir()] == ["v.gguf"]
 
 
-def test_what_is_written_declares_architecture_model_and_layers_and_is_aligned(tmp_path: Path) -> None:
+def test_write_declares_architecture_model_and_layers_and_aligns(tmp_path: Path) -> None:
     control_vector.write(tmp_path / "v.gguf", VECTORS, "llama")
     content = (tmp_path / "v.gguf").read_bytes()
     assert content[:24] == b"GGUF" + struct.pack("<IQQ", 3, 3, 3)
@@ -61,19 +61,22 @@ def test_what_is_written_declares_architecture_model_and_layers_and_is_aligned(t
 @pytest.mark.parametrize("alignment", [16, 32, 64])
 @pytest.mark.parametrize("half", [False, True])
 def test_files_of_other_writers_are_read(alignment: int, half: bool, tmp_path: Path) -> None:
-    (tmp_path / "v.gguf").write_bytes(laid_by_hand(alignment, half))
-    found = control_vector.read(tmp_path / "v.gguf")
-    assert {layer: vector.tolist() for layer, vector in found.items()} == {12: [4.0, 5.0, 6.0], 0: [1.0, -2.0, 0.5]}
-    assert all(vector.dtype == torch.float32 for vector in found.values())
+    (tmp_path / "v.gguf").write_bytes(gguf_by_hand(alignment, half))
+    directions = control_vector.read(tmp_path / "v.gguf")
+    assert {layer: vector.tolist() for layer, vector in directions.items()} == {
+        12: [4.0, 5.0, 6.0],
+        0: [1.0, -2.0, 0.5],
+    }
+    assert all(vector.dtype == torch.float32 for vector in directions.values())
 
 
-def test_an_alignment_that_is_none_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "v.gguf").write_bytes(laid_by_hand(24))
+def test_invalid_alignment_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "v.gguf").write_bytes(gguf_by_hand(24))
     with pytest.raises(FormatError, match=r"v\.gguf general\.alignment: 24"):
         control_vector.read(tmp_path / "v.gguf")
 
 
-def test_vectors_that_cannot_be_read_back_are_not_written(tmp_path: Path) -> None:
+def test_write_refuses_invalid_vectors(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="direction"):
         control_vector.write(tmp_path / "v.gguf", {1: torch.ones(3), 2: torch.ones(4)}, "llama")
     with pytest.raises(FormatError, match="not finite"):
@@ -82,7 +85,7 @@ def test_vectors_that_cannot_be_read_back_are_not_written(tmp_path: Path) -> Non
 
 
 def gguf(tensors: int = 1, fields: int = 1, *parts: bytes) -> bytes:
-    """A GGUF file with any content."""
+    """Return a GGUF file with any content."""
     return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + b"".join(parts)
 
 
@@ -90,7 +93,7 @@ ARCHITECTURE = string("general.architecture") + struct.pack("<I", 8) + string("c
 
 
 def vector(name: str = "direction.1", width: int = 4, kind: int = 0, offset: int = 0, dimensions: int = 1) -> bytes:
-    """What a GGUF file says of a tensor."""
+    """Return a tensor's header in a GGUF file."""
     return string(name) + struct.pack("<IQIQ", dimensions, width, kind, offset)
 
 
@@ -107,7 +110,7 @@ def vector(name: str = "direction.1", width: int = 4, kind: int = 0, offset: int
         (gguf(1, 1, ARCHITECTURE, vector(width=1 << 60)), "a tensor of type 0 and width"),
         (gguf(1, 1, ARCHITECTURE, vector(kind=2)), "a tensor of type 2"),
         (gguf(1, 1, ARCHITECTURE, vector(dimensions=2)), "a tensor of 2 dimensions"),
-        (gguf(1, 1, ARCHITECTURE, vector(offset=1 << 60)), "direction.1: lies behind the end"),
+        (gguf(1, 1, ARCHITECTURE, vector(offset=1 << 60)), "direction.1: extends past the end"),
         (gguf(1, 1, ARCHITECTURE, vector("direction.-1")), "not direction.L"),
         (gguf(1, 1, ARCHITECTURE, vector("direction." + "9" * 400)), "not direction.L"),
         (gguf(1, 1, ARCHITECTURE, vector(width=40), bytes(100)), "too early"),
@@ -119,6 +122,6 @@ def vector(name: str = "direction.1", width: int = 4, kind: int = 0, offset: int
         (b"PK\x03\x04" + bytes(100), "not GGUF"),
     ],
 )
-def test_control_vectors_that_lie_are_refused(content: bytes, why: str, tmp_path: Path) -> None:
+def test_inconsistent_control_vectors_are_refused(content: bytes, why: str, tmp_path: Path) -> None:
     (tmp_path / "v.gguf").write_bytes(content)
     assert why in refused(control_vector.read, tmp_path / "v.gguf")

@@ -1,4 +1,4 @@
-"""One layer of a cross-layer transcoder is read to be watched: exact rows, and no output to take for a whole one."""
+"""One layer of a cross-layer transcoder is read as a partial SAE: exact rows and no output."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +16,7 @@ from rudder.sae_models.formats.load import load
 from rudder.sae_models.formats.source import Declaration, FormatError, Loaded
 from rudder.sae_models.importing import check as checking
 from rudder.sae_models.importing import importer as importing
-from rudder.sae_models.importing.importer import Wish
+from rudder.sae_models.importing.importer import ImportRequest
 from rudder.sae_models.sae import Rows, TopK, activations
 from tests.unit.checkpoints import (
     LATENTS,
@@ -34,32 +34,32 @@ MODEL = PRETRAINED / "textbook-lm"
 
 
 def test_latents_are_exact_and_have_no_output(tmp_path: Path) -> None:
-    laid = cross_layer_folder(tmp_path, Draw())
-    for path in (laid.path, laid.file):
+    checkpoint = cross_layer_folder(tmp_path, Draw())
+    for path in (checkpoint.path, checkpoint.file):
         sae = load(path).sae
-        assert_near(sae.encode(laid.x), laid.f)
+        assert_near(sae.encode(checkpoint.x), checkpoint.f)
         rows = sae.rows(torch.tensor([3, 7]))
         assert isinstance(rows, Rows)
-        assert_near(activations(laid.x, rows), laid.f[:, [3, 7]])
-        # The part at the latents' own layer, and no other.
-        assert_near(laid.f @ sae.decoder + sae.decoder_bias, laid.y)
+        assert_near(activations(checkpoint.x, rows), checkpoint.f[:, [3, 7]])
+        # Only the part at the latents' own layer.
+        assert_near(checkpoint.f @ sae.decoder + sae.decoder_bias, checkpoint.y)
         with pytest.raises(ValueError, match="the latents write to other layers too"):
-            sae.decode(laid.f)
+            sae.decode(checkpoint.f)
         with pytest.raises(ValueError, match="the latents write to other layers too"):
-            sae.forward(laid.x)
+            sae.forward(checkpoint.x)
 
 
-def test_what_the_settings_say_is_declared(tmp_path: Path) -> None:
-    said = load(cross_layer_folder(tmp_path, Draw()).path).declared
-    assert (said.architecture, said.model) == ("cross_layer_transcoder", "google/gemma-2-2b")
-    assert (said.sites, said.output_site) == (("layers.2.resid_mid",), "layers.2.mlp_out")
+def test_declaration_comes_from_the_settings(tmp_path: Path) -> None:
+    declared = load(cross_layer_folder(tmp_path, Draw()).path).declared
+    assert (declared.architecture, declared.model) == ("cross_layer_transcoder", "google/gemma-2-2b")
+    assert (declared.sites, declared.output_site) == (("layers.2.resid_mid",), "layers.2.mlp_out")
 
 
-def test_without_thresholds_it_is_a_relu(tmp_path: Path) -> None:
-    laid = cross_layer_folder(tmp_path, Draw())
-    rewrite(laid.file, lambda content: {key: content[key] for key in content if key != "threshold_2"})
+def test_cross_layer_transcoder_without_thresholds_is_relu(tmp_path: Path) -> None:
+    checkpoint = cross_layer_folder(tmp_path, Draw())
+    rewrite(checkpoint.file, lambda content: {key: content[key] for key in content if key != "threshold_2"})
     d = Draw()
-    assert_near(cross_layer.FORMAT.read(laid.path)[0].encode(d.x), (d.x @ d.w_enc.T + d.b_enc).relu())
+    assert_near(cross_layer.FORMAT.read(checkpoint.path)[0].encode(d.x), (d.x @ d.w_enc.T + d.b_enc).relu())
 
 
 @pytest.mark.parametrize(
@@ -73,34 +73,36 @@ def test_without_thresholds_it_is_a_relu(tmp_path: Path) -> None:
         ("W_enc_2", {"threshold_2": torch.ones(2)}, r"threshold_2: 2 thresholds for 24 latents"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(name: str, change: dict[str, Tensor], why: str, tmp_path: Path) -> None:
+def test_tensors_of_wrong_shape_are_refused_by_name(
+    name: str, change: dict[str, Tensor], why: str, tmp_path: Path
+) -> None:
     cross_layer_folder(tmp_path, Draw())
     rewrite(tmp_path / f"{name}.safetensors", lambda content: content | change)
     with pytest.raises(FormatError, match=why):
         load(tmp_path)
 
 
-def test_a_topk_over_all_layers_has_no_biases_and_is_refused(tmp_path: Path) -> None:
-    laid = cross_layer_folder(tmp_path, Draw())
-    rewrite(laid.file, lambda content: {"W_enc_2": content["W_enc_2"]})
+def test_topk_over_all_layers_without_biases_is_refused(tmp_path: Path) -> None:
+    checkpoint = cross_layer_folder(tmp_path, Draw())
+    rewrite(checkpoint.file, lambda content: {"W_enc_2": content["W_enc_2"]})
     with pytest.raises(FormatError, match=r"W_enc_2\.safetensors b_enc_2: missing"):
         load(tmp_path)
 
 
-def test_one_layer_of_many_is_asked_for_and_needs_its_decoders(tmp_path: Path) -> None:
-    laid = cross_layer_folder(tmp_path, Draw())
-    (tmp_path / "W_enc_3.safetensors").write_bytes(laid.file.read_bytes())
+def test_folder_with_several_layers_needs_a_file_and_its_decoders(tmp_path: Path) -> None:
+    checkpoint = cross_layer_folder(tmp_path, Draw())
+    (tmp_path / "W_enc_3.safetensors").write_bytes(checkpoint.file.read_bytes())
     with pytest.raises(FormatError, match=r"2 files like W_enc_.*, name one: W_enc_2"):
         load(tmp_path)
-    assert load(laid.file).sae.latents == LATENTS
+    assert load(checkpoint.file).sae.latents == LATENTS
     with pytest.raises(FormatError, match=r"W_dec_3\.safetensors: not beside W_enc_3\.safetensors"):
         load(tmp_path / "W_enc_3.safetensors")
     with pytest.raises(FormatError, match=r"W_dec_2\.safetensors: 0 files like W_enc_"):
         load(tmp_path / "W_dec_2.safetensors")
 
 
-def lay_gemma(home: Path, d: Draw, layers: int = 3) -> Path:
-    """Layer 1 of Gemma Scope 2's cross-layer transcoders; its decoders are of all layers, and write to none before."""
+def write_gemma(home: Path, d: Draw, layers: int = 3) -> Path:
+    """Write layer 1 of a Gemma Scope 2 cross-layer transcoder; its decoders cover all layers, with zeros before it."""
     file = home / "gemma-scope-2-1b-pt/clt/width_262k_l0_medium/layer_1.safetensors"
     decoders = torch.stack([torch.zeros(LATENTS, WIDTH), d.w_dec, *(d.normal(layers - 2, LATENTS, WIDTH))], 1)
     weights = {"w_enc": d.w_enc.T, "w_dec": decoders, "b_enc": d.b_enc, "b_dec": d.b_dec, "threshold": d.threshold}
@@ -108,9 +110,9 @@ def lay_gemma(home: Path, d: Draw, layers: int = 3) -> Path:
     return file
 
 
-def test_gemma_scope_2_has_them_by_the_number_of_the_layer(tmp_path: Path) -> None:
+def test_gemma_scope_2_reads_the_layer_in_the_file_name(tmp_path: Path) -> None:
     d = Draw()
-    file = lay_gemma(tmp_path, d)
+    file = write_gemma(tmp_path, d)
     loaded = load(file)
     assert loaded.sae.partial
     assert_near(loaded.sae.encode(d.x), relu_above(d.x @ d.w_enc.T + d.b_enc, d.threshold))
@@ -123,15 +125,15 @@ def test_gemma_scope_2_has_them_by_the_number_of_the_layer(tmp_path: Path) -> No
         load(file.rename(file.with_name("layer_7.safetensors")))
 
 
-def test_a_crosscoder_is_refused_by_name(tmp_path: Path) -> None:
-    file = lay_gemma(tmp_path, Draw())
+def test_crosscoder_is_refused_by_name(tmp_path: Path) -> None:
+    file = write_gemma(tmp_path, Draw())
     rewrite(file, lambda content: content | {"w_enc": content["w_enc"][:, None].expand(-1, 4, -1)})
     with pytest.raises(FormatError, match="w_enc: a crosscoder"):
         gemma_scope_2.FORMAT.read(file)
 
 
 @pytest.mark.parametrize("write", [saelens.write, sparsify.write])
-def test_no_other_format_takes_it_for_whole(write: Callable[..., None], tmp_path: Path) -> None:
+def test_other_formats_refuse_a_partial_sae(write: Callable[..., None], tmp_path: Path) -> None:
     sae = load(cross_layer_folder(tmp_path / "clt", Draw()).path).sae
     if write is sparsify.write:
         sae = replace(sae, threshold=torch.zeros(LATENTS), selection=TopK(3))
@@ -140,10 +142,10 @@ def test_no_other_format_takes_it_for_whole(write: Callable[..., None], tmp_path
 
 
 def model_wide(home: Path) -> Loaded:
-    """Layer 2 of a cross-layer transcoder of the shipped model's width."""
+    """Write and load layer 2 of a cross-layer transcoder of the shipped model's width."""
     g = torch.Generator().manual_seed(0)
-    found = {"W_enc_2": torch.randn(40, 192, generator=g), "b_enc_2": -torch.rand(40, generator=g)}
-    save_safe(home / "W_enc_2.safetensors", found | {"b_dec_2": torch.zeros(192)})
+    encoder = {"W_enc_2": torch.randn(40, 192, generator=g), "b_enc_2": -torch.rand(40, generator=g)}
+    save_safe(home / "W_enc_2.safetensors", encoder | {"b_dec_2": torch.zeros(192)})
     save_safe(home / "W_dec_2.safetensors", {"W_dec_2": torch.randn(40, 4, 192, generator=g)})
     (home / "config.yaml").write_text("feature_input_hook: mlp.hook_in\nfeature_output_hook: hook_mlp_out\n")
     return load(home)
@@ -158,17 +160,17 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def test_it_is_imported_checked_and_keeps_what_it_is(tmp_path: Path, corpus: Path) -> None:
+def test_partial_sae_survives_import_and_check(tmp_path: Path, corpus: Path) -> None:
     loaded = model_wide(tmp_path / "clt")
-    made = importing.make(
-        loaded, Source("cross_layer", "clt"), Wish(MODEL, tmp_path / "out", corpus=corpus, tokens=600)
+    result = importing.import_sae(
+        loaded, Source("cross_layer", "clt"), ImportRequest(MODEL, tmp_path / "out", corpus=corpus, tokens=600)
     )
-    training = made.bundle.manifest.training
-    assert (training.fvu, made.verdict, made.bundle.measured) == (None, None, True)
-    assert training.l0 == pytest.approx(fidelity.measured(loaded.sae, made.bundle.conformance.inputs).l0, rel=0.25)
-    assert made.bundle.conformance.targets is None
-    assert not any(made.bundle.catalogue.get(i).promoted for i in range(40)), "words of a part of what latents write"
-    made.bundle.catalogue.close()
+    training = result.bundle.manifest.training
+    assert (training.fvu, result.verdict, result.bundle.measured) == (None, None, True)
+    assert training.l0 == pytest.approx(fidelity.measure(loaded.sae, result.bundle.conformance.inputs).l0, rel=0.25)
+    assert result.bundle.conformance.targets is None
+    assert not any(result.bundle.catalogue.get(i).promoted for i in range(40)), "words of a part of what latents write"
+    result.bundle.catalogue.close()
     read = bundles.load(tmp_path / "out")
     assert read.sae.partial
     assert read.manifest.partial
@@ -176,35 +178,43 @@ def test_it_is_imported_checked_and_keeps_what_it_is(tmp_path: Path, corpus: Pat
     assert torch.equal(read.sae.encode(x), loaded.sae.encode(x))
     with pytest.raises(ValueError, match="decode: "):
         read.sae.decode(read.sae.encode(x))
-    report = checking.check(tmp_path / "out", MODEL, corpus)
+    report = checking.check_bundle(tmp_path / "out", MODEL, corpus)
     assert report.holds, report.findings
     assert {"l0", "model"} <= {finding.field for finding in report.findings}
     assert "fvu" not in {finding.field for finding in report.findings}
 
 
-def test_an_fvu_of_it_is_no_claim(tmp_path: Path) -> None:
-    made = importing.make(model_wide(tmp_path / "clt"), Source("cross_layer", "clt"), Wish(MODEL, tmp_path / "out"))
+def test_partial_sae_cannot_claim_an_fvu(tmp_path: Path) -> None:
+    result = importing.import_sae(
+        model_wide(tmp_path / "clt"), Source("cross_layer", "clt"), ImportRequest(MODEL, tmp_path / "out")
+    )
     manifest = bundles.describe(
-        made.bundle.sae, name="a", model=made.bundle.manifest.model, sites=made.bundle.manifest.sites,
+        result.bundle.sae, name="a", model=result.bundle.manifest.model, sites=result.bundle.manifest.sites,
         output_site="layers.2.mlp_out", architecture="x", training=Training(fvu=0.1),
     )  # fmt: skip
     with pytest.raises(BundleError, match=r"^training\.fvu: claimed of an SAE that is partial"):
         bundles.write(
-            tmp_path / "b", manifest, made.bundle.sae, None, made.bundle.conformance, tmp_path / "out/catalogue.sqlite"
+            tmp_path / "b",
+            manifest,
+            result.bundle.sae,
+            None,
+            result.bundle.conformance,
+            tmp_path / "out/catalogue.sqlite",
         )
     assert not (tmp_path / "b").exists()
 
 
-def test_where_it_writes_must_be_told(tmp_path: Path) -> None:
+def test_partial_sae_needs_an_output_site(tmp_path: Path) -> None:
     loaded = model_wide(tmp_path / "clt")
-    silent = replace(loaded, declared=replace(loaded.declared, output_site=""))
+    undeclared = replace(loaded, declared=replace(loaded.declared, output_site=""))
     with pytest.raises(importing.ImportRefused, match=r"^output_site: .* give --output-site"):
-        importing.make(silent, Source("cross_layer", "clt"), Wish(MODEL, tmp_path / "out"))
-    told = Wish(MODEL, tmp_path / "out", output_site="layers.2.mlp_out")
-    assert importing.make(silent, Source("cross_layer", "clt"), told).bundle.manifest.output_site == "layers.2.mlp_out"
+        importing.import_sae(undeclared, Source("cross_layer", "clt"), ImportRequest(MODEL, tmp_path / "out"))
+    request = ImportRequest(MODEL, tmp_path / "out", output_site="layers.2.mlp_out")
+    result = importing.import_sae(undeclared, Source("cross_layer", "clt"), request)
+    assert result.bundle.manifest.output_site == "layers.2.mlp_out"
 
 
-def test_a_claimed_sparsity_that_it_does_not_have_is_refused(tmp_path: Path, corpus: Path) -> None:
-    wish = Wish(MODEL, tmp_path / "out", corpus=corpus, tokens=600)
+def test_import_refuses_a_partial_sae_with_a_wrong_l0(tmp_path: Path, corpus: Path) -> None:
+    request = ImportRequest(MODEL, tmp_path / "out", corpus=corpus, tokens=600)
     with pytest.raises(importing.ImportRefused, match=r"^convention: L0 [\d.]+ on this text, L0 0\.5 is claimed"):
-        importing.make(model_wide(tmp_path / "clt"), Source("cross_layer", "clt", l0=0.5), wish)
+        importing.import_sae(model_wide(tmp_path / "clt"), Source("cross_layer", "clt", l0=0.5), request)

@@ -1,4 +1,4 @@
-"""dictionary_learning's files, laid out by hand: each class encodes as it does there, and what lies is refused."""
+"""dictionary_learning's files, written by hand: each class encodes like in the library; invalid files are refused."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def linear(**others: Tensor) -> dict[str, Tensor]:
-    """The tensors of a class with linear layers, their encoder's bias among them, and others; a bias of D too."""
+    """Return the tensors of a class with linear layers, and others; an empty tensor removes one."""
     plain = {
         "encoder.weight": numbers(F, D, seed=1),
         "encoder.bias": numbers(F, seed=2),
@@ -31,7 +31,7 @@ def linear(**others: Tensor) -> dict[str, Tensor]:
 
 
 def direct(**others: Tensor) -> dict[str, Tensor]:
-    """The tensors of a class whose matrices are its own, and others."""
+    """Return the tensors of a class with its own matrices, and others."""
     return {
         "W_enc": numbers(D, F, seed=1),
         "b_enc": numbers(F, seed=2),
@@ -53,7 +53,7 @@ BIAS = numbers(D, seed=4)
 COUNTED = {"k": torch.tensor(K, dtype=torch.int), "b_dec": BIAS}
 
 
-def test_autoencoder_is_rescaled_to_unit_decoder_columns_as_the_library_loads_it(tmp_path: Path) -> None:
+def test_autoencoder_is_rescaled_to_unit_decoder_columns_like_in_the_library(tmp_path: Path) -> None:
     t = linear(bias=BIAS)
     sae, declared = read(tmp_path, "AutoEncoder", t)
     norm = t["decoder.weight"].norm(dim=0)
@@ -64,7 +64,7 @@ def test_autoencoder_is_rescaled_to_unit_decoder_columns_as_the_library_loads_it
     assert (declared.sites, declared.model, declared.notes["ctx_len"]) == (("layers.2.resid_post",), "toy", 128)
 
 
-def test_unit_decoder_columns_are_left_as_they_lie(tmp_path: Path) -> None:
+def test_unit_decoder_columns_do_not_change(tmp_path: Path) -> None:
     t = linear(bias=BIAS)
     t["decoder.weight"] = t["decoder.weight"] / t["decoder.weight"].norm(dim=0)
     sae, declared = read(tmp_path, "AutoEncoder", t)
@@ -72,7 +72,7 @@ def test_unit_decoder_columns_are_left_as_they_lie(tmp_path: Path) -> None:
     assert declared.folded == ("pre_bias",)
 
 
-def test_the_april_autoencoder_takes_nothing_off_and_is_not_rescaled(tmp_path: Path) -> None:
+def test_april_autoencoder_has_no_pre_bias_and_is_not_rescaled(tmp_path: Path) -> None:
     t = linear(**{"decoder.bias": BIAS})
     sae, declared = read(tmp_path, "AutoEncoderNew", t)
     f = torch.relu(X @ t["encoder.weight"].T + t["encoder.bias"])
@@ -96,7 +96,7 @@ def test_gated_becomes_jumprelu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.75, -1.0, None])
-def test_topk_keeps_the_largest_whatever_its_threshold_which_is_noted(threshold: float | None, tmp_path: Path) -> None:
+def test_topk_ignores_and_notes_its_threshold(threshold: float | None, tmp_path: Path) -> None:
     t = linear(**COUNTED) | ({} if threshold is None else {"threshold": torch.tensor(threshold)})
     sae, declared = read(tmp_path, "AutoEncoderTopK", t, k=K)
     values, at = torch.relu((X - BIAS) @ t["encoder.weight"].T + t["encoder.bias"]).topk(K)
@@ -105,12 +105,12 @@ def test_topk_keeps_the_largest_whatever_its_threshold_which_is_noted(threshold:
     assert declared.l0 == K
 
 
-def test_topk_of_before_its_k_was_saved_has_it_from_the_trainer(tmp_path: Path) -> None:
+def test_older_topk_reads_k_from_the_trainer(tmp_path: Path) -> None:
     assert read(tmp_path, "AutoEncoderTopK", linear(b_dec=BIAS), k=4)[0].selection == TopK(4)
 
 
 @pytest.mark.parametrize("kind", ["BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
-def test_batch_topk_cuts_at_its_threshold(kind: str, tmp_path: Path) -> None:
+def test_batch_topk_applies_its_threshold(kind: str, tmp_path: Path) -> None:
     others = {**COUNTED, "threshold": torch.tensor(0.75)}
     t = linear(**others) if kind == "BatchTopKSAE" else direct(**others, group_sizes=torch.tensor([4, 6]))
     sae, declared = read(tmp_path, kind, t, k=K)
@@ -120,14 +120,14 @@ def test_batch_topk_cuts_at_its_threshold(kind: str, tmp_path: Path) -> None:
     assert (declared.l0, declared.notes["threshold"]) == (3.0, 0.75)
 
 
-def test_batch_topk_that_never_learned_its_threshold_is_relu_and_says_so(tmp_path: Path) -> None:
+def test_batch_topk_without_a_learned_threshold_is_relu_with_a_note(tmp_path: Path) -> None:
     t = linear(**COUNTED, threshold=torch.tensor(-1.0))
     sae, declared = read(tmp_path, "BatchTopKSAE", t, k=K)
     assert bool((sae.threshold == 0).all())
     assert declared.notes["threshold"] == "never learned"
 
 
-def test_jumprelu_takes_nothing_off(tmp_path: Path) -> None:
+def test_jumprelu_has_no_pre_bias(tmp_path: Path) -> None:
     t = direct(threshold=torch.linspace(-1, 1, F))
     sae, declared = read(tmp_path, "JumpReluAutoEncoder", t, target_l0=20.0)
     z = X @ t["W_enc"] + t["b_enc"]
@@ -135,14 +135,14 @@ def test_jumprelu_takes_nothing_off(tmp_path: Path) -> None:
     assert (declared.folded, declared.l0) == ((), 20.0)
 
 
-def test_matrices_that_lie_the_other_way_are_told_by_the_lengths_of_the_biases(tmp_path: Path) -> None:
+def test_orientation_follows_the_lengths_of_the_biases(tmp_path: Path) -> None:
     t = direct(threshold=torch.ones(F))
     other = t | {"W_enc": t["W_enc"].T.contiguous(), "W_dec": t["W_dec"].T.contiguous()}
     straight = read(tmp_path, "JumpReluAutoEncoder", t)[0].encode(X)
     assert torch.allclose(read(tmp_path, "JumpReluAutoEncoder", other)[0].encode(X), straight, atol=1e-5)
 
 
-def test_a_layer_number_alone_names_no_site(tmp_path: Path) -> None:
+def test_layer_number_alone_declares_no_site(tmp_path: Path) -> None:
     _, declared = read(tmp_path, "AutoEncoder", linear(bias=BIAS), submodule_name=None)
     assert declared.sites == ()
     assert (declared.notes["layer"], declared.notes["site"]) == (2, "no hook point is named")
@@ -154,7 +154,7 @@ SQUARE = {key: numbers(D, D) for key in ("W_enc", "W_dec")} | {"b_enc": numbers(
 @pytest.mark.parametrize(
     ("kind", "tensors", "trainer", "message"),
     [
-        ("JumpReluAutoEncoder", direct(**SQUARE), {"dict_size": D}, "W_enc: is square, which way"),
+        ("JumpReluAutoEncoder", direct(**SQUARE), {"dict_size": D}, "W_enc: is square, its orientation"),
         ("AutoEncoder", linear(bias=BIAS, **{"decoder.weight": numbers(D, F + 1)}), {}, "decoder.weight: shape"),
         ("AutoEncoder", linear(bias=NONE), {}, "bias: missing among decoder.weight, encoder.bias"),
         ("AutoEncoder", linear(bias=BIAS, b_dec=BIAS), {}, "unknown tensors b_dec"),
@@ -172,14 +172,14 @@ SQUARE = {key: numbers(D, D) for key in ("W_enc", "W_dec")} | {"b_enc": numbers(
         ("", linear(), {}, "dict_class: missing"),
     ],
 )
-def test_what_lies_or_is_not_known_is_refused_by_file_and_field(
+def test_invalid_or_unknown_content_is_refused_by_file_and_field(
     kind: str, tensors: dict[str, Tensor], trainer: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(FormatError, match=message):
         read(tmp_path, kind, tensors, **trainer)
 
 
-def test_a_file_without_a_dictionary_is_refused(tmp_path: Path) -> None:
+def test_file_without_a_dictionary_is_refused(tmp_path: Path) -> None:
     read(tmp_path, "AutoEncoder", linear(bias=BIAS))
     torch.save([numbers(3)], tmp_path / "ae.pt")
     with pytest.raises(FormatError, match=r"ae\.pt: holds no dictionary"):

@@ -1,7 +1,6 @@
-"""No file, however broken or hostile, does more than be read rightly or be refused with its name, soon and in little
-memory.
+"""Every file, however damaged or hostile, is read correctly or refused by name, quickly and in little memory.
 
-FUZZ_SEEDS in the environment is how many mutations of each checkpoint are tried.
+The environment variable FUZZ_SEEDS is the number of mutations of each checkpoint.
 """
 
 import json
@@ -23,13 +22,13 @@ import torch
 from rudder.sae_models.formats import control_vector
 from rudder.sae_models.formats.source import FormatError
 from rudder.sae_models.formats.tensors import (
-    oriented,
+    orient,
     read_json,
     read_npz,
     read_pickle,
     read_safetensors,
     read_yaml,
-    state,
+    state_dict,
     take,
 )
 from tests.unit.bounded import attempt, refused
@@ -40,41 +39,41 @@ HUGE = (b"\xff" * 8, b"\xff\xff\xff\x7f\0\0\0\0", b"\0\0\0\0\0\1\0\0", struct.pa
 
 
 def flip(content: bytearray, rng: random.Random) -> None:
-    """One bit of one byte."""
+    """Flip one bit."""
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
 
 
 def flip_early(content: bytearray, rng: random.Random) -> None:
-    """Some bytes of what is likely a header."""
+    """Change some bytes near the beginning, which is usually a header."""
     for _ in range(rng.randint(1, 4)):
         content[rng.randrange(min(len(content), 256))] = rng.randrange(256)
 
 
 def truncate(content: bytearray, rng: random.Random) -> None:
-    """The end is lost."""
+    """Cut off the end."""
     del content[rng.randrange(len(content)) :]
 
 
 def enlarge(content: bytearray, rng: random.Random) -> None:
-    """A number somewhere becomes huge."""
+    """Replace eight bytes by a huge number."""
     at = rng.randrange(max(1, len(content) - 8))
     content[at : at + 8] = rng.choice(HUGE)
 
 
 def exchange_digits(content: bytearray, rng: random.Random) -> None:
-    """A digit of a number in text becomes another."""
+    """Replace a digit of a number in text."""
     digits = [at for at, byte in enumerate(content) if 48 <= byte < 58]
     content[rng.choice(digits or [0])] = rng.choice(b"0123456789-e")
 
 
 def repeat(content: bytearray, rng: random.Random) -> None:
-    """A piece is there twice."""
+    """Duplicate a piece."""
     at, length = rng.randrange(len(content)), rng.randint(1, 64)
     content[at:at] = content[at : at + length]
 
 
 def blank(content: bytearray, rng: random.Random) -> None:
-    """A piece is 0."""
+    """Overwrite a piece with zeros."""
     at, length = rng.randrange(len(content)), rng.randint(1, 64)
     content[at : at + length] = bytes(len(content[at : at + length]))
 
@@ -83,7 +82,7 @@ MUTATIONS = (flip, flip_early, truncate, enlarge, exchange_digits, repeat, blank
 
 
 def mutated(whole: bytes, seed: str) -> bytes:
-    """A file's content with one or three mutations."""
+    """Return a file's content with one or three mutations."""
     rng, content = random.Random(seed), bytearray(whole)
     for _ in range(rng.choice((1, 1, 1, 3))):
         if content:
@@ -92,59 +91,59 @@ def mutated(whole: bytes, seed: str) -> bytes:
 
 
 def fuzz(name: str, home: Path, seeds: Iterable[int]) -> Counter[str]:
-    """Tries mutations of a checkpoint's files in turn, and counts what was read and what was refused.
+    """Read a checkpoint with mutations of its files in turn; count the outcomes `read` and `refused`.
 
-    What is read has the right shape, and is finite; what has checksums is unharmed.
+    Assert that what is read has the right shape and is finite, and that files with checksums are undamaged.
     """
-    laid = ALL[name](home, Draw())
+    checkpoint = ALL[name](home, Draw())
     whole = {file: file.read_bytes() for file in sorted(home.rglob("*")) if file.is_file()}
     outcomes: Counter[str] = Counter()
     for seed in seeds:
         file = sorted(whole)[seed % len(whole)]
         file.write_bytes(mutated(whole[file], f"{name} {seed}"))
-        attempt(laid.format.recognise, laid.path)
-        found = attempt(laid.format.read, laid.path)
-        outcomes["refused" if isinstance(found, FormatError) else "read"] += 1
-        if not isinstance(found, FormatError):
-            sae = found[0]
-            f = sae.encode(laid.x)
-            assert f.shape == laid.f.shape
+        attempt(checkpoint.format.recognise, checkpoint.path)
+        outcome = attempt(checkpoint.format.read, checkpoint.path)
+        outcomes["refused" if isinstance(outcome, FormatError) else "read"] += 1
+        if not isinstance(outcome, FormatError):
+            sae, _ = outcome
+            f = sae.encode(checkpoint.x)
+            assert f.shape == checkpoint.f.shape
             assert all(bool(part.isfinite().all()) for part in (sae.encoder, sae.bias, sae.threshold, sae.decoder))
-            assert file.suffix not in (".pt", ".pth", ".npz") or torch.allclose(f, laid.f, atol=1e-3)
+            assert file.suffix not in (".pt", ".pth", ".npz") or torch.allclose(f, checkpoint.f, atol=1e-3)
         file.write_bytes(whole[file])
     return outcomes
 
 
 def fuzz_control_vectors(home: Path, seeds: Iterable[int]) -> Counter[str]:
-    """The same for control vectors, which have no checksums."""
+    """Fuzz control vectors, which have no checksums."""
     file = home / "v.gguf"
     control_vector.write(file, {layer: torch.randn(WIDTH) for layer in (1, 2, 5)}, "llama")
     whole, outcomes = file.read_bytes(), Counter[str]()
     for seed in seeds:
         file.write_bytes(mutated(whole, f"gguf {seed}"))
-        found = attempt(control_vector.read, file)
-        outcomes["refused" if isinstance(found, FormatError) else "read"] += 1
-        assert isinstance(found, FormatError) or all(bool(vector.isfinite().all()) for vector in found.values())
+        outcome = attempt(control_vector.read, file)
+        outcomes["refused" if isinstance(outcome, FormatError) else "read"] += 1
+        assert isinstance(outcome, FormatError) or all(bool(vector.isfinite().all()) for vector in outcome.values())
     return outcomes
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_mutated_checkpoint_is_read_whole_or_refused(name: str, tmp_path: Path) -> None:
+def test_mutated_checkpoint_is_read_correctly_or_refused(name: str, tmp_path: Path) -> None:
     assert fuzz(name, tmp_path, range(SEEDS))["refused"] > SEEDS / 4
 
 
-def test_a_mutated_control_vector_is_read_whole_or_refused(tmp_path: Path) -> None:
+def test_mutated_control_vector_is_read_correctly_or_refused(tmp_path: Path) -> None:
     assert fuzz_control_vectors(tmp_path, range(4 * SEEDS))["refused"] > SEEDS
 
 
 def safetensors(file: Path, header: bytes, data: bytes = b"", length: int | None = None) -> Path:
-    """A safetensors file with any header."""
+    """Write a safetensors file with any header."""
     file.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
     return file
 
 
 def entry(dtype: str = "F32", shape: tuple[int, ...] = (2, 3), offsets: tuple[int, int] = (0, 24)) -> bytes:
-    """A header with one tensor."""
+    """Return a header with one tensor."""
     return json.dumps({"w": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
 
 
@@ -164,12 +163,14 @@ def entry(dtype: str = "F32", shape: tuple[int, ...] = (2, 3), offsets: tuple[in
         (entry(shape=(2, 2), offsets=(8, 24)), None, ""),
     ],
 )
-def test_safetensors_headers_that_lie_are_refused(header: bytes, length: int | None, why: str, tmp_path: Path) -> None:
+def test_inconsistent_safetensors_headers_are_refused(
+    header: bytes, length: int | None, why: str, tmp_path: Path
+) -> None:
     file = safetensors(tmp_path / "w.safetensors", header, bytes(24), length)
     assert why in refused(read_safetensors, file)
 
 
-def test_an_empty_or_missing_file_is_refused_by_every_reader(tmp_path: Path) -> None:
+def test_every_reader_refuses_an_empty_or_missing_file(tmp_path: Path) -> None:
     for read in (read_safetensors, read_pickle, read_npz, read_json, read_yaml, control_vector.read):
         (tmp_path / "empty").write_bytes(b"")
         refused(read, tmp_path / "empty")
@@ -177,7 +178,7 @@ def test_an_empty_or_missing_file_is_refused_by_every_reader(tmp_path: Path) -> 
 
 
 def npz(file: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
-    """An npz with any members."""
+    """Write an npz with any members."""
     with zipfile.ZipFile(file, "w", compression) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
@@ -185,24 +186,24 @@ def npz(file: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_ST
 
 
 def npy(array: np.ndarray[Any, Any], shape: tuple[int, ...] | None = None) -> bytes:
-    """A npy file, with another shape in its header if that is given."""
+    """Return a npy file, with `shape` in its header in place of the array's own."""
     header = repr({"descr": array.dtype.str, "fortran_order": False, "shape": shape or array.shape}).encode()
     return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + array.tobytes()
 
 
 @pytest.mark.parametrize("name", ["../w.npy", "/tmp/w.npy", "a/../../w.npy", "..\\w.npy"])
-def test_member_names_that_leave_the_archive_are_refused(name: str, tmp_path: Path) -> None:
+def test_member_names_that_escape_the_archive_are_refused(name: str, tmp_path: Path) -> None:
     file = npz(tmp_path / "w.npz", {name: npy(np.ones(3, np.float32))})
     assert "a member is named" in refused(read_npz, file)
 
 
-def test_npz_that_expands_beyond_measure_is_refused_before_it_does(tmp_path: Path) -> None:
+def test_npz_bomb_is_refused_before_it_expands(tmp_path: Path) -> None:
     bomb = npz(tmp_path / "w.npz", {"w.npy": npy(np.zeros(32 << 20, np.float32))}, zipfile.ZIP_DEFLATED)
     assert bomb.stat().st_size < 1 << 20
     assert "expand to 134217" in refused(read_npz, bomb)
 
 
-def test_npz_arrays_that_are_not_what_they_declare_are_refused(tmp_path: Path) -> None:
+def test_inconsistent_npz_arrays_are_refused(tmp_path: Path) -> None:
     ones = np.ones((2, 3), np.float32)
     lying = npz(tmp_path / "w.npz", {"w.npy": npy(ones, (1 << 20, 1 << 20))})
     assert "shape (1048576, 1048576)" in refused(read_npz, lying)
@@ -216,30 +217,30 @@ def test_npz_arrays_that_are_not_what_they_declare_are_refused(tmp_path: Path) -
 
 
 def number(value: int) -> bytes:
-    """Any whole number, pickled."""
+    """Pickle an integer."""
     return b"\x8a\x09" + value.to_bytes(9, "little", signed=True)
 
 
 def tensor(values: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> bytes:
-    """The pickle of {"w": a float32 tensor}, as torch writes it."""
-    place = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0000X\3\0\0\0cpu" + number(values) + b"tQ"
+    """Return the pickle of {"w": a float32 tensor} in torch's format."""
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0000X\3\0\0\0cpu" + number(values) + b"tQ"
     shape = b"(" + b"".join(map(number, size)) + b"t(" + b"".join(map(number, stride)) + b"t"
-    arguments = place + number(offset) + shape + b"\x89ccollections\nOrderedDict\n)R"
+    arguments = storage + number(offset) + shape + b"\x89ccollections\nOrderedDict\n)R"
     return b"\x80\x02}X\1\0\0\0wctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tRs."
 
 
 def torch_file(file: Path, pickled: bytes, data: bytes = bytes(24), compression: int = zipfile.ZIP_STORED) -> Path:
-    """A torch file with any pickle."""
+    """Write a torch file with any pickle."""
     members = {"w/data.pkl": pickled, "w/byteorder": b"little", "w/version": b"3\n", "w/data/0": data}
     return npz(file, members, compression)
 
 
 def read_w(path: Path) -> torch.Tensor:
-    """The tensor "w" of a torch file."""
-    return take(state(read_pickle(path), path.name), "w", path.name)
+    """Read the tensor "w" of a torch file."""
+    return take(state_dict(read_pickle(path), path.name), "w", path.name)
 
 
-def test_a_torch_file_by_hand_is_read(tmp_path: Path) -> None:
+def test_torch_file_by_hand_is_read(tmp_path: Path) -> None:
     data = struct.pack("<6f", *range(6))
     file = torch_file(tmp_path / "w.pt", tensor(6, (2, 3), (3, 1)), data)
     assert read_w(file).tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -262,11 +263,11 @@ def test_a_torch_file_by_hand_is_read(tmp_path: Path) -> None:
         (b"\x80\x02}X\1\0\0\0w" + b"a" * 1000, ""),
     ],
 )
-def test_pickles_that_lie_or_call_are_refused(pickled: bytes, why: str, tmp_path: Path) -> None:
+def test_inconsistent_or_calling_pickles_are_refused(pickled: bytes, why: str, tmp_path: Path) -> None:
     assert why in refused(read_w, torch_file(tmp_path / "w.pt", pickled))
 
 
-def test_pickles_that_would_run_code_do_not(tmp_path: Path) -> None:
+def test_pickles_cannot_run_code(tmp_path: Path) -> None:
     class Touch:
         def __reduce__(self) -> tuple[Any, tuple[str]]:
             return os.mkdir, (str(tmp_path / "ran"),)
@@ -291,21 +292,21 @@ def test_torch_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ALL)
-def test_values_that_are_not_finite_are_refused(name: str, value: float, tmp_path: Path) -> None:
-    laid = ALL[name](tmp_path, Draw())
+def test_non_finite_values_are_refused(name: str, value: float, tmp_path: Path) -> None:
+    checkpoint = ALL[name](tmp_path, Draw())
 
     def spoil(content: dict[str, Any]) -> dict[str, Any]:
         key = next(key for key in content if "dec" in key or key == "W_D")
         content[key].view(-1)[-1] = value
         return content
 
-    rewrite(laid.file, spoil)
-    found = str(attempt(laid.format.read, laid.path))
-    assert laid.file.name in found
-    assert "values that are not finite" in found
+    rewrite(checkpoint.file, spoil)
+    message = str(attempt(checkpoint.format.read, checkpoint.path))
+    assert checkpoint.file.name in message
+    assert "values that are not finite" in message
 
 
-def test_one_value_that_is_not_finite_is_found_in_a_large_matrix() -> None:
+def test_one_non_finite_value_in_a_large_matrix_is_refused() -> None:
     large = torch.zeros(3000, 3000)
     for transposed in (large, large.T):
         assert take({"w": transposed}, "w", "f") is not None
@@ -315,19 +316,19 @@ def test_one_value_that_is_not_finite_is_found_in_a_large_matrix() -> None:
             take({"w": transposed}, "w", "f")
 
 
-def test_sums_that_overflow_are_not_taken_for_infinities() -> None:
+def test_overflowing_sums_are_not_non_finite_values() -> None:
     huge = torch.full((100,), 60000.0, dtype=torch.float16)
     assert torch.equal(take({"w": huge}, "w", "f"), huge)
 
 
 def test_orientation_follows_the_shape_and_a_square_is_refused() -> None:
     matrix = torch.randn(LATENTS, WIDTH)
-    assert torch.equal(oriented(matrix, LATENTS, WIDTH, "w"), matrix)
-    assert torch.equal(oriented(matrix.T, LATENTS, WIDTH, "w"), matrix)
+    assert torch.equal(orient(matrix, LATENTS, WIDTH, "w"), matrix)
+    assert torch.equal(orient(matrix.T, LATENTS, WIDTH, "w"), matrix)
     with pytest.raises(FormatError, match="w: is square"):
-        oriented(torch.eye(3), 3, 3, "w")
+        orient(torch.eye(3), 3, 3, "w")
     with pytest.raises(FormatError, match=r"w: shape \(24, 6\), neither"):
-        oriented(matrix, LATENTS, WIDTH + 1, "w")
+        orient(matrix, LATENTS, WIDTH + 1, "w")
 
 
 @pytest.mark.parametrize(
@@ -344,7 +345,7 @@ def test_orientation_follows_the_shape_and_a_square_is_refused() -> None:
         "\ud800",
     ],
 )
-def test_settings_in_json_that_are_no_small_object_are_refused(content: str, tmp_path: Path) -> None:
+def test_json_settings_must_be_a_small_object(content: str, tmp_path: Path) -> None:
     (tmp_path / "c.json").write_bytes(content.encode("utf-8", "surrogatepass"))
     refused(read_json, tmp_path / "c.json")
 
@@ -363,11 +364,11 @@ def test_settings_in_json_that_are_no_small_object_are_refused(content: str, tmp
         "\x00",
     ],
 )
-def test_settings_in_yaml_that_are_no_small_mapping_are_refused(content: str, tmp_path: Path) -> None:
+def test_yaml_settings_must_be_a_small_mapping(content: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(content)
     refused(read_yaml, tmp_path / "c.yaml")
 
 
-def test_words_in_yaml_stay_words(tmp_path: Path) -> None:
+def test_yaml_values_stay_strings(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("1: a\nb: 2020-99-99\nc: !!int x\nd: [0b_, on]\n")
     assert read_yaml(tmp_path / "c.yaml") == {"1": "a", "b": "2020-99-99", "c": "x", "d": ["0b_", "on"]}

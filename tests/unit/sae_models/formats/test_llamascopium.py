@@ -1,4 +1,4 @@
-"""Llama Scope and Llamascopium: what the threshold is compared with, and what is folded into the weights."""
+"""Llama Scope and Llamascopium: the quantity that thresholds apply to, and folding into the weights."""
 
 import math
 from pathlib import Path
@@ -16,11 +16,10 @@ from tests.unit.checkpoints import (
     LATENTS,
     LAYOUTS,
     WIDTH,
+    Checkpoint,
     Draw,
     K,
-    Laid,
     check,
-    lay_llama_scope,
     linears,
     relu_above,
     rewrite,
@@ -29,22 +28,23 @@ from tests.unit.checkpoints import (
     save_torch,
     scopium_settings,
     top,
+    write_llama_scope,
 )
 
 THRESHOLD = "activation_function.log_jumprelu_threshold"
 RESIDUAL = "blocks.15.hook_resid_post"
 
 
-def test_llama_scope_threshold_counts_the_decoder_norm_and_the_scale_of_the_output(tmp_path: Path) -> None:
+def test_llama_scope_threshold_includes_decoder_norm_and_output_scale(tmp_path: Path) -> None:
     d = Draw()
-    laid = lay_llama_scope(tmp_path, d)
+    checkpoint = write_llama_scope(tmp_path, d)
     z = (d.x * math.sqrt(WIDTH) / 5.0) @ d.w_enc.T + d.b_enc
     for threshold in (0.4, 0.4 * math.sqrt(WIDTH) / 5.0, 0.4 / d.w_dec.norm(dim=1)):
-        assert not torch.equal(relu_above(z, threshold) > 0, laid.f > 0)
-    sae, said = llama_scope.FORMAT.read(laid.path)
-    check(sae, laid)
-    assert said.folded == ("input_scale", "decoder_norm")
-    check(llama_scope.FORMAT.read(laid.file)[0], laid)
+        assert not torch.equal(relu_above(z, threshold) > 0, checkpoint.f > 0)
+    sae, declared = llama_scope.FORMAT.read(checkpoint.path)
+    check(sae, checkpoint)
+    assert declared.folded == ("input_scale", "decoder_norm")
+    check(llama_scope.FORMAT.read(checkpoint.file)[0], checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -52,75 +52,75 @@ def test_llama_scope_threshold_counts_the_decoder_norm_and_the_scale_of_the_outp
     [("act_fn", "topk"), ("norm_activation", "token-wise"), ("use_glu_encoder", True), ("jump_relu_threshold", -1)],
 )
 def test_llama_scope_settings_that_change_the_arithmetic_are_refused(field: str, value: object, tmp_path: Path) -> None:
-    laid = lay_llama_scope(tmp_path, Draw())
-    settings = yaml.safe_load((laid.path / "hyperparams.json").read_text())
-    save_json(laid.path / "hyperparams.json", settings | {field: value})
+    checkpoint = write_llama_scope(tmp_path, Draw())
+    settings = yaml.safe_load((checkpoint.path / "hyperparams.json").read_text())
+    save_json(checkpoint.path / "hyperparams.json", settings | {field: value})
     with pytest.raises(FormatError, match=f"hyperparams.json.*{field}"):
-        llama_scope.FORMAT.read(laid.path)
+        llama_scope.FORMAT.read(checkpoint.path)
 
 
 def scopium(folder: Path, tensors: dict[str, Tensor], **settings: object) -> Path:
-    """A Llamascopium checkpoint."""
+    """Write a Llamascopium checkpoint."""
     save_safe(folder / "sae_weights.safetensors", tensors)
     save_json(folder / "config.json", scopium_settings(RESIDUAL, **settings))
     return folder
 
 
 def newer(d: Draw) -> dict[str, Tensor]:
-    """Weights by the names of 2.x, with the norm that the library writes even where none was measured."""
+    """Return weights by the names of 2.x, with the NaN norm that the library writes if it measured none."""
     unmeasured = {f"dataset_average_activation_norm.{RESIDUAL}": torch.tensor(math.nan)}
     return {"W_E": d.w_enc.T, "b_E": d.b_enc, "W_D": d.w_dec, "b_D": d.b_dec} | unmeasured
 
 
-def test_llama_scope_r1_has_the_names_of_1_x_and_a_threshold_for_each_latent(tmp_path: Path) -> None:
+def test_llama_scope_r1_uses_names_of_1_x_and_thresholds_per_latent(tmp_path: Path) -> None:
     d = Draw()
     norm = {f"dataset_average_activation_norm.{RESIDUAL}": torch.tensor(7.0)}
     tensors = linears(d) | {"log_jumprelu_threshold": d.threshold.log()} | norm
     folder = scopium(tmp_path, tensors, apply_decoder_bias_to_pre_encoder=True, sparsity_include_decoder_norm=False)
     scale = math.sqrt(WIDTH) / 7.0
     f = relu_above((d.x * scale - d.b_dec) @ d.w_enc.T + d.b_enc, d.threshold)
-    sae, said = llamascopium.FORMAT.read(folder)
-    check(sae, Laid(llamascopium.FORMAT, folder, folder, d.x, f, (f @ d.w_dec + d.b_dec) / scale))
-    assert said.folded == ("pre_bias", "input_scale")
+    sae, declared = llamascopium.FORMAT.read(folder)
+    check(sae, Checkpoint(llamascopium.FORMAT, folder, folder, d.x, f, (f @ d.w_dec + d.b_dec) / scale))
+    assert declared.folded == ("pre_bias", "input_scale")
 
 
-def test_the_model_is_named_beside_the_settings(tmp_path: Path) -> None:
+def test_model_name_is_in_lm_config(tmp_path: Path) -> None:
     folder = scopium(tmp_path, newer(Draw()), act_fn="relu", norm_activation="inference")
     assert llamascopium.FORMAT.read(folder)[1].model == ""
     save_json(folder / "lm_config.json", {"model_name": "meta-llama/Llama-3.1-8B", "d_model": WIDTH})
     assert llamascopium.FORMAT.read(folder)[1].model == "meta-llama/Llama-3.1-8B"
 
 
-def test_llamascopium_by_token_is_normalised_at_run_time(tmp_path: Path) -> None:
+def test_llamascopium_token_wise_norm_is_a_run_time_normalisation(tmp_path: Path) -> None:
     d = Draw()
     folder = scopium(tmp_path, newer(d), act_fn="relu", norm_activation="token-wise")
     scale = math.sqrt(WIDTH) / d.x.norm(dim=-1, keepdim=True)
     f = ((d.x * scale) @ d.w_enc.T + d.b_enc).relu()
     sae, _ = llamascopium.FORMAT.read(folder)
-    check(sae, Laid(llamascopium.FORMAT, folder, folder, d.x, f, (f @ d.w_dec + d.b_dec) / scale))
+    check(sae, Checkpoint(llamascopium.FORMAT, folder, folder, d.x, f, (f @ d.w_dec + d.b_dec) / scale))
     assert sae.normalisation is Normalisation.CONSTANT_NORM
 
 
-def test_llamascopium_top_k_chooses_by_decoder_norm(tmp_path: Path) -> None:
+def test_llamascopium_top_k_selects_by_z_times_decoder_norm(tmp_path: Path) -> None:
     d = Draw()
     folder = scopium(tmp_path, newer(d), act_fn="topk", norm_activation="inference")
     norm = d.w_dec.norm(dim=1)
     z = d.x @ d.w_enc.T + d.b_enc
     f = top(z * norm, K)
     assert not torch.equal(f > 0, top(z, K) > 0)
-    sae, said = llamascopium.FORMAT.read(folder)
-    check(sae, Laid(llamascopium.FORMAT, folder, folder, d.x, f, (f / norm) @ d.w_dec + d.b_dec))
-    assert (sae.selection, said.folded) == (TopK(K), ("decoder_norm",))
+    sae, declared = llamascopium.FORMAT.read(folder)
+    check(sae, Checkpoint(llamascopium.FORMAT, folder, folder, d.x, f, (f / norm) @ d.w_dec + d.b_dec))
+    assert (sae.selection, declared.folded) == (TopK(K), ("decoder_norm",))
 
 
-def test_llamascopium_torch_file_holds_the_weights_under_sae(tmp_path: Path) -> None:
+def test_llamascopium_torch_file_has_weights_under_the_key_sae(tmp_path: Path) -> None:
     d = Draw()
     folder = scopium(tmp_path, newer(d), act_fn="relu", norm_activation="inference", use_decoder_bias=False)
     (folder / "sae_weights.safetensors").unlink()
     weights = {key: tensor.contiguous() for key, tensor in newer(d).items() if key != "b_D"}
     save_torch(folder / "sae_weights.pt", {"sae": weights, "version": "2.0"})
     f = (d.x @ d.w_enc.T + d.b_enc).relu()
-    check(llamascopium.FORMAT.read(folder)[0], Laid(llamascopium.FORMAT, folder, folder, d.x, f, f @ d.w_dec))
+    check(llamascopium.FORMAT.read(folder)[0], Checkpoint(llamascopium.FORMAT, folder, folder, d.x, f, f @ d.w_dec))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_llamascopium_refuses_by_name(field: str, value: object, tmp_path: Path)
         llamascopium.FORMAT.read(folder)
 
 
-def test_llamascopium_dataset_norm_that_is_missing_or_not_a_norm_is_refused(tmp_path: Path) -> None:
+def test_llamascopium_refuses_an_invalid_dataset_norm(tmp_path: Path) -> None:
     d = Draw()
     for norm, why in ((math.nan, "not finite"), (0.0, "is not a norm")):
         tensors = newer(d) | {f"dataset_average_activation_norm.{RESIDUAL}": torch.tensor(norm)}
@@ -149,7 +149,7 @@ def test_llamascopium_dataset_norm_that_is_missing_or_not_a_norm_is_refused(tmp_
             llamascopium.FORMAT.read(scopium(tmp_path, tensors, act_fn="relu"))
 
 
-def test_a_decoder_without_a_bias_is_as_wide_as_it_is_and_not_as_the_settings_say(tmp_path: Path) -> None:
+def test_zero_bias_takes_its_width_from_the_decoder(tmp_path: Path) -> None:
     d = Draw()
     settings = {"act_fn": "relu", "norm_activation": "inference", "use_decoder_bias": False}
     for tensors in (newer(d), linears(d)):
@@ -157,33 +157,35 @@ def test_a_decoder_without_a_bias_is_as_wide_as_it_is_and_not_as_the_settings_sa
             tensors.pop(name, None)
         sae = llamascopium.FORMAT.read(scopium(tmp_path, tensors, **settings))[0]
         assert sae.decoder_bias.tolist() == [0.0] * WIDTH
-        found = attempt(llamascopium.FORMAT.read, scopium(tmp_path, tensors, d_model=1 << 40, **settings))
-        assert str(found) == f"config.json d_model: {1 << 40}, the encoder reads {WIDTH}"
-    laid = lay_llama_scope(tmp_path / "llama", d)
-    rewrite(laid.file, lambda content: content | {"decoder.weight": torch.tensor(1.0)})
-    said = yaml.safe_load((laid.path / "hyperparams.json").read_text())
-    save_json(laid.path / "hyperparams.json", said | {"use_decoder_bias": False})
+        error = attempt(llamascopium.FORMAT.read, scopium(tmp_path, tensors, d_model=1 << 40, **settings))
+        assert str(error) == f"config.json d_model: {1 << 40}, the encoder reads {WIDTH}"
+    checkpoint = write_llama_scope(tmp_path / "llama", d)
+    rewrite(checkpoint.file, lambda content: content | {"decoder.weight": torch.tensor(1.0)})
+    settings = yaml.safe_load((checkpoint.path / "hyperparams.json").read_text())
+    save_json(checkpoint.path / "hyperparams.json", settings | {"use_decoder_bias": False})
     with pytest.raises(FormatError, match=r"decoder\.weight: shape \(\) instead of"):
-        llama_scope.FORMAT.read(laid.path)
+        llama_scope.FORMAT.read(checkpoint.path)
 
 
-def test_what_overflows_when_it_is_folded_is_refused(tmp_path: Path) -> None:
+def test_overflow_while_folding_is_refused(tmp_path: Path) -> None:
     d = Draw()
-    laid = LAYOUTS["llamascopium"](tmp_path, d)
+    checkpoint = LAYOUTS["llamascopium"](tmp_path, d)
     norm = f"dataset_average_activation_norm.{RESIDUAL}"
-    rewrite(laid.file, lambda content: content | {norm: torch.tensor(1e-39)})
+    rewrite(checkpoint.file, lambda content: content | {norm: torch.tensor(1e-39)})
     with pytest.raises(FormatError, match=r"sae_weights\.safetensors: the encoder has values that are not finite once"):
-        llamascopium.FORMAT.read(laid.path)
-    rewrite(laid.file, lambda content: content | {norm: torch.tensor(4.0), THRESHOLD: torch.full((LATENTS,), 99.0)})
-    save_json(laid.path / "config.json", scopium_settings(RESIDUAL, sparsity_include_decoder_norm=False))
+        llamascopium.FORMAT.read(checkpoint.path)
+    rewrite(
+        checkpoint.file, lambda content: content | {norm: torch.tensor(4.0), THRESHOLD: torch.full((LATENTS,), 99.0)}
+    )
+    save_json(checkpoint.path / "config.json", scopium_settings(RESIDUAL, sparsity_include_decoder_norm=False))
     with pytest.raises(FormatError, match="the threshold has values that are not finite once"):
-        llamascopium.FORMAT.read(laid.path)
+        llamascopium.FORMAT.read(checkpoint.path)
 
 
-def test_a_latent_without_a_decoder_never_passes_a_gate(tmp_path: Path) -> None:
+def test_latent_with_zero_decoder_is_never_active(tmp_path: Path) -> None:
     d = Draw()
     d.w_dec[3] = 0
-    laid = lay_llama_scope(tmp_path, d)
-    sae = llama_scope.FORMAT.read(laid.path)[0]
+    checkpoint = write_llama_scope(tmp_path, d)
+    sae = llama_scope.FORMAT.read(checkpoint.path)[0]
     assert bool(sae.threshold.isfinite().all())
     assert float(sae.encode(1e6 * d.x)[:, 3].max()) == 0

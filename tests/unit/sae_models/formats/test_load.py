@@ -1,4 +1,4 @@
-"""A checkpoint's format is told by what is there, and where it cannot be told the error says what was seen."""
+"""Loading detects the format; if it is ambiguous or unknown, the error lists the files."""
 
 import json
 from pathlib import Path
@@ -21,28 +21,28 @@ def saelens(path: Path, **config: object) -> Path:
     return path
 
 
-def test_the_format_and_why_it_was_taken_for_it_are_told(tmp_path: Path) -> None:
+def test_load_returns_the_format_and_the_reason(tmp_path: Path) -> None:
     loaded = load(saelens(tmp_path))
     assert (loaded.format, loaded.why) == ("saelens", "cfg.json beside sae_weights.safetensors")
     assert loaded.sae.latents == F
 
 
-def test_a_path_to_the_weights_is_one_to_their_folder(tmp_path: Path) -> None:
+def test_load_accepts_the_path_of_the_weights(tmp_path: Path) -> None:
     assert load(saelens(tmp_path) / "sae_weights.safetensors").format == "saelens"
 
 
-def test_the_names_of_formats_differ() -> None:
-    assert len({found.name for found in FORMATS}) == len(FORMATS)
+def test_format_names_are_unique() -> None:
+    assert len({reader.name for reader in FORMATS}) == len(FORMATS)
 
 
-def test_two_formats_in_one_folder_are_named(tmp_path: Path) -> None:
+def test_load_refuses_two_formats_in_one_folder_by_name(tmp_path: Path) -> None:
     saelens(tmp_path)
     save_file({"b_dec": torch.ones(D)}, tmp_path / "sae.safetensors")
     with pytest.raises(FormatError, match=r"saelens: cfg\.json beside .*; sparsify: cfg\.json beside sae\.safetensors"):
         load(tmp_path)
 
 
-def test_a_folder_of_no_format_is_refused_with_what_is_in_it(tmp_path: Path) -> None:
+def test_load_refuses_an_unknown_folder_and_lists_it(tmp_path: Path) -> None:
     for name in ("layers.0", "layers.1"):
         saelens(tmp_path / name)
     (tmp_path / "README.md").write_text("")
@@ -50,14 +50,14 @@ def test_a_folder_of_no_format_is_refused_with_what_is_in_it(tmp_path: Path) -> 
         load(tmp_path)
 
 
-def test_of_many_names_only_some_are_shown(tmp_path: Path) -> None:
+def test_load_lists_a_limited_number_of_names(tmp_path: Path) -> None:
     for i in range(30):
         (tmp_path / f"{i:02d}").touch()
     with pytest.raises(FormatError, match=r"18, 19 and 10 more$"):
         load(tmp_path)
 
 
-def test_an_empty_folder_a_file_and_nothing_at_all_are_refused(tmp_path: Path) -> None:
+def test_load_refuses_empty_folders_other_files_and_missing_paths(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="seen: nothing"):
         load(tmp_path)
     (tmp_path / "notes.txt").write_text("abc")
@@ -67,12 +67,12 @@ def test_an_empty_folder_a_file_and_nothing_at_all_are_refused(tmp_path: Path) -
         load(tmp_path / "missing")
 
 
-def test_what_cannot_be_served_per_token_is_refused_by_name(tmp_path: Path) -> None:
+def test_load_refuses_architectures_that_are_not_per_token(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="temporal cannot be served per token"):
         load(saelens(tmp_path, architecture="temporal"))
 
 
-def test_a_truncated_file_is_refused_by_its_name(tmp_path: Path) -> None:
+def test_load_refuses_a_truncated_file_by_name(tmp_path: Path) -> None:
     file = saelens(tmp_path) / "sae_weights.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(FormatError, match=r"sae_weights\.safetensors"):

@@ -1,4 +1,4 @@
-"""Each published format reads as its own arithmetic says, from files laid out as they are published."""
+"""Readers of published formats agree with each format's own arithmetic."""
 
 import math
 import re
@@ -34,17 +34,10 @@ from tests.unit.checkpoints import (
     LATENTS,
     LAYOUTS,
     WIDTH,
+    Checkpoint,
     Draw,
     K,
-    Laid,
     check,
-    lay_gemma_scope,
-    lay_gemma_scope_2,
-    lay_openai,
-    lay_opensae,
-    lay_qwen_scope,
-    lay_route_sae,
-    lay_transcoders,
     linears,
     relu_above,
     rewrite,
@@ -53,6 +46,13 @@ from tests.unit.checkpoints import (
     save_safe,
     save_torch,
     top,
+    write_gemma_scope,
+    write_gemma_scope_2,
+    write_openai,
+    write_opensae,
+    write_qwen_scope,
+    write_route_sae,
+    write_transcoders,
 )
 
 READERS = (
@@ -76,60 +76,60 @@ MATRICES = ((LATENTS, WIDTH), (WIDTH, LATENTS))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_encode_and_decode_are_those_of_the_format(name: str, tmp_path: Path) -> None:
-    laid = LAYOUTS[name](tmp_path, Draw())
-    assert laid.format.name == name
-    assert laid.format.recognise(laid.path)
-    assert laid.format.recognise(laid.file)
-    for path in (laid.path, laid.file):
-        check(laid.format.read(path)[0], laid, 3e-5)
+def test_encode_and_decode_agree_with_the_format(name: str, tmp_path: Path) -> None:
+    checkpoint = LAYOUTS[name](tmp_path, Draw())
+    assert checkpoint.format.name == name
+    assert checkpoint.format.recognise(checkpoint.path)
+    assert checkpoint.format.recognise(checkpoint.file)
+    for path in (checkpoint.path, checkpoint.file):
+        check(checkpoint.format.read(path)[0], checkpoint, 3e-5)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_format_recognises_its_own_checkpoints_alone(name: str, tmp_path: Path) -> None:
-    laid = LAYOUTS[name](tmp_path, Draw())
-    assert [reader.FORMAT.name for reader in READERS if reader.FORMAT.recognise(laid.path)] == [name]
+def test_format_recognises_only_its_own_checkpoints(name: str, tmp_path: Path) -> None:
+    checkpoint = LAYOUTS[name](tmp_path, Draw())
+    assert [reader.FORMAT.name for reader in READERS if reader.FORMAT.recognise(checkpoint.path)] == [name]
 
 
-def matrices(laid: Laid) -> list[str]:
-    """The names of the encoder and decoder in a checkpoint."""
-    found: list[str] = []
+def matrices(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of the encoder and decoder in a checkpoint."""
+    names: list[str] = []
 
     def look(content: dict[str, Any]) -> dict[str, Any]:
-        found.extend(key for key, value in content.items() if getattr(value, "shape", ()) in MATRICES)
+        names.extend(key for key, value in content.items() if getattr(value, "shape", ()) in MATRICES)
         return content
 
-    rewrite(laid.file, look)
-    assert len(found) == 2
-    return found
+    rewrite(checkpoint.file, look)
+    assert len(names) == 2
+    return names
 
 
 def transposed(key: str, content: dict[str, Any]) -> dict[str, Any]:
-    """With that matrix transposed."""
+    """Return the content with a matrix transposed."""
     return content | {key: content[key].T.contiguous()}
 
 
 def without(key: str, content: dict[str, Any]) -> dict[str, Any]:
-    """All but that."""
+    """Return the content without a tensor."""
     return {name: value for name, value in content.items() if name != key}
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "qwen_scope"])
-def test_a_transposed_matrix_is_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_transposed_matrix_is_refused_by_name(name: str, tmp_path: Path) -> None:
     for key in matrices(LAYOUTS[name](tmp_path, Draw())):
-        laid = LAYOUTS[name](tmp_path, Draw())
-        rewrite(laid.file, partial(transposed, key))
-        with pytest.raises(FormatError, match=rf"{laid.file.name}.* {re.escape(key)}: shape"):
-            laid.format.read(laid.path)
+        checkpoint = LAYOUTS[name](tmp_path, Draw())
+        rewrite(checkpoint.file, partial(transposed, key))
+        with pytest.raises(FormatError, match=rf"{checkpoint.file.name}.* {re.escape(key)}: shape"):
+            checkpoint.format.read(checkpoint.path)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_missing_matrix_is_named(name: str, tmp_path: Path) -> None:
+def test_missing_matrix_is_refused_by_name(name: str, tmp_path: Path) -> None:
     for key in matrices(LAYOUTS[name](tmp_path, Draw())):
-        laid = LAYOUTS[name](tmp_path, Draw())
-        rewrite(laid.file, partial(without, key))
+        checkpoint = LAYOUTS[name](tmp_path, Draw())
+        rewrite(checkpoint.file, partial(without, key))
         with pytest.raises(FormatError, match=rf" {re.escape(key)}: missing among"):
-            laid.format.read(laid.path)
+            checkpoint.format.read(checkpoint.path)
 
 
 @pytest.mark.parametrize(
@@ -152,25 +152,25 @@ def test_a_missing_matrix_is_named(name: str, tmp_path: Path) -> None:
 def test_site_model_and_l0_come_from_settings_and_path(
     name: str, declared: tuple[str, str, str, float | None], tmp_path: Path
 ) -> None:
-    laid = LAYOUTS[name](tmp_path, Draw())
-    said = laid.format.read(laid.path)[1]
-    assert ("".join(said.sites), said.output_site, said.model, said.l0) == declared
+    checkpoint = LAYOUTS[name](tmp_path, Draw())
+    read = checkpoint.format.read(checkpoint.path)[1]
+    assert ("".join(read.sites), read.output_site, read.model, read.l0) == declared
 
 
 def test_gemma_scope_reads_lower_case_names_too(tmp_path: Path) -> None:
-    laid = lay_gemma_scope(tmp_path, Draw(), "w_")
-    check(gemma_scope.FORMAT.read(laid.file)[0], laid)
+    checkpoint = write_gemma_scope(tmp_path, Draw(), "w_")
+    check(gemma_scope.FORMAT.read(checkpoint.file)[0], checkpoint)
 
 
 def gemma_scope_at(home: Path, where: str) -> Declaration:
-    """What is declared of a Gemma Scope SAE at a path."""
+    """Return the declaration of a Gemma Scope SAE at a path."""
     d = Draw()
     tensors = {"W_enc": d.w_enc.T, "W_dec": d.w_dec, "b_enc": d.b_enc, "b_dec": d.b_dec, "threshold": d.threshold}
     save_npz(home / where / "params.npz", tensors)
     return gemma_scope.FORMAT.read(home / where)[1]
 
 
-def test_gemma_scope_declares_what_its_path_says_and_no_more(tmp_path: Path) -> None:
+def test_gemma_scope_declaration_comes_from_the_path(tmp_path: Path) -> None:
     mlp = gemma_scope_at(tmp_path, "google/gemma-scope-9b-it-mlp/layer_9/width_131k/average_l0_12")
     assert (mlp.sites, mlp.output_site, mlp.model, mlp.l0) == (
         ("layers.9.mlp_out",),
@@ -187,25 +187,25 @@ def test_gemma_scope_declares_what_its_path_says_and_no_more(tmp_path: Path) -> 
     assert (unknown.sites, unknown.output_site, unknown.model, unknown.l0) == ((), "", "", None)
 
 
-def test_gemma_scope_embedding_sae_reads_what_the_model_reads(tmp_path: Path) -> None:
+def test_gemma_scope_embedding_sae_reads_scaled_embeddings(tmp_path: Path) -> None:
     d = Draw()
     folder = tmp_path / "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6"
     tensors = {"W_enc": d.w_enc.T, "W_dec": d.w_dec, "b_enc": d.b_enc, "b_dec": d.b_dec, "threshold": d.threshold}
     save_npz(folder / "params.npz", tensors)
-    sae, said = gemma_scope.FORMAT.read(folder)
-    row = d.x / math.sqrt(WIDTH)
-    f = relu_above(row @ d.w_enc.T + d.b_enc, d.threshold)
-    check(sae, Laid(gemma_scope.FORMAT, folder, folder, d.x, f, math.sqrt(WIDTH) * (f @ d.w_dec + d.b_dec)))
-    assert (said.sites, said.folded) == (("embed",), ("input_scale",))
+    sae, declared = gemma_scope.FORMAT.read(folder)
+    embedding = d.x / math.sqrt(WIDTH)
+    f = relu_above(embedding @ d.w_enc.T + d.b_enc, d.threshold)
+    check(sae, Checkpoint(gemma_scope.FORMAT, folder, folder, d.x, f, math.sqrt(WIDTH) * (f @ d.w_dec + d.b_dec)))
+    assert (declared.sites, declared.folded) == (("embed",), ("input_scale",))
 
 
 def test_gemma_scope_2_without_settings_takes_the_site_from_its_folder(tmp_path: Path) -> None:
-    laid = lay_gemma_scope_2(tmp_path, Draw())
-    (laid.path / "config.json").unlink()
-    sae, said = gemma_scope_2.FORMAT.read(laid.path)
-    check(sae, laid)
-    assert (said.sites, said.output_site) == (("layers.7.mlp_in",), "layers.7.mlp_out")
-    assert said.model == "google/gemma-3-1b-pt"
+    checkpoint = write_gemma_scope_2(tmp_path, Draw())
+    (checkpoint.path / "config.json").unlink()
+    sae, declared = gemma_scope_2.FORMAT.read(checkpoint.path)
+    check(sae, checkpoint)
+    assert (declared.sites, declared.output_site) == (("layers.7.mlp_in",), "layers.7.mlp_out")
+    assert declared.model == "google/gemma-3-1b-pt"
 
 
 def test_gemma_scope_2_attention_has_no_site_and_a_missing_skip_is_named(tmp_path: Path) -> None:
@@ -213,22 +213,22 @@ def test_gemma_scope_2_attention_has_no_site_and_a_missing_skip_is_named(tmp_pat
     tensors = {"w_enc": d.w_enc.T, "w_dec": d.w_dec, "b_enc": d.b_enc, "b_dec": d.b_dec, "threshold": d.threshold}
     folder = tmp_path / "gemma-scope-2-4b-it/attn_out/layer_9_width_16k_l0_medium"
     save_safe(folder / "params.safetensors", tensors)
-    said = gemma_scope_2.FORMAT.read(folder)[1]
-    assert (said.sites, said.notes["hook"]) == ((), "model.layers.9.self_attn.o_proj.input")
+    declared = gemma_scope_2.FORMAT.read(folder)[1]
+    assert (declared.sites, declared.notes["hook"]) == ((), "model.layers.9.self_attn.o_proj.input")
     save_json(folder / "config.json", {"architecture": "jump_relu", "affine_connection": True})
     with pytest.raises(FormatError, match="affine_skip_connection: missing"):
         gemma_scope_2.FORMAT.read(folder)
 
 
-def test_openai_takes_the_pre_bias_off_after_the_layer_norm(tmp_path: Path) -> None:
+def test_openai_subtracts_the_pre_bias_after_the_layer_norm(tmp_path: Path) -> None:
     d = Draw()
-    laid = lay_openai(tmp_path, d)
+    checkpoint = write_openai(tmp_path, d)
     before = torch.nn.functional.layer_norm(d.x - d.b_dec, (WIDTH,))
     other = top(before @ d.w_enc.T + d.b_enc, K)
-    assert float((other - laid.f).abs().max()) > 0.1
-    sae, said = openai.FORMAT.read(laid.path)
-    check(sae, laid)
-    assert (sae.selection, sae.normalisation, said.folded) == (TopK(K), Normalisation.LAYER_NORM, ("pre_bias",))
+    assert float((other - checkpoint.f).abs().max()) > 0.1
+    sae, declared = openai.FORMAT.read(checkpoint.path)
+    check(sae, checkpoint)
+    assert (sae.selection, sae.normalisation, declared.folded) == (TopK(K), Normalisation.LAYER_NORM, ("pre_bias",))
 
 
 def test_openai_relu_is_not_normalised(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_openai_relu_is_not_normalised(tmp_path: Path) -> None:
     save_torch(tmp_path / "0.pt", content | {"decoder.weight": d.w_dec.T.contiguous(), "activation": "ReLU"})
     f = ((d.x - d.b_dec) @ d.w_enc.T + d.b_enc).relu()
     file = tmp_path / "0.pt"
-    check(openai.FORMAT.read(file)[0], Laid(openai.FORMAT, file, file, d.x, f, f @ d.w_dec + d.b_dec))
+    check(openai.FORMAT.read(file)[0], Checkpoint(openai.FORMAT, file, file, d.x, f, f @ d.w_dec + d.b_dec))
 
 
 @pytest.mark.parametrize(
@@ -254,41 +254,41 @@ def test_openai_relu_is_not_normalised(tmp_path: Path) -> None:
 def test_openai_names_locations_in_its_paths(where: str, site: tuple[str, ...], tmp_path: Path) -> None:
     file = tmp_path / where
     file.parent.mkdir(parents=True)
-    lay_openai(tmp_path / "as published", Draw()).file.rename(file)
+    write_openai(tmp_path / "as published", Draw()).file.rename(file)
     assert openai.FORMAT.read(file)[1].sites == site
 
 
-def test_openai_activation_without_a_relu_behind_it_is_refused(tmp_path: Path) -> None:
-    laid = lay_openai(tmp_path, Draw())
-    content = torch.load(laid.file)
+def test_openai_topk_without_relu_is_refused(tmp_path: Path) -> None:
+    checkpoint = write_openai(tmp_path, Draw())
+    content = torch.load(checkpoint.file)
     content["activation_state_dict"]["postact_fn"] = "Identity"
-    save_torch(laid.file, content)
+    save_torch(checkpoint.file, content)
     with pytest.raises(FormatError, match=r"8\.pt activation"):
-        openai.FORMAT.read(laid.file)
+        openai.FORMAT.read(checkpoint.file)
 
 
 def test_qwen_scope_refuses_square_matrices_and_an_unknown_k(tmp_path: Path) -> None:
-    laid = lay_qwen_scope(tmp_path, Draw())
+    checkpoint = write_qwen_scope(tmp_path, Draw())
     square = {
         "W_enc": torch.eye(WIDTH),
         "b_enc": torch.ones(WIDTH),
         "W_dec": torch.eye(WIDTH),
         "b_dec": torch.ones(WIDTH),
     }
-    save_torch(laid.file, square)
+    save_torch(checkpoint.file, square)
     with pytest.raises(FormatError, match=r"layer3\.sae\.pt W_enc: is square"):
-        qwen_scope.FORMAT.read(laid.file)
-    elsewhere = lay_qwen_scope(tmp_path / "a", Draw()).file.rename(tmp_path / "layer3.sae.pt")
+        qwen_scope.FORMAT.read(checkpoint.file)
+    elsewhere = write_qwen_scope(tmp_path / "a", Draw()).file.rename(tmp_path / "layer3.sae.pt")
     with pytest.raises(FormatError, match="k is in the repository's name"):
         qwen_scope.FORMAT.read(elsewhere)
 
 
-def test_a_folder_of_many_layers_asks_for_one(tmp_path: Path) -> None:
-    laid = lay_transcoders(tmp_path, Draw())
+def test_folder_with_several_layers_is_refused(tmp_path: Path) -> None:
+    checkpoint = write_transcoders(tmp_path, Draw())
     save_safe(tmp_path / "layer_5.safetensors", {"W_enc": torch.ones(1)})
     with pytest.raises(FormatError, match=r"2 files like layer_\*\.safetensors, name one: layer_4"):
         transcoders.FORMAT.read(tmp_path)
-    check(transcoders.FORMAT.read(laid.file)[0], laid)
+    check(transcoders.FORMAT.read(checkpoint.file)[0], checkpoint)
 
 
 def test_transcoders_with_a_threshold_are_jumprelu(tmp_path: Path) -> None:
@@ -296,75 +296,75 @@ def test_transcoders_with_a_threshold_are_jumprelu(tmp_path: Path) -> None:
     file = tmp_path / "qwen3-14b-transcoders/layer_4.safetensors"
     tensors = {"W_enc": d.w_enc, "b_enc": d.b_enc, "W_dec": d.w_dec, "b_dec": d.b_dec}
     save_safe(file, tensors | {"activation_function.threshold": d.threshold[None]})
-    sae, said = transcoders.FORMAT.read(file)
+    sae, declared = transcoders.FORMAT.read(file)
     f = relu_above(d.x @ d.w_enc.T + d.b_enc, d.threshold)
-    check(sae, Laid(transcoders.FORMAT, file, file, d.x, f, f @ d.w_dec + d.b_dec))
-    assert (said.model, said.sites) == ("Qwen/Qwen3-14B", ("layers.4.mlp_in",))
+    check(sae, Checkpoint(transcoders.FORMAT, file, file, d.x, f, f @ d.w_dec + d.b_dec))
+    assert (declared.model, declared.sites) == ("Qwen/Qwen3-14B", ("layers.4.mlp_in",))
 
 
 def test_transcoders_with_too_few_thresholds_are_refused(tmp_path: Path) -> None:
-    laid = lay_transcoders(tmp_path, Draw())
-    rewrite(laid.file, lambda content: content | {"threshold": torch.ones(LATENTS - 1)})
+    checkpoint = write_transcoders(tmp_path, Draw())
+    rewrite(checkpoint.file, lambda content: content | {"threshold": torch.ones(LATENTS - 1)})
     with pytest.raises(FormatError, match=r"layer_4\.safetensors threshold: 23 thresholds for 24 latents"):
-        transcoders.FORMAT.read(laid.file)
+        transcoders.FORMAT.read(checkpoint.file)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [("normalize_shift_back", False), ("input_normalize_eps", 1e-6), ("activation", "jumprelu"), ("num_experts", 4)],
 )
-def test_opensae_refuses_what_the_canonical_form_does_not_have(field: str, value: object, tmp_path: Path) -> None:
-    laid = lay_opensae(tmp_path, Draw())
-    settings = yaml.safe_load((laid.path / "config.json").read_text())
-    save_json(laid.path / "config.json", settings | {field: value})
+def test_opensae_refuses_settings_outside_the_canonical_form(field: str, value: object, tmp_path: Path) -> None:
+    checkpoint = write_opensae(tmp_path, Draw())
+    settings = yaml.safe_load((checkpoint.path / "config.json").read_text())
+    save_json(checkpoint.path / "config.json", settings | {field: value})
     with pytest.raises(FormatError, match=f"config.json.*{field}"):
-        opensae.FORMAT.read(laid.path)
+        opensae.FORMAT.read(checkpoint.path)
 
 
 def test_opensae_without_normalisation_reads_x_itself(tmp_path: Path) -> None:
     d = Draw()
-    laid = lay_opensae(tmp_path, d)
-    settings = yaml.safe_load((laid.path / "config.json").read_text())
-    save_json(laid.path / "config.json", settings | {"input_normalize": False, "normalize_shift_back": False})
+    checkpoint = write_opensae(tmp_path, d)
+    settings = yaml.safe_load((checkpoint.path / "config.json").read_text())
+    save_json(checkpoint.path / "config.json", settings | {"input_normalize": False, "normalize_shift_back": False})
     f = top((d.x - d.b_dec) @ d.w_enc.T + d.b_enc, K)
-    check(opensae.FORMAT.read(laid.path)[0], replace(laid, f=f, y=f @ d.w_dec + d.b_dec))
+    check(opensae.FORMAT.read(checkpoint.path)[0], replace(checkpoint, f=f, y=f @ d.w_dec + d.b_dec))
 
 
-def test_small_inputs_are_standardised_as_route_sae_does(tmp_path: Path) -> None:
-    laid = lay_route_sae(tmp_path, Draw(), size=1e-4)
-    sae = route_sae.FORMAT.read(laid.path)[0]
-    check(sae, laid)
-    usual = replace(sae, epsilon=LAYER_NORM_EPSILON).encode(laid.x)
-    assert float((usual - laid.f).abs().max()) > 0.01 * float(laid.f.max()), "any epsilon would do"
+def test_route_sae_uses_its_own_epsilon(tmp_path: Path) -> None:
+    checkpoint = write_route_sae(tmp_path, Draw(), size=1e-4)
+    sae = route_sae.FORMAT.read(checkpoint.path)[0]
+    check(sae, checkpoint)
+    usual = replace(sae, epsilon=LAYER_NORM_EPSILON).encode(checkpoint.x)
+    assert float((usual - checkpoint.f).abs().max()) > 0.01 * float(checkpoint.f.max()), "any epsilon would do"
 
 
 def test_goodfire_names_model_and_layer_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "Llama-3.3-70B-Instruct-SAE-l50.pt"
     save_torch(file, linears(Draw(), "encoder_linear", "decoder_linear"))
-    said = goodfire.FORMAT.read(tmp_path)[1]
-    assert (said.sites, said.model) == (("layers.50.resid_post",), "meta-llama/Llama-3.3-70B-Instruct")
+    declared = goodfire.FORMAT.read(tmp_path)[1]
+    assert (declared.sites, declared.model) == (("layers.50.resid_post",), "meta-llama/Llama-3.3-70B-Instruct")
 
 
 def test_soft_routing_is_refused(tmp_path: Path) -> None:
-    laid = LAYOUTS["route_sae"](tmp_path, Draw())
-    soft = laid.file.rename(laid.file.with_name(laid.file.name.replace("hard", "soft")))
+    checkpoint = LAYOUTS["route_sae"](tmp_path, Draw())
+    soft = checkpoint.file.rename(checkpoint.file.with_name(checkpoint.file.name.replace("hard", "soft")))
     with pytest.raises(FormatError, match="not soft"):
         route_sae.FORMAT.read(soft)
 
 
-def test_plain_linear_layers_are_not_taken_without_a_layer_in_the_name(tmp_path: Path) -> None:
+def test_linear_layers_without_a_layer_in_the_name_are_not_recognised(tmp_path: Path) -> None:
     save_torch(tmp_path / "ae.pt", linears(Draw()))
     assert deepseek_r1.FORMAT.recognise(tmp_path) is None
     assert goodfire.FORMAT.recognise(tmp_path) is None
 
 
-def test_tensors_beside_the_known_ones_are_named(tmp_path: Path) -> None:
+def test_unknown_tensors_are_refused_by_name(tmp_path: Path) -> None:
     d = Draw()
     save_torch(tmp_path / "x-SAE-l1.pt", linears(d, "encoder_linear", "decoder_linear") | {"scale": torch.ones(1)})
     with pytest.raises(FormatError, match=r"x-SAE-l1\.pt: unknown tensors scale"):
         goodfire.FORMAT.read(tmp_path)
 
 
-def test_latents_number_as_many_as_the_encoder_has_rows(tmp_path: Path) -> None:
-    sae = lay_openai(tmp_path, Draw()).format.read(tmp_path / "gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt")[0]
+def test_number_of_latents_is_the_number_of_encoder_rows(tmp_path: Path) -> None:
+    sae = write_openai(tmp_path, Draw()).format.read(tmp_path / "gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt")[0]
     assert (sae.latents, sae.width) == (LATENTS, WIDTH)

@@ -1,4 +1,4 @@
-"""SAELens' files, laid out by hand: each variant encodes and decodes as its formula says, and what lies is refused."""
+"""SAELens' files, written by hand: each variant agrees with its formula; invalid files are refused."""
 
 import json
 from dataclasses import replace
@@ -32,7 +32,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def weights(d_out: int = D, **others: Tensor) -> dict[str, Tensor]:
-    """The tensors of a standard SAE, and others."""
+    """Return the tensors of a standard SAE, and others; an empty tensor removes one."""
     plain = {
         "W_enc": numbers(D, F, seed=1),
         "b_enc": numbers(F, seed=2),
@@ -42,8 +42,8 @@ def weights(d_out: int = D, **others: Tensor) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in (plain | others).items() if tensor.numel()}
 
 
-def lay_out(path: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
-    """Writes a checkpoint; a setting of None is left out."""
+def write_out(path: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    """Write a checkpoint; None removes a setting."""
     path.mkdir(exist_ok=True)
     settings = {key: value for key, value in (CONFIG | config).items() if value is not None}
     (path / "cfg.json").write_text(json.dumps(settings))
@@ -52,14 +52,14 @@ def lay_out(path: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
 
 
 def read(path: Path, tensors: dict[str, Tensor], **config: Any) -> tuple[SAE, Declaration]:
-    return saelens.read(lay_out(path, tensors, **config))
+    return saelens.read(write_out(path, tensors, **config))
 
 
 X = numbers(32, D, seed=9)
 NONE = torch.empty(0)
 
 
-def test_standard_takes_its_decoder_bias_off_the_input(tmp_path: Path) -> None:
+def test_standard_subtracts_its_decoder_bias_from_the_input(tmp_path: Path) -> None:
     t = weights()
     sae, declared = read(tmp_path, t)
     f = torch.relu((X - t["b_dec"]) @ t["W_enc"] + t["b_enc"])
@@ -69,29 +69,29 @@ def test_standard_takes_its_decoder_bias_off_the_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rescaled", [False, True])
-def test_an_input_scale_from_elsewhere_does_what_one_in_the_files_does(rescaled: bool, tmp_path: Path) -> None:
+def test_input_scale_from_elsewhere_equals_one_in_the_files(rescaled: bool, tmp_path: Path) -> None:
     settings = {"architecture": "topk", "k": 3, "rescale_acts_by_decoder_norm": rescaled}
-    path = lay_out(tmp_path, weights(), **settings, normalize_activations="expected_average_only_in")
-    told = importing.with_scale(load(path), 0.25)
+    path = write_out(tmp_path, weights(), **settings, normalize_activations="expected_average_only_in")
+    outside = importing.with_input_scale(load(path), 0.25)
     (path / "activation_scaler.json").write_text('{"scaling_factor": 0.25}')
     inside = load(path)
-    assert torch.allclose(told.sae.encode(X), inside.sae.encode(X), atol=1e-5)
-    assert torch.allclose(told.sae.forward(X)[0], inside.sae.forward(X)[0], atol=1e-5)
-    assert sorted(told.declared.folded) == sorted(inside.declared.folded)
+    assert torch.allclose(outside.sae.encode(X), inside.sae.encode(X), atol=1e-5)
+    assert torch.allclose(outside.sae.forward(X)[0], inside.sae.forward(X)[0], atol=1e-5)
+    assert sorted(outside.declared.folded) == sorted(inside.declared.folded)
 
 
-def test_it_does_so_where_the_file_does_not_say(tmp_path: Path) -> None:
+def test_pre_bias_is_the_default(tmp_path: Path) -> None:
     assert read(tmp_path, weights(), apply_b_dec_to_input=None)[1].folded == ("pre_bias",)
 
 
-def test_it_does_not_where_the_file_says_so(tmp_path: Path) -> None:
+def test_pre_bias_can_be_disabled(tmp_path: Path) -> None:
     t = weights()
     sae, declared = read(tmp_path, t, apply_b_dec_to_input=False)
     assert torch.allclose(sae.encode(X), torch.relu(X @ t["W_enc"] + t["b_enc"]), atol=1e-5)
     assert declared.folded == ()
 
 
-def test_matrices_that_nothing_is_folded_into_keep_their_type_and_lie_as_stored(tmp_path: Path) -> None:
+def test_unchanged_matrices_keep_dtype_and_layout(tmp_path: Path) -> None:
     t = {key: tensor.bfloat16() for key, tensor in weights().items()}
     sae, _ = read(tmp_path, t)
     assert sae.encoder.dtype == sae.decoder.dtype == torch.bfloat16
@@ -100,19 +100,19 @@ def test_matrices_that_nothing_is_folded_into_keep_their_type_and_lie_as_stored(
     assert torch.allclose(sae.encode(X), f, atol=1e-5)
 
 
-def test_jumprelu_cuts_before_the_relu_and_a_negative_threshold_is_none(tmp_path: Path) -> None:
+def test_jumprelu_applies_its_threshold_before_the_relu(tmp_path: Path) -> None:
     t = weights(threshold=torch.linspace(-1, 2, F))
     sae, _ = read(tmp_path, t, architecture="jumprelu")
     z = (X - t["b_dec"]) @ t["W_enc"] + t["b_enc"]
     assert torch.allclose(sae.encode(X), torch.where(z > t["threshold"], torch.relu(z), 0.0), atol=1e-5)
 
 
-def test_the_logarithm_of_a_threshold_is_raised(tmp_path: Path) -> None:
+def test_log_threshold_is_exponentiated(tmp_path: Path) -> None:
     sae, _ = read(tmp_path, weights(log_threshold=torch.full((F,), -1.0)), architecture="jumprelu")
     assert torch.allclose(sae.threshold, torch.full((F,), 0.36787944))
 
 
-def test_topk_keeps_the_largest(tmp_path: Path) -> None:
+def test_topk_selects_the_largest(tmp_path: Path) -> None:
     t = weights()
     sae, declared = read(tmp_path, t, architecture="topk", k=3)
     z = (X - t["b_dec"]) @ t["W_enc"] + t["b_enc"]
@@ -121,7 +121,7 @@ def test_topk_keeps_the_largest(tmp_path: Path) -> None:
     assert declared.l0 == 3
 
 
-def test_topk_rescaled_by_the_decoder_norm_chooses_by_it_and_divides_by_it(tmp_path: Path) -> None:
+def test_topk_rescaled_by_the_decoder_norm_folds_the_norm(tmp_path: Path) -> None:
     t = weights()
     t["W_dec"] = t["W_dec"] * torch.linspace(0.2, 3, F)[:, None]
     sae, declared = read(tmp_path, t, architecture="topk", k=3, rescale_acts_by_decoder_norm=True)
@@ -133,7 +133,7 @@ def test_topk_rescaled_by_the_decoder_norm_chooses_by_it_and_divides_by_it(tmp_p
     assert declared.folded == ("pre_bias", "decoder_norm")
 
 
-def test_a_latent_without_a_decoder_stays_off_when_it_is_rescaled(tmp_path: Path) -> None:
+def test_latent_with_zero_decoder_is_inactive_after_rescaling(tmp_path: Path) -> None:
     t = weights()
     t["W_dec"][4] = 0.0
     sae, _ = read(tmp_path, t, architecture="topk", k=F, rescale_acts_by_decoder_norm=True)
@@ -141,7 +141,7 @@ def test_a_latent_without_a_decoder_stays_off_when_it_is_rescaled(tmp_path: Path
     assert bool((sae.encode(X)[:, 4] == 0).all())
 
 
-def test_abstopk_keeps_the_largest_of_either_sign(tmp_path: Path) -> None:
+def test_abstopk_selects_the_largest_magnitudes(tmp_path: Path) -> None:
     t = weights()
     sae, declared = read(tmp_path, t, architecture="abstopk", k=3)
     z = (X - t["b_dec"]) @ t["W_enc"] + t["b_enc"]
@@ -161,7 +161,7 @@ def test_gated_becomes_jumprelu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("normalisation", ["constant_norm_rescale", "layer_norm"])
-def test_inputs_are_normalised_first_and_then_lose_the_decoder_bias(normalisation: str, tmp_path: Path) -> None:
+def test_inputs_are_normalised_before_the_pre_bias(normalisation: str, tmp_path: Path) -> None:
     t = weights(threshold=torch.full((F,), 0.4))
     sae, _ = read(tmp_path, t, architecture="jumprelu", normalize_activations=normalisation)
     x = 7 * X + 3
@@ -177,7 +177,7 @@ def test_inputs_are_normalised_first_and_then_lose_the_decoder_bias(normalisatio
     assert torch.allclose(sae.decode(f, x), (f @ t["W_dec"] + t["b_dec"]) * std + mean, atol=1e-4)
 
 
-def test_a_scale_beside_the_weights_multiplies_the_input_and_divides_the_output(tmp_path: Path) -> None:
+def test_input_scale_multiplies_the_input_and_divides_the_output(tmp_path: Path) -> None:
     t = weights()
     (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 0.25}')
     sae, declared = read(tmp_path, t, normalize_activations="expected_average_only_in")
@@ -187,7 +187,7 @@ def test_a_scale_beside_the_weights_multiplies_the_input_and_divides_the_output(
     assert declared.folded == ("pre_bias", "input_scale")
 
 
-def test_a_scale_that_is_not_there_is_taken_as_1_and_noted(tmp_path: Path) -> None:
+def test_missing_input_scale_is_assumed_to_be_1_with_a_note(tmp_path: Path) -> None:
     t = weights()
     sae, declared = read(tmp_path, t, normalize_activations=True)
     assert torch.allclose(sae.encode(X), torch.relu((X - t["b_dec"]) @ t["W_enc"] + t["b_enc"]), atol=1e-5)
@@ -195,7 +195,7 @@ def test_a_scale_that_is_not_there_is_taken_as_1_and_noted(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("pre_bias", [True, False])
-def test_a_whitening_beside_the_weights_maps_the_input_and_maps_the_output_back(pre_bias: bool, tmp_path: Path) -> None:
+def test_whitening_maps_the_input_and_the_output_back(pre_bias: bool, tmp_path: Path) -> None:
     t, mean = weights(), numbers(D, seed=6)
     matrix = torch.eye(D) + numbers(D, D, seed=7) / 5
     inverse = torch.linalg.inv(matrix).contiguous()
@@ -208,7 +208,7 @@ def test_a_whitening_beside_the_weights_maps_the_input_and_maps_the_output_back(
     assert torch.allclose(sae.decode(f), (f @ t["W_dec"] + t["b_dec"]) @ inverse + mean, atol=1e-4)
 
 
-def test_factors_of_finetuning_multiply_on_the_way_to_the_decoder(tmp_path: Path) -> None:
+def test_finetuning_factors_scale_the_decoder(tmp_path: Path) -> None:
     t = weights(scaling_factor=torch.linspace(0.5, 1.5, F))
     sae, _ = read(tmp_path, t, finetuning_scaling_factor=True)
     f = torch.relu((X - t["b_dec"]) @ t["W_enc"] + t["b_enc"])
@@ -216,7 +216,7 @@ def test_factors_of_finetuning_multiply_on_the_way_to_the_decoder(tmp_path: Path
     assert torch.allclose(sae.decode(f), (f * t["scaling_factor"]) @ t["W_dec"] + t["b_dec"], atol=1e-5)
 
 
-def test_factors_of_one_change_nothing(tmp_path: Path) -> None:
+def test_finetuning_factors_of_one_change_nothing(tmp_path: Path) -> None:
     t = weights(scaling_factor=torch.ones(F))
     assert torch.equal(read(tmp_path, t)[0].decoder, t["W_dec"])
 
@@ -236,7 +236,7 @@ def test_transcoders_read_one_site_and_write_another(jumps: bool, skips: bool, t
 
 
 @pytest.mark.parametrize("rescaled", [True, False])
-def test_a_batch_topk_checkpoint_has_one_threshold_for_rescaled_latents(rescaled: bool, tmp_path: Path) -> None:
+def test_batch_topk_checkpoint_has_one_threshold_for_rescaled_latents(rescaled: bool, tmp_path: Path) -> None:
     t = weights(topk_threshold=torch.tensor(1.25, dtype=torch.float64))
     sae, _ = read(tmp_path, t, architecture="batchtopk", k=3, rescale_acts_by_decoder_norm=rescaled)
     norm = t["W_dec"].norm(dim=1) if rescaled else torch.ones(F)
@@ -246,14 +246,14 @@ def test_a_batch_topk_checkpoint_has_one_threshold_for_rescaled_latents(rescaled
 
 
 @pytest.mark.parametrize("activation", ["activation_fn", "activation_fn_str"])
-def test_settings_of_before_version_6_are_read_by_their_old_names(activation: str, tmp_path: Path) -> None:
+def test_settings_before_version_6_are_read_by_their_old_names(activation: str, tmp_path: Path) -> None:
     old = {activation: "topk", "activation_fn_kwargs": {"k": 2}, "hook_point": "blocks.5.hook_resid_pre"}
     sae, declared = read(tmp_path, weights(), metadata=None, architecture=None, normalize_activations=None, **old)
     assert sae.selection == TopK(2)
     assert (declared.architecture, declared.sites) == ("topk", ("layers.5.resid_pre",))
 
 
-def test_one_head_or_the_heads_values_are_no_site_and_the_note_says_so(tmp_path: Path) -> None:
+def test_attention_heads_have_no_site_but_a_note(tmp_path: Path) -> None:
     _, heads = read(tmp_path, weights(), metadata={"hook_name": "blocks.1.attn.hook_z"})
     _, head = read(tmp_path, weights(), metadata={"hook_name": "blocks.1.hook_attn_out", "hook_head_index": 3})
     assert heads.sites == head.sites == ()
@@ -267,7 +267,7 @@ def test_frequencies_beside_the_weights_are_noted(tmp_path: Path) -> None:
     assert torch.equal(declared.notes["log10_frequency"], torch.full((F,), -2.5))
 
 
-def test_matrices_that_lie_the_other_way_are_told_by_the_lengths_of_the_biases(tmp_path: Path) -> None:
+def test_orientation_follows_the_lengths_of_the_biases(tmp_path: Path) -> None:
     t = weights()
     other = t | {"W_enc": t["W_enc"].T.contiguous(), "W_dec": t["W_dec"].T.contiguous()}
     (tmp_path / "other").mkdir()
@@ -309,7 +309,7 @@ def test_matrices_that_lie_the_other_way_are_told_by_the_lengths_of_the_biases(t
         (weights(scaling_factor=torch.full((D,), 2.0)), {}, "scaling_factor: shape"),
     ],
 )
-def test_what_lies_is_refused_by_file_and_field(
+def test_invalid_content_is_refused_by_file_and_field(
     tensors: dict[str, Tensor], config: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(FormatError, match=message):
@@ -317,7 +317,7 @@ def test_what_lies_is_refused_by_file_and_field(
 
 
 @pytest.mark.parametrize("scale", ["0", "-1", "NaN", "Infinity", '"1"', "null"])
-def test_a_scale_that_is_no_positive_number_is_refused(scale: str, tmp_path: Path) -> None:
+def test_invalid_input_scale_is_refused(scale: str, tmp_path: Path) -> None:
     (tmp_path / "activation_scaler.json").write_text(f'{{"scaling_factor": {scale}}}')
     with pytest.raises(FormatError, match=r"activation_scaler\.json scaling_factor"):
         read(tmp_path, weights(), normalize_activations="expected_average_only_in")
@@ -328,27 +328,27 @@ def plain() -> SAE:
     return SAE(t["W_enc"].T, t["b_enc"], torch.zeros(F), t["W_dec"], t["b_dec"])
 
 
-def test_what_is_written_reads_as_it_was(tmp_path: Path) -> None:
+def test_written_sae_survives_reading(tmp_path: Path) -> None:
     declared = Declaration("batch_topk", ("layers.3.resid_pre",), model="toy")
     sae = replace(plain(), threshold=torch.full((F,), 0.5), normalisation=Normalisation.LAYER_NORM)
     saelens.write(tmp_path / "sae", sae, declared)
-    again, said = saelens.read(tmp_path / "sae")
-    assert said.architecture == "jumprelu"
-    assert (said.sites, said.model, said.folded) == (("layers.3.resid_pre",), "toy", ())
+    again, read_back = saelens.read(tmp_path / "sae")
+    assert read_back.architecture == "jumprelu"
+    assert (read_back.sites, read_back.model, read_back.folded) == (("layers.3.resid_pre",), "toy", ())
     assert torch.equal(again.encode(X), sae.encode(X))
     assert torch.equal(again.forward(X)[0], sae.forward(X)[0])
 
 
-def test_a_skip_transcoder_that_is_written_reads_as_it_was(tmp_path: Path) -> None:
+def test_written_skip_transcoder_survives_reading(tmp_path: Path) -> None:
     t = weights(D_OUT)
     sae = SAE(t["W_enc"].T, t["b_enc"], torch.zeros(F), t["W_dec"], t["b_dec"], skip=numbers(D, D_OUT, seed=8))
     saelens.write(tmp_path / "sae", sae, Declaration("x", ("layers.3.mlp_in",), "layers.3.mlp_out"))
-    again, said = saelens.read(tmp_path / "sae")
-    assert (said.architecture, said.output_site) == ("skip_transcoder", "layers.3.mlp_out")
+    again, read_back = saelens.read(tmp_path / "sae")
+    assert (read_back.architecture, read_back.output_site) == ("skip_transcoder", "layers.3.mlp_out")
     assert torch.allclose(again.decode(again.encode(X), X), sae.decode(sae.encode(X), X))
 
 
-def test_bfloat16_matrices_are_written_as_they_are(tmp_path: Path) -> None:
+def test_bfloat16_matrices_are_written_in_bfloat16(tmp_path: Path) -> None:
     sae = replace(plain(), encoder=plain().encoder.bfloat16(), decoder=plain().decoder.bfloat16())
     saelens.write(tmp_path / "sae", sae, Declaration("standard"))
     again, _ = saelens.read(tmp_path / "sae")
@@ -366,19 +366,20 @@ ADAPTIVE = AdaptiveK(torch.zeros(D), torch.zeros(()), 1, 3)
         (replace(plain(), selection=ADAPTIVE), "selection: SAELens has no AdaptiveK"),
         (replace(plain(), selection=TopK(2), threshold=torch.ones(F)), "no topk with thresholds"),
         (replace(plain(), selection=TopK(2), skip=torch.eye(D)), "nor of a transcoder"),
-        (replace(plain(), skip=torch.eye(D), normalisation=Normalisation.LAYER_NORM), "normalisation: SAELens leaves"),
+        (
+            replace(plain(), skip=torch.eye(D), normalisation=Normalisation.LAYER_NORM),
+            "normalisation: SAELens does not",
+        ),
         (replace(plain(), router=Router(torch.zeros(2, D))), "router: SAELens has no SAE"),
     ],
 )
-def test_what_saelens_cannot_hold_is_refused_by_its_part_and_nothing_is_written(
-    sae: SAE, message: str, tmp_path: Path
-) -> None:
+def test_write_refuses_what_saelens_cannot_represent(sae: SAE, message: str, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=message):
         saelens.write(tmp_path / "sae", sae, Declaration("x"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_write_refuses_an_existing_path(tmp_path: Path) -> None:
     saelens.write(tmp_path / "sae", plain(), Declaration("x"))
     with pytest.raises(FormatError, match="sae: is there already"):
         saelens.write(tmp_path / "sae", plain(), Declaration("x"))

@@ -1,4 +1,4 @@
-"""Hook points of other libraries have one canonical name, or none and a reason."""
+"""Hook points of other libraries map to one site, or to none with a reason."""
 
 import pytest
 
@@ -33,12 +33,12 @@ LLAMA, GEMMA = "meta-llama/Llama-3.1-8B", "google/gemma-2-2b"
         ("resid_post_layer_8", "layers.8.resid_post"),
     ],
 )
-def test_names_of_libraries(name: str, site: str) -> None:
+def test_names_of_libraries_map_to_sites(name: str, site: str) -> None:
     assert canonical(name) == (site, "")
 
 
 @pytest.mark.parametrize("name", ["layers.7.mlp", "h.7.mlp.output", "mlp_out_layer_7", "blocks.7.mlp.hook_out"])
-def test_an_mlp_module_gives_what_the_branch_adds_where_no_norm_is_behind_it(name: str) -> None:
+def test_mlp_module_is_mlp_out_unless_a_norm_follows(name: str) -> None:
     assert canonical(name, LLAMA) == ("layers.7.mlp_out", "")
     site, note = canonical(name, GEMMA)
     assert (site, "the norm that google/gemma-2-2b has" in note) == ("", True)
@@ -47,7 +47,7 @@ def test_an_mlp_module_gives_what_the_branch_adds_where_no_norm_is_behind_it(nam
 
 
 @pytest.mark.parametrize("name", ["layers.7.self_attn", "transformer.h.7.attn", "attention_out_layer_7"])
-def test_an_attention_module_likewise(name: str) -> None:
+def test_attention_module_is_attn_out_unless_a_norm_follows(name: str) -> None:
     assert canonical(name, LLAMA)[0] == "layers.7.attn_out"
     assert canonical(name, GEMMA)[0] == ""
 
@@ -66,18 +66,18 @@ def test_an_attention_module_likewise(name: str) -> None:
         ("", "no hook point is named"),
     ],
 )
-def test_what_is_ambiguous_or_unknown_has_no_site_but_a_reason(name: str, why: str) -> None:
+def test_ambiguous_or_unknown_names_have_a_reason_instead_of_a_site(name: str, why: str) -> None:
     site, note = canonical(name, LLAMA)
     assert site == ""
     assert why in note
 
 
 @pytest.mark.parametrize("point", ["resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"])
-def test_every_site_has_a_name_that_means_it(point: str) -> None:
+def test_every_site_has_a_name_in_transformer_lens(point: str) -> None:
     site = f"layers.11.{point}"
     assert canonical(transformer_lens(site)) == (site, "")
     assert canonical(transformer_lens("embed")) == ("embed", "")
 
 
-def test_what_is_no_site_has_no_name() -> None:
+def test_other_strings_have_no_name_in_transformer_lens() -> None:
     assert transformer_lens("") == transformer_lens("layers.3.logits") == ""

@@ -1,4 +1,4 @@
-"""sparsify's files, laid out by hand: each variant encodes as its formula says, and what lies is refused."""
+"""sparsify's files, written by hand: each variant agrees with its formula; invalid files are refused."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def weights(**others: Tensor) -> dict[str, Tensor]:
-    """The tensors of a coder, and others; an empty one takes one out."""
+    """Return the tensors of a coder, and others; an empty tensor removes one."""
     plain = {
         "encoder.weight": numbers(F, D, seed=1),
         "encoder.bias": numbers(F, seed=2),
@@ -44,27 +44,27 @@ X = numbers(32, D, seed=9)
 NONE = torch.empty(0)
 
 
-def kept(z: Tensor, k: int = K) -> Tensor:
+def select_topk(z: Tensor, k: int = K) -> Tensor:
     values, at = torch.relu(z).topk(k)
     return torch.zeros_like(z).scatter(1, at, values)
 
 
-def test_topk_takes_its_decoder_bias_off_the_input(tmp_path: Path) -> None:
+def test_topk_subtracts_its_decoder_bias_from_the_input(tmp_path: Path) -> None:
     t = weights()
     sae, declared = read(tmp_path / "layers.4", t)
-    f = kept((X - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"])
+    f = select_topk((X - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"])
     assert torch.allclose(sae.encode(X), f, atol=1e-5)
     assert torch.allclose(sae.decode(f), f @ t["W_dec"] + t["b_dec"], atol=1e-5)
     assert (declared.architecture, declared.sites, declared.l0) == ("topk", ("layers.4.resid_post",), 3.0)
 
 
-def test_whether_the_decoder_was_normalised_does_not_matter(tmp_path: Path) -> None:
-    one, _ = read(tmp_path / "one", weights(), normalize_decoder=True)
+def test_normalize_decoder_does_not_matter(tmp_path: Path) -> None:
+    unit, _ = read(tmp_path / "unit", weights(), normalize_decoder=True)
     other, _ = read(tmp_path / "other", weights(), normalize_decoder=False)
-    assert torch.equal(one.encode(X), other.encode(X))
+    assert torch.equal(unit.encode(X), other.encode(X))
 
 
-def test_groupmax_keeps_the_largest_of_each_group(tmp_path: Path) -> None:
+def test_groupmax_selects_the_largest_of_each_group(tmp_path: Path) -> None:
     t = weights()
     sae, _ = read(tmp_path / "layers.4", t, activation="groupmax")
     z = ((X - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"]).relu().view(32, K, F // K)
@@ -72,7 +72,7 @@ def test_groupmax_keeps_the_largest_of_each_group(tmp_path: Path) -> None:
     assert torch.allclose(sae.encode(X), f, atol=1e-5)
 
 
-def test_a_signed_file_keeps_the_largest_of_either_sign(tmp_path: Path) -> None:
+def test_signed_file_selects_the_largest_magnitudes(tmp_path: Path) -> None:
     t = weights()
     sae, declared = read(tmp_path / "layers.4", t, signed=True, activation=None)
     z = (X - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"]
@@ -82,30 +82,30 @@ def test_a_signed_file_keeps_the_largest_of_either_sign(tmp_path: Path) -> None:
     assert "negative part" in declared.notes["signs"]
 
 
-def test_a_transcoder_keeps_the_bias_and_reads_the_input_of_what_it_replaces(tmp_path: Path) -> None:
+def test_transcoder_has_no_pre_bias_and_reads_the_input_of_its_module(tmp_path: Path) -> None:
     t = weights(W_skip=numbers(D, D, seed=6))
     (tmp_path / "config.json").write_text('{"model": "toy", "ctx_len": 64}')
     sae, declared = read(tmp_path / "layers.4.mlp", t, transcode=True, skip_connection=True)
-    f = kept(X @ t["encoder.weight"].T + t["encoder.bias"])
+    f = select_topk(X @ t["encoder.weight"].T + t["encoder.bias"])
     assert torch.allclose(sae.decode(sae.encode(X), X), f @ t["W_dec"] + t["b_dec"] + X @ t["W_skip"].T, atol=1e-5)
     assert (declared.sites, declared.output_site) == (("layers.4.mlp_in",), "layers.4.mlp_out")
     assert (declared.model, declared.notes["ctx_len"], declared.folded) == ("toy", 64, ())
 
 
-def test_one_of_several_seeds_is_of_the_folder_above(tmp_path: Path) -> None:
+def test_seed_folder_belongs_to_the_folder_above(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model": "toy"}')
     (tmp_path / "layers.4").mkdir()
     _, declared = read(tmp_path / "layers.4" / "seed22", weights())
     assert (declared.sites, declared.model) == (("layers.4.resid_post",), "toy")
 
 
-def test_a_module_behind_which_there_may_be_a_norm_is_no_site_unless_the_model_is_known(tmp_path: Path) -> None:
+def test_branch_module_needs_a_model_name_to_be_a_site(tmp_path: Path) -> None:
     _, unknown = read(tmp_path / "layers.4.mlp", weights())
     assert unknown.sites == ()
-    assert "it is not named" in unknown.notes["site"]
+    assert "the model is not named" in unknown.notes["site"]
 
 
-def test_matrices_that_nothing_is_folded_into_keep_their_type(tmp_path: Path) -> None:
+def test_unchanged_matrices_keep_their_dtype(tmp_path: Path) -> None:
     sae, _ = read(tmp_path / "layers.4", {key: tensor.bfloat16() for key, tensor in weights().items()})
     assert sae.encoder.dtype == sae.decoder.dtype == torch.bfloat16
     assert sae.bias.dtype == torch.float32
@@ -141,7 +141,7 @@ def test_latents_follow_from_the_expansion_factor(tmp_path: Path) -> None:
         (weights(), {"transcode": "no"}, "transcode: 'no'"),
     ],
 )
-def test_what_lies_is_refused_by_file_and_field(
+def test_invalid_content_is_refused_by_file_and_field(
     tensors: dict[str, Tensor], config: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(FormatError, match=message):
@@ -156,7 +156,7 @@ def plain(**parts: Any) -> SAE:
 
 @pytest.mark.parametrize("output_site", ["", "layers.4.mlp_out"])
 @pytest.mark.parametrize("selection", [TopK(K), GroupMax(K)])
-def test_what_is_written_reads_as_it_was(selection: Any, output_site: str, tmp_path: Path) -> None:
+def test_written_sae_survives_reading(selection: Any, output_site: str, tmp_path: Path) -> None:
     sae = plain(selection=selection, skip=numbers(D, D, seed=8) if output_site else None)
     sparsify.write(tmp_path / "layers.4", sae, Declaration("topk", (), output_site))
     again, _ = sparsify.read(tmp_path / "layers.4")
@@ -166,7 +166,7 @@ def test_what_is_written_reads_as_it_was(selection: Any, output_site: str, tmp_p
     assert json.loads((tmp_path / "layers.4" / "cfg.json").read_text())["transcode"] is bool(output_site)
 
 
-def test_everything_is_written_in_float32_because_the_library_gives_all_tensors_one_type(tmp_path: Path) -> None:
+def test_all_tensors_are_written_in_float32(tmp_path: Path) -> None:
     sparsify.write(tmp_path / "layers.4", plain(decoder=weights()["W_dec"].bfloat16()), Declaration("topk"))
     assert {t.dtype for t in load_file(tmp_path / "layers.4" / "sae.safetensors").values()} == {torch.float32}
 
@@ -181,9 +181,7 @@ def test_everything_is_written_in_float32_because_the_library_gives_all_tensors_
         (plain(router=Router(torch.zeros(2, D))), "router: sparsify has no"),
     ],
 )
-def test_what_sparsify_cannot_hold_is_refused_by_its_part_and_nothing_is_written(
-    sae: SAE, message: str, tmp_path: Path
-) -> None:
+def test_write_refuses_what_sparsify_cannot_represent(sae: SAE, message: str, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=message):
         sparsify.write(tmp_path / "layers.4", sae, Declaration("batch_topk"))
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""An SAE that is read in the wrong way is told by its figures on real residuals, and the cure is named."""
+"""Figures on real residuals identify an SAE that is read with the wrong convention, and name the cure."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,7 +12,7 @@ from rudder.sae_models import PRETRAINED
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.importing import convention
-from rudder.sae_models.importing.convention import DECLARED, Claims, Verdict
+from rudder.sae_models.importing.convention import DECLARED, Claims, Comparison
 from rudder.sae_models.sae import SAE, Normalisation, TopK
 from tests.unit import tiny
 
@@ -28,28 +28,28 @@ def shipped() -> Bundle:
 
 @pytest.fixture(scope="module")
 def residuals() -> dict[str, Tensor]:
-    """At the SAE's layer and its neighbours."""
+    """Return vectors at the SAE's layer and its neighbours."""
     return tiny.real_vectors(SITES, TOKENS)
 
 
 def claims_of(shipped: Bundle) -> Claims:
-    """Of the shipped manifest."""
+    """Return the claims of the shipped manifest."""
     return Claims(shipped.manifest.training.l0, shipped.manifest.training.fvu)
 
 
 def norm(residuals: Mapping[str, Tensor]) -> float:
-    """Mean norm at the SAE's site over sqrt(d)."""
+    """Return the mean norm at the SAE's site over sqrt(d)."""
     x = residuals[SITE]
     return float(x.norm(dim=1).mean()) / sqrt(x.shape[1])
 
 
 def scaled(sae: SAE, by: float) -> SAE:
-    """The SAE of inputs of `by` times the size, where thresholds and biases are of inputs of the usual size."""
+    """Return an SAE for inputs scaled by `by`, with unchanged thresholds and biases."""
     return replace(sae, encoder=sae.encoder / by, decoder=sae.decoder * by, decoder_bias=sae.decoder_bias * by)
 
 
 def shifted(sae: SAE, sign: int) -> SAE:
-    """The decoder bias subtracted once more, or once less, before the encoder."""
+    """Subtract the decoder bias before the encoder once more (-1) or once less (1)."""
     return replace(sae, bias=sae.bias + sign * (sae.encoder @ sae.decoder_bias))
 
 
@@ -68,17 +68,17 @@ BREAKS: dict[str, tuple[Callable[[SAE, float], SAE], str]] = {
 
 
 @pytest.mark.parametrize("broken", BREAKS)
-def test_the_cure_of_a_broken_sae_is_named(shipped: Bundle, residuals: dict[str, Tensor], broken: str) -> None:
+def test_comparison_names_the_cure_of_a_broken_sae(shipped: Bundle, residuals: dict[str, Tensor], broken: str) -> None:
     breaking, cure = BREAKS[broken]
-    found = convention.verdict(breaking(shipped.sae, norm(residuals)), (SITE,), SITE, residuals, claims_of(shipped))
-    assert not found.stands
-    assert found.fits[0].name == cure, table(found)
+    result = convention.compare(breaking(shipped.sae, norm(residuals)), (SITE,), SITE, residuals, claims_of(shipped))
+    assert not result.stands
+    assert result.fits[0].name == cure, table(result)
 
 
 @pytest.mark.parametrize("site", [SITES[0], SITES[2]])
-def test_a_site_off_by_one_layer_is_named(shipped: Bundle, residuals: dict[str, Tensor], site: str) -> None:
-    found = convention.verdict(shipped.sae, (site,), site, residuals, claims_of(shipped))
-    assert found.fits[0].name == f"at {SITE}", table(found)
+def test_comparison_names_a_site_off_by_one_layer(shipped: Bundle, residuals: dict[str, Tensor], site: str) -> None:
+    result = convention.compare(shipped.sae, (site,), site, residuals, claims_of(shipped))
+    assert result.fits[0].name == f"at {SITE}", table(result)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_site_off_by_one_layer_is_named(shipped: Bundle, residuals: dict[str, 
         (lambda s: replace(s, normalisation=Normalisation.LAYER_NORM), lambda s: s, "normalisation layer_norm"),
     ],
 )
-def test_what_selects_and_normalises_is_named(
+def test_comparison_names_selection_and_normalisation(
     shipped: Bundle,
     residuals: dict[str, Tensor],
     true: Callable[[SAE], SAE],
@@ -99,38 +99,36 @@ def test_what_selects_and_normalises_is_named(
     cure: str,
 ) -> None:
     unit = scaled(shipped.sae, 1 / norm(residuals)) if "normalisation" in cure else shipped.sae
-    honest = convention.verdict(true(unit), (SITE,), SITE, residuals, Claims(None, None)).declared
-    found = convention.verdict(declared(unit), (SITE,), SITE, residuals, Claims(honest.l0, honest.fvu))
-    assert not found.stands
-    assert found.fits[0].name == cure, table(found)
+    honest = convention.compare(true(unit), (SITE,), SITE, residuals, Claims(None, None)).declared
+    result = convention.compare(declared(unit), (SITE,), SITE, residuals, Claims(honest.l0, honest.fvu))
+    assert not result.stands
+    assert result.fits[0].name == cure, table(result)
 
 
 def zeroed(sae: SAE) -> SAE:
-    """ReLU."""
+    """Return the SAE with ReLU in place of its thresholds."""
     return replace(sae, threshold=torch.zeros_like(sae.threshold))
 
 
-def test_the_shipped_sae_stands_as_declared(shipped: Bundle, residuals: dict[str, Tensor]) -> None:
-    found = convention.verdict(shipped.sae, (SITE,), SITE, residuals, claims_of(shipped))
-    assert found.stands
-    assert found.declared.name == DECLARED
+def test_shipped_sae_stands_as_declared(shipped: Bundle, residuals: dict[str, Tensor]) -> None:
+    result = convention.compare(shipped.sae, (SITE,), SITE, residuals, claims_of(shipped))
+    assert result.stands
+    assert result.declared.name == DECLARED
 
 
 @pytest.mark.parametrize("site", [SITES[0], SITES[2]])
-def test_a_site_off_by_one_layer_is_told_from_the_l0_alone(
-    shipped: Bundle, residuals: dict[str, Tensor], site: str
-) -> None:
-    found = convention.verdict(shipped.sae, (site,), site, residuals, Claims(shipped.manifest.training.l0, None))
-    assert not found.stands
-    assert found.fits[0].name == f"at {SITE}", table(found)
+def test_l0_alone_identifies_a_site_off_by_one_layer(shipped: Bundle, residuals: dict[str, Tensor], site: str) -> None:
+    result = convention.compare(shipped.sae, (site,), site, residuals, Claims(shipped.manifest.training.l0, None))
+    assert not result.stands
+    assert result.fits[0].name == f"at {SITE}", table(result)
 
 
-def test_without_claims_the_least_unexplained_counts(shipped: Bundle, residuals: dict[str, Tensor]) -> None:
+def test_without_claims_the_lowest_fvu_wins(shipped: Bundle, residuals: dict[str, Tensor]) -> None:
     unknown = Claims(None, None)
-    assert convention.verdict(shipped.sae, (SITE,), SITE, residuals, unknown).stands
-    found = convention.verdict(shifted(shipped.sae, 1), (SITE,), SITE, residuals, unknown)
-    assert not found.stands
-    assert found.fits[0].name == "pre-bias", table(found)
+    assert convention.compare(shipped.sae, (SITE,), SITE, residuals, unknown).stands
+    result = convention.compare(shifted(shipped.sae, 1), (SITE,), SITE, residuals, unknown)
+    assert not result.stands
+    assert result.fits[0].name == "pre-bias", table(result)
 
 
 PAIRS: dict[str, tuple[Callable[[SAE, float], SAE], set[str]]] = {
@@ -150,24 +148,24 @@ PAIRS: dict[str, tuple[Callable[[SAE, float], SAE], set[str]]] = {
 
 
 @pytest.mark.parametrize("broken", PAIRS)
-def test_two_faults_at_once_are_both_named(shipped: Bundle, residuals: dict[str, Tensor], broken: str) -> None:
+def test_comparison_names_two_faults(shipped: Bundle, residuals: dict[str, Tensor], broken: str) -> None:
     breaking, cures = PAIRS[broken]
-    found = convention.verdict(breaking(shipped.sae, norm(residuals)), (SITE,), SITE, residuals, claims_of(shipped))
-    assert not found.stands
-    assert set(found.fits[0].name.split(", ")) == cures, table(found)
-    assert found.fits[0].cure.count("; ") == 1
+    result = convention.compare(breaking(shipped.sae, norm(residuals)), (SITE,), SITE, residuals, claims_of(shipped))
+    assert not result.stands
+    assert set(result.fits[0].name.split(", ")) == cures, table(result)
+    assert result.fits[0].cure.count("; ") == 1
 
 
-def test_a_fault_and_the_wrong_layer_are_both_named(shipped: Bundle, residuals: dict[str, Tensor]) -> None:
-    found = convention.verdict(shifted(shipped.sae, 1), (SITES[2],), SITES[2], residuals, claims_of(shipped))
-    assert set(found.fits[0].name.split(", ")) == {"pre-bias", f"at {SITE}"}, table(found)
+def test_comparison_names_a_fault_and_the_wrong_layer(shipped: Bundle, residuals: dict[str, Tensor]) -> None:
+    result = convention.compare(shifted(shipped.sae, 1), (SITES[2],), SITES[2], residuals, claims_of(shipped))
+    assert set(result.fits[0].name.split(", ")) == {"pre-bias", f"at {SITE}"}, table(result)
 
 
-def test_pairs_are_tried_only_where_no_single_fault_fits(shipped: Bundle, residuals: dict[str, Tensor]) -> None:
-    one = convention.verdict(shifted(shipped.sae, 1), (SITE,), SITE, residuals, claims_of(shipped))
-    assert not any("; " in fit.cure for fit in one.fits)
+def test_pairs_are_compared_only_where_no_single_fault_fits(shipped: Bundle, residuals: dict[str, Tensor]) -> None:
+    single = convention.compare(shifted(shipped.sae, 1), (SITE,), SITE, residuals, claims_of(shipped))
+    assert not any("; " in fit.cure for fit in single.fits)
 
 
-def table(found: Verdict) -> str:
-    """For the reader of a failure."""
-    return "\n".join(f"{fit.misfit:6.2f} {fit.l0:8.1f} {fit.fvu:8.4f} {fit.name}" for fit in found.fits)
+def table(result: Comparison) -> str:
+    """Format a comparison for a failure message."""
+    return "\n".join(f"{fit.misfit:6.2f} {fit.l0:8.1f} {fit.fvu:8.4f} {fit.name}" for fit in result.fits)

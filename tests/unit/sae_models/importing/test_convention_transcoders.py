@@ -1,4 +1,4 @@
-"""Transcoders and routed SAEs that are read in the wrong way are told by their figures, and the cure is named."""
+"""Figures identify transcoders and routed SAEs that are read with the wrong convention, and name the cure."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +10,7 @@ from torch import Tensor
 from rudder.sae_models import fidelity
 from rudder.sae_models import sae as canonical
 from rudder.sae_models.importing import convention
-from rudder.sae_models.importing.convention import Claims, Verdict
+from rudder.sae_models.importing.convention import Claims, Comparison
 from rudder.sae_models.sae import SAE, Normalisation, Router, TopK
 from tests.unit import tiny
 
@@ -23,22 +23,22 @@ TOKENS, LATENTS, K = 512, 160, 12
 
 @pytest.fixture(scope="module")
 def at() -> dict[str, Tensor]:
-    """Vectors of real text at all sites."""
+    """Return vectors of real text at all sites."""
     return tiny.real_vectors((*MLP, *POST), TOKENS)
 
 
 def directions(h: Tensor, share: float) -> SAE:
-    """Random latents of inputs h [n, d], each active on that share of them; nothing is written yet."""
+    """Return random latents, each active on that share of inputs h [n, d], with a zero decoder."""
     g = torch.Generator().manual_seed(0)
     encoder = torch.nn.functional.normalize(torch.randn(LATENTS, h.shape[1], generator=g), dim=1)
     bias = -(h @ encoder.T).quantile(1 - 2 * share, dim=0)
     blank = SAE(encoder, bias, torch.zeros(LATENTS), torch.zeros_like(encoder), torch.zeros(h.shape[1]))
-    # Of the active ones, a threshold cuts half.
+    # The threshold then cuts half of the active latents.
     return replace(blank, threshold=blank.encode(h).quantile(1 - share, dim=0))
 
 
 def explaining(columns: Tensor, target: Tensor) -> Tensor:
-    """Weights [c + 1, d] of the least squares of a target [n, d] by columns [n, c] and 1."""
+    """Return weights [c + 1, d] of the least-squares fit of a target [n, d] by columns [n, c] and a constant."""
     design = torch.cat([columns, torch.ones(len(columns), 1)], 1).double()
     ridge = 1e-3 * torch.eye(design.shape[1]).double()
     solved: Tensor = torch.linalg.solve(design.T @ design + ridge, design.T @ target.double())
@@ -47,7 +47,7 @@ def explaining(columns: Tensor, target: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def transcoder(at: dict[str, Tensor]) -> SAE:
-    """Fitted to what the MLP makes of its input."""
+    """Return a transcoder fitted to an MLP."""
     sae = directions(at[READ], 0.15)
     weights = explaining(torch.cat([sae.encode(at[READ]), at[READ]], 1), at[WRITTEN])
     decoder, skip, bias = weights.split((LATENTS, len(weights) - LATENTS - 1, 1))
@@ -56,7 +56,7 @@ def transcoder(at: dict[str, Tensor]) -> SAE:
 
 @pytest.fixture(scope="module")
 def skipless(at: dict[str, Tensor]) -> SAE:
-    """The same without a skip connection."""
+    """Return a transcoder fitted without a skip connection."""
     sae = directions(at[READ], 0.15)
     weights = explaining(sae.encode(at[READ]), at[WRITTEN])
     return replace(sae, decoder=weights[:-1].contiguous(), decoder_bias=weights[-1])
@@ -68,9 +68,9 @@ def routed(at: dict[str, Tensor]) -> SAE:
 
 
 def reading(sites: tuple[str, ...], at: dict[str, Tensor]) -> SAE:
-    """A routed SAE, fitted to what its router chooses."""
+    """Return a routed SAE fitted to the inputs that its router chooses."""
     x = torch.stack([at[site] for site in sites], -2)
-    h = canonical.normalised(x, Normalisation.LAYER_NORM)
+    h = canonical.normalise(x, Normalisation.LAYER_NORM)
     router = Router(0.05 * torch.randn(len(sites), x.shape[-1], generator=torch.Generator().manual_seed(1)))
     site, p = router.route(h)
     read = p[:, None] * h[torch.arange(len(x)), site]
@@ -81,29 +81,29 @@ def reading(sites: tuple[str, ...], at: dict[str, Tensor]) -> SAE:
 
 
 def claims(sae: SAE, x: Tensor, target: Tensor | None = None) -> Claims:
-    """What holds of the SAE as it was made."""
-    found = fidelity.measured(sae, x, target)
-    assert found.fvu < 0.7
-    return Claims(found.l0, found.fvu)
+    """Return the figures of the true SAE."""
+    measured = fidelity.measure(sae, x, target)
+    assert measured.fvu < 0.7
+    return Claims(measured.l0, measured.fvu)
 
 
-def told(found: Verdict, cure: str) -> None:
-    """That reading is the best, and not the declared one."""
-    table = "\n".join(f"{fit.misfit:6.2f} {fit.l0:8.1f} {fit.fvu:8.4f} {fit.name}" for fit in found.fits[:8])
-    assert not found.stands, table
-    assert found.fits[0].name == cure, table
+def assert_best(result: Comparison, cure: str) -> None:
+    """Assert that this variant fits best, and that the declared one does not stand."""
+    table = "\n".join(f"{fit.misfit:6.2f} {fit.l0:8.1f} {fit.fvu:8.4f} {fit.name}" for fit in result.fits[:8])
+    assert not result.stands, table
+    assert result.fits[0].name == cure, table
 
 
 def shifted(sae: SAE, sign: int) -> SAE:
-    """The decoder bias subtracted once more, or once less, before the encoder."""
+    """Subtract the decoder bias before the encoder once more (-1) or once less (1)."""
     return replace(sae, bias=sae.bias + sign * (sae.encoder @ sae.decoder_bias))
 
 
-def test_what_is_declared_rightly_stands(at: dict[str, Tensor], transcoder: SAE, routed: SAE) -> None:
+def test_true_conventions_stand(at: dict[str, Tensor], transcoder: SAE, routed: SAE) -> None:
     known = claims(transcoder, at[READ], at[WRITTEN])
-    assert convention.verdict(transcoder, (READ,), WRITTEN, at, known).stands
+    assert convention.compare(transcoder, (READ,), WRITTEN, at, known).stands
     x = torch.stack([at[site] for site in ROUTED], -2)
-    assert convention.verdict(routed, ROUTED, ROUTED[0], at, claims(routed, x)).stands
+    assert convention.compare(routed, ROUTED, ROUTED[0], at, claims(routed, x)).stands
 
 
 @pytest.mark.parametrize(
@@ -117,11 +117,11 @@ def test_what_is_declared_rightly_stands(at: dict[str, Tensor], transcoder: SAE,
         ("layers.3.mlp_in", "layers.3.mlp_out", f"from {READ} to {WRITTEN}"),
     ],
 )
-def test_a_transcoder_at_the_wrong_layer(
+def test_comparison_names_the_layer_of_a_transcoder(
     read: str, written: str, cure: str, at: dict[str, Tensor], transcoder: SAE
 ) -> None:
     known = claims(transcoder, at[READ], at[WRITTEN])
-    told(convention.verdict(transcoder, (read,), written, at, known), cure)
+    assert_best(convention.compare(transcoder, (read,), written, at, known), cure)
 
 
 @pytest.mark.parametrize(
@@ -132,44 +132,48 @@ def test_a_transcoder_at_the_wrong_layer(
         (lambda s: replace(s, normalisation=Normalisation.CONSTANT_NORM), "normalisation none"),
     ],
 )
-def test_a_transcoder_read_with_another_convention(
+def test_comparison_names_the_convention_of_a_transcoder(
     change: Callable[[SAE], SAE], cure: str, at: dict[str, Tensor], transcoder: SAE
 ) -> None:
-    # One threshold for all, as the check can find it again.
+    # One threshold for all latents, because the comparison fits only one.
     true = replace(transcoder, threshold=transcoder.threshold.mean().expand(LATENTS).clone())
     known = claims(true, at[READ], at[WRITTEN])
-    told(convention.verdict(change(true), (READ,), WRITTEN, at, known), cure)
+    assert_best(convention.compare(change(true), (READ,), WRITTEN, at, known), cure)
 
 
 @pytest.mark.parametrize(("sign", "cure"), [(1, "pre-bias"), (-1, "no pre-bias")])
-def test_a_transcoder_that_subtracts_its_decoder_bias_or_does_not(
+def test_comparison_names_the_pre_bias_of_a_transcoder(
     sign: int, cure: str, at: dict[str, Tensor], skipless: SAE
 ) -> None:
-    # In other units, so that the bias matters to an input of this size.
+    # In larger units, so that the bias matters to inputs of this norm.
     large = at | {site: 60 * at[site] for site in MLP if site.endswith("mlp_out")}
     true = replace(skipless, decoder=60 * skipless.decoder, decoder_bias=60 * skipless.decoder_bias)
     known = claims(true, large[READ], large[WRITTEN])
-    told(convention.verdict(shifted(true, sign), (READ,), WRITTEN, large, known), cure)
+    assert_best(convention.compare(shifted(true, sign), (READ,), WRITTEN, large, known), cure)
 
 
-def test_a_skip_connection_that_there_was_not(at: dict[str, Tensor], skipless: SAE) -> None:
+def test_comparison_names_a_spurious_skip_connection(at: dict[str, Tensor], skipless: SAE) -> None:
     known = claims(skipless, at[READ], at[WRITTEN])
     skip = torch.eye(192) * at[WRITTEN].std() / at[READ].std()
-    told(convention.verdict(replace(skipless, skip=skip), (READ,), WRITTEN, at, known), "no skip")
+    assert_best(convention.compare(replace(skipless, skip=skip), (READ,), WRITTEN, at, known), "no skip")
 
 
-def test_a_transcoder_that_jumps_where_there_was_no_threshold(at: dict[str, Tensor], transcoder: SAE) -> None:
+def test_comparison_names_spurious_thresholds(at: dict[str, Tensor], transcoder: SAE) -> None:
     relu = replace(transcoder, threshold=torch.zeros(LATENTS))
     weights = explaining(torch.cat([relu.encode(at[READ]), at[READ]], 1), at[WRITTEN])
     relu = replace(relu, decoder=weights[:LATENTS], skip=weights[LATENTS:-1], decoder_bias=weights[-1])
     known = claims(relu, at[READ], at[WRITTEN])
-    told(convention.verdict(replace(relu, threshold=transcoder.threshold), (READ,), WRITTEN, at, known), "no threshold")
+    assert_best(
+        convention.compare(replace(relu, threshold=transcoder.threshold), (READ,), WRITTEN, at, known), "no threshold"
+    )
 
 
 @pytest.mark.parametrize("sites", [POST[0:2], POST[2:4]])
-def test_a_routed_sae_with_its_layers_shifted(sites: tuple[str, ...], at: dict[str, Tensor], routed: SAE) -> None:
+def test_comparison_names_the_layers_of_a_routed_sae(
+    sites: tuple[str, ...], at: dict[str, Tensor], routed: SAE
+) -> None:
     known = claims(routed, torch.stack([at[site] for site in ROUTED], -2))
-    told(convention.verdict(routed, sites, sites[0], at, known), f"at {', '.join(ROUTED)}")
+    assert_best(convention.compare(routed, sites, sites[0], at, known), f"at {', '.join(ROUTED)}")
 
 
 @pytest.mark.parametrize(
@@ -179,16 +183,16 @@ def test_a_routed_sae_with_its_layers_shifted(sites: tuple[str, ...], at: dict[s
         (lambda s: replace(s, selection=None), f"top {K}"),
     ],
 )
-def test_a_routed_sae_read_with_another_convention(
+def test_comparison_names_the_convention_of_a_routed_sae(
     change: Callable[[SAE], SAE], cure: str, at: dict[str, Tensor], routed: SAE
 ) -> None:
     known = claims(routed, torch.stack([at[site] for site in ROUTED], -2))
-    told(convention.verdict(change(routed), ROUTED, ROUTED[0], at, known), cure)
+    assert_best(convention.compare(change(routed), ROUTED, ROUTED[0], at, known), cure)
 
 
-def test_a_routed_sae_that_pools_its_layers_otherwise(at: dict[str, Tensor]) -> None:
+def test_comparison_names_the_pooling_of_a_router(at: dict[str, Tensor]) -> None:
     summing = reading(POST, at)
     assert summing.router is not None
     averaging = replace(summing, router=replace(summing.router, mean=True))
     known = claims(summing, torch.stack([at[site] for site in POST], -2))
-    told(convention.verdict(averaging, POST, POST[0], at, known), "router of the sum")
+    assert_best(convention.compare(averaging, POST, POST[0], at, known), "router of the sum")

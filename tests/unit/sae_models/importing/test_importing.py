@@ -1,4 +1,4 @@
-"""What is imported is measured on real text, refused where the text speaks against it, and never half written."""
+"""Imports measure an SAE on real text, refuse it where its figures contradict the claims, and are atomic."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ from rudder.sae_models.formats.source import Declaration, Loaded
 from rudder.sae_models.importing import check as checking
 from rudder.sae_models.importing import importer as importing
 from rudder.sae_models.importing.convention import Claims
-from rudder.sae_models.importing.importer import Imported, ImportRefused, Wish
+from rudder.sae_models.importing.importer import ImportRefused, ImportRequest, ImportResult
 from rudder.sae_models.sae import SAE, Normalisation, Router, TopK
 from rudder.server.cli import bundle as commands
 
@@ -38,7 +38,7 @@ def shipped() -> Bundle:
 
 @pytest.fixture(scope="module")
 def corpus(shipped: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The texts of the catalogue's contexts, sorted by the books they are from."""
+    """Write a corpus of the catalogue's contexts by book; return its path."""
     books: dict[str, list[str]] = {}
     for index in range(0, shipped.manifest.latents, 6):
         for context in shipped.catalogue.get(index).contexts[:1]:
@@ -49,62 +49,64 @@ def corpus(shipped: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def imported(shipped: Bundle, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Imported:
-    """The shipped SAE in bfloat16, as if it were somebody else's."""
+def imported(shipped: Bundle, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> ImportResult:
+    """Import the shipped SAE in bfloat16, as if others had trained it."""
     folder = tmp_path_factory.mktemp("imported")
-    rows = [{"modelId": "textbook-lm", "layer": "2-res", "index": 7, "description": "transport", "typeName": "np"}]
-    (folder / "labels.json").write_text(json.dumps(rows))
-    wish = Wish(MODEL, folder / "toy", corpus=corpus, tokens=TOKENS, labels=folder / "labels.json", credit="a credit")
-    return importing.make(loaded(half(shipped.sae)), Source("toy", "somewhere", "main", 31.9), wish)
+    records = [{"modelId": "textbook-lm", "layer": "2-res", "index": 7, "description": "transport", "typeName": "np"}]
+    (folder / "labels.json").write_text(json.dumps(records))
+    request = ImportRequest(
+        MODEL, folder / "toy", corpus=corpus, tokens=TOKENS, labels=folder / "labels.json", credit="a credit"
+    )
+    return importing.import_sae(loaded(half(shipped.sae)), Source("toy", "somewhere", "main", 31.9), request)
 
 
 def half(sae: SAE) -> SAE:
-    """With matrices in bfloat16."""
+    """Return an SAE with matrices in bfloat16."""
     return replace(sae, encoder=sae.encoder.bfloat16(), decoder=sae.decoder.bfloat16())
 
 
 def loaded(sae: SAE, **declared: Any) -> Loaded:
-    """As a reader gives it."""
-    says: dict[str, Any] = {"sites": (SITE,), "folded": ("pre_bias",)} | declared
-    return Loaded("toy", "for a test", sae, Declaration("batch_topk", **says))
+    """Return an SAE as a reader does."""
+    fields: dict[str, Any] = {"sites": (SITE,), "folded": ("pre_bias",)} | declared
+    return Loaded("toy", "for a test", sae, Declaration("batch_topk", **fields))
 
 
 def random_sae(latents: int = 40, width: int = 192) -> SAE:
-    """Random weights and positive thresholds."""
+    """Return an SAE with random weights and positive thresholds."""
     g = torch.Generator().manual_seed(0)
     encoder, decoder = torch.randn(latents, width, generator=g), torch.randn(latents, width, generator=g)
     bias, threshold = torch.randn(latents, generator=g), torch.rand(latents, generator=g)
     return SAE(encoder, bias, threshold, decoder, torch.randn(width, generator=g))
 
 
-def test_figures_and_statistics_are_of_the_text(shipped: Bundle, imported: Imported) -> None:
-    made, claimed = imported.bundle, shipped.manifest.training
-    training = made.manifest.training
+def test_figures_and_statistics_are_measured_on_the_corpus(shipped: Bundle, imported: ImportResult) -> None:
+    bundle, claimed = imported.bundle, shipped.manifest.training
+    training = bundle.manifest.training
     assert claimed.l0 is not None
     assert claimed.fvu is not None
     assert training.l0 == pytest.approx(claimed.l0, rel=0.2)
     assert training.fvu == pytest.approx(claimed.fvu, rel=0.2)
     assert (training.tokens, training.ce_recovered, training.credit) == (None, None, "a credit")
-    assert made.measured
-    assert float(made.statistics.residual_norm) == pytest.approx(float(shipped.statistics.residual_norm), rel=0.1)
+    assert bundle.measured
+    assert float(bundle.statistics.residual_norm) == pytest.approx(float(shipped.statistics.residual_norm), rel=0.1)
     common = shipped.statistics.frequency > 0.02
     assert bool(common.any())
-    assert float((made.statistics.frequency / shipped.statistics.frequency)[common].log().abs().mean()) < 0.5
+    assert float((bundle.statistics.frequency / shipped.statistics.frequency)[common].log().abs().mean()) < 0.5
 
 
-def test_conformance_tokens_are_typical_though_few_tokens_hold_most_of_the_variance() -> None:
+def test_conformance_tokens_are_typical_where_few_tokens_hold_most_of_the_variance() -> None:
     g = torch.Generator().manual_seed(0)
     sae, x = random_sae(400), torch.randn(4000, 192, generator=g)
     x[::500] *= 300
-    whole = fidelity.measured(sae, x)
-    plain = fidelity.measured(sae, x[: bundles.CONFORMANCE_TOKENS])
-    kept = importing.typical(sae, x, None, Claims(whole.l0, whole.fvu))
-    found = fidelity.measured(sae, kept.inputs)
-    assert bundles.near(found.fvu, whole.fvu)
-    assert not bundles.near(plain.fvu, whole.fvu), "any tokens would have done"
+    whole = fidelity.measure(sae, x)
+    plain = fidelity.measure(sae, x[: bundles.CONFORMANCE_TOKENS])
+    conformance = importing.typical_conformance(sae, x, None, Claims(whole.l0, whole.fvu))
+    typical = fidelity.measure(sae, conformance.inputs)
+    assert bundles.confirms(typical.fvu, whole.fvu)
+    assert not bundles.confirms(plain.fvu, whole.fvu), "any tokens would have done"
 
 
-def test_the_manifest_tells_where_it_is_from(imported: Imported) -> None:
+def test_manifest_records_the_source(imported: ImportResult) -> None:
     manifest = imported.bundle.manifest
     assert manifest.source == Source("toy", "somewhere", "main", 31.9)
     assert (manifest.sites, manifest.output_site, manifest.dtype) == ((SITE,), SITE, "bfloat16")
@@ -114,144 +116,141 @@ def test_the_manifest_tells_where_it_is_from(imported: Imported) -> None:
     bundles.check_model(imported.bundle, bundles.model_sha256(MODEL), 192)
 
 
-def test_latents_are_described(imported: Imported) -> None:
+def test_catalogue_describes_latents(imported: ImportResult) -> None:
     catalogue, statistics = imported.bundle.catalogue, imported.bundle.statistics
     index = int(statistics.frequency.argmax())
-    found = catalogue.get(index)
-    assert found.summary.origin == "corpus"
-    assert found.summary.label
-    assert found.contexts[0].activation == pytest.approx(float(statistics.max_activation[index]), rel=1e-3)
-    assert list(found.quantiles) == sorted(found.quantiles)
-    assert found.quantiles[-1] <= found.summary.max_activation  # type: ignore[operator]
-    assert len(found.promoted) == len(found.suppressed) == 10
-    assert found.promoted[0].logit > 0 > found.suppressed[0].logit
+    latent = catalogue.get(index)
+    assert latent.summary.origin == "corpus"
+    assert latent.summary.label
+    assert latent.contexts[0].activation == pytest.approx(float(statistics.max_activation[index]), rel=1e-3)
+    assert list(latent.quantiles) == sorted(latent.quantiles)
+    assert latent.quantiles[-1] <= latent.summary.max_activation  # type: ignore[operator]
+    assert len(latent.promoted) == len(latent.suppressed) == 10
+    assert latent.promoted[0].logit > 0 > latent.suppressed[0].logit
 
 
-def test_labels_take_the_place_of_our_own(imported: Imported) -> None:
+def test_imported_labels_replace_automatic_labels(imported: ImportResult) -> None:
     assert imported.labels is not None
-    assert (len(imported.labels.by_latent), imported.labels.rows) == (1, 1)
+    assert (len(imported.labels.by_latent), imported.labels.records) == (1, 1)
     summary = imported.bundle.catalogue.get(7).summary
     assert (summary.label, summary.origin) == ("transport", "neuronpedia np")
-    assert [found.index for found in imported.bundle.catalogue.search("transport", 50)].count(7) == 1
+    assert [match.index for match in imported.bundle.catalogue.search("transport", 50)].count(7) == 1
 
 
-def test_quantiles_are_those_of_the_activations() -> None:
+def test_quantiles_of_a_histogram_are_close_to_exact() -> None:
     g = torch.Generator().manual_seed(0)
     values = torch.rand(3, 20_000, generator=g).pow(torch.tensor([[1.0], [4.0], [0.5]])) * 30
     histogram = torch.stack([torch.bincount(entries.bin_of(row), minlength=entries.BINS) for row in values])
-    found = entries.quantiles(histogram.int(), values.amax(1))
+    estimated = entries.quantiles(histogram.int(), values.amax(1))
     exact = torch.stack([row.quantile(torch.tensor(QUANTILES)) for row in values])
-    assert float((found / exact).log().abs().max()) < 0.04
+    assert float((estimated / exact).log().abs().max()) < 0.04
     nothing = entries.quantiles(torch.zeros(1, entries.BINS, dtype=torch.int32), torch.zeros(1))
     assert not nothing.any()
 
 
-def test_without_text_nothing_is_claimed(tmp_path: Path) -> None:
-    made = importing.make(loaded(random_sae()), Source("toy", "x", None, 4.0), Wish(MODEL, tmp_path / "toy"))
-    assert made.verdict is None
-    assert not made.bundle.measured
-    assert made.bundle.manifest.training.l0 is None
-    assert made.bundle.catalogue.get(3).summary.frequency is None
-    assert bool((made.bundle.conformance.activations > 0).any(0).sum() > 20), "conformance vectors that hold nothing"
-    assert checking.check(tmp_path / "toy", MODEL).holds
+def test_import_without_corpus_claims_no_figures(tmp_path: Path) -> None:
+    request = ImportRequest(MODEL, tmp_path / "toy")
+    result = importing.import_sae(loaded(random_sae()), Source("toy", "x", None, 4.0), request)
+    assert result.verdict is None
+    assert not result.bundle.measured
+    assert result.bundle.manifest.training.l0 is None
+    assert result.bundle.catalogue.get(3).summary.frequency is None
+    assert bool((result.bundle.conformance.activations > 0).any(0).sum() > 20), "conformance vectors that hold nothing"
+    assert checking.check_bundle(tmp_path / "toy", MODEL).holds
 
 
 def saelens_folder(home: Path, sae: SAE, **settings: Any) -> Path:
-    """As SAELens saves it."""
+    """Write an SAE as SAELens does, with further settings; return the folder."""
     saelens.write(home, sae, Declaration("jumprelu", (SITE,)))
     config = json.loads((home / "cfg.json").read_text())
     (home / "cfg.json").write_text(json.dumps(config | settings))
     return home
 
 
-def test_a_scale_that_was_taken_for_1_is_told_by_the_import_and_the_manifest(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_import_and_manifest_report_an_assumed_input_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = saelens_folder(tmp_path / "sae", random_sae(), normalize_activations="expected_average_only_in")
     words = ["bundle", "import", str(folder), "--model", str(MODEL), "--out", str(tmp_path / "toy")]
     parser = argparse.ArgumentParser()
     commands.add_bundle(parser.add_subparsers())
     arguments = parser.parse_args(words)
     assert arguments.run(arguments) == commands.HOLDS
-    told = "input_scale: not in the files, taken as 1"
-    assert f"ASSUMED {told}" in capsys.readouterr().err
+    assumption = "input_scale: not in the files, taken as 1"
+    assert f"ASSUMED {assumption}" in capsys.readouterr().err
     normalisation = bundles.load(tmp_path / "toy").manifest.normalisation
     assert normalisation.declared == "expected_average_only_in"
-    assert normalisation.assumed.startswith(told)
+    assert normalisation.assumed.startswith(assumption)
 
 
-def test_a_scale_that_is_known_is_not_assumed(tmp_path: Path) -> None:
+def test_known_input_scale_is_folded_in(tmp_path: Path) -> None:
     folder = saelens_folder(tmp_path / "sae", random_sae(), normalize_activations="expected_average_only_in")
-    scaled = importing.with_scale(load(folder), 2.0)
-    made = importing.make(scaled, Source("toy", "x"), Wish(MODEL, tmp_path / "toy"))
-    assert made.bundle.manifest.normalisation == InputNormalisation(
+    scaled = importing.with_input_scale(load(folder), 2.0)
+    result = importing.import_sae(scaled, Source("toy", "x"), ImportRequest(MODEL, tmp_path / "toy"))
+    assert result.bundle.manifest.normalisation == InputNormalisation(
         "expected_average_only_in", ("input_scale",), Normalisation.NONE, ""
     )
-    assert torch.allclose(made.bundle.sae.encoder, 2 * random_sae().encoder)
+    assert torch.allclose(result.bundle.sae.encoder, 2 * random_sae().encoder)
 
 
-def test_a_transcoder_and_a_router_are_imported(tmp_path: Path, corpus: Path) -> None:
+def test_import_of_a_transcoder_and_a_routed_sae(tmp_path: Path, corpus: Path) -> None:
     skip = replace(random_sae(), skip=torch.eye(192))
     mlp = loaded(skip, sites=("layers.1.mlp_in",), output_site="layers.1.mlp_out")
-    made = importing.make(mlp, Source("toy", "x"), Wish(MODEL, tmp_path / "mlp"))
-    assert made.bundle.manifest.transcodes
+    result = importing.import_sae(mlp, Source("toy", "x"), ImportRequest(MODEL, tmp_path / "mlp"))
+    assert result.bundle.manifest.transcodes
     g = torch.Generator().manual_seed(0)
     routed = replace(random_sae(), selection=TopK(8), router=Router(torch.randn(2, 192, generator=g)))
     sites = ("layers.1.resid_post", SITE)
-    wish = Wish(MODEL, tmp_path / "routed", sites=sites, corpus=corpus, tokens=1000)
+    request = ImportRequest(MODEL, tmp_path / "routed", sites=sites, corpus=corpus, tokens=1000)
     with pytest.raises(ImportRefused, match=r"^convention: L0 8 and FVU .*--accept"):
-        importing.make(loaded(routed, sites=()), Source("toy", "x"), wish)
-    wish = replace(wish, accept=True)
-    made = importing.make(loaded(routed, sites=()), Source("toy", "x"), wish)
-    assert made.bundle.manifest.sites == sites
-    assert made.bundle.manifest.training.l0 == pytest.approx(8, abs=0.01)
-    assert made.bundle.conformance.inputs.shape[1:] == (2, 192)
+        importing.import_sae(loaded(routed, sites=()), Source("toy", "x"), request)
+    request = replace(request, accept=True)
+    result = importing.import_sae(loaded(routed, sites=()), Source("toy", "x"), request)
+    assert result.bundle.manifest.sites == sites
+    assert result.bundle.manifest.training.l0 == pytest.approx(8, abs=0.01)
+    assert result.bundle.conformance.inputs.shape[1:] == (2, 192)
 
 
 @pytest.mark.parametrize(
     ("reason", "change"),
     [
-        ("site: the toy checkpoint does not tell", lambda it: replace(it, declared=Declaration("relu"))),
+        ("site: the toy checkpoint does not say", lambda it: replace(it, declared=Declaration("relu"))),
         ("d: the SAE has 16, the residual stream of .* has 192", lambda it: replace(it, sae=random_sae(40, 16))),
     ],
 )
-def test_what_cannot_fit_is_refused_by_field(tmp_path: Path, reason: str, change: Callable[[Loaded], Loaded]) -> None:
+def test_import_refusal_names_the_field(tmp_path: Path, reason: str, change: Callable[[Loaded], Loaded]) -> None:
     with pytest.raises(ImportRefused, match=f"^{reason}"):
-        importing.make(change(loaded(random_sae())), Source("toy", "x"), Wish(MODEL, tmp_path / "toy"))
+        importing.import_sae(change(loaded(random_sae())), Source("toy", "x"), ImportRequest(MODEL, tmp_path / "toy"))
     assert not any(tmp_path.iterdir())
 
 
-def test_a_square_sae_needs_text(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="orientation cannot be told"):
-        importing.make(loaded(random_sae(192)), Source("toy", "x"), Wish(MODEL, tmp_path / "toy"))
+def test_import_of_a_square_sae_needs_a_corpus(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="orientation is ambiguous"):
+        importing.import_sae(loaded(random_sae(192)), Source("toy", "x"), ImportRequest(MODEL, tmp_path / "toy"))
     assert not any(tmp_path.iterdir())
 
 
-def test_an_sae_that_text_speaks_against_is_refused_with_its_cure(
-    shipped: Bundle, corpus: Path, tmp_path: Path
-) -> None:
+def test_refusal_of_contradicting_figures_names_the_cure(shipped: Bundle, corpus: Path, tmp_path: Path) -> None:
     broken = loaded(replace(shipped.sae, threshold=torch.zeros(shipped.manifest.latents)))
-    wish = Wish(MODEL, tmp_path / "toy", corpus=corpus, tokens=TOKENS)
+    request = ImportRequest(MODEL, tmp_path / "toy", corpus=corpus, tokens=TOKENS)
     with pytest.raises(ImportRefused, match=r"^convention: L0 .*'threshold' fits best.*--accept"):
-        importing.make(broken, Source("toy", "x", None, 31.9), wish)
+        importing.import_sae(broken, Source("toy", "x", None, 31.9), request)
     assert not any(tmp_path.iterdir())
-    made = importing.make(broken, Source("toy", "x", None, 31.9), replace(wish, accept=True))
-    assert made.verdict is not None
-    assert not made.verdict.stands
+    result = importing.import_sae(broken, Source("toy", "x", None, 31.9), replace(request, accept=True))
+    assert result.verdict is not None
+    assert not result.verdict.stands
 
 
-def test_labels_of_another_model_stop_the_import(tmp_path: Path) -> None:
+def test_import_refuses_labels_of_another_model(tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text('[{"modelId": "gpt2-small", "layer": "2-res-jb", "index": "0"}]')
-    wish = Wish(MODEL, tmp_path / "toy", labels=tmp_path / "labels.json")
+    request = ImportRequest(MODEL, tmp_path / "toy", labels=tmp_path / "labels.json")
     with pytest.raises(LabelError, match=r"^modelId: 'gpt2-small'"):
-        importing.make(loaded(random_sae()), Source("toy", "x"), wish)
+        importing.import_sae(loaded(random_sae()), Source("toy", "x"), request)
     assert not (tmp_path / "toy").exists()
-    importing.make(loaded(random_sae()), Source("toy", "x"), replace(wish, labels_model="gpt2-small"))
+    importing.import_sae(loaded(random_sae()), Source("toy", "x"), replace(request, labels_model="gpt2-small"))
 
 
-def test_a_check_goes_on_after_what_is_wrong(imported: Imported, corpus: Path, tmp_path: Path) -> None:
+def test_check_reports_every_failure(imported: ImportResult, corpus: Path, tmp_path: Path) -> None:
     path = imported.bundle.path
-    fields = {finding.field: finding.holds for finding in checking.check(path, MODEL, corpus).findings}
+    fields = {finding.field: finding.holds for finding in checking.check_bundle(path, MODEL, corpus).findings}
     assert all(fields.values()), fields
     assert fields.keys() >= {"manifest.json", "files", "values", "conformance", "model", "l0", "fvu", "convention"}
     content = json.loads((path / bundles.MANIFEST).read_text())
@@ -262,7 +261,7 @@ def test_a_check_goes_on_after_what_is_wrong(imported: Imported, corpus: Path, t
         (broken / file.name).symlink_to(file)
     (broken / bundles.MANIFEST).unlink()
     (broken / bundles.MANIFEST).write_text(json.dumps(content))
-    report = checking.check(broken, MODEL, corpus)
+    report = checking.check_bundle(broken, MODEL, corpus)
     wrong = {finding.field for finding in report.findings if not finding.holds}
     assert wrong == {"files", "conformance", "model", "l0", "convention"}
     assert not report.holds

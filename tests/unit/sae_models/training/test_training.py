@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rudder.sae_models import fidelity
 from rudder.sae_models.activations import corpus, harvest
 from rudder.sae_models.activations import hooks as sites
 from rudder.sae_models.activations.corpus import Document, Windows
@@ -111,7 +112,7 @@ def test_recovered_loss_is_one_for_a_perfect_and_none_for_an_empty_sae(model: An
 def test_edits_reach_the_site_and_spare_bos(model: Any, windows: Windows) -> None:
     changed: list[Tensor] = []
     with (
-        sites.hooked(model, SITE, metrics.behind_bos(lambda x: x + 1)),
+        sites.hooked(model, SITE, metrics.skip_bos(lambda x: x + 1)),
         sites.hooked(model, sites.Site(2, "resid_pre"), changed.append),
     ):
         model(windows.tokens)
@@ -177,7 +178,7 @@ def test_fidelity_is_that_of_its_definition() -> None:
     latents = sae.encode(x)
     y = sae.decode(latents)
     centred, moved = x - x.mean(0), y - x.mean(0)
-    found = metrics.fidelity(sae, x)
+    found = fidelity.measure(sae, x)
     assert found.fvu == pytest.approx(float((x - y).square().sum() / centred.square().sum()), rel=1e-5)
     assert found.l0 == pytest.approx(float((latents > 0).sum(1).float().mean()), rel=1e-5)
     assert found.shrinkage == pytest.approx(float(moved.square().sum() / (moved * centred).sum()), rel=1e-4)
@@ -189,13 +190,13 @@ def test_shrinkage_is_one_for_a_perfect_and_half_for_a_halving_sae() -> None:
     x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
     both, zero = torch.cat([torch.eye(8), -torch.eye(8)]), torch.zeros(16)
     for factor in (1.0, 0.5):
-        found = metrics.fidelity(SAE(both, zero, zero, factor * both, (1 - factor) * x.mean(0)), x)
+        found = fidelity.measure(SAE(both, zero, zero, factor * both, (1 - factor) * x.mean(0)), x)
         assert found.shrinkage == pytest.approx(factor, abs=0.01)
 
 
 def test_nearest_direction_leaves_out_itself() -> None:
     directions = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 3, 3], [-1, 0, 0]])
-    assert torch.allclose(metrics.nearest(directions), torch.tensor([0, 0.5**0.5, 0.5**0.5, 0]), atol=1e-6)
+    assert torch.allclose(metrics.max_cosines(directions), torch.tensor([0, 0.5**0.5, 0.5**0.5, 0]), atol=1e-6)
 
 
 def test_a_probe_finds_the_latent_that_tells_the_class() -> None:
