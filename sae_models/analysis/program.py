@@ -189,7 +189,8 @@ def edit_column(edit: Edit) -> tuple[float, ...]:
     operation, value = next(((name, value) for name, value in operand.items() if value is not None), ("", 0.0))
     if not operation:
         raise ValueError("edit: none of add, set and clamp")
-    parameters = {"above": -inf, "relative": float(edit.unit == RESIDUAL_NORM)} | operations.OPERATIONS[operation](value)
+    relative = {"above": -inf, "relative": float(edit.unit == RESIDUAL_NORM)}
+    parameters = relative | operations.OPERATIONS[operation](value)
     return tuple((dict(zip(operations.EDIT, operations.IDENTITY_EDIT, strict=True)) | parameters).values())
 
 
