@@ -21,7 +21,7 @@ from tqdm import tqdm
 from rudder.sae_models.bundle import bundle
 from rudder.sae_models.bundle.bundle import BundleError
 from rudder.sae_models.formats import load
-from rudder.sae_models.optional import extra
+from rudder.sae_models.optional import import_optional
 from rudder.sae_models.sae import SAE
 
 SHARED = 0.7
@@ -98,9 +98,9 @@ def _candidates(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> tuple[T
 def _assigned(rows: Tensor, columns: Tensor, cosines: Tensor, ours: int, theirs: int) -> tuple[Tensor, Tensor]:
     """The best assignment of each connected group of candidates by itself, which is the best of all."""
     row, column, cosine = rows.numpy(), columns.numpy(), cosines.double().numpy()
-    sparse = extra("scipy.sparse", "comparing SAEs")
+    sparse = import_optional("scipy.sparse", "comparing SAEs")
     graph = sparse.coo_matrix((np.ones(len(row)), (row, ours + column)), shape=(ours + theirs, ours + theirs))
-    _, group = extra("scipy.sparse.csgraph", "comparing SAEs").connected_components(graph, directed=False)
+    _, group = import_optional("scipy.sparse.csgraph", "comparing SAEs").connected_components(graph, directed=False)
     order = np.argsort(group[row], kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(group[row][order])) + 1)
     pairs = np.concatenate([_best(row[members], column[members], cosine[members]) for members in groups], 1)
@@ -113,7 +113,7 @@ def _best(row: NDArray[np.int64], column: NDArray[np.int64], cosine: NDArray[np.
     theirs, j = np.unique(column, return_inverse=True)
     gain = np.zeros((len(ours), len(theirs)))
     gain[i, j] = cosine
-    a, b = extra("scipy.optimize", "comparing SAEs").linear_sum_assignment(gain, maximize=True)
+    a, b = import_optional("scipy.optimize", "comparing SAEs").linear_sum_assignment(gain, maximize=True)
     kept = gain[a, b] > 0
     return np.stack([ours[a[kept]], theirs[b[kept]]])
 

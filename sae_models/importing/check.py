@@ -85,7 +85,7 @@ def contents(opened: Bundle) -> Iterator[Finding]:
 def fits_model(opened: Bundle, model: Path) -> Finding:
     """Whether the folder holds the checkpoint that the bundle was made for."""
     found: list[Finding] = []
-    width = materials.shape_of(model).hidden_size
+    width = materials.read_model_shape(model).hidden_size
     sha256 = bundle.model_sha256(model)
     _tried(found, "model", f"{model} is it", lambda: bundle.check_model(opened, sha256, width))
     return found[0]

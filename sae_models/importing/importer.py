@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rudder.sae_models import fidelity
 from rudder.sae_models.activations import samples as materials
-from rudder.sae_models.activations.samples import Material
+from rudder.sae_models.activations.samples import TextSample
 from rudder.sae_models.bundle import bundle, catalogue
 from rudder.sae_models.bundle import semantic as meaning
 from rudder.sae_models.bundle.bundle import Bundle, Conformance, Manifest, Model, Source, Statistics, Training
@@ -136,7 +136,7 @@ def described(loaded: Loaded, source: Source, wish: Wish) -> Manifest:
         raise ImportRefused(
             f"output_site: the {loaded.format} checkpoint does not tell what it writes, give --output-site"
         )
-    width = materials.shape_of(wish.model).hidden_size
+    width = materials.read_model_shape(wish.model).hidden_size
     for field, size in (("d", sae.width), ("d_out", sae.decoder.shape[1])):
         if size != width:
             raise ImportRefused(f"{field}: the SAE has {size}, the residual stream of {wish.model} has {width}")
@@ -194,7 +194,7 @@ def measure(sae: SAE, content: Manifest, wish: Wish, corpus: Path) -> Measured:
     if problem and not wish.accept:
         raise ImportRefused(f"convention: {problem}; --accept imports it as it is declared")
     sample = entries.sample_of(using.windows, using.documents, using.tokenizer)
-    sums = entries.tally_of(materials.inputs(using, content.sites, using.windows), sae, sample)
+    sums = entries.tally_of(materials.sae_inputs(using, content.sites, using.windows), sae, sample)
     statistics = entries.statistics_of(sums)
     dead = float((statistics.frequency == 0).float().mean())
     whole = Claims(found.l0, found.fvu if found.compared else None)
@@ -225,14 +225,14 @@ def typical(sae: SAE, x: Tensor, target: Tensor | None, whole: Claims) -> Confor
 
 def figures(
     sae: SAE, content: Manifest, model: Path, corpus: Path, tokens: int
-) -> tuple[Material, dict[str, Tensor], Verdict | None]:
+) -> tuple[TextSample, dict[str, Tensor], Verdict | None]:
     """The material, vectors [n, d] at the sites, and, of an SAE with an output, which convention fits."""
-    layers = materials.shape_of(model).layers
+    layers = materials.read_model_shape(model).layers
     own = content.sites if content.partial else (*content.sites, content.output_site)
-    near = [] if content.partial else [other for site in own for other in materials.neighbours(site, layers)]
+    near = [] if content.partial else [other for site in own for other in materials.adjacent_sites(site, layers)]
     sites = list(dict.fromkeys((*own, *near)))
-    using = materials.material(model, sites, corpus, tokens)
-    at = materials.sample(using, sites, FIGURE_TOKENS)
+    using = materials.load_text_sample(model, sites, corpus, tokens)
+    at = materials.sample_vectors(using, sites, FIGURE_TOKENS)
     if content.partial:
         return using, at, None
     some = {site: x[:VERDICT_TOKENS] for site, x in at.items()}
@@ -269,7 +269,7 @@ def inputs_and_target(content: Manifest, at: dict[str, Tensor]) -> tuple[Tensor,
     return x, at[content.output_site] if content.transcodes and not content.partial else None
 
 
-def with_words(latents: Sequence[Latent], sae: SAE, using: Material) -> Iterator[Latent]:
+def with_words(latents: Sequence[Latent], sae: SAE, using: TextSample) -> Iterator[Latent]:
     """The latents with their logit-lens words."""
     vocabulary = using.windows.tokens[using.windows.counted].unique()
     found = lens.words(sae.decoder, lens.unembedding(using.trunk), vocabulary, using.tokenizer)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rudder.sae_models.sae import SAE
-from rudder.sae_models.sparse.screening import Screen, strongest
+from rudder.sae_models.sparse.screening import ScreeningDictionary, top_k_latents
 from rudder.server.engine.telemetry.frame import Array, Capture, Frame
 from rudder.server.engine.worker.bank import SiteBank
 from rudder.server.engine.worker.driver import Live, Step
@@ -39,7 +39,7 @@ class Columns:
 class Readable:
     """A dictionary that can be read whole, and the numbers of the sites that it reads."""
 
-    screen: Screen | SAE
+    screen: ScreeningDictionary | SAE
     sites: list[int]
 
 
@@ -127,7 +127,7 @@ class Reader:
     def strongest(self, dictionary: Readable, rows: slice, k: int) -> tuple[Array, Array]:
         """(latents, values) [n, k] of the captured tokens; a routed dictionary reads several sites at once."""
         read = [self.banks[site].before[rows] for site in dictionary.sites]
-        return strongest(dictionary.screen, read[0] if len(read) == 1 else torch.stack(read, -2), k)
+        return top_k_latents(dictionary.screen, read[0] if len(read) == 1 else torch.stack(read, -2), k)
 
     def captures(self, step: Step) -> list[Capture]:
         """Residuals of the requests that asked for them."""
