@@ -185,7 +185,7 @@ def _parquet_records(path: Path) -> Iterator[Any]:
         columns = [name for name in COLUMNS if name in file.schema_arrow.names]
         for batch in file.iter_batches(columns=columns):
             yield from batch.to_pylist()
-    # On a damaged file pyarrow raises OSError or ArrowInvalid, a subclass of ValueError.
+    # On a damaged file pyarrow raises OSError or an ArrowException, most of which are subclasses of ValueError.
     except (OSError, ValueError) as error:
         raise CorpusError(f"corpus: {path}: {error}") from error
 

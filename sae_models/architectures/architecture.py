@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rudder.sae_models.architectures import initial
+from rudder.sae_models.architectures import offsets
 from rudder.sae_models.sae import SAE
 from rudder.sae_models.sparse import operations as sparse
 from rudder.sae_models.sparse.collectives import SINGLE_PROCESS, Mesh
@@ -106,7 +106,7 @@ class Architecture(nn.Module):
     def initialise(self, sample: Tensor, target: Tensor | None = None) -> None:
         """Set centre, decoder_bias and variance from scaled inputs [n, d]; `target`: outputs of a transcoder."""
         del target
-        self.centre.copy_(initial.OFFSETS[self.config.offset](sample))
+        self.centre.copy_(offsets.OFFSETS[self.config.offset](sample))
         self.decoder_bias.copy_(self.centre)
         self.variance.copy_((sample - sample.mean(0)).square().sum(1).mean())
 

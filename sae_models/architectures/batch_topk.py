@@ -64,6 +64,7 @@ class BatchTopK(Architecture):
             # The all-reduce makes all ranks take the same branch: each must take part in the same collectives.
             vote = [len(pairs.z), 0] if pairs else [0, 1]
             count, failed = self.mesh.all_reduce_sum(torch.tensor(vote, device=self.cut.device)).tolist()
+            # One more than k * n: the threshold lies between the last kept value and the next.
             if pairs and not failed and count > self.batch_k(centred):
                 return pairs
         return self.top_k(centred, min(ROOM * self.config.k, self.config.latents))

@@ -57,6 +57,7 @@ class JumpReLU(Architecture):
         """Return FVU of x [n, d], L0 penalty and AuxK loss."""
         del target
         centred, threshold = x - self.centre, self.log_threshold.exp()
+        # Pairs just below their threshold are inactive but lie in the kernel, so they have gradients.
         z, active = sparse.active_preactivations(centred, self.weights, threshold - self.config.bandwidth / 2)
         f, gate = jump(z, active.expand(threshold), self.config.bandwidth)
         l0 = self.mesh.batch_all_reduce_mean(self.mesh.latent_all_reduce_sum(gate.sum() / len(x)))

@@ -19,10 +19,10 @@ BLOCK = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
-    """warm_up: share of the run in which the penalty rises to its weight. aim: by how much the logarithm of the weight
-    follows L0 / k - 1 at each step (0: the weight stays as published). start: how many times k latents a token are
-    active at first, each latent equally often: the first steps are sparse, and no latent is dead (None: as published,
-    biases begin at 0). The last two are our own.
+    """warm_up: fraction of the run over which the penalty ramps up. aim: step of the log weight of the penalty towards
+    L0 = k, per unit of L0 / k - 1 (0: the weight stays as published). start: initial active latents per token, as a
+    multiple of k, each latent equally often: the first steps are sparse and no latent is dead (None: as published,
+    biases start at 0). aim and start are our own.
     """
 
     warm_up: float = 0.05

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rudder.sae_models.architectures import initial
+from rudder.sae_models.architectures import offsets
 from rudder.sae_models.architectures.architecture import Common, Loss, State
 from rudder.sae_models.architectures.topk import TopK
 from rudder.sae_models.sae import SAE
@@ -45,7 +45,7 @@ class Transcoder(TopK):
         """
         if target is None:
             raise ValueError("transcoder: a sample of outputs is needed beside the inputs")
-        offset = initial.OFFSETS[self.config.offset]
+        offset = offsets.OFFSETS[self.config.offset]
         self.centre.copy_(offset(sample))
         self.target_scale.copy_((target.shape[1] / target.square().sum(1).mean()).sqrt())
         scaled = target * self.target_scale

@@ -121,7 +121,7 @@ def train(run_config: Config, learners: Sequence[Learner], source: VectorSource,
     steps, done = run_config.tokens // run_config.batch, resume(learners, folder / CHECKPOINTS, mesh)
     order = stream.BatchOrder(run_config.batch, run_config.data.block, run_config.seed)
     batches = stream.prefetch(islice(stream.batches(source, order, done), steps - done))
-    intervals = [MeanMetrics() for _ in learners]
+    means = [MeanMetrics() for _ in learners]
     batch_size = run_config.batch
     with (
         Record(folder, done, mesh.is_leader) as record,
@@ -129,14 +129,12 @@ def train(run_config: Config, learners: Sequence[Learner], source: VectorSource,
         progress_bar(steps * batch_size, done * batch_size, mesh) as progress,
     ):
         for step, vectors in enumerate(batches, done + 1):
-            for learner, interval in zip(learners, intervals, strict=True):
-                interval.add(step_learner(learner, vectors, mesh))
+            for learner, mean in zip(learners, means, strict=True):
+                mean.add(step_learner(learner, vectors, mesh))
             progress.update(batch_size)
             is_checkpoint = step % run_config.checkpoint_every == 0 or step == steps
             if is_checkpoint or step % run_config.log_every == 0:
-                figures = {
-                    learner.spec.name: interval.pop(mesh) for learner, interval in zip(learners, intervals, strict=True)
-                }
+                figures = {learner.spec.name: mean.pop(mesh) for learner, mean in zip(learners, means, strict=True)}
                 require_finite(figures, step)
                 record.add("train", step, step * batch_size, figures)
                 progress.set_postfix(fvu=format_figures([values["fvu"] for values in figures.values()]), refresh=False)

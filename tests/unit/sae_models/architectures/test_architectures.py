@@ -74,7 +74,7 @@ def test_canonical_form_equals_the_module(name: str) -> None:
     g = torch.Generator().manual_seed(1)
     x, scale = 5 * torch.randn(64, 8, generator=g) + 3, 0.2
     target = 7 * torch.randn(64, 5, generator=g) + 1 if name == "transcoder" else None
-    # Thresholds set on x itself would lie on values of x.
+    # Thresholds initialised from x itself would coincide with pre-activations of x.
     module.initialise(x.roll(1, 1) * scale, target)
     if name == "transcoder":
         torch.nn.init.normal_(module.decoder, generator=g)

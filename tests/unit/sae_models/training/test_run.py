@@ -217,7 +217,7 @@ def test_stored_run_equals_live_run_up_to_rounding(complete_run: Config, tmp_pat
     stored, live = curve(Path(settings["out"])), curve(Path(complete_run.out))
     for name in {name for _, name, _ in live}:
         ours, wanted = ([at["fvu"] for _, sae, at in lines if sae == name] for lines in (stored, live))
-        # The same vectors in the same order; bfloat16 tells later.
+        # The same vectors in the same order; their rounding to bfloat16 shows in later steps.
         assert ours[:3] == pytest.approx(wanted[:3], rel=5e-3)
         assert ours == pytest.approx(wanted, rel=0.05)
     assert stored[-1][2]["l0"] == pytest.approx(live[-1][2]["l0"], rel=0.05)
@@ -240,7 +240,7 @@ def test_full_disk_leaves_no_partial_bundle_and_the_run_resumes(
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path, tokens=1280)))
     out = tmp_path / "run"
-    # A checkpoint of this run has 20 KB, its catalogue more than 60.
+    # A checkpoint of this run takes 20 KB, its catalogue more than 60 KB.
     with full_beyond(40_000):
         assert main([str(tmp_path / "run.yaml")]) == 2
     assert f"error: bundle: {out / 'model-layers.0'}: " in capsys.readouterr().err

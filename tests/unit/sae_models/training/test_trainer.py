@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rudder.sae_models.architectures import ARCHITECTURES, initial
+from rudder.sae_models.architectures import ARCHITECTURES, offsets
 from rudder.sae_models.architectures.schedule import ramp, trapezoid
 from rudder.sae_models.training import memory
 from rudder.sae_models.training.trainer import Config, Trainer
@@ -98,10 +98,10 @@ def test_schedules() -> None:
 def test_geometric_median_is_robust_to_outliers() -> None:
     x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([1.0, 2.0, 3.0])
     moved = torch.cat([x, torch.full((20, 3), 1000.0)])
-    assert float((initial.geometric_median(moved) - initial.geometric_median(x)).norm()) < 0.3
-    assert float((initial.mean(moved) - initial.mean(x)).norm()) > 100
+    assert float((offsets.geometric_median(moved) - offsets.geometric_median(x)).norm()) < 0.3
+    assert float((offsets.mean(moved) - offsets.mean(x)).norm()) > 100
     line = torch.tensor([[0.0], [1.0], [10.0]])
-    assert float(initial.geometric_median(line)) == pytest.approx(1, abs=1e-3)
+    assert float(offsets.geometric_median(line)) == pytest.approx(1, abs=1e-3)
 
 
 def test_keep_freed_changes_no_result() -> None:

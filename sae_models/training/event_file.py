@@ -12,7 +12,7 @@ from typing import Any
 VERSION = "brain.Event:2"
 
 
-class Board:
+class EventFile:
     """A new event file in a folder. TensorBoard shows the points of earlier files up to `first_step`, exclusive."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -43,6 +43,6 @@ class Board:
         self._records.write(self._events.Event(wall_time=time.time(), **fields).SerializeToString())
 
 
-def open_board(folder: Path, first_step: int) -> Board | None:
-    """Open a board, or return None if tensorboard is not installed."""
-    return Board(folder, first_step) if importlib.util.find_spec("tensorboard") else None
+def open_event_file(folder: Path, first_step: int) -> EventFile | None:
+    """Create an event file, or return None if tensorboard is not installed."""
+    return EventFile(folder, first_step) if importlib.util.find_spec("tensorboard") else None
