@@ -72,9 +72,9 @@ class Windows:
         """Select the windows with these indices [m]."""
         return Windows(self.tokens[index], self.counted[index], self.document[index])
 
-    def where(self, keep: Tensor) -> "Windows":
-        """Select the windows for which keep [n] is True."""
-        return self.take(keep.nonzero().flatten())
+    def where(self, mask: Tensor) -> "Windows":
+        """Select the windows for which mask [n] is True."""
+        return self.take(mask.nonzero().flatten())
 
     def shuffled(self, seed: int) -> "Windows":
         """Return all windows in random order, so that neighbours come from different documents."""

@@ -25,14 +25,14 @@ def load_image_processor(folder: Path) -> Any:
     return _from_pretrained(AutoImageProcessor, folder, "image processor")
 
 
-def _from_pretrained(kind: Any, folder: Path, what: str, **settings: Any) -> Any:
+def _from_pretrained(kind: Any, folder: Path, part: str, **settings: Any) -> Any:
     if not folder.is_dir():
         raise FileNotFoundError(f"model: {folder} is not a folder")
     try:
         return kind.from_pretrained(folder, **settings)
     # transformers documents no exception type for damaged files: parsers of several libraries raise their own.
     except Exception as error:
-        raise ValueError(f"model: {folder}: {what}: {str(error).strip().partition(chr(10))[0]}") from error
+        raise ValueError(f"model: {folder}: {part}: {str(error).strip().partition(chr(10))[0]}") from error
 
 
 def load_model(folder: Path, device: torch.device = CPU) -> Any:

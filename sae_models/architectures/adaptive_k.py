@@ -124,9 +124,9 @@ def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return _ridge(x, y, PENALTIES[errors.index(min(errors))])
 
 
-def _held_out(x: Tensor, y: Tensor, held: Tensor, penalty: float) -> float:
-    weight, offset = _ridge(x[~held], y[~held], penalty)
-    return float((x[held] @ weight + offset - y[held]).square().sum())
+def _held_out(x: Tensor, y: Tensor, mask: Tensor, penalty: float) -> float:
+    weight, offset = _ridge(x[~mask], y[~mask], penalty)
+    return float((x[mask] @ weight + offset - y[mask]).square().sum())
 
 
 def _ridge(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:

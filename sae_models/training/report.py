@@ -25,7 +25,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 COLUMNS = (
     ("l0", "L0", ".1f", "mean number of active latents a token"),
     ("fvu", "FVU", ".4f", "fraction of variance unexplained"),
-    ("ce_recovered", "CE recovered", ".4f", "share of the loss of mean ablation that the SAE saves"),
+    ("ce_recovered", "CE recovered", ".4f", "share of the loss increase of mean ablation that the SAE recovers"),
     ("kl", "KL", ".4f", "divergence of the spliced model from the model, nats a token"),
     ("dead_share", "dead", ".2%", "share of latents that never fired on the held-out tokens"),
     ("shrinkage", "shrinkage", ".3f", "relative reconstruction bias: below 1 the outputs are too small"),
@@ -87,16 +87,16 @@ def read(folder: Path) -> list[History]:
 
 def page(folder: Path, histories: Sequence[History]) -> str:
     """Return the HTML page."""
-    seen = max(tokens[-1] for tokens in (history.tokens for history in histories) if tokens)
+    trained_tokens = max(tokens[-1] for tokens in (history.tokens for history in histories) if tokens)
     count = f"{len(histories)} SAE{'s' if len(histories) > 1 else ''}"
     name = html.escape(folder.resolve().name)
     config = html.escape((folder / "config.yaml").read_text(encoding="utf-8"))
-    pictures = "".join(figures(histories))
+    plots = "".join(figures(histories))
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
-        f'<h1>{name}</h1><p class="note">{count}, {seen:,} tokens of training each</p>'
-        f"<h2>On what was held out</h2>{table(histories)}"
-        f'<h2>Pictures</h2>{legend(histories)}<div class="figures">{pictures}</div>'
+        f'<h1>{name}</h1><p class="note">{count}, {trained_tokens:,} tokens of training each</p>'
+        f"<h2>Held-out evaluation</h2>{table(histories)}"
+        f'<h2>Plots</h2>{legend(histories)}<div class="figures">{plots}</div>'
         f"<h2>Configuration</h2><pre>{config}</pre></html>\n"
     )
 
@@ -105,7 +105,7 @@ def table(histories: Sequence[History]) -> str:
     """Return a table of the figures of each evaluated SAE; a column without values is left out."""
     shown = [column for column in COLUMNS if any(column[0] in history.evaluation for history in histories)]
     if not shown:
-        return '<p class="note">The run has not come to its end: nothing is measured yet.</p>'
+        return '<p class="note">The run is not finished: nothing has been evaluated yet.</p>'
     header = "".join(f'<th title="{html.escape(text)}">{heading}</th>' for _, heading, _, text in shown)
     short = strip_common_prefix([history.name for history in histories])
     records = "".join(_table_record(history, short[history.name], shown) for history in histories)
@@ -137,16 +137,16 @@ def figures(histories: Sequence[History]) -> Iterator[str]:
     fvu, l0 = "FVU: share of variance unexplained", "L0: active latents a token"
     yield _figure("Reconstruction on the training stream.", trained, colours, _curve("fvu", fvu, log=True))
     yield _figure("Sparsity on the training stream.", trained, colours, _curve("l0", l0))
-    yield _figure("Latents that count as dead.", trained, colours, _curve("dead_share", "share of latents", share=True))
+    yield _figure("Share of dead latents.", trained, colours, _curve("dead_share", "share of latents", share=True))
     if len(evaluated) > 1:
-        caption = "Sparsity against reconstruction on held-out vectors. The line joins what no other beats in both."
+        caption = "Sparsity against reconstruction on held-out vectors. The line is the Pareto front."
         yield _figure(caption, evaluated, colours, pareto)
     if evaluated:
         density = _histogram("density", DENSITY, "share of tokens on which a latent fires", log=True)
-        caption = "How often latents fire on held-out vectors; those that never do are left out."
+        caption = "Firing frequency of latents on held-out vectors; latents that never fire are excluded."
         yield _figure(caption, evaluated, colours, density)
-        cosine = _histogram("decoder_cosine", COSINE, "largest cosine with another decoder row")
-        yield _figure("How close each latent's direction is to the nearest other.", evaluated, colours, cosine)
+        cosine = _histogram("decoder_cosine", COSINE, "largest cosine with another decoder vector")
+        yield _figure("Cosine of each decoder vector with its nearest neighbour.", evaluated, colours, cosine)
 
 
 Draw = Callable[[Any, Sequence[History], Mapping[str, str]], None]

@@ -218,8 +218,8 @@ def canonical(learner: Learner, sample: Vectors) -> SAE:
     """Return the inference form, assembled from the shards of all ranks."""
     x, scale = data.sae_inputs(learner.spec, sample), learner.trainer.scale
     template = init_architecture(learner.spec, x.shape[-1]).to(x.device)
-    whole = shards.unshard(learner.trainer.architecture, template)
-    return whole.canonical(scale, x * scale)
+    architecture = shards.unshard(learner.trainer.architecture, template)
+    return architecture.canonical(scale, x * scale)
 
 
 def export_bundles(

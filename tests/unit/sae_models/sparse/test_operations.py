@@ -52,15 +52,19 @@ def test_gradients_of_a_topk_step_equal_those_of_dense_autograd(
     k = data.draw(st.integers(1, min(7, latents)))
     leaves = x, encoder, bias, decoder = problem(seed, n, d, latents)
     z, active = sparse.top_k(x, EncoderWeights(encoder, bias, torch.float32), k)
-    ours = active.decode(z.relu(), decoder)
+    sparse_output = active.decode(z.relu(), decoder)
     full = x @ encoder.T + bias
     top = full.topk(k, dim=1)
-    theirs = torch.zeros_like(full).scatter(1, top.indices, top.values.relu()) @ decoder
-    assert torch.allclose(ours, theirs, atol=1e-4)
-    for mine, dense in zip(
-        gradients(nonuniform_loss(ours), *leaves), gradients(nonuniform_loss(theirs), *leaves), strict=True
+    dense_output = torch.zeros_like(full).scatter(1, top.indices, top.values.relu()) @ decoder
+    assert torch.allclose(sparse_output, dense_output, atol=1e-4)
+    for sparse_gradient, dense_gradient in zip(
+        gradients(nonuniform_loss(sparse_output), *leaves),
+        gradients(nonuniform_loss(dense_output), *leaves),
+        strict=True,
     ):
-        assert float((mine - dense).abs().max()) <= 1e-5 * max(1.0, float(dense.abs().max()))
+        assert float((sparse_gradient - dense_gradient).abs().max()) <= 1e-5 * max(
+            1.0, float(dense_gradient.abs().max())
+        )
 
 
 @settings(max_examples=40, deadline=None)

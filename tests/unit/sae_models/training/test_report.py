@@ -84,7 +84,7 @@ def test_single_sae_has_no_pareto_plot(tmp_path: Path) -> None:
 def test_unfinished_run_is_reported(tmp_path: Path) -> None:
     page = read(write_run(tmp_path, {"k16": EVALUATION}, whole=False))
     assert (page.cells, len(page.pictures)) == ([], 3)
-    assert "not come to its end" in (tmp_path / report.REPORT).read_text()
+    assert "The run is not finished" in (tmp_path / report.REPORT).read_text()
 
 
 def test_names_and_configuration_are_escaped(tmp_path: Path) -> None:
