@@ -37,8 +37,8 @@ def run(
     kind = ARCHITECTURES[name]
     defaults: dict[str, Any] = {"latents": 96, "k": 4, "learning_rate": 3e-3, "precision": "float32"}
     # Another seed than the stream's: the same random directions would be the first dictionary.
-    architecture = kind(d, kind.config_type(**(defaults | settings)), torch.Generator().manual_seed(1000 + seed))
-    trained = Trainer(architecture, trainer.Config(steps * batch, dead_after=20_000))
+    made = kind(d, kind.config_type(**(defaults | settings)), torch.Generator().manual_seed(1000 + seed))
+    trained = Trainer(made, trainer.Config(steps * batch, dead_after=20_000))
     trained.initialise(*as_tuple(stream(8192)))
     for _ in range(steps):
         trained.step(*as_tuple(stream(batch)))
