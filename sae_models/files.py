@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one process writes."""
+"""Atomic file writes, and folders with a single writer."""
 
 import fcntl
 import os
@@ -9,13 +9,13 @@ from pathlib import Path
 PARTIAL = ".partial"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file beside `path` and moves it there once it is on the disk. OSError that names it, and no file, if it
-    cannot.
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file beside `path`, flush it to disk and rename it to `path`. On failure raise OSError with the path of
+    the file and leave no file behind.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with naming(path), partial.open("wb") as file:
+        with naming_file_in_errors(path), partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -27,8 +27,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Within the block an OSError names the file: those of writing do not."""
+def naming_file_in_errors(path: Path) -> Iterator[None]:
+    """Within the block, re-raise an OSError with the path of the file: errors of write() carry none."""
     try:
         yield
     except OSError as error:
@@ -36,8 +36,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Within the block no other process holds the folder, which is made. BlockingIOError: one does."""
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Within the block, hold an exclusive lock on the folder, creating the folder if necessary. Raise BlockingIOError
+    if another process holds the lock.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:

@@ -1,15 +1,17 @@
-"""Packages that only some work needs."""
+"""Optional dependencies, imported where they are needed."""
 
 import importlib
 from typing import Any
 
 
 class MissingPackage(ValueError):
-    """A package that is not installed; the message says what for and how to get it."""
+    """An optional package is not installed. The message says what needs it and how to install it."""
 
 
-def extra(module: str, purpose: str) -> Any:
-    """The module. MissingPackage: its package is not installed."""
+def import_optional(module: str, purpose: str) -> Any:
+    """Import a module of an optional package. Raise MissingPackage if it is not installed; `purpose` begins the
+    message.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:

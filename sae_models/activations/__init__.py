@@ -1,1 +1,1 @@
-"""Activations of a model: corpora, hooks, harvest, store and stream."""
+"""Activations of a model: corpus, hooks, harvest, store, stream and samples."""

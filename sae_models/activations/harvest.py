@@ -1,4 +1,4 @@
-"""Activations of a transformers model at chosen sites, pass by pass."""
+"""Run a transformers model over text and yield its activations at chosen sites, batch by batch."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,53 +9,53 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from rudder.sae_models.activations.corpus import Windows
-from rudder.sae_models.activations.hooks import Site, layers_of, module_at, recorded
+from rudder.sae_models.activations.hooks import Site, captured, layers_of, module_at
 
-WINDOWS_A_PASS = 32
+WINDOWS_PER_PASS = 32
 CPU = torch.device("cpu")
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint. ValueError: there is none, or it is damaged."""
-    return _read(AutoTokenizer, folder, "tokenizer")
+    """Load the tokenizer of a checkpoint. Raise ValueError if it is missing or damaged."""
+    return _from_pretrained(AutoTokenizer, folder, "tokenizer")
 
 
 def load_image_processor(folder: Path) -> Any:
-    """What makes a vision model's inputs of images. ValueError: there is none, or it is damaged."""
-    return _read(AutoImageProcessor, folder, "image processor")
+    """Load the image processor of a vision checkpoint. Raise ValueError if it is missing or damaged."""
+    return _from_pretrained(AutoImageProcessor, folder, "image processor")
 
 
-def _read(kind: Any, folder: Path, what: str, **settings: Any) -> Any:
+def _from_pretrained(kind: Any, folder: Path, part: str, **settings: Any) -> Any:
     if not folder.is_dir():
         raise FileNotFoundError(f"model: {folder} is not a folder")
     try:
         return kind.from_pretrained(folder, **settings)
-    # transformers raises whatever its readers meet in a damaged file.
+    # transformers documents no exception type for damaged files: parsers of several libraries raise their own.
     except Exception as error:
-        raise ValueError(f"model: {folder}: {what}: {str(error).strip().partition(chr(10))[0]}") from error
+        raise ValueError(f"model: {folder}: {part}: {str(error).strip().partition(chr(10))[0]}") from error
 
 
 def load_model(folder: Path, device: torch.device = CPU) -> Any:
-    """A checkpoint in float32: a causal LM with its head, of any other kind the bare model, of an encoder with a
-    decoder the encoder. FileNotFoundError: not a checkpoint. ValueError: it is damaged.
+    """Load a checkpoint in float32: a causal LM with its head, the encoder of an encoder-decoder, the bare model
+    otherwise. Raise FileNotFoundError if the folder is not a checkpoint, ValueError if it is damaged.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model: no config.json in {folder}")
-    config = _read(AutoConfig, folder, "config.json")
-    kind = AutoModelForCausalLM if speaks(config) else AutoModel
-    model = _read(kind, folder, "weights", dtype=torch.float32).eval().to(device)
-    # Nothing here is read one token at a time.
+    config = _from_pretrained(AutoConfig, folder, "config.json")
+    kind = AutoModelForCausalLM if is_causal_lm(config) else AutoModel
+    model = _from_pretrained(kind, folder, "weights", dtype=torch.float32).eval().to(device)
+    # Every forward pass covers whole windows, so a KV cache would only cost memory.
     model.config.get_text_config().use_cache = False
     return model.get_encoder() if config.is_encoder_decoder else model
 
 
-def speaks(config: Any) -> bool:
-    """Whether a configuration is of a causal language model."""
+def is_causal_lm(config: Any) -> bool:
+    """Return whether a model configuration describes a causal language model."""
     return any("CausalLM" in name or name == "GPT2LMHeadModel" for name in config.architectures or ())
 
 
 def load_trunk(folder: Path, *sites: Site, device: torch.device = CPU) -> Any:
-    """A checkpoint's model without the layers above the deepest site. ValueError: the model lacks a site."""
+    """Load a checkpoint's model without the layers above the deepest site. Raise ValueError if it lacks a site."""
     model = load_model(folder, device)
     for site in sites:
         module_at(model, site)
@@ -66,36 +66,40 @@ def load_trunk(folder: Path, *sites: Site, device: torch.device = CPU) -> Any:
 
 
 @torch.no_grad()
-def activations(trunk: Any, sites: Sequence[Site], passes: Iterable[Mapping[str, Tensor]]) -> Iterator[list[Tensor]]:
-    """Pass by pass the vectors [batch, length, d] at each site; a pass is the keyword arguments of a forward."""
-    with recorded(trunk, sites) as seen:
-        for inputs in passes:
+def activations(trunk: Any, sites: Sequence[Site], batches: Iterable[Mapping[str, Tensor]]) -> Iterator[list[Tensor]]:
+    """Yield, for each batch, the vectors [batch, length, d] at each site. A batch is the keyword arguments of one
+    forward pass.
+    """
+    with captured(trunk, sites) as vectors:
+        for inputs in batches:
             trunk.base_model(**{name: value.to(trunk.device) for name, value in inputs.items()})
-            # Some layers flatten the batch for their MLP.
+            # Some layers flatten batch and length before their MLP.
             batch = len(next(iter(inputs.values())))
-            yield [(x := seen.pop(site)).view(batch, -1, x.shape[-1]) for site in sites]
+            yield [(x := vectors.pop(site)).view(batch, -1, x.shape[-1]) for site in sites]
 
 
-def text_passes(trunk: Any, windows: Windows) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Windows as the inputs of passes, and what is counted in each [windows, length]."""
-    causal = speaks(trunk.config)
-    for start in range(0, len(windows), WINDOWS_A_PASS):
-        part = windows.take(torch.arange(start, min(start + WINDOWS_A_PASS, len(windows))))
-        inputs = {"input_ids": part.tokens}
+def text_inputs(trunk: Any, windows: Windows) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Yield the inputs of one forward pass and the mask of counted positions [windows, length]."""
+    causal = is_causal_lm(trunk.config)
+    for start in range(0, len(windows), WINDOWS_PER_PASS):
+        batch = windows.take(torch.arange(start, min(start + WINDOWS_PER_PASS, len(windows))))
+        inputs = {"input_ids": batch.tokens}
         if not causal:
-            # Padding is at the end, so in a causal model nothing that counts can see it.
-            inputs["attention_mask"] = part.attended.long()
-        yield inputs, part.counted
+            # Padding is on the right: in a causal model no counted position attends to it.
+            inputs["attention_mask"] = batch.attention_mask.long()
+        yield inputs, batch.counted
 
 
 def text_activations(trunk: Any, sites: Sequence[Site], windows: Windows) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Pass by pass: at each site [windows, length, d], and counted [windows, length], without BOS and padding."""
-    vectors = activations(trunk, sites, (inputs for inputs, _ in text_passes(trunk, windows)))
-    for seen, (_, counted) in zip(vectors, text_passes(trunk, windows), strict=True):
-        yield seen, counted.to(trunk.device)
+    """Yield, for each batch, the vectors [windows, length, d] at each site, and the mask of counted positions [windows,
+    length], which excludes BOS and padding.
+    """
+    batches = activations(trunk, sites, (inputs for inputs, _ in text_inputs(trunk, windows)))
+    for vectors, (_, counted) in zip(batches, text_inputs(trunk, windows), strict=True):
+        yield vectors, counted.to(trunk.device)
 
 
 def residuals(trunk: Any, site: Site, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
-    """`text_activations` of one site."""
+    """Yield `text_activations` of a single site."""
     for (x,), counted in text_activations(trunk, [site], windows):
         yield x, counted

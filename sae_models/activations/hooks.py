@@ -1,4 +1,4 @@
-"""Where in a transformers model vectors are read or replaced."""
+"""Forward hooks that read or replace activations of a transformers model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from rudder.sae_models import hookpoints as points
+from rudder.sae_models import hookpoints
 
 Edit = Callable[[Tensor], Tensor | None]
 
-# Where in a layer a branch is, the first that the layer has: the norm or scale behind the branch where there is one,
-# and in post-norm encoders the projection, because what surrounds it already holds the residual stream.
+# Candidate module paths of each branch inside a layer; the first that exists is hooked. The norm or scale after the
+# branch comes first. In post-norm encoders it is the projection: the enclosing module already adds the residual.
 BRANCHES = {
     "attn_out": ("layer_scale1", "attention.output.dense", "self_attn", "attn", "attention"),
     "mlp_in": ("intermediate", "mlp", "fc1", "feed_forward"),
@@ -24,8 +24,8 @@ SANDWICH = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward
 
 @dataclass(frozen=True)
 class Site:
-    """`layers.<layer>.<point>`: what the layer is given or returns, the stream between its branches, what its MLP is
-    given, what a branch adds.
+    """`layers.<layer>.<point>`: input or output of a layer (resid_pre, resid_post), residual stream between its
+    branches (resid_mid), input of its MLP (mlp_in), or output of a branch (attn_out, mlp_out).
     """
 
     layer: int
@@ -36,13 +36,13 @@ class Site:
 
 
 def parse_site(text: str) -> Site:
-    """ValueError: the text does not name a site."""
-    return Site(*points.parse(text))
+    """Parse a site name. Raise ValueError if the text is not one."""
+    return Site(*hookpoints.parse(text))
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The layers of a model: its one outermost list of modules, or of several the one with as many as the text part
-    of its configuration says. ValueError: none, or no telling which.
+    """Return the decoder layers of a model: its only outermost ModuleList or, if there are several, the one whose
+    length is `num_hidden_layers` of the text config. Raise ValueError if there is no such list or more than one.
     """
     lists, settings = list(_outermost(model)), getattr(model, "config", None)
     if len(lists) > 1 and isinstance(settings, PreTrainedConfig):
@@ -62,7 +62,7 @@ def _outermost(module: nn.Module) -> Iterator[nn.ModuleList]:
 
 
 def layer_at(model: nn.Module, site: Site) -> nn.Module:
-    """The layer of a site. ValueError: the model has no such layer."""
+    """Return the layer of a site. Raise ValueError if the model has no such layer."""
     layers = layers_of(model)
     if site.layer >= len(layers):
         raise ValueError(f"site: layer {site.layer} is not in 0..{len(layers) - 1}")
@@ -70,13 +70,15 @@ def layer_at(model: nn.Module, site: Site) -> nn.Module:
 
 
 def module_at(model: nn.Module, site: Site) -> nn.Module:
-    """The module that is given (`resid_pre`, `mlp_in`) or returns (the others) the vectors. ValueError: none does.
+    """Return the module whose input (`resid_pre`, `mlp_in`) or output (other points) is the site's vectors. Raise
+    ValueError if there is none.
 
-    For `resid_mid` it is that of `attn_out`, which returns what is to be added to what the layer was given.
+    For `resid_mid` this is the module of `attn_out`: its output plus the layer's input is the residual stream between
+    the branches.
     """
     layer = layer_at(model, site)
     if site.point == "resid_mid":
-        if not points.has_resid_mid(layer):
+        if not hookpoints.has_resid_mid(layer):
             raise ValueError(f"site: {site}: the branches of {type(layer).__name__} do not follow one another")
         return module_at(model, Site(site.layer, "attn_out"))
     if site.point not in BRANCHES:
@@ -98,25 +100,32 @@ def _attribute(module: Any, path: str) -> Any:
 
 @contextmanager
 def hooked(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
-    """Within the block, `edit` sees the vectors [batch, length, d] at the site; what it returns replaces them."""
+    """Within the block, call `edit` with the vectors [batch, length, d] at the site; a tensor that it returns replaces
+    them.
+    """
     module = module_at(model, site)
     with ExitStack() as stack:
         if site.point in ("resid_pre", "mlp_in"):
             handle = module.register_forward_pre_hook(_on_input(edit), with_kwargs=True)
         elif site.point == "resid_mid":
-            given: list[Tensor] = []
-            keep = _on_input(lambda x: given.append(x))
-            stack.callback(layer_at(model, site).register_forward_pre_hook(keep, with_kwargs=True).remove)
-            handle = module.register_forward_hook(_on_output(lambda added: _displaced(edit, given.pop(), added)))
+            layer_input: list[Tensor] = []
+            remember = _on_input(lambda x: layer_input.append(x))
+            stack.callback(layer_at(model, site).register_forward_pre_hook(remember, with_kwargs=True).remove)
+            handle = module.register_forward_hook(
+                _on_output(lambda branch_output: _edit_residual_mid(edit, layer_input.pop(), branch_output))
+            )
         else:
             handle = module.register_forward_hook(_on_output(edit))
         stack.callback(handle.remove)
         yield
 
 
-def _displaced(edit: Edit, given: Tensor, added: Tensor) -> Tensor | None:
-    edited = edit(given + added)
-    return None if edited is None else edited - given
+def _edit_residual_mid(edit: Edit, layer_input: Tensor, branch_output: Tensor) -> Tensor | None:
+    """Apply `edit` to layer_input + branch_output and return the branch output that yields the edited sum. resid_mid is
+    not the output of any module, so the edit is folded into the branch.
+    """
+    edited = edit(layer_input + branch_output)
+    return None if edited is None else edited - layer_input
 
 
 def _on_input(edit: Edit) -> Callable[..., Any]:
@@ -141,17 +150,17 @@ def _on_output(edit: Edit) -> Callable[..., Any]:
 
 
 @contextmanager
-def recorded(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
-    """Within the block, each forward pass leaves the vectors [batch, length, d] of every site in the mapping."""
-    seen: dict[Site, Tensor] = {}
+def captured(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
+    """Within the block, each forward pass stores the vectors [batch, length, d] of every site in the mapping."""
+    vectors: dict[Site, Tensor] = {}
     with ExitStack() as stack:
         for site in sites:
-            stack.enter_context(hooked(model, site, _keep(seen, site)))
-        yield seen
+            stack.enter_context(hooked(model, site, _store(vectors, site)))
+        yield vectors
 
 
-def _keep(seen: dict[Site, Tensor], site: Site) -> Edit:
-    def keep(x: Tensor) -> None:
-        seen[site] = x
+def _store(vectors: dict[Site, Tensor], site: Site) -> Edit:
+    def store(x: Tensor) -> None:
+        vectors[site] = x
 
-    return keep
+    return store

@@ -1,4 +1,4 @@
-"""The text an SAE is measured on, and what its model makes of it at the sites that are read and written."""
+"""Text samples on which an SAE is evaluated, and the activations of its model on them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from rudder.sae_models.activations import corpus, harvest
 from rudder.sae_models.activations.corpus import Document, Windows
 from rudder.sae_models.activations.hooks import parse_site
 
-LENGTH = 256
-MOST_CHARACTERS_A_TOKEN = 12
+WINDOW_LENGTH = 256
+MAX_CHARACTERS_PER_TOKEN = 12
 
 
-class Shape(NamedTuple):
-    """Of a model: the width of its residual stream, and how many layers it has."""
+class ModelShape(NamedTuple):
+    """Width of the residual stream and number of layers of a model."""
 
     hidden_size: int
     layers: int
 
 
 @dataclass(frozen=True)
-class Material:
-    """A model up to the layers that are read, its tokenizer, and documents cut into windows in random order."""
+class TextSample:
+    """A model truncated above the deepest site, its tokenizer, and documents cut into windows in random order."""
 
     trunk: Any
     tokenizer: Any
@@ -35,52 +35,58 @@ class Material:
     windows: Windows
 
 
-def shape_of(model: Path) -> Shape:
-    """Of a checkpoint's folder, from its configuration. FileNotFoundError: not a checkpoint."""
+def read_model_shape(model: Path) -> ModelShape:
+    """Read a checkpoint's shape from its configuration. Raise FileNotFoundError if the folder is not a checkpoint."""
     if not (model / "config.json").is_file():
         raise FileNotFoundError(f"model: no config.json in {model}")
     config = AutoConfig.from_pretrained(model).get_text_config()
-    return Shape(config.hidden_size, config.num_hidden_layers)
+    return ModelShape(config.hidden_size, config.num_hidden_layers)
 
 
-def material(model: Path, sites: Sequence[str], text: Path, tokens: int) -> Material:
-    """About `tokens` tokens of the text. ValueError: the model lacks a site; CorpusError: the file."""
-    known = [parse_site(site) for site in sites]
-    documents = some_of(corpus.read(text), tokens)
+def load_text_sample(model: Path, sites: Sequence[str], corpus_path: Path, tokens: int) -> TextSample:
+    """Load a model and about `tokens` tokens of a corpus. Raise ValueError if the model lacks a site, CorpusError if
+    the corpus cannot be read.
+    """
+    parsed = [parse_site(site) for site in sites]
+    documents = sample_documents(corpus.read(corpus_path), tokens)
     tokenizer = harvest.load_tokenizer(model)
-    windows = corpus.windows(documents, tokenizer, LENGTH).shuffled(0).first(tokens)
-    return Material(harvest.load_trunk(model, *known), tokenizer, documents, windows)
+    windows = corpus.windows(documents, tokenizer, WINDOW_LENGTH).shuffled(0).first(tokens)
+    return TextSample(harvest.load_trunk(model, *parsed), tokenizer, documents, windows)
 
 
-def some_of(documents: Sequence[Document], tokens: int) -> list[Document]:
-    """Documents in random order, as many as surely hold so many tokens, so that no more are cut than are read."""
+def sample_documents(documents: Sequence[Document], tokens: int) -> list[Document]:
+    """Return randomly chosen documents that hold at least `tokens` tokens, estimated from their length, so that the
+    rest of the corpus is never tokenized.
+    """
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
-    held = torch.tensor([len(documents[place].text) for place in order]).cumsum(0)
-    needed = int((held < tokens * MOST_CHARACTERS_A_TOKEN).sum()) + 1
-    return [documents[place] for place in order[:needed]]
+    characters = torch.tensor([len(documents[index].text) for index in order]).cumsum(0)
+    count = int((characters < tokens * MAX_CHARACTERS_PER_TOKEN).sum()) + 1
+    return [documents[index] for index in order[:count]]
 
 
-def passes(using: Material, sites: Sequence[str], windows: Windows) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """`harvest.text_activations` at sites by name."""
-    return harvest.text_activations(using.trunk, [parse_site(site) for site in sites], windows)
+def site_activations(text: TextSample, sites: Sequence[str], windows: Windows) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Yield `harvest.text_activations` at sites given by name."""
+    return harvest.text_activations(text.trunk, [parse_site(site) for site in sites], windows)
 
 
-def inputs(using: Material, sites: Sequence[str], windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
-    """`passes` as an SAE reads them: [windows, length, d] of one site, [windows, length, L, d] of several."""
-    for found, counted in passes(using, sites, windows):
-        yield found[0] if len(sites) == 1 else torch.stack(found, dim=-2), counted
+def sae_inputs(text: TextSample, sites: Sequence[str], windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield `site_activations` in the shape that an SAE reads: [windows, length, d] for one site, [windows, length, L,
+    d] for several.
+    """
+    for vectors, counted in site_activations(text, sites, windows):
+        yield vectors[0] if len(sites) == 1 else torch.stack(vectors, dim=-2), counted
 
 
-def sample(using: Material, sites: Sequence[str], tokens: int) -> dict[str, Tensor]:
-    """The first tokens [n, d] at each site."""
-    chosen = using.windows.first(tokens)
-    total = -(-len(chosen) // harvest.WINDOWS_A_PASS)
-    seen = tqdm(passes(using, sites, chosen), total=total, unit="pass", desc="figures")
-    parts = [[x[counted] for x in found] for found, counted in seen]
+def sample_vectors(text: TextSample, sites: Sequence[str], tokens: int) -> dict[str, Tensor]:
+    """Return the vectors [n, d] at each site of the first `tokens` counted tokens."""
+    windows = text.windows.first(tokens)
+    total = -(-len(windows) // harvest.WINDOWS_PER_PASS)
+    batches = tqdm(site_activations(text, sites, windows), total=total, unit="pass", desc="figures")
+    parts = [[x[counted] for x in vectors] for vectors, counted in batches]
     return {site: torch.cat([part[i] for part in parts])[:tokens] for i, site in enumerate(sites)}
 
 
-def neighbours(site: str, layers: int) -> list[str]:
-    """The same point one layer down and one up, of a model of so many layers."""
-    found = parse_site(site)
-    return [f"layers.{n}.{found.point}" for n in (found.layer - 1, found.layer + 1) if 0 <= n < layers]
+def adjacent_sites(site: str, layers: int) -> list[str]:
+    """Return the sites of the same hook point one layer below and one above, within a model of `layers` layers."""
+    parsed = parse_site(site)
+    return [f"layers.{n}.{parsed.point}" for n in (parsed.layer - 1, parsed.layer + 1) if 0 <= n < layers]

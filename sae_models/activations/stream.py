@@ -1,7 +1,7 @@
-"""Batches of vectors in an order that mixes documents and that can be entered anywhere.
+"""Batches of vectors in an order that mixes documents and can be resumed at any batch.
 
-The order is a function of the seed alone: each pass over the data permutes all chunks, gathers them in blocks that fit
-in memory, and permutes the vectors of each block. A position is the number of a batch.
+The order depends on the seed alone: each epoch permutes all chunks, loads them in blocks that fit in memory, and
+permutes the vectors of each block. The number of a batch is therefore the whole state of the stream.
 """
 
 import queue
@@ -16,147 +16,158 @@ import torch
 from torch import Tensor
 
 from rudder.sae_models.activations.corpus import Windows
-from rudder.sae_models.activations.harvest import WINDOWS_A_PASS, text_activations
+from rudder.sae_models.activations.harvest import WINDOWS_PER_PASS, text_activations
 from rudder.sae_models.activations.hooks import Site
 
 Vectors = Mapping[str, Tensor]
-"""By the name of the site, [n, d]; the same row is the same token at every site."""
+"""Site name to vectors [n, d]; index i is the same token at every site."""
 
 
-class Source(Protocol):
-    """Vectors in numbered chunks."""
+class VectorSource(Protocol):
+    """Vectors in numbered chunks, loadable in any order."""
 
     @property
-    def sizes(self) -> Sequence[int]:
-        """Vectors in each chunk."""
+    def chunk_sizes(self) -> Sequence[int]:
+        """Number of vectors in each chunk."""
 
     def load(self, chunks: Sequence[int]) -> Vectors:
-        """The vectors of some chunks, one after the other."""
+        """Return the vectors of some chunks, concatenated."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """How a source is read: vectors a batch, vectors in memory, and the seed of the permutations."""
+class BatchOrder:
+    """Vectors per batch, vectors held in memory at once (a block), and the seed of the permutations."""
 
-    batch: int
-    block: int
+    batch_size: int
+    block_size: int
     seed: int
 
 
 @dataclass(frozen=True)
-class Live:
-    """Windows as a source: each pass of the model is a chunk, harvested when it is asked for."""
+class TextSource:
+    """A vector source over windows of text; each chunk is one forward pass, run when it is loaded."""
 
     trunk: Any
     sites: tuple[Site, ...]
     windows: Windows
 
     @cached_property
-    def sizes(self) -> list[int]:
-        """Counted tokens of each pass."""
-        return [int(counted.sum()) for counted in self.windows.counted.split(WINDOWS_A_PASS)]
+    def chunk_sizes(self) -> list[int]:
+        """Number of counted tokens in each chunk."""
+        return [int(counted.sum()) for counted in self.windows.counted.split(WINDOWS_PER_PASS)]
 
     def load(self, chunks: Sequence[int]) -> Vectors:
-        """Runs the model."""
-        rows = torch.arange(len(self.windows)).split(WINDOWS_A_PASS)
-        # A pass is the same whatever passes are asked for with it.
-        found = [self._harvested(self.windows.take(rows[chunk])) for chunk in chunks]
-        return {str(site): torch.cat([parts[at] for parts in found]) for at, site in enumerate(self.sites)}
+        """Run the model on some chunks."""
+        indices = torch.arange(len(self.windows)).split(WINDOWS_PER_PASS)
+        # One forward pass per chunk: batching chunks together would change the rounding of their vectors.
+        batches = [self._vectors(self.windows.take(indices[chunk])) for chunk in chunks]
+        return {
+            str(site): torch.cat([vectors[position] for vectors in batches]) for position, site in enumerate(self.sites)
+        }
 
-    def _harvested(self, windows: Windows) -> list[Tensor]:
-        ((seen, counted),) = text_activations(self.trunk, self.sites, windows)
-        return [x[counted] for x in seen]
+    def _vectors(self, windows: Windows) -> list[Tensor]:
+        ((vectors, counted),) = text_activations(self.trunk, self.sites, windows)
+        return [x[counted] for x in vectors]
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """A source of windows, and beside its vectors a number of each token's window, [n, 1], under a name of its own."""
+class LabelledSource:
+    """A text source that also returns one label per window [n], repeated for each of its tokens, as [tokens, 1] under
+    `name`.
+    """
 
-    source: Source
+    source: VectorSource
     windows: Windows
     name: str
-    number: Tensor
+    labels: Tensor
 
     @property
-    def sizes(self) -> Sequence[int]:
-        """Counted tokens of each pass."""
-        return self.source.sizes
+    def chunk_sizes(self) -> Sequence[int]:
+        """Number of counted tokens in each chunk."""
+        return self.source.chunk_sizes
 
     def load(self, chunks: Sequence[int]) -> Vectors:
-        """The source's vectors, and the numbers."""
-        rows = torch.arange(len(self.windows)).split(WINDOWS_A_PASS)
-        chosen = torch.cat([rows[chunk] for chunk in chunks])
-        numbers = self.number[chosen].repeat_interleave(self.windows.counted[chosen].sum(1))
-        return {**self.source.load(chunks), self.name: numbers[:, None]}
+        """Return the source's vectors and the labels."""
+        indices = torch.arange(len(self.windows)).split(WINDOWS_PER_PASS)
+        selected = torch.cat([indices[chunk] for chunk in chunks])
+        per_token = self.labels[selected].repeat_interleave(self.windows.counted[selected].sum(1))
+        return {**self.source.load(chunks), self.name: per_token[:, None]}
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some chunks of a source."""
+class SourceSubset:
+    """A vector source restricted to some chunks of another."""
 
-    source: Source
+    source: VectorSource
     chunks: Sequence[int]
 
     @cached_property
-    def sizes(self) -> Sequence[int]:
-        """Vectors in each."""
-        return [self.source.sizes[chunk] for chunk in self.chunks]
+    def chunk_sizes(self) -> Sequence[int]:
+        """Number of vectors in each chunk."""
+        return [self.source.chunk_sizes[chunk] for chunk in self.chunks]
 
     def load(self, chunks: Sequence[int]) -> Vectors:
-        """The source's vectors."""
+        """Return the source's vectors."""
         return self.source.load([self.chunks[chunk] for chunk in chunks])
 
 
-def batches(source: Source, order: Order, start: int = 0) -> Iterator[Vectors]:
-    """Batches from the one numbered `start` on, float32, without end. What is left at the end of a pass is dropped.
+def batches(source: VectorSource, order: BatchOrder, start: int = 0) -> Iterator[Vectors]:
+    """Yield float32 batches from number `start` on, without end. The incomplete batch at the end of an epoch is
+    dropped.
 
-    ValueError: there are fewer vectors than a batch.
+    Raise ValueError if the source holds fewer vectors than a batch.
     """
-    a_pass = sum(source.sizes) // order.batch
-    if a_pass == 0:
-        raise ValueError(f"batch: {order.batch} vectors, the data hold {sum(source.sizes)}")
-    number, skipped = divmod(start, a_pass)
+    batches_per_epoch = sum(source.chunk_sizes) // order.batch_size
+    if batches_per_epoch == 0:
+        raise ValueError(f"batch: {order.batch_size} vectors, the data hold {sum(source.chunk_sizes)}")
+    epoch, skipped = divmod(start, batches_per_epoch)
     while True:
-        yield from _pass(source, order, number, skipped * order.batch)
-        number, skipped = number + 1, 0
+        yield from _epoch_batches(source, order, epoch, skipped * order.batch_size)
+        epoch, skipped = epoch + 1, 0
 
 
-def _pass(source: Source, order: Order, number: int, skipped: int) -> Iterator[Vectors]:
-    """The batches of one pass, less the first `skipped` vectors."""
-    rest: Vectors = {}
-    for index, (chunks, size) in enumerate(_blocks(source.sizes, order, number)):
+def _epoch_batches(source: VectorSource, order: BatchOrder, epoch: int, skipped: int) -> Iterator[Vectors]:
+    """Yield the batches of one epoch after its first `skipped` vectors, a multiple of the batch size."""
+    # A batch may straddle two blocks: the vectors beyond the last whole batch of a block go in front of the next.
+    remainder: Vectors = {}
+    for index, (chunks, size) in enumerate(_blocks(source.chunk_sizes, order, epoch)):
+        # Skipped blocks are never loaded, so resuming late in an epoch costs nothing.
         if skipped >= size:
             skipped -= size
             continue
-        shuffled = np.random.default_rng((order.seed, number, 1 + index)).permutation(size)[skipped:]
+        shuffled = np.random.default_rng((order.seed, epoch, 1 + index)).permutation(size)[skipped:]
         skipped = 0
-        rows = torch.from_numpy(shuffled)
-        block = {name: _joined(rest.get(name), x[rows.to(x.device)]) for name, x in source.load(chunks).items()}
-        count = (len(rows) + len(next(iter(rest.values()), ()))) // order.batch * order.batch
-        for first in range(0, count, order.batch):
-            yield {name: x[first : first + order.batch].float() for name, x in block.items()}
-        rest = {name: x[count:].clone() for name, x in block.items()}
+        indices = torch.from_numpy(shuffled)
+        block = {
+            name: _concatenate(remainder.get(name), x[indices.to(x.device)]) for name, x in source.load(chunks).items()
+        }
+        count = (len(indices) + len(next(iter(remainder.values()), ()))) // order.batch_size * order.batch_size
+        for first in range(0, count, order.batch_size):
+            yield {name: x[first : first + order.batch_size].float() for name, x in block.items()}
+        remainder = {name: x[count:].clone() for name, x in block.items()}
 
 
-def _joined(first: Tensor | None, second: Tensor) -> Tensor:
+def _concatenate(first: Tensor | None, second: Tensor) -> Tensor:
     return second if first is None else torch.cat([first, second])
 
 
-def _blocks(sizes: Sequence[int], order: Order, number: int) -> Iterator[tuple[list[int], int]]:
-    """All chunks in a random order, in groups of at least a block, and the vectors of each group."""
-    group, held = [], 0
-    for chunk in np.random.default_rng((order.seed, number, 0)).permutation(len(sizes)).tolist():
+def _blocks(chunk_sizes: Sequence[int], order: BatchOrder, epoch: int) -> Iterator[tuple[list[int], int]]:
+    """Yield all chunks in random order, grouped into blocks of at least `block_size` vectors, with the size of each
+    block.
+    """
+    group, size = [], 0
+    for chunk in np.random.default_rng((order.seed, epoch, 0)).permutation(len(chunk_sizes)).tolist():
         group.append(chunk)
-        held += sizes[chunk]
-        if held >= order.block:
-            yield group, held
-            group, held = [], 0
-    if held:
-        yield group, held
+        size += chunk_sizes[chunk]
+        if size >= order.block_size:
+            yield group, size
+            group, size = [], 0
+    if size:
+        yield group, size
 
 
-def prefetched(vectors: Iterator[Vectors], depth: int = 2) -> Generator[Vectors]:
-    """The same, with up to `depth` batches made ahead in a thread; what the thread raises is raised here."""
+def prefetch(vectors: Iterator[Vectors], depth: int = 2) -> Generator[Vectors]:
+    """Yield the same batches, with up to `depth` computed ahead by a thread; re-raise exceptions of that thread."""
     ready: queue.Queue[Vectors | BaseException] = queue.Queue(depth)
     stop = threading.Event()
     thread = threading.Thread(target=_fill, args=(vectors, ready, stop), daemon=True)
@@ -169,6 +180,7 @@ def prefetched(vectors: Iterator[Vectors], depth: int = 2) -> Generator[Vectors]
     finally:
         stop.set()
         while thread.is_alive():
+            # The producer may be blocked in put(); make room until it sees the event.
             _drain(ready)
             thread.join(0.01)
 

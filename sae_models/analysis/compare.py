@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from rudder.sae_models.bundle import bundle
 from rudder.sae_models.bundle.bundle import BundleError
-from rudder.sae_models.formats.load import load
-from rudder.sae_models.optional import extra
+from rudder.sae_models.formats import load
+from rudder.sae_models.optional import import_optional
 from rudder.sae_models.sae import SAE
 
 SHARED = 0.7
@@ -106,9 +106,9 @@ def _assign(a: Tensor, b: Tensor, cosines: Tensor, first: int, second: int) -> t
     """
     i, j, cosine = a.numpy(), b.numpy(), cosines.double().numpy()
     nodes = first + second
-    sparse = extra("scipy.sparse", "comparing SAEs")
+    sparse = import_optional("scipy.sparse", "comparing SAEs")
     graph = sparse.coo_matrix((np.ones(len(i)), (i, first + j)), shape=(nodes, nodes))
-    _, group = extra("scipy.sparse.csgraph", "comparing SAEs").connected_components(graph, directed=False)
+    _, group = import_optional("scipy.sparse.csgraph", "comparing SAEs").connected_components(graph, directed=False)
     order = np.argsort(group[i], kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(group[i][order])) + 1)
     pairs = np.concatenate([_assign_group(i[members], j[members], cosine[members]) for members in groups], 1)
@@ -121,7 +121,7 @@ def _assign_group(a: NDArray[np.int64], b: NDArray[np.int64], cosine: NDArray[np
     columns, j = np.unique(b, return_inverse=True)
     gain = np.zeros((len(rows), len(columns)))
     gain[i, j] = cosine
-    i, j = extra("scipy.optimize", "comparing SAEs").linear_sum_assignment(gain, maximize=True)
+    i, j = import_optional("scipy.optimize", "comparing SAEs").linear_sum_assignment(gain, maximize=True)
     is_candidate = gain[i, j] > 0
     return np.stack([rows[i[is_candidate]], columns[j[is_candidate]]])
 

@@ -1,4 +1,4 @@
-"""Trainable SAEs, one file each. A new one is a file and a line here."""
+"""Trainable SAE architectures, one module each. To add one, add a module and an entry to ARCHITECTURES."""
 
 from rudder.sae_models.architectures.adaptive_k import AdaptiveK
 from rudder.sae_models.architectures.architecture import Architecture

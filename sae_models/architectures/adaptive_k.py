@@ -1,4 +1,6 @@
-"""AdaptiveK (arXiv 2508.17320): how many latents a token gets follows from its complexity, read by a linear probe."""
+"""AdaptiveK (arXiv 2508.17320): the number of active latents of a token depends on its complexity, read by a linear
+probe.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +13,7 @@ from rudder.sae_models.architectures.architecture import Common, Loss, State
 from rudder.sae_models.architectures.topk import TopK
 from rudder.sae_models.sae import SAE
 from rudder.sae_models.sparse import operations as sparse
-from rudder.sae_models.sparse.operations import Read
+from rudder.sae_models.sparse.operations import Preactivations
 
 PENALTIES = tuple(10.0**power for power in range(-2, 4))
 FOLDS = 5
@@ -19,14 +21,17 @@ FOLDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
-    """complexity: what the probe is taught: `corpus`, the `complexity` from 0 to 10 of each row of the corpus (the
-    paper's are ratings by a language model); or `loss`, our own substitute, the model's own mean loss on a window.
+    """complexity: regression target of the probe: `corpus`, the field `complexity` (0 to 10) of each record of the
+    corpus (in the paper, ratings by a language model); or `loss`, our own substitute, the model's mean loss on a
+    window.
 
-    k_min, k_max, steepness, scale of k(c) (sae.AdaptiveK); k is not used. l1: weight of mean ||f||_1 / mean ||x||.
+    k_min, k_max, steepness, scale: parameters of k(c), see sae.AdaptiveK; k is not used. l1: weight of mean ||f||_1 /
+    mean ||x||.
 
-    From a share `joint` of the run on the probe is trained too, at weight `probe`, by its own regression and an anchor
-    to where it was, at weight `anchor`; k(c) is rounded, so reconstruction does not reach it. The authors' code begins
-    that phase with a new probe and moves the weight of the anchor between 0.01 and 0.5; here neither.
+    From the fraction `joint` of the run on the probe is trained too, at weight `probe`, on its own regression and on an
+    anchor to its initial weights, at weight `anchor`; k(c) is rounded, so the reconstruction loss has no gradient for
+    it. The authors' code starts that phase with a new probe and varies the weight of the anchor between 0.01 and 0.5;
+    this one does neither.
     """
 
     complexity: Literal["corpus", "loss"] = "corpus"
@@ -47,7 +52,7 @@ class AdaptiveK(TopK):
 
     config_type = Config
     config: Config
-    SHARED = TopK.SHARED | {"probe", "probe_offset", "probe_start", "probe_offset_start"}
+    REPLICATED = TopK.REPLICATED | {"probe", "probe_offset", "probe_start", "probe_offset_start"}
     probe_start: Tensor
     probe_offset_start: Tensor
 
@@ -60,7 +65,9 @@ class AdaptiveK(TopK):
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, target: Tensor | None = None) -> None:
-        """From scaled inputs [n, d]; the probe from complexities [n], without which every token gets k(scale / 2)."""
+        """Initialise from scaled inputs [n, d], and fit the probe to complexities [n]; without these every token has
+        k(scale / 2).
+        """
         super().initialise(sample)
         if target is not None:
             weight, offset = ridge(sample, target)
@@ -70,59 +77,61 @@ class AdaptiveK(TopK):
                 parameter.copy_(offset)
 
     def loss(self, x: Tensor, state: State, target: Tensor | None = None) -> Loss:
-        """FVU of x [n, d], L1, auxiliary loss; late in the run, and with complexities, the probe's."""
+        """Return FVU of x [n, d], L1 and AuxK loss; after `joint`, given complexities, also that of the probe."""
         centred = x - self.centre
-        z, active = self.among(centred, self.selection().count(x.detach()))
+        z, active = self.top_k_by_count(centred, self.selection().count(x.detach()))
         f = z.relu()
-        norm = self.mesh.mean(torch.linalg.vector_norm(x, dim=1).mean())
-        terms = {"l1": self.config.l1 * self.mesh.total(f.sum()) / (len(x) * norm)}
+        norm = self.mesh.batch_all_reduce_mean(torch.linalg.vector_norm(x, dim=1).mean())
+        terms = {"l1": self.config.l1 * self.mesh.latent_all_reduce_sum(f.sum()) / (len(x) * norm)}
         if target is not None and state.progress >= self.config.joint:
             terms["probe"] = self.config.probe * self.regression(x, target)
-        return self.loss_of(centred, x, f, active, state, **terms)
+        return self.reconstruction_loss(centred, x, f, active, state, **terms)
 
     def selection(self, scale: float = 1.0) -> sae.AdaptiveK:
-        """The canonical selection, for inputs that are to be multiplied by a scale."""
+        """Return the canonical selection, for inputs that are still to be multiplied by `scale`."""
         settings = self.config
         k_max = min(settings.k_max, settings.latents)
         probe, offset = self.probe.detach() * scale, self.probe_offset.detach().clone()
         return sae.AdaptiveK(probe, offset, settings.k_min, k_max, settings.steepness, settings.scale)
 
-    def among(self, centred: Tensor, counts: Tensor) -> Read:
-        """The strongest of each token, as many as its count [n] says, over all shards."""
-        read = sparse.strongest(centred, self.weights, min(int(counts.max()), len(self.bias)))
-        mine = read.z.detach().view(len(centred), -1)
-        largest = self.mesh.gather(mine).sort(dim=1, descending=True).values
-        least = largest.gather(1, (counts.long() - 1).clamp(0, largest.shape[1] - 1)[:, None])
-        return read.where((mine >= least).flatten())
+    def top_k_by_count(self, centred: Tensor, counts: Tensor) -> Preactivations:
+        """Return the largest pre-activations of each token, as many as its count [n], over all shards."""
+        local_top = sparse.top_k(centred, self.weights, min(int(counts.max()), len(self.bias)))
+        z = local_top.z.detach().view(len(centred), -1)
+        largest = self.mesh.latent_all_gather_columns(z).sort(dim=1, descending=True).values
+        kth = largest.gather(1, (counts.long() - 1).clamp(0, largest.shape[1] - 1)[:, None])
+        return local_top.where((z >= kth).flatten())
 
     def regression(self, x: Tensor, complexity: Tensor) -> Tensor:
-        """Mean squared error of the probe on x [n, d], and its distance from where it was."""
+        """Return the probe's mean squared error on x [n, d] plus the weighted distance from its initial weights."""
         error: Tensor = (x @ self.probe + self.probe_offset - complexity).square().mean()
         moved = torch.cat([self.probe - self.probe_start, (self.probe_offset - self.probe_offset_start)[None]])
         anchor: Tensor = self.config.anchor * torch.linalg.vector_norm(moved + 1e-12)
         return error + anchor
 
     def canonical(self, scale: float, sample: Tensor) -> SAE:
-        """With the selection AdaptiveK."""
+        """Return an SAE with the selection AdaptiveK."""
         del sample
-        return self.folded(scale, torch.zeros(()), selection=self.selection(scale))
+        return self.fold(scale, torch.zeros(()), selection=self.selection(scale))
 
 
 def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight [d] and offset [] of y [n] on x [n, d], with the penalty in 0.01..1000 that cross-validation prefers."""
-    fold = torch.arange(len(x)) % FOLDS
-    losses = [sum(_held_out(x, y, fold == held, penalty) for held in range(FOLDS)) for penalty in PENALTIES]
-    return _ridge(x, y, PENALTIES[losses.index(min(losses))])
+    """Fit weight [d] and offset [] of y [n] on x [n, d] by ridge regression; the penalty in 0.01..1000 is chosen by
+    cross-validation.
+    """
+    folds = torch.arange(len(x)) % FOLDS
+    errors = [sum(_held_out(x, y, folds == fold, penalty) for fold in range(FOLDS)) for penalty in PENALTIES]
+    return _ridge(x, y, PENALTIES[errors.index(min(errors))])
 
 
-def _held_out(x: Tensor, y: Tensor, held: Tensor, penalty: float) -> float:
-    weight, offset = _ridge(x[~held], y[~held], penalty)
-    return float((x[held] @ weight + offset - y[held]).square().sum())
+def _held_out(x: Tensor, y: Tensor, mask: Tensor, penalty: float) -> float:
+    weight, offset = _ridge(x[~mask], y[~mask], penalty)
+    return float((x[mask] @ weight + offset - y[mask]).square().sum())
 
 
 def _ridge(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    mean, level = x.mean(0), y.mean()
+    mean, target_mean = x.mean(0), y.mean()
     centred = (x - mean).double()
     gram = centred.T @ centred + penalty * torch.eye(x.shape[1], dtype=torch.float64)
-    weight = torch.linalg.solve(gram, centred.T @ (y - level).double()).float()
-    return weight, level - mean @ weight
+    weight = torch.linalg.solve(gram, centred.T @ (y - target_mean).double()).float()
+    return weight, target_mean - mean @ weight

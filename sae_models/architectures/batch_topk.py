@@ -1,4 +1,4 @@
-"""BatchTopK (arXiv 2412.06410): of a batch, the k * n largest activations survive; a token has k on average."""
+"""BatchTopK (arXiv 2412.06410): keep the k * n largest activations of a batch of n tokens, k per token on average."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,29 +10,29 @@ from rudder.sae_models.architectures import topk
 from rudder.sae_models.architectures.architecture import Architecture, Common, Loss, State
 from rudder.sae_models.sae import SAE
 from rudder.sae_models.sparse import operations as sparse
-from rudder.sae_models.sparse.collectives import ALONE, Mesh
-from rudder.sae_models.sparse.operations import Read
+from rudder.sae_models.sparse.collectives import SINGLE_PROCESS, Mesh
+from rudder.sae_models.sparse.operations import Preactivations
 
-# Candidates are sought above this share of the last batch's cut, and where they are too few, among ROOM * k a token.
+# Candidates are the pairs above this fraction of the last batch's cut or, if those are too few, ROOM * k per token.
 MARGIN = 0.9
 ROOM = 4
-# Positive floats have 31 bits of worth.
+# A positive float32 has 31 significant bits.
 DIGIT_BITS, DIGITS = 11, 3
 VALUES = 1 << DIGIT_BITS
-# Of the sample that the threshold is estimated on.
+# Tokens per batch of the sample that the inference threshold is estimated on.
 BATCH = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(topk.Config):
-    """As TopK's, which the paper takes over."""
+    """The defaults of TopK, as in the paper."""
 
 
 class BatchTopK(Architecture):
-    """Trained with a cut for each batch; at inference its mean is the threshold."""
+    """Trained with a threshold per batch, `cut`; at inference the threshold is the mean of these."""
 
     config_type: ClassVar[type[Common]] = Config
-    SHARED: ClassVar[frozenset[str]] = Architecture.SHARED | {"cut"}
+    REPLICATED: ClassVar[frozenset[str]] = Architecture.REPLICATED | {"cut"}
     cut: Tensor
 
     def __init__(self, d: int, config: Common, generator: torch.Generator) -> None:
@@ -40,68 +40,72 @@ class BatchTopK(Architecture):
         self.register_buffer("cut", torch.zeros(()))
 
     def loss(self, x: Tensor, state: State, target: Tensor | None = None) -> Loss:
-        """FVU of x [n, d] and the auxiliary loss."""
+        """Return FVU of x [n, d] and AuxK loss."""
         del target
         centred = x - self.centre
         read = self.read(centred)
-        return self.loss_of(centred, x, read.z, read.active, state)
+        return self.reconstruction_loss(centred, x, read.z, read.active, state)
 
-    def read(self, centred: Tensor) -> Read:
-        """The k * n largest of the batch; `cut` becomes the least of them."""
+    def read(self, centred: Tensor) -> Preactivations:
+        """Return the k * n largest pre-activations of the batch and store the value that separates them in `cut`."""
         read = self.candidates(centred)
         assert isinstance(read.active, sparse.Pairs)
-        self.cut.copy_(batch_cut(read.z.detach(), self.most(centred), self.mesh))
+        self.cut.copy_(batch_threshold(read.z.detach(), self.batch_k(centred), self.mesh))
         return read.where(read.z.detach() > self.cut)
 
-    def most(self, centred: Tensor) -> int:
-        """How many are kept of the batch, all ranks' parts of it."""
+    def batch_k(self, centred: Tensor) -> int:
+        """Return how many activations are kept in the whole batch, over all ranks."""
         return self.config.k * len(centred) * self.mesh.batch_parts
 
-    def candidates(self, centred: Tensor) -> Read:
-        """Pairs that hold the k * n largest."""
+    def candidates(self, centred: Tensor) -> Preactivations:
+        """Return pairs that include the k * n largest of the batch."""
         if float(self.cut) > 0:
-            found = sparse.above(centred, self.weights, MARGIN * self.cut)
-            # All ranks decide alike, and each takes part in each exchange.
-            told = [len(found.z), 0] if found else [0, 1]
-            held, missing = self.mesh.sum(torch.tensor(told, device=self.cut.device)).tolist()
-            if found and not missing and held > self.most(centred):
-                return found
-        return self.strongest(centred, min(ROOM * self.config.k, self.config.latents))
+            pairs = sparse.above_floor(centred, self.weights, MARGIN * self.cut)
+            # The all-reduce makes all ranks take the same branch: each must take part in the same collectives.
+            vote = [len(pairs.z), 0] if pairs else [0, 1]
+            count, failed = self.mesh.all_reduce_sum(torch.tensor(vote, device=self.cut.device)).tolist()
+            # One more than k * n: the threshold lies between the last kept value and the next.
+            if pairs and not failed and count > self.batch_k(centred):
+                return pairs
+        return self.top_k(centred, min(ROOM * self.config.k, self.config.latents))
 
     @torch.no_grad()
     def canonical(self, scale: float, sample: Tensor) -> SAE:
-        """With the mean cut of batches of the sample [n, d] as threshold."""
+        """Return an SAE whose threshold is the mean cut of batches of the sample [n, d]."""
         cuts = []
         for part in sample.split(BATCH):
             self.read(part - self.centre)
             cuts.append(self.cut.clone())
-        return self.folded(scale, torch.stack(cuts).mean())
+        return self.fold(scale, torch.stack(cuts).mean())
 
 
-def batch_cut(z: Tensor, most: int, mesh: Mesh = ALONE) -> Tensor:
-    """A value [], at least 0, above which the `most` largest of all ranks' z [m] are: midway to the next."""
-    dropped = nth_largest(z, most + 1, mesh)
-    kept = mesh.least(torch.where(z > dropped, z, torch.inf).amin() if len(z) else z.new_tensor(torch.inf))
-    return torch.where(dropped == 0, 0.0, (dropped + torch.where(kept.isinf(), dropped, kept)) / 2)
+def batch_threshold(z: Tensor, count: int, mesh: Mesh = SINGLE_PROCESS) -> Tensor:
+    """Return a threshold [] >= 0 that exactly the `count` largest positive values of all ranks' z [m] exceed: the
+    midpoint to the next value.
+    """
+    below = nth_largest(z, count + 1, mesh)
+    above = mesh.all_reduce_min(torch.where(z > below, z, torch.inf).amin() if len(z) else z.new_tensor(torch.inf))
+    return torch.where(below == 0, 0.0, (below + torch.where(above.isinf(), below, above)) / 2)
 
 
 def nth_largest(z: Tensor, n: int, mesh: Mesh) -> Tensor:
-    """The nth largest [], counted from 1, of all ranks' z [m]; 0 where fewer are above 0.
+    """Return the nth largest value [], counted from 1, of all ranks' z [m]; 0 if fewer are positive.
 
-    Positive floats are in the order of their bits. These are found a digit at a time, the highest first, by counting
-    over all ranks how many values have which: so ranks exchange some thousand counts, however many values they have.
+    Radix select: positive IEEE floats have the order of their bits, so each digit of the result, the highest first,
+    follows from a histogram of that digit over all ranks. Ranks exchange DIGITS histograms of VALUES counts, however
+    many values they hold.
     """
     bits = z.clamp(min=0).view(torch.int32)
-    among, left = bits > 0, torch.tensor(n, device=z.device)
-    found, most = torch.zeros((), dtype=torch.long, device=z.device), torch.zeros_like(left)
+    matches_prefix, remaining = bits > 0, torch.tensor(n, device=z.device)
+    result_bits, positives = torch.zeros((), dtype=torch.long, device=z.device), torch.zeros_like(remaining)
     for shift in range(DIGIT_BITS * (DIGITS - 1), -1, -DIGIT_BITS):
         digit = (bits >> shift) & (VALUES - 1)
-        count = torch.zeros(VALUES, dtype=torch.long, device=z.device).index_add_(0, digit, among.long())
-        # How many have at least the digit VALUES - 1 - i.
-        reached = mesh.sum(count).flip(0).cumsum(0)
-        place = (reached < left).sum().clamp(max=VALUES - 1)
-        most = torch.maximum(most, reached[-1])
-        left = left - torch.where(place > 0, reached[place - 1], 0)
-        among &= digit == VALUES - 1 - place
-        found = found | (VALUES - 1 - place) << shift
-    return torch.where(most >= n, found.int().view(torch.float32), 0.0)
+        count = torch.zeros(VALUES, dtype=torch.long, device=z.device).index_add_(0, digit, matches_prefix.long())
+        # Index i: number of values whose digit is at least VALUES - 1 - i.
+        at_least = mesh.all_reduce_sum(count).flip(0).cumsum(0)
+        position = (at_least < remaining).sum().clamp(max=VALUES - 1)
+        positives = torch.maximum(positives, at_least[-1])
+        remaining = remaining - torch.where(position > 0, at_least[position - 1], 0)
+        matches_prefix &= digit == VALUES - 1 - position
+        result_bits = result_bits | (VALUES - 1 - position) << shift
+    return torch.where(positives >= n, result_bits.int().view(torch.float32), 0.0)

@@ -1,4 +1,4 @@
-"""JumpReLU (arXiv 2407.14435): a threshold for each latent, learned through straight-through estimates."""
+"""JumpReLU (arXiv 2407.14435): a threshold per latent, learned with straight-through estimators."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rudder.sae_models.architectures.architecture import Architecture, Common, Loss, State
-from rudder.sae_models.architectures.penalty import quantiles
+from rudder.sae_models.architectures.penalty import latent_quantiles
 from rudder.sae_models.architectures.schedule import ramp
 from rudder.sae_models.sae import SAE
 from rudder.sae_models.sparse import operations as sparse
@@ -15,11 +15,12 @@ from rudder.sae_models.sparse import operations as sparse
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
-    """bandwidth of the estimates: the paper's 0.001 for inputs of unit norm is about 0.03 for norm sqrt(768).
-    sparsity: weight of (L0 / k - 1)^2, the paper's penalty for a wanted L0; it rises over a share warm_up of the run.
-    aim: by how much the logarithm of all thresholds follows L0 / k - 1 at each step (0: as published): where L0 ends
-    does not then depend on the learning rate (our own).
-    threshold: where thresholds begin; None: so that start * k latents a token are active, each equally often (our own).
+    """bandwidth: of the estimator; the paper's 0.001 for inputs of unit norm is about 0.03 for norm sqrt(768).
+    sparsity: weight of (L0 / k - 1)^2, the paper's penalty towards a target L0; it ramps up over a fraction warm_up of
+    the run.
+    aim: step of all log thresholds towards L0 = k, per unit of L0 / k - 1 (0: as published); it makes the final L0
+    independent of the learning rate (our own).
+    threshold: initial thresholds; None: such that start * k latents per token are active, each equally often (our own).
     """
 
     bandwidth: float = 0.03
@@ -41,44 +42,47 @@ class JumpReLU(Architecture):
     def __init__(self, d: int, config: Common, generator: torch.Generator) -> None:
         super().__init__(d, config, generator)
         self.log_threshold = nn.Parameter(torch.zeros(config.latents))
-        self.rise = torch.zeros(())
+        self.threshold_step = torch.zeros(())
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, target: Tensor | None = None) -> None:
-        """As every architecture; and the thresholds."""
+        """Initialise as every architecture, then set the thresholds."""
         super().initialise(sample, target)
         share = self.config.start * self.config.k / self.config.latents
-        given = self.config.threshold
-        threshold = quantiles(self, sample, share) if given is None else torch.full_like(self.bias, given)
+        fixed = self.config.threshold
+        threshold = latent_quantiles(self, sample, share) if fixed is None else torch.full_like(self.bias, fixed)
         self.log_threshold.copy_(threshold.clamp(min=self.config.bandwidth).log())
 
     def loss(self, x: Tensor, state: State, target: Tensor | None = None) -> Loss:
-        """FVU of x [n, d], L0 penalty, auxiliary loss."""
+        """Return FVU of x [n, d], L0 penalty and AuxK loss."""
         del target
         centred, threshold = x - self.centre, self.log_threshold.exp()
-        z, active = sparse.positives(centred, self.weights, threshold - self.config.bandwidth / 2)
-        f, gate = jump(z, active.of_latents(threshold), self.config.bandwidth)
-        l0 = self.mesh.mean(self.mesh.total(gate.sum() / len(x)))
-        excess, risen = l0 / self.config.k - 1, ramp(state.progress, self.config.warm_up)
-        self.rise = risen * self.config.aim * excess.detach().clamp(-1, 1)
-        return self.loss_of(centred, x, f, active, state, l0=risen * self.config.sparsity * excess.square())
+        # Pairs just below their threshold are inactive but lie in the kernel, so they have gradients.
+        z, active = sparse.active_preactivations(centred, self.weights, threshold - self.config.bandwidth / 2)
+        f, gate = jump(z, active.expand(threshold), self.config.bandwidth)
+        l0 = self.mesh.batch_all_reduce_mean(self.mesh.latent_all_reduce_sum(gate.sum() / len(x)))
+        excess, ramped = l0 / self.config.k - 1, ramp(state.progress, self.config.warm_up)
+        self.threshold_step = ramped * self.config.aim * excess.detach().clamp(-1, 1)
+        penalty = ramped * self.config.sparsity * excess.square()
+        return self.reconstruction_loss(centred, x, f, active, state, l0=penalty)
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """Unit decoder rows, and thresholds towards L0 = k."""
+        """Normalise decoder vectors and move the thresholds towards L0 = k."""
         super().constrain()
-        self.log_threshold.add_(self.rise)
+        self.log_threshold.add_(self.threshold_step)
 
     @torch.no_grad()
     def canonical(self, scale: float, sample: Tensor) -> SAE:
-        """Exact."""
+        """Return the equivalent SAE."""
         del sample
-        return self.folded(scale, self.log_threshold.exp())
+        return self.fold(scale, self.log_threshold.exp())
 
 
 class _Jump(torch.autograd.Function):
-    """z above a threshold, and whether it is. The threshold's gradients are estimated by a rectangle of a bandwidth
-    around it: -threshold / bandwidth of the value's, -1 / bandwidth of the gate's.
+    """z above the threshold, and the gate z > threshold. Gradients of the threshold are estimated with a rectangular
+    kernel of width `bandwidth` (arXiv 2407.14435): -threshold / bandwidth for the value, -1 / bandwidth
+    for the gate.
     """
 
     @staticmethod
@@ -89,14 +93,16 @@ class _Jump(torch.autograd.Function):
         return z * gate, gate
 
     @staticmethod
-    def backward(ctx: Any, of_value: Tensor, of_gate: Tensor) -> Any:
+    def backward(ctx: Any, grad_value: Tensor, grad_gate: Tensor) -> Any:
         z, threshold = ctx.saved_tensors
         near = (z - threshold).abs() < ctx.bandwidth / 2
-        of_threshold = near * (threshold * of_value + of_gate) / -ctx.bandwidth
-        return of_value * (z > threshold), of_threshold.sum_to_size(threshold.shape), None
+        grad_threshold = near * (threshold * grad_value + grad_gate) / -ctx.bandwidth
+        return grad_value * (z > threshold), grad_threshold.sum_to_size(threshold.shape), None
 
 
 def jump(z: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
-    """Activations and gates, 0 or 1, of pre-activations z; thresholds of the same or a broadcast shape."""
+    """Return activations and gates (0 or 1) of pre-activations z, for thresholds of the same or a
+    broadcastable shape.
+    """
     f, gate = _Jump.apply(z, threshold, bandwidth)  # type: ignore[no-untyped-call]
     return f, gate

@@ -1,4 +1,6 @@
-"""What SAEs with a sparsity penalty share: a penalty that finds the wanted L0, and a beginning near it."""
+"""Base of architectures with a sparsity penalty: a penalty weight that steers L0 to k, and an
+initialisation near it.
+"""
 
 from dataclasses import dataclass
 from math import exp
@@ -10,17 +12,17 @@ from rudder.sae_models.architectures.architecture import Architecture, Common, S
 from rudder.sae_models.architectures.schedule import ramp
 from rudder.sae_models.sparse import operations as sparse
 
-# Tokens of a sample that biases and thresholds are set by, and latents at a time.
+# Tokens of the sample that sets biases and thresholds, and latents per block.
 TOKENS = 4096
 BLOCK = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
-    """warm_up: share of the run in which the penalty rises to its weight. aim: by how much the logarithm of the weight
-    follows L0 / k - 1 at each step (0: the weight stays as published). start: how many times k latents a token are
-    active at first, each latent equally often: the first steps are sparse, and no latent is dead (None: as published,
-    biases begin at 0). The last two are our own.
+    """warm_up: fraction of the run over which the penalty ramps up. aim: step of the log weight of the penalty towards
+    L0 = k, per unit of L0 / k - 1 (0: the weight stays as published). start: initial active latents per token, as a
+    multiple of k, each latent equally often: the first steps are sparse and no latent is dead (None: as published,
+    biases start at 0). aim and start are our own.
     """
 
     warm_up: float = 0.05
@@ -29,10 +31,10 @@ class Config(Common):
 
 
 class Penalised(Architecture):
-    """`level` []: by how much the weight of the penalty has been changed to reach k."""
+    """`level` []: factor by which the weight of the penalty has been changed to reach L0 = k."""
 
     config: Config
-    SHARED = Architecture.SHARED | {"level"}
+    REPLICATED = Architecture.REPLICATED | {"level"}
     level: Tensor
 
     def __init__(self, d: int, config: Common, generator: torch.Generator) -> None:
@@ -41,22 +43,24 @@ class Penalised(Architecture):
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, target: Tensor | None = None) -> None:
-        """As every architecture; and biases so that start * k latents a token are active."""
+        """Initialise as every architecture, then set biases such that start * k latents per token are active."""
         super().initialise(sample, target)
         if self.config.start is not None:
-            self.bias.sub_(quantiles(self, sample, self.config.start * self.config.k / self.config.latents))
+            self.bias.sub_(latent_quantiles(self, sample, self.config.start * self.config.k / self.config.latents))
 
-    def follow(self, f: Tensor, tokens: int, state: State) -> float:
-        """The factor of the penalty at a step with activations f; moves `level` towards L0 = k."""
-        l0 = float(self.mesh.mean(self.mesh.total((f.detach() > 0).sum() / tokens)))
+    def update_penalty(self, f: Tensor, tokens: int, state: State) -> float:
+        """Return the factor of the penalty at a step with activations f, and move `level` towards L0 = k."""
+        l0 = float(self.mesh.batch_all_reduce_mean(self.mesh.latent_all_reduce_sum((f.detach() > 0).sum() / tokens)))
         self.level.mul_(exp(self.config.aim * max(-1.0, min(1.0, l0 / self.config.k - 1))))
         return float(self.level) * ramp(state.progress, self.config.warm_up)
 
 
-def quantiles(module: Architecture, sample: Tensor, share: float) -> Tensor:
-    """The values [F] above which each latent's pre-activations of scaled inputs [n, d] are on a share of the tokens."""
+def latent_quantiles(module: Architecture, sample: Tensor, share: float) -> Tensor:
+    """Return values [F] that each latent's pre-activations of scaled inputs [n, d] exceed on a fraction `share` of the
+    tokens.
+    """
     x = sample[:: max(1, len(sample) // TOKENS)] - module.centre
     count = max(1, round(min(share, 0.5) * len(x)))
     parts = zip(module.encoder.split(BLOCK), module.bias.split(BLOCK), strict=True)
-    blocks = (torch.cat(list(sparse.products(x, encoder, bias, torch.float32))) for encoder, bias in parts)
+    blocks = (torch.cat(list(sparse.preactivation_chunks(x, encoder, bias, torch.float32))) for encoder, bias in parts)
     return torch.cat([z.topk(count, dim=0).values[-1] for z in blocks])

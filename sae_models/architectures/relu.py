@@ -1,4 +1,4 @@
-"""ReLU with an L1 penalty (Bricken et al. 2023, with the constants of Anthropic's update of April 2024)."""
+"""ReLU with an L1 penalty (Bricken et al. 2023; constants from Anthropic's update of April 2024)."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from rudder.sae_models.sparse import operations as sparse
 
 @dataclass(frozen=True, kw_only=True)
 class Config(penalty.Config):
-    """l1: weight of the sum of a token's activations, where inputs have mean squared norm d."""
+    """l1: weight of the sum of a token's activations, for inputs of mean squared norm d."""
 
     l1: float = 5.0
     learning_rate: float | None = 5e-5
@@ -29,16 +29,16 @@ class ReLU(Penalised):
     config: Config
 
     def loss(self, x: Tensor, state: State, target: Tensor | None = None) -> Loss:
-        """FVU of x [n, d], L1 penalty, auxiliary loss."""
+        """Return FVU of x [n, d], L1 penalty and AuxK loss."""
         del target
         centred = x - self.centre
-        z, active = sparse.positives(centred, self.weights)
+        z, active = sparse.active_preactivations(centred, self.weights)
         f = z.relu()
-        weight = self.config.l1 * self.follow(f, len(x), state)
-        l1 = weight * self.mesh.total(f.sum()) / (len(x) * self.variance)
-        return self.loss_of(centred, x, f, active, state, l1=l1)
+        weight = self.config.l1 * self.update_penalty(f, len(x), state)
+        l1 = weight * self.mesh.latent_all_reduce_sum(f.sum()) / (len(x) * self.variance)
+        return self.reconstruction_loss(centred, x, f, active, state, l1=l1)
 
     def canonical(self, scale: float, sample: Tensor) -> SAE:
-        """Exact."""
+        """Return the equivalent SAE."""
         del sample
-        return self.folded(scale, torch.zeros(()))
+        return self.fold(scale, torch.zeros(()))

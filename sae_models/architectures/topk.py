@@ -1,4 +1,4 @@
-"""TopK (arXiv 2406.04093): of each token the k largest pre-activations survive."""
+"""TopK (arXiv 2406.04093): keep the k largest pre-activations of each token."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,37 +9,38 @@ from torch import Tensor
 from rudder.sae_models import sae
 from rudder.sae_models.architectures.architecture import Architecture, Common, Loss, State
 from rudder.sae_models.sae import SAE
-from rudder.sae_models.sparse.operations import Read
+from rudder.sae_models.sparse.operations import Preactivations
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
-    """As published, but for momentum and encoder_norm: where encoders begin as long as decoders, many random latents
-    that are active together overshoot, and learn to correct each other first. At equal tokens and learning rate FVU is
-    0.558 against 0.613 (16,384 latents, 50 steps), of BatchTopK 0.620 against 0.773, and 0.120 against 0.142 on a
-    language model (one seed each). Shorter still explains more at first and leaves more latents dead.
+    """As published, except for momentum and encoder_norm. If encoder vectors start as long as decoder vectors, many
+    random latents that are active together overshoot, and first learn to correct each other. At equal tokens and
+    learning rate FVU is 0.558 against 0.613 (16,384 latents, 50 steps), of BatchTopK 0.620 against 0.773, and 0.120
+    against 0.142 on a language model (one seed each). A smaller norm explains more at first and leaves more latents
+    dead.
     """
 
     encoder_norm: float = 0.5
 
 
 class TopK(Architecture):
-    """Exactly k latents a token, all of one z = encoder . x + bias."""
+    """Exactly k latents per token, with z = encoder . x + bias."""
 
     config_type: ClassVar[type[Common]] = Config
 
     def loss(self, x: Tensor, state: State, target: Tensor | None = None) -> Loss:
-        """FVU of x [n, d] and the auxiliary loss."""
+        """Return FVU of x [n, d] and AuxK loss."""
         del target
         centred = x - self.centre
         read = self.read(centred)
-        return self.loss_of(centred, x, read.z.relu(), read.active, state)
+        return self.reconstruction_loss(centred, x, read.z.relu(), read.active, state)
 
-    def read(self, centred: Tensor) -> Read:
-        """The k largest of each token, over all shards."""
-        return self.strongest(centred, self.config.k)
+    def read(self, centred: Tensor) -> Preactivations:
+        """Return the k largest pre-activations of each token, over all shards of the latents."""
+        return self.top_k(centred, self.config.k)
 
     def canonical(self, scale: float, sample: Tensor) -> SAE:
-        """With the selection TopK."""
+        """Return an SAE with the selection TopK."""
         del sample
-        return self.folded(scale, torch.zeros(()), selection=sae.TopK(self.config.k))
+        return self.fold(scale, torch.zeros(()), selection=sae.TopK(self.config.k))

@@ -1,1 +1,1 @@
-"""Benchmarks against other people's libraries."""
+"""Benchmarks against other SAE training libraries."""

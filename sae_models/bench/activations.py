@@ -4,22 +4,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Heavy tails: how often direction j is active falls as j ** -ZIPF; strengths are log-normal.
+# Heavy tails: the frequency of direction j is proportional to j ** -ZIPF; coefficients are log-normal.
 ZIPF = 0.8
 SPREAD = 0.5
 NOISE = 0.3
 
 
 def directions(count: int, d: int, generator: torch.Generator) -> Tensor:
-    """Random unit directions [count, d]."""
+    """Return random unit directions [count, d]."""
     return functional.normalize(torch.randn(count, d, generator=generator), dim=1)
 
 
-def activations(tokens: int, planted: Tensor, active: int, generator: torch.Generator) -> Tensor:
-    """x [tokens, d] = sum of `active` planted directions [m, d] + noise + a constant; mean ||x||^2 is about d.
+def synthetic_activations(tokens: int, planted: Tensor, active: int, generator: torch.Generator) -> Tensor:
+    """Return x [tokens, d]: a sum of `active` planted directions [m, d] + noise + a constant; mean ||x||^2 is about d.
 
-    Directions are drawn by a Zipf law, in a random order of frequency per quarter of each token's draw, so that some
-    often come together.
+    Directions are drawn by Zipf's law. A quarter of each token's directions are partners of others of the same token,
+    so that some directions co-occur.
     """
     count, d = planted.shape
     weight = torch.arange(1, count + 1, dtype=torch.float64).pow(-ZIPF)

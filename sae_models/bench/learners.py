@@ -1,6 +1,6 @@
-"""Each library's inner training step, as its own trainer takes it, and its weights in canonical form.
+"""Training step of each library, as its own trainer takes it, and its weights in canonical form.
 
-Libraries are imported where they are used: each process has one of them.
+Libraries are imported inside functions: each process uses only one of them.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 Weights = dict[str, Tensor]
-Saved = tuple[Weights, int | None]
+CanonicalWeights = tuple[Weights, int | None]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained: a case, its sizes, and the learning rate (None: the library's own)."""
+    """What is trained: a case, its sizes, and the learning rate (None: the library's default)."""
 
     case: str
     d: int
@@ -31,7 +31,7 @@ class Task:
 
     @property
     def warm_up(self) -> int:
-        """Steps of learning-rate warm-up that every library is given: their defaults outlast a short run."""
+        """Steps of learning-rate warm-up, the same for every library: the libraries' defaults exceed a short run."""
         return max(1, self.steps // 20)
 
     @property
@@ -41,42 +41,42 @@ class Task:
 
 
 class Learner(Protocol):
-    """A library's trainer."""
+    """Trainer of a library."""
 
     def step(self, x: Tensor) -> None:
-        """One step on a batch [n, d]."""
+        """Take one step on a batch [n, d]."""
 
-    def weights(self) -> Saved:
-        """Canonical weights by name, and k where the k largest of a token are kept."""
+    def weights(self) -> CanonicalWeights:
+        """Return canonical weights by name, and k if the library keeps the k largest latents per token."""
 
 
 @dataclass
-class Stepped:
-    """A learner of two functions."""
+class FunctionLearner:
+    """A learner made of two functions."""
 
-    stepper: Callable[[Tensor], Any]
-    saver: Callable[[], Saved]
+    step_function: Callable[[Tensor], Any]
+    weights_function: Callable[[], CanonicalWeights]
 
     def step(self, x: Tensor) -> None:
-        """One step on a batch [n, d]."""
-        self.stepper(x)
+        """Take one step on a batch [n, d]."""
+        self.step_function(x)
 
-    def weights(self) -> Saved:
-        """Canonical weights, and k."""
-        return self.saver()
+    def weights(self) -> CanonicalWeights:
+        """Return canonical weights, and k."""
+        return self.weights_function()
 
 
 def learner(library: str, mode: str, task: Task, sample: Tensor) -> Learner:
-    """A library's trainer for a task. KeyError: the library has no such case."""
+    """Create a library's trainer for a task. Raise KeyError if the library lacks the case."""
     torch.manual_seed(task.seed)
-    made = MAKERS[library](mode, task, sample)
+    base = LEARNERS[library](mode, task, sample)
     if mode == "autocast" and library != "sae-lens":
-        return Stepped(autocast(made.step), made.weights)
-    return made
+        return FunctionLearner(autocast(base.step), base.weights)
+    return base
 
 
 def autocast(step: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-    """The step with products in bfloat16."""
+    """Wrap a step in bfloat16 autocast."""
 
     def cast(x: Tensor) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -86,7 +86,7 @@ def autocast(step: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
 
 
 def ours(mode: str, task: Task, sample: Tensor) -> Learner:
-    """Rudder's."""
+    """Rudder: `Trainer.step`."""
     from rudder.sae_models.architectures import ARCHITECTURES
     from rudder.sae_models.training import memory, trainer
 
@@ -94,20 +94,20 @@ def ours(mode: str, task: Task, sample: Tensor) -> Learner:
     kind = ARCHITECTURES[task.case]
     rate: dict[str, Any] = {} if task.rate is None else {"learning_rate": task.rate}
     config = kind.config_type(latents=task.latents, k=task.k, precision=mode, **rate)
-    made = kind(task.d, config, torch.Generator().manual_seed(task.seed))
-    run = trainer.Trainer(made, trainer.Config(task.steps * task.batch, warm_up=0.05, decay=0.2))
+    architecture = kind(task.d, config, torch.Generator().manual_seed(task.seed))
+    run = trainer.Trainer(architecture, trainer.Config(task.steps * task.batch, warm_up=0.05, decay=0.2))
     run.initialise(sample)
 
-    def saved() -> Saved:
+    def canonical_weights() -> CanonicalWeights:
         sae = run.canonical(sample)
         weights = {name: getattr(sae, name) for name in ("encoder", "bias", "threshold", "decoder", "decoder_bias")}
         return weights, task.k if task.case == "topk" else None
 
-    return Stepped(run.step, saved)
+    return FunctionLearner(run.step, canonical_weights)
 
 
 def sae_lens(mode: str, task: Task, sample: Tensor) -> Learner:
-    """SAELens: `SAETrainer.step`. Its sparse activations do not run on a CPU (the gradient norm)."""
+    """SAELens: `SAETrainer.step`. Its sparse activations do not run on a CPU (gradient norm)."""
     import sae_lens as library
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -137,11 +137,11 @@ def sae_lens(mode: str, task: Task, sample: Tensor) -> Learner:
         **rate,
     )
     run = SAETrainer(settings, sae, iter(()))
-    return Stepped(run.step, lambda: sae_lens_weights(sae, task))
+    return FunctionLearner(run.step, lambda: sae_lens_weights(sae, task))
 
 
-def sae_lens_weights(sae: Any, task: Task) -> Saved:
-    """Canonical weights of a SAELens training SAE; decoder norms and pre-encoder bias folded."""
+def sae_lens_weights(sae: Any, task: Task) -> CanonicalWeights:
+    """Return canonical weights of a SAELens training SAE; decoder norms and pre-encoder bias are folded."""
     encoder, decoder, decoder_bias = sae.W_enc.T, sae.W_dec, sae.b_dec
     norm = decoder.norm(dim=1) if task.case in ("topk", "batch_topk") else torch.ones(task.latents)
     if task.case == "gated":
@@ -164,7 +164,7 @@ def sae_lens_weights(sae: Any, task: Task) -> Saved:
 
 
 def dictionary_learning(mode: str, task: Task, sample: Tensor) -> Learner:
-    """dictionary_learning: its trainers' `update`."""
+    """dictionary_learning: `update` of its trainers."""
     from dictionary_learning import trainers
 
     del mode, sample
@@ -182,11 +182,11 @@ def dictionary_learning(mode: str, task: Task, sample: Tensor) -> Learner:
     times = {"warmup_steps": task.warm_up, "decay_start": task.steps - task.decay}
     run = kind(**names, **sizes, **times, **rest)
     count = iter(range(task.steps + 1))
-    return Stepped(lambda x: run.update(next(count), x.clone()), lambda: dictionary_weights(run.ae, task))
+    return FunctionLearner(lambda x: run.update(next(count), x.clone()), lambda: dictionary_weights(run.ae, task))
 
 
-def dictionary_weights(ae: Any, task: Task) -> Saved:
-    """Canonical weights of a dictionary_learning autoencoder."""
+def dictionary_weights(ae: Any, task: Task) -> CanonicalWeights:
+    """Return canonical weights of a dictionary_learning autoencoder."""
     if task.case == "jumprelu":
         encoder, bias, decoder, decoder_bias = ae.W_enc.T, ae.b_enc, ae.W_dec, ae.b_dec
         threshold = ae.threshold.clamp(min=0)
@@ -210,7 +210,7 @@ def dictionary_weights(ae: Any, task: Task) -> Saved:
 
 
 def sparsify(mode: str, task: Task, sample: Tensor) -> Learner:
-    """EleutherAI sparsify: the step of `Trainer.fit`, which the library keeps inside a model's hooks, on its own
+    """EleutherAI sparsify: the step of `Trainer.fit`, which the library ties to hooks on a model, rebuilt from its own
     modules with its default optimiser.
     """
     from schedulefree import ScheduleFreeWrapper  # type: ignore[import-not-found]
@@ -234,7 +234,7 @@ def sparsify(mode: str, task: Task, sample: Tensor) -> Learner:
         optimiser.step()
         optimiser.zero_grad()
 
-    def saved() -> Saved:
+    def canonical_weights() -> CanonicalWeights:
         optimiser.eval()
         encoder, decoder = coder.encoder.weight, coder.W_dec
         weights = {
@@ -246,10 +246,10 @@ def sparsify(mode: str, task: Task, sample: Tensor) -> Learner:
         }
         return weights, task.k
 
-    return Stepped(step, saved)
+    return FunctionLearner(step, canonical_weights)
 
 
-MAKERS: dict[str, Callable[[str, Task, Tensor], Learner]] = {
+LEARNERS: dict[str, Callable[[str, Task, Tensor], Learner]] = {
     "ours": ours,
     "sae-lens": sae_lens,
     "dictionary-learning": dictionary_learning,

@@ -1,14 +1,14 @@
-"""Trains the same SAEs on the same activations with Rudder and with other people's libraries, and compares.
+"""Train the same SAEs on the same activations with Rudder and with other libraries, and compare speed and quality.
 
     python -m rudder.sae_models.bench.train --peers-python PEERS/bin/python --json train.json
 
-PEERS is .venv-conformance (`make conformance`). Every library runs its own training step in a process of its own;
-data are in memory for all. The processes take turns of a few steps, so that other load meets all alike, and times are
-medians over turns. A library runs in the fastest of its modes that works here, at the learning rate of --rates (its own
-default among them) that gives it the best FVU at a quarter of the tokens and an eighth of the latents.
+PEERS is .venv-conformance (`make conformance`). Every library runs its own training step in its own process; data
+are in memory for all. The processes take turns of a few steps, so that other load affects all alike, and times are
+medians over turns. A library runs in the fastest of its modes that works on this machine, at the learning rate of
+--rates (or its default) that gives the best FVU at a quarter of the tokens and an eighth of the latents.
 
-FVU is taken on held-out activations at equal L0: where an SAE has more than k active latents a token on average, one
-threshold more keeps the k * n largest. `l0` is what it has by itself.
+FVU is measured on held-out activations at equal L0: if an SAE has more than k active latents per token on average, an
+additional threshold keeps the k * n largest. `l0` is the value without it.
 """
 
 import argparse
@@ -34,20 +34,20 @@ from rudder.sae_models.bench.learners import Task
 from rudder.sae_models.sae import SAE, TopK
 
 CASES = ("topk", "batch_topk", "jumprelu", "gated")
-# Those that each library itself offers on a CPU.
+# Modes that each library itself offers on a CPU.
 MODES = {
     "ours": ("bfloat16",),
     "sae-lens": ("float32", "autocast"),
     "dictionary-learning": ("float32",),
     "eai-sparsify": ("float32",),
 }
-ONLY = {"eai-sparsify": ("topk",)}
-# And those it gets where the benchmark wraps its step in autocast.
-WRAPPED = {"dictionary-learning": ("float32", "autocast"), "eai-sparsify": ("float32", "autocast")}
-PLANTED, ACTIVE, HELD = 8_000, 24, 16_384
-# Not that of any trainer: the same random directions would be its first dictionary.
+SUPPORTED_CASES = {"eai-sparsify": ("topk",)}
+# Modes with --wrapped: the benchmark also wraps steps in autocast.
+WRAPPED_MODES = {"dictionary-learning": ("float32", "autocast"), "eai-sparsify": ("float32", "autocast")}
+DIRECTIONS, ACTIVE_PER_TOKEN, HELD_OUT_TOKENS = 8_000, 24, 16_384
+# Differs from the seed of every trainer: otherwise the planted directions would be its initial dictionary.
 DATA_SEED = 20_260_731
-SMALLER, SHORTER, PROBES = 8, 4, 2
+LATENTS_DIVISOR, STEPS_DIVISOR, PROBE_STEPS = 8, 4, 2
 
 
 class Worker:
@@ -61,8 +61,10 @@ class Worker:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
 
-    def ask(self, **command: Any) -> Any:
-        """The answer to a command. RuntimeError: the process ended; the last line of its errors."""
+    def send(self, **command: Any) -> Any:
+        """Send a command and return its answer. Raise RuntimeError with the last line of its log if the process has
+        ended.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with suppress(BrokenPipeError):
@@ -74,11 +76,11 @@ class Worker:
         return json.loads(answer)
 
     def begin(self, entrant: "Entrant", task: Task) -> None:
-        """A new SAE."""
-        self.ask(mode=entrant.mode, task=asdict(replace(task, rate=entrant.rate)))
+        """Create a new SAE."""
+        self.send(mode=entrant.mode, task=asdict(replace(task, rate=entrant.rate)))
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -87,7 +89,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A library in a mode at a learning rate (None: its own)."""
+    """A library in a mode at a learning rate (None: its default)."""
 
     library: str
     mode: str
@@ -96,71 +98,77 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Bench:
-    """The peers' interpreter, the file of activations, and held-out ones [n, d]."""
+    """Python interpreter of the peers' environment, the file of activations, and held-out activations [n, d]."""
 
     peers: str
     data: Path
-    held: Tensor
+    held_out: Tensor
 
     @contextmanager
     def worker(self, library: str) -> Iterator[Worker]:
-        """A worker of a library."""
-        made = Worker(sys.executable if library == "ours" else self.peers, library, self.data)
+        """Within the block, run a worker of a library."""
+        worker = Worker(sys.executable if library == "ours" else self.peers, library, self.data)
         try:
-            yield made
+            yield worker
         finally:
-            made.close()
+            worker.close()
 
     @torch.no_grad()
     def quality(self, worker: Worker, task: Task) -> dict[str, float]:
-        """FVU on held-out activations at an L0 of at most k; L0 and share of dead latents before that."""
+        """Return FVU on held-out activations at an L0 of at most k, and L0 and share of dead latents without that
+        limit.
+        """
         path = self.data.with_name("weights.safetensors")
-        k = worker.ask(save=str(path))["k"]
+        k = worker.send(save=str(path))["k"]
         weights = load_file(path)
         names = "encoder", "bias", "threshold", "decoder", "decoder_bias"
         sae = SAE(*(weights[name] for name in names), selection=None if k is None else TopK(k))
         fired, counts, outputs = torch.zeros(sae.latents), [], []
-        for part in self.held.split(4096):
+        for part in self.held_out.split(4096):
             f = sae.encode(part)
             fired += (f > 0).sum(0)
             counts.append(fidelity.l0(f))
-            outputs.append(sae.decode(strongest(f, task.k)))
-        fvu = fidelity.fvu(self.held, torch.cat(outputs))
+            outputs.append(sae.decode(keep_largest(f, task.k)))
+        fvu = fidelity.fvu(self.held_out, torch.cat(outputs))
         return {"fvu": fvu, "l0": statistics.mean(counts), "dead": float((fired == 0).float().mean())}
 
 
-def strongest(f: Tensor, k: int) -> Tensor:
-    """Activations f [n, F] of which the k * n largest are kept."""
-    most = k * len(f)
+def keep_largest(f: Tensor, k: int) -> Tensor:
+    """Keep the k * n largest of activations f [n, F]."""
+    limit = k * len(f)
     positive = f[f > 0]
-    if len(positive) <= most:
+    if len(positive) <= limit:
         return f
-    cut = positive.kthvalue(len(positive) - most).values
-    return torch.where(f > cut, f, 0.0)
+    threshold = positive.kthvalue(len(positive) - limit).values
+    return torch.where(f > threshold, f, 0.0)
 
 
-def prepared(bench: Bench, library: str, modes: Sequence[str], task: Task, rates: Sequence[float]) -> Entrant | None:
-    """The library in its fastest mode at its best learning rate; None where no mode works."""
-    times = {mode: seconds for mode in modes if (seconds := probed(bench, Entrant(library, mode), task)) is not None}
+def choose_entrant(
+    bench: Bench, library: str, modes: Sequence[str], task: Task, rates: Sequence[float]
+) -> Entrant | None:
+    """Return the library in its fastest mode at its best learning rate, or None if no mode works."""
+    times = {
+        mode: seconds for mode in modes if (seconds := probe_seconds(bench, Entrant(library, mode), task)) is not None
+    }
     if not times:
         return None
-    mode = min(times, key=lambda one: times[one])
-    small = replace(task, latents=task.latents // SMALLER, steps=max(8, task.steps // SHORTER))
+    mode = min(times, key=lambda mode: times[mode])
+    small = replace(task, latents=task.latents // LATENTS_DIVISOR, steps=max(8, task.steps // STEPS_DIVISOR))
     with bench.worker(library) as worker:
         losses = {}
         for rate in (None, *rates):
             worker.begin(Entrant(library, mode, rate), small)
-            worker.ask(steps=small.steps)
+            worker.send(steps=small.steps)
             losses[rate] = bench.quality(worker, small)["fvu"]
     return Entrant(library, mode, min(losses, key=lambda rate: losses[rate]))
 
 
-def probed(bench: Bench, entrant: Entrant, task: Task) -> float | None:
-    """CPU seconds of a step of half a batch; None, said on standard error, where the library cannot do it."""
+def probe_seconds(bench: Bench, entrant: Entrant, task: Task) -> float | None:
+    """Return the CPU seconds of a step with half a batch; None, reported on standard error, if the library fails."""
     try:
         with bench.worker(entrant.library) as worker:
             worker.begin(entrant, replace(task, batch=task.batch // 2))
-            seconds: list[float] = worker.ask(steps=1 + PROBES)["cpu"]
+            seconds: list[float] = worker.send(steps=1 + PROBE_STEPS)["cpu"]
             return min(seconds[1:])
     except RuntimeError as error:
         tqdm.write(f"{task.case}: {entrant.library} {entrant.mode}: {error}", file=sys.stderr)
@@ -168,22 +176,24 @@ def probed(bench: Bench, entrant: Entrant, task: Task) -> float | None:
 
 
 def race(bench: Bench, entrants: Sequence[Entrant], task: Task, turn: int) -> dict[str, dict[str, Any]]:
-    """Steps all entrants in turns until each has taken all steps; their speed and quality, by library."""
+    """Step all entrants in turns until each has taken all steps; return their speed and quality by library."""
     with ExitStack() as stack:
         workers = [stack.enter_context(bench.worker(entrant.library)) for entrant in entrants]
         for entrant, worker in zip(entrants, workers, strict=True):
             worker.begin(entrant, task)
         turns = tqdm(range(task.steps // turn), desc=task.case, unit="turn", leave=False)
-        answers = [[worker.ask(steps=turn) for worker in workers] for _ in turns]
-        found = {}
-        for entrant, worker, seen in zip(entrants, workers, zip(*answers, strict=True), strict=True):
-            chosen = {"mode": entrant.mode, "learning_rate": entrant.rate or "default"}
-            found[entrant.library] = speed(seen, task) | bench.quality(worker, task) | chosen
-    return found
+        answers = [[worker.send(steps=turn) for worker in workers] for _ in turns]
+        results = {}
+        for entrant, worker, timings in zip(entrants, workers, zip(*answers, strict=True), strict=True):
+            setting = {"mode": entrant.mode, "learning_rate": entrant.rate or "default"}
+            results[entrant.library] = speed(timings, task) | bench.quality(worker, task) | setting
+    return results
 
 
 def speed(answers: Sequence[Any], task: Task) -> dict[str, Any]:
-    """Tokens a second by wall and by CPU time, medians over all turns but the first; peak memory of the process."""
+    """Return tokens per second of wall and CPU time, medians over all turns but the first, and peak memory of the
+    process.
+    """
     wall = [statistics.mean(answer["wall"]) for answer in answers[1:]]
     cpu = [statistics.mean(answer["cpu"]) for answer in answers[1:]]
     return {
@@ -194,31 +204,35 @@ def speed(answers: Sequence[Any], task: Task) -> dict[str, Any]:
     }
 
 
-def compared(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The record of one case: ours, peers, and how many times faster than each ours is, as a median of turns."""
-    ours = found["ours"]
-    for result in found.values():
+def compare(by_library: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the results of one case: ours, peers, and the median over turns of how many times faster ours is than
+    each.
+    """
+    ours = by_library["ours"]
+    for result in by_library.values():
         turns = zip(result["turns"], ours["turns"], strict=True)
-        result["ours_is_faster"] = statistics.median(theirs / mine for theirs, mine in turns)
+        result["ours_is_faster"] = statistics.median(other / own for other, own in turns)
         result["ours_is_faster_cpu"] = ours["tok_cpu_s"] / result["tok_cpu_s"]
-    results = {library: {k: v for k, v in result.items() if k != "turns"} for library, result in found.items()}
+    results = {library: {k: v for k, v in result.items() if k != "turns"} for library, result in by_library.items()}
     return {"ours": results.pop("ours"), "peers": results}
 
 
-def case_of(bench: Bench, task: Task, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything of one case."""
-    modes = MODES | (WRAPPED if options.wrapped else {})
-    libraries = [library for library in modes if task.case in ONLY.get(library, CASES)]
-    found = [prepared(bench, library, modes[library], task, options.rates) for library in libraries]
-    return compared(race(bench, [entrant for entrant in found if entrant is not None], task, options.turn))
+def run_case(bench: Bench, task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    """Run all libraries on one case."""
+    modes = MODES | (WRAPPED_MODES if options.wrapped else {})
+    libraries = [library for library in modes if task.case in SUPPORTED_CASES.get(library, CASES)]
+    entrants = [choose_entrant(bench, library, modes[library], task, options.rates) for library in libraries]
+    return compare(race(bench, [entrant for entrant in entrants if entrant is not None], task, options.turn))
 
 
 def write_data(path: Path, tokens: int, d: int) -> None:
-    """Training and held-out activations."""
+    """Write training and held-out activations."""
     g = torch.Generator().manual_seed(DATA_SEED)
-    planted = activations.directions(PLANTED, d, g)
-    train = activations.activations(tokens, planted, ACTIVE, g)
-    save_file({"train": train, "held": activations.activations(HELD, planted, ACTIVE, g)}, path)
+    planted = activations.directions(DIRECTIONS, d, g)
+    train = activations.synthetic_activations(tokens, planted, ACTIVE_PER_TOKEN, g)
+    save_file(
+        {"train": train, "held": activations.synthetic_activations(HELD_OUT_TOKENS, planted, ACTIVE_PER_TOKEN, g)}, path
+    )
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -245,12 +259,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0."""
+    """Run the benchmark; return exit status 0."""
     options = arguments(argv)
     steps = options.tokens // options.batch // options.turn * options.turn
     base = Task("", options.width, options.latents, options.k, options.batch, steps, None, options.threads)
     about = {
-        "activations": f"synthetic: {ACTIVE} of {PLANTED} directions a token, Zipf law, log-normal strengths, noise",
+        "activations": (
+            f"synthetic: {ACTIVE_PER_TOKEN} of {DIRECTIONS} directions a token, Zipf law, log-normal strengths, noise"
+        ),
         "options": {name: str(value) for name, value in vars(options).items()},
     }
     cases = {}
@@ -260,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_data(data, steps * options.batch, options.width)
         bench = Bench(options.peers_python, data, load_file(data)["held"])
         for case in options.cases:
-            cases[case] = case_of(bench, replace(base, case=case), options)
+            cases[case] = run_case(bench, replace(base, case=case), options)
             options.json.write_text(json.dumps({"about": about, "cases": cases}, indent=1))
             print(json.dumps({case: cases[case]}, indent=1))
     return 0

@@ -1,8 +1,8 @@
-"""One library's trainer in a process of its own, stepped by commands on standard input, one JSON object a line.
+"""A trainer of one library in its own process, controlled by commands on standard input, one JSON object per line.
 
-{"mode": m, "task": {...}}: begins anew; answers {}.
-{"steps": n}: takes n steps; answers {"wall": [s, ...], "cpu": [s, ...], "peak_mb": m}, per step.
-{"save": path}: writes the weights in canonical form; answers {"k": k or null}.
+{"mode": m, "task": {...}}: create a new SAE; answers {}.
+{"steps": n}: take n steps; answers {"wall": [s, ...], "cpu": [s, ...], "peak_mb": m}, per step.
+{"save": path}: write the weights in canonical form; answers {"k": k or null}.
 """
 
 import argparse
@@ -29,47 +29,47 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def steps(trained: Learner, x: Tensor, batch: int, done: int, count: int) -> dict[str, Any]:
-    """Takes `count` steps after `done`, each timed by the wall and by the processors."""
+def steps(trainer: Learner, x: Tensor, batch: int, steps_done: int, count: int) -> dict[str, Any]:
+    """Take `count` steps after the first `steps_done`; time each by wall clock and CPU."""
     wall, cpu = [], []
-    for i in range(done, done + count):
+    for i in range(steps_done, steps_done + count):
         part = x[i * batch : (i + 1) * batch]
         start, used = time.perf_counter(), time.process_time()
-        trained.step(part)
+        trainer.step(part)
         wall.append(time.perf_counter() - start)
         cpu.append(time.process_time() - used)
     return {"wall": wall, "cpu": cpu, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
-def saved(trained: Learner, path: str) -> dict[str, Any]:
-    """Writes the weights."""
-    weights, k = trained.weights()
+def save_weights(trainer: Learner, path: str) -> dict[str, Any]:
+    """Write the weights."""
+    weights, k = trainer.weights()
     save_file({name: t.detach().float().contiguous() for name, t in weights.items()}, path)
     return {"k": k}
 
 
 def answers(library: str, x: Tensor, commands: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Obeys commands."""
+    """Execute commands and yield their answers."""
     for line in commands:
         match json.loads(line):
             case {"mode": mode, "task": settings}:
                 task = Task(**settings)
                 torch.set_num_threads(task.threads)
-                trained, done = learner(library, mode, task, x[: task.sample]), 0
+                trainer, steps_done = learner(library, mode, task, x[: task.sample]), 0
                 yield {}
             case {"steps": count}:
-                yield steps(trained, x, task.batch, done, count)
-                done += count
+                yield steps(trainer, x, task.batch, steps_done, count)
+                steps_done += count
             case {"save": path}:
-                yield saved(trained, path)
+                yield save_weights(trainer, path)
 
 
 def main() -> int:
-    """Obeys until standard input ends."""
+    """Execute commands until standard input ends."""
     options = arguments()
     x = load_file(options.data)["train"]
     output = sys.stdout
-    # Libraries print; the answers alone go to standard output.
+    # Libraries print to standard output, which must carry answers only.
     with contextlib.redirect_stdout(sys.stderr):
         for answer in answers(options.library, x, sys.stdin):
             print(json.dumps(answer), file=output, flush=True)

@@ -85,7 +85,7 @@ def check_contents(opened: Bundle) -> Iterator[Finding]:
 def check_fit(opened: Bundle, model: Path) -> Finding:
     """Check that the folder holds the checkpoint that the bundle fits."""
     findings: list[Finding] = []
-    width = materials.shape_of(model).hidden_size
+    width = materials.read_model_shape(model).hidden_size
     sha256 = bundle.model_sha256(model)
     _attempt(findings, "model", f"{model} is it", lambda: bundle.check_model(opened, sha256, width))
     return findings[0]

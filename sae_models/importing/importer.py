@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rudder.sae_models import fidelity
 from rudder.sae_models.activations import samples as materials
-from rudder.sae_models.activations.samples import Material
+from rudder.sae_models.activations.samples import TextSample
 from rudder.sae_models.bundle import bundle, catalogue, semantic
 from rudder.sae_models.bundle.bundle import Bundle, Conformance, Manifest, Model, Source, Statistics, Training
 from rudder.sae_models.bundle.catalogue import Latent, Summary
@@ -141,7 +141,7 @@ def manifest_for(loaded: Loaded, source: Source, request: ImportRequest) -> Mani
         raise ImportRefused(
             f"output_site: the {loaded.format} checkpoint does not say which site it writes, give --output-site"
         )
-    width = materials.shape_of(request.model).hidden_size
+    width = materials.read_model_shape(request.model).hidden_size
     for field, size in (("d", sae.width), ("d_out", sae.decoder.shape[1])):
         if size != width:
             raise ImportRefused(f"{field}: the SAE has {size}, the residual stream of {request.model} has {width}")
@@ -201,7 +201,7 @@ def measure(sae: SAE, content: Manifest, request: ImportRequest, corpus: Path) -
     if problem and not request.accept:
         raise ImportRefused(f"convention: {problem}; --accept imports it as it is declared")
     sample = entries.sample_of(material.windows, material.documents, material.tokenizer)
-    sums = entries.tally_of(materials.inputs(material, content.sites, material.windows), sae, sample)
+    sums = entries.tally_of(materials.sae_inputs(material, content.sites, material.windows), sae, sample)
     statistics = entries.statistics_of(sums)
     dead = float((statistics.frequency == 0).float().mean())
     whole = Claims(measured.l0, measured.fvu if measured.compared else None)
@@ -232,14 +232,14 @@ def typical_conformance(sae: SAE, x: Tensor, target: Tensor | None, whole: Claim
 
 def sample_and_compare(
     sae: SAE, content: Manifest, model: Path, corpus: Path, tokens: int
-) -> tuple[Material, dict[str, Tensor], Comparison | None]:
+) -> tuple[TextSample, dict[str, Tensor], Comparison | None]:
     """Return the corpus as windows, vectors [n, d] at the sites, and the comparison of conventions unless partial."""
-    layers = materials.shape_of(model).layers
+    layers = materials.read_model_shape(model).layers
     own = content.sites if content.partial else (*content.sites, content.output_site)
-    near = [] if content.partial else [other for site in own for other in materials.neighbours(site, layers)]
+    near = [] if content.partial else [other for site in own for other in materials.adjacent_sites(site, layers)]
     sites = list(dict.fromkeys((*own, *near)))
-    material = materials.material(model, sites, corpus, tokens)
-    vectors = materials.sample(material, sites, FIGURE_TOKENS)
+    material = materials.load_text_sample(model, sites, corpus, tokens)
+    vectors = materials.sample_vectors(material, sites, FIGURE_TOKENS)
     if content.partial:
         return material, vectors, None
     fewer = {site: x[:COMPARISON_TOKENS] for site, x in vectors.items()}
@@ -276,7 +276,7 @@ def inputs_and_target(content: Manifest, vectors: dict[str, Tensor]) -> tuple[Te
     return x, vectors[content.output_site] if content.transcodes and not content.partial else None
 
 
-def with_logit_lens(latents: Sequence[Latent], sae: SAE, material: Material) -> Iterator[Latent]:
+def with_logit_lens(latents: Sequence[Latent], sae: SAE, material: TextSample) -> Iterator[Latent]:
     """Yield the latents with the tokens that their decoders promote and suppress."""
     vocabulary = material.windows.tokens[material.windows.counted].unique()
     words = logit_lens.words(sae.decoder, logit_lens.unembedding(material.trunk), vocabulary, material.tokenizer)

@@ -1,1 +1,1 @@
-"""Sparse operations on the latents of a batch, their kernels and collectives."""
+"""Sparse operations on the activations of a batch, their kernels, collectives, and top-k screening."""

@@ -1,8 +1,7 @@
-"""A run on several processes that `torchrun` started: each trains on a part of every batch, or holds a part of the
-latents, or both; together they take the steps that one process would take.
+"""Data and tensor parallelism over the processes that `torchrun` started: each process trains on a part of every batch,
+holds a part of the latents, or both, and together they compute the steps that a single process would.
 
-Ranks with the same latents are neighbours of stride `latent_parts`: rank = part of the batch * latent_parts + part of
-the latents.
+rank = batch_part * latent_parts + latent_part: the ranks that share a part of the batch are consecutive.
 """
 
 import os
@@ -15,15 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# The others wait while one process harvests the store.
+# Long enough for the other processes to wait while the leader harvests the store.
 TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this process stands: which part of the batch, of how many; which part of the latents, of how many.
+    """Position of this process in a 2D mesh of batch parts and latent parts, and its process groups.
 
-    What crosses a dimension with one part is what it was.
+    Methods are named after the operation of torch.distributed; `batch_` and `latent_` say over which group it runs, and
+    a trailing underscore that it works in place. Over a group of one process every operation is the identity.
     """
 
     batch_part: int = 0
@@ -34,89 +34,97 @@ class Mesh:
     latent_group: Any = None
 
     @property
-    def leads(self) -> bool:
-        """Whether this process speaks for all."""
+    def is_leader(self) -> bool:
+        """Return whether this process writes files and logs for all."""
         return self.batch_part == self.latent_part == 0
 
     @property
-    def alone(self) -> bool:
-        """Whether there is no other process."""
+    def is_single_process(self) -> bool:
+        """Return whether there is no other process."""
         return self.batch_parts * self.latent_parts == 1
 
     def barrier(self) -> None:
-        """Waits for all."""
-        if not self.alone:
+        """Wait for all processes."""
+        if not self.is_single_process:
             dist.barrier()
 
-    def part(self, x: Tensor) -> Tensor:
-        """This process's part of a batch [n, ...]."""
+    def local_batch(self, x: Tensor) -> Tensor:
+        """Return this process's part of a batch [n, ...]."""
         return x.chunk(self.batch_parts)[self.batch_part]
 
-    def average(self, tensors: Iterable[Tensor]) -> None:
-        """The mean over the parts of the batch, in place; small tensors travel together."""
+    def batch_all_reduce_mean_(self, tensors: Iterable[Tensor]) -> None:
+        """Average tensors over the parts of the batch, in place. They are flattened into one buffer: one collective
+        instead of many small ones.
+        """
         if self.batch_parts == 1:
             return
-        held = list(tensors)
-        flat = torch.cat([tensor.flatten() for tensor in held])
+        items = list(tensors)
+        flat = torch.cat([tensor.flatten() for tensor in items])
         dist.all_reduce(flat, group=self.batch_group)
         flat /= self.batch_parts
-        for tensor, mean in zip(held, flat.split([tensor.numel() for tensor in held]), strict=True):
+        for tensor, mean in zip(items, flat.split([tensor.numel() for tensor in items]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
-    def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over the parts of the batch. A gradient passes as it is: gradients are averaged later."""
+    def batch_all_reduce_mean(self, tensor: Tensor) -> Tensor:
+        """Return the mean over the parts of the batch. Its backward is the identity: gradients are averaged after the
+        backward pass.
+        """
         if self.batch_parts == 1:
             return tensor
-        mean: Tensor = _Reduced.apply(tensor, lambda t: self.average([t]))  # type: ignore[no-untyped-call]
+        mean: Tensor = _AllReduce.apply(tensor, lambda t: self.batch_all_reduce_mean_([t]))  # type: ignore[no-untyped-call]
         return mean
 
-    def total(self, tensor: Tensor) -> Tensor:
-        """The sum over the parts of the latents. All go on with all of it, so a gradient passes as it is."""
+    def latent_all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the parts of the latents. Every rank continues with the whole sum, so its backward is the
+        identity.
+        """
         if self.latent_parts == 1:
             return tensor
-        summed: Tensor = _Reduced.apply(tensor, self.add_up)  # type: ignore[no-untyped-call]
+        summed: Tensor = _AllReduce.apply(tensor, self.latent_all_reduce_sum_)  # type: ignore[no-untyped-call]
         return summed
 
-    def add_up(self, tensor: Tensor) -> None:
-        """The sum over the parts of the latents, in place."""
+    def latent_all_reduce_sum_(self, tensor: Tensor) -> None:
+        """Sum a tensor over the parts of the latents, in place."""
         dist.all_reduce(tensor, group=self.latent_group)
 
-    def spread(self, tensor: Tensor) -> Tensor:
-        """A tensor that all parts of the latents have, for each to read with its own: its gradient is of all."""
-        given: Tensor = _Spread.apply(tensor, self) if self.latent_parts > 1 else tensor  # type: ignore[no-untyped-call]
-        return given
+    def latent_copy(self, tensor: Tensor) -> Tensor:
+        """Return a replicated tensor for each part of the latents to read; the backward sums the gradients of all parts
+        (the operator f of Megatron-LM, arXiv 1909.08053).
+        """
+        copied: Tensor = _CopyToRanks.apply(tensor, self) if self.latent_parts > 1 else tensor  # type: ignore[no-untyped-call]
+        return copied
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Tensors [n, m] of the parts of the latents, side by side."""
-        return tensor if self.latent_parts == 1 else torch.cat(self.gathered(tensor), dim=1)
+    def latent_all_gather_columns(self, tensor: Tensor) -> Tensor:
+        """Concatenate tensors [n, m] of all parts of the latents to [n, latent_parts * m]."""
+        return tensor if self.latent_parts == 1 else torch.cat(self.latent_all_gather(tensor), dim=1)
 
-    def gathered(self, tensor: Tensor) -> list[Tensor]:
-        """The same tensor of each part of the latents."""
+    def latent_all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all parts of the latents, in order."""
         parts = [torch.empty_like(tensor) for _ in range(self.latent_parts)]
         dist.all_gather(parts, tensor.contiguous(), group=self.latent_group)
         return parts
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes."""
-        return self._reduced(tensor, dist.ReduceOp.SUM)
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all processes, detached."""
+        return self._all_reduce(tensor, dist.ReduceOp.SUM)
 
-    def least(self, tensor: Tensor) -> Tensor:
-        """The least over all processes."""
-        return self._reduced(tensor, dist.ReduceOp.MIN)
+    def all_reduce_min(self, tensor: Tensor) -> Tensor:
+        """Return the minimum over all processes, detached."""
+        return self._all_reduce(tensor, dist.ReduceOp.MIN)
 
-    def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:
-        if self.alone:
+    def _all_reduce(self, tensor: Tensor, operation: Any) -> Tensor:
+        if self.is_single_process:
             return tensor
         reduced = tensor.detach().clone()
         dist.all_reduce(reduced, operation)
         return reduced
 
 
-ALONE = Mesh()
+SINGLE_PROCESS = Mesh()
 
 
-class _Reduced(torch.autograd.Function):
-    """What `reduce` makes of a copy in place; a gradient passes as it is."""
+class _AllReduce(torch.autograd.Function):
+    """Apply an in-place reduction to a copy in the forward pass; the backward is the identity."""
 
     @staticmethod
     def forward(_: Any, t: Tensor, reduce: Callable[[Tensor], object]) -> Tensor:
@@ -129,7 +137,9 @@ class _Reduced(torch.autograd.Function):
         return g, None
 
 
-class _Spread(torch.autograd.Function):
+class _CopyToRanks(torch.autograd.Function):
+    """Identity in the forward pass; all-reduce (sum) over the parts of the latents in the backward pass."""
+
     @staticmethod
     def forward(ctx: Any, t: Tensor, mesh: Mesh) -> Tensor:
         ctx.mesh = mesh
@@ -138,12 +148,14 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         summed = g.clone()
-        ctx.mesh.add_up(summed)
+        ctx.mesh.latent_all_reduce_sum_(summed)
         return summed, None
 
 
-def join(latent_parts: int, batch: int) -> Mesh:
-    """The mesh that the environment of `torchrun` describes; alone without one. ValueError: the parts do not fit."""
+def init_mesh(latent_parts: int, batch: int) -> Mesh:
+    """Initialise the process group from the environment variables of `torchrun` and return the mesh, or SINGLE_PROCESS
+    without them. Raise ValueError if the number of processes, latent parts and batch size do not divide.
+    """
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if ranks % latent_parts:
         raise ValueError(f"latent_ranks: {latent_parts} does not divide the {ranks} processes")
@@ -151,20 +163,21 @@ def join(latent_parts: int, batch: int) -> Mesh:
     if batch % batch_parts:
         raise ValueError(f"batch: {batch} is not divided by {batch_parts} processes")
     if ranks == 1:
-        return ALONE
+        return SINGLE_PROCESS
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     table = torch.arange(ranks).view(batch_parts, latent_parts)
-    # Every process makes every group, in one order.
-    latent_groups = [dist.new_group(row.tolist()) for row in table]
-    batch_groups = [dist.new_group(column.tolist()) for column in table.T]
-    b, f = divmod(rank, latent_parts)
-    return Mesh(b, batch_parts, f, latent_parts, batch_groups[f], latent_groups[b])
+    # new_group is collective: every process must create every group, in the same order.
+    latent_groups = [dist.new_group(same_batch_part.tolist()) for same_batch_part in table]
+    batch_groups = [dist.new_group(same_latent_part.tolist()) for same_latent_part in table.T]
+    batch_part, latent_part = divmod(rank, latent_parts)
+    groups = batch_groups[latent_part], latent_groups[batch_part]
+    return Mesh(batch_part, batch_parts, latent_part, latent_parts, *groups)
 
 
-def leave() -> None:
-    """Ends the process group, if there is one."""
+def destroy_mesh() -> None:
+    """Destroy the process group if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,6 @@
-"""The two operations of sparse training, over m pairs of a group and a row; on a GPU in one Triton kernel each."""
+"""The two kernels of sparse training, over m pairs of a group and a matrix row index. On a GPU each is one Triton
+kernel.
+"""
 
 import torch
 from torch import Tensor
@@ -8,7 +10,8 @@ SUM_MODE = 0
 
 
 def row_sums(rows: Tensor, index: Tensor, start: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sums [groups, d] of rows [r, d]: group g sums weight * rows[index] over start[g] <= i < start[g + 1].
+    """Return weighted sums [groups, d] of rows [r, d]: group g sums weight[i] * rows[index[i]] over start[g] <= i <
+    start[g + 1].
 
     index [m], weight [m], start [groups]; a group may be empty.
     """
@@ -21,12 +24,15 @@ def row_sums(rows: Tensor, index: Tensor, start: Tensor, weight: Tensor) -> Tens
 
 
 def row_dots(left: Tensor, right: Tensor, group: Tensor, index: Tensor, start: Tensor) -> Tensor:
-    """left[group] . right[index], [m], of left [groups, d] and right [r, d]; `start` [groups] as in `row_sums`."""
+    """Return left[group] . right[index], [m], for left [groups, d] and right [r, d]; `start` [groups] as in
+    `row_sums`.
+    """
     if left.is_cuda:
         from rudder.sae_models.sparse import triton_kernels
 
         return triton_kernels.row_dots(left, right, group, index)
-    # The gradient of embedding_bag's weights, which on a CPU gathers no rows.
-    of_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward
-    dots: Tensor = of_weights(left, right, index, start, group, SUM_MODE, -1)
+    # The backward of embedding_bag with respect to its weights computes these dot products without materialising
+    # left[group] and right[index], [m, d] each.
+    per_sample_weights_backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    dots: Tensor = per_sample_weights_backward(left, right, index, start, group, SUM_MODE, -1)
     return dots

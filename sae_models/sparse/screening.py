@@ -1,7 +1,7 @@
-"""The strongest latents of a token out of a whole dictionary, exactly, at half the price of a full encode.
+"""Exact top-k latents per token over a whole dictionary, at about half the cost of a full encode.
 
-A product in bfloat16 screens the dictionary: its error has a bound, so no latent that counts is missed. Those that
-pass are few, and are computed in float32.
+Screening: a bfloat16 product with an error bound selects candidates, so that no latent of the exact top-k is missed.
+The few candidates are computed in float32.
 """
 
 from dataclasses import dataclass
@@ -15,105 +15,114 @@ from torch.nn import functional
 
 from rudder.sae_models.sae import SAE, blocks, row_norms
 
-# A product of bfloat16 numbers is summed in float32, to less than SUM of its factors' lengths, and then rounded itself,
-# by up to 2^-8 of it; RESULT leaves room.
-SUM, RESULT = 2**-11, 1.03 * 2**-8
+# A bfloat16 product accumulates in float32, with an error below ACCUMULATION_ERROR times the norms of its factors. The
+# result is then rounded to bfloat16, with a relative error of up to 2^-8; ROUNDING_ERROR leaves a margin of 3 %.
+ACCUMULATION_ERROR, ROUNDING_ERROR = 2**-11, 1.03 * 2**-8
 
 Latents = NDArray[np.int32]
 Values = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Screen:
-    """An SAE without a selection, its encoder rows' `norm` [F], their directions [F, d] in bfloat16, how far rounding
-    has moved any of these, and what a product with a direction must exceed, `cut` [F].
+class ScreeningDictionary:
+    """An SAE without a selection, the norm [F] of its encoder vectors, their directions [F, d] in bfloat16, the largest
+    norm `rounding` [] by which bfloat16 moved a direction, and the `cutoff` [F] that a product with a direction must
+    exceed.
     """
 
     sae: SAE
     norm: Tensor
     directions: Tensor
-    moved: Tensor
-    cut: Tensor
+    rounding: Tensor
+    cutoff: Tensor
 
 
-def screen(sae: SAE) -> Screen | SAE:
-    """Prepare an SAE; costs half its encoder's memory in float32. Under a selection nearly every latent is a candidate,
-    so an SAE that has one is encoded whole.
+def prepare_screening(sae: SAE) -> ScreeningDictionary | SAE:
+    """Prepare an SAE for `top_k_latents`; this takes half the memory of its encoder in float32. An SAE with a selection
+    is returned as it is and encoded in full, because nearly all of its latents would be candidates.
     """
     if sae.selection is not None:
         return sae
     norm = row_norms(sae.encoder).clamp_min(1e-30)
     directions = torch.empty_like(sae.encoder, dtype=torch.bfloat16)
-    moved = norm.new_zeros(())
+    rounding = norm.new_zeros(())
     for rows, encoder in blocks(sae.encoder):
         exact = encoder / norm[rows, None]
         directions[rows] = exact
-        moved = torch.maximum(moved, (exact - directions[rows].float()).norm(dim=1).max())
-    cut = (least(sae) - sae.bias) / norm
-    return Screen(sae, norm, directions, moved, cut - RESULT * cut.abs())
+        rounding = torch.maximum(rounding, (exact - directions[rows].float()).norm(dim=1).max())
+    cutoff = (activation_floor(sae) - sae.bias) / norm
+    return ScreeningDictionary(sae, norm, directions, rounding, cutoff - ROUNDING_ERROR * cutoff.abs())
 
 
-def least(sae: SAE) -> Tensor:
-    """What pre-activations must exceed [F]: at or below 0 no latent is active, f is then 0 and says nothing."""
+def activation_floor(sae: SAE) -> Tensor:
+    """Return the pre-activation [F] above which a latent is active: its threshold, or 0 if that is negative."""
     return sae.threshold.clamp_min(0.0)
 
 
-def strongest(screened: Screen | SAE, x: Tensor, k: int) -> tuple[Latents, Values]:
-    """The k strongest latents of each token of x [n, d], with a router [n, L, d]; int32 and fp32 [n, k], 0 where fewer
-    are active.
+def top_k_latents(dictionary: ScreeningDictionary | SAE, x: Tensor, k: int) -> tuple[Latents, Values]:
+    """Return the k most active latents of each token of x [n, d], with a router [n, L, d]: indices int32 and
+    activations float32, [n, k], sorted by activation; 0 beyond the active latents.
     """
-    if isinstance(screened, SAE):
-        strong, number = screened.encode(x).topk(min(k, screened.latents), dim=1)
-        return padded(number.int(), k).cpu().numpy(), padded(strong, k).cpu().numpy()
-    _, h = screened.sae.encoder_input(x)
-    token, latent = candidates(screened, h, k)
-    sae = screened.sae
+    if isinstance(dictionary, SAE):
+        values, latents = dictionary.encode(x).topk(min(k, dictionary.latents), dim=1)
+        return pad_columns(latents.int(), k).cpu().numpy(), pad_columns(values, k).cpu().numpy()
+    _, h = dictionary.sae.encoder_input(x)
+    token, latent = candidates(dictionary, h, k)
+    sae = dictionary.sae
     z = (h[token] * sae.encoder[latent].float()).sum(1) + sae.bias[latent]
-    active = z > least(sae)[latent]
+    active = z > activation_floor(sae)[latent]
     token, latent, z = token[active], latent[active], z[active]
-    order, rank = ranked(token, z)
-    chosen, ranks = order[rank < k], rank[rank < k]
-    rows = token[chosen]
+    order, rank = rank_within_tokens(token, z)
+    selected, ranks = order[rank < k], rank[rank < k]
+    tokens = token[selected]
     latents, values = x.new_zeros(len(h), k, dtype=torch.int32), x.new_zeros(len(h), k, dtype=torch.float32)
-    latents[rows, ranks], values[rows, ranks] = latent[chosen].int(), z[chosen]
+    latents[tokens, ranks], values[tokens, ranks] = latent[selected].int(), z[selected]
     return latents.cpu().numpy(), values.cpu().numpy()
 
 
-def padded(columns: Tensor, k: int) -> Tensor:
-    """[n, k] of fewer columns."""
+def pad_columns(columns: Tensor, k: int) -> Tensor:
+    """Pad columns [n, m] with zeros to [n, k]."""
     return functional.pad(columns, (0, k - columns.shape[1]))
 
 
-def candidates(screened: Screen, h: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Tokens and latents [m] that may be among the k strongest of encoder inputs h [n, d]: those that no k others of
-    the same token are stronger than for certain.
+def candidates(dictionary: ScreeningDictionary, h: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return (token, latent) pairs [m] that may be among the top k of encoder inputs h [n, d].
+
+    A latent is a candidate if the upper bound of its pre-activation reaches the kth largest lower bound among the
+    latents of its token that are certainly active.
     """
     rounded = h.bfloat16()
-    approximate = rounded @ screened.directions.T
-    slack = slack_of(h, rounded.float(), screened.moved)
-    token, latent = (approximate > screened.cut - slack).nonzero(as_tuple=True)
-    norm, found = screened.norm[latent], approximate[token, latent].float()
-    z, error = found * norm + screened.sae.bias[latent], (slack[token, 0] + RESULT * found.abs()) * norm
-    surely = z - error > least(screened.sae)[latent]
-    lower, among = (z - error)[surely], token[surely]
-    order, rank = ranked(among, lower)
-    enough = torch.full_like(slack[:, 0], -inf)
-    enough[among[order][rank == k - 1]] = lower[order][rank == k - 1]
-    kept = z + error >= enough[token]
-    return token[kept], latent[kept]
+    approximate = rounded @ dictionary.directions.T
+    slack = product_error_bound(h, rounded.float(), dictionary.rounding)
+    token, latent = (approximate > dictionary.cutoff - slack).nonzero(as_tuple=True)
+    norm, product = dictionary.norm[latent], approximate[token, latent].float()
+    z, error = product * norm + dictionary.sae.bias[latent], (slack[token, 0] + ROUNDING_ERROR * product.abs()) * norm
+    certain = z - error > activation_floor(dictionary.sae)[latent]
+    lower_bound, certain_token = (z - error)[certain], token[certain]
+    order, rank = rank_within_tokens(certain_token, lower_bound)
+    kth_lower_bound = torch.full_like(slack[:, 0], -inf)
+    kth_lower_bound[certain_token[order][rank == k - 1]] = lower_bound[order][rank == k - 1]
+    candidate = z + error >= kth_lower_bound[token]
+    return token[candidate], latent[candidate]
 
 
-def slack_of(h: Tensor, rounded: Tensor, moved: Tensor) -> Tensor:
-    """[n, 1]: by how much the products of h [n, d] with unit directions differ from those of what both were rounded to,
-    at most and before these are rounded.
+def product_error_bound(h: Tensor, rounded: Tensor, rounding: Tensor) -> Tensor:
+    """Return [n, 1]: an upper bound on |h . v - h' . v'| over all unit directions v, where h' and v' are rounded to
+    bfloat16, including float32 accumulation but not the rounding of the result.
+
+    By Cauchy-Schwarz: the rounding of h times |v| = 1, plus the rounding of v and the accumulation error times |h'|.
     """
-    lost, length = (h - rounded).norm(dim=1, keepdim=True), h.norm(dim=1, keepdim=True)
-    slack: Tensor = (1 + RESULT) * (lost + (moved + SUM) * (length + lost))
+    input_rounding, length = (h - rounded).norm(dim=1, keepdim=True), h.norm(dim=1, keepdim=True)
+    slack: Tensor = (1 + ROUNDING_ERROR) * (
+        input_rounding + (rounding + ACCUMULATION_ERROR) * (length + input_rounding)
+    )
     return slack
 
 
-def ranked(token: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The order [m] by token and falling value, and in it each one's rank within its token."""
+def rank_within_tokens(token: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the permutation [m] that sorts by token and descending value, and the rank of each sorted entry within its
+    token.
+    """
     order = value.argsort(descending=True)
     order = order[token[order].argsort(stable=True)]
     ordered = token[order]

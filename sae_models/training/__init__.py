@@ -1,0 +1,1 @@
+"""Training of SAEs: configuration, data, training loop, checkpoints, export and report."""

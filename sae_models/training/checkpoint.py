@@ -1,4 +1,4 @@
-"""What a run needs to go on exactly: a file for each part of the latents, and a note of the last whole step."""
+"""Checkpoints of a run: one file per shard of the latents, and latest.json, which names the last complete step."""
 
 from pathlib import Path
 from typing import Any
@@ -6,56 +6,59 @@ from typing import Any
 import msgspec
 import torch
 
-from rudder.sae_models.files import PARTIAL, write_whole
+from rudder.sae_models.files import PARTIAL, write_atomically
 from rudder.sae_models.sparse.collectives import Mesh
 
 LATEST = "latest.json"
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be read or written; the message names the file."""
+    """A checkpoint cannot be read or written. The message names the file."""
 
 
-class Note(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The content of latest.json."""
+class LatestCheckpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Content of latest.json."""
 
     step: int
     latent_parts: int
 
 
 def save(folder: Path, step: int, state: dict[str, Any], mesh: Mesh) -> None:
-    """Writes a step's state, makes it the latest, then removes the older.
+    """Write the state of a step, record the step as latest, then remove older checkpoints.
 
-    CheckpointError: it could not be written; the one before is whole.
+    Raise CheckpointError if the state cannot be written; the previous checkpoint is then intact.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if mesh.batch_part == 0:
-        _write(folder / _name(step, mesh.latent_part), state)
+        _write(folder / _file_name(step, mesh.latent_part), state)
+    # latest.json may name a step only once every shard of it is on disk.
     mesh.barrier()
-    if mesh.leads:
-        write_whole(folder / LATEST, msgspec.json.encode(Note(step, mesh.latent_parts)))
+    if mesh.is_leader:
+        write_atomically(folder / LATEST, msgspec.json.encode(LatestCheckpoint(step, mesh.latent_parts)))
         for old in folder.iterdir():
             if old.name != LATEST and not old.name.startswith(f"{step:09}."):
                 old.unlink()
 
 
 def load(folder: Path, mesh: Mesh) -> tuple[int, dict[str, Any]] | None:
-    """The last whole step and its state; None: there is none. CheckpointError: it is damaged or does not fit."""
+    """Return the last complete step and its state, or None if there is no checkpoint. Raise CheckpointError if it is
+    damaged or has a different number of shards.
+    """
     if not (folder / LATEST).exists():
         return None
     try:
-        note = msgspec.json.decode((folder / LATEST).read_bytes(), type=Note)
-        path = folder / _name(note.step, mesh.latent_part)
+        latest = msgspec.json.decode((folder / LATEST).read_bytes(), type=LatestCheckpoint)
+        path = folder / _file_name(latest.step, mesh.latent_part)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    # torch raises whatever its reader meets in a damaged file.
+    # torch.load documents no exception type for damaged files.
     except Exception as error:
         raise CheckpointError(f"checkpoint: {folder}: {error}") from error
-    if note.latent_parts != mesh.latent_parts:
-        raise CheckpointError(f"checkpoint: {folder}: of {note.latent_parts} latent_ranks, not {mesh.latent_parts}")
-    return note.step, state
+    if latest.latent_parts != mesh.latent_parts:
+        raise CheckpointError(f"checkpoint: {folder}: of {latest.latent_parts} latent_ranks, not {mesh.latent_parts}")
+    return latest.step, state
 
 
-def _name(step: int, latent_part: int) -> str:
+def _file_name(step: int, latent_part: int) -> str:
     return f"{step:09}.{latent_part}.pt"
 
 
@@ -67,6 +70,6 @@ def _write(path: Path, state: dict[str, Any]) -> None:
         partial.replace(path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        # torch hides what the operating system said behind an error of its own.
+        # torch.save raises a RuntimeError of its own; the OSError with the cause is its context.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise CheckpointError(f"checkpoint: {path}: {cause}; the one before it is whole") from error

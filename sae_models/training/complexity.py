@@ -1,4 +1,4 @@
-"""How complex the text of each window is, from 0 to 10: what AdaptiveK's probe is taught."""
+"""Complexity of the text of each window, from 0 to 10: the regression target of AdaptiveK's probe."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,48 +9,50 @@ from torch import Tensor
 
 from rudder.sae_models.activations import harvest
 from rudder.sae_models.activations.corpus import CorpusError, Document, Windows
-from rudder.sae_models.evaluation import splicing as metrics
+from rudder.sae_models.evaluation import splicing
 
-MOST = 10.0
-# Between these shares of all windows losses are spread over the scale; what is beyond them is at its ends.
-ENDS = (0.01, 0.99)
+MAX_COMPLEXITY = 10.0
+# Losses between these quantiles are scaled linearly to 0..MAX_COMPLEXITY; losses beyond them are clamped.
+QUANTILES = (0.01, 0.99)
 
 
-def rated(documents: list[Document], windows: Windows, model: Path, device: torch.device) -> Tensor:
-    """As the corpus says [n]: the authors of arXiv 2508.17320 had a language model rate each text.
+def corpus_complexity(documents: list[Document], windows: Windows, model: Path, device: torch.device) -> Tensor:
+    """Return the complexities [n] that the corpus records. In arXiv 2508.17320 a language model rated each text.
 
-    CorpusError: it does not say.
+    Raise CorpusError if a document has none.
     """
     del model, device
-    known = [document.complexity for document in documents]
-    if any(value is None for value in known):
-        given = sum(value is not None for value in known)
+    complexities = [document.complexity for document in documents]
+    if any(value is None for value in complexities):
+        present = sum(value is not None for value in complexities)
         raise CorpusError(
-            f"corpus: {given} of {len(known)} documents have a `complexity` from 0 to 10, which adaptive_k is taught; "
-            "add it to each row, or set sae.complexity to loss"
+            f"corpus: {present} of {len(complexities)} documents have a `complexity` from 0 to 10, which adaptive_k "
+            "needs; add it to each record, or set sae.complexity to loss"
         )
-    return torch.tensor(known, dtype=torch.float32)[windows.document]
+    return torch.tensor(complexities, dtype=torch.float32)[windows.document]
 
 
-def surprising(documents: list[Document], windows: Windows, model: Path, device: torch.device) -> Tensor:
-    """By the model's own mean loss on each window [n]; our own, not the paper's. ValueError: it predicts no token."""
+def loss_complexity(documents: list[Document], windows: Windows, model: Path, device: torch.device) -> Tensor:
+    """Return complexities [n] derived from the model's own mean loss on each window; our own, not the paper's. Raise
+    ValueError if the model is not a causal language model.
+    """
     del documents
-    whole = harvest.load_model(model, device)
-    if not harvest.speaks(whole.config):
+    lm = harvest.load_model(model, device)
+    if not harvest.is_causal_lm(lm.config):
         raise ValueError(f"sae.complexity: loss needs a causal language model, {model} is none")
-    nats, count = metrics.losses(whole, windows).unbind(1)
+    nats, count = splicing.losses(lm, windows).unbind(1)
     loss = nats / count.clamp(min=1)
-    low, high = torch.quantile(loss, torch.tensor(ENDS))
-    rates: Tensor = ((loss - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) * MOST
-    return rates
+    low, high = torch.quantile(loss, torch.tensor(QUANTILES))
+    complexities: Tensor = ((loss - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) * MAX_COMPLEXITY
+    return complexities
 
 
 COMPLEXITIES: Mapping[str, Callable[[list[Document], Windows, Path, torch.device], Tensor]] = {
-    "corpus": rated,
-    "loss": surprising,
+    "corpus": corpus_complexity,
+    "loss": loss_complexity,
 }
 
 
-def label(settings: Any) -> str:
-    """The name under which a source holds the complexities that an AdaptiveK's configuration asks for."""
+def source_name(settings: Any) -> str:
+    """Return the name under which a source holds the complexities that an AdaptiveK configuration requests."""
     return f"complexity.{settings.complexity}"

@@ -1,4 +1,4 @@
-"""What a run is made from: a corpus cut into windows, a model, and the activations that it gives."""
+"""Inputs of a run: a corpus cut into windows, a model, and the activations of the model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from rudder.sae_models.activations import corpus, harvest, images, store
 from rudder.sae_models.activations.corpus import CorpusError, Document, Windows
 from rudder.sae_models.activations.hooks import Site, parse_site
 from rudder.sae_models.activations.store import StoreError
-from rudder.sae_models.activations.stream import Labelled, Live, Part, Source, Vectors
+from rudder.sae_models.activations.stream import LabelledSource, SourceSubset, TextSource, Vectors, VectorSource
 from rudder.sae_models.bundle import bundle
 from rudder.sae_models.sparse.collectives import Mesh
 from rudder.sae_models.training import complexity
@@ -20,8 +20,8 @@ from rudder.sae_models.training.config import Config, ConfigError, Trained, trai
 
 
 @dataclass(frozen=True)
-class Text:
-    """Documents, and their windows in two parts."""
+class TextWindows:
+    """Documents, and their training and held-out windows."""
 
     documents: list[Document]
     tokenizer: Any
@@ -30,150 +30,158 @@ class Text:
 
 
 @dataclass(frozen=True)
-class TrainingData(Text):
-    """The model beside it, cut off above the deepest of the sites."""
+class TrainingText(TextWindows):
+    """Text with the model that reads it, truncated above the deepest of the sites."""
 
     trunk: Any
     sites: tuple[Site, ...]
 
 
 @dataclass(frozen=True)
-class Given:
-    """Vectors to train on and to measure with, the model they are of, and the text they are of, if there is one."""
+class TrainingInputs:
+    """Training and held-out vectors, the model that they come from and, if they come from text, that text."""
 
-    train: Source
-    held_out: Source
+    train: VectorSource
+    held_out: VectorSource
     model: str
     model_sha256: str
-    text: TrainingData | None = None
+    text: TrainingText | None = None
 
 
 def device_of(config: Config) -> torch.device:
-    """Where a run computes."""
+    """Return the device of a run."""
     return torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def gather(config: Config) -> Given:
-    """Reads what a run is given. ValueError, CorpusError, StoreError or OSError names what is wrong with it."""
+def load_inputs(config: Config) -> TrainingInputs:
+    """Load the inputs of a run. Raise ValueError, CorpusError, StoreError or OSError if something is missing or
+    damaged.
+    """
     if config.vectors:
-        return kept(config, Path(config.vectors))
-    folder, sites = Path(config.model), sites_of(config)
+        return load_stored_inputs(config, Path(config.vectors))
+    folder, sites = Path(config.model), run_sites(config)
     trunk = harvest.load_trunk(folder, *sites, device=device_of(config))
     model = folder.resolve().name, bundle.model_sha256(folder)
-    if config.images and adaptive(config):
-        raise ConfigError("sae.architecture: adaptive_k is taught the complexity of text, which images do not have")
+    if config.images and adaptive_k_specs(config):
+        raise ConfigError("sae.architecture: adaptive_k is trained on the complexity of text, which images do not have")
     if config.images:
-        return Given(*images.read(Path(config.images), folder, trunk, sites, config.seed), *model)
-    text = read(config)
-    made = TrainingData(text.documents, text.tokenizer, text.train, text.held_out, trunk, sites)
-    live, held = (Live(trunk, sites, windows) for windows in (text.train, text.held_out))
-    return Given(labelled(config, text, live), held, *model, made)
+        return TrainingInputs(*images.read(Path(config.images), folder, trunk, sites, config.seed), *model)
+    text = load_windows(config)
+    training_text = TrainingText(text.documents, text.tokenizer, text.train, text.held_out, trunk, sites)
+    source, held_out = (TextSource(trunk, sites, windows) for windows in (text.train, text.held_out))
+    return TrainingInputs(with_complexities(config, text, source), held_out, *model, training_text)
 
 
-def kept(config: Config, folder: Path) -> Given:
-    """A store that is there; its last tenth is held out. StoreError: it lacks a site, or holds too little."""
-    found = store.load(folder)
-    content = found.manifest.content
-    for site in held_by(config):
+def load_stored_inputs(config: Config, folder: Path) -> TrainingInputs:
+    """Load an existing store; its last tenth is held out. Raise StoreError if it lacks a site or holds too
+    few vectors.
+    """
+    stored = store.load(folder)
+    content = stored.manifest.content
+    for site in source_names(config):
         if site not in content.sites:
-            raise StoreError(f"store: {found.path} does not hold {site}, but {', '.join(content.sites)}")
-    chunks = range(len(found.sizes))
+            raise StoreError(f"store: {stored.path} does not hold {site}, but {', '.join(content.sites)}")
+    chunks = range(len(stored.chunk_sizes))
     first = len(chunks) - max(1, len(chunks) // 10)
     if first == 0:
-        raise StoreError(f"store: {found.path}: {found.tokens} vectors are too few to hold some out")
-    return Given(Part(found, chunks[:first]), Part(found, chunks[first:]), content.model, content.model_sha256)
+        raise StoreError(f"store: {stored.path}: {stored.tokens} vectors are too few to hold some out")
+    return TrainingInputs(
+        SourceSubset(stored, chunks[:first]), SourceSubset(stored, chunks[first:]), content.model, content.model_sha256
+    )
 
 
-def sites_of(config: Config) -> tuple[Site, ...]:
-    """All sites that the SAEs of a run read or write."""
+def run_sites(config: Config) -> tuple[Site, ...]:
+    """Return all sites that the SAEs of a run read or write."""
     return tuple(map(parse_site, dict.fromkeys(site for spec in trained(config) for site in spec.all_sites)))
 
 
-def read(config: Config) -> Text:
-    """Reads the corpus."""
+def load_windows(config: Config) -> TextWindows:
+    """Read the corpus and cut it into windows."""
     tokenizer = harvest.load_tokenizer(Path(config.model))
     documents = corpus.read(Path(config.corpus or ""))
     windows = corpus.windows(documents, tokenizer, config.window)
-    return Text(documents, tokenizer, *split(windows, documents, config.seed))
+    return TextWindows(documents, tokenizer, *split(windows, documents, config.seed))
 
 
 def split(windows: Windows, documents: list[Document], seed: int) -> tuple[Windows, Windows]:
-    """Training and held-out windows, shuffled; whole documents fall on one side."""
-    held = corpus.in_folds(windows, documents, corpus.HELD_OUT_FOLDS)
-    if held.all() or not held.any():
+    """Split into training and held-out windows, shuffled; all windows of a document fall on the same side."""
+    is_held_out = corpus.in_folds(windows, documents, corpus.HELD_OUT_FOLDS)
+    if is_held_out.all() or not is_held_out.any():
         raise CorpusError(f"corpus: {len(documents)} documents are too few to hold some out")
-    return windows.where(~held).shuffled(seed), windows.where(held).shuffled(seed)
+    return windows.where(~is_held_out).shuffled(seed), windows.where(is_held_out).shuffled(seed)
 
 
-def source_of(config: Config, made: Given, mesh: Mesh) -> Source:
-    """What is trained on: out of a store, which is harvested first, or on the fly."""
+def training_source(config: Config, inputs: TrainingInputs, mesh: Mesh) -> VectorSource:
+    """Return the training source: a store, which the leader harvests first, or the model on the fly."""
     if config.data.store is None:
-        return made.train
+        return inputs.train
     folder = Path(config.data.store)
-    if mesh.leads:
-        store.write(folder, content_of(config, made.train), made.train)
+    if mesh.is_leader:
+        store.write(folder, store_content(config, inputs.train), inputs.train)
     mesh.barrier()
     return store.load(folder)
 
 
-def labelled(config: Config, text: Text, source: Source) -> Source:
-    """The source, with the complexity of each token's window as each AdaptiveK of the run asks for it."""
-    for spec in {complexity.label(spec.settings): spec for spec in adaptive(config)}.values():
-        rate = complexity.COMPLEXITIES[spec.settings.complexity]
-        rates = rate(text.documents, text.train, Path(config.model), device_of(config))
-        source = Labelled(source, text.train, complexity.label(spec.settings), rates)
+def with_complexities(config: Config, text: TextWindows, source: VectorSource) -> VectorSource:
+    """Add to the source, for each AdaptiveK of the run, the complexity of the window of each token."""
+    for spec in {complexity.source_name(spec.settings): spec for spec in adaptive_k_specs(config)}.values():
+        rate_windows = complexity.COMPLEXITIES[spec.settings.complexity]
+        complexities = rate_windows(text.documents, text.train, Path(config.model), device_of(config))
+        source = LabelledSource(source, text.train, complexity.source_name(spec.settings), complexities)
     return source
 
 
-def adaptive(config: Config) -> list[Trained]:
-    """The SAEs of a run that are taught complexities."""
+def adaptive_k_specs(config: Config) -> list[Trained]:
+    """Return the AdaptiveK SAEs of a run."""
     return [spec for spec in trained(config) if spec.architecture == "adaptive_k"]
 
 
-def held_by(config: Config) -> tuple[str, ...]:
-    """The names of all that the SAEs of a run are given."""
-    labels = (complexity.label(spec.settings) for spec in adaptive(config))
-    return tuple(dict.fromkeys([*map(str, sites_of(config)), *labels]))
+def source_names(config: Config) -> tuple[str, ...]:
+    """Return the names of everything that the source of a run must hold: sites and complexities."""
+    labels = (complexity.source_name(spec.settings) for spec in adaptive_k_specs(config))
+    return tuple(dict.fromkeys([*map(str, run_sites(config)), *labels]))
 
 
-def content_of(config: Config, source: Source) -> store.Content:
-    """What the run's store must hold of a source."""
-    held = sum(source.sizes)
+def store_content(config: Config, source: VectorSource) -> store.Content:
+    """Return the content that the run's store must have for a source."""
+    available = sum(source.chunk_sizes)
     return store.Content(
         model=Path(config.model).resolve().name,
         model_sha256=bundle.model_sha256(Path(config.model)),
         corpus_sha256=corpus.sha256(Path(config.corpus or config.images or "")),
-        sites=held_by(config),
+        sites=source_names(config),
         window=config.window,
         seed=config.seed,
-        tokens=min(config.data.tokens or held, held),
+        tokens=min(config.data.tokens or available, available),
         precision=config.data.precision,
     )
 
 
-def sample_of(source: Source, tokens: int) -> Vectors:
-    """The first vectors of a source, at least so many where it has them."""
-    count, held = 0, 0
-    while held < tokens and count < len(source.sizes):
-        held += source.sizes[count]
+def sample_vectors(source: VectorSource, tokens: int) -> Vectors:
+    """Return the first vectors of a source, at least `tokens` of them if it has as many."""
+    count, size = 0, 0
+    while size < tokens and count < len(source.chunk_sizes):
+        size += source.chunk_sizes[count]
         count += 1
     parts = [source.load([chunk]) for chunk in tqdm(range(count), desc="sample", unit="chunk")]
     return {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
 
 
-def inputs(spec: Trained, vectors: Vectors) -> Tensor:
-    """What an SAE reads: [n, d], or [n, L, d] of L sites."""
-    found = [vectors[site] for site in spec.sites]
-    return found[0] if len(found) == 1 else torch.stack(found, 1)
+def sae_inputs(spec: Trained, vectors: Vectors) -> Tensor:
+    """Return the inputs of an SAE: [n, d], or [n, L, d] for L sites."""
+    parts = [vectors[site] for site in spec.sites]
+    return parts[0] if len(parts) == 1 else torch.stack(parts, 1)
 
 
 def target(spec: Trained, vectors: Vectors) -> Tensor | None:
-    """What a step is given beside its inputs: a transcoder's outputs [n, d_out], complexities [n] of AdaptiveK."""
+    """Return the `target` of a training step: outputs [n, d_out] of a transcoder, complexities [n] of AdaptiveK, else
+    None.
+    """
     if spec.architecture == "adaptive_k":
-        return vectors[complexity.label(spec.settings)][:, 0]
-    return explained(spec, vectors)
+        return vectors[complexity.source_name(spec.settings)][:, 0]
+    return reconstruction_target(spec, vectors)
 
 
-def explained(spec: Trained, vectors: Vectors) -> Tensor | None:
-    """What an SAE's output is to be near [n, d_out], where that is not its input."""
+def reconstruction_target(spec: Trained, vectors: Vectors) -> Tensor | None:
+    """Return the vectors [n, d_out] that the SAE output approximates if they are not its inputs, else None."""
     return vectors[spec.output_site] if spec.output_site else None

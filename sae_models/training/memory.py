@@ -1,4 +1,4 @@
-"""How a training process keeps memory."""
+"""Allocator settings of a training process."""
 
 import ctypes
 import sys
@@ -8,10 +8,10 @@ LARGEST = 2**31 - 1
 
 
 def keep_freed() -> None:
-    """Lets this process's allocator (glibc) keep what is freed.
+    """Make glibc's allocator keep freed memory.
 
-    A step frees and allocates the same large tensors again. By default each goes back to the system, which then clears
-    and maps its pages anew: a tenth to a third of a step on a CPU.
+    A step frees and allocates the same large tensors again. By default glibc returns each to the system, which must
+    clear and map its pages anew: a tenth to a third of a step on a CPU.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

@@ -1,10 +1,10 @@
-"""A run from its configuration to its bundles: it can be killed at any moment and goes on from its last checkpoint.
+"""A run, from its configuration to its bundles. It can be killed at any time and resumes from its last checkpoint.
 
-config.yaml        what was asked for
-metrics.jsonl      how it went, events/ the same for TensorBoard
-checkpoints/       the last one
-report.html        the same for a person to read
-NAME/              the bundle of each SAE, written once it is whole
+config.yaml        the configuration
+metrics.jsonl      the record; events/ holds the same for TensorBoard
+checkpoints/       the last checkpoint
+report.html        the record as a page with plots
+NAME/              the bundle of each SAE, present only when complete
 """
 
 import math
@@ -20,27 +20,27 @@ import torch
 from tqdm import tqdm
 
 from rudder.sae_models.activations import stream
-from rudder.sae_models.activations.stream import Source, Vectors
+from rudder.sae_models.activations.stream import Vectors, VectorSource
 from rudder.sae_models.architectures import ARCHITECTURES, shards
 from rudder.sae_models.architectures.architecture import Architecture
-from rudder.sae_models.files import locked, write_whole
+from rudder.sae_models.files import lock_folder, write_atomically
 from rudder.sae_models.optional import MissingPackage
 from rudder.sae_models.sae import SAE
-from rudder.sae_models.sparse import collectives as distributed
+from rudder.sae_models.sparse import collectives
 from rudder.sae_models.sparse.collectives import Mesh
-from rudder.sae_models.training import checkpoint, config, data, report, trainer
-from rudder.sae_models.training import export as evaluation
+from rudder.sae_models.training import checkpoint, config, data, export, report, trainer
 from rudder.sae_models.training.config import Config, ConfigError, Trained
-from rudder.sae_models.training.data import Given
+from rudder.sae_models.training.data import TrainingInputs
 from rudder.sae_models.training.record import Record
 from rudder.sae_models.training.trainer import Metrics, Trainer
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 SAMPLE_TOKENS = 100_000
-# Figures of a step that a line of the record averages.
+# Metrics that a line of the record averages over steps.
 MEANS = ("loss", "fvu", "l0")
-# A twentieth of a run without firing: arXiv 2406.04093 takes 10 million tokens, in runs of billions.
+# Share of the run after which a latent that has not fired is dead. arXiv 2406.04093 uses 10 million tokens, in runs of
+# billions.
 DEAD_SHARE = 1 / 20
 
 
@@ -52,140 +52,150 @@ class Learner:
     trainer: Trainer
 
 
-def run(asked: Config) -> list[Path]:
-    """Trains what is asked for and returns its bundles. In a process group, each rank calls this.
+def run(run_config: Config) -> list[Path]:
+    """Train the configured SAEs and return their bundles. In a process group, every rank must call this.
 
-    ConfigError, CorpusError, StoreError, CheckpointError, ValueError or OSError: the one thing that is wrong.
+    Raise ConfigError, CorpusError, StoreError, CheckpointError, ValueError or OSError with the cause.
     """
-    mesh = distributed.join(asked.latent_ranks, asked.batch)
-    folder = Path(asked.out)
-    bundles = [folder / spec.name for spec in config.trained(asked)]
+    mesh = collectives.init_mesh(run_config.latent_ranks, run_config.batch)
+    folder = Path(run_config.out)
+    specs = config.trained(run_config)
+    bundles = [folder / spec.name for spec in specs]
     try:
-        with locked(folder) if mesh.leads else nullcontext():
-            if mesh.leads:
-                keep(folder, asked)
+        with lock_folder(folder) if mesh.is_leader else nullcontext():
+            if mesh.is_leader:
+                write_config(folder, run_config)
             if all(path.exists() for path in bundles):
-                if mesh.leads and not (folder / report.REPORT).exists():
-                    tell(folder)
+                if mesh.is_leader and not (folder / report.REPORT).exists():
+                    write_report(folder)
                 return bundles
-            made = data.gather(asked)
-            source = data.source_of(asked, made, mesh)
-            sample = data.sample_of(source, SAMPLE_TOKENS)
-            learners = [begin(spec, asked, sample, data.device_of(asked), mesh) for spec in config.trained(asked)]
-            train(asked, learners, source, mesh, folder)
+            inputs = data.load_inputs(run_config)
+            source = data.training_source(run_config, inputs, mesh)
+            sample = data.sample_vectors(source, SAMPLE_TOKENS)
+            learners = [init_learner(spec, run_config, sample, data.device_of(run_config), mesh) for spec in specs]
+            train(run_config, learners, source, mesh, folder)
             saes = [canonical(learner, sample) for learner in learners]
-            if mesh.leads:
-                finish(asked, learners, saes, made, folder)
+            if mesh.is_leader:
+                export_bundles(run_config, learners, saes, inputs, folder)
             return bundles
     finally:
-        distributed.leave()
+        collectives.destroy_mesh()
 
 
-def keep(folder: Path, asked: Config) -> None:
-    """Writes the configuration into the run's folder. ConfigError: the folder is of a run with another one."""
+def write_config(folder: Path, run_config: Config) -> None:
+    """Write the configuration into the run's folder. Raise ConfigError if the folder belongs to a run with
+    another one.
+    """
     path = folder / CONFIG
     if path.exists():
-        field = config.difference(config.load(path), asked)
+        field = config.difference(config.load(path), run_config)
         if field is not None:
-            raise ConfigError(f"{field}: differs from {path}; give another out, or go on as that run was begun")
+            raise ConfigError(f"{field}: differs from {path}; set another `out`, or resume with that configuration")
     else:
-        write_whole(path, config.dump(asked).encode())
+        write_atomically(path, config.dump(run_config).encode())
 
 
-def begin(spec: Trained, asked: Config, sample: Vectors, device: torch.device, mesh: Mesh) -> Learner:
-    """An SAE at its beginning, this rank's part of it."""
-    x, target = data.inputs(spec, sample), data.target(spec, sample)
-    architecture = shards.sharded(fresh(spec, x.shape[-1]), mesh).to(device)
+def init_learner(spec: Trained, run_config: Config, sample: Vectors, device: torch.device, mesh: Mesh) -> Learner:
+    """Initialise an SAE, this rank's shard of it."""
+    x, target = data.sae_inputs(spec, sample), data.target(spec, sample)
+    architecture = shards.shard(init_architecture(spec, x.shape[-1]), mesh).to(device)
     schedule = trainer.Config(
-        asked.tokens, asked.warm_up, asked.decay, asked.dead_after or int(asked.tokens * DEAD_SHARE)
+        run_config.tokens,
+        run_config.warm_up,
+        run_config.decay,
+        run_config.dead_after or int(run_config.tokens * DEAD_SHARE),
     )
     learner = Learner(spec, Trainer(architecture, schedule))
     learner.trainer.initialise(x, target)
     return learner
 
 
-def fresh(spec: Trained, d: int) -> Architecture:
-    """An architecture as its seed makes it."""
+def init_architecture(spec: Trained, d: int) -> Architecture:
+    """Create an architecture from its seed."""
     generator = torch.Generator().manual_seed(spec.seed)
     return ARCHITECTURES[spec.architecture](d, spec.settings, generator)
 
 
-def train(asked: Config, learners: Sequence[Learner], source: Source, mesh: Mesh, folder: Path) -> None:
-    """All steps that are still to be made."""
-    steps, done = asked.tokens // asked.batch, resume(learners, folder / CHECKPOINTS, mesh)
-    order = stream.Order(asked.batch, asked.data.block, asked.seed)
-    batches = stream.prefetched(islice(stream.batches(source, order, done), steps - done))
-    intervals = [Interval() for _ in learners]
-    size = asked.batch
+def train(run_config: Config, learners: Sequence[Learner], source: VectorSource, mesh: Mesh, folder: Path) -> None:
+    """Take all remaining steps."""
+    steps, done = run_config.tokens // run_config.batch, resume(learners, folder / CHECKPOINTS, mesh)
+    order = stream.BatchOrder(run_config.batch, run_config.data.block, run_config.seed)
+    batches = stream.prefetch(islice(stream.batches(source, order, done), steps - done))
+    means = [MeanMetrics() for _ in learners]
+    batch_size = run_config.batch
     with (
-        Record(folder, done, mesh.leads) as record,
+        Record(folder, done, mesh.is_leader) as record,
         closing(batches),
-        bar(steps * size, done * size, mesh) as progress,
+        progress_bar(steps * batch_size, done * batch_size, mesh) as progress,
     ):
         for step, vectors in enumerate(batches, done + 1):
-            for learner, interval in zip(learners, intervals, strict=True):
-                interval.add(advance(learner, vectors, mesh))
-            progress.update(size)
-            saves = step % asked.checkpoint_every == 0 or step == steps
-            if saves or step % asked.log_every == 0:
-                figures = {one.spec.name: held.take(mesh) for one, held in zip(learners, intervals, strict=True)}
+            for learner, mean in zip(learners, means, strict=True):
+                mean.add(step_learner(learner, vectors, mesh))
+            progress.update(batch_size)
+            is_checkpoint = step % run_config.checkpoint_every == 0 or step == steps
+            if is_checkpoint or step % run_config.log_every == 0:
+                figures = {learner.spec.name: mean.pop(mesh) for learner, mean in zip(learners, means, strict=True)}
                 require_finite(figures, step)
-                record.add("train", step, step * size, figures)
-                progress.set_postfix(fvu=in_short([found["fvu"] for found in figures.values()]), refresh=False)
-            if saves:
-                checkpoint.save(folder / CHECKPOINTS, step, state_of(learners), mesh)
+                record.add("train", step, step * batch_size, figures)
+                progress.set_postfix(fvu=format_figures([values["fvu"] for values in figures.values()]), refresh=False)
+            if is_checkpoint:
+                checkpoint.save(folder / CHECKPOINTS, step, state_dict_of(learners), mesh)
 
 
-def bar(total: int, initial: int, mesh: Mesh) -> "tqdm[NoReturn]":
-    """The progress bar, of one process alone."""
-    return tqdm(total=total, initial=initial, unit="tok", unit_scale=True, desc="train", disable=not mesh.leads)
+def progress_bar(total: int, initial: int, mesh: Mesh) -> "tqdm[NoReturn]":
+    """Return the progress bar, visible in the leader only."""
+    return tqdm(total=total, initial=initial, unit="tok", unit_scale=True, desc="train", disable=not mesh.is_leader)
 
 
-def in_short(values: Sequence[float]) -> str:
-    """A few figures one by one, of many the range: a line of a terminal has no room for more."""
+def format_figures(values: Sequence[float]) -> str:
+    """Format up to three figures individually, more as a range, so that they fit into a terminal line."""
     if len(values) <= 3:
         return " ".join(f"{value:.4f}" for value in values)
     return f"{min(values):.4f}..{max(values):.4f}"
 
 
 def require_finite(figures: Mapping[str, Mapping[str, float]], step: int) -> None:
-    """ValueError for an SAE that has diverged: nothing of it is saved."""
-    for name, found in figures.items():
-        if not math.isfinite(found["loss"]):
-            raise ValueError(f"{name}: the loss is {found['loss']} at step {step}: try a lower learning_rate")
+    """Raise ValueError if an SAE has diverged; it is called before the checkpoint, so that none holds such a state."""
+    for name, values in figures.items():
+        if not math.isfinite(values["loss"]):
+            raise ValueError(f"{name}: the loss is {values['loss']} at step {step}: try a lower learning_rate")
 
 
-def advance(learner: Learner, vectors: Vectors, mesh: Mesh) -> Metrics:
-    """One step of one SAE on this rank's part of a batch."""
-    device = learner.trainer.silent.device
-    part = {site: mesh.part(x).to(device) for site, x in vectors.items()}
-    return learner.trainer.step(data.inputs(learner.spec, part), data.target(learner.spec, part))
+def step_learner(learner: Learner, vectors: Vectors, mesh: Mesh) -> Metrics:
+    """Take one step of one SAE on this rank's part of a batch."""
+    device = learner.trainer.tokens_since_fired.device
+    part = {site: mesh.local_batch(x).to(device) for site, x in vectors.items()}
+    return learner.trainer.step(data.sae_inputs(learner.spec, part), data.target(learner.spec, part))
 
 
-class Interval:
-    """Means over the steps since the last line of the record. Figures stay on the device until they are asked for."""
+class MeanMetrics:
+    """Mean metrics over the steps since the last line of the record. Values stay on the device until `pop`, which
+    synchronises.
+    """
 
     def __init__(self) -> None:
         self._steps: list[Metrics] = []
 
     def add(self, metrics: Metrics) -> None:
-        """One more step."""
+        """Add the metrics of a step."""
         self._steps.append(metrics)
 
-    def take(self, mesh: Mesh) -> dict[str, float]:
-        """The means, over the parts of the batch too, and the state at the last step; begins anew."""
+    def pop(self, mesh: Mesh) -> dict[str, float]:
+        """Return the means over steps and batch parts, and the state at the last step; start over."""
         last, steps = self._steps[-1], self._steps
         self._steps = []
         means = torch.stack([torch.stack([getattr(step, name) for step in steps]).mean() for name in MEANS])
         names = [name for name in last.parts if name not in MEANS]
-        figures = torch.cat([means, *(last.parts[name].reshape(1).to(means) for name in names)])
-        mesh.average([figures])
-        found = dict(zip([*MEANS, *names], figures.tolist(), strict=True))
-        return found | {"dead_share": float(last.dead), "learning_rate": last.learning_rate}
+        values = torch.cat([means, *(last.parts[name].reshape(1).to(means) for name in names)])
+        mesh.batch_all_reduce_mean_([values])
+        figures = dict(zip([*MEANS, *names], values.tolist(), strict=True))
+        return figures | {"dead_share": float(last.dead), "learning_rate": last.learning_rate}
 
 
-def state_of(learners: Sequence[Learner]) -> dict[str, Any]:
-    """What a checkpoint holds: the position in the stream is the step, so this and the random state are all."""
+def state_dict_of(learners: Sequence[Learner]) -> dict[str, Any]:
+    """Return the content of a checkpoint. The position in the stream is the step number, so trainers and random state
+    are all.
+    """
     return {
         "trainers": {learner.spec.name: learner.trainer.state_dict() for learner in learners},
         "random": torch.get_rng_state(),
@@ -193,11 +203,11 @@ def state_of(learners: Sequence[Learner]) -> dict[str, Any]:
 
 
 def resume(learners: Sequence[Learner], folder: Path, mesh: Mesh) -> int:
-    """Brings SAEs to where the last checkpoint has them; the steps made."""
-    found = checkpoint.load(folder, mesh)
-    if found is None:
+    """Restore SAEs from the last checkpoint; return the number of steps taken."""
+    loaded = checkpoint.load(folder, mesh)
+    if loaded is None:
         return 0
-    step, state = found
+    step, state = loaded
     for learner in learners:
         learner.trainer.load_state_dict(state["trainers"][learner.spec.name])
     torch.set_rng_state(state["random"])
@@ -205,23 +215,25 @@ def resume(learners: Sequence[Learner], folder: Path, mesh: Mesh) -> int:
 
 
 def canonical(learner: Learner, sample: Vectors) -> SAE:
-    """The inference form, put together from all ranks."""
-    x, scale = data.inputs(learner.spec, sample), learner.trainer.scale
-    template = fresh(learner.spec, x.shape[-1]).to(x.device)
-    joined = shards.whole(learner.trainer.architecture, template)
-    return joined.canonical(scale, x * scale)
+    """Return the inference form, assembled from the shards of all ranks."""
+    x, scale = data.sae_inputs(learner.spec, sample), learner.trainer.scale
+    template = init_architecture(learner.spec, x.shape[-1]).to(x.device)
+    architecture = shards.unshard(learner.trainer.architecture, template)
+    return architecture.canonical(scale, x * scale)
 
 
-def finish(asked: Config, learners: Sequence[Learner], saes: Sequence[SAE], made: Given, folder: Path) -> None:
-    """Measures, describes and writes each SAE that has no bundle yet, then the report."""
+def export_bundles(
+    run_config: Config, learners: Sequence[Learner], saes: Sequence[SAE], inputs: TrainingInputs, folder: Path
+) -> None:
+    """Evaluate and export each SAE that has no bundle yet, then write the report."""
     for learner, sae in zip(learners, saes, strict=True):
         if not (folder / learner.spec.name).exists():
-            evaluation.conclude(asked, learner.spec, sae, made, folder)
-    tell(folder)
+            export.evaluate_and_export(run_config, learner.spec, sae, inputs, folder)
+    write_report(folder)
 
 
-def tell(folder: Path) -> None:
-    """Writes the report, or says what it needs: a run does not fail for want of pictures."""
+def write_report(folder: Path) -> None:
+    """Write the report, or print which package it needs: a run does not fail for want of plots."""
     try:
         report.write(folder)
     except MissingPackage as error:

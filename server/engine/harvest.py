@@ -21,7 +21,7 @@ from vllm import SamplingParams
 
 from rudder.sae_models.activations import store
 from rudder.sae_models.activations.corpus import CorpusError, Windows
-from rudder.sae_models.activations.harvest import WINDOWS_A_PASS
+from rudder.sae_models.activations.harvest import WINDOWS_PER_PASS
 from rudder.sae_models.activations.store import Store, StoreError
 from rudder.sae_models.activations.stream import Vectors
 from rudder.sae_models.training import config as run_configuration
@@ -47,13 +47,13 @@ class Served:
     loop: asyncio.AbstractEventLoop
 
     @cached_property
-    def sizes(self) -> list[int]:
+    def chunk_sizes(self) -> list[int]:
         """Counted tokens of each chunk."""
-        return [int(counted.sum()) for counted in self.windows.counted.split(WINDOWS_A_PASS)]
+        return [int(counted.sum()) for counted in self.windows.counted.split(WINDOWS_PER_PASS)]
 
     def load(self, chunks: Sequence[int]) -> Vectors:
         """Runs the prompts."""
-        rows = torch.arange(len(self.windows)).split(WINDOWS_A_PASS)
+        rows = torch.arange(len(self.windows)).split(WINDOWS_PER_PASS)
         chosen = self.windows.take(torch.cat([rows[chunk] for chunk in chunks]))
         found = asyncio.run_coroutine_threadsafe(captured(self.engine, self.sites, chosen), self.loop).result()
         return {site: torch.cat([window[at] for window in found]) for at, site in enumerate(self.sites)}
@@ -75,7 +75,7 @@ async def captured(engine: Engine, sites: Sequence[str], windows: Windows) -> li
 
 
 async def _window(engine: Engine, sites: Sequence[int], windows: Windows, row: int) -> list[Tensor]:
-    prompt = tuple(windows.tokens[row][windows.attended[row]].tolist())
+    prompt = tuple(windows.tokens[row][windows.attention_mask[row]].tolist())
     counted = windows.counted[row][: len(prompt)]
     call = Call(
         prompt, SamplingParams(temperature=0.0, max_tokens=1, detokenize=False), report_prompt=True, capture=True
@@ -98,8 +98,8 @@ async def harvest(asked: Config) -> Store:
     """Starts an engine on the run's model, harvests the store, and stops it. ConfigError: the run has no store."""
     if asked.data.store is None:
         raise ConfigError("data.store: is null, there is nowhere to harvest to")
-    sites = tuple(map(str, data.sites_of(asked)))
-    text = data.read(asked)
+    sites = tuple(map(str, data.run_sites(asked)))
+    text = data.load_windows(asked)
     fields = {
         "engine.model": asked.model,
         "engine.bundles": "[]",
@@ -110,8 +110,8 @@ async def harvest(asked: Config) -> Store:
     }
     engine = await Engine.start(configuration.load(None, fields))
     try:
-        source = data.labelled(asked, text, Served(engine, sites, text.train, asyncio.get_running_loop()))
-        content = data.content_of(asked, source)
+        source = data.with_complexities(asked, text, Served(engine, sites, text.train, asyncio.get_running_loop()))
+        content = data.store_content(asked, source)
         return await asyncio.to_thread(store.write, Path(asked.data.store), content, source)
     finally:
         await engine.stop()

@@ -10,7 +10,7 @@ from rudder.sae_models.activations import corpus, harvest, store
 from rudder.sae_models.activations.corpus import Document, Windows
 from rudder.sae_models.activations.hooks import parse_site
 from rudder.sae_models.activations.store import Content
-from rudder.sae_models.activations.stream import Live
+from rudder.sae_models.activations.stream import TextSource
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.harvest import Served, captured
 
@@ -28,8 +28,8 @@ def windows(engine: Engine) -> Windows:
 async def test_captured_vectors_are_those_of_transformers(engine: Engine, windows: Windows) -> None:
     found = await captured(engine, SITES, windows)
     trunk = harvest.load_trunk(Path(engine.llm.model_config.model), *map(parse_site, SITES))
-    live = Live(trunk, tuple(map(parse_site, SITES)), windows)
-    expected = live.load(range(len(live.sizes)))
+    live = TextSource(trunk, tuple(map(parse_site, SITES)), windows)
+    expected = live.load(range(len(live.chunk_sizes)))
     for at, site in enumerate(SITES):
         mine = torch.cat([window[at] for window in found])
         assert mine.shape == expected[site].shape
@@ -38,7 +38,7 @@ async def test_captured_vectors_are_those_of_transformers(engine: Engine, window
 
 async def test_a_store_is_harvested_from_the_engine(engine: Engine, windows: Windows, tmp_path: Path) -> None:
     source = Served(engine, SITES, windows, asyncio.get_running_loop())
-    content = Content("m", "0", "1", SITES, 24, 0, sum(source.sizes), "bfloat16")
+    content = Content("m", "0", "1", SITES, 24, 0, sum(source.chunk_sizes), "bfloat16")
     written = await asyncio.to_thread(store.write, tmp_path, content, source)
     assert store.load(tmp_path).tokens == written.tokens == int(windows.counted.sum())
 

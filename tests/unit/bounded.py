@@ -1,4 +1,4 @@
-"""Reading what may be hostile: within a time and a memory, or refused."""
+"""Load hostile input within limits of time and memory."""
 
 import time
 from collections.abc import Callable
@@ -12,32 +12,32 @@ MEMORY = 96 << 20
 
 
 def peak() -> int:
-    """The most memory that the process has held since `forget_peak`, in bytes."""
+    """Return the peak resident memory of the process since `reset_peak`, in bytes."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def forget_peak() -> None:
-    """Starts `peak` anew."""
+def reset_peak() -> None:
+    """Reset the peak resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def attempt(read: Callable[[Path], Any], path: Path) -> Any:
-    """What is read, or the FormatError, within time and memory; anything else raised fails the test."""
-    forget_peak()
-    before, began = peak(), time.process_time()
+def attempt(load: Callable[[Path], Any], path: Path) -> Any:
+    """Return the loaded object or the FormatError, within time and memory limits; propagate other exceptions."""
+    reset_peak()
+    before, start = peak(), time.process_time()
     try:
-        found = read(path)
+        result = load(path)
     except FormatError as error:
-        found = error
-    assert time.process_time() - began < SECONDS
+        result = error
+    assert time.process_time() - start < SECONDS
     assert peak() - before < MEMORY
-    return found
+    return result
 
 
-def refused(read: Callable[[Path], Any], path: Path) -> str:
-    """The message of the FormatError, which names the file."""
-    found = attempt(read, path)
-    assert isinstance(found, FormatError), found
-    assert path.name in str(found)
-    return str(found)
+def refused(load: Callable[[Path], Any], path: Path) -> str:
+    """Return the message of the FormatError; assert that it names the file."""
+    result = attempt(load, path)
+    assert isinstance(result, FormatError), result
+    assert path.name in str(result)
+    return str(result)

@@ -1,4 +1,4 @@
-"""A disk that is full: the operating system itself refuses to write."""
+"""A full disk, simulated by a limit on file size that the operating system enforces."""
 
 import resource
 import signal
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def full_beyond(size: int) -> Iterator[None]:
-    """Within the block no file of this process may grow beyond so many bytes."""
+    """Within the block, no file of this process may grow beyond `size` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))

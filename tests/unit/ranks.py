@@ -1,6 +1,6 @@
-"""A few steps of every architecture, in the processes of torchrun: python -m tests.unit.ranks OUT LATENT_PARTS
+"""A few steps of every architecture under torchrun: python -m tests.unit.ranks OUT LATENT_PARTS
 
-The first process writes OUT: what all saw together at each step, and the weights they came to.
+The leader writes to OUT the metrics of each step, averaged over all processes, and the final weights.
 """
 
 import sys
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from rudder.sae_models.architectures import ARCHITECTURES, shards
-from rudder.sae_models.sparse import collectives as distributed
-from rudder.sae_models.sparse.collectives import ALONE, Mesh
+from rudder.sae_models.sparse import collectives
+from rudder.sae_models.sparse.collectives import SINGLE_PROCESS, Mesh
 from rudder.sae_models.training import trainer
 from rudder.sae_models.training.trainer import Trainer
 from tests.unit.rigs import planted, unit
 
 D, LATENTS, BATCH, STEPS = 16, 64, 64, 12
-# The second half of a batch is stronger, so that what is right for a half is wrong for the whole.
+# The second half of a batch is larger, so that a statistic of one half differs from that of the whole.
 STRONGER = 3.0
 PENALISED = {"k": 2, "start": 1.0}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def batch(name: str, g: torch.Generator, tokens: int) -> tuple[Tensor, Tensor | None]:
-    """Inputs, and what an architecture is given beside them."""
+    """Return inputs and the architecture's `target`."""
     directions = unit(32, D, torch.Generator().manual_seed(7))
     x = planted(tokens, directions, g)
     x[tokens // 2 :] *= STRONGER
@@ -44,39 +44,41 @@ def batch(name: str, g: torch.Generator, tokens: int) -> tuple[Tensor, Tensor | 
     return x, 5 + x[:, 0] / 50 if name == "adaptive_k" else None
 
 
-def begun(name: str, mesh: Mesh) -> Trainer:
-    """A trainer in which what was silent for a batch is dead; a third of the latents speak softly, so that some are."""
+def initialised_trainer(name: str, mesh: Mesh) -> Trainer:
+    """Return a trainer with dead latents: latents are dead after one batch without firing, and a third of them have
+    small encoder vectors.
+    """
     kind = ARCHITECTURES[name]
-    made: dict[str, Any] = {"latents": LATENTS, "k": 4, "learning_rate": 1e-3, "precision": "float32"}
-    whole = kind(D, kind.config_type(**(made | SETTINGS.get(name, {}))), torch.Generator().manual_seed(3))
+    settings: dict[str, Any] = {"latents": LATENTS, "k": 4, "learning_rate": 1e-3, "precision": "float32"}
+    whole = kind(D, kind.config_type(**(settings | SETTINGS.get(name, {}))), torch.Generator().manual_seed(3))
     with torch.no_grad():
         whole.encoder[::3] *= 0.3
-    trained = Trainer(shards.sharded(whole, mesh), trainer.Config(STEPS * BATCH, dead_after=BATCH // 2))
+    trained = Trainer(shards.shard(whole, mesh), trainer.Config(STEPS * BATCH, dead_after=BATCH // 2))
     trained.initialise(*batch(name, torch.Generator().manual_seed(4), 1024))
     return trained
 
 
 def result(name: str, mesh: Mesh) -> dict[str, Any]:
-    """Figures of each step, as the mean over the parts of the batch; then the whole weights."""
-    trained, g = begun(name, mesh), torch.Generator().manual_seed(5)
-    found = []
+    """Return the metrics of each step, averaged over batch parts, and the unsharded weights."""
+    trained, g = initialised_trainer(name, mesh), torch.Generator().manual_seed(5)
+    steps = []
     for _ in range(STEPS):
         x, target = batch(name, g, BATCH)
-        seen = trained.step(mesh.part(x), None if target is None else mesh.part(target))
-        figures = {"loss": seen.loss, "l0": seen.l0, "fvu": seen.fvu, "dead": seen.dead, **seen.parts}
-        mesh.average(held := [value.float().clone() for value in figures.values()])
-        found.append(dict(zip(figures, map(float, held), strict=True)))
-    template = begun(name, ALONE).architecture
-    return {"steps": found, "weights": shards.whole(trained.architecture, template).state_dict()}
+        metrics = trained.step(mesh.local_batch(x), None if target is None else mesh.local_batch(target))
+        figures = {"loss": metrics.loss, "l0": metrics.l0, "fvu": metrics.fvu, "dead": metrics.dead, **metrics.parts}
+        mesh.batch_all_reduce_mean_(values := [value.float().clone() for value in figures.values()])
+        steps.append(dict(zip(figures, map(float, values), strict=True)))
+    template = initialised_trainer(name, SINGLE_PROCESS).architecture
+    return {"steps": steps, "weights": shards.unshard(trained.architecture, template).state_dict()}
 
 
 def main() -> None:
-    """All architectures."""
-    mesh = distributed.join(int(sys.argv[2]), BATCH)
-    found = {name: result(name, mesh) for name in ARCHITECTURES}
-    if mesh.leads:
-        torch.save(found, Path(sys.argv[1]))
-    distributed.leave()
+    """Run all architectures."""
+    mesh = collectives.init_mesh(int(sys.argv[2]), BATCH)
+    results = {name: result(name, mesh) for name in ARCHITECTURES}
+    if mesh.is_leader:
+        torch.save(results, Path(sys.argv[1]))
+    collectives.destroy_mesh()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from rudder.sae_models import PRETRAINED
 from rudder.sae_models.activations import corpus, harvest
 from rudder.sae_models.activations.corpus import Document
 from rudder.sae_models.activations.hooks import parse_site
-from rudder.sae_models.activations.samples import Material, sample
+from rudder.sae_models.activations.samples import TextSample, sample_vectors
 from rudder.sae_models.bundle import bundle
 from rudder.sae_models.training import config
 from rudder.sae_models.training.config import Config
@@ -24,7 +24,7 @@ WORDS = ("cells", "divide", "viruses", "need", "host", "king", "may", "rule", "s
 
 
 def save_model(folder: Path, layers: int = 2) -> Path:
-    """A Llama of width 16."""
+    """Save a random Llama of width 16."""
     torch.manual_seed(0)
     settings = LlamaConfig(
         vocab_size=8192,
@@ -41,19 +41,19 @@ def save_model(folder: Path, layers: int = 2) -> Path:
 
 
 def save_corpus(path: Path, documents: int = 120) -> Path:
-    """Sections of two books, each of other words in other orders."""
+    """Write sections of two books, which use different words in different orders."""
     with path.open("w") as file:
         for number in range(documents):
             book = number % 2
             words = [WORDS[(number * i + i * i + book) % len(WORDS)] for i in range(60)]
             text = " ".join(words)
-            row = {"book": f"book{book}", "module": f"m{number}", "text": text, "complexity": number % 11}
-            file.write(json.dumps(row) + "\n")
+            record = {"book": f"book{book}", "module": f"m{number}", "text": text, "complexity": number % 11}
+            file.write(json.dumps(record) + "\n")
     return path
 
 
 def real_vectors(sites: Sequence[str], tokens: int) -> dict[str, Tensor]:
-    """[n, d] of the shipped model at some sites, on the texts of the shipped catalogue's contexts."""
+    """Return vectors [n, d] of the shipped model at some sites, on the contexts of the shipped catalogue."""
     shipped = bundle.open_unverified(PRETRAINED / "textbook-lm-layers.2")
     contexts = (context for index in range(0, 400, 4) for context in shipped.catalogue.get(index).contexts[:1])
     text = "\n".join(f"{context.before}{context.token}{context.after}" for context in contexts)
@@ -61,11 +61,11 @@ def real_vectors(sites: Sequence[str], tokens: int) -> dict[str, Tensor]:
     tokenizer, documents = harvest.load_tokenizer(TEXTBOOK_LM), [Document("", "", text)]
     trunk = harvest.load_trunk(TEXTBOOK_LM, *map(parse_site, sites))
     windows = corpus.windows(documents, tokenizer, 256)
-    return dict(sample(Material(trunk, tokenizer, documents, windows), tuple(sites), tokens))
+    return dict(sample_vectors(TextSample(trunk, tokenizer, documents, windows), tuple(sites), tokens))
 
 
 def plain(folder: Path, **changes: Any) -> dict[str, Any]:
-    """The plain values of a run's configuration in a folder, which gets model and corpus."""
+    """Return a run's configuration as plain values; write model and corpus to the folder."""
     sae = {"architecture": "batch_topk", "site": "layers.0.resid_post", "latents": 32, "k": 4, "learning_rate": 3e-3}
     return {
         "model": str(save_model(folder / "model")),
@@ -90,5 +90,5 @@ def plain(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def configuration(folder: Path, **changes: Any) -> Config:
-    """The same, checked."""
+    """Return the same as a Config."""
     return config.convert(plain(folder, **changes))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rudder.sae_models.sae import SAE
-from rudder.sae_models.sparse.screening import Screen, strongest
+from rudder.sae_models.sparse.screening import ScreeningDictionary, top_k_latents
 from rudder.server.engine.telemetry.frame import PINNED, Array, Capture, Frame
 from rudder.server.engine.worker.bank import SiteBank
 from rudder.server.engine.worker.driver import RequestState, Step
@@ -47,7 +47,7 @@ class ColumnIndices:
 class Readable:
     """A dictionary that is read whole, and the numbers of the sites that it reads."""
 
-    screen: Screen | SAE
+    screen: ScreeningDictionary | SAE
     sites: list[int]
 
 
@@ -135,7 +135,7 @@ class Reader:
     def strongest(self, dictionary: Readable, captured: slice, k: int) -> tuple[Array, Array]:
         """(latents, values) [n, k] of the captured tokens; a routed dictionary reads several sites at once."""
         residuals = [self.banks[site].before[captured] for site in dictionary.sites]
-        return strongest(dictionary.screen, residuals[0] if len(residuals) == 1 else torch.stack(residuals, -2), k)
+        return top_k_latents(dictionary.screen, residuals[0] if len(residuals) == 1 else torch.stack(residuals, -2), k)
 
     def captures(self, step: Step) -> list[Capture]:
         """Residuals of the requests that capture them."""

@@ -11,7 +11,7 @@ import torch
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.operations import TOKEN
 from rudder.sae_models.sae import SAE
-from rudder.sae_models.sparse.screening import screen
+from rudder.sae_models.sparse.screening import prepare_screening
 from rudder.server.engine.telemetry.channel import Sender
 from rudder.server.engine.worker import runners
 from rudder.server.engine.worker.bank import Sequences, SiteBank
@@ -87,7 +87,7 @@ class SteeringWorker:
             sae = bundle.sae.to(self.model_runner.device)
             self.driver.load_sae(name, sae)
             sites = [layout.sites.index(site) for site in bundle.manifest.sites]
-            self.reader.dictionaries[sites[0]] = Readable(screen(sae), sites)
+            self.reader.dictionaries[sites[0]] = Readable(prepare_screening(sae), sites)
         logger.info("bundles loaded: %s", ", ".join(loaded) or "none")
         return {name: bundle.sha256 for name, bundle in loaded.items()}
 

@@ -1,4 +1,4 @@
-"""Every kind of corpus gives the same documents; what is not text is refused by its path."""
+"""Every corpus format yields the same documents; anything that is not text is refused with its path."""
 
 import bz2
 import gzip
@@ -11,37 +11,37 @@ import pytest
 
 from rudder.sae_models.activations import corpus
 from rudder.sae_models.activations.corpus import CorpusError, Document
-from rudder.sae_models.optional import MissingPackage, extra
+from rudder.sae_models.optional import MissingPackage, import_optional
 
-ROWS: list[dict[str, Any]] = [
+RECORDS: list[dict[str, Any]] = [
     {"book": "a", "module": "m1", "title": "Cells", "text": "Cells divide.\nThey grow.", "complexity": None},
     {"book": "b", "module": "m2", "text": "Kings reign.", "complexity": 2.5},
     {"book": "b", "module": "m3", "text": "  "},
 ]
 DOCUMENTS = [Document("a", "m1", "Cells\nCells divide.\nThey grow."), Document("b", "m2", "Kings reign.", 2.5)]
-LINES = "\n".join(map(json.dumps, ROWS)).encode()
+JSON_LINES = "\n".join(map(json.dumps, RECORDS)).encode()
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("c.jsonl", LINES),
-        ("c.jsonl.xz", lzma.compress(LINES)),
-        ("c.jsonl.gz", gzip.compress(LINES)),
-        ("c.jsonl.bz2", bz2.compress(LINES)),
+        ("c.jsonl", JSON_LINES),
+        ("c.jsonl.xz", lzma.compress(JSON_LINES)),
+        ("c.jsonl.gz", gzip.compress(JSON_LINES)),
+        ("c.jsonl.bz2", bz2.compress(JSON_LINES)),
     ],
 )
-def test_json_lines_are_read_however_compressed(tmp_path: Path, name: str, content: bytes) -> None:
+def test_json_lines_are_read_under_every_compression(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     assert corpus.read(tmp_path / name) == DOCUMENTS
 
 
-def test_a_section_without_a_name_is_named_by_its_line(tmp_path: Path) -> None:
+def test_document_without_a_name_is_named_by_its_line_number(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"text": "two", "book": null, "module": null}\n')
     assert corpus.read(tmp_path / "c.jsonl") == [Document("", "1", "one"), Document("", "2", "two")]
 
 
-def test_a_folder_of_text_files_is_a_corpus_of_their_names(tmp_path: Path) -> None:
+def test_text_files_of_a_folder_are_named_by_folder_and_file(tmp_path: Path) -> None:
     for book, name, text in (("b", "two.txt", "Kings\nreign."), ("a", "one.txt", "Cells divide.\n")):
         (tmp_path / book).mkdir()
         (tmp_path / book / name).write_text(text)
@@ -51,25 +51,27 @@ def test_a_folder_of_text_files_is_a_corpus_of_their_names(tmp_path: Path) -> No
     ]
 
 
-def test_parquet_is_read_in_its_known_columns(tmp_path: Path) -> None:
+def test_parquet_reads_known_columns_and_refuses_a_truncated_file(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.Table.from_pylist([row | {"other": 1} for row in ROWS]), tmp_path / "c.parquet")
+    parquet.write_table(
+        pyarrow.Table.from_pylist([record | {"other": 1} for record in RECORDS]), tmp_path / "c.parquet"
+    )
     assert corpus.read(tmp_path / "c.parquet") == DOCUMENTS
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "c.parquet").read_bytes()[:100])
     with pytest.raises(CorpusError, match=f"^corpus: {tmp_path / 'cut.parquet'}: "):
         corpus.read(tmp_path / "cut.parquet")
 
 
-def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
+def test_saved_dataset_is_read(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    datasets.Dataset.from_list(RECORDS).save_to_disk(str(tmp_path / "saved"))
     assert corpus.read(tmp_path / "saved") == DOCUMENTS
 
 
-def test_a_package_that_is_not_installed_is_named() -> None:
+def test_missing_package_is_named() -> None:
     with pytest.raises(MissingPackage, match=r"^corpus: needs the package no_such: pip install no_such"):
-        extra("no_such.part", "corpus:")
+        import_optional("no_such.part", "corpus:")
 
 
 @pytest.mark.parametrize(
@@ -95,21 +97,23 @@ def test_a_package_that_is_not_installed_is_named() -> None:
         ("broken.jsonl", b'{"text": "a"}\n{"text"\n', "line 2: Expecting"),
     ],
 )
-def test_a_bad_corpus_is_refused_by_its_path(tmp_path: Path, name: str, content: bytes | None, problem: str) -> None:
+def test_damaged_corpus_is_refused_with_its_path(
+    tmp_path: Path, name: str, content: bytes | None, problem: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(CorpusError, match=f"^corpus: {tmp_path / name}:? .*{problem}"):
         corpus.read(tmp_path / name)
 
 
-def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "MOST_LINE_CHARACTERS", 1000)
+def test_overlong_line_is_refused_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "MAX_LINE_CHARACTERS", 1000)
     (tmp_path / "long.txt").write_text("x" * 2000)
     with pytest.raises(CorpusError, match=r"long\.txt: line 1 is longer than 1000 characters"):
         corpus.read(tmp_path / "long.txt")
 
 
-def test_the_hash_of_a_folder_depends_on_names_and_contents(tmp_path: Path) -> None:
+def test_hash_of_a_folder_depends_on_names_and_contents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     first = corpus.sha256(tmp_path)
     assert corpus.sha256(tmp_path) == first

@@ -1,4 +1,4 @@
-"""Vectors of every site of every kind of model are those of the whole model, though the trunk ends above the site."""
+"""Vectors of a truncated model equal those of the whole model, at every site of every kind of model."""
 
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from transformers import (
     ViTConfig,
 )
 
-from rudder.sae_models.activations import corpus, harvest, stream
-from rudder.sae_models.activations import hooks as sites
+from rudder.sae_models.activations import corpus, harvest, hooks, stream
 from rudder.sae_models.activations.corpus import Document, Windows
 from rudder.sae_models.activations.hooks import Site, hooked, parse_site
 from rudder.sae_models.hookpoints import POINTS
@@ -45,8 +44,8 @@ OTHERS = {
 }
 
 
-def saved(name: str, folder: Path) -> Any:
-    """A random model on disk, and itself."""
+def save_random_model(name: str, folder: Path) -> Any:
+    """Save a randomly initialised model and return it."""
     torch.manual_seed(0)
     kind = AutoModelForCausalLM if name in CAUSAL else AutoModel
     model = kind.from_config((CAUSAL | OTHERS)[name]).eval()
@@ -55,7 +54,7 @@ def saved(name: str, folder: Path) -> Any:
 
 
 def inputs_of(name: str) -> dict[str, Tensor]:
-    """Two examples for a model."""
+    """Return model inputs for a batch of two."""
     g = torch.Generator().manual_seed(1)
     if name == "vit":
         return {"pixel_values": torch.randn(2, 3, 8, 8, generator=g)}
@@ -63,13 +62,13 @@ def inputs_of(name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, *OTHERS])
-def test_the_residual_stream_of_a_trunk_is_that_of_the_whole_model(name: str, tmp_path: Path) -> None:
-    model = saved(name, tmp_path)
+def test_trunk_has_the_residual_stream_of_the_whole_model(name: str, tmp_path: Path) -> None:
+    model = save_random_model(name, tmp_path)
     model = model.get_encoder() if name == "t5" else model
-    wanted = [parse_site("layers.0.resid_post"), parse_site("layers.1.resid_pre"), parse_site("layers.1.resid_post")]
-    trunk = harvest.load_trunk(tmp_path, *wanted)
-    assert len(sites.layers_of(trunk)) == 2
-    ((first, before, second),) = harvest.activations(trunk, wanted, [inputs_of(name)])
+    requested = [parse_site("layers.0.resid_post"), parse_site("layers.1.resid_pre"), parse_site("layers.1.resid_post")]
+    trunk = harvest.load_trunk(tmp_path, *requested)
+    assert len(hooks.layers_of(trunk)) == 2
+    ((first, before, second),) = harvest.activations(trunk, requested, [inputs_of(name)])
     with torch.no_grad():
         hidden = model(**inputs_of(name), output_hidden_states=True).hidden_states
     assert first.shape == (2, 5 if name == "vit" else 6, 16)
@@ -79,76 +78,76 @@ def test_the_residual_stream_of_a_trunk_is_that_of_the_whole_model(name: str, tm
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "vit"])
-def test_branches_add_up_to_the_residual_stream(name: str, tmp_path: Path) -> None:
-    saved(name, tmp_path)
+def test_branch_outputs_add_up_to_the_residual_stream(name: str, tmp_path: Path) -> None:
+    save_random_model(name, tmp_path)
     points = ("resid_pre", "attn_out", "mlp_out", "resid_post")
-    wanted = [Site(1, point) for point in points]
-    trunk = harvest.load_trunk(tmp_path, *wanted)
-    ((before, attention, mlp, after),) = harvest.activations(trunk, wanted, [inputs_of(name)])
+    requested = [Site(1, point) for point in points]
+    trunk = harvest.load_trunk(tmp_path, *requested)
+    ((before, attention, mlp, after),) = harvest.activations(trunk, requested, [inputs_of(name)])
     assert torch.allclose(before + attention + mlp, after, atol=1e-5)
     assert float(attention.abs().max()) > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert", "vit"])
-def test_the_mlp_reads_what_mlp_in_holds(name: str, tmp_path: Path) -> None:
-    saved(name, tmp_path)
-    wanted = [Site(1, "mlp_in"), Site(1, "mlp_out")]
-    trunk = harvest.load_trunk(tmp_path, *wanted)
-    ((read, written),) = harvest.activations(trunk, wanted, [inputs_of(name)])
+def test_mlp_in_is_the_input_of_the_mlp(name: str, tmp_path: Path) -> None:
+    save_random_model(name, tmp_path)
+    requested = [Site(1, "mlp_in"), Site(1, "mlp_out")]
+    trunk = harvest.load_trunk(tmp_path, *requested)
+    ((read, written),) = harvest.activations(trunk, requested, [inputs_of(name)])
     assert read.shape == written.shape == (2, 5 if name == "vit" else 6, 16)
-    assert torch.allclose(mlp_of(sites.layers_of(trunk)[1])(read), written, atol=1e-5)
+    assert torch.allclose(mlp_of(hooks.layers_of(trunk)[1])(read), written, atol=1e-5)
 
 
 def mlp_of(layer: Any) -> nn.Module:
-    """A layer's MLP as one module."""
+    """Return the MLP of a layer as a single module."""
     if hasattr(layer, "mlp"):
-        found: nn.Module = layer.mlp
-        return found
+        mlp: nn.Module = layer.mlp
+        return mlp
     if hasattr(layer, "fc1"):
         return nn.Sequential(layer.fc1, layer.activation_fn, layer.fc2)
     return nn.Sequential(layer.intermediate, layer.output.dense)
 
 
 @pytest.mark.parametrize("point", [point for point in POINTS if point != "resid_mid"])
-def test_a_post_norm_encoder_has_every_point(point: str, tmp_path: Path) -> None:
-    saved("bert", tmp_path)
+def test_post_norm_encoder_has_every_hook_point(point: str, tmp_path: Path) -> None:
+    save_random_model("bert", tmp_path)
     trunk = harvest.load_trunk(tmp_path, Site(1, point))
     ((x,),) = harvest.activations(trunk, [Site(1, point)], [inputs_of("bert")])
     assert x.shape == (2, 6, 16)
 
 
-def test_a_post_norm_encoder_has_no_middle(tmp_path: Path) -> None:
-    saved("bert", tmp_path)
+def test_post_norm_encoder_has_no_resid_mid(tmp_path: Path) -> None:
+    save_random_model("bert", tmp_path)
     with pytest.raises(ValueError, match=r"layers\.1\.resid_mid: the branches of BertLayer do not follow"):
         harvest.load_trunk(tmp_path, Site(1, "resid_mid"))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "vit"])
-def test_the_middle_is_what_the_mlp_is_added_to(name: str, tmp_path: Path) -> None:
-    saved(name, tmp_path)
-    wanted = [Site(1, point) for point in ("resid_mid", "mlp_out", "resid_post")]
-    trunk, push = harvest.load_trunk(tmp_path, *wanted), torch.randn(16)
-    ((middle, added, post),) = harvest.activations(trunk, wanted, [inputs_of(name)])
+def test_resid_mid_plus_mlp_out_is_resid_post(name: str, tmp_path: Path) -> None:
+    save_random_model(name, tmp_path)
+    requested = [Site(1, point) for point in ("resid_mid", "mlp_out", "resid_post")]
+    trunk, push = harvest.load_trunk(tmp_path, *requested), torch.randn(16)
+    ((middle, added, post),) = harvest.activations(trunk, requested, [inputs_of(name)])
     assert torch.allclose(middle + added, post, atol=1e-5)
-    with hooked(trunk, wanted[0], lambda x: x + push):
-        ((added, post),) = harvest.activations(trunk, wanted[1:], [inputs_of(name)])
+    with hooked(trunk, requested[0], lambda x: x + push):
+        ((added, post),) = harvest.activations(trunk, requested[1:], [inputs_of(name)])
     assert torch.allclose(middle + push + added, post, atol=1e-5)
 
 
-def test_padding_does_not_reach_an_encoder_and_is_not_counted(tmp_path: Path) -> None:
-    saved("bert", tmp_path)
+def test_padding_is_masked_in_an_encoder_and_not_counted(tmp_path: Path) -> None:
+    save_random_model("bert", tmp_path)
     site = parse_site("layers.1.resid_post")
     trunk = harvest.load_trunk(tmp_path, site)
     tokens = torch.tensor([[3, 4, 5, 0, 0], [3, 4, 5, 6, 7]])
     counted = torch.tensor([[False, True, True, False, False], [False, True, True, True, True]])
     windows = Windows(tokens, counted, torch.zeros(2, dtype=torch.long))
-    padded = torch.cat([x[told] for x, told in harvest.residuals(trunk, site, windows)])
+    padded = torch.cat([x[mask] for x, mask in harvest.residuals(trunk, site, windows)])
     ((alone,),) = harvest.activations(trunk, [site], [{"input_ids": tokens[:1, :3]}])
     assert padded.shape == (6, 16)
     assert torch.allclose(padded[:2], alone[0, 1:], atol=1e-5)
 
 
-def test_a_tokenizer_without_bos_begins_windows_with_cls_or_with_nothing() -> None:
+def test_windows_start_with_cls_or_nothing_if_the_tokenizer_has_no_bos() -> None:
     class Plain:
         bos_token_id, eos_token_id = None, None
 
@@ -162,39 +161,39 @@ def test_a_tokenizer_without_bos_begins_windows_with_cls_or_with_nothing() -> No
     documents = [Document("a", "m", "abcdef")]
     bare = corpus.windows(documents, Plain(), 4)
     assert bare.tokens.tolist() == [[97, 98, 99, 100], [101, 102, 0, 0]]
-    assert bare.attended.tolist() == bare.counted.tolist() == [[True] * 4, [True, True, False, False]]
+    assert bare.attention_mask.tolist() == bare.counted.tolist() == [[True] * 4, [True, True, False, False]]
     headed = corpus.windows(documents, Encoder(), 4)
     assert headed.tokens.tolist() == [[1, 97, 98, 99], [1, 100, 101, 102]]
     assert headed.counted.tolist() == [[False, True, True, True]] * 2
 
 
-def test_a_live_source_gives_each_token_once_at_every_site(tmp_path: Path) -> None:
+def test_text_source_yields_each_token_once_at_every_site(tmp_path: Path) -> None:
     tiny.save_model(tmp_path)
     tokenizer = harvest.load_tokenizer(tmp_path)
     documents = [Document("a", f"m{number}", f"cells {number} divide and rule") for number in range(70)]
     windows = corpus.windows(documents, tokenizer, 8)
-    wanted = (parse_site("layers.0.resid_post"), parse_site("layers.1.mlp_in"))
-    live = stream.Live(harvest.load_trunk(tmp_path, *wanted), wanted, windows)
-    assert sum(live.sizes) == int(windows.counted.sum())
-    whole = live.load(range(len(live.sizes)))
+    requested = (parse_site("layers.0.resid_post"), parse_site("layers.1.mlp_in"))
+    live = stream.TextSource(harvest.load_trunk(tmp_path, *requested), requested, windows)
+    assert sum(live.chunk_sizes) == int(windows.counted.sum())
+    whole = live.load(range(len(live.chunk_sizes)))
     apart = live.load([1])
-    assert [x.shape for x in whole.values()] == [(sum(live.sizes), 16)] * 2
+    assert [x.shape for x in whole.values()] == [(sum(live.chunk_sizes), 16)] * 2
     for site, x in apart.items():
-        assert torch.equal(x, whole[site][live.sizes[0] : live.sizes[0] + live.sizes[1]])
+        assert torch.equal(x, whole[site][live.chunk_sizes[0] : live.chunk_sizes[0] + live.chunk_sizes[1]])
 
 
 @pytest.mark.parametrize(
     ("site", "problem"),
     [("layers.3.resid_post", r"site: layer 3 is not in 0\.\.2"), ("layers.0.mlp_out", "has none of layer_scale2")],
 )
-def test_a_model_without_the_site_is_refused(site: str, problem: str, tmp_path: Path) -> None:
-    saved("llama", tmp_path)
+def test_model_without_the_site_is_refused(site: str, problem: str, tmp_path: Path) -> None:
+    save_random_model("llama", tmp_path)
     model = harvest.load_model(tmp_path)
-    del sites.layers_of(model)[0].mlp
+    del hooks.layers_of(model)[0].mlp
     with pytest.raises(ValueError, match=problem):
-        sites.module_at(model, parse_site(site))
+        hooks.module_at(model, parse_site(site))
 
 
-def test_what_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"^model: no config.json in {tmp_path}"):
         harvest.load_model(tmp_path)

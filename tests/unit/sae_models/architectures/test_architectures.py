@@ -1,4 +1,6 @@
-"""Every architecture finds planted directions, is in canonical form what was trained, and has its paper's loss."""
+"""Every architecture recovers planted directions, folds to an equivalent canonical SAE, and has the loss of
+its paper.
+"""
 
 from typing import Any
 
@@ -11,7 +13,7 @@ from rudder.sae_models import sae as canonical
 from rudder.sae_models.architectures import ARCHITECTURES
 from rudder.sae_models.architectures.adaptive_k import ridge
 from rudder.sae_models.architectures.architecture import Architecture, State
-from rudder.sae_models.architectures.batch_topk import BatchTopK, batch_cut
+from rudder.sae_models.architectures.batch_topk import BatchTopK, batch_threshold
 from rudder.sae_models.architectures.gated import Gated
 from rudder.sae_models.architectures.jumprelu import jump
 from rudder.sae_models.architectures.matryoshka import Matryoshka
@@ -32,13 +34,13 @@ SPARSE: dict[str, dict[str, Any]] = {
 }
 
 
-def alive(latents: int) -> State:
-    """In the middle of a run, no latent dead."""
+def state_without_dead_latents(latents: int) -> State:
+    """Return the state in the middle of a run, without dead latents."""
     return State(100, 0.5, torch.zeros(latents, dtype=torch.bool))
 
 
-def made(name: str, d: int = 8, seed: int = 0, **settings: Any) -> Architecture:
-    """A small module with biases that are not 0."""
+def build(name: str, d: int = 8, seed: int = 0, **settings: Any) -> Architecture:
+    """Return a small module with non-zero biases."""
     g = torch.Generator().manual_seed(seed)
     kind = ARCHITECTURES[name]
     defaults: dict[str, Any] = {"latents": 24, "k": 4, "precision": "float32"}
@@ -51,71 +53,72 @@ def made(name: str, d: int = 8, seed: int = 0, **settings: Any) -> Architecture:
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_planted_directions_are_recovered_by_three_seeds(name: str, record_property: Any) -> None:
-    """Matryoshka takes more latents and a higher rate. With the published shares its first prefixes, of 3, 9 and 21 of
-    96 latents, learn mixtures of the 64 directions: on the others' terms it finds 0.83, after four times the steps 0.89
-    (with a single prefix 0.97), and with 384 latents, whose last share alone outnumbers the directions, 0.93.
+def test_planted_directions_are_recovered_with_three_seeds(name: str, record_property: Any) -> None:
+    """Matryoshka needs more latents and a higher learning rate. With the published shares its first prefixes, of 3, 9
+    and 21 of 96 latents, learn mixtures of the 64 directions: with the settings of the others it reaches 0.83, after
+    four times the steps 0.89 (with a single prefix 0.97), and with 384 latents, whose last share alone outnumbers the
+    directions, 0.93.
     """
-    found = []
+    similarities = []
     for seed in range(3):
         g = torch.Generator().manual_seed(seed)
         directions = unit(64, 32, g)
         trained = run(name, lambda n: planted(n, directions, g), seed, **SPARSE[name])  # noqa: B023
-        found.append(recovered(directions, trained.canonical(planted(4096, directions, g))))
-    record_property("mean_maximum_cosine", found)
-    assert min(found) >= 0.9, found
+        similarities.append(recovered(directions, trained.canonical(planted(4096, directions, g))))
+    record_property("mean_maximum_cosine", similarities)
+    assert min(similarities) >= 0.9, similarities
 
 
 @pytest.mark.parametrize("name", [*SPARSE, "transcoder"])
-def test_the_canonical_form_does_what_the_module_did(name: str) -> None:
-    module = made(name, **(SPARSE.get(name, {"width_out": 5, "skip": True}) | {"latents": 24}))
+def test_canonical_form_equals_the_module(name: str) -> None:
+    module = build(name, **(SPARSE.get(name, {"width_out": 5, "skip": True}) | {"latents": 24}))
     g = torch.Generator().manual_seed(1)
     x, scale = 5 * torch.randn(64, 8, generator=g) + 3, 0.2
     target = 7 * torch.randn(64, 5, generator=g) + 1 if name == "transcoder" else None
-    # Thresholds set on x itself would lie on values of x.
+    # Thresholds initialised from x itself would coincide with pre-activations of x.
     module.initialise(x.roll(1, 1) * scale, target)
     if name == "transcoder":
         torch.nn.init.normal_(module.decoder, generator=g)
         torch.nn.init.normal_(module.linear, generator=g)  # type: ignore[arg-type]
-    loss = module.loss(x * scale, alive(24), target)
+    loss = module.loss(x * scale, state_without_dead_latents(24), target)
     sae = module.canonical(scale, x * scale)
     y, error = sae.forward(x, target)
-    values = dense_of(loss.values.relu(), loss.active)
+    values = densify(loss.values.relu(), loss.active)
     assert torch.allclose(sae.encode(x), values / scale, atol=1e-3)
     unexplained = error.square().sum() if target is None else (target - y).square().sum()
     variance = module.variance * len(x) / (scale**2 if target is None else module.target_scale**2)  # type: ignore[operator]
     assert float(unexplained / variance) == pytest.approx(float(loss.fvu), rel=1e-3)
 
 
-def dense_of(values: Tensor, active: sparse.Active) -> Tensor:
-    """Activations [n, F]."""
+def densify(values: Tensor, active: sparse.Active) -> Tensor:
+    """Return activations [n, F]."""
     if isinstance(active, sparse.Dense):
         return values
     return torch.zeros(active.tokens, active.latents).index_put((active.token, active.latent), values)
 
 
 @pytest.mark.parametrize("name", ["relu", "gated", "jumprelu"])
-def test_loss_and_gradients_do_not_depend_on_how_pairs_are_held(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradients_are_equal_for_pairs_and_dense(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     results = []
     for share in (0.0, 1.0):
         monkeypatch.setattr(sparse, "DENSE_SHARE", share)
-        module = made(name)
+        module = build(name)
         module.initialise(x.roll(1, 1))
-        loss = module.loss(x, alive(24))
+        loss = module.loss(x, state_without_dead_latents(24))
         loss.total.backward()
         results.append((loss, {n: p.grad for n, p in module.named_parameters()}))
-    (dense, of_dense), (pairs, of_pairs) = results
+    (dense, dense_gradients), (pairs, pairs_gradients) = results
     assert isinstance(dense.active, sparse.Dense)
     assert isinstance(pairs.active, Pairs)
     assert dense.total.item() == pytest.approx(pairs.total.item(), rel=1e-5)
-    for parameter, gradient in of_dense.items():
-        assert torch.allclose(gradient, of_pairs[parameter], atol=1e-5), parameter  # type: ignore[arg-type]
+    for parameter, gradient in dense_gradients.items():
+        assert torch.allclose(gradient, pairs_gradients[parameter], atol=1e-5), parameter  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_the_auxiliary_loss_reaches_dead_latents_alone(name: str) -> None:
-    module = made(name, **(SPARSE[name] | {"latents": 24}))
+def test_auxk_loss_has_gradients_for_dead_latents_only(name: str) -> None:
+    module = build(name, **(SPARSE[name] | {"latents": 24}))
     x = torch.randn(32, 8, generator=torch.Generator().manual_seed(2))
     dead = torch.arange(24) < 6
     error = torch.randn(32, 8, generator=torch.Generator().manual_seed(3), requires_grad=True)
@@ -131,7 +134,7 @@ def test_the_auxiliary_loss_reaches_dead_latents_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("rate", [3e-4, 3e-3, 3e-2])
-def test_jumprelu_ends_at_the_wanted_l0_whatever_the_learning_rate(rate: float) -> None:
+def test_jumprelu_reaches_the_target_l0_at_any_learning_rate(rate: float) -> None:
     g = torch.Generator().manual_seed(0)
     directions = unit(64, 32, g)
     trained = run("jumprelu", lambda n: planted(n, directions, g), 0, steps=300, learning_rate=rate)
@@ -139,34 +142,34 @@ def test_jumprelu_ends_at_the_wanted_l0_whatever_the_learning_rate(rate: float) 
     assert fidelity.l0(trained.canonical(x).encode(x)) == pytest.approx(4, rel=0.05)
 
 
-def test_a_batch_keeps_k_a_token_on_average_whatever_the_last_cut() -> None:
+def test_batch_topk_keeps_k_per_token_for_any_previous_cut() -> None:
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
-    module = made("batch_topk", latents=64)
+    module = build("batch_topk", latents=64)
     assert isinstance(module, BatchTopK)
-    kept = []
+    selected = []
     for cut in (0.0, 0.5, 100.0):
         module.cut.fill_(cut)
         read = module.read(x)
         assert isinstance(read.active, Pairs)
-        kept.append(sorted(zip(read.active.token.tolist(), read.active.latent.tolist(), strict=True)))
-    assert len(kept[0]) == 64 * 4
-    assert kept[0] == kept[1] == kept[2]
-    assert float(batch_cut(-torch.rand(10), 4)) == 0
+        selected.append(sorted(zip(read.active.token.tolist(), read.active.latent.tolist(), strict=True)))
+    assert len(selected[0]) == 64 * 4
+    assert selected[0] == selected[1] == selected[2]
+    assert float(batch_threshold(-torch.rand(10), 4)) == 0
 
 
-def test_gate_terms_leave_the_decoder_alone() -> None:
-    module, x = made("gated"), torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+def test_gate_fvu_has_no_decoder_gradient() -> None:
+    module, x = build("gated"), torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
     assert isinstance(module, Gated)
-    pi, active = sparse.positives(x, module.weights)
-    module.explained_by_gates(x, pi.relu(), active).backward()
+    pi, active = sparse.active_preactivations(x, module.weights)
+    module.gate_fvu(x, pi.relu(), active).backward()
     assert module.decoder.grad is None
     assert module.decoder_bias.grad is None
     assert module.encoder.grad is not None
     assert module.encoder.grad.abs().sum() > 0
 
 
-def test_a_folded_gate_is_the_gate() -> None:
-    module = made("gated", latents=40)
+def test_folded_gate_equals_the_gate() -> None:
+    module = build("gated", latents=40)
     assert isinstance(module, Gated)
     x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -178,7 +181,7 @@ def test_a_folded_gate_is_the_gate() -> None:
     assert torch.allclose(module.canonical(1.0, x).encode(x), f, atol=1e-5)
 
 
-def test_gates_do_not_shrink_what_an_l1_penalty_does() -> None:
+def test_gated_sae_has_less_shrinkage_than_l1() -> None:
     gains, errors = {}, {}
     for name in ("gated", "relu"):
         g = torch.Generator().manual_seed(0)
@@ -196,7 +199,7 @@ def test_gates_do_not_shrink_what_an_l1_penalty_does() -> None:
     assert gains["relu"] < 0.95
 
 
-def test_thresholds_learn_by_the_rectangle_around_them() -> None:
+def test_threshold_gradient_is_the_rectangular_estimate() -> None:
     z, threshold = torch.tensor([0.9, 1.04, 1.2]).requires_grad_(), torch.full((3,), 1.0).requires_grad_()
     f, gate = jump(z, threshold, 0.1)
     assert f.tolist() == pytest.approx([0, 1.04, 1.2])
@@ -208,21 +211,21 @@ def test_thresholds_learn_by_the_rectangle_around_them() -> None:
     assert threshold.grad.tolist() == pytest.approx([0, -(2 * 1.0 + 3) / 0.1, 0])
 
 
-def test_prefixes_add_up_to_the_whole() -> None:
-    module = made("matryoshka", shares=(0.25, 0.25, 0.5))
+def test_prefix_reconstructions_use_the_first_latents_only() -> None:
+    module = build("matryoshka", shares=(0.25, 0.25, 0.5))
     assert isinstance(module, Matryoshka)
     x = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
     z, active = module.read(x)
     assert isinstance(active, Pairs)
     y = module.prefixes(z, active)
-    f = dense_of(z, active)
+    f = densify(z, active)
     for i, end in enumerate((6, 12, 24)):
         assert torch.allclose(y[:, i], f[:, :end] @ module.decoder[:end] + module.decoder_bias, atol=1e-5)
     with pytest.raises(ValueError, match=r"^shares: "):
-        made("matryoshka", shares=(0.5, 0.6))
+        build("matryoshka", shares=(0.5, 0.6))
 
 
-def test_a_matryoshkas_first_latents_explain_more_than_those_of_batch_topk() -> None:
+def test_matryoshka_prefix_explains_more_than_batch_topk_prefix() -> None:
     explained = {}
     kinds: dict[str, dict[str, Any]] = {"matryoshka": {"shares": (0.25, 0.75)}, "batch_topk": {}}
     for name, settings in kinds.items():
@@ -238,8 +241,8 @@ def test_a_matryoshkas_first_latents_explain_more_than_those_of_batch_topk() -> 
     assert explained["matryoshka"] < explained["batch_topk"] - 0.05
 
 
-def test_k_of_complexity_has_the_golden_values() -> None:
-    module = made("adaptive_k", latents=400, k_min=20, k_max=320)
+def test_k_of_complexity_has_reference_values() -> None:
+    module = build("adaptive_k", latents=400, k_min=20, k_max=320)
     with torch.no_grad():
         module.probe.zero_()[0] = 1.0  # type: ignore[operator]
         module.probe_offset.zero_()  # type: ignore[operator]
@@ -252,7 +255,9 @@ def test_k_of_complexity_has_the_golden_values() -> None:
 
 
 def complex_batch(n: int, directions: Tensor, axis: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Tokens with 2 to 24 active directions, a number that one more direction tells; complexities in [0, 10]."""
+    """Return tokens with 2 to 24 active directions, a number that one more direction encodes; and complexities in [0,
+    10].
+    """
     count = torch.randint(2, 25, (n,), generator=g)
     active = torch.rand(n, len(directions), generator=g).argsort(1) < count[:, None]
     x = (active * strengths((n, len(directions)), 1.0, g)) @ directions
@@ -260,7 +265,7 @@ def complex_batch(n: int, directions: Tensor, axis: Tensor, g: torch.Generator) 
     return x + 0.02 * torch.randn(x.shape, generator=g), (count - 2) / 2.2
 
 
-def test_adaptive_k_spends_latents_where_they_are_needed() -> None:
+def test_adaptive_k_assigns_more_latents_to_complex_tokens() -> None:
     g = torch.Generator().manual_seed(0)
     directions, axis = unit(64, 128, g), unit(1, 128, g)[0]
 
@@ -286,7 +291,7 @@ def test_adaptive_k_spends_latents_where_they_are_needed() -> None:
     assert fvu("adaptive_k", True, **settings) > 0.95 * fixed
 
 
-def test_ridge_finds_a_line() -> None:
+def test_ridge_recovers_a_linear_function() -> None:
     x = torch.randn(400, 5, generator=torch.Generator().manual_seed(0)) + 2
     weight, offset = ridge(x, x @ torch.arange(5.0) + 3)
     assert torch.allclose(weight, torch.arange(5.0), atol=1e-2)
@@ -294,14 +299,16 @@ def test_ridge_finds_a_line() -> None:
 
 
 def layered(n: int, directions: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Five layers of noise, in one of which one of its two directions is active; and which [n]."""
+    """Return five layers of noise, in one of which one of its two directions is active; and the index of that layer
+    [n].
+    """
     group, which = torch.randint(0, 5, (n,), generator=g), torch.randint(0, 2, (n,), generator=g)
     x = 0.02 * torch.randn(n, 5, directions.shape[1], generator=g)
     x[torch.arange(n), group] += strengths((n, 1), 1.0, g) * directions[2 * group + which]
     return x, group
 
 
-def test_a_router_finds_the_layer_that_tells_something() -> None:
+def test_router_selects_the_informative_layer() -> None:
     g = torch.Generator().manual_seed(0)
     directions = unit(10, 64, g)
     trained = run("route", lambda n: layered(n, directions, g)[0], 0, d=64, steps=250, sites=5, k=2, latents=32)
@@ -311,22 +318,24 @@ def test_a_router_finds_the_layer_that_tells_something() -> None:
     site, _ = sae.router.route(canonical.normalise(x, sae.normalisation))
     assert float((site == group).float().mean()) > 0.85
     assert float(torch.bincount(site, minlength=5).amax() / 4096) < 0.6
-    one = run("topk", lambda n: layered(n, directions, g)[0][:, 0], 0, d=64, steps=250, k=2, latents=32)
-    found = [float(((directions @ s.decoder.T).amax(1) > 0.9).float().mean()) for s in (sae, one.canonical(x[:, 0]))]
-    assert found[0] >= found[1] + 0.2
+    single_site = run("topk", lambda n: layered(n, directions, g)[0][:, 0], 0, d=64, steps=250, k=2, latents=32)
+    recovered_shares = [
+        float(((directions @ s.decoder.T).amax(1) > 0.9).float().mean()) for s in (sae, single_site.canonical(x[:, 0]))
+    ]
+    assert recovered_shares[0] >= recovered_shares[1] + 0.2
 
 
-def test_the_canonical_router_reads_what_the_module_read() -> None:
-    module = made("route", sites=3, k=4)
+def test_canonical_router_equals_the_module() -> None:
+    module = build("route", sites=3, k=4)
     x = torch.randn(32, 3, 8, generator=torch.Generator().manual_seed(1)) * 5 + 1
-    loss = module.loss(x, alive(24))
+    loss = module.loss(x, state_without_dead_latents(24))
     sae = module.canonical(1.0, x)
-    assert torch.allclose(sae.encode(x), dense_of(loss.values.relu(), loss.active), atol=1e-4)
+    assert torch.allclose(sae.encode(x), densify(loss.values.relu(), loss.active), atol=1e-4)
     with pytest.raises(ValueError, match=r"^route: a sample of 3 sites"):
         module.initialise(x[:, :2])
 
 
-def test_a_transcoder_learns_another_space() -> None:
+def test_transcoder_learns_a_map_between_spaces() -> None:
     g = torch.Generator().manual_seed(0)
     inputs, outputs = unit(48, 32, g), unit(48, 16, g)
 
@@ -338,10 +347,10 @@ def test_a_transcoder_learns_another_space() -> None:
     x, y = stream(4096)
     assert fidelity.fvu(y, sae.forward(x, y)[0]) < 0.2
     with pytest.raises(ValueError, match=r"^transcoder: "):
-        made("transcoder").initialise(x)
+        build("transcoder").initialise(x)
 
 
-def test_defaults_are_those_of_the_papers() -> None:
+def test_defaults_equal_those_of_the_papers() -> None:
     def config(name: str) -> Any:
         return ARCHITECTURES[name].config_type(latents=2**14)
 
@@ -356,7 +365,7 @@ def test_defaults_are_those_of_the_papers() -> None:
     assert (config("route").k, config("route").rate) == (64, 5e-4)
 
 
-def test_the_penalty_finds_the_wanted_l0() -> None:
+def test_penalty_reaches_the_target_l0() -> None:
     g = torch.Generator().manual_seed(0)
     directions = unit(64, 32, g)
     trained: Trainer = run("relu", lambda n: planted(n, directions, g), 0, steps=1, start=4.0)

@@ -1,4 +1,4 @@
-"""A run makes bundles, goes on after a kill as if there had been none, and says in one sentence what is wrong."""
+"""A run exports bundles, resumes after a kill as if uninterrupted, and reports errors in one line."""
 
 import dataclasses
 import json
@@ -16,9 +16,9 @@ import yaml
 from rudder.sae_models.activations import corpus, harvest
 from rudder.sae_models.architectures import ARCHITECTURES
 from rudder.sae_models.bundle import bundle
-from rudder.sae_models.evaluation import splicing as metrics
+from rudder.sae_models.evaluation import splicing
 from rudder.sae_models.evaluation.activity import INACTIVE
-from rudder.sae_models.files import locked
+from rudder.sae_models.files import lock_folder
 from rudder.sae_models.sae import AdaptiveK
 from rudder.sae_models.sparse.collectives import Mesh
 from rudder.sae_models.training import checkpoint, complexity, config, run
@@ -33,58 +33,60 @@ SWEEP = {"sweep": {"k": [4, 8]}}
 
 
 def curve(folder: Path) -> list[tuple[int, str, dict[str, float]]]:
-    """Every training line of a run."""
+    """Return every training line of a run."""
     return [(line["step"], line["sae"], line["train"]) for line in lines(folder / "metrics.jsonl") if "train" in line]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A sweep over k that ran without a break."""
-    asked = tiny.configuration(tmp_path_factory.mktemp("whole"), **SWEEP)
-    run.run(asked)
-    return asked
+def complete_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A sweep over k that ran without interruption."""
+    settings = tiny.configuration(tmp_path_factory.mktemp("whole"), **SWEEP)
+    run.run(settings)
+    return settings
 
 
-def test_a_run_leaves_record_report_and_a_bundle_for_each_sae(whole: Config) -> None:
-    out = Path(whole.out)
-    assert config.load(out / "config.yaml") == whole
+def test_run_writes_record_report_and_a_bundle_per_sae(complete_run: Config) -> None:
+    out = Path(complete_run.out)
+    assert config.load(out / "config.yaml") == complete_run
     assert [step for step, _, _ in curve(out)] == [step for step in range(10, 201, 10) for _ in range(2)]
     for k in (4, 8):
-        made = bundle.load(out / f"model-layers.0-k{k}")
-        assert (made.manifest.training.tokens, made.manifest.architecture) == (12_800, "batch_topk")
-        assert made.manifest.training.l0 == pytest.approx(k, abs=0.5)
+        loaded = bundle.load(out / f"model-layers.0-k{k}")
+        assert (loaded.manifest.training.tokens, loaded.manifest.architecture) == (12_800, "batch_topk")
+        assert loaded.manifest.training.l0 == pytest.approx(k, abs=0.5)
     fidelity = {name: figures["fvu"] for step, name, figures in curve(out) if step == 200}
     assert fidelity["model-layers.0-k8"] < fidelity["model-layers.0-k4"] < 1
     assert not list(out.rglob("*.partial"))
 
 
-def test_the_record_tells_what_the_sae_costs_the_model(whole: Config) -> None:
-    evaluations = [line["evaluation"] for line in lines(Path(whole.out) / "metrics.jsonl") if "evaluation" in line]
+def test_record_holds_splicing_figures(complete_run: Config) -> None:
+    evaluations = [
+        line["evaluation"] for line in lines(Path(complete_run.out) / "metrics.jsonl") if "evaluation" in line
+    ]
     assert len(evaluations) == 2
-    for found in evaluations:
-        assert found["kl"] > 0
-        assert {"ce", "ce_spliced", "ce_ablated", "ce_recovered"} <= found.keys()
-        assert sum(found["decoder_cosine"]) == 32
-        assert sum(found["density"]) == round(32 * (1 - found["dead_share"]))
-        assert 0 <= found["probe_1"] <= 1
+    for evaluation in evaluations:
+        assert evaluation["kl"] > 0
+        assert {"ce", "ce_spliced", "ce_ablated", "ce_recovered"} <= evaluation.keys()
+        assert sum(evaluation["decoder_cosine"]) == 32
+        assert sum(evaluation["density"]) == round(32 * (1 - evaluation["dead_share"]))
+        assert 0 <= evaluation["probe_1"] <= 1
 
 
-def test_the_same_command_on_a_whole_run_changes_nothing(whole: Config) -> None:
-    out = Path(whole.out)
+def test_repeating_a_complete_run_changes_nothing(complete_run: Config) -> None:
+    out = Path(complete_run.out)
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    assert [path.name for path in run.run(whole)] == ["model-layers.0-k4", "model-layers.0-k8"]
+    assert [path.name for path in run.run(complete_run)] == ["model-layers.0-k4", "model-layers.0-k8"]
     assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
 
-def test_another_configuration_in_the_same_folder_is_refused_by_its_field(whole: Config) -> None:
-    changed = config.convert(tiny.plain(Path(whole.out).parent, **SWEEP, window=64))
+def test_other_configuration_in_the_same_folder_is_refused_with_its_field(complete_run: Config) -> None:
+    changed = config.convert(tiny.plain(Path(complete_run.out).parent, **SWEEP, window=64))
     with pytest.raises(ConfigError, match=r"^window: differs from .*config\.yaml"):
         run.run(changed)
 
 
-def test_a_run_killed_in_the_middle_goes_on_to_the_same_curve(whole: Config, tmp_path: Path) -> None:
-    asked = tiny.plain(tmp_path, **SWEEP)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(asked))
+def test_killed_run_resumes_to_the_same_curve(complete_run: Config, tmp_path: Path) -> None:
+    settings = tiny.plain(tmp_path, **SWEEP)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     out = tmp_path / "run"
     command = [sys.executable, "-m", "rudder.server", "train", str(tmp_path / "run.yaml")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -93,97 +95,97 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_curve(whole: Config, tmp
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    note = json.loads((out / "checkpoints" / checkpoint.LATEST).read_bytes())
-    assert 0 < note["step"] < 200, "the kill came too late to tell anything"
+    latest = json.loads((out / "checkpoints" / checkpoint.LATEST).read_bytes())
+    assert 0 < latest["step"] < 200, "the kill came too late to tell anything"
     assert not (out / "model-layers.0-k4").exists()
-    run.run(config.convert(asked))
-    assert [line[:2] for line in curve(out)] == [line[:2] for line in curve(Path(whole.out))]
-    for (_, _, mine), (_, _, theirs) in zip(curve(out), curve(Path(whole.out)), strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-5)
+    run.run(config.convert(settings))
+    assert [line[:2] for line in curve(out)] == [line[:2] for line in curve(Path(complete_run.out))]
+    for (_, _, resumed), (_, _, uninterrupted) in zip(curve(out), curve(Path(complete_run.out)), strict=True):
+        assert resumed == pytest.approx(uninterrupted, rel=1e-5)
 
 
-def test_latents_of_the_shipped_model_are_labelled_by_the_words_they_fire_on(tmp_path: Path) -> None:
-    asked = tiny.plain(tmp_path, model=str(tiny.TEXTBOOK_LM), tokens=12_800)
-    asked["sae"] |= {"site": "layers.1.resid_post", "latents": 256, "k": 8}
+def test_latents_are_labelled_by_the_words_they_fire_on(tmp_path: Path) -> None:
+    settings = tiny.plain(tmp_path, model=str(tiny.TEXTBOOK_LM), tokens=12_800)
+    settings["sae"] |= {"site": "layers.1.resid_post", "latents": 256, "k": 8}
     text = "Cells divide. Viruses need a host, and the host may be a cell. " * 10
-    rows = ({"book": f"book{i % 2}", "module": f"m{i}", "title": f"Section {i}", "text": text} for i in range(60))
-    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    made = bundle.load(run.run(config.convert(asked))[0])
-    assert 0 < (made.manifest.training.fvu or 0) < 0.8
-    labels = [summary.label for summary in made.catalogue.page(-1, 256)]
+    records = ({"book": f"book{i % 2}", "module": f"m{i}", "title": f"Section {i}", "text": text} for i in range(60))
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, records)))
+    loaded = bundle.load(run.run(config.convert(settings))[0])
+    assert 0 < (loaded.manifest.training.fvu or 0) < 0.8
+    labels = [summary.label for summary in loaded.catalogue.page(-1, 256)]
     assert any("viruses" in label or "cells" in label for label in labels)
     assert INACTIVE in labels
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in ("route", "transcoder")])
-def test_every_architecture_comes_to_a_bundle(tmp_path: Path, architecture: str) -> None:
-    asked = tiny.plain(tmp_path, tokens=3200)
-    asked["sae"]["architecture"] = architecture
-    made = bundle.load(run.run(config.convert(asked))[0])
-    assert made.manifest.architecture == architecture
-    assert 0 < (made.manifest.training.fvu or 0) < 1
+def test_every_architecture_exports_a_bundle(tmp_path: Path, architecture: str) -> None:
+    settings = tiny.plain(tmp_path, tokens=3200)
+    settings["sae"]["architecture"] = architecture
+    loaded = bundle.load(run.run(config.convert(settings))[0])
+    assert loaded.manifest.architecture == architecture
+    assert 0 < (loaded.manifest.training.fvu or 0) < 1
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_adaptive_k_is_taught_the_complexities_of_the_corpus(tmp_path: Path, stored: bool) -> None:
-    asked = tiny.plain(tmp_path, tokens=3200)
-    asked["sae"] |= {"architecture": "adaptive_k", "k_min": 2, "k_max": 16}
+def test_adaptive_k_is_trained_on_the_complexities_of_the_corpus(tmp_path: Path, stored: bool) -> None:
+    settings = tiny.plain(tmp_path, tokens=3200)
+    settings["sae"] |= {"architecture": "adaptive_k", "k_min": 2, "k_max": 16}
     if stored:
-        asked["data"]["store"] = str(tmp_path / "store")
-    taught = bundle.load(run.run(config.convert(asked))[0]).sae.selection
-    assert isinstance(taught, AdaptiveK)
-    assert float(taught.probe.norm()) > 0
+        settings["data"]["store"] = str(tmp_path / "store")
+    selection = bundle.load(run.run(config.convert(settings))[0]).sae.selection
+    assert isinstance(selection, AdaptiveK)
+    assert float(selection.probe.norm()) > 0
 
 
-def test_complexities_must_be_there_or_asked_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = tiny.plain(tmp_path, tokens=3200)
-    asked["sae"] |= {"architecture": "adaptive_k", "k_min": 2, "k_max": 16}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(asked))
-    rows = [json.loads(line) for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
-    rows[3:] = [row | {"complexity": None} for row in rows[3:]]
-    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+def test_complexities_come_from_the_corpus_or_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = tiny.plain(tmp_path, tokens=3200)
+    settings["sae"] |= {"architecture": "adaptive_k", "k_min": 2, "k_max": 16}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    records = [json.loads(line) for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
+    records[3:] = [record | {"complexity": None} for record in records[3:]]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, records)))
     assert main([str(tmp_path / "run.yaml")]) == 2
-    told = capsys.readouterr().err
-    assert "error: corpus: 3 of 120 documents have a `complexity` from 0 to 10" in told
-    assert "set sae.complexity to loss" in told
+    errors = capsys.readouterr().err
+    assert "error: corpus: 3 of 120 documents have a `complexity` from 0 to 10" in errors
+    assert "set sae.complexity to loss" in errors
     assert main([str(tmp_path / "run.yaml"), "sae.complexity=loss", f"out={tmp_path / 'second'}"]) == 0
-    taught = bundle.load(tmp_path / "second" / "model-layers.0").sae.selection
-    assert isinstance(taught, AdaptiveK)
-    assert float(taught.probe.norm()) > 0
+    selection = bundle.load(tmp_path / "second" / "model-layers.0").sae.selection
+    assert isinstance(selection, AdaptiveK)
+    assert float(selection.probe.norm()) > 0
 
 
-def test_a_window_that_surprises_the_model_is_complex(tmp_path: Path) -> None:
+def test_loss_complexity_is_monotonic_in_the_loss(tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model")
     documents = corpus.read(tiny.save_corpus(tmp_path / "corpus.jsonl"))
     windows = corpus.windows(documents, harvest.load_tokenizer(model), 32)
-    found = complexity.surprising(documents, windows, model, torch.device("cpu"))
-    nats, count = metrics.losses(harvest.load_model(model), windows).unbind(1)
-    assert (float(found.min()), float(found.max())) == (0, 10)
+    complexities = complexity.loss_complexity(documents, windows, model, torch.device("cpu"))
+    nats, count = splicing.losses(harvest.load_model(model), windows).unbind(1)
+    assert (float(complexities.min()), float(complexities.max())) == (0, 10)
     order = (nats / count).argsort()
-    assert bool((found[order].diff() >= 0).all())
+    assert bool((complexities[order].diff() >= 0).all())
 
 
-def test_several_sites_and_a_transcoder_come_to_bundles(tmp_path: Path) -> None:
-    asked = tiny.plain(tmp_path, tokens=3200)
+def test_router_and_transcoder_export_bundles(tmp_path: Path) -> None:
+    settings = tiny.plain(tmp_path, tokens=3200)
     sites = ["layers.0.resid_post", "layers.1.resid_post"]
-    asked["sae"] = {"architecture": "route", "site": sites, "latents": 32, "k": 4}
-    routed = bundle.load(run.run(config.convert(asked))[0])
+    settings["sae"] = {"architecture": "route", "site": sites, "latents": 32, "k": 4}
+    routed = bundle.load(run.run(config.convert(settings))[0])
     assert routed.manifest.sites == tuple(sites)
     assert routed.sae.router is not None
-    asked["sae"] = {"architecture": "transcoder", "latents": 32, "k": 4, "learning_rate": 1e-2}
-    asked["sae"] |= {"site": "layers.1.mlp_in", "output_site": "layers.1.mlp_out"}
-    asked["out"] += "-transcoder"
-    transcoder = bundle.load(run.run(config.convert(asked))[0])
+    settings["sae"] = {"architecture": "transcoder", "latents": 32, "k": 4, "learning_rate": 1e-2}
+    settings["sae"] |= {"site": "layers.1.mlp_in", "output_site": "layers.1.mlp_out"}
+    settings["out"] += "-transcoder"
+    transcoder = bundle.load(run.run(config.convert(settings))[0])
     assert (transcoder.manifest.site, transcoder.manifest.output_site) == ("layers.1.mlp_in", "layers.1.mlp_out")
     assert 0 < (transcoder.manifest.training.fvu or 0) < 1
 
 
 @pytest.mark.parametrize("stop", [39, 41, 199])
-def test_wherever_it_stops_at_most_an_interval_is_lost_and_the_end_is_the_same(
-    whole: Config, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_run_loses_at_most_one_interval_and_ends_equal(
+    complete_run: Config, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = tiny.configuration(tmp_path, **SWEEP)
-    taken = run.advance
+    settings = tiny.configuration(tmp_path, **SWEEP)
+    original_step = run.step_learner
     steps = 0
 
     def stopping(*args: Any) -> Any:
@@ -191,52 +193,54 @@ def test_wherever_it_stops_at_most_an_interval_is_lost_and_the_end_is_the_same(
         steps += 1
         if steps > 2 * stop:
             raise KeyboardInterrupt
-        return taken(*args)
+        return original_step(*args)
 
-    monkeypatch.setattr(run, "advance", stopping)
+    monkeypatch.setattr(run, "step_learner", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run.run(asked)
-    monkeypatch.setattr(run, "advance", taken)
-    found = checkpoint.load(Path(asked.out) / "checkpoints", Mesh())
-    assert (found[0] if found else 0) == stop // 40 * 40
-    run.run(asked)
+        run.run(settings)
+    monkeypatch.setattr(run, "step_learner", original_step)
+    loaded = checkpoint.load(Path(settings.out) / "checkpoints", Mesh())
+    assert (loaded[0] if loaded else 0) == stop // 40 * 40
+    run.run(settings)
     for k in (4, 8):
-        one, other = (bundle.load(Path(out) / f"model-layers.0-k{k}").sae for out in (asked.out, whole.out))
-        assert torch.equal(one.encoder, other.encoder)
-        assert torch.equal(one.decoder, other.decoder)
+        resumed, expected = (
+            bundle.load(Path(out) / f"model-layers.0-k{k}").sae for out in (settings.out, complete_run.out)
+        )
+        assert torch.equal(resumed.encoder, expected.encoder)
+        assert torch.equal(resumed.decoder, expected.decoder)
 
 
-def test_a_store_gives_the_run_that_harvesting_on_the_fly_gives_but_for_rounding(whole: Config, tmp_path: Path) -> None:
-    asked = tiny.plain(tmp_path, **SWEEP)
-    asked["data"] = {"block": 2000, "store": str(tmp_path / "store")}
-    run.run(config.convert(asked))
-    kept, live = curve(Path(asked["out"])), curve(Path(whole.out))
+def test_stored_run_equals_live_run_up_to_rounding(complete_run: Config, tmp_path: Path) -> None:
+    settings = tiny.plain(tmp_path, **SWEEP)
+    settings["data"] = {"block": 2000, "store": str(tmp_path / "store")}
+    run.run(config.convert(settings))
+    stored, live = curve(Path(settings["out"])), curve(Path(complete_run.out))
     for name in {name for _, name, _ in live}:
-        ours, wanted = ([at["fvu"] for _, sae, at in lines if sae == name] for lines in (kept, live))
-        # The same vectors in the same order; bfloat16 tells later.
-        assert ours[:3] == pytest.approx(wanted[:3], rel=5e-3)
-        assert ours == pytest.approx(wanted, rel=0.05)
-    assert kept[-1][2]["l0"] == pytest.approx(live[-1][2]["l0"], rel=0.05)
+        actual, expected = ([at["fvu"] for _, sae, at in lines if sae == name] for lines in (stored, live))
+        # The same vectors in the same order; their rounding to bfloat16 shows in later steps.
+        assert actual[:3] == pytest.approx(expected[:3], rel=5e-3)
+        assert actual == pytest.approx(expected, rel=0.05)
+    assert stored[-1][2]["l0"] == pytest.approx(live[-1][2]["l0"], rel=0.05)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
+def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     state = {"trainers": {}, "random": torch.zeros(5)}
     checkpoint.save(tmp_path, 40, state, Mesh())
     problem = r"000000080\.0\.pt: .*File too large; the one before it is whole"
     with full_beyond(4096), pytest.raises(CheckpointError, match=problem):
         checkpoint.save(tmp_path, 80, {"big": torch.zeros(10_000)}, Mesh())
-    found = checkpoint.load(tmp_path, Mesh())
-    assert found is not None
-    assert found[0] == 40
+    loaded = checkpoint.load(tmp_path, Mesh())
+    assert loaded is not None
+    assert loaded[0] == 40
     assert {file.name for file in tmp_path.iterdir()} == {"000000040.0.pt", checkpoint.LATEST}
 
 
-def test_a_full_disk_leaves_no_bundle_that_looks_whole_and_the_run_ends_later(
+def test_full_disk_leaves_no_partial_bundle_and_the_run_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path, tokens=1280)))
     out = tmp_path / "run"
-    # A checkpoint of this run has 20 KB, its catalogue more than 60.
+    # A checkpoint of this run takes 20 KB, its catalogue more than 60 KB.
     with full_beyond(40_000):
         assert main([str(tmp_path / "run.yaml")]) == 2
     assert f"error: bundle: {out / 'model-layers.0'}: " in capsys.readouterr().err
@@ -252,20 +256,20 @@ def test_a_full_disk_leaves_no_bundle_that_looks_whole_and_the_run_ends_later(
         (100, "run/config.yaml"),
         (2500, "run/metrics.jsonl"),
         (12_000, "checkpoint: {}/run/checkpoints/000000020.0.pt: "),
-        (20_000, "store: {}/store: File too large; the shards before it are whole"),
+        (20_000, "store: {}/store: File too large; the shards before it are complete"),
     ],
 )
-def test_wherever_the_disk_is_full_one_error_names_the_file_and_the_run_ends_later(
+def test_full_disk_is_one_error_with_the_file_and_the_run_resumes(
     size: int, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path, tokens=1280, log_every=1)))
     command = [str(tmp_path / "run.yaml"), *([f"data.store={tmp_path / 'store'}"] if "store" in problem else [])]
     with full_beyond(size):
         assert main(command) == 2
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1
-    assert problem.format(tmp_path) in told[0]
-    assert "File too large" in told[0]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert problem.format(tmp_path) in errors[0]
+    assert "File too large" in errors[0]
     assert list(tmp_path.rglob(bundle.MANIFEST)) == []
     assert main(command) == 0
     bundle.load(tmp_path / "run" / "model-layers.0")
@@ -282,19 +286,19 @@ def test_wherever_the_disk_is_full_one_error_names_the_file_and_the_run_ends_lat
         ("run", b"", "{}/run"),
     ],
 )
-def test_a_damaged_file_is_named_in_one_line(
+def test_damaged_file_is_named_in_one_line(
     file: str, content: bytes, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
     (tmp_path / file).write_bytes(content)
     assert main([str(tmp_path / "run.yaml")]) == 2
-    told = capsys.readouterr().err
-    assert told.splitlines()[-1].startswith("error: ")
-    assert problem.format(tmp_path) in told.splitlines()[-1]
+    errors = capsys.readouterr().err
+    assert errors.splitlines()[-1].startswith("error: ")
+    assert problem.format(tmp_path) in errors.splitlines()[-1]
     assert list(tmp_path.rglob(bundle.MANIFEST)) == []
 
 
-def test_a_store_cut_short_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncated_store_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path, tokens=1280)))
     stored = [str(tmp_path / "run.yaml"), f"data.store={tmp_path / 'store'}"]
     assert main(stored) == 0
@@ -305,7 +309,7 @@ def test_a_store_cut_short_stops_the_run(tmp_path: Path, capsys: pytest.CaptureF
     assert list((tmp_path / "second").rglob(bundle.MANIFEST)) == []
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 40, {"random": torch.zeros(5)}, Mesh())
     (tmp_path / "000000040.0.pt").write_bytes(b"half")
     with pytest.raises(CheckpointError, match=f"^checkpoint: {tmp_path}: "):
@@ -315,9 +319,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         checkpoint.load(tmp_path, Mesh(latent_parts=2))
 
 
-def test_two_runs_do_not_share_a_folder(whole: Config) -> None:
-    with locked(Path(whole.out)), pytest.raises(OSError, match="another process writes in it"):
-        run.run(whole)
+def test_second_run_in_a_folder_is_refused(complete_run: Config) -> None:
+    with lock_folder(Path(complete_run.out)), pytest.raises(OSError, match="another process writes in it"):
+        run.run(complete_run)
 
 
 @pytest.mark.parametrize(
@@ -347,18 +351,18 @@ def test_two_runs_do_not_share_a_folder(whole: Config) -> None:
         ("nonsense", "nonsense: is not key=value"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line_and_no_bundle_is_left(
+def test_invalid_configuration_is_one_error_line_and_leaves_no_bundle(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, problem: str
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
     assert main([str(tmp_path / "run.yaml"), change]) == 2
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1
-    assert problem in told[0]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert problem in errors[0]
     assert list(tmp_path.rglob(bundle.MANIFEST)) == []
 
 
-def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diverging_run_stops_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
     assert main([str(tmp_path / "run.yaml"), "sae.learning_rate=1e38"]) == 2
     assert "error: model-layers.0: the loss is " in capsys.readouterr().err
@@ -370,7 +374,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path: Path, capsy
     [(b"", "holds no text"), (bytes(range(256)), "line 1"), (b'{"text": "one"}\n', "too few to hold some out")],
 )
 @pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.txt"])
-def test_a_corpus_that_cannot_be_trained_on_is_named(
+def test_unsuitable_corpus_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, problem: str
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
@@ -381,16 +385,14 @@ def test_a_corpus_that_cannot_be_trained_on_is_named(
     assert list(tmp_path.rglob(bundle.MANIFEST)) == []
 
 
-def test_numbers_may_be_written_with_an_exponent(tmp_path: Path) -> None:
+def test_numbers_may_have_an_exponent(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
-    found = config.load(tmp_path / "run.yaml", ["tokens=2e6", "sae.learning_rate=1e-3"])
-    assert found.tokens == 2_000_000
-    assert config.trained(found)[0].settings.learning_rate == 1e-3
+    loaded = config.load(tmp_path / "run.yaml", ["tokens=2e6", "sae.learning_rate=1e-3"])
+    assert loaded.tokens == 2_000_000
+    assert config.trained(loaded)[0].settings.learning_rate == 1e-3
 
 
-def test_the_example_is_a_configuration_with_a_line_of_help_for_every_key(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_example_is_a_configuration_with_help_for_every_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--example"]) == 0
     (tmp_path / "example.yaml").write_text(text := capsys.readouterr().out)
     assert len(config.trained(config.load(tmp_path / "example.yaml"))) == 3
@@ -400,7 +402,7 @@ def test_the_example_is_a_configuration_with_a_line_of_help_for_every_key(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_has_an_example_that_explains_its_settings(
+def test_every_architecture_has_an_example_that_documents_its_settings(
     architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--example", architecture]) == 0
@@ -412,7 +414,7 @@ def test_every_architecture_has_an_example_that_explains_its_settings(
     assert unknown == []
 
 
-def test_help_tells_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_mentions_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "rudder train --example > run.yaml" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Where decoder biases begin."""
+"""Initial values of decoder biases."""
 
 from collections.abc import Callable, Mapping
 
@@ -10,7 +10,7 @@ TOLERANCE = 1e-5
 
 
 def geometric_median(x: Tensor) -> Tensor:
-    """The point [d] with the least sum of distances to x [n, d], by Weiszfeld's iteration."""
+    """Return the point [d] that minimises the sum of distances to x [n, d], by Weiszfeld's algorithm."""
     guess = x.mean(0)
     for _ in range(ITERATIONS):
         weight = 1 / torch.linalg.vector_norm(x - guess, dim=1).clamp(min=1e-9)
@@ -21,7 +21,7 @@ def geometric_median(x: Tensor) -> Tensor:
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean [d] of x [n, d]."""
+    """Return the mean [d] of x [n, d]."""
     return x.mean(0)
 
 
