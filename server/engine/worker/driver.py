@@ -129,7 +129,7 @@ class Driver:
     def fill(self, lease: Lease) -> None:
         """Load a lease's fresh row places, those of a bundle at a site in one go."""
         groups: dict[tuple[int, str], list[wire.Row]] = {}
-        for site, row in lease.fresh:
+        for site, row in lease.unfilled:
             groups.setdefault((site, row.bundle), []).append(row)
         for (site, bundle), rows in groups.items():
             places = torch.tensor([lease.places[site, row] for row in rows])
@@ -270,7 +270,7 @@ def reading(live: Live | None) -> int:
 
 def entries_of(slot: int, site: wire.Site) -> tuple[tuple[slice, bool], ...]:
     """A slot's entries for prompt tokens and for generated ones: both at once where the program is the same."""
-    if not site.tells_phases_apart():
+    if not site.phases_differ():
         return ((slice(2 * slot, 2 * slot + 2), True),)
     return (slice(2 * slot, 2 * slot + 1), True), (slice(2 * slot + 1, 2 * slot + 2), False)
 

@@ -1,4 +1,4 @@
-"""The bank's shape, and the key it gives to the engine's compile cache."""
+"""The layout of the bank and its part in the compile-cache key."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from rudder.server.program import layout as module
 from rudder.server.program.layout import Layout, code_digest
 
 
-def test_sites_stand_in_the_order_of_the_forward_pass() -> None:
+def test_sites_are_sorted_in_forward_order() -> None:
     names = (
         "layers.10.resid_pre",
         "layers.2.resid_post",
@@ -34,7 +34,7 @@ def test_sites_stand_in_the_order_of_the_forward_pass() -> None:
         ({"sequence_sites": ("layers.1.resid_post",)}, "sequence_sites"),
     ],
 )
-def test_refusals_name_the_field(fields: dict[str, object], name: str) -> None:
+def test_invalid_field_is_named(fields: dict[str, object], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: "):
         Layout(**({"sites": ("layers.0.resid_post",)} | fields))  # type: ignore[arg-type]
 
@@ -49,12 +49,12 @@ def test_sequence_sites_default_to_all() -> None:
 LAYOUT = Layout(("layers.0.resid_post", "layers.1.mlp_out"), 8, 4, 2, 16, ("layers.1.mlp_out",), 100)
 
 
-def test_the_configuration_survives_json() -> None:
+def test_additional_config_survives_json() -> None:
     config = json.loads(json.dumps(LAYOUT.additional_config()))
     assert Layout.from_additional_config(config) == LAYOUT
 
 
-def test_every_field_and_the_code_reach_the_compile_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_field_and_the_code_change_the_additional_config(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stale artifact would silently serve unsteered text."""
     others = (
         Layout(("layers.0.resid_post", "layers.2.mlp_out"), 8, 4, 2, 16, (), 100),
@@ -74,7 +74,7 @@ def test_every_field_and_the_code_reach_the_compile_cache_key(monkeypatch: pytes
     assert len(keys) == 2 + len(others)
 
 
-def test_the_code_digest_is_of_the_traced_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_digest_covers_the_traced_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {path.name for path in module.TRACED} == {"bank.py", "hooks.py", "edit.py", "sae.py"}
     copies = tuple(tmp_path / path.name for path in module.TRACED)
     for copy, path in zip(copies, module.TRACED, strict=True):
