@@ -13,8 +13,8 @@ import torch
 
 from rudder.server import config as configuration
 from rudder.server.caller import ANONYMOUS
-from rudder.server.engine import selftest
-from rudder.server.engine.adapter import AsyncLLM, SamplingParams
+from rudder.server.engine import adapter, selftest
+from rudder.server.engine.adapter import SamplingParams
 from rudder.server.engine.call import Call, Outcome
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.start import start_engine
@@ -40,6 +40,7 @@ SMALL = {
     "engine.max_model_len": "128",
     "engine.kv_cache_memory_bytes": str(1 << 27),
     "engine.rows": str(ROWS),
+    "programs.folder": "null",
     "policies.default": "always-low",
 }
 
@@ -173,14 +174,16 @@ async def test_policies_that_do_not_fit_stop_the_start_and_vllm(
 ) -> None:
     (tmp_path / "always-low.yaml").write_text(POLICY)
     (tmp_path / "second.yaml").write_text(second_policy(9))
-    stopped: list[AsyncLLM] = []
-    shutdown = AsyncLLM.shutdown
+    stopped: list[bool] = []
+    start_llm = adapter.start_llm
 
-    def recorded(self: AsyncLLM, *args: Any, **kwargs: Any) -> None:
-        stopped.append(self)
-        shutdown(self, *args, **kwargs)
+    def recorded(*args: Any) -> Any:
+        llm = start_llm(*args)
+        shutdown = llm.shutdown
+        llm.shutdown = lambda: (stopped.append(True), shutdown())
+        return llm
 
-    monkeypatch.setattr(AsyncLLM, "shutdown", recorded)
+    monkeypatch.setattr(adapter, "start_llm", recorded)
     with pytest.raises(ProgramError, match=r"^policy second: 2 distinct rows at layers\.2\.resid_post, which has 1"):
         await start_engine(configuration.load(None, SMALL | {"policies.folder": str(tmp_path), "engine.rows": "1"}))
-    assert len(stopped) >= 1
+    assert stopped
