@@ -3,7 +3,7 @@
 import hashlib
 import hmac
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ class Outcome:
     """How a call ended and what ran, as counted by the worker.
 
     `moved` and `policy_moved`: tokens touched by each edit of the program and of the policy. `tokens_seen`: tokens that
-    went through the forward pass.
+    went through the forward pass. `queued_s`: seconds that the call waited for the bank.
     """
 
     finish_reason: FinishReason
@@ -73,6 +73,7 @@ class Outcome:
     policy_moved: tuple[int, ...]
     tokens_seen: int
     captures: tuple[Capture, ...]
+    queued_s: float = field(default=0.0, compare=False)
 
 
 class Output(NamedTuple):

@@ -4,8 +4,8 @@ import asyncio
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -111,41 +111,45 @@ class Engine:
         if self.llm.errored:
             raise EngineDeadError
 
-    async def stream(self, call: Call) -> AsyncGenerator[Output]:
+    async def stream(self, call: Call, on_abandoned: Callable[[Outcome], None] | None = None) -> AsyncGenerator[Output]:
         """Run a call. Closing or cancelling the iterator aborts it in the engine at once.
 
-        Raises QueueFull, TelemetryLost, EngineDeadError, ProgramError (more rows than a bank has places).
+        `on_abandoned` receives the outcome so far of a call that was closed or failed before its last output. Raises
+        QueueFull, TelemetryLost, EngineDeadError, ProgramError (more rows than a bank has places).
         """
         self.require_alive()
         handle = next(self.handles)
         request, columns = self.compile(call)
         client, guard = views_of(call, columns)
-        with self.hub.awaited():
-            await self.admission.acquire(handle, request)
-        inbox = self.hub.open(handle, request)
+        inbox, queued_s = await self.enter(handle, request)
         request_id = f"{handle}-{secrets.token_hex(4)}"
         queue: RequestOutputCollector | None = None
         ended = False
+        generated = cached = 0
+        outcome: Outcome | None = None
         try:
             sampling = engine_sampling(call, request)
             queue = await add_request(self.llm, request_id, call.prompt_ids, salt(self.secret, call), sampling)
-            generated = cached = 0
-            outcome: Outcome | None = None
             while not ended:
                 out = queue.get_nowait() or await queue.get()
                 choice = out.outputs[0]
                 position = len(call.prompt_ids) + generated
                 generated += len(choice.token_ids)
                 cached = max(cached, out.num_cached_tokens or 0)
+                end = end_of_run(call, generated)
                 features = inbox.nothing
                 if choice.finish_reason:
                     ended = True
-                    end = end_of_run(call, generated)
-                    outcome = await self.outcome(choice, inbox, call, generated, cached)
+                    await self.wait_covered(inbox, end)
                     features = inbox.take().between(0, end)
+                    outcome = replace(
+                        outcome_before(end, call, inbox, generated, cached, queued_s),
+                        finish_reason=FinishReason(choice.finish_reason),
+                        stop_reason=choice.stop_reason,
+                    )
                 elif inbox.reports:
                     # A frame holds all requests of a step: the first to receive it does so for the others.
-                    if inbox.covered < end_of_run(call, generated):
+                    if inbox.covered < end:
                         self.hub.receive()
                     features = inbox.take()
                 yield Output(
@@ -154,20 +158,18 @@ class Engine:
                 )  # fmt: skip
         finally:
             self.spawn(self.ensure_released(handle, inbox, request_id))
+            if on_abandoned and outcome is None:
+                self.hub.receive()
+                on_abandoned(outcome_before(inbox.covered, call, inbox, generated, cached, queued_s))
             if queue and not ended:
                 await self.llm.abort(queue.request_id, internal=True)
 
-    async def outcome(self, choice: Any, inbox: Inbox, call: Call, generated: int, cached: int) -> Outcome:
-        """Build the outcome of a call that ended, after all of its telemetry has arrived."""
-        end = end_of_run(call, generated)
-        await self.wait_covered(inbox, end)
-        moved = inbox.moved_before(end)
-        own = len(call.compiled.edits) if call.compiled else 0
-        return Outcome(
-            FinishReason(choice.finish_reason), choice.stop_reason, len(call.prompt_ids), generated, cached,
-            moved=moved[:own], policy_moved=moved[own:],
-            tokens_seen=max(0, min(inbox.covered, end) - max(inbox.first, 0)), captures=tuple(inbox.captures),
-        )  # fmt: skip
+    async def enter(self, handle: int, request: wire.Request) -> tuple[Inbox, float]:
+        """Wait for room in the bank; return the request's inbox and the seconds waited. Raises QueueFull."""
+        started = time.monotonic()
+        with self.hub.awaited():
+            await self.admission.acquire(handle, request)
+        return self.hub.open(handle, request), time.monotonic() - started
 
     async def wait_covered(self, inbox: Inbox, position: int) -> None:
         """Wait until every token before `position` has been reported.
@@ -201,6 +203,18 @@ class Engine:
                 return
         if self.llm.errored:
             self.admission.fail(EngineDeadError())
+
+
+def outcome_before(end: int, call: Call, inbox: Inbox, generated: int, cached: int, queued_s: float) -> Outcome:
+    """Build the outcome of an aborted call from its telemetry of positions before `end`."""
+    moved = inbox.moved_before(end)
+    own = len(call.compiled.edits) if call.compiled else 0
+    return Outcome(
+        FinishReason.ABORT, None, len(call.prompt_ids), generated, cached,
+        moved=moved[:own], policy_moved=moved[own:],
+        tokens_seen=max(0, min(inbox.covered, end) - max(inbox.first, 0)), captures=tuple(inbox.captures),
+        queued_s=queued_s,
+    )  # fmt: skip
 
 
 def end_of_run(call: Call, generated: int) -> int:

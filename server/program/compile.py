@@ -87,12 +87,12 @@ def compile_program(
     gate_site = site_number(program.gate.site, registry, f"{field}.gate.site") if program.HasField("gate") else None
     sites = {} if gate_site is None else {gate_site: wire.Site(gate_site)}
     names: list[EditName] = []
-    for here, (part, part_field) in sorted(parts_by_site(program, registry, gate_site, field).items()):
-        sites[here], site_names = compile_site(here, part, registry, locked, part_field)
+    for index, (part, part_field) in sorted(parts_by_site(program, registry, gate_site, field).items()):
+        sites[index], site_names = compile_site(index, part, registry, locked, part_field)
         names += site_names
     if gate_site is not None:
         sites[gate_site] = with_gate(sites[gate_site], program.gate, registry, f"{field}.gate")
-    ordered = tuple(sites[here] for here in sorted(sites))
+    ordered = tuple(sites[index] for index in sorted(sites))
     check_capacity([ordered], registry, f"{field}.sites")
     by_phase = any(site.phases_differ() for site in ordered)
     return Compiled(ordered, digest_of(ordered, registry), tuple(names), program.gate.HasField("sequence"), by_phase)
@@ -106,17 +106,17 @@ def parts_by_site(program: program_pb2.Program, registry: Registry, gate_site: i
     parts: Parts = {}
     for i, part in enumerate(program.sites):
         part_field = f"{field}.sites[{i}]"
-        here = site_number(part.site, registry, f"{part_field}.site")
-        require(here not in parts, f"{part_field}.site", f"{part.site} is named twice")
+        index = site_number(part.site, registry, f"{part_field}.site")
+        require(index not in parts, f"{part_field}.site", f"{part.site} is named twice")
         require(part.edits or part.HasField("blend"), part_field, "has no edits and no blend")
         late = f"{part.site} comes before the gate's site {program.gate.site}"
-        require(gate_site is None or here >= gate_site, f"{part_field}.site", late)
-        parts[here] = part, part_field
+        require(gate_site is None or index >= gate_site, f"{part_field}.site", late)
+        parts[index] = part, part_field
     return parts
 
 
 def compile_site(
-    here: int, part: program_pb2.SiteEdits, registry: Registry, locked: LockedRows, field: str
+    index: int, part: program_pb2.SiteEdits, registry: Registry, locked: LockedRows, field: str
 ) -> tuple[wire.Site, list[EditName]]:
     """Compile the edits of one site; return its wire form and the names of its edits."""
     rows: dict[wire.Row, int] = {}
@@ -135,7 +135,7 @@ def compile_site(
         blend = compile_blend(part.blend, append_row(rows, target.row), f"{field}.blend")
         names.append(EditName(part.site, target.name, f"blend {blend.weight:g}"))
     cap = displacement_cap(part, f"{field}.max_displacement")
-    return wire.Site(here, tuple(rows), tuple(edits), blend, part.restore_norm, cap), names
+    return wire.Site(index, tuple(rows), tuple(edits), blend, part.restore_norm, cap), names
 
 
 def check_editable(target: Resolved, message: program_pb2.Edit, locked: LockedRows, field: str) -> None:

@@ -111,10 +111,10 @@ def find_dictionary(name: str, site: str, registry: Registry, field: str) -> Dic
         dictionary = registry.dictionaries[name]
         require(dictionary.site == site, field, f"{name} reads {dictionary.site}, not {site}")
         return dictionary
-    here = [d for d in registry.dictionaries.values() if d.site == site]
-    require(here, field, f"no bundle is served at {site}", "FEATURE_UNKNOWN")
-    require(len(here) == 1, field, f"one of {', '.join(d.name for d in here)} must be named")
-    return here[0]
+    candidates = [d for d in registry.dictionaries.values() if d.site == site]
+    require(candidates, field, f"no bundle is served at {site}", "FEATURE_UNKNOWN")
+    require(len(candidates) == 1, field, f"one of {', '.join(d.name for d in candidates)} must be named")
+    return candidates[0]
 
 
 def blend_target(blend: program_pb2.Blend, site: str, registry: Registry, field: str) -> Resolved:

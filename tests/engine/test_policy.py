@@ -180,7 +180,12 @@ async def test_policies_that_do_not_fit_stop_the_start_and_vllm(
     def recorded(*args: Any) -> Any:
         llm = start_llm(*args)
         shutdown = llm.shutdown
-        llm.shutdown = lambda: (stopped.append(True), shutdown())
+
+        def shutdown_recorded() -> None:
+            stopped.append(True)
+            shutdown()
+
+        llm.shutdown = shutdown_recorded
         return llm
 
     monkeypatch.setattr(adapter, "start_llm", recorded)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -191,6 +192,20 @@ async def test_abort_in_mid_stream_releases_everything(engine: Engine) -> None:
     assert await usage(engine) == {"slots": 0, "rows": [0, 0, 0], "requests": 0}
 
 
+async def test_abandoned_call_reports_what_ran(engine: Engine) -> None:
+    ended: list[Outcome] = []
+    stream = engine.stream(Call(prompt(engine, 30), greedy(400), push(engine, 0.5)), on_abandoned=ended.append)
+    outputs = [await anext(stream) for _ in range(5)]
+    await stream.aclose()
+    (last,) = ended
+    assert (last.finish_reason, last.prompt_tokens, last.generated_tokens) == ("abort", 30, len(ids(outputs)))
+    # BOS is not edited; the worker may be some steps ahead of the outputs.
+    assert last.tokens_seen >= 30 + len(ids(outputs)) - 1
+    assert last.moved == (last.tokens_seen - 1,)
+    outputs = [output async for output in engine.stream(Call(prompt(engine, 9), greedy(2)), on_abandoned=ended.append)]
+    assert len(ended) == 1, "a call that ends with an outcome is not abandoned"
+
+
 async def test_abort_before_the_first_step_releases_everything(engine: Engine) -> None:
     tasks = [
         asyncio.create_task(run(engine, Call(prompt(engine, 90, n), greedy(50), push(engine, 0.5, n))))
@@ -334,3 +349,21 @@ def torch_of(array: Any) -> Any:
     import torch
 
     return torch.from_numpy(array.copy())
+
+
+@pytest.mark.parametrize("reason", ["error", "abort"])
+async def test_call_that_fails_before_its_first_token_ends_with_its_reason(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    """Such a call may never have run, so there is no telemetry to wait for."""
+    choice = SimpleNamespace(text="", token_ids=[], logprobs=None, finish_reason=reason, stop_reason=None)
+    result = SimpleNamespace(outputs=[choice], num_cached_tokens=None)
+
+    async def failed(*_: Any) -> Any:
+        return SimpleNamespace(get_nowait=lambda: result, request_id="failed")
+
+    monkeypatch.setattr("rudder.server.engine.engine.add_request", failed)
+    (output,) = await asyncio.wait_for(run(engine, Call(prompt(engine, 20), greedy(5), push(engine, 0.5))), 5)
+    assert outcome([output]).finish_reason == reason
+    assert (outcome([output]).moved, outcome([output]).tokens_seen) == ((0,), 0)
+    assert (await usage(engine))["slots"] == 0
