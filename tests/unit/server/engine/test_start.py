@@ -1,9 +1,16 @@
-"""Rows held from the start: those of pinned features and of all policies."""
+"""The start of an engine: rows held from then on, the default policy, and cancellation."""
+
+import asyncio
+import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from rudder.server.config import Config, ConfigError, Policies
+from rudder.server.engine import adapter
 from rudder.server.engine.ledger import Ledger
-from rudder.server.engine.start import reserved_request, reserved_rows
+from rudder.server.engine.start import default_policy, layout_of, reserved_request, reserved_rows, start_llm
 from rudder.server.program import wire
 from rudder.server.program.errors import ProgramError
 from rudder.server.program.layout import Layout
@@ -55,3 +62,36 @@ def test_bound_request_needs_no_free_row() -> None:
     ledger.release(1)
     ledger.release(2)
     assert ledger.rows_used(NUMBER) == 2
+
+
+def test_default_policy_must_be_in_the_folder() -> None:
+    policies = {"low": policy(1)}
+    assert default_policy(Config(policies=Policies(folder="f", default="low")), policies) is policies["low"].compiled
+    assert default_policy(Config(policies=Policies(folder="f")), policies) is None
+    with pytest.raises(ConfigError, match=r"^policies\.default: 'high' is not in f$"):
+        default_policy(Config(policies=Policies(folder="f", default="high")), policies)
+    with pytest.raises(ConfigError, match=r"^policies\.default: 'low' is not in policies\.folder$"):
+        default_policy(Config(policies=Policies(default="low")), {})
+
+
+def test_layout_has_a_second_stage_when_a_policies_folder_is_configured() -> None:
+    stages = [layout_of(Config(policies=policies), {}).stages for policies in (Policies(), Policies(folder="f"))]
+    assert stages == [1, 2]
+
+
+async def test_cancelled_start_shuts_vllm_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    def slow_start(*_: Any) -> Any:
+        events.append("begin")
+        time.sleep(0.2)
+        events.append("up")
+        return SimpleNamespace(shutdown=lambda: events.append("down"))
+
+    monkeypatch.setattr(adapter, "start_llm", slow_start)
+    task = asyncio.create_task(start_llm(Config(), TWO_STAGES.layout))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert events == ["begin", "up", "down"]
