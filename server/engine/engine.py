@@ -101,7 +101,8 @@ class Engine:
             top_k_sites=tuple(layout.sites.index(site) for site in call.top_k_sites),
             capture=call.capture,
         )
-        check_capacity(request.stages, self.registry, "report.features", self.reserved)
+        field_at_fault = "report.features" if call.watch else "steering"
+        check_capacity(request.stages, self.registry, field_at_fault, self.reserved)
         return request, columns
 
     def require_alive(self) -> None:
