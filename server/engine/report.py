@@ -15,9 +15,9 @@ NO_FEATURES = no_features(0, 0, 0)
 class View:
     """The part of a call's telemetry that one reader gets.
 
-    `empty`: nothing. `columns`: of `Features.active`, None: all as they are. `begin`: first position. The reader gets
-    tokens from there on; where one of its rows wants the prompt and another does not, the latter has activation 0 at
-    prompt tokens: those are the columns `generated_only` of the view, and `blank_top_k` for the top-k latents.
+    `empty`: the reader gets nothing. `columns`: its columns of the reported activations, None: all, in their order.
+    `begin`: the first position that it gets. If one of its rows wants the prompt and another does not, the latter has
+    activation 0 at prompt tokens: these are its columns `generated_only`, and `blank_top_k` for the top-k latents.
     """
 
     empty: bool
