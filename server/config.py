@@ -56,7 +56,14 @@ class Programs:
     """The operator's named programs."""
 
     folder: str | None = option(str(PRETRAINED / "programs"), "folder of programs, one YAML file each; null: none")
-    always: str | None = option(None, "name of the program that applies to every request after its own; null: none")
+
+
+@dataclass(frozen=True)
+class Policies:
+    """The operator's policies: programs that run after a request's own, with the right to edit locked rows."""
+
+    folder: str | None = option(None, "folder of policies, one YAML file each in the form of a program; null: none")
+    default: str | None = option(None, "name of the policy that binds every caller; null: none")
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,7 @@ class Config:
 
     engine: Engine = field(default_factory=Engine)
     programs: Programs = field(default_factory=Programs)
+    policies: Policies = field(default_factory=Policies)
     watch: tuple[WatchedFeature, ...] = option((), "latents counted in Prometheus over all requests")
     listen: Listen = field(default_factory=Listen)
     limits: Limits = field(default_factory=Limits)

@@ -11,7 +11,7 @@ from prometheus_client import start_http_server
 
 from rudder.server.config import Config
 from rudder.server.engine import selftest
-from rudder.server.engine.engine import Engine
+from rudder.server.engine.start import start_engine
 from rudder.server.grpc.server import build, serving_of, set_health
 from rudder.server.process import stop_signals
 from rudder.server.service.serving import Serving
@@ -25,7 +25,7 @@ async def serve(config: Config) -> int:
     """Start, serve until SIGTERM or SIGINT or the engine's end, and leave; the exit status."""
     stop = stop_signals()
     logger.info("starting the engine with %s", config.engine.model)
-    engine = await Engine.start(config)
+    engine = await start_engine(config)
     await selftest.run(engine)
     serving = serving_of(config, engine)
     server, port, checks = await build(serving)

@@ -1,1 +1,1 @@
-"""Benchmarks: each a paired comparison in one run, written as JSON."""
+"""Benchmarks: paired comparisons within one run, written as JSON."""

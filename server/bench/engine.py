@@ -1,4 +1,4 @@
-"""`rudder bench engine`: plain vLLM against Rudder, alternating in one run, each in a process of its own."""
+"""`rudder bench engine`: compare plain vLLM with Rudder, alternating in one run, each in a process of its own."""
 
 import asyncio
 import json
@@ -8,7 +8,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import groupby
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,42 +18,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
+from rudder.server.bench.load import GRPC, Run, sites_of
+from rudder.server.bench.load import Load as Load
 from rudder.server.bench.shapes import SHAPES, write_bundle, write_model
-
-WATCHED = 64
-# The server process and a client process, against the engine in one process.
-GRPC = "grpc"
-
-
-@dataclass(frozen=True)
-class Load:
-    """The load, and the bank it meets."""
-
-    shape: str = "llama-100m"
-    requests: int = 64
-    prompt_tokens: int = 32
-    new_tokens: int = 128
-    # Each pair of engines is started so often: which pages and cores a start gets moves its speed by some percent.
-    starts: int = 4
-    pairs: int = 2
-    rows: int = 256
-    latents: int = 16384
-    sites: int = 1
-    programs: int = 64
-    eager: bool = False
-    cases: tuple[str, ...] = ()
-
-    def all_cases(self) -> tuple[str, ...]:
-        """Names of the cases to run."""
-        size = f"{self.latents // 1024}k"
-        watch = f"watch_{WATCHED}_features"
-        names = ("idle", "one_program", f"{self.programs}_programs", watch, f"full_encode_{size}", GRPC)
-        return tuple(name for name in names if not self.cases or name in self.cases)
 
 
 def run(load: Load, output: Path | None) -> dict[str, Any]:
-    """Run every case and write the result after each start. `pairs`: (plain, Rudder) tokens per second, one after the
-    other, those of one start after those of another.
+    """Run every case and write the result after each start.
+
+    `pairs` of the result: (plain, Rudder) tokens per second, in the order of the starts.
     """
     console = Console(stderr=True)
     cases = load.all_cases()
@@ -69,15 +42,15 @@ def run(load: Load, output: Path | None) -> dict[str, Any]:
                     sides = {name: running.enter_context(Side(name, model, bundle, load)) for name in order}
                     for case in group:
                         pairs[case] += measure(case, load, sides, lambda: progress.advance(bar))
-            # A run takes half an hour: what has been measured is not lost with it.
+            # A run takes half an hour: an interrupted one keeps its results.
             result = save(load, pairs, output)
     console.print(table(result["cases"]))
     return result
 
 
 def save(load: Load, pairs: Mapping[str, Sequence["Pair"]], output: Path | None) -> dict[str, Any]:
-    """The result of the starts so far, written to `output`."""
-    cases = {case: summary(found, load) for case, found in pairs.items()}
+    """Summarise the starts so far and write the result to `output`."""
+    cases = {case: summary(results, load) for case, results in pairs.items()}
     result = {"machine": machine(), "load": asdict(load), "cases": cases}
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -86,17 +59,17 @@ def save(load: Load, pairs: Mapping[str, Sequence["Pair"]], output: Path | None)
 
 
 def sides_of(case: str) -> tuple[str, str]:
-    """The two engines that a case compares. No third one runs beside them: an idle one takes 2 % of a core."""
+    """Return the two engines that a case compares. Only they run at the time: an idle engine takes 2 % of a core."""
     return ("rudder", GRPC) if case == GRPC else ("plain", "rudder")
 
 
 def groups(cases: Sequence[str]) -> list[tuple[tuple[str, str], list[str]]]:
-    """The cases that run on the same engines, and these."""
+    """Group the cases by the engines that they compare."""
     return [(sides, list(group)) for sides, group in groupby(cases, sides_of)]
 
 
 def measure(case: str, load: Load, sides: Mapping[str, "Side"], advance: Callable[[], None]) -> list["Pair"]:
-    """Alternate two sides; the first pair warms up."""
+    """Alternate between two sides. The first pair is a warm-up and is dropped."""
     base, ours = sides_of(case)
     pairs = []
     for number in range(load.pairs + 1):
@@ -107,7 +80,7 @@ def measure(case: str, load: Load, sides: Mapping[str, "Side"], advance: Callabl
 
 
 def summary(pairs: Sequence["Pair"], load: Load) -> dict[str, Any]:
-    """The case's entry of the result."""
+    """Summarise the pairs of a case."""
     base, ours = zip(*pairs, strict=True)
     ratios = [b.tok_s / a.tok_s for a, b in pairs]
     starts = [ratios[first : first + load.pairs] for first in range(0, len(ratios), load.pairs)]
@@ -122,7 +95,7 @@ def summary(pairs: Sequence["Pair"], load: Load) -> dict[str, Any]:
 
 
 def table(cases: dict[str, Any]) -> Table:
-    """The cases for people."""
+    """Format the cases as a table."""
     shown = Table(Column("case", no_wrap=True), "plain", "Rudder", "ratio", "of each start", "first token")
     shown.caption = "plain and Rudder: tokens a second"
     for name, case in cases.items():
@@ -133,7 +106,7 @@ def table(cases: dict[str, Any]) -> Table:
 
 
 def machine() -> dict[str, Any]:
-    """Where this was measured."""
+    """Describe the machine and the versions of PyTorch and vLLM."""
     import torch
     import vllm
 
@@ -141,35 +114,19 @@ def machine() -> dict[str, Any]:
     return {"device": name, "cores": os.cpu_count(), "torch": torch.__version__, "vllm": vllm.__version__}
 
 
-def sites_of(load: Load) -> tuple[str, ...]:
-    """The bundle's site in the middle, and as many others as asked for."""
-    layers = SHAPES[load.shape].layers
-    middle = layers // 2
-    others = [layer for layer in range(layers) if layer != middle]
-    return tuple(f"layers.{layer}.resid_post" for layer in [middle, *others][: load.sites])
-
-
 def prepare(folder: Path, load: Load) -> tuple[Path, Path]:
-    """Write the model and the bundle."""
+    """Write the model and the bundle; return their folders."""
     shape = SHAPES[load.shape]
     model = write_model(folder / "model", shape)
     write_bundle(folder / "bundle", sites_of(load)[0], shape.width, load.latents).catalogue.close()
     return model, folder / "bundle"
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run of the load: tokens per second, and the median time to a request's first token."""
-
-    tok_s: float
-    first_ms: float
-
-
 Pair = tuple[Run, Run]
 
 
 class Side:
-    """One engine in a process of its own, which runs the load when told."""
+    """One engine in a process of its own, which runs the load on `measure`."""
 
     def __init__(self, name: str, model: Path, bundle: Path, load: Load) -> None:
         self.name = name
@@ -195,7 +152,7 @@ class Side:
         return run
 
     def receive(self) -> Any:
-        """The process's next answer; RuntimeError when it has died."""
+        """Return the process's next answer. Raises RuntimeError if it died."""
         try:
             return self.pipe.recv()
         except EOFError:
@@ -204,7 +161,7 @@ class Side:
 
 
 def side_main(name: str, model: str, bundle: str, load: Load, pipe: Connection) -> None:
-    """The process of one side."""
+    """Entry point of the process of one side."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from rudder.server.bench import sides
 

@@ -1,4 +1,4 @@
-"""Models and SAEs of a given shape with random weights: speed does not depend on what they know."""
+"""Models and SAEs of a given shape with random weights: speed does not depend on their values."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ SHAPES = {
 
 
 def write_model(folder: Path, shape: Shape) -> Path:
-    """A model folder with a configuration and a tokenizer; the engine makes up the weights."""
+    """Write a model folder with configuration and tokenizer; `load_format: dummy` draws the weights."""
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(PRETRAINED / "textbook-lm" / name, folder / name)
@@ -50,7 +50,7 @@ def write_model(folder: Path, shape: Shape) -> Path:
 
 
 def write_bundle(folder: Path, site: str, width: int, latents: int, seed: int = 0) -> Bundle:
-    """A bundle of random unit directions with a threshold that about 32 latents of a random token pass."""
+    """Write a bundle of random unit directions whose thresholds let about 32 latents of a random token be active."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.nn.functional.normalize(torch.randn(latents, width, generator=generator), dim=1)
     inputs = torch.randn(64, width, generator=generator)

@@ -1,6 +1,7 @@
-"""What runs in the process of each side of `rudder bench engine`: an engine, and the load on it.
+"""The process of one side of `rudder bench engine`: an engine and the load on it.
 
-vLLM is imported here and not in a function: modules of its own keep the frames of failed imports, with what these hold.
+vLLM is imported at module level: some of its modules keep the frames of failed imports alive, and with them the locals
+of an importing function.
 """
 
 import asyncio
@@ -19,11 +20,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from rudder.sae_models.hookpoints import parse
 from rudder.server import config as configuration
-from rudder.server.bench.engine import GRPC, WATCHED, Load, Run, sites_of
+from rudder.server.bench.load import GRPC, WATCHED, Load, Run, sites_of
 from rudder.server.bench.shapes import SHAPES
 from rudder.server.engine import selftest
+from rudder.server.engine.adapter import engine_args
 from rudder.server.engine.call import Call
-from rudder.server.engine.engine import Engine, engine_args
+from rudder.server.engine.start import start_engine
 from rudder.server.process import free_port
 from rudder.server.program.compile import compile_program
 from rudder.server.program.layout import Layout
@@ -35,7 +37,7 @@ PROGRAM_EDITS = 4
 
 
 async def serve(name: str, model: str, bundle: str, load: Load, pipe: Connection) -> None:
-    """Start the engine, then run the load for every case that comes through the pipe."""
+    """Start the engine, then run the load for every case received from the pipe."""
     config = configuration.Config(
         engine=configuration.Engine(
             model=model, bundles=(bundle,), sites=sites_of(load)[1:], sequence_sites=sites_of(load)[:1], rows=load.rows,
@@ -60,7 +62,7 @@ Generate = Callable[[str, int], AsyncIterator[Any]]
 
 
 async def drain(outputs: AsyncIterator[Any]) -> float:
-    """Read a stream to its end; seconds to its first message."""
+    """Read a stream to its end; return the seconds to its first message."""
     begin, first = time.perf_counter(), 0.0
     async for _ in outputs:
         first = first or time.perf_counter() - begin
@@ -68,7 +70,7 @@ async def drain(outputs: AsyncIterator[Any]) -> float:
 
 
 def sampling(load: Load) -> SamplingParams:
-    """Greedy, of exact length, with its text as users want it."""
+    """Return greedy sampling of exact length, with detokenization."""
     return SamplingParams(
         temperature=0.0,
         max_tokens=load.new_tokens,
@@ -78,12 +80,12 @@ def sampling(load: Load) -> SamplingParams:
 
 
 def prompt(load: Load, number: int) -> list[int]:
-    """A prompt that shares no prefix with the others; BOS first."""
+    """Return prompt `number`: BOS and tokens that share no prefix with other prompts."""
     return [1, *((7 * number + 13 * i) % 8000 + 2 for i in range(load.prompt_tokens - 1))]
 
 
 async def start_plain(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
-    """Unmodified vLLM with the same arguments."""
+    """Start unmodified vLLM with the same arguments."""
     args = engine_args(config, Layout(sites_of(load)))
     llm = AsyncLLM.from_engine_args(replace(args, worker_cls="auto", additional_config={}))
 
@@ -97,8 +99,8 @@ async def start_plain(config: configuration.Config, load: Load) -> tuple[Generat
 
 
 async def start_rudder(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
-    """Rudder's engine, self-tested."""
-    engine = await Engine.start(config)
+    """Start Rudder's engine and run its self-test."""
+    engine = await start_engine(config)
     await selftest.run(engine)
     programs = [compile_program(program_of(load, number), engine.registry) for number in range(load.programs)]
     features = [program_pb2.Row(feature=program_pb2.Feature(index=i)) for i in range(WATCHED)]
@@ -111,7 +113,7 @@ async def start_rudder(config: configuration.Config, load: Load) -> tuple[Genera
 
 
 async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
-    """A server process, reached by the Python client in this one."""
+    """Start a server process, and a Python client of it in this one."""
     port = free_port()
     listening = replace(config, listen=configuration.Listen(port=port, metrics_port=0))
     settings = Path(config.engine.bundles[0]).with_suffix(".yaml")
@@ -130,7 +132,7 @@ async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate
 
 
 def call_of(case: str, number: int, load: Load, programs: list[Any], watch: Any) -> Call:
-    """Request `number` of a case."""
+    """Build request `number` of a case."""
     site = sites_of(load)[0]
     more: dict[str, Any] = {}
     if case.endswith("program"):
@@ -145,7 +147,7 @@ def call_of(case: str, number: int, load: Load, programs: list[Any], watch: Any)
 
 
 def program_of(load: Load, number: int) -> program_pb2.Program:
-    """A program that edits a few latents at the bundle's site and pushes at every other one."""
+    """Build a program that edits a few latents at the bundle's site and adds a vector at every other site."""
     edits = [
         program_pb2.Edit(
             row=program_pb2.Row(feature=program_pb2.Feature(index=(3 * number + i) % (load.rows // 2))), clamp=-1.0

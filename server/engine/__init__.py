@@ -1,1 +1,1 @@
-"""How a program runs: the bank in the forward pass, its vLLM worker, its telemetry and the async engine around it."""
+"""Run calls on vLLM: the engine of the server process, the worker in the engine process, telemetry between them."""

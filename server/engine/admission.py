@@ -1,5 +1,5 @@
-"""Who may enter the bank now. The same ledger as the worker's, ahead of it: places come back only when the worker has
-given them back, so the worker never overflows.
+"""Admit requests to the bank. The server's ledger runs ahead of the worker's: it releases a lease only after the worker
+did, so the worker's ledger never overflows.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from rudder.server.program.layout import Layout
 
 
 class QueueFull(Exception):
-    """The waiting line is at its bound; `resource` names what those in front wait for."""
+    """The queue is at its limit. `resource`: what the request lacked, `rows`, `slots`, `capture_tokens` or `queue`."""
 
     def __init__(self, resource: str, retry_after_s: float) -> None:
         super().__init__(f"{resource}: all taken, and the queue is full")
@@ -19,22 +19,25 @@ class QueueFull(Exception):
 
 
 class Admission:
-    """First come, first served for requests that need the bank; the others pass."""
+    """A queue, first in first out, of requests that need the bank; the others are admitted at once.
 
-    def __init__(self, layout: Layout, bound: int) -> None:
-        self.ledger, self.bound = Ledger(layout), bound
+    `limit`: requests that may wait.
+    """
+
+    def __init__(self, layout: Layout, limit: int) -> None:
+        self.ledger, self.limit = Ledger(layout), limit
         self.waiting: OrderedDict[int, tuple[wire.Request, asyncio.Future[None]]] = OrderedDict()
 
     async def acquire(self, handle: int, request: wire.Request) -> None:
-        """Wait until the bank has room. Raises QueueFull at once when too many wait, and what `fail` is given."""
+        """Wait until the bank has room. Raises QueueFull at once if too many wait, and the error of `fail`."""
         needs_nothing = not request.reads and not any(site.rows for stage in request.stages for site in stage)
         if needs_nothing or not self.waiting:
-            lease = self.ledger.enter(handle, request)
+            lease = self.ledger.try_acquire(handle, request)
             if not isinstance(lease, str):
                 return
-        if len(self.waiting) >= self.bound:
-            lacking = self.ledger.lacking(request) or "queue"
-            raise QueueFull(lacking, retry_after_s=1.0 + 0.05 * len(self.waiting))
+        if len(self.waiting) >= self.limit:
+            resource = self.ledger.insufficient(request) or "queue"
+            raise QueueFull(resource, retry_after_s=1.0 + 0.05 * len(self.waiting))
         future = asyncio.get_running_loop().create_future()
         self.waiting[handle] = request, future
         try:
@@ -45,25 +48,25 @@ class Admission:
             raise
 
     def release(self, handle: int) -> None:
-        """Give back what `handle` holds, and let in whoever now fits, in order."""
+        """Release the lease of `handle`, and admit waiting requests in order while they fit."""
         self.ledger.release(handle)
         while self.waiting:
             head, (request, future) = next(iter(self.waiting.items()))
-            if self.ledger.lacking(request) is not None:
+            if self.ledger.insufficient(request) is not None:
                 return
             del self.waiting[head]
             self.ledger.acquire(head, request)
-            settle(future)
+            resolve(future)
 
     def fail(self, error: Exception) -> None:
-        """Nobody who waits will be let in any more."""
+        """Raise `error` in every waiting `acquire`."""
         while self.waiting:
             _, (_, future) = self.waiting.popitem()
-            settle(future, error)
+            resolve(future, error)
 
 
-def settle(future: "asyncio.Future[None]", error: Exception | None = None) -> None:
-    """Wake who waits. One that was cancelled a moment ago has yet to run, and gives back what it was given."""
+def resolve(future: "asyncio.Future[None]", error: Exception | None = None) -> None:
+    """Wake a waiter. A waiter that is cancelled but has not run yet releases its lease itself, in `acquire`."""
     if future.done():
         return
     if error:

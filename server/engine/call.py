@@ -1,15 +1,16 @@
-"""What the engine is asked for, what it answers, and what of a call vLLM is told."""
+"""A call to the engine, its outputs and its outcome, and the sampling parameters and cache salt that vLLM receives."""
 
 import hashlib
 import hmac
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 import msgspec
-from vllm import SamplingParams
-from vllm.sampling_params import RequestOutputKind
 
+from rudder.server.caller import ANONYMOUS, Caller
+from rudder.server.engine.adapter import RequestOutputKind, SamplingParams
 from rudder.server.engine.telemetry.frame import Capture
 from rudder.server.engine.telemetry.hub import Features
 from rudder.server.program import wire
@@ -21,27 +22,50 @@ from rudder.server.program.watch import Watched
 class Call:
     """One choice of one request, checked and compiled.
 
-    `canary` is for the self-test: the stage that its program runs in, without the policy.
+    `watch`: rows reported to the client. `guard`: rows reported to guards and never to the client. `top_k_prompt`:
+    report the top-k latents of prompt tokens too; with top_k 0 it only makes the prompt run whole, whatever the prefix
+    cache holds, so that its edits are counted. `capture`: return the residuals of all tokens at all sites.
     """
 
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     compiled: Compiled | None = None
+    policy: Compiled | None = None
     watch: tuple[Watched, ...] = ()
+    guard: tuple[Watched, ...] = ()
     top_k: int = 0
     top_k_sites: tuple[str, ...] = ()
-    report_prompt: bool = False
-    tenant: str = ""
+    top_k_prompt: bool = False
+    caller: Caller = ANONYMOUS
     cache_salt: str = ""
     capture: bool = False
-    canary: int | None = None
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether all prompt tokens must run, since activations or latents are reported there."""
+        return self.top_k_prompt or any(watched.prompt for watched in (*self.watch, *self.guard))
+
+
+class FinishReason(StrEnum):
+    """Why a call ended: vLLM's reasons, and `REFUSED`, which the engine itself never returns."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+    REPETITION = "repetition"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What ran, as the worker counted it, and how it ended."""
+    """How a call ended and what ran, as counted by the worker.
 
-    finish_reason: str
+    `moved` and `policy_moved`: tokens touched by each edit of the program and of the policy. `tokens_seen`: tokens that
+    went through the forward pass. `queued_s`: seconds that the call waited for the bank.
+    """
+
+    finish_reason: FinishReason
     stop_reason: str | int | None
     prompt_tokens: int
     generated_tokens: int
@@ -50,43 +74,56 @@ class Outcome:
     policy_moved: tuple[int, ...]
     tokens_seen: int
     captures: tuple[Capture, ...]
+    queued_s: float = field(default=0.0, compare=False)
 
 
 class Output(NamedTuple):
-    """What happened since the last one; the last has the outcome. `features` are of the columns of `Call.watch`."""
+    """New tokens of a call and the telemetry since the last output; the last output has the outcome.
+
+    `first_position`: position of `token_ids[0]`; the others follow. `features` has the columns of `Call.watch`,
+    `guard_features` those of `Call.guard`. Both may be of earlier positions than the new tokens: a token's activations
+    exist only after its own forward pass.
+    """
 
     text: str
     token_ids: list[int]
+    first_position: int
     logprobs: list[dict[int, Any]] | None
     features: Features
+    guard_features: Features
     outcome: Outcome | None = None
 
 
-def salt(secret: bytes, call: Call, policy: Compiled | None) -> str:
-    """Prefix-cache salt: keys and values are shared only by one tenant's requests with one effective program.
+def salt(secret: bytes, call: Call) -> str:
+    """Compute the prefix-cache salt: an HMAC over tenant, program, policy and the client's own salt.
 
-    What a program that tells phases apart generated comes back as prompt in the next turn, where it would have been
-    edited otherwise: so the prompt's length is part of its effect.
+    Calls share cached keys and values only within a tenant and with the same effective program. Tokens generated under
+    a program whose phases differ come back as prompt in the next turn, where they would be edited differently: so the
+    prompt's length is then part of the salt.
     """
-    by_phase = any(c is not None and c.by_phase for c in (call.compiled, policy))
-    cut = len(call.prompt_ids) if by_phase else 0
-    parts = (call.tenant, digest(call.compiled), digest(policy), cut, call.cache_salt)
+    by_phase = any(compiled.by_phase for compiled in programs_of(call))
+    boundary = len(call.prompt_ids) if by_phase else 0
+    parts = (call.caller.tenant, digest(call.compiled), digest(call.policy), boundary, call.cache_salt)
     return hmac.new(secret, msgspec.json.encode(parts), hashlib.sha256).hexdigest()
 
 
-def engine_sampling(call: Call, request: wire.Request, policy: Compiled | None) -> SamplingParams:
-    """The call's sampling parameters with the program in them; nothing a client wrote reaches `extra_args`."""
-    # vLLM copies them deeply itself.
+def engine_sampling(call: Call, request: wire.Request) -> SamplingParams:
+    """Return the call's sampling parameters with the compiled request in place of any `extra_args` of a client."""
+    # A shallow copy: vLLM makes a deep one.
     params = copy(call.sampling)
     params.extra_args = {wire.EXTRA_ARG: wire.encode(request)}
     params.output_kind = RequestOutputKind.DELTA
-    # Tokens served from the cache produce no activations.
-    params.skip_reading_prefix_cache = (
-        call.report_prompt or call.capture or any(c is not None and c.in_sequence for c in (call.compiled, policy))
-    )
+    # Tokens served from the prefix cache produce no activations.
+    in_sequence = any(compiled.in_sequence for compiled in programs_of(call))
+    params.skip_reading_prefix_cache = call.reads_prompt or call.capture or in_sequence
     return params
 
 
+def programs_of(call: Call) -> list[Compiled]:
+    """Return the call's program and policy, where it has them."""
+    return [compiled for compiled in (call.compiled, call.policy) if compiled is not None]
+
+
 def digest(compiled: Compiled | None) -> str:
-    """A program's digest; empty for none."""
+    """Return a program's digest; empty without one."""
     return compiled.digest if compiled else ""

@@ -1,14 +1,10 @@
-"""Harvests a training run's store out of a running engine, through the hooks that serve.
+"""Harvest the activation store of a training run with the engine, through the hooks that serve.
 
-    python -m server.harvest RUN.yaml
-
-The store is the one that `rudder train RUN.yaml` would harvest with transformers, and that command finds it whole.
+The store equals the one that `rudder train RUN.yaml` harvests with transformers, and that command uses it.
 """
 
-import argparse
 import asyncio
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,28 +13,29 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from vllm import SamplingParams
 
 from rudder.sae_models.activations import store
-from rudder.sae_models.activations.corpus import CorpusError, Windows
+from rudder.sae_models.activations.corpus import Windows
 from rudder.sae_models.activations.harvest import WINDOWS_PER_PASS
-from rudder.sae_models.activations.store import Store, StoreError
+from rudder.sae_models.activations.store import Store
 from rudder.sae_models.activations.stream import Vectors
-from rudder.sae_models.training import config as run_configuration
 from rudder.sae_models.training import data
 from rudder.sae_models.training.config import Config, ConfigError
 from rudder.server import config as configuration
+from rudder.server.engine.adapter import SamplingParams
 from rudder.server.engine.call import Call
 from rudder.server.engine.engine import Engine
+from rudder.server.engine.start import start_engine
 from rudder.server.engine.telemetry.frame import column
 
-TRIES = 5
+MAX_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
-class Served:
-    """Windows as a source (sae_models.training.stream): each chunk is a batch of prompts. To be read in a thread beside
-    the engine's loop.
+class EngineSource:
+    """A source of activations (sae_models.activations.stream) whose chunks are batches of windows, run as prompts.
+
+    Call `load` from a thread other than that of `loop`, on which the engine runs.
     """
 
     engine: Engine
@@ -48,89 +45,75 @@ class Served:
 
     @cached_property
     def chunk_sizes(self) -> list[int]:
-        """Counted tokens of each chunk."""
+        """Number of counted tokens of each chunk."""
         return [int(counted.sum()) for counted in self.windows.counted.split(WINDOWS_PER_PASS)]
 
     def load(self, chunks: Sequence[int]) -> Vectors:
-        """Runs the prompts."""
-        rows = torch.arange(len(self.windows)).split(WINDOWS_PER_PASS)
-        chosen = self.windows.take(torch.cat([rows[chunk] for chunk in chunks]))
-        found = asyncio.run_coroutine_threadsafe(captured(self.engine, self.sites, chosen), self.loop).result()
-        return {site: torch.cat([window[at] for window in found]) for at, site in enumerate(self.sites)}
+        """Run the windows of `chunks`; return the vectors [tokens, d] of each site."""
+        numbers = torch.arange(len(self.windows)).split(WINDOWS_PER_PASS)
+        windows = self.windows.take(torch.cat([numbers[chunk] for chunk in chunks]))
+        run = asyncio.run_coroutine_threadsafe(capture_windows(self.engine, self.sites, windows), self.loop)
+        vectors = run.result()
+        return {site: torch.cat([window[at] for window in vectors]) for at, site in enumerate(self.sites)}
 
 
-async def captured(engine: Engine, sites: Sequence[str], windows: Windows) -> list[list[Tensor]]:
-    """The counted vectors [tokens, d] of each window at each site, before any edit.
+async def capture_windows(engine: Engine, sites: Sequence[str], windows: Windows) -> list[list[Tensor]]:
+    """Return the residuals [tokens, d] of the counted tokens of each window at each site. Nothing edits them.
 
-    ValueError: a site is not hooked, or a policy would edit what is read.
+    Raises ValueError if a site is not hooked.
     """
     hooked = engine.registry.layout.sites
     missing = [site for site in sites if site not in hooked]
     if missing:
         raise ValueError(f"site: {missing[0]} is not hooked: name it in engine.sites")
-    if engine.policy is not None:
-        raise ValueError("programs.always: a program that applies to every request would edit what is harvested")
     numbers = [hooked.index(site) for site in sites]
-    return list(await asyncio.gather(*(_window(engine, numbers, windows, row) for row in range(len(windows)))))
-
-
-async def _window(engine: Engine, sites: Sequence[int], windows: Windows, row: int) -> list[Tensor]:
-    prompt = tuple(windows.tokens[row][windows.attention_mask[row]].tolist())
-    counted = windows.counted[row][: len(prompt)]
-    call = Call(
-        prompt, SamplingParams(temperature=0.0, max_tokens=1, detokenize=False), report_prompt=True, capture=True
+    return list(
+        await asyncio.gather(*(_capture_window(engine, numbers, windows, index) for index in range(len(windows))))
     )
-    for _ in range(TRIES):
+
+
+async def _capture_window(engine: Engine, sites: Sequence[int], windows: Windows, index: int) -> list[Tensor]:
+    prompt = tuple(windows.tokens[index][windows.attention_mask[index]].tolist())
+    counted = windows.counted[index][: len(prompt)]
+    call = Call(prompt, SamplingParams(temperature=0.0, max_tokens=1, detokenize=False), capture=True)
+    for _ in range(MAX_ATTEMPTS):
         outcomes = [output.outcome async for output in engine.stream(call)]
         captures = [capture for outcome in outcomes if outcome for capture in outcome.captures]
         flat = [[column(c.before, "<f4") for c in captures if c.site == site] for site in sites]
-        found = [torch.from_numpy(np.concatenate(parts)).view(-1, engine.model.hidden_size) for parts in flat]
-        # A request that was preempted computes its tokens again, and they are captured twice. The engine may run one
-        # token more than was asked for.
-        if all(len(prompt) <= len(x) <= len(prompt) + 1 for x in found):
-            return [x[: len(prompt)][counted] for x in found]
+        vectors = [torch.from_numpy(np.concatenate(parts)).view(-1, engine.model.hidden_size) for parts in flat]
+        # A preempted request computes its tokens again, and they are captured twice. An asynchronous scheduler may run
+        # one token more than requested.
+        if all(len(prompt) <= len(x) <= len(prompt) + 1 for x in vectors):
+            return [x[: len(prompt)][counted] for x in vectors]
     raise ValueError(
-        f"harvest: a window of {len(prompt)} tokens was preempted {TRIES} times: give the engine more cache"
+        f"harvest: a window of {len(prompt)} tokens was preempted {MAX_ATTEMPTS} times: give the engine more cache"
     )
 
 
-async def harvest(asked: Config) -> Store:
-    """Starts an engine on the run's model, harvests the store, and stops it. ConfigError: the run has no store."""
-    if asked.data.store is None:
+async def harvest(config: Config) -> Store:
+    """Start an engine on the model of a training run, harvest the run's store, and stop the engine.
+
+    Raises ConfigError if the run has no store, CorpusError, StoreError, ValueError, OSError.
+    """
+    if config.data.store is None:
         raise ConfigError("data.store: is null, there is nowhere to harvest to")
-    sites = tuple(map(str, data.run_sites(asked)))
-    text = data.load_windows(asked)
+    sites = tuple(map(str, data.run_sites(config)))
+    text = data.load_windows(config)
     fields = {
-        "engine.model": asked.model,
+        "engine.model": config.model,
         "engine.bundles": "[]",
         "engine.sites": json.dumps(sites),
         "engine.dtype": "float32",
-        "engine.max_model_len": str(asked.window + 1),
+        "engine.max_model_len": str(config.window + 1),
         "programs.folder": "null",
+        "policies.folder": "null",
     }
-    engine = await Engine.start(configuration.load(None, fields))
+    engine = await start_engine(configuration.load(None, fields))
     try:
-        source = data.with_complexities(asked, text, Served(engine, sites, text.train, asyncio.get_running_loop()))
-        content = data.store_content(asked, source)
-        return await asyncio.to_thread(store.write, Path(asked.data.store), content, source)
+        source = data.with_complexities(
+            config, text, EngineSource(engine, sites, text.train, asyncio.get_running_loop())
+        )
+        content = data.store_content(config, source)
+        return await asyncio.to_thread(store.write, Path(config.data.store), content, source)
     finally:
         await engine.stop()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 with the reason on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m server.harvest", description="Harvest a store through an engine.")
-    parser.add_argument("config", type=Path, metavar="RUN.yaml", help="of `rudder train`, with data.store")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of what it says")
-    options = parser.parse_args(argv)
-    try:
-        written = asyncio.run(harvest(run_configuration.load(options.config, options.overrides)))
-    except (CorpusError, StoreError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{written.path}: {written.tokens} tokens at {', '.join(written.manifest.content.sites)}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

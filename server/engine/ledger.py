@@ -1,4 +1,4 @@
-"""Who holds which row places and slots. The worker fills the bank by it; the server's admission mirrors it."""
+"""The ledger of row places and slots. The worker fills the bank by it; the server's admission mirrors it."""
 
 import heapq
 from collections.abc import Sequence
@@ -21,72 +21,81 @@ class BankFull(Exception):
 
 @dataclass(frozen=True)
 class Lease:
-    """What one request holds: its slot (0: none), the place of each of its rows, and those to be filled first."""
+    """What one request holds. `slot`: 0 without a program. `places`: of each row. `unfilled`: rows to load first."""
 
     slot: int
     places: dict[Key, int]
-    fresh: tuple[Key, ...]
+    unfilled: tuple[Key, ...]
+
+
+@dataclass
+class HeldRow:
+    """The place of a row in use and the number of requests that hold it."""
+
+    place: int
+    holders: int = 0
 
 
 class Ledger:
-    """Reference-counted row places per site and slots. Lowest free place first, so that all ranks agree."""
+    """Slots, and reference-counted row places per site. The lowest free place goes first, so that all ranks agree."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.free_slots = list(range(1, layout.slots + 1))
         self.free_rows = [list(range(layout.rows)) for _ in layout.sites]
-        self.held: dict[Key, list[int]] = {}
+        self.held: dict[Key, HeldRow] = {}
         self.leases: dict[int, tuple[wire.Request, Lease]] = {}
         self.capture_free = layout.capture_tokens or inf
 
-    def lacking(self, request: wire.Request) -> str | None:
-        """The first resource that does not suffice for `request`, if any."""
-        return self.lacking_for(request, [key for key in ordered_rows(request) if key not in self.held])
+    def insufficient(self, request: wire.Request) -> str | None:
+        """Return the first resource of which `request` needs more than is free, if any."""
+        return self.insufficient_with(request, [key for key in ordered_rows(request) if key not in self.held])
 
-    def lacking_for(self, request: wire.Request, fresh: Sequence[Key]) -> str | None:
-        """`lacking`, of a request for which the rows `fresh` are not held yet."""
+    def insufficient_with(self, request: wire.Request, unfilled: Sequence[Key]) -> str | None:
+        """Implement `insufficient`; `unfilled`: the request's rows that nothing holds yet."""
         if request.edits and not self.free_slots:
             return "slots"
         if request.reads and self.capture_cost(request) > self.capture_free:
             return "capture_tokens"
-        sites = [site for site, _ in fresh]
+        sites = [site for site, _ in unfilled]
         if any(sites.count(site) > len(self.free_rows[site]) for site in set(sites)):
             return "rows"
         return None
 
     def capture_cost(self, request: wire.Request) -> float:
-        """Tokens of one step that may have to be captured: a preempted request recomputes everything."""
+        """Return the tokens of one step that may be captured: a preempted request recomputes all of its tokens."""
         return min(request.max_tokens, self.layout.capture_tokens or inf)
 
     def acquire(self, handle: int, request: wire.Request) -> Lease:
-        """Give `request` its slot and places. Raises BankFull and changes nothing when something lacks."""
-        lease = self.enter(handle, request)
+        """Lease a slot and row places. Raises BankFull, and changes nothing, if a resource is insufficient."""
+        lease = self.try_acquire(handle, request)
         if isinstance(lease, str):
             raise BankFull(lease)
         return lease
 
-    def enter(self, handle: int, request: wire.Request) -> Lease | str:
-        """`acquire`, or the first resource that does not suffice."""
+    def try_acquire(self, handle: int, request: wire.Request) -> Lease | str:
+        """Like `acquire`, but return the resource that is insufficient instead of raising."""
         keys = ordered_rows(request)
-        fresh = tuple(key for key in keys if key not in self.held)
-        if resource := self.lacking_for(request, fresh):
+        unfilled = tuple(key for key in keys if key not in self.held)
+        if resource := self.insufficient_with(request, unfilled):
             return resource
         if request.reads:
             self.capture_free -= self.capture_cost(request)
         slot = heapq.heappop(self.free_slots) if request.edits else 0
-        for key in fresh:
-            self.held[key] = [heapq.heappop(self.free_rows[key[0]]), 0]
+        for key in unfilled:
+            site, _ = key
+            self.held[key] = HeldRow(heapq.heappop(self.free_rows[site]))
         places = {}
         for key in keys:
             held = self.held[key]
-            held[1] += 1
-            places[key] = held[0]
-        lease = Lease(slot, places, fresh)
+            held.holders += 1
+            places[key] = held.place
+        lease = Lease(slot, places, unfilled)
         self.leases[handle] = request, lease
         return lease
 
     def release(self, handle: int) -> Lease | None:
-        """Take back what `handle` holds; None when it holds nothing."""
+        """Release the lease of `handle` and return it; None if it has none."""
         request, lease = self.leases.pop(handle, (None, None))
         if request is None or lease is None:
             return None
@@ -96,27 +105,29 @@ class Ledger:
             heapq.heappush(self.free_slots, lease.slot)
         for key in lease.places:
             held = self.held[key]
-            held[1] -= 1
-            if held[1] == 0:
-                heapq.heappush(self.free_rows[key[0]], self.held.pop(key)[0])
+            held.holders -= 1
+            if held.holders == 0:
+                site, _ = key
+                del self.held[key]
+                heapq.heappush(self.free_rows[site], held.place)
         return lease
 
     def extent(self, site: int) -> int:
-        """One more than the highest row place held at site number `site`."""
+        """Return one more than the highest row place in use at site number `site`; 0 if none is."""
         free = set(self.free_rows[site])
         return next((place + 1 for place in reversed(range(self.layout.rows)) if place not in free), 0)
 
     @property
     def slots_used(self) -> int:
-        """Slots held now."""
+        """Slots in use."""
         return self.layout.slots - len(self.free_slots)
 
     def rows_used(self, site: int) -> int:
-        """Row places held now at site number `site`."""
+        """Return the row places in use at site number `site`."""
         return self.layout.rows - len(self.free_rows[site])
 
 
 def ordered_rows(request: wire.Request) -> list[Key]:
-    """The request's distinct (site, row) pairs in the order the program names them: the same on every rank."""
+    """Return the request's distinct (site number, row) pairs in program order, which is the same on every rank."""
     pairs = [(site.site, row) for stage in request.stages for site in stage for row in site.rows]
     return list(dict.fromkeys(pairs))

@@ -1,9 +1,8 @@
 """ModelService: what is served, and within which limits."""
 
-import vllm
-
 from rudder import server
 from rudder.sae_models.bundle.bundle import Bundle
+from rudder.server.engine.adapter import VLLM_VERSION
 from rudder.server.program.rows import Dictionary
 from rudder.server.service.serving import Context, Serving
 from rudder.v1 import catalogue_pb2, catalogue_pb2_grpc
@@ -28,21 +27,24 @@ class ModelServicer(catalogue_pb2_grpc.ModelServiceServicer):
             bundles=map(bundle_info, engine.bundles.values(), engine.registry.dictionaries.values()),
             limits=limits_of(self.serving),
             server_version=server.__version__,
-            engine_version=vllm.__version__,
+            engine_version=VLLM_VERSION,
             engine_epoch=engine.epoch,
         )
 
     async def ListPrograms(
         self, _: catalogue_pb2.ListProgramsRequest, __: Context
     ) -> catalogue_pb2.ListProgramsResponse:
-        """The operator's programs."""
-        always = self.serving.config.programs.always
+        """The operator's programs and policies."""
+        engine = self.serving.engine
         return catalogue_pb2.ListProgramsResponse(
             programs=[
                 catalogue_pb2.NamedProgram(
-                    name=name, description=program.description, digest=compiled.digest, always=name == always
+                    name=name,
+                    description=named.message.description,
+                    digest=named.compiled.digest,
+                    always=named.compiled is engine.default_policy,
                 )
-                for name, (program, compiled) in self.serving.engine.programs.items()
+                for name, named in (*engine.programs.items(), *engine.policies.items())
             ]
         )
 

@@ -1,1 +1,1 @@
-"""What a request means: programs compiled to bank parameters."""
+"""Compile programs, policies and watched rows to bank parameters."""

@@ -1,6 +1,6 @@
-"""From a program, as people write it, to the numbers of the bank's one formula.
+"""Compile a program message to the numbers of the bank's formula.
 
-An edit operation is added in `formula.OPERATIONS`; nothing behind it knows operations by name.
+To add an edit operation, add it to `sae_models.edit.OPERATIONS`; nothing behind that table knows operations by name.
 """
 
 import hashlib
@@ -13,7 +13,17 @@ from rudder.sae_models.operations import OPERATIONS
 from rudder.server.program import wire
 from rudder.server.program.errors import number, require
 from rudder.server.program.gates import with_gate
-from rudder.server.program.rows import Registry, Resolved, blend_target, check_capacity, own_place, resolve, site_number
+from rudder.server.program.rows import (
+    NO_LOCKED_ROWS,
+    LockedRows,
+    Registry,
+    Resolved,
+    append_row,
+    blend_target,
+    check_capacity,
+    resolve,
+    site_number,
+)
 from rudder.v1 import program_pb2
 
 UNIT_NAMES = {
@@ -29,13 +39,13 @@ PHASES = {
     program_pb2.PHASE_PROMPT: (True, False),
     program_pb2.PHASE_GENERATED: (False, True),
 }
-WITHOUT_UNIT = ("ablate", "scale")
-FOR_VECTORS = ("add", "set")
+OPERATIONS_WITHOUT_UNIT = ("ablate", "scale")
+OPERATIONS_ON_VECTORS = ("add", "set")
 
 
 @dataclass(frozen=True)
 class EditName:
-    """An edit in words, for attestation."""
+    """Human-readable name of an edit, for attestation."""
 
     site: str
     row: str
@@ -44,12 +54,12 @@ class EditName:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A program ready to run.
+    """A compiled program.
 
-    `edits` are in the order of the telemetry's `moved` column: per site its edits, then its blend. `digest` is equal
-    where the numbers that run are equal: names, spelling and the order of sites do not enter it. `in_sequence`: a
-    token's edits depend on the tokens before it. `by_phase`: they depend on where the prompt ends, and so do cached
-    keys and values, which the digest alone does not tell apart.
+    `edits` has the order of the telemetry's `moved` column: for each site its edits, then its blend. `digest` (SHA-256)
+    covers the numbers that run, not names, spelling or the order of sites. `in_sequence`: the edits of a token depend
+    on earlier tokens. `by_phase`: they depend on where the prompt ends, and so do cached keys and values, which the
+    digest alone cannot separate. `locks`: rows that callers bound by this policy must not edit.
     """
 
     sites: tuple[wire.Site, ...]
@@ -57,26 +67,34 @@ class Compiled:
     edits: tuple[EditName, ...]
     in_sequence: bool
     by_phase: bool
+    locks: LockedRows = NO_LOCKED_ROWS
 
 
 def compile_program(
-    program: program_pb2.Program, registry: Registry, *, policy: bool = False, field: str = "program"
+    program: program_pb2.Program,
+    registry: Registry,
+    *,
+    locked: LockedRows = NO_LOCKED_ROWS,
+    field: str = "program",
 ) -> Compiled:
-    """Resolve and check a program. Raises ProgramError; `policy`: locked rows may be edited."""
+    """Resolve and check a program. `locked`: (bundle, latent) pairs that it must not edit.
+
+    Raises ProgramError, which names the field at fault below `field`.
+    """
     require(program.sites, f"{field}.sites", "is empty: the program changes nothing")
     count = sum(len(part.edits) + part.HasField("blend") for part in program.sites)
     require(count <= registry.max_edits, f"{field}.sites", f"has {count} edits, more than {registry.max_edits}")
     gate_site = site_number(program.gate.site, registry, f"{field}.gate.site") if program.HasField("gate") else None
     sites = {} if gate_site is None else {gate_site: wire.Site(gate_site)}
     names: list[EditName] = []
-    for here, (part, part_field) in sorted(parts_by_site(program, registry, gate_site, field).items()):
-        sites[here], site_names = compile_site(here, part, registry, policy, part_field)
+    for index, (part, part_field) in sorted(parts_by_site(program, registry, gate_site, field).items()):
+        sites[index], site_names = compile_site(index, part, registry, locked, part_field)
         names += site_names
     if gate_site is not None:
         sites[gate_site] = with_gate(sites[gate_site], program.gate, registry, f"{field}.gate")
-    ordered = tuple(sites[here] for here in sorted(sites))
+    ordered = tuple(sites[index] for index in sorted(sites))
     check_capacity([ordered], registry, f"{field}.sites")
-    by_phase = any(site.tells_phases_apart() for site in ordered)
+    by_phase = any(site.phases_differ() for site in ordered)
     return Compiled(ordered, digest_of(ordered, registry), tuple(names), program.gate.HasField("sequence"), by_phase)
 
 
@@ -84,57 +102,62 @@ Parts = dict[int, tuple[program_pb2.SiteEdits, str]]
 
 
 def parts_by_site(program: program_pb2.Program, registry: Registry, gate_site: int | None, field: str) -> Parts:
-    """The program's SiteEdits and their fields, by site number."""
+    """Map site numbers to the program's SiteEdits and their field paths."""
     parts: Parts = {}
     for i, part in enumerate(program.sites):
         part_field = f"{field}.sites[{i}]"
-        here = site_number(part.site, registry, f"{part_field}.site")
-        require(here not in parts, f"{part_field}.site", f"{part.site} is named twice")
+        index = site_number(part.site, registry, f"{part_field}.site")
+        require(index not in parts, f"{part_field}.site", f"{part.site} is named twice")
         require(part.edits or part.HasField("blend"), part_field, "has no edits and no blend")
         late = f"{part.site} comes before the gate's site {program.gate.site}"
-        require(gate_site is None or here >= gate_site, f"{part_field}.site", late)
-        parts[here] = part, part_field
+        require(gate_site is None or index >= gate_site, f"{part_field}.site", late)
+        parts[index] = part, part_field
     return parts
 
 
 def compile_site(
-    here: int, part: program_pb2.SiteEdits, registry: Registry, policy: bool, field: str
+    index: int, part: program_pb2.SiteEdits, registry: Registry, locked: LockedRows, field: str
 ) -> tuple[wire.Site, list[EditName]]:
-    """The wire form of one site, and its edits in words."""
+    """Compile the edits of one site; return its wire form and the names of its edits."""
     rows: dict[wire.Row, int] = {}
     edits, names, targets = [], [], []
     for i, message in enumerate(part.edits):
         edit_field = f"{field}.edits[{i}]"
         target = resolve(message.row, part.site, registry, f"{edit_field}.row")
-        check_editable(target, message, registry, policy, edit_field)
-        edits.append(compile_edit(message, own_place(rows, target.row), target, edit_field))
-        names.append(EditName(part.site, target.name, in_words(message)))
+        check_editable(target, message, locked, edit_field)
+        edits.append(compile_edit(message, append_row(rows, target.row), target, edit_field))
+        names.append(EditName(part.site, target.name, describe_edit(message)))
         targets.append(target.row)
-    check_once(targets, edits, field)
+    check_unique_edits(targets, edits, field)
     blend = None
     if part.HasField("blend"):
         target = blend_target(part.blend, part.site, registry, f"{field}.blend")
-        blend = compile_blend(part.blend, own_place(rows, target.row), f"{field}.blend")
+        blend = compile_blend(part.blend, append_row(rows, target.row), f"{field}.blend")
         names.append(EditName(part.site, target.name, f"blend {blend.weight:g}"))
     cap = displacement_cap(part, f"{field}.max_displacement")
-    return wire.Site(here, tuple(rows), tuple(edits), blend, part.restore_norm, cap), names
+    return wire.Site(index, tuple(rows), tuple(edits), blend, part.restore_norm, cap), names
 
 
-def check_editable(target: Resolved, message: program_pb2.Edit, registry: Registry, policy: bool, field: str) -> None:
-    """Refuse edits of rows that cannot or must not move the residual stream."""
+def check_editable(target: Resolved, message: program_pb2.Edit, locked: LockedRows, field: str) -> None:
+    """Raise ProgramError if the row has no decoder to edit along, cannot take this operation, or is locked."""
     operation = message.WhichOneof("operation")
     require(operation, f"{field}.operation", "names no operation")
     require(not target.watched_only, f"{field}.row", f"{target.name}: {target.watched_only}")
     require(target.norm > 0, f"{field}.row", f"{target.name} has no direction to move along")
     if not target.reads:
-        require(operation in FOR_VECTORS, f"{field}.{operation}", "a vector has no activation: it takes add or set")
+        require(
+            operation in OPERATIONS_ON_VECTORS,
+            f"{field}.{operation}",
+            "a vector has no activation: it takes add or set",
+        )
         require(not message.HasField("when_above"), f"{field}.when_above", "a vector has no activation")
-    locked = (target.row.bundle, target.row.latent) in registry.locked
-    require(policy or not locked, f"{field}.row", f"{target.name} is locked", "ROW_LOCKED")
+    require(
+        (target.row.bundle, target.row.latent) not in locked, f"{field}.row", f"{target.name} is locked", "ROW_LOCKED"
+    )
 
 
 def compile_edit(message: program_pb2.Edit, row: int, target: Resolved, field: str) -> wire.Edit:
-    """The numbers of one edit."""
+    """Compile one edit of the row with number `row`."""
     operation = message.WhichOneof("operation") or ""
     numbers = OPERATIONS[operation](operand(message, operation, target, field))
     above = numbers.pop("above", -inf)
@@ -146,12 +169,15 @@ def compile_edit(message: program_pb2.Edit, row: int, target: Resolved, field: s
 
 
 def operand(message: program_pb2.Edit, operation: str, target: Resolved, field: str) -> float:
-    """The operation's value in activation units, or for UNIT_RESIDUAL_NORM in residual norms along a unit direction."""
+    """Convert the operation's value to activation units.
+
+    With UNIT_RESIDUAL_NORM: to residual norms, such that the displacement does not depend on the decoder's norm.
+    """
     field_unit, value = f"{field}.unit", getattr(message, operation)
     require(value is not False, f"{field}.ablate", "must be true")
     require(message.unit in UNIT_NAMES, field_unit, f"{message.unit} is no unit")
     absolute = not UNIT_NAMES[message.unit]
-    require(absolute or operation not in WITHOUT_UNIT, field_unit, f"{operation} has none")
+    require(absolute or operation not in OPERATIONS_WITHOUT_UNIT, field_unit, f"{operation} has none")
     scale = 1.0
     if message.unit == program_pb2.UNIT_MAX_ACTIVATION:
         require(target.maximum > 0, field_unit, f"{target.name} has no maximum activation")
@@ -162,13 +188,13 @@ def operand(message: program_pb2.Edit, operation: str, target: Resolved, field: 
 
 
 def compile_blend(message: program_pb2.Blend, row: int, field: str) -> wire.Blend:
-    """The numbers of a blend."""
+    """Compile a blend towards the decoder of the row with number `row`."""
     require(0 <= message.weight <= 1, f"{field}.weight", f"{message.weight:g} is not in [0, 1]")
     return wire.Blend(row, message.weight, *phases(message.phase, f"{field}.phase"))
 
 
 def displacement_cap(part: program_pb2.SiteEdits, field: str) -> float:
-    """Bound of the displacement as a share of ||x||; inf without one."""
+    """Return the cap on the displacement as a share of ||x||; inf without one."""
     if not part.HasField("max_displacement"):
         return inf
     require(part.max_displacement > 0, field, f"{part.max_displacement:g} is not above 0")
@@ -176,30 +202,30 @@ def displacement_cap(part: program_pb2.SiteEdits, field: str) -> float:
 
 
 def phases(phase: program_pb2.Phase, field: str) -> tuple[bool, bool]:
-    """(prompt, generated) of a phase."""
+    """Return (edits prompt tokens, edits generated tokens)."""
     require(phase in PHASES, field, f"{phase} is no phase")
     return PHASES[phase]
 
 
-def check_once(targets: list[wire.Row], edits: list[wire.Edit], field: str) -> None:
-    """Refuse two edits of one row that are in force at the same tokens."""
-    taken: dict[tuple[wire.Row, str], int] = {}
+def check_unique_edits(targets: list[wire.Row], edits: list[wire.Edit], field: str) -> None:
+    """Raise ProgramError if two edits of one row apply to the same tokens."""
+    first_edit: dict[tuple[wire.Row, str], int] = {}
     for i, (target, edit) in enumerate(zip(targets, edits, strict=True)):
         for phase in ("prompt", "generated"):
             if getattr(edit, phase):
-                first = taken.setdefault((target, phase), i)
+                first = first_edit.setdefault((target, phase), i)
                 require(first == i, f"{field}.edits[{i}].row", f"is edited by edits[{first}] at the same tokens")
 
 
-def in_words(message: program_pb2.Edit) -> str:
-    """An edit's operation, such as `clamp -2 residual norms`."""
+def describe_edit(message: program_pb2.Edit) -> str:
+    """Format an edit's operation, such as `clamp -2 residual norms`."""
     operation = message.WhichOneof("operation") or ""
     value = "" if operation == "ablate" else f" {getattr(message, operation):g}"
     return f"{operation}{value}{UNIT_NAMES[message.unit]}"
 
 
 def digest_of(sites: tuple[wire.Site, ...], registry: Registry) -> str:
-    """SHA-256 over sites by name and rows by their bundle's hash."""
+    """Compute SHA-256 over sites by name and rows by their bundle's hash."""
 
     def identified(row: wire.Row) -> wire.Row:
         return msgspec.structs.replace(row, bundle=registry.dictionaries[row.bundle].sha256) if row.bundle else row

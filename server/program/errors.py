@@ -1,14 +1,14 @@
-"""What is wrong with a program, by field."""
+"""The error of a program that cannot be compiled."""
 
 from typing import Literal
 
 Reason = Literal["FIELD_INVALID", "FEATURE_UNKNOWN", "SITE_UNKNOWN", "ROW_LOCKED"]
-# Far enough from the end of fp32 that no sum over a residual overflows: a batch's tokens share their matrix products.
-LARGEST = 1e30
+# So far below the largest fp32 that no sum over a residual overflows: the tokens of a batch share matrix products.
+MAX_MAGNITUDE = 1e30
 
 
 class ProgramError(ValueError):
-    """`field` is the path of the offending field, such as `program.sites[0].edits[2].row.feature.index`."""
+    """A program is invalid. `field` is the path of the field at fault, such as `program.sites[0].edits[2].row`."""
 
     def __init__(self, field: str, message: str, reason: Reason = "FIELD_INVALID") -> None:
         super().__init__(f"{field}: {message}")
@@ -22,6 +22,6 @@ def require(condition: object, field: str, message: str, reason: Reason = "FIELD
 
 
 def number(value: float, field: str) -> float:
-    """`value`, if it is finite and small enough for fp32 sums; ProgramError otherwise."""
-    require(abs(value) <= LARGEST, field, f"{value:g} is not a finite number of at most {LARGEST:g}")
+    """Return `value`. Raises ProgramError if it is not finite or too large for fp32 sums."""
+    require(abs(value) <= MAX_MAGNITUDE, field, f"{value:g} is not a finite number of at most {MAX_MAGNITUDE:g}")
     return value

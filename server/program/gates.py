@@ -1,4 +1,7 @@
-"""From a program's gate to the bank's two conditions. A statistic is added in `formula.STATISTICS`, its check here."""
+"""Compile a program's gate to the bank's token and sequence conditions.
+
+To add a statistic, add it to `sae_models.edit.STATISTICS` and its check to `checked_parameter`.
+"""
 
 from typing import Any
 
@@ -12,7 +15,7 @@ from rudder.v1 import program_pb2
 
 
 def with_gate(site: wire.Site, gate: program_pb2.Gate, registry: Registry, field: str) -> wire.Site:
-    """`site` with the gate that is read there, whose rows join the site's own."""
+    """Add a gate to the site that it reads. Its rows are appended to the site's rows."""
     require(gate.any_of or gate.HasField("sequence"), field, "has no condition")
     rows = {row: i for i, row in enumerate(site.rows)}
     triggers: dict[int, float] = {}
@@ -30,7 +33,7 @@ def with_gate(site: wire.Site, gate: program_pb2.Gate, registry: Registry, field
 def compile_sequence(
     message: program_pb2.SequenceCondition, site: str, rows: dict[wire.Row, int], registry: Registry, field: str
 ) -> wire.Sequence:
-    """The numbers of a sequence condition."""
+    """Compile a sequence condition. New rows are added to `rows`."""
     require(registry.layout.keeps_sequences(site), field, f"{site} keeps no sequence state: see sequence_sites")
     target = readable(message.score, site, registry, f"{field}.score")
     level = number(message.level, f"{field}.level")
@@ -39,20 +42,19 @@ def compile_sequence(
     return wire.Sequence(row, **parameters, min_tokens=message.min_tokens, latch=message.latch)
 
 
-def statistic(message: program_pb2.SequenceCondition, longest: int, field: str) -> dict[str, Any]:
-    """The fields of wire.Sequence that make its state this statistic."""
+def statistic(message: program_pb2.SequenceCondition, max_window: int, field: str) -> dict[str, Any]:
+    """Return the fields of wire.Sequence that define this statistic."""
     name = message.WhichOneof("statistic") or ""
-    parameter = checked_parameter(name, message, longest, field)
+    parameter = checked_parameter(name, message, max_window, field)
     level = {"level": 0.0, "level_rate": message.level} if name == "share" else {}
     return STATISTICS[name](parameter) | level
 
 
-def checked_parameter(name: str, message: program_pb2.SequenceCondition, longest: int, field: str) -> float:
-    """The statistic's one parameter."""
+def checked_parameter(name: str, message: program_pb2.SequenceCondition, max_window: int, field: str) -> float:
+    """Return the parameter of a statistic; raises ProgramError if it is out of range."""
     match name:
         case "share":
-            possible = 0 <= message.level < 1
-            require(possible, f"{field}.level", f"{message.level:g}: a share to exceed must be in [0, 1)")
+            require(0 <= message.level < 1, f"{field}.level", f"{message.level:g}: a share to exceed must be in [0, 1)")
             return number(message.share.above, f"{field}.share.above")
         case "moving_average":
             decay = message.moving_average.decay
@@ -60,7 +62,7 @@ def checked_parameter(name: str, message: program_pb2.SequenceCondition, longest
             return decay
         case "window":
             tokens = message.window.tokens
-            require(1 <= tokens <= longest, f"{field}.window.tokens", f"{tokens} is not in [1, {longest}]")
+            require(1 <= tokens <= max_window, f"{field}.window.tokens", f"{tokens} is not in [1, {max_window}]")
             return tokens
         case "cusum":
             return number(message.cusum.drift, f"{field}.cusum.drift")
@@ -68,7 +70,7 @@ def checked_parameter(name: str, message: program_pb2.SequenceCondition, longest
 
 
 def readable(row: program_pb2.Row, site: str, registry: Registry, field: str) -> Resolved:
-    """A row that has an activation."""
+    """Resolve a row. Raises ProgramError if it has no activation."""
     target = resolve(row, site, registry, field)
     require(target.reads, field, f"{target.name} has no activation to read")
     return target

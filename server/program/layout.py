@@ -1,4 +1,4 @@
-"""The bank's fixed shape: what the compiled graph depends on and the compile cache is keyed by."""
+"""The bank's fixed shape, on which the compiled graph depends and by which the compile cache is keyed."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,9 +8,12 @@ from rudder.sae_models.hookpoints import FORM, POINTS, SITE, parse
 
 @dataclass(frozen=True)
 class Layout:
-    """Sites in the order the forward pass reaches them, and the size of each resource.
+    """Sites in forward order, and the size of each resource.
 
-    `dictionaries`: (site, folder, SHA-256) of the bundles that the bank of their site keeps whole.
+    `rows`: row places per site. `slots`: requests with a program at once. `window`: tokens, the longest window of a
+    sequence condition. `sequence_sites`: sites with sequence state, None: all. `capture_tokens`: tokens of a step whose
+    residual can be read, None: all. `dictionaries`: (site, folder, SHA-256) of the bundles that the bank of their site
+    holds whole.
     """
 
     sites: tuple[str, ...]
@@ -31,13 +34,13 @@ class Layout:
         for name in ("rows", "slots", "stages", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1")
-        stray = [site for site in self.sequence_sites or () if site not in self.sites]
-        if stray:
-            raise ValueError(f"sequence_sites: {stray[0]!r} is not among the sites")
-        object.__setattr__(self, "sites", tuple(sorted(self.sites, key=depth)))
+        unhooked = [site for site in self.sequence_sites or () if site not in self.sites]
+        if unhooked:
+            raise ValueError(f"sequence_sites: {unhooked[0]!r} is not among the sites")
+        object.__setattr__(self, "sites", tuple(sorted(self.sites, key=forward_order)))
 
     def keeps_sequences(self, site: str) -> bool:
-        """Whether a gate with a sequence condition can be read at `site`."""
+        """Return whether a gate at `site` may have a sequence condition."""
         return self.sequence_sites is None or site in self.sequence_sites
 
     def additional_config(self, code: str) -> dict[str, Any]:
@@ -46,14 +49,14 @@ class Layout:
 
     @staticmethod
     def from_additional_config(config: dict[str, Any]) -> "Layout":
-        """Inverse of `additional_config`, in the worker."""
+        """Parse the output of `additional_config`."""
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["rudder"].items()}
         del fields["code"]
         fields["dictionaries"] = tuple(map(tuple, fields["dictionaries"]))
         return Layout(**fields)
 
 
-def depth(site: str) -> tuple[int, int]:
-    """Order in which the forward pass reaches a site."""
+def forward_order(site: str) -> tuple[int, int]:
+    """Sort key: the order in which the forward pass reaches sites."""
     layer, point = parse(site)
     return layer, POINTS.index(point)

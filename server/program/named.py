@@ -1,19 +1,29 @@
-"""Named programs: a folder of YAML files, each the JSON form of message Program."""
+"""Named programs and policies: a folder of YAML files, each the JSON form of message Program."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from google.protobuf import json_format
 
+from rudder.server.program.compile import Compiled
 from rudder.v1 import program_pb2
 
 
+@dataclass(frozen=True)
+class NamedProgram:
+    """A named program or policy: its message, as written, and its compiled form."""
+
+    message: program_pb2.Program
+    compiled: Compiled
+
+
 class ProgramFileError(ValueError):
-    """A file of named programs that cannot be used; the message begins with its path."""
+    """A file is not a valid program; the message begins with its path."""
 
 
 def load_programs(folder: Path) -> dict[str, program_pb2.Program]:
-    """The programs of all `*.yaml` files of `folder`, by name. Raises ProgramFileError."""
+    """Read the programs of all `*.yaml` files in `folder`, by name. Raises ProgramFileError."""
     programs: dict[str, program_pb2.Program] = {}
     for path in sorted(folder.glob("*.yaml")):
         program = read_program(path)
@@ -24,7 +34,7 @@ def load_programs(folder: Path) -> dict[str, program_pb2.Program]:
 
 
 def read_program(path: Path) -> program_pb2.Program:
-    """The program of one file."""
+    """Read a program file. Raises ProgramFileError."""
     program = program_pb2.Program()
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))

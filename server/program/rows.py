@@ -1,27 +1,33 @@
-"""From a program's rows to what a row place is filled with."""
+"""Resolve the rows of a program to the contents of row places."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from math import sqrt
+from types import MappingProxyType
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from rudder.server.program import wire
-from rudder.server.program.errors import LARGEST, ProgramError, number, require
+from rudder.server.program.errors import MAX_MAGNITUDE, ProgramError, number, require
 from rudder.server.program.layout import Layout
 from rudder.v1 import program_pb2
 
 Floats = NDArray[np.float32]
+# (bundle, latent) pairs that a program must not edit.
+LockedRows = frozenset[tuple[str, int]]
+NO_LOCKED_ROWS: LockedRows = frozenset()
+ReservedRows = Mapping[int, frozenset[wire.Row]]
+NO_RESERVED_ROWS: ReservedRows = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
-    """What compiling needs of a bundle: max_activation and decoder_norm fp32 [F], mean residual fp32 [d].
+    """A bundle's latents as programs can refer to them: max_activation and decoder_norm fp32 [F], mean fp32 [d].
 
-    max_activation and mean are None where nobody measured them. `watched_only`, if not empty, tells why its latents
-    cannot be edited; `whole_only`, why they have no rows at all.
+    max_activation and mean (of the residual) are None if not measured. `watched_only`, if not empty, is the reason why
+    the latents cannot be edited; `whole_only`, the reason why they have no rows.
     """
 
     name: str
@@ -37,19 +43,18 @@ class Dictionary:
 
 @dataclass(frozen=True, eq=False)
 class Registry:
-    """What programs can refer to. `locked`: (bundle, latent) pairs that requests must not edit."""
+    """The sites and dictionaries that programs can refer to, and the width of the residual stream."""
 
     layout: Layout
     width: int
     dictionaries: dict[str, Dictionary]
     max_edits: int = 256
-    locked: frozenset[tuple[str, int]] = field(default_factory=frozenset)
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A row that exists. `norm`: of its direction, 0 without one; `maximum`: its largest activation, if known;
-    `watched_only`: why it cannot be edited.
+    """A resolved row. `reads`: it has an activation. `norm`: of its decoder, 0 without one. `maximum`: its maximum
+    activation, 0 if not measured. `watched_only`: the reason why it cannot be edited, or empty.
     """
 
     row: wire.Row
@@ -61,14 +66,14 @@ class Resolved:
 
 
 def site_number(site: str, registry: Registry, field: str) -> int:
-    """Place of a site in the layout."""
+    """Return the number of a site in the layout; raises ProgramError SITE_UNKNOWN."""
     known = registry.layout.sites
     require(site in known, field, f"{site!r} is not one of {', '.join(known)}", "SITE_UNKNOWN")
     return known.index(site)
 
 
 def resolve(row: program_pb2.Row, site: str, registry: Registry, field: str) -> Resolved:
-    """The row that `row` means at `site`."""
+    """Resolve a row message at `site`. Raises ProgramError."""
     match row.WhichOneof("row"):
         case "feature":
             return resolve_feature(row.feature, site, registry, f"{field}.feature")
@@ -83,7 +88,7 @@ def resolve(row: program_pb2.Row, site: str, registry: Registry, field: str) -> 
 
 
 def resolve_feature(feature: program_pb2.Feature, site: str, registry: Registry, field: str) -> Resolved:
-    """The row of a latent."""
+    """Resolve the row of a latent."""
     dictionary = find_dictionary(feature.bundle, site, registry, f"{field}.bundle")
     known = feature.index < dictionary.latents
     problem = f"{dictionary.name} has latents 0 to {dictionary.latents - 1}, not {feature.index}"
@@ -100,20 +105,20 @@ def resolve_feature(feature: program_pb2.Feature, site: str, registry: Registry,
 
 
 def find_dictionary(name: str, site: str, registry: Registry, field: str) -> Dictionary:
-    """The bundle with this name, or without one the only bundle at the site."""
+    """Return the dictionary `name`; without a name, the only one at the site."""
     if name:
         require(name in registry.dictionaries, field, f"no bundle {name!r} is served", "FEATURE_UNKNOWN")
-        found = registry.dictionaries[name]
-        require(found.site == site, field, f"{name} reads {found.site}, not {site}")
-        return found
-    here = [d for d in registry.dictionaries.values() if d.site == site]
-    require(here, field, f"no bundle is served at {site}", "FEATURE_UNKNOWN")
-    require(len(here) == 1, field, f"one of {', '.join(d.name for d in here)} must be named")
-    return here[0]
+        dictionary = registry.dictionaries[name]
+        require(dictionary.site == site, field, f"{name} reads {dictionary.site}, not {site}")
+        return dictionary
+    candidates = [d for d in registry.dictionaries.values() if d.site == site]
+    require(candidates, field, f"no bundle is served at {site}", "FEATURE_UNKNOWN")
+    require(len(candidates) == 1, field, f"one of {', '.join(d.name for d in candidates)} must be named")
+    return candidates[0]
 
 
 def blend_target(blend: program_pb2.Blend, site: str, registry: Registry, field: str) -> Resolved:
-    """The row whose decoder a blend goes to."""
+    """Resolve the row whose decoder is the target of a blend."""
     if blend.WhichOneof("target") == "vector":
         values, _ = direction(blend.vector.values, registry.width, f"{field}.vector.values")
         return Resolved(wire.Row(decoder=values), f"vector {blend.vector.name}".rstrip(), reads=False)
@@ -124,29 +129,41 @@ def blend_target(blend: program_pb2.Blend, site: str, registry: Registry, field:
     return Resolved(wire.Row(decoder=mean), f"mean of {dictionary.name}", reads=False)
 
 
-def own_place(rows: dict[wire.Row, int], row: wire.Row) -> int:
-    """Number of a new row equal to `row`, whatever `rows` holds already."""
+def append_row(rows: dict[wire.Row, int], row: wire.Row) -> int:
+    """Append a row and return its number. Equal rows get places of their own, so that their edits are counted apart."""
     while row in rows:
         row = msgspec.structs.replace(row, copy=row.copy + 1)
     return rows.setdefault(row, len(rows))
 
 
 def direction(values: Iterable[float], width: int, field: str) -> tuple[bytes, float]:
-    """A vector of the site's width as little-endian fp32, and its norm, which is not 0."""
+    """Convert a vector of length `width` to little-endian fp32, and return it with its norm, which is not 0."""
     array = np.asarray(values, "<f4")
     require(len(array) == width, field, f"has {len(array)} values, the residual stream {width}")
     require(np.isfinite(array).all(), field, "has a value that is not finite")
     norm = sqrt(float(np.square(array, dtype=np.float64).sum()))
     require(norm > 0, field, "is zero")
-    require(norm <= LARGEST, field, f"its norm {norm:g} is larger than {LARGEST:g}")
+    require(norm <= MAX_MAGNITUDE, field, f"its norm {norm:g} is larger than {MAX_MAGNITUDE:g}")
     return array.tobytes(), norm
 
 
-def check_capacity(stages: Iterable[Iterable[wire.Site]], registry: Registry, field: str) -> None:
-    """Refuse what could never be admitted: more distinct rows at a site than it has places."""
-    held: dict[int, set[wire.Row]] = {}
+def check_capacity(
+    stages: Iterable[Iterable[wire.Site]],
+    registry: Registry,
+    field: str,
+    reserved: ReservedRows = NO_RESERVED_ROWS,
+) -> None:
+    """Raise ProgramError if the stages need more distinct rows at a site than it has places beside those reserved.
+
+    Such a request could never be admitted and would block the head of the queue. `reserved`: rows by site number.
+    """
+    needed: dict[int, set[wire.Row]] = {}
     for site in (site for stage in stages for site in stage):
-        held.setdefault(site.site, set()).update(site.rows)
-    for at, rows in held.items():
-        name, places = registry.layout.sites[at], registry.layout.rows
-        require(len(rows) <= places, field, f"{len(rows)} distinct rows at {name}, which has {places} places")
+        needed.setdefault(site.site, set()).update(site.rows)
+    places = registry.layout.rows
+    for at, rows in needed.items():
+        held = reserved.get(at, frozenset())
+        # Not a union with `reserved`: policies may reserve many rows, and this runs for every call.
+        total = len(held) + len(rows - held)
+        name = registry.layout.sites[at]
+        require(total <= places, field, f"{total} distinct rows at {name}, which has {places} places")

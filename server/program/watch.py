@@ -1,7 +1,8 @@
-"""Rows that a request wants reported, merged into the sites of its own program."""
+"""Watched rows of a call, merged into the sites of its program."""
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import msgspec
 
@@ -10,38 +11,47 @@ from rudder.server.program.gates import readable
 from rudder.server.program.rows import Registry, site_number
 from rudder.v1 import program_pb2
 
-Watched = tuple[int, wire.Row]
+
+class Watched(NamedTuple):
+    """A row whose activations are reported, at generated tokens and, with `prompt`, at prompt tokens too."""
+
+    site: int
+    row: wire.Row
+    prompt: bool = False
 
 
-def compile_watch(rows: Sequence[tuple[str, program_pb2.Row]], registry: Registry, field: str) -> tuple[Watched, ...]:
-    """(site number, row) of each (site, row); ProgramError names `field`[i]."""
+def compile_watch(
+    rows: Sequence[tuple[str, program_pb2.Row]], registry: Registry, field: str, *, prompt: bool = False
+) -> tuple[Watched, ...]:
+    """Resolve (site, row) pairs to watched rows. Raises ProgramError, which names `field`[i]."""
     return tuple(
-        (
+        Watched(
             site_number(site, registry, f"{field}[{i}].site"),
             readable(row, site, registry, f"{field}[{i}].row").row,
+            prompt,
         )
         for i, (site, row) in enumerate(rows)
     )
 
 
 @lru_cache(256)
-def with_watch(
+def merge_watched(
     sites: tuple[wire.Site, ...], watched: tuple[Watched, ...]
 ) -> tuple[tuple[wire.Site, ...], tuple[int, ...]]:
-    """The sites of stage 0 with `watched` added, and for each of `watched` its column in the telemetry's `active`.
+    """Add watched rows to the sites of stage 0; return the sites and the column of each watched row.
 
-    A row watched twice has one column. A site that the program does not use becomes one with no edits.
+    A row watched twice has one column. A site that the program does not use is added without edits.
     """
     merged = {site.site: site for site in sites}
-    for number in {number for number, _ in watched} - merged.keys():
+    for number in {w.site for w in watched} - merged.keys():
         merged[number] = wire.Site(number)
-    result = tuple(watching(merged[n], [row for at, row in watched if at == n]) for n in sorted(merged))
-    numbers = {pair: i for i, pair in enumerate((site.site, site.rows[row]) for site in result for row in site.watch)}
-    return result, tuple(numbers[pair] for pair in watched)
+    result = tuple(add_watched(merged[n], [w.row for w in watched if w.site == n]) for n in sorted(merged))
+    columns = {pair: i for i, pair in enumerate((site.site, site.rows[row]) for site in result for row in site.watch)}
+    return result, tuple(columns[w.site, w.row] for w in watched)
 
 
-def watching(site: wire.Site, rows: Sequence[wire.Row]) -> wire.Site:
-    """`site` with `rows` watched."""
+def add_watched(site: wire.Site, rows: Sequence[wire.Row]) -> wire.Site:
+    """Watch `rows` at a site; rows that the site does not hold yet are appended."""
     numbers = {row: i for i, row in enumerate(site.rows)}
     for row in rows:
         numbers.setdefault(row, len(numbers))

@@ -1,6 +1,6 @@
-"""The compiled form of a request's program: what travels to the worker in `SamplingParams.extra_args`.
+"""The compiled form of a request's programs, as sent to the worker in `SamplingParams.extra_args`.
 
-Every operation has been resolved to the numbers of the bank's one formula; nothing here knows an operation's name.
+Operations are resolved to the numbers of the bank's formula; nothing here knows an operation's name.
 """
 
 from math import inf
@@ -11,9 +11,9 @@ EXTRA_ARG = "rudder"
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
-    """What a row place is filled with: latent `latent` of bundle `bundle`, or raw little-endian fp32 vectors.
+    """The contents of a row place: latent `latent` of bundle `bundle`, or raw little-endian fp32 vectors.
 
-    `copy` tells apart equal rows that must have a place each, so that each of their edits is counted for itself.
+    `copy` distinguishes equal rows that need a place each, so that the edits of each are counted separately.
     """
 
     bundle: str = ""
@@ -79,7 +79,7 @@ class Gate(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Site(msgspec.Struct, frozen=True, array_like=True):
-    """One stage's business at site number `site` of the layout. Row numbers index `rows`."""
+    """The edits, gate and watched rows of one stage at site number `site` of the layout. Row numbers index `rows`."""
 
     site: int
     rows: tuple[Row, ...] = ()
@@ -90,16 +90,17 @@ class Site(msgspec.Struct, frozen=True, array_like=True):
     gate: Gate | None = None
     watch: tuple[int, ...] = ()
 
-    def tells_phases_apart(self) -> bool:
-        """Whether prompt tokens are edited otherwise than generated ones."""
+    def phases_differ(self) -> bool:
+        """Return whether prompt and generated tokens are edited differently."""
         parts: tuple[Edit | Blend, ...] = (*self.edits, self.blend) if self.blend else self.edits
         return any(part.prompt != part.generated for part in parts)
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True):
-    """All that the worker knows of a request. `stages[0]` is the request's own program, `stages[1]` the policy's.
+    """What the worker knows of a request. `stages[0]` is the request's own program, `stages[1]` the policy.
 
-    `max_tokens` bounds prompt and generated tokens together; `bos`: position 0 holds the BOS token.
+    `max_tokens` bounds prompt and generated tokens together. `bos`: position 0 holds the BOS token. `watch_prompt`:
+    watched rows and top_k are reported at prompt tokens too.
     """
 
     prompt_tokens: int
@@ -113,24 +114,24 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def edits(self) -> bool:
-        """Whether anything can be changed: such a request needs a slot."""
+        """Whether a token can be edited or a gate evaluated: such a request needs a slot."""
         return any(site.edits or site.blend or site.gate for stage in self.stages for site in stage)
 
     @property
     def reads(self) -> bool:
-        """Whether the residual itself is read after the forward pass."""
+        """Whether the residual is read after the forward pass."""
         return self.top_k > 0 or self.capture
 
     def rows(self) -> set[tuple[int, Row]]:
-        """The distinct (site, row) places that the request holds while it lives."""
+        """Return the distinct (site number, row) pairs that the request holds."""
         return {(site.site, row) for stage in self.stages for site in stage for row in site.rows}
 
 
 def encode(request: Request) -> bytes:
-    """The payload for `extra_args`."""
+    """Encode a request for `extra_args`."""
     return msgspec.msgpack.encode(request)
 
 
 def decode(payload: bytes) -> Request:
-    """Inverse of `encode`; raises msgspec.DecodeError on anything else."""
+    """Decode a request. Raises msgspec.DecodeError."""
     return msgspec.msgpack.decode(payload, type=Request)

@@ -10,8 +10,8 @@ from typing import NoReturn
 import grpc
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
-from vllm.v1.engine.exceptions import EngineDeadError
 
+from rudder.server.engine.adapter import EngineDeadError
 from rudder.server.engine.admission import QueueFull
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.program.errors import ProgramError

@@ -5,11 +5,14 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
-from rudder.server.engine.call import Call, Outcome, Output
+from rudder.server.caller import ANONYMOUS
+from rudder.server.engine.call import Call, FinishReason, Outcome, Output
 from rudder.server.engine.telemetry.hub import Features
 from rudder.server.monitoring import metrics
 from rudder.server.program.compile import Compiled, compile_program
+from rudder.server.program.rows import LockedRows
 from rudder.server.program.watch import Watched, compile_watch
+from rudder.server.safety.binding import binding_policy, locked_rows
 from rudder.server.service import columns, limits
 from rudder.server.service.columns import Entries, Names, Pool
 from rudder.server.service.errors import invalid
@@ -22,9 +25,12 @@ from rudder.v1 import inference_pb2
 Emit = Callable[[inference_pb2.ChoiceDelta], Awaitable[None]]
 REMEMBERED_WATCHES = 256
 FINISH_REASONS = {
-    "stop": inference_pb2.FINISH_REASON_STOP,
-    "length": inference_pb2.FINISH_REASON_LENGTH,
-    "abort": inference_pb2.FINISH_REASON_ABORT,
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: inference_pb2.FINISH_REASON_ABORT,
+    FinishReason.ERROR: inference_pb2.FINISH_REASON_ERROR,
+    FinishReason.REPETITION: inference_pb2.FINISH_REASON_REPETITION,
+    FinishReason.REFUSED: inference_pb2.FINISH_REASON_REFUSED,
 }
 
 
@@ -59,24 +65,28 @@ async def prepare(
 ) -> Job:
     """Check a request and compile it. Refusal or ProgramError: a field is wrong."""
     limits.check(request, serving.bounds)
-    compiled = steering_of(serving, request.steering)
+    policy = binding_policy(serving.engine, ANONYMOUS)
+    compiled = steering_of(serving, request.steering, locked_rows(policy))
     sites = top_k_sites(serving, request.report)
     ids = await serving.in_tokenizer_thread(
         lambda: prompt_ids(request.prompt, serving.engine.tokenizer, serving.bounds)
     )
     report = request.report
+    whole = isinstance(request, inference_pb2.InspectRequest)
     call = Call(
         prompt_ids=ids,
         sampling=sampling_of(inference_pb2.Sampling(max_tokens=1), 0, 0),
         compiled=compiled,
-        watch=watched_rows(serving, report),
+        policy=policy,
+        watch=watched_rows(serving, report, report.prompt or whole),
         top_k=report.top_k,
         top_k_sites=sites,
-        report_prompt=report.prompt,
+        top_k_prompt=report.prompt or whole,
+        caller=ANONYMOUS,
     )
     names = Names([watched_info(serving, feature) for feature in report.features], sites, partial_info(serving))
     if isinstance(request, inference_pb2.InspectRequest):
-        return Job((replace(call, report_prompt=True),), report, names)
+        return Job((call,), report, names)
     interval = request.stream_interval if isinstance(request, inference_pb2.GenerateRequest) else 0
     sampling = with_room(request.sampling, len(ids), serving.engine.model.max_model_len)
     choices = range(sampling.n or 1)
@@ -84,28 +94,28 @@ async def prepare(
     return Job(tuple(replace(call, sampling=sampling_of(sampling, i, interval)) for i in choices), report, names)
 
 
-def watched_rows(serving: Serving, report: inference_pb2.Report) -> tuple[Watched, ...]:
+def watched_rows(serving: Serving, report: inference_pb2.Report, prompt: bool) -> tuple[Watched, ...]:
     """The rows that a request wants reported. Callers ask for the same ones again and again."""
     if not report.features:
         return ()
-    key = inference_pb2.Report(features=report.features).SerializeToString(deterministic=True)
+    key = inference_pb2.Report(features=report.features, prompt=prompt).SerializeToString(deterministic=True)
     if key not in serving.watched:
         rows = [(feature.site, feature.row) for feature in report.features]
         if len(serving.watched) >= REMEMBERED_WATCHES:
             serving.watched.clear()
-        serving.watched[key] = compile_watch(rows, serving.engine.registry, "report.features")
+        serving.watched[key] = compile_watch(rows, serving.engine.registry, "report.features", prompt=prompt)
     return serving.watched[key]
 
 
-def steering_of(serving: Serving, steering: inference_pb2.Steering) -> Compiled | None:
+def steering_of(serving: Serving, steering: inference_pb2.Steering, locked: LockedRows) -> Compiled | None:
     """The request's program, compiled."""
     match steering.WhichOneof("steering"):
         case "name":
             if steering.name not in serving.engine.programs:
                 raise invalid("steering.name", f"no program {steering.name!r} is served", "PROGRAM_UNKNOWN")
-            return serving.engine.programs[steering.name][1]
+            return serving.engine.programs[steering.name].compiled
         case "program":
-            return compile_program(steering.program, serving.engine.registry, field="steering.program")
+            return compile_program(steering.program, serving.engine.registry, locked=locked, field="steering.program")
     return None
 
 
@@ -230,7 +240,7 @@ def finish(delta: inference_pb2.ChoiceDelta, serving: Serving, job: Job, progres
 
 def attestation_of(serving: Serving, call: Call, outcome: Outcome) -> inference_pb2.Attestation:
     """What ran, as the worker counted it."""
-    policy = serving.engine.policy
+    policy = call.policy
     attestation = inference_pb2.Attestation(
         program_digest=call.compiled.digest if call.compiled else "",
         policy_digest=policy.digest if policy else "",

@@ -3,8 +3,8 @@
 from typing import Any
 
 from jinja2 import TemplateError
-from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
+from rudder.server.engine.adapter import convert_ids_list_to_tokens
 from rudder.server.service.errors import invalid
 from rudder.server.service.limits import Bounds
 from rudder.v1 import inference_pb2

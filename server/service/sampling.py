@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from vllm import SamplingParams
-
+from rudder.server.engine.adapter import SamplingParams
 from rudder.v1 import inference_pb2
 
 # Fields that mean the same and are named the same in vLLM; unset, they take vLLM's defaults.

@@ -1,4 +1,4 @@
-"""One small engine for the tests that can share it, and settings that must be made before vLLM is imported."""
+"""A small engine shared by the tests, and environment variables that must be set before vLLM is imported."""
 
 import os
 from collections.abc import AsyncIterator
@@ -13,6 +13,7 @@ from prometheus_client import REGISTRY
 from rudder.server import config as configuration
 from rudder.server.engine import selftest
 from rudder.server.engine.engine import Engine
+from rudder.server.engine.start import start_engine
 
 # 12 blocks of 128 tokens: a few long requests at once are preempted. Steps of 96 tokens: long prompts come in chunks.
 KV_BLOCK_BYTES = 128 * 6 * 2 * 6 * 32 * 4
@@ -31,14 +32,14 @@ SMALL = {
 }
 
 
-# vLLM's count of preemptions in the engine below: an engine that starts later takes its place in the registry.
+# vLLM's counter of preemptions in the engine below. An engine that starts later replaces it in the registry.
 preempted: list[Any] = []
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def engine() -> AsyncIterator[Engine]:
-    """Rudder's engine on the shipped model in float32, self-tested."""
-    started = await Engine.start(configuration.load(None, SMALL))
+    """Start the engine on the shipped model in float32, and run its self-test."""
+    started = await start_engine(configuration.load(None, SMALL))
     await selftest.run(started)
     preempted.append(REGISTRY._names_to_collectors["vllm:num_preemptions"])
     yield started

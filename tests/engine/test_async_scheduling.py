@@ -11,10 +11,10 @@ import pytest_asyncio
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from rudder.server import config as configuration
-from rudder.server.engine import engine as engines
-from rudder.server.engine import selftest
+from rudder.server.engine import adapter, selftest
 from rudder.server.engine.call import Call, Output
 from rudder.server.engine.engine import Engine
+from rudder.server.engine.start import start_engine
 from rudder.server.engine.telemetry.hub import Inbox
 from rudder.server.program import wire
 from rudder.server.program.watch import compile_watch
@@ -33,7 +33,7 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def overlapping(patch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
     """The small engine with two steps in flight, which vLLM's CPU platform would disable."""
-    create, args = AsyncEngineArgs.create_engine_config, engines.engine_args
+    create, args = AsyncEngineArgs.create_engine_config, adapter.engine_args
 
     def with_overlap(self: AsyncEngineArgs, *more: Any, **named: Any) -> Any:
         config = create(self, *more, **named)
@@ -41,8 +41,8 @@ async def overlapping(patch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
         return config
 
     patch.setattr(AsyncEngineArgs, "create_engine_config", with_overlap)
-    patch.setattr(engines, "engine_args", lambda *a: replace(args(*a), worker_cls="tests.engine.worker_async.Worker"))
-    started = await Engine.start(configuration.load(None, SMALL))
+    patch.setattr(adapter, "engine_args", lambda *a: replace(args(*a), worker_cls="tests.engine.worker_async.Worker"))
+    started = await start_engine(configuration.load(None, SMALL))
     assert started.llm.vllm_config.max_concurrent_batches == 2
     await selftest.run(started)
     yield started
@@ -58,13 +58,14 @@ def calls(engine: Engine, stop: list[int]) -> list[Call]:
     """Plain, edited, edited in one phase, watched, and one that ends early at a stop token."""
     rows = [(SITE, pb.Row(feature=pb.Feature(index=i))) for i in range(8)]
     watch = compile_watch(rows, engine.registry, "watch")
+    everywhere = compile_watch(rows, engine.registry, "watch", prompt=True)
     generated = push(engine, 0.5, 2, pb.PHASE_GENERATED)
     ends = greedy(60, stop_token_ids=stop)
     return [
         Call(prompt(engine, 20), greedy(24)),
         Call(prompt(engine, 120, 5), greedy(24), push(engine, 1.0)),
         Call(prompt(engine, 30, 9), greedy(24), generated),
-        Call(prompt(engine, 40, 3), greedy(24), watch=watch, report_prompt=True),
+        Call(prompt(engine, 40, 3), greedy(24), watch=everywhere),
         Call(prompt(engine, 25, 7), ends, generated, watch=watch),
     ]
 

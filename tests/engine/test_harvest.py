@@ -1,4 +1,4 @@
-"""What the engine's hooks harvest is what transformers computes, and goes into the same store."""
+"""Activations harvested with the engine equal those of transformers, and are written to the same store."""
 
 import asyncio
 from pathlib import Path
@@ -12,7 +12,7 @@ from rudder.sae_models.activations.hooks import parse_site
 from rudder.sae_models.activations.store import Content
 from rudder.sae_models.activations.stream import TextSource
 from rudder.server.engine.engine import Engine
-from rudder.server.engine.harvest import Served, captured
+from rudder.server.engine.harvest import EngineSource, capture_windows
 
 SITES = ("layers.1.mlp_out", "layers.2.resid_post", "layers.4.resid_post")
 
@@ -25,24 +25,24 @@ def windows(engine: Engine) -> Windows:
     return corpus.windows(documents, engine.tokenizer, 24)
 
 
-async def test_captured_vectors_are_those_of_transformers(engine: Engine, windows: Windows) -> None:
-    found = await captured(engine, SITES, windows)
+async def test_captured_vectors_equal_those_of_transformers(engine: Engine, windows: Windows) -> None:
+    vectors = await capture_windows(engine, SITES, windows)
     trunk = harvest.load_trunk(Path(engine.llm.model_config.model), *map(parse_site, SITES))
     live = TextSource(trunk, tuple(map(parse_site, SITES)), windows)
     expected = live.load(range(len(live.chunk_sizes)))
     for at, site in enumerate(SITES):
-        mine = torch.cat([window[at] for window in found])
-        assert mine.shape == expected[site].shape
-        assert torch.allclose(mine, expected[site], atol=1e-3 * float(expected[site].abs().max()))
+        ours = torch.cat([window[at] for window in vectors])
+        assert ours.shape == expected[site].shape
+        assert torch.allclose(ours, expected[site], atol=1e-3 * float(expected[site].abs().max()))
 
 
-async def test_a_store_is_harvested_from_the_engine(engine: Engine, windows: Windows, tmp_path: Path) -> None:
-    source = Served(engine, SITES, windows, asyncio.get_running_loop())
+async def test_store_is_written_from_an_engine_source(engine: Engine, windows: Windows, tmp_path: Path) -> None:
+    source = EngineSource(engine, SITES, windows, asyncio.get_running_loop())
     content = Content("m", "0", "1", SITES, 24, 0, sum(source.chunk_sizes), "bfloat16")
     written = await asyncio.to_thread(store.write, tmp_path, content, source)
     assert store.load(tmp_path).tokens == written.tokens == int(windows.counted.sum())
 
 
-async def test_a_site_without_a_hook_is_refused(engine: Engine, windows: Windows) -> None:
+async def test_site_without_a_hook_is_refused(engine: Engine, windows: Windows) -> None:
     with pytest.raises(ValueError, match=r"^site: layers\.0\.attn_out is not hooked"):
-        await captured(engine, ["layers.0.attn_out"], windows)
+        await capture_windows(engine, ["layers.0.attn_out"], windows)

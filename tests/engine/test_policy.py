@@ -1,20 +1,27 @@
-"""The operator's program: after every request's own edits, whatever those are."""
+"""Policies: the second stage of the calls that they bind, and rows that are held from the start."""
 
+import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-from vllm import SamplingParams
 
 from rudder.server import config as configuration
-from rudder.server.engine import selftest
+from rudder.server.caller import ANONYMOUS
+from rudder.server.engine import adapter, selftest
+from rudder.server.engine.adapter import SamplingParams
 from rudder.server.engine.call import Call, Outcome
 from rudder.server.engine.engine import Engine
+from rudder.server.engine.start import start_engine
 from rudder.server.program.compile import compile_program
 from rudder.server.program.errors import ProgramError
+from rudder.server.program.watch import compile_watch
+from rudder.server.safety.binding import binding_policy
 from rudder.v1 import program_pb2 as pb
 
 SITE = "layers.2.resid_post"
@@ -27,60 +34,72 @@ sites:
     set: 3.0
 """
 PROMPT = (1, *range(200, 216))
+ROWS = 12
 SMALL = {
     "engine.enforce_eager": "true",
     "engine.max_model_len": "128",
     "engine.kv_cache_memory_bytes": str(1 << 27),
-    "programs.always": "always-low",
+    "engine.rows": str(ROWS),
+    "programs.folder": "null",
+    "policies.default": "always-low",
 }
 
 
+def second_policy(index: int) -> str:
+    """Return a policy file that edits another latent."""
+    return POLICY.replace("always-low", "second").replace("index: 7", f"index: {index}")
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def guarded(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
-    """An engine with a policy, self-tested in both stages."""
-    folder: Path = tmp_path_factory.mktemp("programs")
+async def bound(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
+    """Start an engine with two policies, of which one is the default, self-tested in both stages."""
+    folder: Path = tmp_path_factory.mktemp("policies")
     (folder / "always-low.yaml").write_text(POLICY)
-    started = await Engine.start(configuration.load(None, SMALL | {"programs.folder": str(folder)}))
+    (folder / "second.yaml").write_text(second_policy(9))
+    started = await start_engine(configuration.load(None, SMALL | {"policies.folder": str(folder)}))
     await selftest.run(started)
     yield started
     await started.stop()
 
 
+def bound_call(engine: Engine, max_tokens: int, **fields: Any) -> Call:
+    """Build a call of an anonymous caller, with the policy that binds it."""
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    return Call(PROMPT, params, policy=binding_policy(engine, ANONYMOUS), **fields)
+
+
 async def outcome(engine: Engine, call: Call) -> Outcome:
-    """How a call ended."""
+    """Run a call and return its outcome."""
     last = [output async for output in engine.stream(call)][-1].outcome
     assert last is not None
     return last
 
 
-async def residuals_after(engine: Engine, call: Call) -> tuple[Outcome, np.ndarray]:
-    """The outcome, and the residual stream behind the site's edits [tokens, d]."""
-    last = await outcome(engine, call)
-    parts = [np.frombuffer(capture.after, "<f4") for capture in last.captures if capture.site == 0]
-    return last, np.concatenate(parts).reshape(-1, engine.model.hidden_size)[: len(call.prompt_ids)]
+def residuals(engine: Engine, outcome: Outcome, name: str) -> np.ndarray:
+    """Return the residuals `before` or `after` the edits at the site, [tokens, d]."""
+    parts = [np.frombuffer(getattr(capture, name), "<f4") for capture in outcome.captures if capture.site == 0]
+    stream: np.ndarray = np.concatenate(parts).reshape(-1, engine.model.hidden_size)[: len(PROMPT)]
+    return stream
 
 
-def against() -> pb.Program:
-    """A program that pushes hard against the policy's feature."""
+def opposing_program() -> pb.Program:
+    """Build a program that steers hard against the policy's feature."""
     edit = pb.Edit(row=pb.Row(feature=pb.Feature(index=7)), add=-50.0)
     return pb.Program(sites=[pb.SiteEdits(site=SITE, edits=[edit])])
 
 
-async def test_the_policy_applies_to_everyone_and_is_attested(guarded: Engine) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
-    plain = Call(PROMPT, params)
-    last = await outcome(guarded, plain)
+async def test_default_policy_binds_every_caller_and_is_attested(bound: Engine) -> None:
+    last = await outcome(bound, bound_call(bound, 4))
     assert last.moved == ()
     assert last.policy_moved == (len(PROMPT) - 1 + 3,)
 
 
-async def test_no_request_can_steer_it_away(guarded: Engine) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=1)
-    steered = Call(PROMPT, params, compile_program(against(), guarded.registry), report_prompt=True, capture=True)
-    last, after = await residuals_after(guarded, steered)
-    sae = next(iter(guarded.bundles.values())).sae
+async def test_request_cannot_cancel_a_policy(bound: Engine) -> None:
+    compiled = compile_program(opposing_program(), bound.registry)
+    last = await outcome(bound, bound_call(bound, 1, compiled=compiled, capture=True))
+    before, after = residuals(bound, last, "before"), residuals(bound, last, "after")
+    sae = next(iter(bound.bundles.values())).sae
     row = sae.exact_rows(torch.tensor([7]))
-    before = np.concatenate([np.frombuffer(c.before, "<f4") for c in last.captures]).reshape(after.shape[0], -1)
     pushed = before + (-50.0) * row.decoder.numpy()
     z = pushed @ row.encoder.numpy()[0] + float(row.bias[0])
     f = np.where(z > float(row.threshold[0]), z, 0.0)
@@ -89,12 +108,87 @@ async def test_no_request_can_steer_it_away(guarded: Engine) -> None:
     assert last.moved == last.policy_moved == (len(PROMPT) - 1,)
 
 
-async def test_a_policy_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
-    with pytest.raises(configuration.ConfigError, match=r"programs\.always: 'always-low' is not in"):
-        await Engine.start(configuration.load(None, SMALL | {"programs.folder": str(tmp_path)}))
+async def test_policy_does_not_touch_calls_that_it_does_not_bind(bound: Engine) -> None:
+    call = bound_call(bound, 4, capture=True)
+    free, last = await asyncio.gather(outcome(bound, replace(call, policy=None)), outcome(bound, call))
+    np.testing.assert_array_equal(residuals(bound, free, "after"), residuals(bound, free, "before"))
+    assert (free.moved, free.policy_moved) == ((), ())
+    assert last.policy_moved == (len(PROMPT) - 1 + 3,)
 
 
-async def test_a_named_program_that_does_not_fit_stops_the_start(tmp_path: Path) -> None:
+async def test_calls_bound_by_different_policies_run_in_one_batch(bound: Engine) -> None:
+    call = bound_call(bound, 1, capture=True)
+    other = replace(call, policy=bound.policies["second"].compiled)
+    first, second = await asyncio.gather(outcome(bound, call), outcome(bound, other))
+    sae = next(iter(bound.bundles.values())).sae
+    for last, latent in ((first, 7), (second, 9)):
+        before, after = residuals(bound, last, "before"), residuals(bound, last, "after")
+        encoded = sae.encode(torch.from_numpy(before.copy()))[:, latent].numpy()
+        expected = before + (3.0 - encoded)[:, None] * sae.decoder[latent].float().numpy()
+        np.testing.assert_allclose(after[1:], expected[1:], rtol=1e-3, atol=1e-3)
+
+
+async def test_bound_call_needs_a_slot_but_no_rows(bound: Engine) -> None:
+    rows = [(SITE, pb.Row(feature=pb.Feature(index=100 + i))) for i in range(ROWS - 2)]
+    params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
+    filling = bound.stream(Call(PROMPT, params, watch=compile_watch(rows, bound.registry, "watch")))
+    await anext(filling)
+    assert bound.admission.ledger.rows_used(0) == ROWS
+    (worker,) = await bound.llm.collective_rpc("rudder_usage")
+    assert (worker["rows"], worker["slots"]) == ([ROWS], 0)
+    last = await outcome(bound, bound_call(bound, 4))
+    assert last.policy_moved == (len(PROMPT) - 1 + 3,)
+    assert bound.admission.ledger.rows_used(0) == ROWS
+    await filling.aclose()
+
+
+async def test_rows_of_policies_are_held_when_nothing_runs(bound: Engine) -> None:
+    for _ in range(100):
+        if set(bound.admission.ledger.leases) == {0}:
+            break
+        await asyncio.sleep(0.05)
+    (worker,) = await bound.llm.collective_rpc("rudder_usage")
+    assert (bound.admission.ledger.rows_used(0), worker["rows"], worker["slots"]) == (2, [2], 0)
+
+
+async def test_call_that_needs_the_rows_of_policies_is_refused(bound: Engine) -> None:
+    rows = [(SITE, pb.Row(feature=pb.Feature(index=100 + i))) for i in range(ROWS - 1)]
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    with pytest.raises(ProgramError, match=r"^report\.features: 13 distinct rows at layers\.2\.resid_post"):
+        await outcome(bound, Call(PROMPT, params, watch=compile_watch(rows, bound.registry, "watch")))
+
+
+async def test_unknown_default_policy_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(configuration.ConfigError, match=r"policies\.default: 'always-low' is not in"):
+        await start_engine(configuration.load(None, SMALL | {"policies.folder": str(tmp_path)}))
+
+
+async def test_invalid_policy_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / "always-low.yaml").write_text(POLICY.replace("index: 7", "index: 99999"))
     with pytest.raises(ProgramError, match="feature"):
-        await Engine.start(configuration.load(None, SMALL | {"programs.folder": str(tmp_path)}))
+        await start_engine(configuration.load(None, SMALL | {"policies.folder": str(tmp_path)}))
+
+
+async def test_policies_that_do_not_fit_stop_the_start_and_vllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "always-low.yaml").write_text(POLICY)
+    (tmp_path / "second.yaml").write_text(second_policy(9))
+    stopped: list[bool] = []
+    start_llm = adapter.start_llm
+
+    def recorded(*args: Any) -> Any:
+        llm = start_llm(*args)
+        shutdown = llm.shutdown
+
+        def shutdown_recorded() -> None:
+            stopped.append(True)
+            shutdown()
+
+        llm.shutdown = shutdown_recorded
+        return llm
+
+    monkeypatch.setattr(adapter, "start_llm", recorded)
+    with pytest.raises(ProgramError, match=r"^policy second: 2 distinct rows at layers\.2\.resid_post, which has 1"):
+        await start_engine(configuration.load(None, SMALL | {"policies.folder": str(tmp_path), "engine.rows": "1"}))
+    assert stopped

@@ -1,4 +1,4 @@
-"""What must stop a start: a layout that does not fit, a bank that does not steer, an artifact of another bank."""
+"""What stops a start: an unknown model layout, a bank that fails its self-test, a compiled artifact of another bank."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +19,13 @@ from rudder.server.engine.worker.worker import build_banks
 from rudder.server.program.layout import Layout
 
 
-def bank(site: str) -> Any:
-    """A bank of width 8."""
+def bank_at(site: str) -> Any:
+    """Build a bank of width 8."""
     return build_banks(Layout((site,), rows=4, slots=2), 8, 9, torch.device("cpu"))[0]
 
 
-class Strange(nn.Module):
-    """Layers of a kind that nobody has seen."""
+class UnknownModel(nn.Module):
+    """A model whose layers are no decoder layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,19 +33,19 @@ class Strange(nn.Module):
         self.more = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
 
 
-def test_unknown_layouts_are_refused_by_name() -> None:
-    model = Strange()
-    with pytest.raises(sites.UnknownLayout, match="Strange has 2 lists of 2 layers"):
+def test_unknown_model_layout_is_refused_by_name() -> None:
+    model = UnknownModel()
+    with pytest.raises(sites.UnknownLayout, match="UnknownModel has 2 lists of 2 layers"):
         sites.decoder_layers(model, 2)
     with pytest.raises(sites.UnknownLayout, match=r"layers\.7\.resid_post of a model with 2 layers"):
-        sites.attach(bank("layers.7.resid_post"), model.layers)
+        sites.attach(bank_at("layers.7.resid_post"), model.layers)
     with pytest.raises(sites.UnknownLayout, match=r"layers\.0\.mlp_out: Linear has none of mlp"):
-        sites.attach(bank("layers.0.mlp_out"), model.layers)
+        sites.attach(bank_at("layers.0.mlp_out"), model.layers)
     with pytest.raises(sites.UnknownLayout, match="Linear takes no hidden_states"):
-        sites.attach(bank("layers.0.resid_pre"), model.layers)
+        sites.attach(bank_at("layers.0.resid_pre"), model.layers)
 
 
-def test_the_fused_residual_is_read_as_a_sum() -> None:
+def test_fused_residual_is_read_as_a_sum() -> None:
     seen = []
 
     class Probe(nn.Module):
@@ -56,16 +56,16 @@ def test_the_fused_residual_is_read_as_a_sum() -> None:
             return torch.ones_like(x)
 
     hidden, residual = torch.randn(3, 8), torch.randn(3, 8)
-    moved, kept = sites.output_hook(Probe(), fused=True)(nn.Identity(), (), (hidden, residual))  # type: ignore[arg-type]
+    edited, unchanged = sites.output_hook(Probe(), fused=True)(nn.Identity(), (), (hidden, residual))  # type: ignore[arg-type]
     torch.testing.assert_close(seen[0], hidden + residual)
-    torch.testing.assert_close(moved, hidden + 1)
-    assert kept is residual
+    torch.testing.assert_close(edited, hidden + 1)
+    assert unchanged is residual
 
 
 @pytest.mark.parametrize(
     "change", [{"rows": 32}, {"slots": 9}, {"sites": ("layers.1.mlp_out",)}, {"stages": 2}, {"window": 8}]
 )
-def test_the_compile_cache_key_knows_the_bank(change: dict[str, Any]) -> None:
+def test_compile_cache_key_depends_on_the_layout(change: dict[str, Any]) -> None:
     from vllm.config import VllmConfig
 
     layout = Layout(("layers.2.resid_post",), rows=16, slots=8)
@@ -79,7 +79,7 @@ def test_the_compile_cache_key_knows_the_bank(change: dict[str, Any]) -> None:
     assert ours == key(layout.additional_config(code_digest()))
 
 
-def test_the_compile_cache_key_knows_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_cache_key_depends_on_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout(("layers.2.resid_post",))
     before = layout.additional_config(code_digest())
     read = Path.read_bytes
@@ -87,7 +87,7 @@ def test_the_compile_cache_key_knows_the_code(monkeypatch: pytest.MonkeyPatch) -
     assert layout.additional_config(code_digest()) != before
 
 
-async def test_a_bank_that_does_not_steer_does_not_serve(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_bank_that_does_not_edit_fails_the_self_test(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = engine.stream
 
     async def unsteered(call: Call) -> Any:
@@ -105,21 +105,21 @@ async def test_a_bank_that_does_not_steer_does_not_serve(engine: Engine, monkeyp
     assert engine.healthy
 
 
-async def test_a_hook_that_did_not_run_is_noticed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hook_that_did_not_run_fails_the_self_test(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = engine.stream
 
-    async def silent(call: Call) -> Any:
+    async def without_captures(call: Call) -> Any:
         async for output in stream(call):
             yield output._replace(outcome=output.outcome and replace(output.outcome, captures=()))
 
-    monkeypatch.setattr(engine, "stream", silent)
+    monkeypatch.setattr(engine, "stream", without_captures)
     with pytest.raises(selftest.SelfTestFailed, match="its hook did not run"):
         await selftest.run(engine)
     monkeypatch.undo()
     await selftest.run(engine)
 
 
-async def test_lost_telemetry_fails_closed(engine: Engine) -> None:
+async def test_lost_telemetry_fails_every_call(engine: Engine) -> None:
     engine.hub.lost = TelemetryLost("a gap")
     with pytest.raises(TelemetryLost):
         await anext(engine.stream(Call((1, 5, 9), SamplingParams(max_tokens=4, ignore_eos=True))))

@@ -1,13 +1,16 @@
-"""Known traps of steering inside an engine (docs/design.md, Traps): each fails when its guard is taken out."""
+"""Known traps of steering inside an engine (docs/design.md, Traps). Each test fails without its countermeasure."""
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from vllm import SamplingParams
 
+from rudder.server.caller import ANONYMOUS
 from rudder.server.engine.admission import QueueFull
 from rudder.server.engine.call import Call, Outcome, Output
 from rudder.server.engine.engine import RELEASE_TIMEOUT_S, Engine
@@ -23,7 +26,7 @@ TEXT = "The cell membrane is a thin layer that separates the inside of the cell 
 
 
 def push(engine: Engine, strength: float, seed: int = 0, phase: pb.Phase = pb.PHASE_BOTH, site: str = SITE) -> Compiled:
-    """A program that pushes along a direction of its own."""
+    """Compile a program that adds a random direction."""
     direction = np.random.default_rng(seed).normal(size=engine.model.hidden_size).tolist()
     row = pb.Row(vector=pb.Vector(name=f"direction {seed}", values=direction))
     edit = pb.Edit(row=row, add=strength, unit=pb.UNIT_RESIDUAL_NORM, phase=phase)
@@ -31,40 +34,40 @@ def push(engine: Engine, strength: float, seed: int = 0, phase: pb.Phase = pb.PH
 
 
 def prompt(engine: Engine, tokens: int, offset: int = 0) -> tuple[int, ...]:
-    """BOS and real text, of a given length."""
+    """Return BOS and real text, `tokens` tokens in all."""
     ids = engine.tokenizer.encode(TEXT * 40, add_special_tokens=False)
     return (engine.model.bos_token_id, *ids[offset : offset + tokens - 1])
 
 
 def greedy(tokens: int, **more: Any) -> SamplingParams:
-    """Greedy decoding of exact length."""
+    """Return greedy sampling of exact length."""
     return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, **more)
 
 
 async def run(engine: Engine, call: Call) -> list[Output]:
-    """All outputs of a call."""
+    """Run a call and return its outputs."""
     return [output async for output in engine.stream(call)]
 
 
 def outcome(outputs: list[Output]) -> Outcome:
-    """How a call ended."""
+    """Return the outcome of a call."""
     last = outputs[-1].outcome
     assert last is not None
     return last
 
 
 def ids(outputs: Iterable[Output]) -> list[int]:
-    """The generated ids."""
+    """Return the generated ids."""
     return [i for output in outputs for i in output.token_ids]
 
 
 def positions(outputs: Iterable[Output]) -> list[int]:
-    """The positions of which features were reported."""
+    """Return the positions whose features were reported."""
     return [p for output in outputs for p in range(output.features.first, output.features.end)]
 
 
 async def usage(engine: Engine) -> dict[str, Any]:
-    """What the worker holds, once nothing is in flight."""
+    """Wait until nothing is in flight; return what the worker holds."""
     for _ in range(100):
         held: dict[str, Any] = (await engine.llm.collective_rpc("rudder_usage"))[0]
         if held["requests"] == 0 and not engine.admission.ledger.leases:
@@ -73,7 +76,7 @@ async def usage(engine: Engine) -> dict[str, Any]:
     raise AssertionError(f"still held: {held}, {engine.admission.ledger.leases.keys()}")
 
 
-async def test_unsteered_neighbours_equal_themselves_and_steered_ones_do_not(engine: Engine) -> None:
+async def test_unsteered_requests_are_unchanged_by_steered_ones_in_the_batch(engine: Engine) -> None:
     call = Call(prompt(engine, 20), greedy(24))
     alone = ids(await run(engine, call))
     steered = Call(call.prompt_ids, call.sampling, push(engine, 1.0))
@@ -82,7 +85,7 @@ async def test_unsteered_neighbours_equal_themselves_and_steered_ones_do_not(eng
     assert ids(batch[1]) == ids(batch[3]) != alone
 
 
-async def test_each_of_many_programs_does_what_it_does_alone(engine: Engine) -> None:
+async def test_program_has_the_same_effect_alone_and_in_a_batch(engine: Engine) -> None:
     calls = [Call(prompt(engine, 12), greedy(12), push(engine, 0.8, seed)) for seed in range(12)]
     alone = [ids(await run(engine, call)) for call in calls]
     together = [ids(outputs) for outputs in await asyncio.gather(*(run(engine, call) for call in calls))]
@@ -101,7 +104,7 @@ async def test_prefix_cache_is_not_shared_across_programs(engine: Engine) -> Non
     assert ids(again) == first != ids(fresh)
 
 
-async def test_prefix_cache_over_two_turns_when_only_generated_tokens_were_edited(engine: Engine) -> None:
+async def test_tokens_generated_under_a_program_are_not_reused_from_the_prefix_cache(engine: Engine) -> None:
     call = Call(prompt(engine, 100, 7), greedy(200), push(engine, 0.7, 2, pb.PHASE_GENERATED))
     answer = ids(await run(engine, call))
     second_turn = await run(engine, Call((*call.prompt_ids, *answer), greedy(4)))
@@ -113,32 +116,33 @@ async def test_prefix_cache_over_two_turns_when_only_generated_tokens_were_edite
 
 async def test_tenants_do_not_share_a_prefix_cache(engine: Engine) -> None:
     long, sampling = prompt(engine, 200, 31), greedy(1)
-    await run(engine, Call(long, sampling, tenant="a"))
-    assert outcome(await run(engine, Call(long, sampling, tenant="b"))).cached_tokens == 0
-    assert outcome(await run(engine, Call(long, sampling, tenant="a"))).cached_tokens > 0
+    tenant_a, tenant_b = replace(ANONYMOUS, tenant="a"), replace(ANONYMOUS, tenant="b")
+    await run(engine, Call(long, sampling, caller=tenant_a))
+    assert outcome(await run(engine, Call(long, sampling, caller=tenant_b))).cached_tokens == 0
+    assert outcome(await run(engine, Call(long, sampling, caller=tenant_a))).cached_tokens > 0
 
 
-async def test_reading_the_prompt_does_not_lose_cached_tokens(engine: Engine) -> None:
+async def test_prompt_is_reported_whole_when_it_is_cached(engine: Engine) -> None:
     row = pb.Row(feature=pb.Feature(index=int(frequency(engine).argmax())))
-    watch = compile_watch([(SITE, row)], engine.registry, "watch")
-    call = Call(prompt(engine, 200, 63), greedy(2), watch=watch, report_prompt=True)
+    watch = compile_watch([(SITE, row)], engine.registry, "watch", prompt=True)
+    call = Call(prompt(engine, 200, 63), greedy(2), watch=watch)
     for _ in range(2):
         assert positions(await run(engine, call)) == list(range(201))
 
 
 def frequency(engine: Engine) -> Any:
-    """Share of tokens on which each latent is active."""
+    """Return the share of tokens on which each latent is active."""
     return next(iter(engine.bundles.values())).statistics.frequency
 
 
 def preemptions() -> float:
-    """vLLM's own count."""
+    """Return vLLM's count of preemptions."""
     samples = [sample for family in preempted[0].collect() for sample in family.samples]
     total: float = sum(sample.value for sample in samples if sample.name.endswith("_total"))
     return total
 
 
-async def test_preempted_requests_are_recomputed_alike(engine: Engine) -> None:
+async def test_preempted_requests_give_the_same_tokens_and_counts(engine: Engine) -> None:
     calls = [
         Call(prompt(engine, 60, seed), greedy(190), push(engine, 0.5, seed, pb.PHASE_GENERATED)) for seed in range(10)
     ]
@@ -155,13 +159,13 @@ async def test_preempted_requests_are_recomputed_alike(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(("phase", "touched"), [(pb.PHASE_PROMPT, 299), (pb.PHASE_GENERATED, 9), (pb.PHASE_BOTH, 308)])
-async def test_phases_across_chunks(engine: Engine, phase: pb.Phase, touched: int) -> None:
+async def test_phases_do_not_depend_on_prefill_chunks(engine: Engine, phase: pb.Phase, touched: int) -> None:
     outputs = await run(engine, Call(prompt(engine, 300, 11), greedy(10), push(engine, 0.3, 3, phase)))
     assert outcome(outputs).moved == (touched,)
     assert outcome(outputs).tokens_seen == 309
 
 
-async def test_a_sequence_gate_does_not_depend_on_chunks_or_neighbours(engine: Engine) -> None:
+async def test_sequence_gate_does_not_depend_on_chunks_or_the_batch(engine: Engine) -> None:
     score = pb.Row(probe=pb.Probe(name="one", weights=[1e-9] * engine.model.hidden_size, bias=1.0))
     gate = pb.Gate(
         site=SITE, sequence=pb.SequenceCondition(score=score, cusum=pb.Cusum(drift=0.5), level=100.2, latch=True)
@@ -177,18 +181,32 @@ async def test_a_sequence_gate_does_not_depend_on_chunks_or_neighbours(engine: E
     assert outcome(results[0]).moved == (308 - 200,)
 
 
-async def test_abort_in_mid_stream_gives_everything_back(engine: Engine) -> None:
+async def test_abort_in_mid_stream_releases_everything(engine: Engine) -> None:
     stream = engine.stream(Call(prompt(engine, 30), greedy(400), push(engine, 0.5)))
-    seen = 0
+    received = 0
     async for _ in stream:
-        seen += 1
-        if seen == 3:
+        received += 1
+        if received == 3:
             break
     await stream.aclose()
     assert await usage(engine) == {"slots": 0, "rows": [0, 0, 0], "requests": 0}
 
 
-async def test_abort_before_the_first_step_gives_everything_back(engine: Engine) -> None:
+async def test_abandoned_call_reports_what_ran(engine: Engine) -> None:
+    ended: list[Outcome] = []
+    stream = engine.stream(Call(prompt(engine, 30), greedy(400), push(engine, 0.5)), on_abandoned=ended.append)
+    outputs = [await anext(stream) for _ in range(5)]
+    await stream.aclose()
+    (last,) = ended
+    assert (last.finish_reason, last.prompt_tokens, last.generated_tokens) == ("abort", 30, len(ids(outputs)))
+    # BOS is not edited; the worker may be some steps ahead of the outputs.
+    assert last.tokens_seen >= 30 + len(ids(outputs)) - 1
+    assert last.moved == (last.tokens_seen - 1,)
+    outputs = [output async for output in engine.stream(Call(prompt(engine, 9), greedy(2)), on_abandoned=ended.append)]
+    assert len(ended) == 1, "a call that ends with an outcome is not abandoned"
+
+
+async def test_abort_before_the_first_step_releases_everything(engine: Engine) -> None:
     tasks = [
         asyncio.create_task(run(engine, Call(prompt(engine, 90, n), greedy(50), push(engine, 0.5, n))))
         for n in range(6)
@@ -201,7 +219,7 @@ async def test_abort_before_the_first_step_gives_everything_back(engine: Engine)
     assert (await usage(engine))["slots"] == 0
 
 
-async def test_a_full_bank_queues_and_then_refuses(engine: Engine) -> None:
+async def test_full_bank_queues_requests_then_refuses_them(engine: Engine) -> None:
     calls = [Call(prompt(engine, 10, n), greedy(30), push(engine, 0.5, n)) for n in range(30)]
     results = await asyncio.gather(*(run(engine, call) for call in calls), return_exceptions=True)
     refused = [r for r in results if isinstance(r, QueueFull)]
@@ -213,30 +231,28 @@ async def test_a_full_bank_queues_and_then_refuses(engine: Engine) -> None:
     assert (await usage(engine))["slots"] == 0
 
 
-async def test_a_finished_request_is_seen_to_have_been_released_without_asking_the_worker(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
+async def test_release_of_a_finished_request_needs_no_rpc(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods: list[str] = []
     rpc = engine.llm.collective_rpc
 
-    async def listened(method: str, *args: Any, **kwargs: Any) -> Any:
-        asked.append(method)
+    async def recorded(method: str, *args: Any, **kwargs: Any) -> Any:
+        methods.append(method)
         return await rpc(method, *args, **kwargs)
 
-    monkeypatch.setattr(engine.llm, "collective_rpc", listened)
+    monkeypatch.setattr(engine.llm, "collective_rpc", recorded)
     for seed in range(3):
         await asyncio.gather(
             *(run(engine, Call(prompt(engine, 10, n), greedy(5), push(engine, 0.5, seed))) for n in range(4))
         )
         await asyncio.sleep(2 * RELEASE_TIMEOUT_S)
-    assert asked == []
+    assert methods == []
     assert not engine.hub.inboxes
 
 
-async def test_what_a_released_request_had_reported_is_not_told_as_anothers(
+async def test_unread_frames_of_a_released_request_are_not_attributed_to_others(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server reads nothing until the worker has said that it knows the request no more."""
+    """The server reads no frame until the worker has confirmed that it released the request."""
     monkeypatch.setattr("rudder.server.engine.engine.RELEASE_TIMEOUT_S", 0.05)
     row = pb.Row(feature=pb.Feature(index=0))
     calls = [
@@ -246,28 +262,28 @@ async def test_what_a_released_request_had_reported_is_not_told_as_anothers(
     reading = True
     messages, rpc = engine.hub.channel.messages, engine.llm.collective_rpc
 
-    async def asked(method: str, *args: Any, **kwargs: Any) -> Any:
+    async def until_released(method: str, *args: Any, **kwargs: Any) -> Any:
         nonlocal reading
         answer = await rpc(method, *args, **kwargs)
         reading = reading or (method == "rudder_holds" and not any(answer))
         return answer
 
-    monkeypatch.setattr(engine.llm, "collective_rpc", asked)
+    monkeypatch.setattr(engine.llm, "collective_rpc", until_released)
     monkeypatch.setattr(engine.hub.channel, "messages", lambda: messages() if reading else [])
-    stays = asyncio.create_task(run(engine, calls[0]))
-    goes = engine.stream(calls[1])
-    await anext(goes)
+    first = asyncio.create_task(run(engine, calls[0]))
+    aborted = engine.stream(calls[1])
+    await anext(aborted)
     reading = False
-    comes = asyncio.create_task(run(engine, calls[2]))
+    later = asyncio.create_task(run(engine, calls[2]))
     await asyncio.sleep(0.2)
-    await goes.aclose()
-    for outputs, tokens in ((await stays, 150), (await comes, 3)):
+    await aborted.aclose()
+    for outputs, tokens in ((await first, 150), (await later, 3)):
         assert positions(outputs) == list(range(20, 20 + tokens - 1))
     assert reading
     assert engine.hub.lost is None
 
 
-async def test_who_waits_for_the_bank_is_told_when_telemetry_is_lost(engine: Engine) -> None:
+async def test_lost_telemetry_fails_requests_that_wait_for_the_bank(engine: Engine) -> None:
     calls = [Call(prompt(engine, 10, n), greedy(400), push(engine, 0.5, n)) for n in range(13)]
     tasks = [asyncio.create_task(run(engine, call)) for call in calls]
     for _ in range(500):
@@ -286,10 +302,10 @@ async def test_who_waits_for_the_bank_is_told_when_telemetry_is_lost(engine: Eng
         if not (await usage(engine))["slots"]:
             return
         await asyncio.sleep(0.01)
-    pytest.fail("slots were not given back")
+    pytest.fail("slots were not released")
 
 
-async def test_reused_slots_and_rows_carry_nothing_over(engine: Engine) -> None:
+async def test_reused_slots_and_rows_keep_no_state(engine: Engine) -> None:
     plain = Call(prompt(engine, 15), greedy(12))
     alone = ids(await run(engine, plain))
     for seed in range(3):
@@ -304,14 +320,14 @@ async def test_reused_slots_and_rows_carry_nothing_over(engine: Engine) -> None:
     assert {tuple(ids(outputs)) for outputs in results} == {tuple(alone)}
 
 
-async def test_features_are_those_of_the_token_they_are_reported_for(engine: Engine) -> None:
+async def test_features_belong_to_the_positions_they_are_reported_for(engine: Engine) -> None:
     bundle = next(iter(engine.bundles.values()))
     watched = np.argsort(-bundle.statistics.frequency.numpy())[:5].tolist()
     named = [(SITE, pb.Row(feature=pb.Feature(index=i))) for i in watched]
-    rows = compile_watch(named, engine.registry, "watch")
+    rows = compile_watch(named, engine.registry, "watch", prompt=True)
     noise = [Call(prompt(engine, 40 + n, n), greedy(6), push(engine, 0.5, n)) for n in range(4)]
     call = Call(
-        prompt(engine, 150, 3), greedy(6), watch=rows, top_k=40, top_k_sites=(SITE,), report_prompt=True, capture=True
+        prompt(engine, 150, 3), greedy(6), watch=rows, top_k=40, top_k_sites=(SITE,), top_k_prompt=True, capture=True
     )
     outputs, *_ = await asyncio.gather(run(engine, call), *(run(engine, c) for c in noise))
     residual = np.concatenate(
@@ -329,7 +345,25 @@ async def test_features_are_those_of_the_token_they_are_reported_for(engine: Eng
 
 
 def torch_of(array: Any) -> Any:
-    """As a tensor."""
+    """Convert an array to a tensor."""
     import torch
 
     return torch.from_numpy(array.copy())
+
+
+@pytest.mark.parametrize("reason", ["error", "abort"])
+async def test_call_that_fails_before_its_first_token_ends_with_its_reason(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    """Such a call may never have run, so there is no telemetry to wait for."""
+    choice = SimpleNamespace(text="", token_ids=[], logprobs=None, finish_reason=reason, stop_reason=None)
+    result = SimpleNamespace(outputs=[choice], num_cached_tokens=None)
+
+    async def failed(*_: Any) -> Any:
+        return SimpleNamespace(get_nowait=lambda: result, request_id="failed")
+
+    monkeypatch.setattr("rudder.server.engine.engine.add_request", failed)
+    (output,) = await asyncio.wait_for(run(engine, Call(prompt(engine, 20), greedy(5), push(engine, 0.5))), 5)
+    assert outcome([output]).finish_reason == reason
+    assert (outcome([output]).moved, outcome([output]).tokens_seen) == ((0,), 0)
+    assert (await usage(engine))["slots"] == 0

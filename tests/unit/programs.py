@@ -27,8 +27,8 @@ REGISTRY = Registry(
     WIDTH,
     {d.name: d for d in (dictionary(BUNDLE, SITE), dictionary("one", OTHER), dictionary("two", OTHER))},
     max_edits=5,
-    locked=frozenset({(BUNDLE, 5)}),
 )
+LOCKED = frozenset({(BUNDLE, 5)})
 VECTOR = {"vector": {"name": "joy", "values": [3.0, 4.0] + [0.0] * (WIDTH - 2)}}
 PROBE = {"probe": {"name": "lie", "weights": [1.0] * WIDTH, "bias": -0.5}}
 

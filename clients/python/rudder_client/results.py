@@ -10,6 +10,9 @@ FINISH_REASONS = {
     inference_pb2.FINISH_REASON_STOP: "stop",
     inference_pb2.FINISH_REASON_LENGTH: "length",
     inference_pb2.FINISH_REASON_ABORT: "abort",
+    inference_pb2.FINISH_REASON_ERROR: "error",
+    inference_pb2.FINISH_REASON_REPETITION: "repetition",
+    inference_pb2.FINISH_REASON_REFUSED: "refused",
 }
 Delta = inference_pb2.ChoiceDelta | inference_pb2.Choice
 

@@ -151,7 +151,7 @@ class Driver:
     def fill(self, lease: Lease) -> None:
         """Load a lease's fresh row places, those of one bundle at one site together."""
         groups: dict[tuple[int, str], list[wire.Row]] = {}
-        for site, row in lease.fresh:
+        for site, row in lease.unfilled:
             groups.setdefault((site, row.bundle), []).append(row)
         for (site, bundle), rows in groups.items():
             places = torch.tensor([lease.places[site, row] for row in rows])
@@ -301,7 +301,7 @@ def captured_tokens(state: RequestState | None) -> Captured:
 
 def entries_of(slot: int, site: wire.Site) -> tuple[tuple[slice, bool], ...]:
     """Return a slot's (entries, whether of prompt tokens); both in one slice where the program edits them alike."""
-    if not site.tells_phases_apart():
+    if not site.phases_differ():
         return ((slice(2 * slot, 2 * slot + 2), True),)
     return (slice(2 * slot, 2 * slot + 1), True), (slice(2 * slot + 1, 2 * slot + 2), False)
 

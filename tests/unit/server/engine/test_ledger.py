@@ -1,4 +1,4 @@
-"""Row places and slots: never too many, all come back, and the server's count is the worker's."""
+"""The ledger: no overflow, everything is released, and the server's ledger agrees with the worker's."""
 
 from random import Random
 
@@ -16,7 +16,7 @@ quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def random_request(rng: Random) -> wire.Request:
-    """Up to four of eight latents at each of some sites; edits, watches or reads."""
+    """Build a request for up to four of eight latents at each of some sites, with edits, watched rows or reads."""
     sites = []
     for number in rng.sample((0, 1), rng.randint(0, 2)):
         rows = tuple(wire.Row("toy", i) for i in rng.sample(range(8), rng.randint(1, 4)))
@@ -26,28 +26,28 @@ def random_request(rng: Random) -> wire.Request:
 
 
 def latents(*numbers: int, site: int = 0, edit: bool = True) -> wire.Request:
-    """A request for these latents."""
+    """Build a request for these latents."""
     rows = tuple(wire.Row("toy", i) for i in numbers)
     edits = (wire.Edit(0, shift=1.0),) if edit else ()
     return wire.Request(1, 4, True, ((wire.Site(site, rows, edits, watch=(0,)),),))
 
 
 def used(ledger: Ledger) -> tuple[int, int, int, float]:
-    """What is held now."""
+    """Return the slots, row places and capture tokens in use."""
     return ledger.slots_used, ledger.rows_used(0), ledger.rows_used(1), ledger.capture_free
 
 
 @quick
 @given(seeds)
-def test_counts_are_those_of_the_requests_held(seed: int) -> None:
+def test_usage_equals_that_of_the_held_requests(seed: int) -> None:
     rng, ledger, held = Random(seed), Ledger(LAYOUT), dict[int, wire.Request]()
     for handle in range(40):
         if held and rng.random() < 0.5:
-            gone = rng.choice(sorted(held))
-            assert ledger.release(gone)
-            del held[gone]
+            released = rng.choice(sorted(held))
+            assert ledger.release(released)
+            del held[released]
         request = random_request(rng)
-        if ledger.lacking(request):
+        if ledger.insufficient(request):
             with pytest.raises(BankFull):
                 ledger.acquire(handle, request)
         else:
@@ -68,16 +68,16 @@ def test_counts_are_those_of_the_requests_held(seed: int) -> None:
 
 @quick
 @given(seeds)
-def test_no_place_serves_two_rows(seed: int) -> None:
+def test_no_place_holds_two_rows(seed: int) -> None:
     rng, ledger = Random(seed), Ledger(LAYOUT)
     leases: dict[int, Lease] = {}
     for handle in range(30):
         if leases and rng.random() < 0.4:
-            gone = rng.choice(sorted(leases))
-            ledger.release(gone)
-            del leases[gone]
+            released = rng.choice(sorted(leases))
+            ledger.release(released)
+            del leases[released]
         request = random_request(rng)
-        if not ledger.lacking(request):
+        if not ledger.insufficient(request):
             leases[handle] = ledger.acquire(handle, request)
         slots = [lease.slot for lease in leases.values() if lease.slot]
         assert len(set(slots)) == len(slots)
@@ -88,15 +88,15 @@ def test_no_place_serves_two_rows(seed: int) -> None:
 
 @quick
 @given(seeds)
-def test_the_worker_never_overflows_behind_the_servers_admission(seed: int) -> None:
-    """The worker hears of admissions late and in another order, and has given back all that the server takes back."""
+def test_worker_never_overflows_behind_server_admission(seed: int) -> None:
+    """The worker admits late and in another order, and releases before the server does."""
     rng, server, worker = Random(seed), Ledger(LAYOUT), Ledger(LAYOUT)
     sent: dict[int, wire.Request] = {}
     running: list[int] = []
     finished: list[int] = []
     for handle in range(60):
         request = random_request(rng)
-        if not server.lacking(request):
+        if not server.insufficient(request):
             server.acquire(handle, request)
             sent[handle] = request
         for started in rng.sample(sorted(sent), rng.randint(0, len(sent))):
@@ -106,45 +106,45 @@ def test_the_worker_never_overflows_behind_the_servers_admission(seed: int) -> N
             worker.release(done)
             running.remove(done)
             finished.append(done)
-        for told in rng.sample(finished, rng.randint(0, len(finished))):
-            server.release(told)
-            finished.remove(told)
+        for reported in rng.sample(finished, rng.randint(0, len(finished))):
+            server.release(reported)
+            finished.remove(reported)
         if not sent and not finished:
             assert used(server) == used(worker)
 
 
 @quick
 @given(seeds)
-def test_ranks_that_see_the_same_agree(seed: int) -> None:
+def test_ranks_with_equal_input_agree(seed: int) -> None:
     rng = Random(seed)
     ranks, held = (Ledger(LAYOUT), Ledger(LAYOUT)), list[int]()
     for handle in range(30):
         if held and rng.random() < 0.5:
-            gone = held.pop(rng.randrange(len(held)))
-            first, second = (rank.release(gone) for rank in ranks)
+            released = held.pop(rng.randrange(len(held)))
+            first, second = (rank.release(released) for rank in ranks)
             assert first == second
         request = wire.decode(wire.encode(random_request(rng)))
-        if not ranks[0].lacking(request):
+        if not ranks[0].insufficient(request):
             first, second = (rank.acquire(handle, request) for rank in ranks)
             assert first == second
             held.append(handle)
 
 
-def test_the_lowest_free_place_is_taken_and_shared_rows_are_filled_once() -> None:
+def test_lowest_free_place_is_used_and_shared_rows_are_filled_once() -> None:
     ledger = Ledger(LAYOUT)
     first = ledger.acquire(1, latents(7, 8))
     second = ledger.acquire(2, latents(8, 9))
     assert (first.slot, second.slot) == (1, 2)
     assert list(first.places.values()) == [0, 1]
     assert list(second.places.values()) == [1, 2]
-    assert second.fresh == ((0, wire.Row("toy", 9)),)
+    assert second.unfilled == ((0, wire.Row("toy", 9)),)
     ledger.release(1)
     third = ledger.acquire(3, latents(5))
     assert (third.slot, list(third.places.values())) == (1, [0])
-    assert ledger.acquire(4, latents(8, edit=False)).fresh == ()
+    assert ledger.acquire(4, latents(8, edit=False)).unfilled == ()
 
 
-def test_what_lacks_is_named_and_nothing_is_taken() -> None:
+def test_insufficient_resource_is_named_and_nothing_is_leased() -> None:
     ledger = Ledger(LAYOUT)
     reading = wire.Request(1, 11, True, top_k=1)
     ledger.acquire(0, reading)
@@ -156,13 +156,13 @@ def test_what_lacks_is_named_and_nothing_is_taken() -> None:
             ledger.acquire(9, request)
         assert caught.value.resource == resource
     ledger.acquire(3, latents(0))
-    assert ledger.lacking(latents(0)) == "slots"
-    assert ledger.lacking(latents(0, edit=False)) is None
+    assert ledger.insufficient(latents(0)) == "slots"
+    assert ledger.insufficient(latents(0, edit=False)) is None
     ledger.release(3)
     assert used(ledger) == before
 
 
-def test_releasing_twice_or_what_nobody_holds_changes_nothing() -> None:
+def test_release_of_an_unknown_handle_changes_nothing() -> None:
     ledger = Ledger(LAYOUT)
     ledger.acquire(1, latents(0))
     assert ledger.release(2) is None

@@ -1,4 +1,4 @@
-"""From programs to numbers: what each operation means, and what a digest says."""
+"""Compilation: operations, rows, gates, watched rows and digests."""
 
 import math
 import subprocess
@@ -19,7 +19,7 @@ from rudder.server.program.compile import compile_program
 from rudder.server.program.errors import ProgramError
 from rudder.server.program.layout import Layout
 from rudder.server.program.rows import Registry, check_capacity
-from rudder.server.program.watch import compile_watch, with_watch
+from rudder.server.program.watch import Watched, compile_watch, merge_watched
 from rudder.v1 import program_pb2
 from tests.unit.programs import (
     ADD,
@@ -59,7 +59,7 @@ OPERATIONS = [
 
 
 @pytest.mark.parametrize(("edit", "numbers"), OPERATIONS)
-def test_operations_compile_to_the_formula(edit: dict[str, Any], numbers: dict[str, Any]) -> None:
+def test_operation_compiles_to_formula_parameters(edit: dict[str, Any], numbers: dict[str, Any]) -> None:
     assert edit_of(**edit) == wire.Edit(0, **numbers)
 
 
@@ -79,7 +79,7 @@ MEANINGS = [
 
 
 @pytest.mark.parametrize(("edit", "after"), MEANINGS)
-def test_operations_do_what_they_are_called(edit: dict[str, Any], after: tuple[float, float]) -> None:
+def test_operation_has_its_effect_on_the_activation(edit: dict[str, Any], after: tuple[float, float]) -> None:
     """On an orthonormal latent the edit's result can be read back from x': here the first coordinate."""
     eye, zeros = torch.eye(WIDTH)[:6], torch.zeros(6)
     driver = make_driver(LAYOUT, SAE(eye, zeros, zeros, eye, torch.zeros(WIDTH)))
@@ -91,7 +91,7 @@ def test_operations_do_what_they_are_called(edit: dict[str, Any], after: tuple[f
     assert (x + moves)[1, :, 0] == pytest.approx(after, abs=1e-5)
 
 
-def test_rows_resolve() -> None:
+def test_vector_and_feature_rows_resolve() -> None:
     result = compiled({"row": VECTOR, "set": 2, "unit": "UNIT_RESIDUAL_NORM"}, {"row": feature(3), "ablate": True})
     vector, latent = result.sites[0].rows
     assert np.frombuffer(vector.decoder, "<f4").tolist()[:2] == [3.0, 4.0]
@@ -100,14 +100,14 @@ def test_rows_resolve() -> None:
     assert result.sites[0].edits[0].shift == pytest.approx(0.4)
 
 
-def test_a_vector_adds_itself() -> None:
+def test_add_on_a_vector_adds_the_vector() -> None:
     driver = make_driver(LAYOUT, SAE(*(torch.zeros(s) for s in ((6, WIDTH), 6, 6, (6, WIDTH), WIDTH))))
     driver.admit("r", 1, wire.Request(1, 1, False, (compiled({"row": VECTOR, "add": 2}).sites,)))
     moves = run_step(driver, [("r", 0, 1)], {"r": np.ones((3, 1, WIDTH))})["r"]
     assert moves[1, 0].tolist() == [6.0, 8.0] + [0.0] * (WIDTH - 2)
 
 
-def test_names_follow_the_moved_column() -> None:
+def test_edit_names_have_the_order_of_the_moved_column() -> None:
     document = {
         "sites": [
             {"site": OTHER, "edits": [{"row": feature(1, "two"), "scale": 2}]},
@@ -137,12 +137,12 @@ def test_names_follow_the_moved_column() -> None:
         ({"edits": [{"row": VECTOR, "add": 1}], "blend": {"weight": 1, "phase": "PHASE_GENERATED"}}, True),
     ],
 )
-def test_by_phase_says_whether_the_prompts_length_matters(document: dict[str, Any], by_phase: bool) -> None:
+def test_by_phase_is_set_when_phases_differ(document: dict[str, Any], by_phase: bool) -> None:
     message = json_format.ParseDict(at(**document), program_pb2.Program())
     assert compile_program(message, REGISTRY).by_phase == by_phase
 
 
-def test_one_row_in_two_phases_has_two_places() -> None:
+def test_row_edited_in_two_phases_has_two_copies() -> None:
     prompt, generated = (
         {"row": feature(0), "add": v, "phase": f"PHASE_{p}"} for v, p in ((1, "PROMPT"), (2, "GENERATED"))
     )
@@ -151,7 +151,7 @@ def test_one_row_in_two_phases_has_two_places() -> None:
     assert [e.row for e in site.edits] == [0, 1]
 
 
-def test_a_blend_towards_an_edited_vector_has_its_own_place() -> None:
+def test_blend_towards_an_edited_vector_has_its_own_copy() -> None:
     site = compiled({"row": VECTOR, "add": 1}, blend={"vector": VECTOR["vector"], "weight": 0.5}).sites[0]
     assert site.blend
     assert site.edits[0].row != site.blend.row
@@ -168,7 +168,7 @@ STATISTICS = [
 
 
 @pytest.mark.parametrize(("condition", "numbers"), STATISTICS)
-def test_statistics_compile(condition: dict[str, Any], numbers: dict[str, Any]) -> None:
+def test_statistic_compiles_to_sequence_parameters(condition: dict[str, Any], numbers: dict[str, Any]) -> None:
     result = compiled(ADD, gate={"site": SITE, "sequence": {"score": PROBE} | condition})
     gate = result.sites[0].gate
     assert gate
@@ -176,7 +176,7 @@ def test_statistics_compile(condition: dict[str, Any], numbers: dict[str, Any]) 
     assert result.in_sequence
 
 
-def test_triggers_share_rows_with_edits_and_the_lowest_threshold_counts() -> None:
+def test_triggers_share_rows_with_edits_and_use_the_lowest_threshold() -> None:
     triggers = [{"row": feature(i), "above": above} for i, above in ((0, 1), (3, 1), (0, 2))]
     result = compiled({"row": feature(0), "add": 1}, gate={"site": SITE, "any_of": triggers})
     assert result.sites[0].rows == (wire.Row(BUNDLE, 0), wire.Row(BUNDLE, 3))
@@ -185,11 +185,11 @@ def test_triggers_share_rows_with_edits_and_the_lowest_threshold_counts() -> Non
 
 
 def digest(document: dict[str, Any], registry: Registry = REGISTRY) -> str:
-    """A program's digest."""
+    """Compile a program and return its digest."""
     return compile_program(json_format.ParseDict(document, program_pb2.Program()), registry).digest
 
 
-def test_the_digest_ignores_names_spelling_and_order() -> None:
+def test_digest_ignores_names_spelling_and_order() -> None:
     explicit = {
         "site": SITE,
         "edits": [{"row": feature(0, BUNDLE), "add": 1, "unit": "UNIT_ABSOLUTE", "phase": "PHASE_BOTH"}],
@@ -219,7 +219,7 @@ CHANGES: list[Change] = [
 
 
 @pytest.mark.parametrize("number", range(len(CHANGES)))
-def test_the_digest_follows_the_numbers(number: int) -> None:
+def test_digest_changes_with_the_parameters(number: int) -> None:
     changed = json_format.MessageToDict(
         json_format.ParseDict(SPREAD, program_pb2.Program()), preserving_proto_field_name=True
     )
@@ -228,7 +228,7 @@ def test_the_digest_follows_the_numbers(number: int) -> None:
     assert digest(changed, registry) != digest(SPREAD, registry)
 
 
-def test_the_digest_is_of_the_bundles_content_not_its_name() -> None:
+def test_digest_depends_on_bundle_hash_not_name() -> None:
     renamed = Registry(LAYOUT, WIDTH, {"new": dictionary("new", SITE)})
     retrained = Registry(LAYOUT, WIDTH, {BUNDLE: dictionary(BUNDLE, SITE, "other")})
     document = at(edits=[ADD])
@@ -236,12 +236,12 @@ def test_the_digest_is_of_the_bundles_content_not_its_name() -> None:
     assert digest(document, retrained) != digest(document)
 
 
-def test_the_digest_does_not_depend_on_other_sites_of_the_layout() -> None:
+def test_digest_does_not_depend_on_other_sites() -> None:
     alone = Registry(Layout((SITE,)), WIDTH, {BUNDLE: dictionary(BUNDLE, SITE)})
     assert digest(at(edits=[ADD]), alone) == digest(at(edits=[ADD]))
 
 
-def test_the_digest_is_the_same_in_another_process() -> None:
+def test_digest_is_equal_in_another_process() -> None:
     code = "from tests.unit.server.program.test_compile import *; print(digest(SPREAD))"
     root = Path(__file__).parents[4]
     path = f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'clients/python')!r}]; "
@@ -250,21 +250,30 @@ def test_the_digest_is_the_same_in_another_process() -> None:
 
 
 def parsed_row(row: dict[str, Any]) -> program_pb2.Row:
-    """A row from its JSON form."""
+    """Parse a row from its JSON form."""
     return json_format.ParseDict(row, program_pb2.Row())
 
 
-def test_watched_rows_join_the_program() -> None:
+def test_watched_rows_are_merged_into_the_program() -> None:
     sites = compiled(ADD).sites
     wanted = [(OTHER, feature(1, "two")), (SITE, PROBE), (SITE, feature(0)), (OTHER, feature(1, "two")), (EARLY, PROBE)]
     watched = compile_watch([(site, parsed_row(row)) for site, row in wanted], REGISTRY, "report.features")
-    merged, columns = with_watch(sites, watched)
+    merged, columns = merge_watched(sites, watched)
     assert [site.site for site in merged] == [0, 1, 2]
     assert merged[1].edits == sites[0].edits
     assert merged[1].rows[0] == sites[0].rows[0]
-    told = [(site.site, site.rows[row]) for site in merged for row in site.watch]
-    assert len(told) == 4
-    assert [told[column] for column in columns] == list(watched)
+    reported = [(site.site, site.rows[row]) for site in merged for row in site.watch]
+    assert len(reported) == 4
+    assert [Watched(*reported[column]) for column in columns] == list(watched)
+
+
+def test_row_watched_with_and_without_prompt_has_one_column() -> None:
+    wanted = [(SITE, parsed_row(feature(0)))]
+    watched = compile_watch(wanted, REGISTRY, "watch"), compile_watch(wanted, REGISTRY, "watch", prompt=True)
+    (generated,), (everywhere,) = watched
+    assert (generated.prompt, everywhere.prompt) == (False, True)
+    (site,), columns = merge_watched((), (generated, everywhere))
+    assert (site.watch, columns) == ((0,), (0, 0))
 
 
 @pytest.mark.parametrize(
@@ -275,13 +284,13 @@ def test_watched_rows_join_the_program() -> None:
         (SITE, feature(6), "[0].row.feature.index", "FEATURE_UNKNOWN"),
     ],
 )
-def test_watching_is_refused_by_field(site: str, row: dict[str, Any], field: str, reason: str) -> None:
+def test_watch_refusal_names_the_field(site: str, row: dict[str, Any], field: str, reason: str) -> None:
     with pytest.raises(ProgramError) as caught:
         compile_watch([(site, parsed_row(row))], REGISTRY, "report.features")
     assert (caught.value.field, caught.value.reason) == ("report.features" + field, reason)
 
 
-def test_rows_of_all_stages_must_fit_together() -> None:
+def test_rows_of_all_stages_share_the_capacity() -> None:
     first = compiled(*({"row": feature(i), "add": 1} for i in (0, 1, 2))).sites
     shared = compiled(*({"row": feature(i), "add": 1} for i in (2, 3))).sites
     other = compiled({"row": VECTOR, "add": 1}, {"row": feature(3), "add": 1}).sites
@@ -290,7 +299,16 @@ def test_rows_of_all_stages_must_fit_together() -> None:
         check_capacity([first, other], REGISTRY, "program")
 
 
-def test_random_programs_compile_alike_after_a_round_trip() -> None:
+def test_reserved_rows_count_against_the_capacity_once() -> None:
+    three = compiled(*({"row": feature(i), "add": 1} for i in (0, 1, 2))).sites
+    reserved = {three[0].site: frozenset({wire.Row(BUNDLE, 2), wire.Row(BUNDLE, 3)})}
+    check_capacity([three], REGISTRY, "program", reserved)
+    other = compiled({"row": VECTOR, "add": 1}, *({"row": feature(i), "add": 1} for i in (0, 1))).sites
+    with pytest.raises(ProgramError, match="5 distinct rows"):
+        check_capacity([other], REGISTRY, "program", reserved)
+
+
+def test_compiled_request_survives_a_round_trip() -> None:
     rng = Random(0)
     for _ in range(50):
         edits = [

@@ -1,4 +1,4 @@
-"""The bank's shape, and the key it gives to the engine's compile cache."""
+"""The layout of the bank and its part in the compile-cache key."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from rudder.server.program.layout import Layout
 
 
-def test_sites_stand_in_the_order_of_the_forward_pass() -> None:
+def test_sites_are_sorted_in_forward_order() -> None:
     names = (
         "layers.10.resid_pre",
         "layers.2.resid_post",
@@ -32,7 +32,7 @@ def test_sites_stand_in_the_order_of_the_forward_pass() -> None:
         ({"sequence_sites": ("layers.1.resid_post",)}, "sequence_sites"),
     ],
 )
-def test_refusals_name_the_field(fields: dict[str, object], name: str) -> None:
+def test_invalid_field_is_named(fields: dict[str, object], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: "):
         Layout(**({"sites": ("layers.0.resid_post",)} | fields))  # type: ignore[arg-type]
 
@@ -47,12 +47,12 @@ def test_sequence_sites_default_to_all() -> None:
 LAYOUT = Layout(("layers.0.resid_post", "layers.1.mlp_out"), 8, 4, 2, 16, ("layers.1.mlp_out",), 100)
 
 
-def test_the_configuration_survives_json() -> None:
+def test_additional_config_survives_json() -> None:
     config = json.loads(json.dumps(LAYOUT.additional_config("code")))
     assert Layout.from_additional_config(config) == LAYOUT
 
 
-def test_every_field_and_the_code_reach_the_compile_cache_key() -> None:
+def test_every_field_and_the_code_change_the_additional_config() -> None:
     """A stale artifact would silently serve unsteered text."""
     others = (
         Layout(("layers.0.resid_post", "layers.2.mlp_out"), 8, 4, 2, 16, (), 100),

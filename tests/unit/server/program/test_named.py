@@ -1,4 +1,4 @@
-"""Named programs in YAML files."""
+"""Named programs are read from YAML files."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ sites:
 """
 
 
-def test_programs_load_from_yaml(tmp_path: Path) -> None:
+def test_programs_are_read_from_yaml(tmp_path: Path) -> None:
     (tmp_path / "calm.yaml").write_text(GOOD)
     (tmp_path / "notes.txt").write_text("not a program")
     programs = load_programs(tmp_path)
@@ -39,7 +39,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_files_are_named_with_the_field(tmp_path: Path, case: str) -> None:
+def test_invalid_file_is_named_with_the_field(tmp_path: Path, case: str) -> None:
     text, word = BAD[case]
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ProgramFileError, match=word) as caught:
@@ -47,7 +47,7 @@ def test_bad_files_are_named_with_the_field(tmp_path: Path, case: str) -> None:
     assert "bad.yaml" in str(caught.value)
 
 
-def test_a_name_is_defined_once(tmp_path: Path) -> None:
+def test_duplicate_name_is_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.yaml").write_text(GOOD)
     with pytest.raises(ProgramFileError, match=r"b\.yaml: name: 'calm'"):

@@ -1,4 +1,4 @@
-"""What is refused, and by which field."""
+"""Invalid programs are refused, naming the field at fault."""
 
 from contextlib import suppress
 from typing import Any
@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from rudder.server.program import wire
 from rudder.server.program.compile import compile_program
-from rudder.server.program.errors import LARGEST, ProgramError
+from rudder.server.program.errors import MAX_MAGNITUDE, ProgramError
 from rudder.v1 import program_pb2
 from tests.unit.programs import (
     ADD,
     EARLY,
+    LOCKED,
     OTHER,
     PROBE,
     REGISTRY,
@@ -57,7 +58,7 @@ REFUSALS: list[Refusal] = [
     (editing(), f"{EDIT}.operation", "FIELD_INVALID"),
     (editing(row={}, add=1), f"{EDIT}.row", "FIELD_INVALID"),
     (editing(row=feature(6), add=1), f"{EDIT}.row.feature.index", "FEATURE_UNKNOWN"),
-    (editing(row=feature(0, "nobody"), add=1), f"{EDIT}.row.feature.bundle", "FEATURE_UNKNOWN"),
+    (editing(row=feature(0, "unknown"), add=1), f"{EDIT}.row.feature.bundle", "FEATURE_UNKNOWN"),
     (editing(row=feature(0, "one"), add=1), f"{EDIT}.row.feature.bundle", "FIELD_INVALID"),
     (at(OTHER, edits=[ADD]), f"{EDIT}.row.feature.bundle", "FIELD_INVALID"),
     (at(EARLY, edits=[ADD]), f"{EDIT}.row.feature.bundle", "FEATURE_UNKNOWN"),
@@ -76,7 +77,7 @@ REFUSALS: list[Refusal] = [
     (editing(set="Infinity"), f"{EDIT}.set", "FIELD_INVALID"),
     (editing(clamp="-Infinity"), f"{EDIT}.clamp", "FIELD_INVALID"),
     (editing(cap=1e39), f"{EDIT}.cap", "FIELD_INVALID"),
-    (editing(floor=0.5 * LARGEST, unit="UNIT_MAX_ACTIVATION"), f"{EDIT}.floor", "FIELD_INVALID"),
+    (editing(floor=0.5 * MAX_MAGNITUDE, unit="UNIT_MAX_ACTIVATION"), f"{EDIT}.floor", "FIELD_INVALID"),
     (editing(ablate=False), f"{EDIT}.ablate", "FIELD_INVALID"),
     (editing(scale=2, unit="UNIT_RESIDUAL_NORM"), f"{EDIT}.unit", "FIELD_INVALID"),
     (editing(add=1, unit=17), f"{EDIT}.unit", "FIELD_INVALID"),
@@ -89,7 +90,7 @@ REFUSALS: list[Refusal] = [
     (at(blend={"weight": -0.01}), f"{BLEND}.weight", "FIELD_INVALID"),
     (at(blend={"weight": "NaN"}), f"{BLEND}.weight", "FIELD_INVALID"),
     (at(blend={"weight": 1, "phase": 9}), f"{BLEND}.phase", "FIELD_INVALID"),
-    (at(blend={"weight": 1, "bundle": "nobody"}), f"{BLEND}.bundle", "FEATURE_UNKNOWN"),
+    (at(blend={"weight": 1, "bundle": "unknown"}), f"{BLEND}.bundle", "FEATURE_UNKNOWN"),
     (at(blend={"weight": 1, "bundle": "one"}), f"{BLEND}.bundle", "FIELD_INVALID"),
     (at(blend={"weight": 1, "vector": LONG["vector"]}), f"{BLEND}.vector.values", "FIELD_INVALID"),
     (gated(), GATE, "FIELD_INVALID"),
@@ -131,15 +132,15 @@ REFUSALS += [
 
 
 @pytest.mark.parametrize(("document", "field", "reason"), REFUSALS, ids=[f"{i}-{r[1]}" for i, r in enumerate(REFUSALS)])
-def test_refusals_name_the_field(document: dict[str, Any], field: str, reason: str) -> None:
+def test_refusal_names_the_field(document: dict[str, Any], field: str, reason: str) -> None:
     message = json_format.ParseDict(document, program_pb2.Program())
     with pytest.raises(ProgramError) as caught:
-        compile_program(message, REGISTRY, field="steering.program")
+        compile_program(message, REGISTRY, locked=LOCKED, field="steering.program")
     assert (caught.value.field, caught.value.reason) == (f"steering.program.{field}", reason)
 
 
 ACCEPTED = [
-    at(edits=[ADD | {"add": LARGEST}]),
+    at(edits=[ADD | {"add": MAX_MAGNITUDE}]),
     at(edits=[{"row": feature(i), "add": 1} for i in (0, 1, 2, 3)]),
     at(blend={"weight": 0}),
     at(blend={"weight": 1}),
@@ -151,17 +152,28 @@ ACCEPTED = [
 
 
 @pytest.mark.parametrize("document", ACCEPTED)
-def test_the_limits_themselves_are_accepted(document: dict[str, Any]) -> None:
+def test_values_at_the_limits_are_accepted(document: dict[str, Any]) -> None:
     assert compile_program(json_format.ParseDict(document, program_pb2.Program()), REGISTRY).digest
 
 
-def test_policies_may_edit_locked_rows() -> None:
-    assert compile_program(program({"row": feature(5), "ablate": True}), REGISTRY, policy=True).sites[0].edits
+def test_row_is_editable_unless_locked() -> None:
+    assert compile_program(program({"row": feature(5), "ablate": True}), REGISTRY).sites[0].edits
+
+
+def test_locked_row_is_refused_by_name() -> None:
+    with pytest.raises(ProgramError, match=r"sites\[0\]\.edits\[1\]\.row: feature 5 of toy is locked") as caught:
+        compile_program(program(ADD, {"row": feature(5), "ablate": True}), REGISTRY, locked=LOCKED)
+    assert caught.value.reason == "ROW_LOCKED"
+
+
+def test_locked_row_may_be_read_by_a_gate() -> None:
+    message = program(ADD, gate={"site": SITE, "any_of": [{"row": feature(5), "above": 1}]})
+    assert compile_program(message, REGISTRY, locked=LOCKED).sites[0].gate
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=4))
-def test_any_message_is_compiled_or_refused_by_field(changes: list[tuple[int, int]]) -> None:
+def test_any_message_compiles_or_is_refused(changes: list[tuple[int, int]]) -> None:
     data = bytearray(json_format.ParseDict(SPREAD, program_pb2.Program()).SerializeToString())
     for at_byte, value in changes:
         data[at_byte % len(data)] = value
@@ -175,7 +187,7 @@ def test_any_message_is_compiled_or_refused_by_field(changes: list[tuple[int, in
         wire.encode(wire.Request(1, 2, True, (result.sites,)))
 
 
-def test_huge_programs_are_refused_quickly() -> None:
+def test_program_with_too_many_edits_is_refused() -> None:
     message = program()
     message.sites[0].edits.extend([program_pb2.Edit()] * 100_000)
     with pytest.raises(ProgramError, match="100000 edits"):

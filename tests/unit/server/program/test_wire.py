@@ -1,4 +1,4 @@
-"""The compiled form survives its way to the worker."""
+"""The wire form of requests: encoding and derived properties."""
 
 from math import inf
 from random import Random
@@ -17,32 +17,32 @@ LAYOUT = Layout(("layers.0.resid_post", "layers.1.resid_post"), stages=2)
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
-def test_round_trip(seed: int) -> None:
+def test_random_request_round_trips(seed: int) -> None:
     request = random_request(Random(seed), LAYOUT, tokens=5)
     assert wire.decode(wire.encode(request)) == request
     assert wire.decode(wire.encode(request)).rows() == request.rows()
 
 
-def test_what_has_no_value_stays_so() -> None:
+def test_absent_values_and_infinities_round_trip() -> None:
     edit, sequence = wire.Edit(0, upper=inf, lower=-inf), wire.Sequence(0, binary=None)
     site = wire.Site(0, (wire.Row(),), (edit,), gate=wire.Gate(sequence=sequence), max_displacement=inf)
     assert wire.decode(wire.encode(wire.Request(1, 2, True, ((site,),)))).stages[0][0] == site
 
 
 @pytest.mark.parametrize("payload", [b"", b"\xc0", msgspec.msgpack.encode([1]), msgspec.msgpack.encode(["a", 2, True])])
-def test_anything_else_is_refused(payload: bytes) -> None:
+def test_invalid_payload_is_refused(payload: bytes) -> None:
     with pytest.raises(msgspec.DecodeError):
         wire.decode(payload)
 
 
-def test_a_truncated_payload_is_refused() -> None:
+def test_truncated_payload_is_refused() -> None:
     payload = wire.encode(random_request(Random(1), LAYOUT, tokens=5))
     for length in range(len(payload)):
         with pytest.raises(msgspec.DecodeError):
             wire.decode(payload[:length])
 
 
-def test_who_needs_a_slot() -> None:
+def test_edits_blends_and_gates_need_a_slot() -> None:
     rows = (wire.Row("toy", 0),)
     needing = (
         wire.Site(0, rows, (wire.Edit(0),)),
@@ -54,7 +54,7 @@ def test_who_needs_a_slot() -> None:
     assert not wire.Request(1, 2, True, ((wire.Site(0, rows, watch=(0,)),),)).edits
 
 
-def test_a_program_of_a_few_edits_is_small() -> None:
+def test_payload_of_four_edits_is_below_600_bytes() -> None:
     rows = tuple(wire.Row("textbook-lm-layers.2", 1000 + i) for i in range(4))
     site = wire.Site(0, rows, tuple(wire.Edit(i, scale=0.0, shift=-1.5, above=0.0) for i in range(4)))
     assert len(wire.encode(wire.Request(100, 200, True, ((site,),)))) < 600

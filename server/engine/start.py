@@ -1,0 +1,215 @@
+"""Start an engine from a configuration: everything is checked against the model that vLLM loaded."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+
+from rudder.sae_models.bundle import bundle as bundles
+from rudder.sae_models.bundle.bundle import Bundle
+from rudder.sae_models.sae import Normalisation, row_norms
+from rudder.server.config import Config, ConfigError, WatchedFeature
+from rudder.server.engine import adapter
+from rudder.server.engine.adapter import AsyncLLM, ModelFacts
+from rudder.server.engine.admission import Admission
+from rudder.server.engine.engine import Engine
+from rudder.server.engine.telemetry.hub import Hub
+from rudder.server.monitoring import metrics
+from rudder.server.program import wire
+from rudder.server.program.compile import Compiled, compile_program
+from rudder.server.program.layout import Layout
+from rudder.server.program.named import NamedProgram, load_programs
+from rudder.server.program.rows import Dictionary, Registry, check_capacity
+from rudder.server.program.watch import compile_watch, merge_watched
+from rudder.v1 import program_pb2
+
+# The ledger's handle of the rows that are held as long as the engine lives; requests count from 1.
+RESERVED_HANDLE = 0
+
+
+async def start_engine(config: Config) -> Engine:
+    """Start vLLM with the bank, load bundles, programs and policies, and connect telemetry.
+
+    `selftest.run` must pass before the engine serves. A start that fails or is cancelled shuts vLLM down. Raises
+    ConfigError, BundleError, ProgramFileError, ProgramError.
+    """
+    loop = asyncio.get_running_loop()
+    served = await loop.run_in_executor(None, load_bundles, config)
+    layout = layout_of(config, served)
+    llm = await start_llm(config, layout)
+    try:
+        engine = await loop.run_in_executor(None, build_engine, llm, layout, served, config)
+        await connect_telemetry(engine)
+        await reserve_rows(engine, config)
+    except BaseException:
+        llm.shutdown()
+        raise
+    engine.spawn(engine.listen())
+    # vLLM reads its environment variables for every token of every request; its own processes cache them, too.
+    adapter.enable_envs_cache()
+    return engine
+
+
+async def start_llm(config: Config, layout: Layout) -> AsyncLLM:
+    """Start vLLM in a thread, so that health checks and signals are served meanwhile."""
+    starting = asyncio.get_running_loop().run_in_executor(None, adapter.start_llm, config, layout)
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        # A thread cannot be cancelled, and the engine process that it starts must not outlive this call.
+        (await starting).shutdown()
+        raise
+
+
+def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], config: Config) -> Engine:
+    """Build what surrounds a running vLLM."""
+    model = adapter.model_facts(llm, config.engine.load_format)
+    for bundle in served.values():
+        bundles.check_model(bundle, model.sha256, model.hidden_size)
+    registry = registry_of(layout, model, served, config)
+    programs = compile_folder(config.programs.folder, registry, "program")
+    policies = compile_folder(config.policies.folder, registry, "policy")
+    admission = Admission(layout, config.limits.queue)
+    metrics.watch_admission(admission.ledger, admission.waiting)
+    hub = Hub(metrics.feature_totals, admission.release)
+    return Engine(llm, model, registry, served, programs, policies, default_policy(config, policies), admission, hub)
+
+
+async def connect_telemetry(engine: Engine) -> None:
+    """Open the telemetry channel, and have the workers load the bundles. Raises BundleError if they differ."""
+    address = f"{engine.folder.name}/telemetry"
+    engine.hub.bind(address)
+    paths = {name: str(bundle.path) for name, bundle in engine.bundles.items()}
+    for loaded in await engine.llm.collective_rpc("rudder_load", args=(paths,)):
+        if loaded != {name: bundle.sha256 for name, bundle in engine.bundles.items()}:
+            raise bundles.BundleError("bundles: a worker loaded another bundle than the server")
+    await engine.llm.collective_rpc("rudder_connect", args=(address, engine.hub.key))
+    engine.hub.channel.accept()
+
+
+async def reserve_rows(engine: Engine, config: Config) -> None:
+    """Hold the rows of pinned features and of all policies, in the server's ledger and in every worker.
+
+    Nothing else holds a row yet, and these are never released: a call bound by a policy needs a slot, not rows.
+    """
+    features = [(site_of(w, engine.bundles), row_of(w, engine.bundles)) for w in config.watch]
+    pinned, columns = merge_watched((), compile_watch(features, engine.registry, "watch"))
+    request = reserved_request(pinned, engine.policies, engine.registry)
+    if not request.rows():
+        return
+    engine.admission.ledger.acquire(RESERVED_HANDLE, request)
+    engine.reserved = reserved_rows(request)
+    await engine.llm.collective_rpc("rudder_pin", args=(wire.encode(request),))
+    metrics.pin([(engine.bundles[row.feature.bundle], row.feature.index) for _, row in features], columns)
+
+
+def reserved_request(
+    pinned: tuple[wire.Site, ...], policies: dict[str, NamedProgram], registry: Registry
+) -> wire.Request:
+    """Build the request that holds the rows of pinned features and policies.
+
+    It has no edits, and so no slot: each call brings its policy's edits. Raises ProgramError, naming `watch` or the
+    policy that does not fit.
+    """
+    stages = [pinned]
+    check_capacity(stages, registry, "watch")
+    rows: dict[int, dict[wire.Row, None]] = {}
+    for name, policy in policies.items():
+        stages.append(policy.compiled.sites)
+        check_capacity(stages, registry, f"policy {name}")
+        for site in policy.compiled.sites:
+            rows.setdefault(site.site, {}).update(dict.fromkeys(site.rows))
+    held = tuple(wire.Site(number, tuple(rows[number])) for number in sorted(rows))
+    return wire.Request(0, 0, False, (pinned, held)[: registry.layout.stages])
+
+
+def reserved_rows(request: wire.Request) -> dict[int, frozenset[wire.Row]]:
+    """Return the rows of a request by site number."""
+    rows: dict[int, set[wire.Row]] = {}
+    for number, row in request.rows():
+        rows.setdefault(number, set()).add(row)
+    return {number: frozenset(held) for number, held in rows.items()}
+
+
+def load_bundles(config: Config) -> dict[str, Bundle]:
+    """Load the configured bundles, by name."""
+    loaded = [bundles.load(Path(path)) for path in config.engine.bundles]
+    names = [bundle.manifest.name for bundle in loaded]
+    if len(set(names)) < len(names):
+        raise ConfigError("engine.bundles", "two bundles have the same name")
+    sites = [bundle.manifest.site for bundle in loaded]
+    if len(set(sites)) < len(sites):
+        raise ConfigError("engine.bundles", "two bundles are for the same site")
+    return dict(zip(names, loaded, strict=True))
+
+
+def layout_of(config: Config, served: dict[str, Bundle]) -> Layout:
+    """Build the bank's layout: the sites of the bundles and of the configuration; a second stage for policies."""
+    engine = config.engine
+    sites = dict.fromkeys([*(site for bundle in served.values() for site in bundle.manifest.sites), *engine.sites])
+    whole = [(b.manifest.site, str(b.path.resolve()), b.sha256) for b in served.values() if needs_whole_dictionary(b)]
+    return Layout(
+        tuple(sites), engine.rows, engine.slots, 2 if config.policies.folder else 1, engine.window,
+        engine.sequence_sites, engine.capture_tokens, tuple(whole),
+    )  # fmt: skip
+
+
+def needs_whole_dictionary(bundle: Bundle) -> bool:
+    """Return whether the activations of this SAE depend on more than their own rows."""
+    sae = bundle.sae
+    return sae.router is None and (not sae.exact or sae.normalisation is not Normalisation.NONE)
+
+
+def registry_of(layout: Layout, model: ModelFacts, served: dict[str, Bundle], config: Config) -> Registry:
+    """Build what programs are compiled against."""
+    dictionaries = {name: dictionary_of(bundle) for name, bundle in served.items()}
+    return Registry(layout, model.hidden_size, dictionaries, max_edits=config.limits.max_edits)
+
+
+def dictionary_of(bundle: Bundle) -> Dictionary:
+    """Build the dictionary of a bundle."""
+    manifest, statistics = bundle.manifest, bundle.statistics if bundle.measured else None
+    routed = "a routed SAE decides its layer from all of them: ask for its strongest latents"
+    elsewhere = "writes to many layers" if manifest.partial else f"explains {manifest.output_site}"
+    transcoder = f"it reads {manifest.site} and {elsewhere}: it can be watched, not edited"
+    return Dictionary(
+        name=manifest.name, site=manifest.site, sha256=bundle.sha256, latents=manifest.latents,
+        max_activation=statistics.max_activation.numpy() if statistics else None,
+        decoder_norm=row_norms(bundle.sae.decoder).numpy(),
+        mean=statistics.mean.numpy().astype(np.float32) if statistics else None,
+        watched_only=transcoder if manifest.transcodes or manifest.partial else "",
+        whole_only=routed if bundle.sae.router else "",
+    )  # fmt: skip
+
+
+def compile_folder(folder: str | None, registry: Registry, kind: str) -> dict[str, NamedProgram]:
+    """Compile the programs or policies of a folder, with no row locked.
+
+    Raises ProgramFileError, and ProgramError whose field begins with `kind` and the name.
+    """
+    messages = load_programs(Path(folder)) if folder else {}
+    return {
+        name: NamedProgram(message, compile_program(message, registry, field=f"{kind} {name}"))
+        for name, message in messages.items()
+    }
+
+
+def default_policy(config: Config, policies: dict[str, NamedProgram]) -> Compiled | None:
+    """Return the policy that binds every caller. Raises ConfigError if there is none of that name."""
+    name = config.policies.default
+    if name is None:
+        return None
+    if name not in policies:
+        raise ConfigError("policies.default", f"{name!r} is not in {config.policies.folder or 'policies.folder'}")
+    return policies[name].compiled
+
+
+def site_of(watched: WatchedFeature, served: dict[str, Bundle]) -> str:
+    """Return the site of a pinned feature."""
+    return watched.site or served[watched.bundle or next(iter(served))].manifest.site
+
+
+def row_of(watched: WatchedFeature, served: dict[str, Bundle]) -> program_pb2.Row:
+    """Return the row of a pinned feature."""
+    bundle = watched.bundle or next(iter(served))
+    return program_pb2.Row(feature=program_pb2.Feature(bundle=bundle, index=watched.index))

@@ -1,0 +1,1 @@
+"""Policies: which bind a caller, and what they forbid. Every call passes here on its way to the engine."""
