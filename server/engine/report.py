@@ -43,7 +43,7 @@ class View:
     def without_prompt(self, part: Features) -> Features:
         """Set to 0 what is not reported at prompt tokens."""
         prompt = self.prompt_tokens - part.first
-        active, top_values = part.active.copy(), part.top_values.copy()
+        active, top_values = part.activations.copy(), part.top_values.copy()
         active[:prompt, list(self.generated_only)] = 0.0
         if self.blank_top_k:
             top_values[:prompt] = 0.0
