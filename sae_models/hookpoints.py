@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from rudder.sae_models.errors import UserError
+
 # In the order in which a layer's forward pass reaches them. resid_mid is the residual stream between the branches.
 POINTS = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 SITE = re.compile(rf"layers\.(\d+)\.({'|'.join(POINTS)})")
@@ -13,7 +15,7 @@ def parse(site: str) -> tuple[int, str]:
     """(layer, point) of a site's name. ValueError: it is none."""
     match = SITE.fullmatch(site)
     if match is None:
-        raise ValueError(f"site: {site!r} is not {FORM}")
+        raise UserError(f"site: {site!r} is not {FORM}")
     return int(match[1]), match[2]
 
 

@@ -3,8 +3,10 @@
 import importlib
 from typing import Any
 
+from rudder.sae_models.errors import UserError
 
-class MissingPackage(ValueError):
+
+class MissingPackage(UserError):
     """A package that is not installed; the message says what for and how to get it."""
 
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 from rudder.sae_models.activations.corpus import Windows
 from rudder.sae_models.activations.hooks import Site, layers_of, module_at, recorded
+from rudder.sae_models.errors import UserError
 
 WINDOWS_A_PASS = 32
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ def _read(kind: Any, folder: Path, what: str, **settings: Any) -> Any:
         return kind.from_pretrained(folder, **settings)
     # transformers raises whatever its readers meet in a damaged file.
     except Exception as error:
-        raise ValueError(f"model: {folder}: {what}: {str(error).strip().partition(chr(10))[0]}") from error
+        raise UserError(f"model: {folder}: {what}: {str(error).strip().partition(chr(10))[0]}") from error
 
 
 def load_model(folder: Path, device: torch.device = CPU) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rudder.sae_models.activations.stream import Source, Vectors
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.files import PARTIAL, locked, write_whole
 
 FORMAT_VERSION = 2
@@ -32,7 +33,7 @@ SHARD_TOKENS = 131_072
 Precision = Literal["bfloat16", "int8"]
 
 
-class StoreError(Exception):
+class StoreError(UserError):
     """A store that cannot be read or written; the message names the file or field."""
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from rudder.sae_models.activations.corpus import Windows
 from rudder.sae_models.activations.harvest import WINDOWS_A_PASS, text_activations
 from rudder.sae_models.activations.hooks import Site
+from rudder.sae_models.errors import UserError
 
 Vectors = Mapping[str, Tensor]
 """By the name of the site, [n, d]; the same row is the same token at every site."""
@@ -114,7 +115,7 @@ def batches(source: Source, order: Order, start: int = 0) -> Iterator[Vectors]:
     """
     a_pass = sum(source.sizes) // order.batch
     if a_pass == 0:
-        raise ValueError(f"batch: {order.batch} vectors, the data hold {sum(source.sizes)}")
+        raise UserError(f"batch: {order.batch} vectors, the data hold {sum(source.sizes)}")
     number, skipped = divmod(start, a_pass)
     while True:
         yield from _pass(source, order, number, skipped * order.batch)

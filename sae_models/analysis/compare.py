@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from rudder.sae_models.bundle import bundle
 from rudder.sae_models.bundle.bundle import BundleError
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.formats import load
 from rudder.sae_models.optional import extra
 from rudder.sae_models.sae import SAE
@@ -73,7 +74,7 @@ def match(one: SAE, other: SAE) -> Match:
     Memory grows with the pairs above FLOOR, not with the product of the widths. ValueError: widths differ.
     """
     if one.width != other.width or one.decoder.shape[1] != other.decoder.shape[1]:
-        raise ValueError(f"compare: widths {one.width} and {other.width}: the SAEs are not of one site")
+        raise UserError(f"compare: widths {one.width} and {other.width}: the SAEs are not of one site")
     ours, theirs = (tuple(normalize(m.float(), dim=1) for m in (s.encoder, s.decoder)) for s in (one, other))
     rows, columns, cosines, nearest = _candidates(ours, theirs)
     a, b = _assigned(rows, columns, cosines, one.latents, other.latents)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rudder.sae_models.architectures.architecture import Architecture
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.sparse.collectives import Mesh
 
 
@@ -11,7 +12,7 @@ def sharded(architecture: Architecture, mesh: Mesh) -> Architecture:
     """The architecture with this process's part of the latents alone, in place. ValueError: they cannot be shared."""
     architecture.mesh = mesh
     if architecture.config.latents % mesh.latent_parts:
-        raise ValueError(f"latent_ranks: {mesh.latent_parts} does not divide the {architecture.config.latents} latents")
+        raise UserError(f"latent_ranks: {mesh.latent_parts} does not divide the {architecture.config.latents} latents")
     for name, parameter in architecture.named_parameters():
         parameter.data = _part(architecture, name, parameter.data)
     for name, buffer in list(architecture.named_buffers()):

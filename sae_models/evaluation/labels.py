@@ -13,13 +13,15 @@ from pathlib import Path
 
 import msgspec
 
+from rudder.sae_models.errors import UserError
+
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 # Of one line or array once unpacked: the largest exports hold a million rows with embeddings.
 SIZE_LIMIT = 1 << 30
 LABEL_LIMIT = 2000
 
 
-class LabelError(Exception):
+class LabelError(UserError):
     """Labels that cannot be read, or are of another SAE; the message names the file or field."""
 
 

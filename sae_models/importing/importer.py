@@ -17,6 +17,7 @@ from rudder.sae_models.bundle import bundle, catalogue
 from rudder.sae_models.bundle import semantic as meaning
 from rudder.sae_models.bundle.bundle import Bundle, Conformance, Manifest, Model, Source, Statistics, Training
 from rudder.sae_models.bundle.catalogue import Latent, Summary
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.evaluation import activity as entries
 from rudder.sae_models.evaluation import labels
 from rudder.sae_models.evaluation import logit_lens as lens
@@ -40,7 +41,7 @@ ADDED = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "embed")
 INPUT_SCALE = "input_scale"
 
 
-class ImportRefused(Exception):
+class ImportRefused(UserError):
     """A checkpoint of which no bundle is made; the message begins with what is wrong."""
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rudder.sae_models.errors import UserError
+
 # The others wait while one process harvests the store.
 TIMEOUT = timedelta(days=7)
 
@@ -146,10 +148,10 @@ def join(latent_parts: int, batch: int) -> Mesh:
     """The mesh that the environment of `torchrun` describes; alone without one. ValueError: the parts do not fit."""
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if ranks % latent_parts:
-        raise ValueError(f"latent_ranks: {latent_parts} does not divide the {ranks} processes")
+        raise UserError(f"latent_ranks: {latent_parts} does not divide the {ranks} processes")
     batch_parts = ranks // latent_parts
     if batch % batch_parts:
-        raise ValueError(f"batch: {batch} is not divided by {batch_parts} processes")
+        raise UserError(f"batch: {batch} is not divided by {batch_parts} processes")
     if ranks == 1:
         return ALONE
     if not dist.is_initialized():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rudder.sae_models.activations import harvest
 from rudder.sae_models.activations.corpus import CorpusError, Document, Windows
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.evaluation import splicing as metrics
 
 MOST = 10.0
@@ -37,7 +38,7 @@ def surprising(documents: list[Document], windows: Windows, model: Path, device:
     del documents
     whole = harvest.load_model(model, device)
     if not harvest.speaks(whole.config):
-        raise ValueError(f"sae.complexity: loss needs a causal language model, {model} is none")
+        raise UserError(f"sae.complexity: loss needs a causal language model, {model} is none")
     nats, count = metrics.losses(whole, windows).unbind(1)
     loss = nats / count.clamp(min=1)
     low, high = torch.quantile(loss, torch.tensor(ENDS))

@@ -13,6 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.files import write_whole
 from rudder.sae_models.optional import extra
 from rudder.sae_models.training.export import COSINE, DENSITY
@@ -81,7 +82,7 @@ def read(folder: Path) -> list[History]:
         else:
             found[line["sae"]] = History(line["sae"], history.tokens, history.train, line["evaluation"])
     if not found:
-        raise ValueError(f"report: {folder / METRICS} holds no line")
+        raise UserError(f"report: {folder / METRICS} holds no line")
     return list(found.values())
 
 

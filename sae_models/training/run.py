@@ -23,6 +23,7 @@ from rudder.sae_models.activations import stream
 from rudder.sae_models.activations.stream import Source, Vectors
 from rudder.sae_models.architectures import ARCHITECTURES, shards
 from rudder.sae_models.architectures.architecture import Architecture
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.files import locked, write_whole
 from rudder.sae_models.optional import MissingPackage
 from rudder.sae_models.sae import SAE
@@ -152,7 +153,7 @@ def require_finite(figures: Mapping[str, Mapping[str, float]], step: int) -> Non
     """ValueError for an SAE that has diverged: nothing of it is saved."""
     for name, found in figures.items():
         if not math.isfinite(found["loss"]):
-            raise ValueError(f"{name}: the loss is {found['loss']} at step {step}: try a lower learning_rate")
+            raise UserError(f"{name}: the loss is {found['loss']} at step {step}: try a lower learning_rate")
 
 
 def advance(learner: Learner, vectors: Vectors, mesh: Mesh) -> Metrics:

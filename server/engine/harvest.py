@@ -24,6 +24,7 @@ from rudder.sae_models.activations.corpus import CorpusError, Windows
 from rudder.sae_models.activations.harvest import WINDOWS_A_PASS
 from rudder.sae_models.activations.store import Store, StoreError
 from rudder.sae_models.activations.stream import Vectors
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.training import config as run_configuration
 from rudder.sae_models.training import data
 from rudder.sae_models.training.config import Config, ConfigError
@@ -67,9 +68,9 @@ async def captured(engine: Engine, sites: Sequence[str], windows: Windows) -> li
     hooked = engine.registry.layout.sites
     missing = [site for site in sites if site not in hooked]
     if missing:
-        raise ValueError(f"site: {missing[0]} is not hooked: name it in engine.sites")
+        raise UserError(f"site: {missing[0]} is not hooked: name it in engine.sites")
     if engine.policy is not None:
-        raise ValueError("programs.always: a program that applies to every request would edit what is harvested")
+        raise UserError("programs.always: a program that applies to every request would edit what is harvested")
     numbers = [hooked.index(site) for site in sites]
     return list(await asyncio.gather(*(_window(engine, numbers, windows, row) for row in range(len(windows)))))
 
@@ -89,7 +90,7 @@ async def _window(engine: Engine, sites: Sequence[int], windows: Windows, row: i
         # token more than was asked for.
         if all(len(prompt) <= len(x) <= len(prompt) + 1 for x in found):
             return [x[: len(prompt)][counted] for x in found]
-    raise ValueError(
+    raise UserError(
         f"harvest: a window of {len(prompt)} tokens was preempted {TRIES} times: give the engine more cache"
     )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from vllm import SamplingParams
 
 from rudder.sae_models.edit import edit
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.sae import Normalisation
 from rudder.sae_models.sae import gain as input_gain
 from rudder.server.engine.call import Call, Outcome, Output
@@ -27,7 +28,7 @@ LATENTS = 4
 TOLERANCE = 1e-4
 
 
-class SelfTestFailed(RuntimeError):
+class SelfTestFailed(UserError):
     """A site's bank does not do what the reference arithmetic says."""
 
 

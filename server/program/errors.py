@@ -2,12 +2,14 @@
 
 from typing import Literal
 
+from rudder.sae_models.errors import UserError
+
 Reason = Literal["FIELD_INVALID", "FEATURE_UNKNOWN", "SITE_UNKNOWN", "ROW_LOCKED"]
 # Far enough from the end of fp32 that no sum over a residual overflows: a batch's tokens share their matrix products.
 LARGEST = 1e30
 
 
-class ProgramError(ValueError):
+class ProgramError(UserError):
     """`field` is the path of the offending field, such as `program.sites[0].edits[2].row.feature.index`."""
 
     def __init__(self, field: str, message: str, reason: Reason = "FIELD_INVALID") -> None:

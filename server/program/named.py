@@ -5,10 +5,11 @@ from pathlib import Path
 import yaml
 from google.protobuf import json_format
 
+from rudder.sae_models.errors import UserError
 from rudder.v1 import program_pb2
 
 
-class ProgramFileError(ValueError):
+class ProgramFileError(UserError):
     """A file of named programs that cannot be used; the message begins with its path."""
 
 
