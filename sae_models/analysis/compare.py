@@ -4,9 +4,6 @@ Latents are matched one to one so that the mean cosine of encoder and decoder ro
 where both cosines are 0.7 or more.
 """
 
-import argparse
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +16,6 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from rudder.sae_models.bundle import bundle
-from rudder.sae_models.bundle.bundle import BundleError
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.formats import load
 from rudder.sae_models.optional import extra
@@ -161,24 +157,3 @@ def told(found: Report) -> str:
             low, high = (2 * edge / BINS - 1 for edge in (index, index + 1))
             lines.append(f"  {low:5.1f} to {high:4.1f}  {count:7,}  {'#' * round(40 * count / most)}")
     return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 with the reason on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="rudder sae compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("one", type=Path, help="folder of a bundle, or a checkpoint in a published format")
-    parser.add_argument("other", type=Path, help="folder of another, at the same site")
-    parser.add_argument("--json", action="store_true", help="print everything, the mapping too, as JSON")
-    parser.add_argument("--mapping", type=Path, metavar="FILE", help="write the shared pairs here, to carry policies")
-    options = parser.parse_args(argv)
-    try:
-        found = report(options.one, options.other)
-        if options.mapping:
-            options.mapping.write_bytes(msgspec.json.encode(found) + b"\n")
-    except (BundleError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(msgspec.json.encode(found).decode() if options.json else told(found))
-    return 0

@@ -61,7 +61,7 @@ def gather(config: Config) -> Given:
     trunk = harvest.load_trunk(folder, *sites, device=device_of(config))
     model = folder.resolve().name, bundle.model_sha256(folder)
     if config.images and adaptive(config):
-        raise ConfigError("sae.architecture: adaptive_k is taught the complexity of text, which images do not have")
+        raise ConfigError("sae.architecture", "adaptive_k is taught the complexity of text, which images do not have")
     if config.images:
         return Given(*images.read(Path(config.images), folder, trunk, sites, config.seed), *model)
     text = read(config)

@@ -1,4 +1,4 @@
-"""A run as one HTML page with its pictures in it: python -m rudder.sae_models.training.report RUN
+"""A run as one HTML page with its pictures in it: rudder report RUN
 
 Everything on it comes from the run's config.yaml and metrics.jsonl. The pictures are drawn by matplotlib.
 """
@@ -6,7 +6,6 @@ Everything on it comes from the run's config.yaml and metrics.jsonl. The picture
 import base64
 import html
 import io
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -261,17 +260,3 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         if not kept or point[1] < kept[-1][1]:
             kept.append(point)
     return kept
-
-
-def main() -> int:
-    """Writes the report of the run named on the command line."""
-    try:
-        print(write(Path(sys.argv[1])))
-    except (IndexError, OSError, ValueError) as error:
-        print(f"error: {error or 'name the folder of a run'}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

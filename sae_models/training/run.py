@@ -88,7 +88,7 @@ def keep(folder: Path, asked: Config) -> None:
     if path.exists():
         field = config.difference(config.load(path), asked)
         if field is not None:
-            raise ConfigError(f"{field}: differs from {path}; give another out, or go on as that run was begun")
+            raise ConfigError(field, f"differs from {path}; set another out, or use the configuration of that run")
     else:
         write_whole(path, config.dump(asked).encode())
 
@@ -226,4 +226,4 @@ def tell(folder: Path) -> None:
     try:
         report.write(folder)
     except MissingPackage as error:
-        print(f"{error}; then: python -m rudder.sae_models.training.report {folder}", file=sys.stderr)
+        print(f"{error}; then: rudder report {folder}", file=sys.stderr)

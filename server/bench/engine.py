@@ -8,16 +8,19 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
+from msgspec import Meta
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
+from rudder.sae_models.settings import ConfigError
 from rudder.server.bench.shapes import SHAPES, write_bundle, write_model
 
 WATCHED = 64
@@ -25,23 +28,24 @@ WATCHED = 64
 GRPC = "grpc"
 
 
-@dataclass(frozen=True)
-class Load:
-    """The load, and the bank it meets."""
+class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The load, and the bank that serves it."""
 
-    shape: str = "llama-100m"
-    requests: int = 64
-    prompt_tokens: int = 32
-    new_tokens: int = 128
-    # Each pair of engines is started so often: which pages and cores a start gets moves its speed by some percent.
-    starts: int = 4
-    pairs: int = 2
-    rows: int = 256
-    latents: int = 16384
-    sites: int = 1
-    programs: int = 64
-    eager: bool = False
-    cases: tuple[str, ...] = ()
+    shape: Annotated[Literal["llama-100m", "llama-8b", "tiny"], Meta(description="shape of the random model")] = (
+        "llama-100m"
+    )
+    requests: Annotated[int, Meta(ge=1, description="concurrent requests")] = 64
+    prompt_tokens: Annotated[int, Meta(ge=1, description="tokens of a prompt")] = 32
+    new_tokens: Annotated[int, Meta(ge=1, description="tokens to generate per request")] = 128
+    # The pages and cores of a start change its speed by some percent.
+    starts: Annotated[int, Meta(ge=1, description="number of times that each pair of engines is started")] = 4
+    pairs: Annotated[int, Meta(ge=1, description="measured pairs of runs per case and start")] = 2
+    rows: Annotated[int, Meta(ge=1, description="row places in the bank of each site")] = 256
+    latents: Annotated[int, Meta(ge=1, description="latents of the SAE")] = 16384
+    sites: Annotated[int, Meta(ge=1, description="hooked sites")] = 1
+    programs: Annotated[int, Meta(ge=1, description="distinct programs of the case with several")] = 64
+    eager: Annotated[bool, Meta(description="do not compile the model")] = False
+    cases: Annotated[tuple[str, ...], Meta(description="cases to run, separated by commas; empty: all")] = ()
 
     def all_cases(self) -> tuple[str, ...]:
         """Names of the cases to run."""
@@ -56,6 +60,9 @@ def run(load: Load, output: Path | None) -> dict[str, Any]:
     other, those of one start after those of another.
     """
     console = Console(stderr=True)
+    known = msgspec.structs.replace(load, cases=()).all_cases()
+    if unknown := [case for case in load.cases if case not in known]:
+        raise ConfigError("cases", f"{unknown[0]!r} is not one of {', '.join(known)}")
     cases = load.all_cases()
     pairs: dict[str, list[Pair]] = {case: [] for case in cases}
     result: dict[str, Any] = {"cases": {}}
@@ -78,7 +85,7 @@ def run(load: Load, output: Path | None) -> dict[str, Any]:
 def save(load: Load, pairs: Mapping[str, Sequence["Pair"]], output: Path | None) -> dict[str, Any]:
     """The result of the starts so far, written to `output`."""
     cases = {case: summary(found, load) for case, found in pairs.items()}
-    result = {"machine": machine(), "load": asdict(load), "cases": cases}
+    result = {"machine": machine(), "load": msgspec.to_builtins(load), "cases": cases}
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=1) + "\n")

@@ -98,7 +98,7 @@ async def _window(engine: Engine, sites: Sequence[int], windows: Windows, row: i
 async def harvest(asked: Config) -> Store:
     """Starts an engine on the run's model, harvests the store, and stops it. ConfigError: the run has no store."""
     if asked.data.store is None:
-        raise ConfigError("data.store: is null, there is nowhere to harvest to")
+        raise ConfigError("data.store", "is null: there is no store to write to")
     sites = tuple(map(str, data.sites_of(asked)))
     text = data.read(asked)
     fields = {

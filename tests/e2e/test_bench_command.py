@@ -10,7 +10,7 @@ CASES = ["idle", "2_programs", "watch_64_features", "full_encode_1k"]
 
 def test_a_small_benchmark_runs_and_writes_its_result(tmp_path: Path) -> None:
     flags = {
-        "shape": "tiny", "starts": 1, "pairs": 2, "requests": 4, "new-tokens": 8, "rows": 160, "latents": 1024,
+        "shape": "tiny", "starts": 1, "pairs": 2, "requests": 4, "new_tokens": 8, "rows": 160, "latents": 1024,
         "programs": 2, "eager": "true", "cases": json.dumps(CASES), "json": tmp_path / "result.json",
     }  # fmt: skip
     asked = [text for name, value in flags.items() for text in (f"--{name}", str(value))]

@@ -48,7 +48,7 @@ def test_a_checkpoint_becomes_a_bundle_that_holds(folder: Path) -> None:
     text = ("--corpus", folder / "corpus.jsonl", "--tokens", "3000", "--labels", folder / "labels.jsonl")
     done = rudder("import", folder / "whole", "--model", MODEL, "--out", folder / "made", *text)
     assert done.returncode == 0, done.stderr
-    assert "1 labels taken of 1 rows" in done.stdout
+    assert "1 labels taken of 1 records" in done.stdout
     assert "catalogue:" in done.stderr, "no progress was shown"
     made = bundles.load(folder / "made")
     assert made.manifest.sites == (SITE,)

@@ -1,6 +1,5 @@
 """What is imported is measured on real text, refused where the text speaks against it, and never half written."""
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +23,7 @@ from rudder.sae_models.importing import importer as importing
 from rudder.sae_models.importing.convention import Claims
 from rudder.sae_models.importing.importer import Imported, ImportRefused, Wish
 from rudder.sae_models.sae import SAE, Normalisation, Router, TopK
-from rudder.server.cli import bundle as commands
+from rudder.server import cli
 
 MODEL = PRETRAINED / "textbook-lm"
 SITE = "layers.2.resid_post"
@@ -169,10 +168,7 @@ def test_a_scale_that_was_taken_for_1_is_told_by_the_import_and_the_manifest(
 ) -> None:
     folder = saelens_folder(tmp_path / "sae", random_sae(), normalize_activations="expected_average_only_in")
     words = ["bundle", "import", str(folder), "--model", str(MODEL), "--out", str(tmp_path / "toy")]
-    parser = argparse.ArgumentParser()
-    commands.add_bundle(parser.add_subparsers())
-    arguments = parser.parse_args(words)
-    assert arguments.run(arguments) == commands.HOLDS
+    assert cli.main(words) == 0
     told = "input_scale: not in the files, taken as 1"
     assert f"ASSUMED {told}" in capsys.readouterr().err
     normalisation = bundles.load(tmp_path / "toy").manifest.normalisation

@@ -67,9 +67,9 @@ def test_a_run_of_two_processes_comes_to_the_bundle_of_one(
     """With the latents shared and vectors made on the fly, and with the batch shared and vectors out of a store."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(asked_in(tmp_path)))
-    stored = [change] if "store" in change else []
-    run.run(config.load(tmp_path / "run.yaml", [*stored, "out=alone"]))
-    torchrun(2, "rudder.server", "train", str(tmp_path / "run.yaml"), change, "out=together")
+    stored = {"data.store": "store"} if "store" in change else {}
+    run.run(config.load(tmp_path / "run.yaml", {**stored, "out": "alone"}))
+    torchrun(2, "rudder.server", "train", str(tmp_path / "run.yaml"), f"--{change}", "--out=together")
     one, two = (bundle.load(tmp_path / name / NAME) for name in ("alone", "together"))
     alone, together = curve(tmp_path / "alone"), curve(tmp_path / "together")
     assert max(figures["dead_share"] for _, _, figures in alone) > 0

@@ -15,7 +15,7 @@ from rudder.sae_models.activations.store import Content
 from rudder.sae_models.bundle import bundle
 from rudder.sae_models.training import report
 from rudder.sae_models.training.record import lines
-from rudder.server.cli.train import main
+from rudder.server import cli
 from tests.unit import tiny
 from tests.unit.sae_models.activations.test_store import Numbers
 
@@ -70,7 +70,7 @@ def test_a_vision_model_is_trained_on_a_folder_of_images(tmp_path: Path) -> None
     save_images(tmp_path / "images")
     asked = asked_in(tmp_path, ViTConfig(image_size=8, patch_size=4, **SMALL), "images")
     save_processor(tmp_path)
-    assert main([str(asked)]) == 0
+    assert cli.main(["train", str(asked)]) == 0
     made = bundle.load(tmp_path / "run" / "model-layers.0")
     assert (made.manifest.model.name, made.manifest.d) == ("model", 16)
     assert made.manifest.training.ce_recovered is None
@@ -83,7 +83,7 @@ def test_a_vision_model_is_trained_on_a_folder_of_images(tmp_path: Path) -> None
 
 def test_an_encoder_is_trained_on_text_and_its_latents_have_words(tmp_path: Path) -> None:
     asked = asked_in(tmp_path, BertConfig(vocab_size=8192, **SMALL), "corpus")
-    assert main([str(asked)]) == 0
+    assert cli.main(["train", str(asked)]) == 0
     made = bundle.load(tmp_path / "run" / "model-layers.0")
     assert made.manifest.training.ce_recovered is None
     assert any("book" in summary.label for summary in made.catalogue.page(-1, 32))
@@ -97,7 +97,7 @@ def test_vectors_that_someone_kept_need_no_model(tmp_path: Path) -> None:
     content = Content("protein", "ab" * 32, "", ("layers.0.mlp_in", SITE), 8, 0, 5000, "bfloat16")
     source = Noise((500,) * 10)
     store.write(tmp_path / "vectors", content, source)
-    assert main([str(asked)]) == 0
+    assert cli.main(["train", str(asked)]) == 0
     made = bundle.load(tmp_path / "run" / "vectors-layers.0")
     assert (made.manifest.model.name, made.manifest.model.sha256) == ("protein", "ab" * 32)
     assert made.manifest.training.l0 == pytest.approx(4, abs=1)
@@ -120,7 +120,7 @@ def test_a_store_of_images_gives_what_the_images_give(tmp_path: Path) -> None:
     save_images(tmp_path / "images")
     asked = asked_in(tmp_path, ViTConfig(image_size=8, patch_size=4, **SMALL), "images")
     save_processor(tmp_path)
-    assert main([str(asked), f"data.store={tmp_path / 'store'}"]) == 0
+    assert cli.main(["train", str(asked), f"--data.store={tmp_path / 'store'}"]) == 0
     stored, site = store.load(tmp_path / "store"), parse_site(SITE)
     trunk = harvest.load_trunk(tmp_path / "model", site)
     train, held_out = images.read(tmp_path / "images", tmp_path / "model", trunk, (site,), seed=0)
@@ -134,9 +134,9 @@ def test_a_store_of_images_gives_what_the_images_give(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        (["images=x"], "corpus: give one of corpus, images, vectors; corpus and images is given"),
-        (["corpus="], "corpus: give one of corpus, images, vectors; none is given"),
-        (["model=''"], "model: is not given"),
+        (["images=x"], "corpus: set one of corpus, images, vectors; set: corpus and images"),
+        (["corpus="], "corpus: set one of corpus, images, vectors; set: none"),
+        (["model="], "model: is missing"),
         (["corpus=", "vectors=x", "data.store=y"], "data.store: vectors are a store already"),
         (["corpus=", "vectors=nowhere"], "store: nowhere/store.json: "),
         (["corpus=", "images=nowhere"], "images: nowhere: 0 images are too few to hold some out"),
@@ -146,8 +146,8 @@ def test_a_run_is_told_once_what_to_train_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: list[str], problem: str
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
-    assert main([str(tmp_path / "run.yaml"), *changes]) == 2
-    assert f"error: {problem}" in capsys.readouterr().err
+    assert cli.main(["train", str(tmp_path / "run.yaml"), *(f"--{change}" for change in changes)]) == 2
+    assert f"rudder: {problem}" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,8 +156,8 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path, capsys: pytest.Capture
     save_processor(tmp_path)
     for file in (tmp_path / "images").rglob("1*.png"):
         file.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    assert main([str(asked)]) == 2
-    assert f"error: images: {tmp_path / 'images'}" in capsys.readouterr().err
+    assert cli.main(["train", str(asked)]) == 2
+    assert f"rudder: images: {tmp_path / 'images'}" in capsys.readouterr().err
     assert list(tmp_path.rglob(bundle.MANIFEST)) == []
 
 
@@ -165,7 +165,7 @@ def test_kept_vectors_that_do_not_fit_are_refused(tmp_path: Path, capsys: pytest
     asked = asked_in(tmp_path, None, "vectors")
     content = Content("protein", "ab" * 32, "", ("layers.0.mlp_in", SITE), 8, 0, 1000, "bfloat16")
     store.write(tmp_path / "vectors", content, Noise((1000,)))
-    assert main([str(asked), "sae.site=layers.3.resid_post"]) == 2
+    assert cli.main(["train", str(asked), "--sae.site=layers.3.resid_post"]) == 2
     assert f"does not hold layers.3.resid_post, but layers.0.mlp_in, {SITE}" in capsys.readouterr().err
-    assert main([str(asked), f"out={tmp_path / 'second'}"]) == 2
+    assert cli.main(["train", str(asked), f"--out={tmp_path / 'second'}"]) == 2
     assert "1000 vectors are too few to hold some out" in capsys.readouterr().err
