@@ -167,9 +167,12 @@ def choices_at(kind: Any, field: str) -> Any:
 def value_at(tree: Any, path: str) -> Any:
     """Return the value at a path such as `.watch[1].index`; None where the path does not say which."""
     for key, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
-        if index == "..." or not isinstance(tree, Mapping if key else list | tuple):
+        if key and isinstance(tree, Mapping):
+            tree = tree.get(key)
+        elif index.isdigit() and isinstance(tree, list | tuple):
+            tree = tree[int(index)]
+        else:
             return None
-        tree = tree.get(key) if key else tree[int(index)]
     return tree
 
 

@@ -1,14 +1,12 @@
 """Harvests a training run's store out of a running engine, through the hooks that serve.
 
-    python -m server.harvest RUN.yaml
+    rudder harvest RUN.yaml
 
 The store is the one that `rudder train RUN.yaml` would harvest with transformers, and that command finds it whole.
 """
 
-import argparse
 import asyncio
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,12 +18,11 @@ from torch import Tensor
 from vllm import SamplingParams
 
 from rudder.sae_models.activations import store
-from rudder.sae_models.activations.corpus import CorpusError, Windows
+from rudder.sae_models.activations.corpus import Windows
 from rudder.sae_models.activations.harvest import WINDOWS_A_PASS
-from rudder.sae_models.activations.store import Store, StoreError
+from rudder.sae_models.activations.store import Store
 from rudder.sae_models.activations.stream import Vectors
 from rudder.sae_models.errors import UserError
-from rudder.sae_models.training import config as run_configuration
 from rudder.sae_models.training import data
 from rudder.sae_models.training.config import Config, ConfigError
 from rudder.server import config as configuration
@@ -116,22 +113,3 @@ async def harvest(asked: Config) -> Store:
         return await asyncio.to_thread(store.write, Path(asked.data.store), content, source)
     finally:
         await engine.stop()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 with the reason on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m server.harvest", description="Harvest a store through an engine.")
-    parser.add_argument("config", type=Path, metavar="RUN.yaml", help="of `rudder train`, with data.store")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of what it says")
-    options = parser.parse_args(argv)
-    try:
-        written = asyncio.run(harvest(run_configuration.load(options.config, options.overrides)))
-    except (CorpusError, StoreError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{written.path}: {written.tokens} tokens at {', '.join(written.manifest.content.sites)}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

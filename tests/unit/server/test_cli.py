@@ -10,6 +10,7 @@ import pytest
 from rudder.sae_models import PRETRAINED, errors, settings
 from rudder.sae_models.bundle.bundle import BundleError
 from rudder.sae_models.training import config as training
+from rudder.sae_models.training import report
 from rudder.server import cli
 from rudder.server import config as configuration
 
@@ -136,17 +137,15 @@ def test_serve_refuses_a_damaged_bundle_before_the_engine_starts(folder: Path, b
 
 
 def test_bugs_keep_their_traceback_and_interrupts_are_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rudder.server.cli import report
-
     def interrupted(_: Path) -> Path:
         raise KeyboardInterrupt
 
     def bug(_: Path) -> Path:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(report.report, "write", interrupted)
+    monkeypatch.setattr(report, "write", interrupted)
     assert cli.main(["report", "run"]) == 130
-    monkeypatch.setattr(report.report, "write", bug)
+    monkeypatch.setattr(report, "write", bug)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["report", "run"])
 
