@@ -1,4 +1,4 @@
-"""`rudder bundle`: import makes a bundle of a published checkpoint, and check reports by exit status if one is valid."""
+"""`rudder bundle`: import makes a bundle of a published checkpoint, check reports by exit status if it is valid."""
 
 import json
 import subprocess
