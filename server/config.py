@@ -74,10 +74,12 @@ class Programs(Section, frozen=True):
 
 
 class Policies(Section, frozen=True):
-    """Policies of the operator, which bind requests whether clients name them or not."""
+    """Policies of the operator: programs that run after a request's own and may edit locked rows."""
 
-    folder: Annotated[str | None, Meta(description="folder of policies, one YAML file each; null: none")] = None
-    default: Annotated[str | None, Meta(description="policy that binds every request; null: none")] = None
+    folder: Annotated[
+        str | None, Meta(description="folder of policies, YAML files in the form of programs; null: none")
+    ] = None
+    default: Annotated[str | None, Meta(description="policy that binds every caller; null: none")] = None
 
 
 class WatchedFeature(Section, frozen=True):
@@ -99,15 +101,6 @@ class Listen(Section, frozen=True):
         Meta(ge=0, description="seconds after SIGTERM in which calls are still accepted, until load balancers know"),
     ] = 5.0
     drain_s: Annotated[float, Meta(ge=0, description="seconds after that in which running requests may finish")] = 30.0
-
-
-class Logs(Section, frozen=True):
-    """Log output of the server and the engine process."""
-
-    format: Annotated[Literal["text", "json"], Meta(description="lines to read, or one JSON object per line")] = "text"
-    level: Annotated[
-        Literal["DEBUG", "INFO", "WARNING", "ERROR"], Meta(description="minimum severity of what is logged")
-    ] = "INFO"
 
 
 class Limits(Section, frozen=True):
@@ -152,6 +145,16 @@ class Stream(Section, frozen=True):
     ] = 400.0
 
 
+class Logs(Section, frozen=True):
+    """The log on standard error: one line per request, and start, drain and faults of the server."""
+
+    format: Annotated[Literal["text", "json"], Meta(description="readable lines, or one JSON object per line")] = "text"
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Meta(description="minimum level; VLLM_LOGGING_LEVEL sets that of vLLM's own log"),
+    ] = "info"
+
+
 class Config(Section, frozen=True):
     """Configuration of a server. The defaults serve the shipped model and bundle."""
 
@@ -162,9 +165,9 @@ class Config(Section, frozen=True):
         tuple[WatchedFeature, ...], Meta(description="latents counted in Prometheus over all requests")
     ] = ()
     listen: Listen = Listen()
-    logs: Logs = Logs()
     limits: Limits = Limits()
     stream: Stream = Stream()
+    logs: Logs = Logs()
 
 
 def load(path: Path | None = None, overrides: Mapping[str, str] | None = None) -> Config:
