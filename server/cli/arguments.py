@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from rudder.sae_models import settings
 from rudder.sae_models.errors import UserError
 from rudder_client.requests import Steer
 
-MAX_UINT32 = (1 << 32) - 1
+MAX_UINT32, MAX_UINT64 = (1 << 32) - 1, (1 << 64) - 1
+# More than those of any bound; Python refuses to convert thousands of digits.
+MAX_DIGITS = 100
 # Keeps the values of fields apart from a command's other arguments.
 FIELD = "field "
 
@@ -104,20 +106,15 @@ def utf8(text: str) -> str:
     return text
 
 
-def count(text: str) -> int:
-    """Accept a whole number that fits a uint32 field."""
-    value = int(text)
-    if not 0 <= value <= MAX_UINT32:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and {MAX_UINT32}")
-    return value
+def integer(minimum: int = 0, maximum: int = MAX_UINT32) -> Callable[[str], int]:
+    """Create the type of an argument that is a whole number within bounds."""
 
+    def parse(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or not minimum <= int(text[:MAX_DIGITS]) <= maximum:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number between {minimum} and {maximum}")
+        return int(text)
 
-def seed(text: str) -> int:
-    """Accept a whole number that fits a uint64 field."""
-    value = int(text)
-    if not 0 <= value < 1 << 64:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and {(1 << 64) - 1}")
-    return value
+    return parse
 
 
 def prompt_of(args: argparse.Namespace) -> str:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rudder.sae_models.errors import UserError
-from rudder.server.cli.arguments import add_subcommand, command
+from rudder.server.cli.arguments import add_subcommand, command, integer
 from rudder.server.cli.output import err, out, print_error
 
 if TYPE_CHECKING:
@@ -63,7 +63,9 @@ def add_import(group: Any) -> None:
     action.add_argument("--site", action="append", default=[], help=sites)
     action.add_argument("--output-site", default="", help="site that it predicts, where that is another (transcoders)")
     action.add_argument("--corpus", type=Path, help=f"text to measure on and describe latents with: {CORPUS}")
-    action.add_argument("--tokens", type=int, default=500_000, help="approximate tokens of the corpus (%(default)s)")
+    action.add_argument(
+        "--tokens", type=integer(1), default=500_000, help="approximate tokens of the corpus (%(default)s)"
+    )
     action.add_argument("--labels", type=Path, help="labels of the latents: a Neuronpedia export, file or folder")
     action.add_argument("--labels-model", default="", help="name of the model in the labels, if not its own")
     action.add_argument("--embedder", default="", help=EMBEDDER)

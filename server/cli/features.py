@@ -6,7 +6,7 @@ from itertools import islice
 from rich.markup import escape
 from rich.table import Table
 
-from rudder.server.cli.arguments import add_address, command, count, utf8
+from rudder.server.cli.arguments import add_address, command, integer, utf8
 from rudder.server.cli.output import optional, out
 from rudder.v1 import catalogue_pb2
 from rudder_client import Client
@@ -23,11 +23,11 @@ def main(argv: Sequence[str]) -> None:
     """Print one feature in full, those whose labels match a search, or the first of a bundle."""
     parser = command("features", "Look up features by index or label.", EXAMPLES)
     add_address(parser)
-    parser.add_argument("index", nargs="?", type=count, help="index of one feature, to show with its contexts")
+    parser.add_argument("index", nargs="?", type=integer(), help="index of one feature, to show with its contexts")
     parser.add_argument("--search", type=utf8, metavar="WORDS", help="list features by words of their label")
     parser.add_argument("--by-meaning", action="store_true", help="search by the meaning of labels, not by their words")
     parser.add_argument("--bundle", type=utf8, default="", help="bundle; required where several are served")
-    parser.add_argument("--limit", type=count, default=20, help="maximum number of features (%(default)s)")
+    parser.add_argument("--limit", type=integer(), default=20, help="maximum number of features (%(default)s)")
     args = parser.parse_args(argv)
     with Client(args.address) as client:
         if args.index is not None:

@@ -4,17 +4,17 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rudder.server.cli.arguments import add_prompt, command, count, program_of, prompt_of, seed, utf8
+from rudder.server.cli.arguments import MAX_UINT64, add_prompt, command, integer, program_of, prompt_of, utf8
 from rudder.server.cli.output import out, print_end_of_choice
 from rudder_client import Client, Report
 
 SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
-    "max_tokens": (count, "maximum number of tokens to generate"),
+    "max_tokens": (integer(), "maximum number of tokens to generate"),
     "temperature": (float, "0: greedy"),
     "top_p": (float, "sample from the most probable tokens that make up this probability"),
-    "top_k": (count, "sample from this number of most probable tokens"),
-    "seed": (seed, "seed of the sampling"),
-    "n": (count, "number of choices"),
+    "top_k": (integer(), "sample from this number of most probable tokens"),
+    "seed": (integer(maximum=MAX_UINT64), "seed of the sampling"),
+    "n": (integer(), "number of choices"),
 }
 EXAMPLES = """\
 examples:
@@ -54,5 +54,5 @@ def parser() -> argparse.ArgumentParser:
         generate.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     generate.add_argument("--stop", type=utf8, action="append", default=[], help="stop string; may be repeated")
     help_top = "report the K strongest features of each token, pooled over the output"
-    generate.add_argument("--top-features", type=count, default=0, metavar="K", help=help_top)
+    generate.add_argument("--top-features", type=integer(), default=0, metavar="K", help=help_top)
     return generate

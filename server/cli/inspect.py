@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rudder.server.cli.arguments import add_prompt, command, count, program_of, prompt_of
+from rudder.server.cli.arguments import add_prompt, command, integer, program_of, prompt_of
 from rudder.server.cli.output import inspection_table, out, pooled_table
 from rudder_client import Client, Report
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
     """Print the strongest features of each token, and of the whole text."""
     parser = command("inspect", "Show the features of each token of a text.", EXAMPLES)
     add_prompt(parser)
-    parser.add_argument("--top", type=count, default=3, metavar="K", help="features per token (%(default)s)")
+    parser.add_argument("--top", type=integer(), default=3, metavar="K", help="features per token (%(default)s)")
     args = parser.parse_args(argv)
     with Client(args.address) as client:
         report = Report(top_k=args.top, pooled=True)

@@ -16,7 +16,7 @@ from rudder.sae_models.analysis.shipped import SHIPPED
 from rudder.sae_models.bundle import bundle
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.evaluation import splicing as metrics
-from rudder.server.cli.arguments import add_subcommand, command
+from rudder.server.cli.arguments import add_subcommand, command, integer
 from rudder.server.cli.output import out
 
 EXAMPLES = """\
@@ -47,13 +47,15 @@ def parser() -> argparse.ArgumentParser:
     evaluating.add_argument("--program", type=Path, required=True, help="YAML file of the program")
     evaluating.add_argument("--twin", type=Path, help="folder of a model trained without the topic, to compare with")
     evaluating.add_argument(
-        "--windows", type=int, default=24, help="maximum number of windows of each book (%(default)s)"
+        "--windows", type=integer(1), default=24, help="maximum number of windows of each book (%(default)s)"
     )
     for action in (deriving, evaluating):
         action.add_argument("--corpus", type=Path, required=True, help=CORPUS)
         action.add_argument("--bundle", type=Path, required=True, help="folder of an SAE bundle")
         action.add_argument("--model", type=Path, required=True, help="folder of the bundle's model")
-        action.add_argument("--length", type=int, default=256, help="tokens of a window, BOS included (%(default)s)")
+        action.add_argument(
+            "--length", type=integer(2), default=256, help="tokens of a window, BOS included (%(default)s)"
+        )
     return program
 
 

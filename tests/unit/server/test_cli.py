@@ -108,6 +108,8 @@ def test_user_error_is_one_line_and_status_2(
     [
         ["generate", "x", "--max-tokens", "-5"],
         ["generate", "x", "--seed", "18446744073709551616"],
+        ["generate", "x", "--n", "9" * 5000],
+        ["program", "evaluate", "--length", "1"],
         ["generate", "\udcff"],
         ["features", "--limit", "many"],
         ["config", "show", "--engine.rows"],
