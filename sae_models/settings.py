@@ -30,8 +30,12 @@ class ConfigError(UserError):
     """A configuration that cannot be used. `field`: dotted name of the field, or path of the file."""
 
     def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {problem}")
-        self.field = field
+        # Both as arguments: an exception is unpickled from them.
+        super().__init__(field, problem)
+        self.field, self.problem = field, problem
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}"
 
 
 class Loader(yaml.SafeLoader):

@@ -1,5 +1,6 @@
 """Settings: YAML, overrides, bounds and help texts of a tree of Structs, whose errors name the field."""
 
+import pickle
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -98,6 +99,10 @@ def test_bad_files_are_named_in_one_line(tmp_path: Path, content: bytes, problem
         settings.load(Tree, path)
     assert str(caught.value).startswith(problem.format(path))
     assert "\n" not in str(caught.value)
+
+
+def test_errors_can_be_pickled() -> None:
+    assert str(pickle.loads(pickle.dumps(ConfigError("inner.size", "is missing")))) == "inner.size: is missing"
 
 
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
