@@ -4,6 +4,8 @@ import re
 from typing import Any
 
 # In the order of a layer's forward pass. resid_mid is the residual stream between attention and MLP.
+from rudder.sae_models.errors import UserError
+
 POINTS = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 SITE = re.compile(rf"layers\.(\d+)\.({'|'.join(POINTS)})")
 FORM = f"layers.<L>.<{'|'.join(POINTS)}>"
@@ -13,7 +15,7 @@ def parse(site: str) -> tuple[int, str]:
     """Return (layer, hook point) of a site's name. ValueError: not a site."""
     match = SITE.fullmatch(site)
     if match is None:
-        raise ValueError(f"site: {site!r} is not {FORM}")
+        raise UserError(f"site: {site!r} is not {FORM}")
     return int(match[1]), match[2]
 
 

@@ -3,8 +3,10 @@
 import importlib
 from typing import Any
 
+from rudder.sae_models.errors import UserError
 
-class MissingPackage(ValueError):
+
+class MissingPackage(UserError):
     """An optional package is not installed. The message says what needs it and how to install it."""
 
 

@@ -1,4 +1,4 @@
-"""`python -m server` is `rudder`."""
+"""Run the `rudder` command as `python -m rudder.server`, which also works under torchrun."""
 
 import sys
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.optional import import_optional
 
 FOLDS = 20
@@ -29,7 +30,7 @@ JSON_LINES = (".jsonl", *(f".jsonl{suffix}" for suffix in OPENERS))
 MAX_LINE_CHARACTERS = 1 << 26
 
 
-class CorpusError(Exception):
+class CorpusError(UserError):
     """A corpus cannot be read. The message names the file and the line."""
 
 

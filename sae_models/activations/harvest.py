@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 from rudder.sae_models.activations.corpus import Windows
 from rudder.sae_models.activations.hooks import Site, captured, layers_of, module_at
+from rudder.sae_models.errors import UserError
 
 WINDOWS_PER_PASS = 32
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ def _from_pretrained(kind: Any, folder: Path, part: str, **settings: Any) -> Any
         return kind.from_pretrained(folder, **settings)
     # transformers documents no exception type for damaged files: parsers of several libraries raise their own.
     except Exception as error:
-        raise ValueError(f"model: {folder}: {part}: {str(error).strip().partition(chr(10))[0]}") from error
+        raise UserError(f"model: {folder}: {part}: {str(error).strip().partition(chr(10))[0]}") from error
 
 
 def load_model(folder: Path, device: torch.device = CPU) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from rudder.sae_models import hookpoints
+from rudder.sae_models.errors import UserError
 
 Edit = Callable[[Tensor], Tensor | None]
 
@@ -49,7 +50,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
         count = getattr(settings.get_text_config(), "num_hidden_layers", None)
         lists = [layers for layers in lists if len(layers) == count]
     if len(lists) != 1:
-        raise ValueError(f"model: {type(model).__name__} has {len(lists)} lists of layers, need exactly one")
+        raise UserError(f"model: {type(model).__name__} has {len(lists)} lists of layers, need exactly one")
     return lists[0]
 
 
@@ -65,7 +66,7 @@ def layer_at(model: nn.Module, site: Site) -> nn.Module:
     """Return the layer of a site. Raise ValueError if the model has no such layer."""
     layers = layers_of(model)
     if site.layer >= len(layers):
-        raise ValueError(f"site: layer {site.layer} is not in 0..{len(layers) - 1}")
+        raise UserError(f"site: layer {site.layer} is not in 0..{len(layers) - 1}")
     return layers[site.layer]
 
 
@@ -79,7 +80,7 @@ def module_at(model: nn.Module, site: Site) -> nn.Module:
     layer = layer_at(model, site)
     if site.point == "resid_mid":
         if not hookpoints.has_resid_mid(layer):
-            raise ValueError(f"site: {site}: the branches of {type(layer).__name__} do not follow one another")
+            raise UserError(f"site: {site}: the branches of {type(layer).__name__} do not follow one another")
         return module_at(model, Site(site.layer, "attn_out"))
     if site.point not in BRANCHES:
         return layer
@@ -89,7 +90,7 @@ def module_at(model: nn.Module, site: Site) -> nn.Module:
         module = _attribute(layer, name)
         if isinstance(module, nn.Module):
             return module
-    raise ValueError(f"site: {site}: {type(layer).__name__} has none of {', '.join(names)}")
+    raise UserError(f"site: {site}: {type(layer).__name__} has none of {', '.join(names)}")
 
 
 def _attribute(module: Any, path: str) -> Any:

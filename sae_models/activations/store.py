@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rudder.sae_models.activations.stream import Vectors, VectorSource
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.files import PARTIAL, lock_folder, write_atomically
 
 FORMAT_VERSION = 2
@@ -33,7 +34,7 @@ SHARD_TOKENS = 131_072
 Precision = Literal["bfloat16", "int8"]
 
 
-class StoreError(Exception):
+class StoreError(UserError):
     """A store cannot be read or written. The message names the file or field."""
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from rudder.sae_models.activations.corpus import Windows
 from rudder.sae_models.activations.harvest import WINDOWS_PER_PASS, text_activations
 from rudder.sae_models.activations.hooks import Site
+from rudder.sae_models.errors import UserError
 
 Vectors = Mapping[str, Tensor]
 """Site name to vectors [n, d]; index i is the same token at every site."""
@@ -119,7 +120,7 @@ def batches(source: VectorSource, order: BatchOrder, start: int = 0) -> Iterator
     """
     batches_per_epoch = sum(source.chunk_sizes) // order.batch_size
     if batches_per_epoch == 0:
-        raise ValueError(f"batch: {order.batch_size} vectors, the data hold {sum(source.chunk_sizes)}")
+        raise UserError(f"batch: {order.batch_size} vectors, the data hold {sum(source.chunk_sizes)}")
     epoch, skipped = divmod(start, batches_per_epoch)
     while True:
         yield from _epoch_batches(source, order, epoch, skipped * order.batch_size)

@@ -4,9 +4,6 @@ Latents are matched one to one so as to maximise the sum of the mean cosines of 
 shared where both cosines are 0.7 or more.
 """
 
-import argparse
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from rudder.sae_models.bundle import bundle
-from rudder.sae_models.bundle.bundle import BundleError
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.formats import load
 from rudder.sae_models.optional import import_optional
 from rudder.sae_models.sae import SAE
@@ -74,7 +71,7 @@ def match(first: SAE, second: SAE) -> Match:
     Memory grows with the number of pairs above FLOOR, not with F1 * F2. ValueError: the SAEs' widths differ.
     """
     if first.width != second.width or first.decoder.shape[1] != second.decoder.shape[1]:
-        raise ValueError(f"compare: widths {first.width} and {second.width}: the SAEs are not of one site")
+        raise UserError(f"compare: widths {first.width} and {second.width}: the SAEs are not of one site")
     rows, others = (tuple(normalize(m.float(), dim=1) for m in (s.encoder, s.decoder)) for s in (first, second))
     a, b, cosines, nearest = _candidates(rows, others)
     a, b = _assign(a, b, cosines, first.latents, second.latents)
@@ -168,24 +165,3 @@ def format_report(report: Report) -> str:
             low, high = (2 * edge / BINS - 1 for edge in (index, index + 1))
             lines.append(f"  {low:5.1f} to {high:4.1f}  {count:7,}  {'#' * round(40 * count / highest)}")
     return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return exit status 0, or 2 after printing the reason on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="rudder sae compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("one", type=Path, help="folder of a bundle, or a checkpoint in a published format")
-    parser.add_argument("other", type=Path, help="folder of another, at the same site")
-    parser.add_argument("--json", action="store_true", help="print everything, the mapping too, as JSON")
-    parser.add_argument("--mapping", type=Path, metavar="FILE", help="write the shared pairs here, to carry policies")
-    options = parser.parse_args(argv)
-    try:
-        report = compare(options.one, options.other)
-        if options.mapping:
-            options.mapping.write_bytes(msgspec.json.encode(report) + b"\n")
-    except (BundleError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(msgspec.json.encode(report).decode() if options.json else format_report(report))
-    return 0

@@ -19,6 +19,7 @@ from rudder.sae_models import edit as formula
 from rudder.sae_models import operations
 from rudder.sae_models.analysis.detector import cusum
 from rudder.sae_models.bundle.bundle import Bundle
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.sae import Rows, activations
 
 RESIDUAL_NORM = "UNIT_RESIDUAL_NORM"
@@ -128,7 +129,7 @@ def read(path: Path) -> Program:
     try:
         return msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), Program)
     except (msgspec.ValidationError, yaml.YAMLError) as error:
-        raise ValueError(f"program: {path}: {error}") from error
+        raise UserError(f"program: {path}: {error}") from error
 
 
 def write(path: Path, program: Program) -> None:
@@ -188,7 +189,7 @@ def edit_column(edit: Edit) -> tuple[float, ...]:
     operand = {"add": edit.add, "set": edit.set, "clamp": edit.clamp}
     operation, value = next(((name, value) for name, value in operand.items() if value is not None), ("", 0.0))
     if not operation:
-        raise ValueError("edit: none of add, set and clamp")
+        raise UserError("edit: none of add, set and clamp")
     relative = {"above": -inf, "relative": float(edit.unit == RESIDUAL_NORM)}
     parameters = relative | operations.OPERATIONS[operation](value)
     return tuple((dict(zip(operations.EDIT, operations.IDENTITY_EDIT, strict=True)) | parameters).values())
@@ -199,7 +200,7 @@ def row_of(row: Row, bundle: Bundle) -> Rows:
     if row.feature:
         return bundle.sae.exact_rows(torch.tensor([row.feature.index]))
     if row.probe is None:
-        raise ValueError("row: neither a feature nor a probe")
+        raise UserError("row: neither a feature nor a probe")
     weights = torch.tensor([row.probe.weights])
     return Rows(weights, torch.tensor([row.probe.bias]), torch.tensor([-inf]), torch.zeros_like(weights))
 

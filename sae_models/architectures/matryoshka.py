@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rudder.sae_models.architectures.architecture import Common, Loss, State
 from rudder.sae_models.architectures.batch_topk import BatchTopK
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.sparse.operations import Pairs
 
 
@@ -30,7 +31,7 @@ class Matryoshka(BatchTopK):
         super().__init__(d, config, generator)
         shares = list(accumulate(self.config.shares))
         if abs(shares[-1] - 1) > 1e-6 or min(self.config.shares) <= 0:
-            raise ValueError(f"shares: {self.config.shares} do not add up to 1, each above 0")
+            raise UserError(f"shares: {self.config.shares} do not add up to 1, each above 0")
         self.register_buffer("ends", torch.tensor([round(share * config.latents) for share in shares]))
 
     def loss(self, x: Tensor, state: State, target: Tensor | None = None) -> Loss:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rudder.sae_models.architectures.architecture import Architecture
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.sparse.collectives import Mesh
 
 
@@ -13,7 +14,7 @@ def shard(architecture: Architecture, mesh: Mesh) -> Architecture:
     """
     architecture.mesh = mesh
     if architecture.config.latents % mesh.latent_parts:
-        raise ValueError(f"latent_ranks: {mesh.latent_parts} does not divide the {architecture.config.latents} latents")
+        raise UserError(f"latent_ranks: {mesh.latent_parts} does not divide the {architecture.config.latents} latents")
     for name, parameter in architecture.named_parameters():
         parameter.data = _local_shard(architecture, name, parameter.data)
     for name, buffer in list(architecture.named_buffers()):

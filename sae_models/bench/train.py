@@ -1,6 +1,6 @@
 """Train the same SAEs on the same activations with Rudder and with other libraries, and compare speed and quality.
 
-    python -m rudder.sae_models.bench.train --peers-python PEERS/bin/python --json train.json
+    rudder bench train --peers-python PEERS/bin/python --json train.json
 
 PEERS is .venv-conformance (`make conformance`). Every library runs its own training step in its own process; data
 are in memory for all. The processes take turns of a few steps, so that other load affects all alike, and times are
@@ -237,7 +237,7 @@ def write_data(path: Path, tokens: int, d: int) -> None:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m rudder.sae_models.bench.train",
+        prog="rudder bench train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -280,7 +280,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.json.write_text(json.dumps({"about": about, "cases": cases}, indent=1))
             print(json.dumps({case: cases[case]}, indent=1))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rudder.sae_models import sae
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.hookpoints import SITE
 from rudder.sae_models.sae import LAYER_NORM_EPSILON, SAE, Normalisation, Router
 
@@ -14,7 +15,7 @@ FORMAT_VERSION = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class BundleError(Exception):
+class BundleError(UserError):
     """A bundle that must not be served; the message begins with the field that is wrong."""
 
 

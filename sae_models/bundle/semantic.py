@@ -10,13 +10,14 @@ import numpy as np
 
 from rudder.sae_models.bundle import catalogue
 from rudder.sae_models.bundle.catalogue import Catalogue, Summary, Vectors
+from rudder.sae_models.errors import UserError
 
 PAGE = 1 << 20
 
 Embed = Callable[[Sequence[str]], Vectors]
 
 
-class MeaningUnknown(Exception):
+class MeaningUnknown(UserError):
     """Semantic search is not available; the message says what is missing."""
 
 

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import msgspec
 
+from rudder.sae_models.errors import UserError
+
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 # Cap on the bytes of a line or array once unpacked: the largest exports hold a million records with embeddings.
 SIZE_LIMIT = 1 << 30
 LABEL_LIMIT = 2000
 
 
-class LabelError(Exception):
+class LabelError(UserError):
     """Labels that cannot be read or belong to another SAE; the message names the file or field."""
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rudder.sae_models.bundle.catalogue import Word
+from rudder.sae_models.errors import UserError
 
 TOP_WORDS = 10
 # Cap on logits held at a time: 64 MB in float32.
@@ -30,7 +31,7 @@ def unembedding(model: Any) -> Tensor:
     """
     head = model.get_output_embeddings()
     if head is None:
-        raise ValueError(f"model: {type(model).__name__} has no output embedding")
+        raise UserError(f"model: {type(model).__name__} has no output embedding")
     weight: Tensor = head.weight.float()
     modules = (_module(model, path) for path in FINAL_NORMS)
     norm = next((module for module in modules if module is not None), None)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from rudder.sae_models.activations.corpus import Windows
 from rudder.sae_models.activations.hooks import Edit, Site, hooked
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.sae import SAE
 
 WINDOWS_PER_PASS = 8
@@ -114,7 +115,7 @@ def skip_bos(edit: Callable[[Tensor], Tensor | None]) -> Edit:
 
     def edited(x: Tensor) -> Tensor | None:
         if x.ndim != 3:
-            raise ValueError("site: its layer flattens the batch, so that BOS cannot be left alone")
+            raise UserError("site: its layer flattens the batch, so that BOS cannot be left alone")
         changed = edit(x[:, 1:])
         return None if changed is None else torch.cat([x[:, :1], changed], dim=1)
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.sae import SAE
 
 
-class FormatError(ValueError):
+class FormatError(UserError):
     """A checkpoint that cannot be read as what it claims to be; the message begins with the file or field."""
 
 

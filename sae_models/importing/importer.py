@@ -16,6 +16,7 @@ from rudder.sae_models.activations.samples import TextSample
 from rudder.sae_models.bundle import bundle, catalogue, semantic
 from rudder.sae_models.bundle.bundle import Bundle, Conformance, Manifest, Model, Source, Statistics, Training
 from rudder.sae_models.bundle.catalogue import Latent, Summary
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.evaluation import activity as entries
 from rudder.sae_models.evaluation import labels, logit_lens
 from rudder.sae_models.evaluation.labels import Labels
@@ -38,7 +39,7 @@ RESIDUAL_POINTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"
 INPUT_SCALE = "input_scale"
 
 
-class ImportRefused(Exception):
+class ImportRefused(UserError):
     """A checkpoint that is not imported; the message begins with the field that is wrong."""
 
 

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 # Long enough for the other processes to wait while the leader harvests the store.
+from rudder.sae_models.errors import UserError
+
 TIMEOUT = timedelta(days=7)
 
 
@@ -158,10 +160,10 @@ def init_mesh(latent_parts: int, batch: int) -> Mesh:
     """
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if ranks % latent_parts:
-        raise ValueError(f"latent_ranks: {latent_parts} does not divide the {ranks} processes")
+        raise UserError(f"latent_ranks: {latent_parts} does not divide the {ranks} processes")
     batch_parts = ranks // latent_parts
     if batch % batch_parts:
-        raise ValueError(f"batch: {batch} is not divided by {batch_parts} processes")
+        raise UserError(f"batch: {batch} is not divided by {batch_parts} processes")
     if ranks == 1:
         return SINGLE_PROCESS
     if not dist.is_initialized():

@@ -6,13 +6,14 @@ from typing import Any
 import msgspec
 import torch
 
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.files import PARTIAL, write_atomically
 from rudder.sae_models.sparse.collectives import Mesh
 
 LATEST = "latest.json"
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint cannot be read or written. The message names the file."""
 
 

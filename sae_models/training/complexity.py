@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rudder.sae_models.activations import harvest
 from rudder.sae_models.activations.corpus import CorpusError, Document, Windows
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.evaluation import splicing
 
 MAX_COMPLEXITY = 10.0
@@ -39,7 +40,7 @@ def loss_complexity(documents: list[Document], windows: Windows, model: Path, de
     del documents
     lm = harvest.load_model(model, device)
     if not harvest.is_causal_lm(lm.config):
-        raise ValueError(f"sae.complexity: loss needs a causal language model, {model} is none")
+        raise UserError(f"sae.complexity: loss needs a causal language model, {model} is none")
     nats, count = splicing.losses(lm, windows).unbind(1)
     loss = nats / count.clamp(min=1)
     low, high = torch.quantile(loss, torch.tensor(QUANTILES))

@@ -16,7 +16,7 @@ from rudder.sae_models.activations.stream import LabelledSource, SourceSubset, T
 from rudder.sae_models.bundle import bundle
 from rudder.sae_models.sparse.collectives import Mesh
 from rudder.sae_models.training import complexity
-from rudder.sae_models.training.config import Config, ConfigError, Trained, trained
+from rudder.sae_models.training.config import Config, ConfigError, SAESpec, sae_specs
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ def load_inputs(config: Config) -> TrainingInputs:
     trunk = harvest.load_trunk(folder, *sites, device=device_of(config))
     model = folder.resolve().name, bundle.model_sha256(folder)
     if config.images and adaptive_k_specs(config):
-        raise ConfigError("sae.architecture: adaptive_k is trained on the complexity of text, which images do not have")
+        raise ConfigError(
+            "sae.architecture", "adaptive_k is trained on the complexity of text, which images do not have"
+        )
     if config.images:
         return TrainingInputs(*images.read(Path(config.images), folder, trunk, sites, config.seed), *model)
     text = load_windows(config)
@@ -92,7 +94,7 @@ def load_stored_inputs(config: Config, folder: Path) -> TrainingInputs:
 
 def run_sites(config: Config) -> tuple[Site, ...]:
     """Return all sites that the SAEs of a run read or write."""
-    return tuple(map(parse_site, dict.fromkeys(site for spec in trained(config) for site in spec.all_sites)))
+    return tuple(map(parse_site, dict.fromkeys(site for spec in sae_specs(config) for site in spec.all_sites)))
 
 
 def load_windows(config: Config) -> TextWindows:
@@ -131,9 +133,9 @@ def with_complexities(config: Config, text: TextWindows, source: VectorSource) -
     return source
 
 
-def adaptive_k_specs(config: Config) -> list[Trained]:
+def adaptive_k_specs(config: Config) -> list[SAESpec]:
     """Return the AdaptiveK SAEs of a run."""
-    return [spec for spec in trained(config) if spec.architecture == "adaptive_k"]
+    return [spec for spec in sae_specs(config) if spec.architecture == "adaptive_k"]
 
 
 def source_names(config: Config) -> tuple[str, ...]:
@@ -167,13 +169,13 @@ def sample_vectors(source: VectorSource, tokens: int) -> Vectors:
     return {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
 
 
-def sae_inputs(spec: Trained, vectors: Vectors) -> Tensor:
+def sae_inputs(spec: SAESpec, vectors: Vectors) -> Tensor:
     """Return the inputs of an SAE: [n, d], or [n, L, d] for L sites."""
     parts = [vectors[site] for site in spec.sites]
     return parts[0] if len(parts) == 1 else torch.stack(parts, 1)
 
 
-def target(spec: Trained, vectors: Vectors) -> Tensor | None:
+def target(spec: SAESpec, vectors: Vectors) -> Tensor | None:
     """Return the `target` of a training step: outputs [n, d_out] of a transcoder, complexities [n] of AdaptiveK, else
     None.
     """
@@ -182,6 +184,6 @@ def target(spec: Trained, vectors: Vectors) -> Tensor | None:
     return reconstruction_target(spec, vectors)
 
 
-def reconstruction_target(spec: Trained, vectors: Vectors) -> Tensor | None:
+def reconstruction_target(spec: SAESpec, vectors: Vectors) -> Tensor | None:
     """Return the vectors [n, d_out] that the SAE output approximates if they are not its inputs, else None."""
     return vectors[spec.output_site] if spec.output_site else None

@@ -26,7 +26,7 @@ from rudder.sae_models.importing import importer
 from rudder.sae_models.importing.convention import Claims
 from rudder.sae_models.sae import SAE
 from rudder.sae_models.training import data
-from rudder.sae_models.training.config import Config, Trained
+from rudder.sae_models.training.config import Config, SAESpec
 from rudder.sae_models.training.data import TrainingInputs, TrainingText
 from rudder.sae_models.training.record import Record
 
@@ -36,7 +36,7 @@ DENSITY = (-6.0, 0.0, 24)
 COSINE = (0.0, 1.0, 20)
 
 
-def evaluate_and_export(run_config: Config, spec: Trained, sae: SAE, inputs: TrainingInputs, folder: Path) -> None:
+def evaluate_and_export(run_config: Config, spec: SAESpec, sae: SAE, inputs: TrainingInputs, folder: Path) -> None:
     """Evaluate an SAE, add the figures to the record, and write its bundle into the run's folder."""
     statistics, latents = build_catalogue(run_config, spec, sae, inputs)
     vectors = data.sample_vectors(inputs.held_out, run_config.evaluation.tokens)
@@ -62,7 +62,7 @@ def evaluate_and_export(run_config: Config, spec: Trained, sae: SAE, inputs: Tra
 
 
 def build_catalogue(
-    run_config: Config, spec: Trained, sae: SAE, inputs: TrainingInputs
+    run_config: Config, spec: SAESpec, sae: SAE, inputs: TrainingInputs
 ) -> tuple[Statistics, list[Latent]]:
     """Return statistics of each latent on the training data and, for text, its catalogue entry."""
     limit = run_config.evaluation.catalogue_tokens
@@ -94,7 +94,7 @@ def text_sample_of(text: TrainingText) -> TextSample:
     return TextSample(text.trunk, text.tokenizer, text.documents, text.train)
 
 
-def with_promoted_words(spec: Trained, sae: SAE, text: TrainingText, latents: Iterable[Latent]) -> Iterable[Latent]:
+def with_promoted_words(spec: SAESpec, sae: SAE, text: TrainingText, latents: Iterable[Latent]) -> Iterable[Latent]:
     """Add to the latents the words that their decoder vectors promote, if the SAE writes to the residual stream of a
     causal language model.
     """
@@ -103,7 +103,7 @@ def with_promoted_words(spec: Trained, sae: SAE, text: TrainingText, latents: It
     return importer.with_logit_lens(list(latents), sae, text_sample_of(text))
 
 
-def vector_figures(spec: Trained, sae: SAE, measured: Fidelity) -> dict[str, Any]:
+def vector_figures(spec: SAESpec, sae: SAE, measured: Fidelity) -> dict[str, Any]:
     """Return the figures that need vectors only, as the record and the report hold them."""
     density = measured.frequency[measured.frequency > 0].log10().clamp(min=DENSITY[0])
     return {
@@ -123,7 +123,7 @@ def histogram(values: Tensor, low: float, high: float, bins: int) -> list[int]:
     return counts
 
 
-def splicing_figures(run_config: Config, spec: Trained, sae: SAE, text: TrainingText, mean: Tensor) -> dict[str, float]:
+def splicing_figures(run_config: Config, spec: SAESpec, sae: SAE, text: TrainingText, mean: Tensor) -> dict[str, float]:
     """Return CE and KL of the language model with the SAE spliced in. Empty for other models, and for an SAE with a
     router: it may read layers above the site that it replaces.
     """
@@ -142,7 +142,7 @@ def splicing_figures(run_config: Config, spec: Trained, sae: SAE, text: Training
     }
 
 
-def probing_figures(run_config: Config, spec: Trained, sae: SAE, text: TrainingText) -> dict[str, float]:
+def probing_figures(run_config: Config, spec: SAESpec, sae: SAE, text: TrainingText) -> dict[str, float]:
     """Return balanced accuracies of sparse probes for the book of a window, on latents and on as many plain dimensions.
     Empty without labels.
     """
@@ -160,7 +160,7 @@ def probing_figures(run_config: Config, spec: Trained, sae: SAE, text: TrainingT
 
 
 def pool_windows(
-    spec: Trained, sae: SAE, text: TrainingText, windows: Windows, books: list[str], shared: list[str]
+    spec: SAESpec, sae: SAE, text: TrainingText, windows: Windows, books: list[str], shared: list[str]
 ) -> tuple[Labelled, Labelled]:
     """Return mean activations and mean inputs of each window of one of the shared books, labelled by book."""
     windows = windows.where(torch.tensor([book in shared for book in books]))
@@ -178,7 +178,7 @@ def pool_windows(
 
 
 def build_manifest(
-    run_config: Config, spec: Trained, sae: SAE, inputs: TrainingInputs, figures: Mapping[str, Any]
+    run_config: Config, spec: SAESpec, sae: SAE, inputs: TrainingInputs, figures: Mapping[str, Any]
 ) -> Manifest:
     """Return the manifest, without the hashes of the files."""
     return bundle.describe(

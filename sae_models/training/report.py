@@ -1,4 +1,4 @@
-"""Report of a run as one self-contained HTML page: python -m rudder.sae_models.training.report RUN
+"""Report of a run as one self-contained HTML page: rudder report RUN
 
 All content comes from config.yaml and metrics.jsonl of the run. Plots are drawn by matplotlib and embedded as SVG.
 """
@@ -6,13 +6,13 @@ All content comes from config.yaml and metrics.jsonl of the run. Plots are drawn
 import base64
 import html
 import io
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.files import write_atomically
 from rudder.sae_models.optional import import_optional
 from rudder.sae_models.training.export import COSINE, DENSITY
@@ -81,7 +81,7 @@ def read(folder: Path) -> list[History]:
         else:
             by_name[line["sae"]] = History(line["sae"], history.tokens, history.train, line["evaluation"])
     if not by_name:
-        raise ValueError(f"report: {folder / METRICS} holds no line")
+        raise UserError(f"report: {folder / METRICS} holds no line")
     return list(by_name.values())
 
 
@@ -264,17 +264,3 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
         if not result or point[1] < result[-1][1]:
             result.append(point)
     return result
-
-
-def main() -> int:
-    """Write the report of the run given on the command line."""
-    try:
-        print(write(Path(sys.argv[1])))
-    except (IndexError, OSError, ValueError) as error:
-        print(f"error: {error or 'name the folder of a run'}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

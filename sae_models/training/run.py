@@ -23,13 +23,14 @@ from rudder.sae_models.activations import stream
 from rudder.sae_models.activations.stream import Vectors, VectorSource
 from rudder.sae_models.architectures import ARCHITECTURES, shards
 from rudder.sae_models.architectures.architecture import Architecture
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.files import lock_folder, write_atomically
 from rudder.sae_models.optional import MissingPackage
 from rudder.sae_models.sae import SAE
 from rudder.sae_models.sparse import collectives
 from rudder.sae_models.sparse.collectives import Mesh
 from rudder.sae_models.training import checkpoint, config, data, export, report, trainer
-from rudder.sae_models.training.config import Config, ConfigError, Trained
+from rudder.sae_models.training.config import Config, ConfigError, SAESpec
 from rudder.sae_models.training.data import TrainingInputs
 from rudder.sae_models.training.record import Record
 from rudder.sae_models.training.trainer import Metrics, Trainer
@@ -48,7 +49,7 @@ DEAD_SHARE = 1 / 20
 class Learner:
     """One SAE in training."""
 
-    spec: Trained
+    spec: SAESpec
     trainer: Trainer
 
 
@@ -59,7 +60,7 @@ def run(run_config: Config) -> list[Path]:
     """
     mesh = collectives.init_mesh(run_config.latent_ranks, run_config.batch)
     folder = Path(run_config.out)
-    specs = config.trained(run_config)
+    specs = config.sae_specs(run_config)
     bundles = [folder / spec.name for spec in specs]
     try:
         with lock_folder(folder) if mesh.is_leader else nullcontext():
@@ -90,12 +91,12 @@ def write_config(folder: Path, run_config: Config) -> None:
     if path.exists():
         field = config.difference(config.load(path), run_config)
         if field is not None:
-            raise ConfigError(f"{field}: differs from {path}; set another `out`, or resume with that configuration")
+            raise ConfigError(field, f"differs from {path}; set another out, or use the configuration of that run")
     else:
         write_atomically(path, config.dump(run_config).encode())
 
 
-def init_learner(spec: Trained, run_config: Config, sample: Vectors, device: torch.device, mesh: Mesh) -> Learner:
+def init_learner(spec: SAESpec, run_config: Config, sample: Vectors, device: torch.device, mesh: Mesh) -> Learner:
     """Initialise an SAE, this rank's shard of it."""
     x, target = data.sae_inputs(spec, sample), data.target(spec, sample)
     architecture = shards.shard(init_architecture(spec, x.shape[-1]), mesh).to(device)
@@ -110,7 +111,7 @@ def init_learner(spec: Trained, run_config: Config, sample: Vectors, device: tor
     return learner
 
 
-def init_architecture(spec: Trained, d: int) -> Architecture:
+def init_architecture(spec: SAESpec, d: int) -> Architecture:
     """Create an architecture from its seed."""
     generator = torch.Generator().manual_seed(spec.seed)
     return ARCHITECTURES[spec.architecture](d, spec.settings, generator)
@@ -155,10 +156,10 @@ def format_figures(values: Sequence[float]) -> str:
 
 
 def require_finite(figures: Mapping[str, Mapping[str, float]], step: int) -> None:
-    """Raise ValueError if an SAE has diverged; it is called before the checkpoint, so that none holds such a state."""
+    """Raise UserError if an SAE has diverged; it is called before the checkpoint, so that none holds such a state."""
     for name, values in figures.items():
         if not math.isfinite(values["loss"]):
-            raise ValueError(f"{name}: the loss is {values['loss']} at step {step}: try a lower learning_rate")
+            raise UserError(f"{name}: the loss is {values['loss']} at step {step}: try a lower learning_rate")
 
 
 def step_learner(learner: Learner, vectors: Vectors, mesh: Mesh) -> Metrics:
@@ -237,4 +238,4 @@ def write_report(folder: Path) -> None:
     try:
         report.write(folder)
     except MissingPackage as error:
-        print(f"{error}; then: python -m rudder.sae_models.training.report {folder}", file=sys.stderr)
+        print(f"{error}; then: rudder report {folder}", file=sys.stderr)

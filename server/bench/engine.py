@@ -8,16 +8,17 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from itertools import groupby
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
+from rudder.sae_models.settings import ConfigError
 from rudder.server.bench.load import GRPC, Run, sites_of
 from rudder.server.bench.load import Load as Load
 from rudder.server.bench.shapes import SHAPES, write_bundle, write_model
@@ -29,6 +30,9 @@ def run(load: Load, output: Path | None) -> dict[str, Any]:
     `pairs` of the result: (plain, Rudder) tokens per second, in the order of the starts.
     """
     console = Console(stderr=True)
+    known = msgspec.structs.replace(load, cases=()).all_cases()
+    if unknown := [case for case in load.cases if case not in known]:
+        raise ConfigError("cases", f"{unknown[0]!r} is not one of {', '.join(known)}")
     cases = load.all_cases()
     pairs: dict[str, list[Pair]] = {case: [] for case in cases}
     result: dict[str, Any] = {"cases": {}}
@@ -51,7 +55,7 @@ def run(load: Load, output: Path | None) -> dict[str, Any]:
 def save(load: Load, pairs: Mapping[str, Sequence["Pair"]], output: Path | None) -> dict[str, Any]:
     """Summarise the starts so far and write the result to `output`."""
     cases = {case: summary(results, load) for case, results in pairs.items()}
-    result = {"machine": machine(), "load": asdict(load), "cases": cases}
+    result = {"machine": machine(), "load": msgspec.to_builtins(load), "cases": cases}
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,6 +1,10 @@
 """The load of the engine benchmark, shared by the process that measures and those of the engines."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
 
 from rudder.server.bench.shapes import SHAPES
 
@@ -9,23 +13,24 @@ WATCHED = 64
 GRPC = "grpc"
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The load and the size of the bank."""
 
-    shape: str = "llama-100m"
-    requests: int = 64
-    prompt_tokens: int = 32
-    new_tokens: int = 128
+    shape: Annotated[Literal["llama-100m", "llama-8b", "tiny"], Meta(description="shape of the random model")] = (
+        "llama-100m"
+    )
+    requests: Annotated[int, Meta(ge=1, description="concurrent requests")] = 64
+    prompt_tokens: Annotated[int, Meta(ge=1, description="tokens of a prompt")] = 32
+    new_tokens: Annotated[int, Meta(ge=1, description="tokens to generate per request")] = 128
     # Starts of each pair of engines: speed varies by some percent with the pages and cores that a start gets.
-    starts: int = 4
-    pairs: int = 2
-    rows: int = 256
-    latents: int = 16384
-    sites: int = 1
-    programs: int = 64
-    eager: bool = False
-    cases: tuple[str, ...] = ()
+    starts: Annotated[int, Meta(ge=1, description="number of times that each pair of engines is started")] = 4
+    pairs: Annotated[int, Meta(ge=1, description="measured pairs of runs per case and start")] = 2
+    rows: Annotated[int, Meta(ge=1, description="row places in the bank of each site")] = 256
+    latents: Annotated[int, Meta(ge=1, description="latents of the SAE")] = 16384
+    sites: Annotated[int, Meta(ge=1, description="hooked sites")] = 1
+    programs: Annotated[int, Meta(ge=1, description="distinct programs of the case with several")] = 64
+    eager: Annotated[bool, Meta(description="do not compile the model")] = False
+    cases: Annotated[tuple[str, ...], Meta(description="cases to run, separated by commas; empty: all")] = ()
 
     def all_cases(self) -> tuple[str, ...]:
         """Return the names of the cases to run."""

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -115,7 +116,7 @@ async def start_rudder(config: configuration.Config, load: Load) -> tuple[Genera
 async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
     """Start a server process, and a Python client of it in this one."""
     port = free_port()
-    listening = replace(config, listen=configuration.Listen(port=port, metrics_port=0))
+    listening = msgspec.structs.replace(config, listen=configuration.Listen(port=port, metrics_port=0))
     settings = Path(config.engine.bundles[0]).with_suffix(".yaml")
     settings.write_text(configuration.show(listening))
     server = await asyncio.create_subprocess_exec(

@@ -1,4 +1,4 @@
-"""`rudder bundle`: makes bundles of other people's SAEs, and verifies bundles.
+"""`rudder bundle`: import published SAEs as bundles, and check bundles.
 
 Nothing heavy is imported before a command runs.
 """
@@ -6,140 +6,135 @@ Nothing heavy is imported before a command runs.
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from rudder.sae_models.errors import UserError
+from rudder.server.cli.arguments import add_subcommand, command, integer
+from rudder.server.cli.output import err, out, print_error
 
 if TYPE_CHECKING:
     from rudder.sae_models.importing.check import Report
     from rudder.sae_models.importing.convention import Comparison
     from rudder.sae_models.importing.importer import ImportRequest, ImportResult
 
-HOLDS, FAILS, CANNOT = 0, 1, 2
+HOLDS, FAILS = 0, 1
 CORPUS = "JSON lines (.jsonl or .jsonl.xz) with `text` and, if known, `book`, `module`, `title`"
-EMBEDDER = "store the labels' meanings, by a sentence embedder such as sentence-transformers/all-MiniLM-L6-v2"
+EMBEDDER = "store embeddings of the labels, by a sentence embedder such as sentence-transformers/all-MiniLM-L6-v2"
+EXAMPLES = """\
+examples:
+  rudder bundle import REPOSITORY --model MODEL --corpus TEXT.jsonl --out BUNDLE
+  rudder bundle check BUNDLE --model MODEL --corpus TEXT.jsonl
+"""
 CHECK_STATUS = "exit status: 0 all holds, 1 something does not, 2 it could not be checked"
 IMPORT_STATUS = "exit status: 0 the bundle is written, 1 it was refused, 2 something could not be read"
 
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+def main(argv: Sequence[str]) -> int:
+    """Import or check a bundle."""
+    args = parser().parse_args(argv)
+    status: int = args.run(args)
+    return status
 
 
-def add_bundle(commands: Any) -> None:
-    """The commands `bundle import` and `bundle check`."""
-    group = commands.add_parser("bundle", help="make and verify SAE bundles")
-    actions = group.add_subparsers(required=True, metavar="command")
-    _add_import(actions)
-    _add_check(actions)
+def parser() -> argparse.ArgumentParser:
+    """Build the parser."""
+    bundle = command("bundle", "Import and check SAE bundles.", EXAMPLES)
+    group = bundle.add_subparsers(required=True, metavar="command")
+    add_import(group)
+    add_check(group)
+    return bundle
 
 
-def _add_import(actions: Any) -> None:
-    text = "make a bundle of a published SAE"
-    command = actions.add_parser("import", help=text, description=text, epilog=IMPORT_STATUS)
-    command.set_defaults(run=run_import)
+def add_import(group: Any) -> None:
+    """Add `bundle import`."""
+    action = add_subcommand(group, "import", "make a bundle of a published SAE", f"{EXAMPLES}\n{IMPORT_STATUS}")
+    action.set_defaults(run=run_import)
     source = "a file or folder, repository[@revision][:subfolder] on Hugging Face, or SAELens release/id"
-    command.add_argument("source", help=source)
-    command.add_argument("--model", type=Path, required=True, help="folder of the model that the SAE was trained on")
-    command.add_argument("--out", type=Path, required=True, help="folder of the bundle; its name is the bundle's name")
+    action.add_argument("source", help=source)
+    action.add_argument("--model", type=Path, required=True, help="folder of the model that the SAE was trained on")
+    action.add_argument("--out", type=Path, required=True, help="folder of the bundle; its name is the bundle's name")
     sites = "layers.<L>.<point> that it reads, where the source does not say; repeat for an SAE with a router"
-    command.add_argument("--site", action="append", default=[], help=sites)
-    command.add_argument("--output-site", default="", help="that it explains, where that is another (transcoders)")
-    command.add_argument("--corpus", type=Path, help=f"text to measure on and describe latents with: {CORPUS}")
-    command.add_argument("--tokens", type=int, default=500_000, help="of the corpus, about (%(default)s)")
-    command.add_argument("--labels", type=Path, help="labels of the latents: a Neuronpedia export, file or folder")
-    command.add_argument("--labels-model", default="", help="what the labels call the model, if not by its name")
-    command.add_argument("--embedder", default="", help=EMBEDDER)
-    command.add_argument("--credit", default="", help="line of attribution to keep with the bundle")
-    command.add_argument("--accept", action="store_true", help="import though L0 or FVU speak against the convention")
+    action.add_argument("--site", action="append", default=[], help=sites)
+    action.add_argument("--output-site", default="", help="site that it predicts, where that is another (transcoders)")
+    action.add_argument("--corpus", type=Path, help=f"text to measure on and describe latents with: {CORPUS}")
+    action.add_argument(
+        "--tokens", type=integer(1), default=500_000, help="approximate tokens of the corpus (%(default)s)"
+    )
+    action.add_argument("--labels", type=Path, help="labels of the latents: a Neuronpedia export, file or folder")
+    action.add_argument("--labels-model", default="", help="name of the model in the labels, if not its own")
+    action.add_argument("--embedder", default="", help=EMBEDDER)
+    action.add_argument("--credit", default="", help="attribution to store with the bundle")
+    action.add_argument("--accept", action="store_true", help="import even if L0 or FVU contradict the convention")
 
 
-def _add_check(actions: Any) -> None:
-    text = "verify a bundle; with its model and text, also how sparse and faithful it is, and which convention fits"
-    command = actions.add_parser("check", help="verify a bundle", description=text, epilog=CHECK_STATUS)
-    command.set_defaults(run=run_check)
-    command.add_argument("bundle", type=Path, help="folder of the bundle")
-    command.add_argument("--model", type=Path, help="folder of the model that it is for")
-    command.add_argument("--corpus", type=Path, help=f"text to measure on, with --model: {CORPUS}")
-    command.add_argument("--json", action="store_true", help="print the report as JSON")
+def add_check(group: Any) -> None:
+    """Add `bundle check`."""
+    text = "verify a bundle; with its model and text, also its L0 and FVU, and which convention fits best"
+    action = add_subcommand(group, "check", text, f"{EXAMPLES}\n{CHECK_STATUS}")
+    action.set_defaults(run=run_check)
+    action.add_argument("bundle", type=Path, help="folder of the bundle")
+    action.add_argument("--model", type=Path, help="folder of its model")
+    action.add_argument("--corpus", type=Path, help=f"text to measure on, with --model: {CORPUS}")
+    action.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run_import(args: argparse.Namespace) -> int:
-    """`rudder bundle import`."""
+    """Import an SAE; FAILS where the bundle is refused."""
+    from rudder.sae_models.bundle.bundle import BundleError
     from rudder.sae_models.formats import hub
     from rudder.sae_models.formats.load import load
     from rudder.sae_models.importing import importer as importing
 
-    def make() -> int:
-        known = None if Path(args.source).exists() else hub.release(args.source)
-        loaded = importing.with_input_scale(load(hub.resolve(args.source)), known.scaling if known else None)
+    try:
+        release = None if Path(args.source).exists() else hub.release(args.source)
+        loaded = importing.with_input_scale(load(hub.resolve(args.source)), release.scaling if release else None)
         err.print(f"{escape(loaded.format)}: {escape(loaded.why)}")
         for key, note in loaded.declared.notes.items():
             if isinstance(note, str | int | float):
                 err.print(f"[dim]{escape(key)}: {escape(str(note))}[/]")
-        if taken := importing.assumed_scale(loaded.declared):
-            err.print(f"[bold yellow]ASSUMED[/] {escape(taken)}")
-        tell_imported(importing.import_sae(loaded, importing.source_of(loaded, args.source), wish_of(args)))
-        return HOLDS
-
-    return answered(make)
+        if assumptions := importing.assumed_scale(loaded.declared):
+            err.print(f"[bold yellow]ASSUMED[/] {escape(assumptions)}")
+        print_imported(importing.import_sae(loaded, importing.source_of(loaded, args.source), wish_of(args)))
+    except (BundleError, importing.ImportRefused) as error:
+        print_error(error)
+        return FAILS
+    return HOLDS
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """`rudder bundle check`."""
-    from rudder.sae_models.importing import check as checking
-
-    def look() -> int:
-        if args.corpus and not args.model:
-            raise ValueError("--corpus: needs --model, which makes the text into what the SAE reads")
-        if not args.bundle.is_dir():
-            raise FileNotFoundError(f"bundle: {args.bundle} is not a folder")
-        report = checking.check_bundle(args.bundle, args.model, args.corpus)
-        sys.stdout.write(as_json(report) + "\n") if args.json else tell_report(report)
-        return HOLDS if report.holds else FAILS
-
-    return answered(look)
-
-
-def answered(command: Callable[[], int]) -> int:
-    """The exit status of a command that reads foreign files; what is wrong with them goes to standard error."""
-    from rudder.sae_models.activations.corpus import CorpusError
+    """Check a bundle; FAILS where something does not hold."""
     from rudder.sae_models.bundle.bundle import BundleError
-    from rudder.sae_models.bundle.semantic import MeaningUnknown
-    from rudder.sae_models.evaluation.labels import LabelError
-    from rudder.sae_models.formats.source import FormatError
-    from rudder.sae_models.importing.importer import ImportRefused
+    from rudder.sae_models.importing import check
 
+    if args.corpus and not args.model:
+        raise UserError("--corpus: needs --model, to compute the activations that the SAE reads")
+    if not args.bundle.is_dir():
+        raise UserError(f"bundle: {args.bundle} is not a folder")
     try:
-        return command()
-    except (
-        BundleError,
-        ImportRefused,
-        FormatError,
-        LabelError,
-        MeaningUnknown,
-        CorpusError,
-        OSError,
-        ValueError,
-    ) as error:
-        err.print(f"[bold red]rudder:[/] {escape(str(error))}")
-        return FAILS if isinstance(error, BundleError | ImportRefused) else CANNOT
+        report = check.check_bundle(args.bundle, args.model, args.corpus)
+    except BundleError as error:
+        print_error(error)
+        return FAILS
+    sys.stdout.write(as_json(report) + "\n") if args.json else print_report(report)
+    return HOLDS if report.holds else FAILS
 
 
 def wish_of(args: argparse.Namespace) -> "ImportRequest":
-    """What the command line asks for."""
+    """Convert the arguments to the importer's request."""
     from rudder.sae_models.importing.importer import ImportRequest
 
     same = ("model", "out", "output_site", "corpus", "tokens", "labels", "labels_model", "embedder", "accept", "credit")
     return ImportRequest(sites=tuple(args.site), **{name: getattr(args, name) for name in same})
 
 
-def tell_imported(imported: "ImportResult") -> None:
-    """What was made, and what it was made from."""
+def print_imported(imported: "ImportResult") -> None:
+    """Print the new bundle, its measurements and the labels that were taken."""
     content, training = imported.bundle.manifest, imported.bundle.manifest.training
     out.print(f"[bold]{escape(str(imported.bundle.path))}[/]  {content.architecture}, reads {', '.join(content.sites)}")
     out.print(f"{content.latents} latents of width {content.d}, {content.dtype}, sha256 {imported.bundle.sha256}")
@@ -149,15 +144,15 @@ def tell_imported(imported: "ImportResult") -> None:
         fvu = "no FVU, its latents write to many layers" if training.fvu is None else f"FVU {training.fvu:.4g}"
         out.print(f"L0 {training.l0 or 0:.4g}, {fvu}, {training.dead_share or 0:.2%} of latents never active")
     if imported.labels:
-        found = imported.labels
-        left = f"{found.empty} records without text, {found.repeated} for a latent that had one"
-        out.print(f"{len(found.by_latent)} labels taken of {found.records} records; {left}")
+        labels = imported.labels
+        skipped = f"{labels.empty} without text, {labels.repeated} for a latent that has one"
+        out.print(f"{len(labels.by_latent)} labels taken of {labels.records} records; skipped: {skipped}")
     if imported.verdict:
         out.print(verdict_table(imported.verdict))
 
 
-def tell_report(report: "Report") -> None:
-    """A table of findings, and one of conventions."""
+def print_report(report: "Report") -> None:
+    """Print the table of findings, and that of conventions."""
     table = Table("", "field", "", title=escape(report.name), title_justify="left")
     for finding in report.findings:
         mark = "[green]holds[/]" if finding.holds else "[bold red]FAILS[/]"
@@ -168,8 +163,8 @@ def tell_report(report: "Report") -> None:
 
 
 def verdict_table(verdict: "Comparison") -> Table:
-    """Every reading of the SAE, best first."""
-    table = Table("reading", "L0", "FVU", "misfit", "to get there", title="conventions", title_justify="left")
+    """Build the table of the conventions under which the SAE was read, best first."""
+    table = Table("convention", "L0", "FVU", "misfit", "how to apply it", title="conventions", title_justify="left")
     for fit in verdict.fits:
         style = "bold" if fit is verdict.declared else ""
         figures = (f"{fit.l0:.1f}", f"{fit.fvu:.4g}", f"{fit.misfit:.2f}")
@@ -178,5 +173,5 @@ def verdict_table(verdict: "Comparison") -> Table:
 
 
 def as_json(report: "Report") -> str:
-    """The report for programs."""
+    """Write the report as JSON."""
     return json.dumps({"holds": report.holds, **asdict(report)}, indent=2)

@@ -1,5 +1,7 @@
 """Harvest the activation store of a training run with the engine, through the hooks that serve.
 
+    rudder harvest RUN.yaml
+
 The store equals the one that `rudder train RUN.yaml` harvests with transformers, and that command uses it.
 """
 
@@ -19,6 +21,7 @@ from rudder.sae_models.activations.corpus import Windows
 from rudder.sae_models.activations.harvest import WINDOWS_PER_PASS
 from rudder.sae_models.activations.store import Store
 from rudder.sae_models.activations.stream import Vectors
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.training import data
 from rudder.sae_models.training.config import Config, ConfigError
 from rudder.server import config as configuration
@@ -65,7 +68,7 @@ async def capture_windows(engine: Engine, sites: Sequence[str], windows: Windows
     hooked = engine.registry.layout.sites
     missing = [site for site in sites if site not in hooked]
     if missing:
-        raise ValueError(f"site: {missing[0]} is not hooked: name it in engine.sites")
+        raise UserError(f"site: {missing[0]} is not hooked: name it in engine.sites")
     numbers = [hooked.index(site) for site in sites]
     return list(
         await asyncio.gather(*(_capture_window(engine, numbers, windows, index) for index in range(len(windows))))
@@ -85,7 +88,7 @@ async def _capture_window(engine: Engine, sites: Sequence[int], windows: Windows
         # one token more than requested.
         if all(len(prompt) <= len(x) <= len(prompt) + 1 for x in vectors):
             return [x[: len(prompt)][counted] for x in vectors]
-    raise ValueError(
+    raise UserError(
         f"harvest: a window of {len(prompt)} tokens was preempted {MAX_ATTEMPTS} times: give the engine more cache"
     )
 
@@ -96,7 +99,7 @@ async def harvest(config: Config) -> Store:
     Raises ConfigError if the run has no store, CorpusError, StoreError, ValueError, OSError.
     """
     if config.data.store is None:
-        raise ConfigError("data.store: is null, there is nowhere to harvest to")
+        raise ConfigError("data.store", "is null: there is no store to write to")
     sites = tuple(map(str, data.run_sites(config)))
     text = data.load_windows(config)
     fields = {

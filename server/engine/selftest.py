@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rudder.sae_models.edit import edit
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.sae import Normalisation
 from rudder.sae_models.sae import gain as input_gain
 from rudder.server.engine.adapter import SamplingParams
@@ -28,7 +29,7 @@ LATENTS = 4
 TOLERANCE = 1e-4
 
 
-class SelfTestFailed(RuntimeError):
+class SelfTestFailed(UserError):
     """The bank of a site disagrees with the reference arithmetic."""
 
 

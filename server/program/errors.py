@@ -2,12 +2,14 @@
 
 from typing import Literal
 
+from rudder.sae_models.errors import UserError
+
 Reason = Literal["FIELD_INVALID", "FEATURE_UNKNOWN", "SITE_UNKNOWN", "ROW_LOCKED"]
 # So far below the largest fp32 that no sum over a residual overflows: the tokens of a batch share matrix products.
 MAX_MAGNITUDE = 1e30
 
 
-class ProgramError(ValueError):
+class ProgramError(UserError):
     """A program is invalid. `field` is the path of the field at fault, such as `program.sites[0].edits[2].row`."""
 
     def __init__(self, field: str, message: str, reason: Reason = "FIELD_INVALID") -> None:

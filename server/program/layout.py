@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.hookpoints import FORM, POINTS, SITE, parse
 
 
@@ -28,15 +29,15 @@ class Layout:
     def __post_init__(self) -> None:
         unknown = [site for site in self.sites if not SITE.fullmatch(site)]
         if unknown:
-            raise ValueError(f"sites: {unknown[0]!r} is not {FORM}")
+            raise UserError(f"sites: {unknown[0]!r} is not {FORM}")
         if len(set(self.sites)) < len(self.sites):
-            raise ValueError("sites: a site is named twice")
+            raise UserError("sites: a site is named twice")
         for name in ("rows", "slots", "stages", "window"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1")
+                raise UserError(f"{name}: must be at least 1")
         unhooked = [site for site in self.sequence_sites or () if site not in self.sites]
         if unhooked:
-            raise ValueError(f"sequence_sites: {unhooked[0]!r} is not among the sites")
+            raise UserError(f"sequence_sites: {unhooked[0]!r} is not among the sites")
         object.__setattr__(self, "sites", tuple(sorted(self.sites, key=forward_order)))
 
     def keeps_sequences(self, site: str) -> bool:

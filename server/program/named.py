@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 from google.protobuf import json_format
 
+from rudder.sae_models.errors import UserError
 from rudder.server.program.compile import Compiled
 from rudder.v1 import program_pb2
 
@@ -18,7 +19,7 @@ class NamedProgram:
     compiled: Compiled
 
 
-class ProgramFileError(ValueError):
+class ProgramFileError(UserError):
     """A file is not a valid program; the message begins with its path."""
 
 

@@ -1,10 +1,11 @@
 """The one table of what a request may hold; every field of the contract that can be absurd has a row in it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import Message
+from msgspec.structs import replace
 
 from rudder.server import config
 from rudder.server.service.errors import Refusal, Violation

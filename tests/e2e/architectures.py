@@ -1,4 +1,4 @@
-"""Bundles of every architecture for the shipped model: random weights on the scale of its real activations."""
+"""Bundles of every architecture for the shipped model, with random weights scaled to its real activations."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ K = 8
 
 
 @dataclass(frozen=True)
-class Made:
-    """An architecture: the site or sites that it reads, the one that it explains, and its SAE."""
+class Case:
+    """An architecture under test: the sites that it reads, the site that it predicts if another, and its SAE."""
 
     name: str
     sites: tuple[str, ...]
@@ -28,7 +28,7 @@ class Made:
 
 
 def random_sae(x: Tensor, seed: int, **parts: Any) -> SAE:
-    """An SAE of unit directions in encoder inputs x [n, d], with biases that keep a third of the latents active."""
+    """Build an SAE of random unit vectors, with biases such that a third of them is active on inputs x [n, d]."""
     generator = torch.Generator().manual_seed(seed)
     width = x.shape[-1]
     directions = torch.nn.functional.normalize(torch.randn(LATENTS, width, generator=generator), dim=1)
@@ -38,58 +38,58 @@ def random_sae(x: Tensor, seed: int, **parts: Any) -> SAE:
 
 
 def jump_relu(x: Tensor, seed: int) -> SAE:
-    """Thresholds as JumpReLU, BatchTopK, Matryoshka and the folded Gated have them."""
+    """Build an SAE with thresholds, the form of JumpReLU, BatchTopK, Matryoshka and folded Gated."""
     base = random_sae(x, seed)
     threshold = base.encode(x).quantile(0.9, dim=0).clamp_min(0.0)
     return SAE(base.encoder, base.bias, threshold, base.decoder, base.decoder_bias)
 
 
-def architectures(x: Mapping[str, Tensor]) -> Iterator[Made]:
-    """One of each, from inputs x [n, d] of every site."""
+def architectures(x: Mapping[str, Tensor]) -> Iterator[Case]:
+    """Build one case per architecture from inputs x [n, d] of every site."""
     post = "layers.{}.resid_post".format
-    yield Made("relu", (post(0),), random_sae(x[post(0)], 0))
-    yield Made("jumprelu", (post(1),), jump_relu(x[post(1)], 1))
-    yield Made("topk", (post(2),), random_sae(x[post(2)], 2, selection=TopK(K)))
-    yield Made("group_max", (post(3),), random_sae(x[post(3)], 3, selection=GroupMax(K)))
+    yield Case("relu", (post(0),), random_sae(x[post(0)], 0))
+    yield Case("jumprelu", (post(1),), jump_relu(x[post(1)], 1))
+    yield Case("topk", (post(2),), random_sae(x[post(2)], 2, selection=TopK(K)))
+    yield Case("group_max", (post(3),), random_sae(x[post(3)], 3, selection=GroupMax(K)))
     probe = torch.nn.functional.normalize(x[post(4)].mean(0), dim=0)
     center = float((x[post(4)] @ probe).mean())
     adaptive = AdaptiveK(probe, torch.tensor(5.0 - center), k_min=4, k_max=24)
-    yield Made("adaptive_k", (post(4),), random_sae(x[post(4)], 4, selection=adaptive))
+    yield Case("adaptive_k", (post(4),), random_sae(x[post(4)], 4, selection=adaptive))
     for name, site, kind in (
         ("layer_norm_topk", "layers.1.attn_out", Normalisation.LAYER_NORM),
         ("constant_norm_topk", "layers.2.mlp_out", Normalisation.CONSTANT_NORM),
     ):
         h = sae.normalise(x[site], kind)
-        yield Made(name, (site,), random_sae(h, 5, selection=TopK(K), normalisation=kind))
+        yield Case(name, (site,), random_sae(h, 5, selection=TopK(K), normalisation=kind))
     layer_norm = sae.normalise(x["layers.3.attn_out"], Normalisation.LAYER_NORM)
-    yield Made("layer_norm", ("layers.3.attn_out",), random_sae(layer_norm, 6, normalisation=Normalisation.LAYER_NORM))
+    yield Case("layer_norm", ("layers.3.attn_out",), random_sae(layer_norm, 6, normalisation=Normalisation.LAYER_NORM))
     width = x[post(0)].shape[-1]
     skip = 0.05 * torch.randn(width, width, generator=torch.Generator().manual_seed(7))
     transcoder = random_sae(x["layers.1.mlp_in"], 7, skip=skip)
-    yield Made("skip_transcoder", ("layers.1.mlp_in",), transcoder, "layers.1.mlp_out")
-    # Where it writes is not told: that it is partial must do.
-    yield Made("cross_layer", ("layers.3.mlp_in",), random_sae(x["layers.3.mlp_in"], 9, partial=True))
+    yield Case("skip_transcoder", ("layers.1.mlp_in",), transcoder, "layers.1.mlp_out")
+    # Without an output site: `partial` alone marks it as a transcoder.
+    yield Case("cross_layer", ("layers.3.mlp_in",), random_sae(x["layers.3.mlp_in"], 9, partial=True))
     routed = tuple(f"layers.{layer}.resid_pre" for layer in (1, 2, 4))
     stacked = sae.normalise(torch.stack([x[site] for site in routed], -2), Normalisation.LAYER_NORM)
     router = Router(0.3 * torch.randn(len(routed), width, generator=torch.Generator().manual_seed(8)))
     parts = {"selection": TopK(K), "normalisation": Normalisation.LAYER_NORM, "router": router}
-    yield Made("route_sae", routed, random_sae(stacked.flatten(0, 1), 8, **parts))
+    yield Case("route_sae", routed, random_sae(stacked.flatten(0, 1), 8, **parts))
 
 
-def write(folder: Path, made: Made, model: bundles.Model, x: Tensor) -> Path:
-    """The bundle of an architecture, with conformance vectors from inputs x of its sites."""
-    encoded = made.sae.encode(x)
+def write(folder: Path, case: Case, model: bundles.Model, x: Tensor) -> Path:
+    """Write the bundle of a case, with conformance vectors from inputs x of its sites."""
+    encoded = case.sae.encode(x)
     manifest = bundles.describe(
-        made.sae, name=made.name, model=model, sites=made.sites, architecture=made.name,
-        training=bundles.Training(credit="random weights"), output_site=made.output_site,
+        case.sae, name=case.name, model=model, sites=case.sites, architecture=case.name,
+        training=bundles.Training(credit="random weights"), output_site=case.output_site,
     )  # fmt: skip
     flat = x.reshape(-1, x.shape[-1])
     statistics = bundles.Statistics(
         encoded.amax(0), (encoded > 0).float().mean(0), flat.mean(0), flat.norm(dim=1).mean()
     )
-    draft = folder / f"{made.name}.sqlite"
+    draft = folder / f"{case.name}.sqlite"
     latents = (catalogue.Latent(catalogue.Summary(i, f"latent {i}", None, None), (), ()) for i in range(LATENTS))
     catalogue.write(draft, latents)
     conformance = bundles.Conformance(x, encoded[:32])
-    bundles.write(folder / made.name, manifest, made.sae, statistics, conformance, draft).catalogue.close()
-    return folder / made.name
+    bundles.write(folder / case.name, manifest, case.sae, statistics, conformance, draft).catalogue.close()
+    return folder / case.name

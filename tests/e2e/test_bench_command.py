@@ -1,4 +1,4 @@
-"""`rudder bench engine` runs every kind of case and leaves a result that can be read."""
+"""`rudder bench engine` runs every kind of case and writes its result."""
 
 import json
 import subprocess
@@ -8,16 +8,16 @@ from pathlib import Path
 CASES = ["idle", "2_programs", "watch_64_features", "full_encode_1k"]
 
 
-def test_a_small_benchmark_runs_and_writes_its_result(tmp_path: Path) -> None:
+def test_small_benchmark_writes_its_result(tmp_path: Path) -> None:
     flags = {
-        "shape": "tiny", "starts": 1, "pairs": 2, "requests": 4, "new-tokens": 8, "rows": 160, "latents": 1024,
+        "shape": "tiny", "starts": 1, "pairs": 2, "requests": 4, "new_tokens": 8, "rows": 160, "latents": 1024,
         "programs": 2, "eager": "true", "cases": json.dumps(CASES), "json": tmp_path / "result.json",
     }  # fmt: skip
-    asked = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "rudder.server", "bench", "engine", *asked]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stderr
-    assert "Exception ignored" not in told
-    assert all(case in told for case in CASES)
+    arguments = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "rudder.server", "bench", "engine", *arguments]
+    stderr = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stderr
+    assert "Exception ignored" not in stderr
+    assert all(case in stderr for case in CASES)
     result = json.loads((tmp_path / "result.json").read_bytes())
     assert list(result["cases"]) == CASES
     for case in result["cases"].values():

@@ -1,4 +1,4 @@
-"""`rudder bundle`: a published checkpoint becomes a bundle, and a check tells by its exit status whether one holds."""
+"""`rudder bundle`: import makes a bundle of a published checkpoint, check reports by exit status if it is valid."""
 
 import json
 import subprocess
@@ -21,13 +21,13 @@ SITE = "layers.2.resid_post"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus, labels, and the shipped SAE as SAELens would have it: whole, and without its thresholds."""
+    """A corpus, labels, and the shipped SAE as SAELens checkpoints: complete, and without its thresholds."""
     folder = tmp_path_factory.mktemp("bundle command")
     shipped = bundles.load(SHIPPED)
     contexts = (context for index in range(0, 1000, 4) for context in shipped.catalogue.get(index).contexts[:1])
     texts = [context.before + context.token + context.after for context in contexts]
-    rows = [{"book": f"book {i}", "text": "\n".join(texts[i::10])} for i in range(10)]
-    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    documents = [{"book": f"book {i}", "text": "\n".join(texts[i::10])} for i in range(10)]
+    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, documents)))
     label = {"modelId": "textbook-lm", "layer": "2-res", "index": "3", "description": "a label from elsewhere"}
     (folder / "labels.jsonl").write_text(json.dumps(label))
     declared = Declaration("jumprelu", (SITE,), SITE, "textbook-lm")
@@ -39,37 +39,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rudder(*words: str | Path) -> "subprocess.CompletedProcess[str]":
-    """`rudder bundle` in a process of its own."""
+    """Run `rudder bundle` in a subprocess."""
     command = [sys.executable, "-m", "rudder.server", "bundle", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_a_checkpoint_becomes_a_bundle_that_holds(folder: Path) -> None:
+def test_import_of_a_checkpoint_gives_a_valid_bundle(folder: Path) -> None:
     text = ("--corpus", folder / "corpus.jsonl", "--tokens", "3000", "--labels", folder / "labels.jsonl")
-    done = rudder("import", folder / "whole", "--model", MODEL, "--out", folder / "made", *text)
+    done = rudder("import", folder / "whole", "--model", MODEL, "--out", folder / "imported", *text)
     assert done.returncode == 0, done.stderr
-    assert "1 labels taken of 1 rows" in done.stdout
+    assert "1 labels taken of 1 records" in done.stdout
     assert "catalogue:" in done.stderr, "no progress was shown"
-    made = bundles.load(folder / "made")
-    assert made.manifest.sites == (SITE,)
-    assert made.manifest.source is not None
-    assert made.manifest.source.where == "whole"
-    assert made.catalogue.get(3).summary.label == "a label from elsewhere"
-    assert torch.allclose(made.sae.encoder, bundles.load(SHIPPED).sae.encoder)
-    done = rudder("check", folder / "made", "--model", MODEL, "--corpus", folder / "corpus.jsonl", "--json")
+    imported = bundles.load(folder / "imported")
+    assert imported.manifest.sites == (SITE,)
+    assert imported.manifest.source is not None
+    assert imported.manifest.source.where == "whole"
+    assert imported.catalogue.get(3).summary.label == "a label from elsewhere"
+    assert torch.allclose(imported.sae.encoder, bundles.load(SHIPPED).sae.encoder)
+    done = rudder("check", folder / "imported", "--model", MODEL, "--corpus", folder / "corpus.jsonl", "--json")
     assert done.returncode == 0, done.stdout
     report = json.loads(done.stdout)
     assert report["holds"]
     assert report["verdict"]["stands"]
 
 
-def test_a_check_of_the_shipped_bundle_holds() -> None:
+def test_shipped_bundle_is_valid() -> None:
     done = rudder("check", SHIPPED)
     assert done.returncode == 0, done.stdout
     assert "conformance" in done.stdout
 
 
-def test_a_dropped_threshold_is_named_by_the_check(folder: Path) -> None:
+def test_check_names_missing_thresholds(folder: Path) -> None:
     done = rudder("import", folder / "no threshold", "--model", MODEL, "--out", folder / "unmeasured")
     assert done.returncode == 0, done.stderr
     assert "not measured" in done.stdout
@@ -92,7 +92,7 @@ def test_a_dropped_threshold_is_named_by_the_check(folder: Path) -> None:
         (("import", MODEL, "--model", MODEL, "--out", "made"), 2, "the format must be one"),
     ],
 )
-def test_exit_statuses_tell_wrong_from_unreadable(words: tuple[str | Path, ...], status: int, reason: str) -> None:
+def test_exit_status_separates_invalid_from_unreadable(words: tuple[str | Path, ...], status: int, reason: str) -> None:
     done = rudder(*words)
     assert done.returncode == status, done.stdout + done.stderr
     assert reason in " ".join((done.stdout + done.stderr).split())

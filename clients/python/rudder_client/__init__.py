@@ -1,4 +1,4 @@
-"""Client of the Rudder server: generation steered inside the model, and what its features say of it.
+"""Client of the Rudder server: steered generation, and the SAE features of a model.
 
 from rudder_client import Client, Program
 

@@ -1,4 +1,4 @@
-"""The client for asyncio; as `client`, method by method."""
+"""The client for asyncio, with the methods of `client`."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ PAGE_SIZE = 1000
 
 
 class AsyncStream:
-    """An answer as it comes: an asynchronous iterator of chunks; leaving its `async with` block ends it."""
+    """The chunks of a running call: an asynchronous iterator. Leaving its `async with` block ends the call."""
 
     def __init__(self, call: Any) -> None:
         self.call, self.names, self.waiting = call, Names(), deque[Chunk]()
@@ -29,7 +29,7 @@ class AsyncStream:
         return self
 
     async def __anext__(self) -> Chunk:
-        """The next chunk. RudderError: the call failed."""
+        """Return the next chunk. RudderError: the call failed."""
         while not self.waiting:
             with translated():
                 message = await self.call.read()
@@ -41,7 +41,7 @@ class AsyncStream:
         return self.waiting.popleft()
 
     def cancel(self) -> None:
-        """End the answer now."""
+        """End the call; the server frees the request."""
         self.call.cancel()
 
     async def __aenter__(self) -> Self:
@@ -52,7 +52,7 @@ class AsyncStream:
 
 
 class AsyncClient:
-    """A connection to a server. `timeout`: seconds that each call may take, unless it says otherwise."""
+    """A connection to a server. `timeout`: default deadline of a call, in seconds."""
 
     def __init__(self, address: str = "localhost:50051", *, timeout: float | None = None) -> None:
         self.channel = grpc.aio.insecure_channel(address, wire.OPTIONS)
@@ -71,14 +71,14 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """End the connection and what runs over it."""
+        """Close the connection and cancel its running calls."""
         await self.channel.close()
 
     def generate(
         self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, cache_salt: str = "",
         stream_interval: int = 0, timeout: float | None = None, **sampling: Unpack[Sampling],
     ) -> AsyncStream:  # fmt: skip
-        """Generate, chunk by chunk; `prompt` is text, token ids or the messages of a chat."""
+        """Generate and stream chunks; `prompt` is text, token ids or the messages of a chat."""
         request = generate_request(prompt, steer, report, cache_salt, stream_interval, sampling)
         return AsyncStream(self.inference.Generate(request, timeout=timeout or self.timeout))
 
@@ -86,7 +86,7 @@ class AsyncClient:
         self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, cache_salt: str = "",
         timeout: float | None = None, **sampling: Unpack[Sampling],
     ) -> Completion:  # fmt: skip
-        """Generate, and return when all choices are whole."""
+        """Generate, and return when all choices are complete."""
         request = complete_request(prompt, steer, report, cache_salt, sampling)
         with translated():
             return completion_of(await self.inference.Complete(request, timeout=timeout or self.timeout))
@@ -94,20 +94,20 @@ class AsyncClient:
     async def inspect(
         self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, timeout: float | None = None
     ) -> Inspection:
-        """The features of a text; by default the five strongest of each token."""
+        """Return the features of a text; by default the five strongest of each token."""
         request = inspect_request(prompt, steer, report or Report(top_k=5))
         with translated():
             return inspection_of(await self.inference.Inspect(request, timeout=timeout or self.timeout))
 
     async def feature(self, index: int, bundle: str = "") -> catalogue_pb2.FeatureDetail:
-        """One latent: label, frequency, strongest tokens and contexts."""
+        """Return one latent: label, frequency, strongest tokens and contexts."""
         request = catalogue_pb2.FeatureServiceGetRequest(bundle=bundle, index=index)
         with translated():
             response: catalogue_pb2.FeatureServiceGetResponse = await self.catalogue.Get(request, timeout=self.timeout)
         return response.feature
 
     async def features(self, bundle: str = "") -> AsyncIterator[catalogue_pb2.FeatureSummary]:
-        """Every latent of a bundle, in order."""
+        """List every latent of a bundle, by index."""
         request = catalogue_pb2.FeatureServiceListRequest(bundle=bundle, page_size=PAGE_SIZE)
         while True:
             with translated():
@@ -121,7 +121,7 @@ class AsyncClient:
     async def search(
         self, words: str, *, bundle: str = "", limit: int = 20, by_meaning: bool = False
     ) -> list[catalogue_pb2.FeatureSummary]:
-        """Latents by words of their label, or by what labels mean; best first."""
+        """Search latents by words of their label, or by its meaning; best match first."""
         request = catalogue_pb2.FeatureServiceSearchRequest(
             bundle=bundle, query=words, limit=limit, by_meaning=by_meaning
         )
@@ -129,30 +129,33 @@ class AsyncClient:
             return list((await self.catalogue.Search(request, timeout=self.timeout)).features)
 
     async def model(self) -> catalogue_pb2.ModelServiceGetResponse:
-        """What is served, and within which limits."""
+        """Return the served model, its bundles and the limits of a request."""
         request = catalogue_pb2.ModelServiceGetRequest()
         with translated():
             response: catalogue_pb2.ModelServiceGetResponse = await self.models.Get(request, timeout=self.timeout)
         return response
 
     async def programs(self) -> list[catalogue_pb2.NamedProgram]:
-        """The operator's programs, which `steer` takes by name."""
+        """List the operator's programs, which `steer` accepts by name."""
         with translated():
             return list(
                 (await self.models.ListPrograms(catalogue_pb2.ListProgramsRequest(), timeout=self.timeout)).programs
             )
 
     async def wait_ready(self, timeout: float = 60.0) -> None:
-        """Return when the server is SERVING. RudderError when it is not in time."""
+        """Wait until the server is SERVING. RudderError: it is not after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while True:
-            left = deadline - time.monotonic()
+            remaining = deadline - time.monotonic()
             try:
-                if await self.health(wire.WHOLE_SERVER, timeout=max(min(left, wire.CHECK_S), 0.01)) == wire.IS_SERVING:
+                if (
+                    await self.health(wire.WHOLE_SERVER, timeout=max(min(remaining, wire.CHECK_S), 0.01))
+                    == wire.IS_SERVING
+                ):
                     return
                 problem = None
             except grpc.RpcError as failure:
                 problem = failure
-            if left <= 0:
+            if remaining <= 0:
                 raise not_ready(timeout) if problem is None else error_of(problem)
             await asyncio.sleep(wire.BETWEEN_CHECKS_S)

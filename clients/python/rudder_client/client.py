@@ -1,4 +1,4 @@
-"""The client for plain code; see `aio` for asyncio."""
+"""The synchronous client; `aio` has the same methods for asyncio."""
 
 import time
 from collections import deque
@@ -18,7 +18,7 @@ PAGE_SIZE = 1000
 
 
 class Stream:
-    """An answer as it comes: an iterator of chunks. Leaving its `with` block, or `cancel`, ends it in the engine."""
+    """The chunks of a running call: an iterator. `cancel`, or leaving its `with` block, ends the call in the engine."""
 
     def __init__(self, call: Any) -> None:
         self.call, self.names, self.waiting = call, Names(), deque[Chunk]()
@@ -28,7 +28,7 @@ class Stream:
         return self
 
     def __next__(self) -> Chunk:
-        """The next chunk. RudderError: the call failed."""
+        """Return the next chunk. RudderError: the call failed."""
         while not self.waiting:
             with translated():
                 message = next(self.call)
@@ -38,7 +38,7 @@ class Stream:
         return self.waiting.popleft()
 
     def cancel(self) -> None:
-        """End the answer now."""
+        """End the call; the server frees the request."""
         self.call.cancel()
 
     def __enter__(self) -> Self:
@@ -49,7 +49,7 @@ class Stream:
 
 
 class Client:
-    """A connection to a server. `timeout`: seconds that each call may take, unless it says otherwise."""
+    """A connection to a server. `timeout`: default deadline of a call, in seconds."""
 
     def __init__(self, address: str = "localhost:50051", *, timeout: float | None = None) -> None:
         self.channel = grpc.insecure_channel(address, wire.OPTIONS)
@@ -68,14 +68,14 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End the connection and what runs over it."""
+        """Close the connection and cancel its running calls."""
         self.channel.close()
 
     def generate(
         self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, cache_salt: str = "",
         stream_interval: int = 0, timeout: float | None = None, **sampling: Unpack[Sampling],
     ) -> Stream:  # fmt: skip
-        """Generate, chunk by chunk; `prompt` is text, token ids or the messages of a chat."""
+        """Generate and stream chunks; `prompt` is text, token ids or the messages of a chat."""
         request = generate_request(prompt, steer, report, cache_salt, stream_interval, sampling)
         return Stream(self.inference.Generate(request, timeout=timeout or self.timeout))
 
@@ -83,7 +83,7 @@ class Client:
         self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, cache_salt: str = "",
         timeout: float | None = None, **sampling: Unpack[Sampling],
     ) -> Completion:  # fmt: skip
-        """Generate, and return when all choices are whole."""
+        """Generate, and return when all choices are complete."""
         request = complete_request(prompt, steer, report, cache_salt, sampling)
         with translated():
             return completion_of(self.inference.Complete(request, timeout=timeout or self.timeout))
@@ -91,20 +91,20 @@ class Client:
     def inspect(
         self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, timeout: float | None = None
     ) -> Inspection:
-        """The features of a text; by default the five strongest of each token."""
+        """Return the features of a text; by default the five strongest of each token."""
         request = inspect_request(prompt, steer, report or Report(top_k=5))
         with translated():
             return inspection_of(self.inference.Inspect(request, timeout=timeout or self.timeout))
 
     def feature(self, index: int, bundle: str = "") -> catalogue_pb2.FeatureDetail:
-        """One latent: label, frequency, strongest tokens and contexts."""
+        """Return one latent: label, frequency, strongest tokens and contexts."""
         request = catalogue_pb2.FeatureServiceGetRequest(bundle=bundle, index=index)
         with translated():
             response: catalogue_pb2.FeatureServiceGetResponse = self.catalogue.Get(request, timeout=self.timeout)
         return response.feature
 
     def features(self, bundle: str = "") -> Iterator[catalogue_pb2.FeatureSummary]:
-        """Every latent of a bundle, in order."""
+        """List every latent of a bundle, by index."""
         request = catalogue_pb2.FeatureServiceListRequest(bundle=bundle, page_size=PAGE_SIZE)
         while True:
             with translated():
@@ -117,7 +117,7 @@ class Client:
     def search(
         self, words: str, *, bundle: str = "", limit: int = 20, by_meaning: bool = False
     ) -> list[catalogue_pb2.FeatureSummary]:
-        """Latents by words of their label, or by what labels mean; best first."""
+        """Search latents by words of their label, or by its meaning; best match first."""
         request = catalogue_pb2.FeatureServiceSearchRequest(
             bundle=bundle, query=words, limit=limit, by_meaning=by_meaning
         )
@@ -125,28 +125,29 @@ class Client:
             return list(self.catalogue.Search(request, timeout=self.timeout).features)
 
     def model(self) -> catalogue_pb2.ModelServiceGetResponse:
-        """What is served, and within which limits."""
+        """Return the served model, its bundles and the limits of a request."""
         request = catalogue_pb2.ModelServiceGetRequest()
         with translated():
             response: catalogue_pb2.ModelServiceGetResponse = self.models.Get(request, timeout=self.timeout)
         return response
 
     def programs(self) -> list[catalogue_pb2.NamedProgram]:
-        """The operator's programs, which `steer` takes by name."""
+        """List the operator's programs, which `steer` accepts by name."""
         with translated():
             return list(self.models.ListPrograms(catalogue_pb2.ListProgramsRequest(), timeout=self.timeout).programs)
 
     def wait_ready(self, timeout: float = 60.0) -> None:
-        """Return when the server is SERVING. RudderError when it is not in time."""
+        """Wait until the server is SERVING. RudderError: it is not after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while True:
-            left = deadline - time.monotonic()
+            remaining = deadline - time.monotonic()
+            check_s = max(min(remaining, wire.CHECK_S), 0.01)
             try:
-                if self.health(wire.WHOLE_SERVER, timeout=max(min(left, wire.CHECK_S), 0.01)) == wire.IS_SERVING:
+                if self.health(wire.WHOLE_SERVER, timeout=check_s) == wire.IS_SERVING:
                     return
                 problem = None
             except grpc.RpcError as failure:
                 problem = failure
-            if left <= 0:
+            if remaining <= 0:
                 raise not_ready(timeout) if problem is None else error_of(problem)
             time.sleep(wire.BETWEEN_CHECKS_S)

@@ -1,4 +1,4 @@
-"""What a failed call says."""
+"""The error of a failed call."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,17 +15,18 @@ M = TypeVar("M", bound=Message)
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """A field at fault, by its path in the request, and what is wrong with it."""
+    """An invalid field: its path in the request, and the reason."""
 
     field: str
     description: str
 
 
 class RudderError(Exception):
-    """A call that did not end OK.
+    """A call that failed.
 
-    `code`: gRPC's name, such as INVALID_ARGUMENT. `reason`: the server's, such as FEATURE_UNKNOWN, or empty where the
-    call did not get as far as the server. `retry_after`: seconds until it may be tried again, where that helps.
+    `code`: name of the gRPC status code, such as INVALID_ARGUMENT. `reason`: the server's reason, such as
+    FEATURE_UNKNOWN; empty if the call did not reach the server. `violations`: the invalid fields. `retry_after`:
+    seconds after which to retry; None if a retry does not help.
     """
 
     def __init__(self, code: str, message: str, status: error_pb2.ErrorStatus) -> None:
@@ -42,7 +43,7 @@ class RudderError(Exception):
 
 
 def detail(status: error_pb2.ErrorStatus, empty: M) -> M:
-    """The status's detail of the type of `empty`, or `empty`."""
+    """Return the detail of a status that has the type of `empty`; `empty` if there is none."""
     name = f"google.rpc.{empty.DESCRIPTOR.name}"
     for packed in status.details:
         if packed.type_url.rpartition("/")[2] == name:
@@ -51,7 +52,7 @@ def detail(status: error_pb2.ErrorStatus, empty: M) -> M:
 
 
 def error_of(failure: grpc.RpcError | grpc.aio.AioRpcError) -> RudderError:
-    """A failed call as a RudderError."""
+    """Convert the error of a call to a RudderError."""
     trailers: Iterable[tuple[str, Any]] = cast(Any, failure).trailing_metadata() or ()
     packed = b"".join(value for key, value in trailers if key == "grpc-status-details-bin")
     return RudderError(failure.code().name, failure.details() or "", error_pb2.ErrorStatus.FromString(packed))
@@ -59,7 +60,7 @@ def error_of(failure: grpc.RpcError | grpc.aio.AioRpcError) -> RudderError:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Failed calls inside raise RudderError."""
+    """Raise RudderError in place of the errors of gRPC."""
     try:
         yield
     except grpc.RpcError as failure:
@@ -67,5 +68,5 @@ def translated() -> Iterator[None]:
 
 
 def not_ready(timeout: float) -> RudderError:
-    """The server answers, but does not serve."""
+    """Build the error for a server that answers health checks, but is not SERVING."""
     return RudderError("UNAVAILABLE", f"not SERVING after {timeout:g} s", error_pb2.ErrorStatus())

@@ -1,4 +1,4 @@
-"""Programs written down in Python: which rows of the residual stream to edit, how, where and when."""
+"""Programs: edits of SAE latents, control vectors and probes in the residual stream, by site, phase and gate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ PHASES = {"both": program_pb2.PHASE_BOTH, "prompt": program_pb2.PHASE_PROMPT, "g
 
 @dataclass(frozen=True)
 class Feature:
-    """A latent of a served SAE; `bundle` may be left out where the site has one."""
+    """A latent of a served SAE; `bundle` is optional where the site has one bundle."""
 
     index: int
     bundle: str = ""
@@ -26,7 +26,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Vector:
-    """A control vector of the model's width."""
+    """A control vector; `values` has the hidden size of the model."""
 
     values: Sequence[float]
     name: str = ""
@@ -34,7 +34,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Probe:
-    """A linear probe: its activation is x . weights + bias."""
+    """A linear probe: its activation is x . weights + bias; `weights` has the hidden size of the model."""
 
     weights: Sequence[float]
     bias: float = 0.0
@@ -45,7 +45,7 @@ Row = int | Feature | Vector | Probe
 
 
 def row_message(row: Row) -> program_pb2.Row:
-    """The contract's form of a row; a bare number is a latent's."""
+    """Convert a row to its message; a number is the index of a latent."""
     match row:
         case Vector():
             return program_pb2.Row(vector=program_pb2.Vector(name=row.name, values=row.values))
@@ -57,9 +57,11 @@ def row_message(row: Row) -> program_pb2.Row:
 
 
 class Program:
-    """Edits per site, and a gate that opens them. Each method returns a new, longer program; `at` says where.
+    """Edits per site, and an optional gate. Each method returns a new program; `at` selects the site of the next edits.
 
-    Values are in `unit`: the SAE's own activations, multiples of the latent's largest activation, or of ||x||.
+    Values are in `unit`: `absolute` (activations of the SAE; multiples of a vector), `max_activation` (multiples of the
+    latent's maximum activation) or `residual` (x moves by this multiple of ||x||). `phase` selects prompt tokens,
+    generated tokens or both. An edit with `when_above` applies only at tokens where its row is above that activation.
     """
 
     def __init__(self, name: str = "", description: str = "") -> None:
@@ -67,7 +69,11 @@ class Program:
         self.site = ""
 
     def at(self, site: str, *, restore_norm: bool = False, max_displacement: float | None = None) -> "Program":
-        """Edits from here on are at `site`; `max_displacement`: of x there, as a share of ||x||."""
+        """Select the site of the next edits.
+
+        `restore_norm`: rescale the edited x to its norm before the edits. `max_displacement`: cap on ||x' - x||, as a
+        share of ||x||.
+        """
         program = self._copy()
         program.site = site
         if restore_norm or max_displacement is not None:
@@ -78,56 +84,57 @@ class Program:
         return program
 
     def add(
-        self, feature: int | Feature | None = None, value: float = 1.0, *, unit: Unit = "absolute",
+        self, feature: int | Feature | None = None, by: float = 1.0, *, unit: Unit = "absolute",
         vector: Vector | Sequence[float] | None = None, when_above: float | None = None, phase: Phase = "both",
+        value: float | None = None,
     ) -> "Program":  # fmt: skip
-        """Add to a feature's activation, or add a multiple of a vector."""
-        edit = program_pb2.Edit(row=row_message(either(feature, vector)), add=value)
+        """Add `by` to a feature's activation, or `by` times a vector to x. `value` is the former name of `by`."""
+        edit = program_pb2.Edit(row=row_message(either(feature, vector)), add=by if value is None else value)
         return self._with(edit, unit, when_above, phase)
 
     def set(
         self, feature: int | Feature | None = None, to: float = 0.0, *, vector: Vector | Sequence[float] | None = None,
         unit: Unit = "absolute", when_above: float | None = None, phase: Phase = "both",
     ) -> "Program":  # fmt: skip
-        """Give a feature this activation."""
+        """Set a feature's activation to `to`; for a vector, whose activation is 0, the same as `add`."""
         edit = program_pb2.Edit(row=row_message(either(feature, vector)), set=to)
         return self._with(edit, unit, when_above, phase)
 
     def ablate(self, feature: int | Feature, *, when_above: float | None = None, phase: Phase = "both") -> "Program":
-        """Take a feature's activation away."""
+        """Set a feature's activation to 0."""
         return self._with(program_pb2.Edit(row=row_message(feature), ablate=True), "absolute", when_above, phase)
 
     def scale(
         self, feature: int | Feature, by: float, *, when_above: float | None = None, phase: Phase = "both"
     ) -> "Program":
-        """Multiply a feature's activation."""
+        """Multiply a feature's activation by `by`."""
         return self._with(program_pb2.Edit(row=row_message(feature), scale=by), "absolute", when_above, phase)
 
     def cap(
         self, feature: int | Feature, at: float, *, unit: Unit = "absolute", when_above: float | None = None,
         phase: Phase = "both",
     ) -> "Program":  # fmt: skip
-        """Let a feature's activation be at most this."""
+        """Limit a feature's activation to at most `at`."""
         return self._with(program_pb2.Edit(row=row_message(feature), cap=at), unit, when_above, phase)
 
     def floor(
         self, feature: int | Feature, at: float, *, unit: Unit = "absolute", when_above: float | None = None,
         phase: Phase = "both",
     ) -> "Program":  # fmt: skip
-        """Let a feature's activation be at least this."""
+        """Raise a feature's activation to at least `at`."""
         return self._with(program_pb2.Edit(row=row_message(feature), floor=at), unit, when_above, phase)
 
     def clamp(
         self, feature: int | Feature, to: float, *, unit: Unit = "absolute", when_above: float | None = None,
         phase: Phase = "both",
     ) -> "Program":  # fmt: skip
-        """Where a feature is active, give it this activation: below 0, it is unlearned."""
+        """Set a feature's activation to `to` where it is active; a value below 0 unlearns it."""
         return self._with(program_pb2.Edit(row=row_message(feature), clamp=to), unit, when_above, phase)
 
     def blend(
         self, weight: float, *, vector: Vector | Sequence[float] | None = None, bundle: str = "", phase: Phase = "both"
     ) -> "Program":
-        """Move x by this share of the way to the mean of a bundle's corpus, or to a vector."""
+        """Interpolate x towards the mean residual of a bundle's corpus, or a vector, with this weight."""
         program = self._copy()
         blend = program._here().blend
         blend.weight, blend.phase = weight, PHASES[phase]
@@ -138,7 +145,7 @@ class Program:
         return program
 
     def gate(self, row: Row, above: float = 0.0) -> "Program":
-        """Edit only at tokens where this row is above a threshold here; of several, any."""
+        """Edit only at tokens where this row is above `above` at the current site; of several rows, any."""
         program = self._copy()
         gate = program._gate()
         gate.any_of.add(row=row_message(row), above=above)
@@ -150,8 +157,9 @@ class Program:
     ) -> "Program":  # fmt: skip
         """Edit only while a statistic of this row over the tokens so far is above `level`.
 
-        One of: the share of tokens where it is above a value, its moving average with this decay, its mean over a
-        window of tokens, its cumulative sum less this drift a token. `latch`: once open, open for good.
+        Give one statistic: `share_above` (share of tokens above this activation), `moving_average` (with this decay),
+        `window` (mean over this number of tokens) or `cusum_drift` (cumulative sum, less this drift per token).
+        `latch`: once open, the gate stays open. `min_tokens`: the gate stays closed before this number of tokens.
         """
         program = self._copy()
         sequence = program_pb2.SequenceCondition(
@@ -176,15 +184,13 @@ class Program:
 
     def _here(self) -> program_pb2.SiteEdits:
         if not self.site:
-            raise ValueError("say where first: Program().at(site)")
-        found = [edits for edits in self.message.sites if edits.site == self.site]
-        return found[0] if found else self.message.sites.add(site=self.site)
+            raise ValueError("no site: call at(site) first")
+        matches = [edits for edits in self.message.sites if edits.site == self.site]
+        return matches[0] if matches else self.message.sites.add(site=self.site)
 
     def _gate(self) -> program_pb2.Gate:
         if self.message.gate.site not in ("", self.site) or not self.site:
-            raise ValueError(
-                f"a program has one gate, read at one site: {self.message.gate.site or 'say which with at()'}"
-            )
+            raise ValueError(f"a program has one gate, at one site: {self.message.gate.site or 'call at(site) first'}")
         self.message.gate.site = self.site
         return self.message.gate
 
@@ -198,12 +204,12 @@ class Program:
 
 
 def either(feature: int | Feature | None, vector: Vector | Sequence[float] | None) -> Row:
-    """The one of the two that is given."""
+    """Return the feature or the vector. ValueError: neither or both."""
     if (feature is None) == (vector is None):
         raise ValueError("give a feature or a vector")
     return feature if feature is not None else as_vector(vector or ())
 
 
 def as_vector(vector: Vector | Sequence[float]) -> Vector:
-    """Plain numbers as a vector without a name."""
+    """Convert plain numbers to a vector without a name."""
     return vector if isinstance(vector, Vector) else Vector(vector)

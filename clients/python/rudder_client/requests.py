@@ -1,4 +1,4 @@
-"""From plain Python values to the contract's requests."""
+"""Conversion of Python values to request messages."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from rudder_client.program import Program, Row, row_message
 
 
 class Sampling(TypedDict, total=False):
-    """How tokens are chosen; what is left out has vLLM's default. Choice i of n has seed + i."""
+    """Sampling parameters, with the defaults of vLLM. Choice i of n uses seed + i."""
 
     max_tokens: int
     min_tokens: int
@@ -30,7 +30,7 @@ class Sampling(TypedDict, total=False):
     logit_bias: Mapping[int, float]
 
 
-# Of a chat: its `role` and `content`.
+# A message of a chat: `role` and `content`.
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
 Steer = Program | program_pb2.Program | str | None
@@ -38,9 +38,10 @@ Steer = Program | program_pb2.Program | str | None
 
 @dataclass(frozen=True)
 class Report:
-    """Which features to report: those named per site, and the `top_k` strongest of the whole dictionary, per token.
+    """Features to report: rows by site, and the `top_k` strongest latents of each token at `sites`.
 
-    `prompt`: of the prompt's tokens too. `pooled`: sum, maximum and count at the end. `tokens`: per token at all.
+    `sites`: by default every site with an SAE. `prompt`: report the tokens of the prompt too. `pooled`: report sum,
+    maximum and count over a choice. `tokens`: report each token.
     """
 
     features: Mapping[str, Sequence[Row]] = field(default_factory=dict)
@@ -52,7 +53,7 @@ class Report:
 
 
 def prompt_message(prompt: Prompt) -> inference_pb2.Prompt:
-    """Text, token ids or the messages of a chat."""
+    """Convert text, token ids or the messages of a chat."""
     if isinstance(prompt, str):
         return inference_pb2.Prompt(text=prompt)
     messages = [part for part in prompt if not isinstance(part, int)]
@@ -64,7 +65,7 @@ def prompt_message(prompt: Prompt) -> inference_pb2.Prompt:
 
 
 def steering_message(steer: Steer) -> inference_pb2.Steering | None:
-    """A program, or the name of one of the server's."""
+    """Convert a program, or the name of one of the server's."""
     match steer:
         case None:
             return None
@@ -76,7 +77,7 @@ def steering_message(steer: Steer) -> inference_pb2.Steering | None:
 
 
 def report_message(report: Report | None) -> inference_pb2.Report | None:
-    """The contract's form of a report."""
+    """Convert a report."""
     if report is None:
         return None
     return inference_pb2.Report(
@@ -96,7 +97,7 @@ def report_message(report: Report | None) -> inference_pb2.Report | None:
 def generate_request(
     prompt: Prompt, steer: Steer, report: Report | None, cache_salt: str, stream_interval: int, sampling: Sampling
 ) -> inference_pb2.GenerateRequest:
-    """The request of `generate`."""
+    """Build the request of `generate`."""
     return inference_pb2.GenerateRequest(
         prompt=prompt_message(prompt),
         sampling=inference_pb2.Sampling(**sampling),
@@ -110,7 +111,7 @@ def generate_request(
 def complete_request(
     prompt: Prompt, steer: Steer, report: Report | None, cache_salt: str, sampling: Sampling
 ) -> inference_pb2.CompleteRequest:
-    """The request of `complete`."""
+    """Build the request of `complete`."""
     return inference_pb2.CompleteRequest(
         prompt=prompt_message(prompt),
         sampling=inference_pb2.Sampling(**sampling),
@@ -121,7 +122,7 @@ def complete_request(
 
 
 def inspect_request(prompt: Prompt, steer: Steer, report: Report) -> inference_pb2.InspectRequest:
-    """The request of `inspect`."""
+    """Build the request of `inspect`."""
     return inference_pb2.InspectRequest(
         prompt=prompt_message(prompt), steering=steering_message(steer), report=report_message(report)
     )

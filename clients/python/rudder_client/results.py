@@ -1,4 +1,4 @@
-"""From the contract's columns to plain Python values."""
+"""Conversion of response messages, whose features are columns, to Python values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Delta = inference_pb2.ChoiceDelta | inference_pb2.Choice
 
 @dataclass(frozen=True)
 class FeatureName:
-    """A reported feature. `label`: from the catalogue, or the name of a probe."""
+    """A reported feature. `label`: that of the catalogue, or the name of a probe."""
 
     site: str
     bundle: str
@@ -29,7 +29,7 @@ class FeatureName:
 
 @dataclass(frozen=True)
 class Activation:
-    """A feature's activation at a position of prompt and answer, counted from 0."""
+    """Activation of a feature at a position of prompt and output, counted from 0."""
 
     position: int
     feature: FeatureName
@@ -38,7 +38,7 @@ class Activation:
 
 @dataclass(frozen=True)
 class PooledActivation:
-    """A feature over a whole choice: `tokens` were read, on `active_tokens` of them it was active."""
+    """Statistics of a feature over the `tokens` of a choice; it is active on `active_tokens` of them."""
 
     feature: FeatureName
     sum: float
@@ -49,7 +49,7 @@ class PooledActivation:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Per token: its log-probability, and the (id, log-probability) of the likeliest."""
+    """Per token: its log-probability, and (token id, log-probability) of the most probable tokens."""
 
     chosen: tuple[float, ...]
     alternatives: tuple[tuple[tuple[int, float], ...], ...]
@@ -57,7 +57,7 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a choice. `cached_tokens`: of the prompt, served from the prefix cache."""
+    """Token counts of a choice. `cached_tokens`: tokens of the prompt served from the prefix cache."""
 
     prompt_tokens: int
     generated_tokens: int
@@ -66,7 +66,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class EditCount:
-    """How many tokens an edit touched. `origin`: request, or policy."""
+    """Number of tokens that an edit changed. `origin`: `request` or `policy`."""
 
     origin: str
     site: str
@@ -77,7 +77,7 @@ class EditCount:
 
 @dataclass(frozen=True)
 class Attestation:
-    """What ran, as counted in the engine's worker."""
+    """The edits that ran, counted in the engine's worker. `tokens_seen`: tokens that the model computed."""
 
     program_digest: str
     policy_digest: str
@@ -88,7 +88,7 @@ class Attestation:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some tokens of choice `choice`. The last of a choice has a `finish_reason`, and with it what follows that."""
+    """Tokens of choice `choice`. Only the last chunk of a choice has `finish_reason` and the fields after it."""
 
     choice: int
     text: str
@@ -104,20 +104,20 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """Whole choices."""
+    """All choices of a request."""
 
     request_id: str
     choices: tuple[Chunk, ...]
 
     @property
     def text(self) -> str:
-        """Of the first choice."""
+        """Text of the first choice."""
         return self.choices[0].text
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was read, and the features active on it, strongest first."""
+    """A token, and its active features, strongest first."""
 
     position: int
     id: int
@@ -127,7 +127,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The features of a text."""
+    """The tokens of a text with their features."""
 
     request_id: str
     tokens: tuple[Token, ...]
@@ -136,28 +136,28 @@ class Inspection:
 
 
 class Names:
-    """The features of a stream, in the order in which the server named them."""
+    """The features of a stream: columns refer to them by the order in which the server named them."""
 
     def __init__(self) -> None:
         self.known: list[FeatureName] = []
 
     def learn(self, infos: Sequence[inference_pb2.FeatureInfo]) -> None:
-        """Take in further names."""
+        """Append the features that a message names."""
         self.known += [FeatureName(i.site, i.bundle, i.index, i.label) for i in infos]
 
     def activations(self, columns: inference_pb2.FeatureColumns) -> tuple[Activation, ...]:
-        """The entries of columns."""
-        rows = zip(columns.positions, columns.features, columns.activations, strict=True)
-        return tuple(Activation(position, self.known[place], value) for position, place, value in rows)
+        """Convert columns of activations."""
+        entries = zip(columns.positions, columns.features, columns.activations, strict=True)
+        return tuple(Activation(position, self.known[number], value) for position, number, value in entries)
 
     def pooled(self, features: Sequence[inference_pb2.PooledFeature]) -> tuple[PooledActivation, ...]:
-        """Pooled features, strongest first."""
-        found = [PooledActivation(self.known[f.feature], f.sum, f.max, f.active_tokens, f.tokens) for f in features]
-        return tuple(sorted(found, key=lambda pooled: -pooled.sum))
+        """Convert pooled features, largest sum first."""
+        converted = [PooledActivation(self.known[f.feature], f.sum, f.max, f.active_tokens, f.tokens) for f in features]
+        return tuple(sorted(converted, key=lambda pooled: -pooled.sum))
 
 
 def chunk_of(delta: Delta, names: Names) -> Chunk:
-    """A delta, or a whole choice."""
+    """Convert a delta, or a complete choice."""
     return Chunk(
         choice=delta.index,
         text=delta.text,
@@ -173,20 +173,20 @@ def chunk_of(delta: Delta, names: Names) -> Chunk:
 
 
 def logprobs_of(columns: inference_pb2.Logprobs) -> Logprobs:
-    """Columns of log-probabilities as rows."""
+    """Convert columns of log-probabilities to one tuple per token."""
     pairs = list(zip(columns.alternative_ids, columns.alternatives, strict=True))
     width = columns.width
-    rows = [tuple(pairs[i * width : (i + 1) * width]) for i in range(len(columns.chosen))]
-    return Logprobs(tuple(columns.chosen), tuple(rows))
+    alternatives = (tuple(pairs[i * width : (i + 1) * width]) for i in range(len(columns.chosen)))
+    return Logprobs(tuple(columns.chosen), tuple(alternatives))
 
 
 def usage_of(usage: inference_pb2.Usage) -> Usage:
-    """Token counts."""
+    """Convert token counts."""
     return Usage(usage.prompt_tokens, usage.generated_tokens, usage.cached_tokens)
 
 
 def attestation_of(attestation: inference_pb2.Attestation) -> Attestation:
-    """What ran."""
+    """Convert an attestation."""
     edits = (EditCount(e.origin, e.site, e.row, e.operation, e.tokens_touched) for e in attestation.edits)
     return Attestation(
         program_digest=attestation.program_digest,
@@ -198,21 +198,21 @@ def attestation_of(attestation: inference_pb2.Attestation) -> Attestation:
 
 
 def completion_of(response: inference_pb2.CompleteResponse) -> Completion:
-    """Whole choices."""
+    """Convert the response of `complete`."""
     names = Names()
     names.learn(response.features)
     return Completion(response.request_id, tuple(chunk_of(choice, names) for choice in response.choices))
 
 
 def inspection_of(response: inference_pb2.InspectResponse) -> Inspection:
-    """The tokens of a text with their features."""
+    """Convert the response of `inspect`."""
     names = Names()
     names.learn(response.features)
-    at: dict[int, list[Activation]] = {}
+    by_position: dict[int, list[Activation]] = {}
     for activation in names.activations(response.activations):
-        at.setdefault(activation.position, []).append(activation)
+        by_position.setdefault(activation.position, []).append(activation)
     tokens = tuple(
-        Token(i, id_, text, tuple(sorted(at.get(i, ()), key=lambda activation: -activation.value)))
+        Token(i, id_, text, tuple(sorted(by_position.get(i, ()), key=lambda activation: -activation.value)))
         for i, (id_, text) in enumerate(zip(response.token_ids, response.token_texts, strict=True))
     )
     return Inspection(response.request_id, tokens, names.pooled(response.pooled), attestation_of(response.attestation))

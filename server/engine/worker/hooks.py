@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.hookpoints import has_resid_mid, parse
 from rudder.server.engine.worker.bank import SiteBank
 
@@ -17,7 +18,7 @@ ATTENTION = ("self_attn", "attn", "attention")
 MLP = ("mlp", "fc2", "feed_forward")
 
 
-class UnknownLayout(ValueError):
+class UnknownLayout(UserError):
     """The model has no such site, or its layers are not built as decoder layers are known to be."""
 
 

@@ -1,12 +1,17 @@
-"""The client's builders and readers, against the contract's messages."""
+"""The client: builders of requests and readers of responses, against the messages of the contract; README's program."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from google.protobuf import json_format
 
-from rudder.v1 import inference_pb2, program_pb2
+import rudder_client
+from rudder.v1 import catalogue_pb2, inference_pb2, program_pb2
 from rudder_client import Feature, Probe, Program, Report, Vector
 from rudder_client.requests import generate_request, prompt_message, report_message, steering_message
 from rudder_client.results import Names, chunk_of, completion_of, inspection_of
@@ -14,12 +19,12 @@ from rudder_client.results import Names, chunk_of, completion_of, inspection_of
 SITE = "layers.2.resid_post"
 
 
-def test_a_program_reads_as_it_is_sent() -> None:
+def test_program_message_has_all_edits_in_order() -> None:
     program = (
         Program("calm", "less of it")
         .at(SITE, restore_norm=True, max_displacement=0.5)
         .clamp(feature=12, to=-2, unit="residual")
-        .add(vector=Vector([1.0, 2.0], "truth"), value=4, phase="generated")
+        .add(vector=Vector([1.0, 2.0], "truth"), by=4, phase="generated")
         .scale(Feature(3, "other"), by=0.5, when_above=1.5)
         .at("layers.4.mlp_out")
         .blend(0.25)
@@ -71,6 +76,34 @@ def test_every_operation_of_the_contract_has_a_method(operation: str) -> None:
     assert len(oneof.fields) == 7
 
 
+def test_add_takes_its_former_parameter() -> None:
+    assert Program().at(SITE).add(7, value=1.5).message == Program().at(SITE).add(feature=7, by=1.5).message
+
+
+def test_set_by_keywords() -> None:
+    (edit,) = Program().at(SITE).set(feature=7, to=1.5).message.sites[0].edits
+    assert (edit.row.feature.index, edit.set) == (7, 1.5)
+
+
+def test_the_first_program_of_the_readme_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = MagicMock()
+    client.__enter__.return_value = client
+    client.search.return_value = [catalogue_pb2.FeatureSummary(index=12, label="stars")]
+    client.generate.return_value = [SimpleNamespace(text=" is full")]
+    star = SimpleNamespace(feature=SimpleNamespace(label="stars"), value=1.26)
+    client.inspect.return_value = SimpleNamespace(tokens=[SimpleNamespace(text="Viruses", activations=[star])])
+    monkeypatch.setattr(rudder_client, "Client", lambda _: client)
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    block = re.search(r"## A first program by hand.*?```python\n(.*?)```", readme, re.DOTALL)
+    assert block is not None
+    exec(block[1], {})
+    assert capsys.readouterr().out == " is fullViruses [('stars', 1.3)]\n"
+    (edit,) = client.generate.call_args.kwargs["steer"].message.sites[0].edits
+    assert (edit.row.feature.index, edit.add, edit.unit) == (12, 1.0, program_pb2.UNIT_MAX_ACTIVATION)
+
+
 def test_gates() -> None:
     gated = Program().at(SITE).gate(7, above=0.5).gate(Probe([1.0], 0.25, "p"), above=1).ablate(3)
     assert [trigger.above for trigger in gated.message.gate.any_of] == [0.5, 1.0]
@@ -79,23 +112,23 @@ def test_gates() -> None:
     assert (sequence.share.above, sequence.level, sequence.latch, sequence.min_tokens) == (2.0, 0.5, True, 3)
     for name, keyword in (("moving_average", 0.1), ("window", 5), ("cusum", 0.2)):
         argument = {"cusum": "cusum_drift"}.get(name, name)
-        made = Program().at(SITE).gate_sequence(7, 0.5, **{argument: keyword})  # type: ignore[arg-type]
-        assert made.message.gate.sequence.WhichOneof("statistic") == name
+        gated_by = Program().at(SITE).gate_sequence(7, 0.5, **{argument: keyword})  # type: ignore[arg-type]
+        assert gated_by.message.gate.sequence.WhichOneof("statistic") == name
     with pytest.raises(ValueError, match="one gate"):
         gated.at("layers.3.mlp_out").gate(1)
 
 
-def test_programs_do_not_share_what_they_become() -> None:
+def test_extending_a_program_leaves_the_original_unchanged() -> None:
     base = Program().at(SITE).ablate(1)
     left, right = base.ablate(2), base.ablate(3)
     assert [len(p.message.sites[0].edits) for p in (base, left, right)] == [1, 2, 2]
 
 
-def test_what_is_missing_is_said() -> None:
+def test_missing_site_or_row_raises() -> None:
     with pytest.raises(ValueError, match="at"):
         Program().ablate(1)
     with pytest.raises(ValueError, match="feature or a vector"):
-        Program().at(SITE).add(value=1.0)
+        Program().at(SITE).add(by=1.0)
     with pytest.raises(ValueError, match="feature or a vector"):
         Program().at(SITE).add(feature=1, vector=[1.0])
 

@@ -1,10 +1,11 @@
-"""The configuration: one tree, read from a file and from flags, every error by the field's name."""
+"""The server's configuration: read from a file and from overrides; every error names the field."""
 
-from dataclasses import fields
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from rudder.sae_models import settings
 from rudder.server import config
 from rudder.server.config import Config, ConfigError, WatchedFeature
 from rudder.v1 import catalogue_pb2
@@ -14,7 +15,7 @@ def test_defaults_serve_the_shipped_model() -> None:
     assert (Path(config.load().engine.model) / "config.json").is_file()
 
 
-def test_show_is_a_file_that_load_reads_back(tmp_path: Path) -> None:
+def test_load_reads_back_what_show_writes(tmp_path: Path) -> None:
     overrides = {
         "watch": "[{index: 3, bundle: b}]",
         "engine.sites": "layers.1.mlp_out,layers.3.resid_pre",
@@ -23,17 +24,17 @@ def test_show_is_a_file_that_load_reads_back(tmp_path: Path) -> None:
     shown = config.load(overrides=overrides)
     (tmp_path / "c.yaml").write_text(config.show(shown))
     assert config.load(tmp_path / "c.yaml") == shown
-    assert shown.watch == (WatchedFeature(3, None, "b"),)
+    assert shown.watch == (WatchedFeature(index=3, bundle="b"),)
     assert shown.engine.sites == ("layers.1.mlp_out", "layers.3.resid_pre")
 
 
-def test_flags_take_precedence_over_the_file(tmp_path: Path) -> None:
+def test_overrides_take_precedence_over_the_file(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("engine: {rows: 7, slots: 9}")
     engine = config.load(tmp_path / "c.yaml", {"engine.rows": "8"}).engine
     assert (engine.rows, engine.slots) == (8, 9)
 
 
-def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+def test_empty_file_gives_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("")
     assert config.load(tmp_path / "c.yaml") == Config()
 
@@ -69,7 +70,7 @@ def test_errors_name_the_field(tmp_path: Path, text: str, field: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "just text"])
-def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str) -> None:
+def test_file_that_is_not_a_mapping_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"c\.yaml"):
         config.load(tmp_path / "c.yaml")
@@ -78,25 +79,26 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text"), [("engine.rows", "many"), ("engine.nothing", "1"), ("engine", "1"), ("rows", "1")]
 )
-def test_bad_flags_are_named(name: str, text: str) -> None:
+def test_bad_overrides_are_named(name: str, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config.load(overrides={name: text})
     assert caught.value.field == name
 
 
-def test_null_and_text_flags() -> None:
+def test_null_and_text_overrides() -> None:
     loaded = config.load(overrides={"programs.folder": "null", "engine.model": "123", "engine.sequence_sites": "null"})
     assert loaded.programs.folder is None
     assert loaded.engine.model == "123"
     assert loaded.engine.sequence_sites is None
 
 
-def test_every_field_has_a_flag_with_help() -> None:
-    flags = list(config.flags())
-    assert len({flag.name for flag in flags}) == len(flags) > 40
-    assert all(flag.help for flag in flags)
+def test_every_field_has_a_help_text() -> None:
+    fields = list(settings.fields(Config))
+    assert len({field.name for field in fields}) == len(fields) > 40
+    assert all(field.help for field in fields)
+    assert all(settings.summary(field.type) for field in settings.own_fields(Config) if settings.is_section(field.type))
 
 
-def test_the_contract_tells_only_limits_that_exist() -> None:
-    known = {field.name for field in fields(config.Limits)} | {"rows_per_site", "slots"}
+def test_reported_limits_are_configured_limits() -> None:
+    known = {field.name for field in msgspec.structs.fields(config.Limits)} | {"rows_per_site", "slots"}
     assert set(catalogue_pb2.Limits.DESCRIPTOR.fields_by_name) <= known

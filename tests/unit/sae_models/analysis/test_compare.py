@@ -100,4 +100,4 @@ def test_command_prints_a_report_and_writes_a_mapping(tmp_path: Path, capsys: py
     mapping = json.loads((tmp_path / "mapping.json").read_bytes())["mapping"]
     assert [pair[:2] for pair in mapping] == [[number, number] for number in range(4096)]
     assert main(["sae", "compare", shipped, str(tmp_path), "--json"]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}")
+    assert capsys.readouterr().err.startswith(f"rudder: {tmp_path}")

@@ -1,6 +1,5 @@
 """Imports measure an SAE on real text, refuse it where its figures contradict the claims, and are atomic."""
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +23,7 @@ from rudder.sae_models.importing import importer as importing
 from rudder.sae_models.importing.convention import Claims
 from rudder.sae_models.importing.importer import ImportRefused, ImportRequest, ImportResult
 from rudder.sae_models.sae import SAE, Normalisation, Router, TopK
-from rudder.server.cli import bundle as commands
+from rudder.server import cli
 
 MODEL = PRETRAINED / "textbook-lm"
 SITE = "layers.2.resid_post"
@@ -170,10 +169,7 @@ def saelens_folder(home: Path, sae: SAE, **settings: Any) -> Path:
 def test_import_and_manifest_report_an_assumed_input_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = saelens_folder(tmp_path / "sae", random_sae(), normalize_activations="expected_average_only_in")
     words = ["bundle", "import", str(folder), "--model", str(MODEL), "--out", str(tmp_path / "toy")]
-    parser = argparse.ArgumentParser()
-    commands.add_bundle(parser.add_subparsers())
-    arguments = parser.parse_args(words)
-    assert arguments.run(arguments) == commands.HOLDS
+    assert cli.main(words) == 0
     assumption = "input_scale: not in the files, taken as 1"
     assert f"ASSUMED {assumption}" in capsys.readouterr().err
     normalisation = bundles.load(tmp_path / "toy").manifest.normalisation

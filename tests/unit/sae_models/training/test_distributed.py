@@ -67,9 +67,9 @@ def test_run_of_two_processes_equals_the_bundle_of_one(
     """With sharded latents and live vectors, and with a sharded batch and stored vectors."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_settings(tmp_path)))
-    stored = [change] if "store" in change else []
-    run.run(config.load(tmp_path / "run.yaml", [*stored, "out=alone"]))
-    torchrun(2, "rudder.server", "train", str(tmp_path / "run.yaml"), change, "out=together")
+    stored = {"data.store": "store"} if "store" in change else {}
+    run.run(config.load(tmp_path / "run.yaml", {**stored, "out": "alone"}))
+    torchrun(2, "rudder.server", "train", str(tmp_path / "run.yaml"), f"--{change}", "--out=together")
     alone_bundle, together_bundle = (bundle.load(tmp_path / name / NAME) for name in ("alone", "together"))
     alone, together = curve(tmp_path / "alone"), curve(tmp_path / "together")
     assert max(figures["dead_share"] for _, _, figures in alone) > 0

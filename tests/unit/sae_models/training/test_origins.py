@@ -15,7 +15,7 @@ from rudder.sae_models.activations.store import Content
 from rudder.sae_models.bundle import bundle
 from rudder.sae_models.training import report
 from rudder.sae_models.training.record import lines
-from rudder.server.cli.train import main
+from rudder.server import cli
 from tests.unit import tiny
 from tests.unit.sae_models.activations.test_store import Numbers
 
@@ -70,7 +70,7 @@ def test_vision_model_is_trained_on_images(tmp_path: Path) -> None:
     save_images(tmp_path / "images")
     config_file = write_config(tmp_path, ViTConfig(image_size=8, patch_size=4, **SMALL), "images")
     save_processor(tmp_path)
-    assert main([str(config_file)]) == 0
+    assert cli.main(["train", str(config_file)]) == 0
     loaded = bundle.load(tmp_path / "run" / "model-layers.0")
     assert (loaded.manifest.model.name, loaded.manifest.d) == ("model", 16)
     assert loaded.manifest.training.ce_recovered is None
@@ -83,7 +83,7 @@ def test_vision_model_is_trained_on_images(tmp_path: Path) -> None:
 
 def test_encoder_is_trained_on_text_and_its_latents_have_labels(tmp_path: Path) -> None:
     config_file = write_config(tmp_path, BertConfig(vocab_size=8192, **SMALL), "corpus")
-    assert main([str(config_file)]) == 0
+    assert cli.main(["train", str(config_file)]) == 0
     loaded = bundle.load(tmp_path / "run" / "model-layers.0")
     assert loaded.manifest.training.ce_recovered is None
     assert any("book" in summary.label for summary in loaded.catalogue.page(-1, 32))
@@ -100,7 +100,7 @@ def test_stored_vectors_need_no_model(tmp_path: Path) -> None:
     content = Content("protein", "ab" * 32, "", ("layers.0.mlp_in", SITE), 8, 0, 5000, "bfloat16")
     source = Noise((500,) * 10)
     store.write(tmp_path / "vectors", content, source)
-    assert main([str(config_file)]) == 0
+    assert cli.main(["train", str(config_file)]) == 0
     loaded = bundle.load(tmp_path / "run" / "vectors-layers.0")
     assert (loaded.manifest.model.name, loaded.manifest.model.sha256) == ("protein", "ab" * 32)
     assert loaded.manifest.training.l0 == pytest.approx(4, abs=1)
@@ -123,7 +123,7 @@ def test_store_of_images_equals_live_images(tmp_path: Path) -> None:
     save_images(tmp_path / "images")
     config_file = write_config(tmp_path, ViTConfig(image_size=8, patch_size=4, **SMALL), "images")
     save_processor(tmp_path)
-    assert main([str(config_file), f"data.store={tmp_path / 'store'}"]) == 0
+    assert cli.main(["train", str(config_file), f"--data.store={tmp_path / 'store'}"]) == 0
     stored, site = store.load(tmp_path / "store"), parse_site(SITE)
     trunk = harvest.load_trunk(tmp_path / "model", site)
     train, held_out = images.read(tmp_path / "images", tmp_path / "model", trunk, (site,), seed=0)
@@ -137,9 +137,9 @@ def test_store_of_images_equals_live_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        (["images=x"], "corpus: give one of corpus, images, vectors; corpus and images is given"),
-        (["corpus="], "corpus: give one of corpus, images, vectors; none is given"),
-        (["model=''"], "model: is not given"),
+        (["images=x"], "corpus: set one of corpus, images, vectors; set: corpus and images"),
+        (["corpus="], "corpus: set one of corpus, images, vectors; set: none"),
+        (["model="], "model: is missing"),
         (["corpus=", "vectors=x", "data.store=y"], "data.store: vectors are a store already"),
         (["corpus=", "vectors=nowhere"], "store: nowhere/store.json: "),
         (["corpus=", "images=nowhere"], "images: nowhere: 0 images are too few to hold some out"),
@@ -149,8 +149,8 @@ def test_exactly_one_source_is_required(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: list[str], problem: str
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
-    assert main([str(tmp_path / "run.yaml"), *changes]) == 2
-    assert f"error: {problem}" in capsys.readouterr().err
+    assert cli.main(["train", str(tmp_path / "run.yaml"), *(f"--{change}" for change in changes)]) == 2
+    assert f"rudder: {problem}" in capsys.readouterr().err
 
 
 def test_damaged_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,8 +159,8 @@ def test_damaged_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     save_processor(tmp_path)
     for file in (tmp_path / "images").rglob("1*.png"):
         file.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    assert main([str(config_file)]) == 2
-    assert f"error: images: {tmp_path / 'images'}" in capsys.readouterr().err
+    assert cli.main(["train", str(config_file)]) == 2
+    assert f"rudder: images: {tmp_path / 'images'}" in capsys.readouterr().err
     assert list(tmp_path.rglob(bundle.MANIFEST)) == []
 
 
@@ -168,7 +168,7 @@ def test_unsuitable_store_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     config_file = write_config(tmp_path, None, "vectors")
     content = Content("protein", "ab" * 32, "", ("layers.0.mlp_in", SITE), 8, 0, 1000, "bfloat16")
     store.write(tmp_path / "vectors", content, Noise((1000,)))
-    assert main([str(config_file), "sae.site=layers.3.resid_post"]) == 2
+    assert cli.main(["train", str(config_file), "--sae.site=layers.3.resid_post"]) == 2
     assert f"does not hold layers.3.resid_post, but layers.0.mlp_in, {SITE}" in capsys.readouterr().err
-    assert main([str(config_file), f"out={tmp_path / 'second'}"]) == 2
+    assert cli.main(["train", str(config_file), f"--out={tmp_path / 'second'}"]) == 2
     assert "1000 vectors are too few to hold some out" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from rudder.sae_models import settings
 from rudder.sae_models.activations import corpus, harvest
 from rudder.sae_models.architectures import ARCHITECTURES
 from rudder.sae_models.bundle import bundle
@@ -25,11 +26,16 @@ from rudder.sae_models.training import checkpoint, complexity, config, run
 from rudder.sae_models.training.checkpoint import CheckpointError
 from rudder.sae_models.training.config import Config, ConfigError
 from rudder.sae_models.training.record import lines
-from rudder.server.cli.train import main
+from rudder.server import cli
 from tests.unit import tiny
 from tests.unit.disk import full_beyond
 
 SWEEP = {"sweep": {"k": [4, 8]}}
+
+
+def main(arguments: list[str]) -> int:
+    """Run `rudder train` in this process."""
+    return cli.main(["train", *arguments])
 
 
 def curve(folder: Path) -> list[tuple[int, str, dict[str, float]]]:
@@ -146,9 +152,9 @@ def test_complexities_come_from_the_corpus_or_the_loss(tmp_path: Path, capsys: p
     (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, records)))
     assert main([str(tmp_path / "run.yaml")]) == 2
     errors = capsys.readouterr().err
-    assert "error: corpus: 3 of 120 documents have a `complexity` from 0 to 10" in errors
+    assert "rudder: corpus: 3 of 120 documents have a `complexity` from 0 to 10" in errors
     assert "set sae.complexity to loss" in errors
-    assert main([str(tmp_path / "run.yaml"), "sae.complexity=loss", f"out={tmp_path / 'second'}"]) == 0
+    assert main([str(tmp_path / "run.yaml"), "--sae.complexity=loss", f"--out={tmp_path / 'second'}"]) == 0
     selection = bundle.load(tmp_path / "second" / "model-layers.0").sae.selection
     assert isinstance(selection, AdaptiveK)
     assert float(selection.probe.norm()) > 0
@@ -243,7 +249,7 @@ def test_full_disk_leaves_no_partial_bundle_and_the_run_resumes(
     # A checkpoint of this run takes 20 KB, its catalogue more than 60 KB.
     with full_beyond(40_000):
         assert main([str(tmp_path / "run.yaml")]) == 2
-    assert f"error: bundle: {out / 'model-layers.0'}: " in capsys.readouterr().err
+    assert f"rudder: bundle: {out / 'model-layers.0'}: " in capsys.readouterr().err
     assert list(out.rglob(bundle.MANIFEST)) == []
     assert main([str(tmp_path / "run.yaml")]) == 0
     assert "train: 100%" in capsys.readouterr().err
@@ -263,10 +269,10 @@ def test_full_disk_is_one_error_with_the_file_and_the_run_resumes(
     size: int, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path, tokens=1280, log_every=1)))
-    command = [str(tmp_path / "run.yaml"), *([f"data.store={tmp_path / 'store'}"] if "store" in problem else [])]
+    command = [str(tmp_path / "run.yaml"), *([f"--data.store={tmp_path / 'store'}"] if "store" in problem else [])]
     with full_beyond(size):
         assert main(command) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rudder: ")]
     assert len(errors) == 1
     assert problem.format(tmp_path) in errors[0]
     assert "File too large" in errors[0]
@@ -293,19 +299,19 @@ def test_damaged_file_is_named_in_one_line(
     (tmp_path / file).write_bytes(content)
     assert main([str(tmp_path / "run.yaml")]) == 2
     errors = capsys.readouterr().err
-    assert errors.splitlines()[-1].startswith("error: ")
+    assert errors.splitlines()[-1].startswith("rudder: ")
     assert problem.format(tmp_path) in errors.splitlines()[-1]
     assert list(tmp_path.rglob(bundle.MANIFEST)) == []
 
 
 def test_truncated_store_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path, tokens=1280)))
-    stored = [str(tmp_path / "run.yaml"), f"data.store={tmp_path / 'store'}"]
+    stored = [str(tmp_path / "run.yaml"), f"--data.store={tmp_path / 'store'}"]
     assert main(stored) == 0
     shard = tmp_path / "store" / "00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    assert main([*stored, f"out={tmp_path / 'second'}"]) == 2
-    assert f"error: store: {shard} has " in capsys.readouterr().err
+    assert main([*stored, f"--out={tmp_path / 'second'}"]) == 2
+    assert f"rudder: store: {shard} has " in capsys.readouterr().err
     assert list((tmp_path / "second").rglob(bundle.MANIFEST)) == []
 
 
@@ -327,36 +333,38 @@ def test_second_run_in_a_folder_is_refused(complete_run: Config) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ("tokenz=3", "tokenz: there is no such key; did you mean tokens?"),
-        ("sae.latent=3", "sae.latent: there is no such key; did you mean latents?"),
-        ("data.stor=x", "data.stor: there is no such key; did you mean store?"),
-        ("evaluation.foo=1", "evaluation.foo: there is no such key; the keys are tokens"),
-        ("sweep.foo=[1]", "sae.foo: there is no such key"),
-        ("sweep.k=[]", "sweep: a key without values, or a value twice"),
-        ("sweep.k=[4,4]", "sweep: a key without values, or a value twice"),
+        ("tokenz=3", "tokenz: there is no such field; did you mean tokens?"),
+        ("sae.latent=3", "sae.latent: there is no such field; did you mean latents?"),
+        ("data.stor=x", "data.stor: there is no such field; did you mean data.store?"),
+        ("evaluation.foo=1", "evaluation.foo: there is no such field; did you mean evaluation.tokens?"),
+        ("sweep.foo=[1]", "sae.foo: there is no such field; the fields are name"),
+        ("sweep.k=[]", "sweep: a field without values, or a value twice"),
+        ("sweep.k=[4,4]", "sweep: a field without values, or a value twice"),
         ("tokens=many", "tokens: Expected `int`, got `str`"),
         ("batch=0", "batch: Expected `int` >= 1"),
         ("sae.architecture=topkk", "sae.architecture: 'topkk' is not one of adaptive_k"),
         ("sae.site=layers.x", "sae.site: 'layers.x' is not layers.<L>"),
         ("sae.site=layers.7.resid_post", "site: layer 7 is not in 0..1"),
         ("sae.k=64", "sae.k: 64 of 32 latents"),
-        ("sae.site=[layers.0.resid_post,layers.1.resid_post]", "sae.site: 2 for batch_topk; several are for route"),
-        ("sae.output_site=layers.0.mlp_out", "sae.output_site: layers.0.mlp_out for batch_topk; it is for transcoder"),
+        ("sae.site=[layers.0.resid_post,layers.1.resid_post]", "sae.site: 2 for batch_topk; only route reads several"),
+        (
+            "sae.output_site=layers.0.mlp_out",
+            "sae.output_site: layers.0.mlp_out for batch_topk; only transcoder has one",
+        ),
         ("latent_ranks=3", "latent_ranks: 3 does not divide the 1 processes"),
         ("model=nowhere", "model: no config.json in nowhere"),
         ("corpus=nowhere.jsonl", "corpus: nowhere.jsonl: "),
-        ("sae.latents=1e12", "sae.latents: 1000000000000, at most 67108864"),
+        ("sae.latents=1e12", "sae.latents: 1000000000000, maximum 67108864"),
         ("batch=1e6", "tokens: 12800 are less than a batch of 1000000"),
         ("batch=12000", "batch: 12000 vectors, the data hold "),
-        ("nonsense", "nonsense: is not key=value"),
     ],
 )
 def test_invalid_configuration_is_one_error_line_and_leaves_no_bundle(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, problem: str
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
-    assert main([str(tmp_path / "run.yaml"), change]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert main([str(tmp_path / "run.yaml"), f"--{change}"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rudder: ")]
     assert len(errors) == 1
     assert problem in errors[0]
     assert list(tmp_path.rglob(bundle.MANIFEST)) == []
@@ -364,8 +372,8 @@ def test_invalid_configuration_is_one_error_line_and_leaves_no_bundle(
 
 def test_diverging_run_stops_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
-    assert main([str(tmp_path / "run.yaml"), "sae.learning_rate=1e38"]) == 2
-    assert "error: model-layers.0: the loss is " in capsys.readouterr().err
+    assert main([str(tmp_path / "run.yaml"), "--sae.learning_rate=1e38"]) == 2
+    assert "rudder: model-layers.0: the loss is " in capsys.readouterr().err
     assert not (tmp_path / "run" / run.CHECKPOINTS).exists()
 
 
@@ -379,26 +387,30 @@ def test_unsuitable_corpus_is_named(
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
     (tmp_path / name).write_bytes(content)
-    assert main([str(tmp_path / "run.yaml"), f"corpus={tmp_path / name}"]) == 2
-    assert f"error: corpus: {'' if 'few' in problem else tmp_path}" in (err := capsys.readouterr().err)
+    assert main([str(tmp_path / "run.yaml"), f"--corpus={tmp_path / name}"]) == 2
+    assert f"rudder: corpus: {'' if 'few' in problem else tmp_path}" in (err := capsys.readouterr().err)
     assert problem in err
     assert list(tmp_path.rglob(bundle.MANIFEST)) == []
 
 
 def test_numbers_may_have_an_exponent(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path)))
-    loaded = config.load(tmp_path / "run.yaml", ["tokens=2e6", "sae.learning_rate=1e-3"])
+    loaded = config.load(tmp_path / "run.yaml", {"tokens": "2e6", "sae.learning_rate": "1e-3"})
     assert loaded.tokens == 2_000_000
-    assert config.trained(loaded)[0].settings.learning_rate == 1e-3
+    assert config.sae_specs(loaded)[0].settings.learning_rate == 1e-3
 
 
 def test_example_is_a_configuration_with_help_for_every_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--example"]) == 0
     (tmp_path / "example.yaml").write_text(text := capsys.readouterr().out)
-    assert len(config.trained(config.load(tmp_path / "example.yaml"))) == 3
-    for name, _, help_text in config.described(Config):
-        assert f"{name}:" in text
-        assert help_text in text
+    assert len(config.sae_specs(config.load(tmp_path / "example.yaml"))) == 3
+    for field in settings.own_fields(Config):
+        assert f"{field.name}:" in text
+        assert field.help in text
+    for field in settings.fields(Config):
+        assert f"{field.name.rpartition('.')[2]}:" in text
+        assert field.help in text
+        assert field.help
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -407,7 +419,7 @@ def test_every_architecture_has_an_example_that_documents_its_settings(
 ) -> None:
     assert main(["--example", architecture]) == 0
     (tmp_path / "example.yaml").write_text(text := capsys.readouterr().out)
-    spec = config.trained(config.load(tmp_path / "example.yaml"))[0]
+    spec = config.sae_specs(config.load(tmp_path / "example.yaml"))[0]
     assert spec.architecture == architecture
     explained = " ".join(line.partition("# ")[2] for line in text.splitlines())
     unknown = [field.name for field in dataclasses.fields(spec.settings) if field.name not in explained]
@@ -421,3 +433,7 @@ def test_help_mentions_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([])
     assert "--example" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_status:
+        main(["run.yaml", "nonsense"])
+    assert exit_status.value.code == 2
+    assert "unrecognized arguments: nonsense" in capsys.readouterr().err

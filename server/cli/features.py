@@ -1,0 +1,69 @@
+"""`rudder features`: look up features in the catalogues of a server."""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+from rich.markup import escape
+from rich.table import Table
+
+from rudder.server.cli.arguments import add_address, command, integer, utf8
+from rudder.server.cli.output import optional, out
+from rudder.v1 import catalogue_pb2
+from rudder_client import Client
+
+EXAMPLES = """\
+examples:
+  rudder features --limit 50
+  rudder features --search star
+  rudder features 12
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print one feature in full, those whose labels match a search, or the first of a bundle."""
+    parser = command("features", "Look up features by index or label.", EXAMPLES)
+    add_address(parser)
+    parser.add_argument("index", nargs="?", type=integer(), help="index of one feature, to show with its contexts")
+    parser.add_argument("--search", type=utf8, metavar="WORDS", help="list features by words of their label")
+    parser.add_argument("--by-meaning", action="store_true", help="search by the meaning of labels, not by their words")
+    parser.add_argument("--bundle", type=utf8, default="", help="bundle; required where several are served")
+    parser.add_argument("--limit", type=integer(), default=20, help="maximum number of features (%(default)s)")
+    args = parser.parse_args(argv)
+    with Client(args.address) as client:
+        if args.index is not None:
+            print_feature(client.feature(args.index, args.bundle))
+        elif args.search:
+            matches = client.search(args.search, bundle=args.bundle, limit=args.limit, by_meaning=args.by_meaning)
+            out.print(features_table(matches))
+        else:
+            out.print(features_table(islice(client.features(args.bundle), args.limit)))
+
+
+def features_table(features: Iterable[catalogue_pb2.FeatureSummary]) -> Table:
+    """Build the table of features."""
+    table = Table("feature", "frequency", "maximum", "label")
+    for f in features:
+        figures = optional(f, "frequency", "{:.3%}"), optional(f, "max_activation", "{:.2f}")
+        table.add_row(str(f.index), *figures, escape(f.label))
+    return table
+
+
+def print_feature(detail: catalogue_pb2.FeatureDetail) -> None:
+    """Print label, statistics, tokens and contexts of a feature."""
+    summary = detail.summary
+    out.print(f"[bold]{escape(summary.label)}[/]  feature {summary.index} of {summary.bundle}, {summary.site}")
+    frequency, maximum = optional(summary, "frequency", "{:.3%}"), optional(summary, "max_activation", "{:.2f}")
+    quantiles = "; ".join(f"{q.share:.0%} below {q.activation:.2f}" for q in detail.quantiles)
+    out.print(f"active on {frequency} of tokens, maximum {maximum}", quantiles)
+    for title, tokens in (
+        ("strongest on", detail.top_tokens),
+        ("promotes", [token.token for token in detail.promoted]),
+        ("suppresses", [token.token for token in detail.suppressed]),
+    ):
+        if tokens:
+            out.print(f"{title} " + escape(", ".join(repr(token) for token in tokens)))
+    table = Table("activation", "text", "from")
+    for context in detail.contexts:
+        text = f"{escape(context.before)}[bold reverse]{escape(context.token)}[/]{escape(context.after)}"
+        table.add_row(f"{context.activation:.2f}", " ".join(text.splitlines()), escape(context.source))
+    out.print(table)

@@ -1,0 +1,58 @@
+"""`rudder generate`: generate from a prompt."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rudder.server.cli.arguments import MAX_UINT64, add_prompt, command, integer, program_of, prompt_of, utf8
+from rudder.server.cli.output import out, print_end_of_choice
+from rudder_client import Client, Report
+
+SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
+    "max_tokens": (integer(), "maximum number of tokens to generate"),
+    "temperature": (float, "0: greedy"),
+    "top_p": (float, "sample from the most probable tokens that make up this probability"),
+    "top_k": (integer(), "sample from this number of most probable tokens"),
+    "seed": (integer(maximum=MAX_UINT64), "seed of the sampling"),
+    "n": (integer(), "number of choices"),
+}
+EXAMPLES = """\
+examples:
+  rudder generate "The night sky" --max-tokens 40
+  rudder generate "The night sky" --program more-astronomy --temperature 0.7 --top-features 5
+  echo "What is a cell?" | rudder generate - --chat
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the chunks of one choice as they arrive, or each of several choices when it is complete."""
+    args = parser().parse_args(argv)
+    sampling: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    report = Report(top_k=args.top_features, pooled=True, tokens=False) if args.top_features else None
+    text = prompt_of(args)
+    prompt: Any = [{"role": "user", "content": text}] if args.chat else text
+    texts: dict[int, str] = {}
+    with Client(args.address) as client:
+        for chunk in client.generate(prompt, steer=program_of(args), report=report, stop=args.stop, **sampling):
+            texts[chunk.choice] = texts.get(chunk.choice, "") + chunk.text
+            if (args.n or 1) == 1:
+                out.print(chunk.text, end="", markup=False, soft_wrap=True)
+            elif chunk.finish_reason:
+                out.rule(f"{chunk.choice}")
+                out.print(texts[chunk.choice], markup=False)
+            if chunk.finish_reason:
+                out.print()
+                print_end_of_choice(chunk)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser."""
+    generate = command("generate", "Generate from a prompt, streamed.", EXAMPLES)
+    add_prompt(generate)
+    generate.add_argument("--chat", action="store_true", help="send the prompt as the user's message of a chat")
+    for name, (kind, text) in SAMPLING.items():
+        generate.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    generate.add_argument("--stop", type=utf8, action="append", default=[], help="stop string; may be repeated")
+    help_top = "report the K strongest features of each token, pooled over the output"
+    generate.add_argument("--top-features", type=integer(), default=0, metavar="K", help=help_top)
+    return generate

@@ -1,0 +1,60 @@
+"""Consoles and tables of the commands."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rudder_client import Chunk, Inspection, PooledActivation
+
+POOLED_ROWS = 10
+
+# In a pipe, tables are not cut to the width of a terminal.
+out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+
+
+def print_error(error: Exception) -> None:
+    """Print an error in one line on stderr; a refused request adds a line for each further field at fault."""
+    err.print(f"[bold red]rudder:[/] {escape(' '.join(str(error).split()))}")
+    for violation in getattr(error, "violations", ())[1:]:
+        err.print(f"        {escape(violation.field)}: {escape(violation.description)}")
+
+
+def optional(message: Any, field: str, form: str) -> str:
+    """Format a field of a message; a dash where it is not set."""
+    return form.format(getattr(message, field)) if message.HasField(field) else "-"
+
+
+def print_end_of_choice(chunk: Chunk) -> None:
+    """Print usage, pooled features and attestation of the last chunk of a choice on stderr."""
+    if chunk.pooled:
+        err.print(pooled_table(chunk.pooled))
+    if chunk.usage:
+        tokens = f"{chunk.usage.prompt_tokens} + {chunk.usage.generated_tokens} tokens"
+        err.print(f"[dim]{tokens}, finish reason {chunk.finish_reason}[/]")
+    for edit in chunk.attestation.edits if chunk.attestation else ():
+        touched = f"{edit.tokens_touched} tokens" if edit.tokens_touched else "[red]no token[/]"
+        err.print(f"[dim]{edit.site}: {escape(edit.row)}: {edit.operation} touched {touched}[/]")
+
+
+def inspection_table(inspection: Inspection, top: int) -> Table:
+    """Build the table of tokens with their strongest features."""
+    table = Table("", "token", *(f"feature {i + 1}" for i in range(top)))
+    for token in inspection.tokens:
+        strongest = token.activations[:top]
+        cells = (f"{a.value:5.2f}  {a.feature.index} [dim]{escape(a.feature.label)}[/]" for a in strongest)
+        table.add_row(str(token.position), escape(repr(token.text)), *cells)
+    return table
+
+
+def pooled_table(pooled: Sequence[PooledActivation]) -> Table:
+    """Build the table of the strongest features over a text."""
+    table = Table("feature", "sum", "maximum", "active tokens", "label")
+    for p in pooled[:POOLED_ROWS]:
+        figures = (f"{p.sum:.1f}", f"{p.max:.2f}", f"{p.active_tokens} of {p.tokens}")
+        table.add_row(str(p.feature.index), *figures, escape(p.feature.label))
+    return table

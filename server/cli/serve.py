@@ -1,0 +1,51 @@
+"""`rudder serve`: start a server and run it until a signal ends it."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from rudder.sae_models.errors import UserError
+from rudder.server import config as configuration
+from rudder.server.cli.arguments import add_fields, command, parse_fields
+
+EXAMPLES = """\
+examples:
+  rudder serve
+  rudder serve --config server.yaml --listen.port 50052
+  rudder serve --engine.model MODEL --engine.bundles BUNDLE1,BUNDLE2 --engine.dtype=bfloat16
+
+Fields have the names and the YAML syntax of the configuration file (`rudder config example`) and override it. Lists of
+text may also be separated by commas.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Start a server and run it until SIGTERM or SIGINT."""
+    parser = command("serve", "Start a server.", EXAMPLES, "rudder serve [--config FILE] [--section.field VALUE ...]")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the configuration")
+    add_fields(parser, configuration.Config)
+    args, fields = parse_fields(parser, argv)
+    config = configuration.load(args.config, fields)
+    logging.basicConfig(level=config.logs.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        return run(config)
+    except UserError:
+        raise
+    # vLLM refuses arguments with a bare ValueError.
+    except ValueError as error:
+        logging.getLogger(__name__).debug("the server did not start", exc_info=error)
+        raise UserError(str(error)) from error
+
+
+def run(config: configuration.Config) -> int:
+    """Check the ports, then import vLLM and serve."""
+    from rudder.server.process import require_free
+
+    require_free(config.listen.host, config.listen.port, "listen.port")
+    require_free(config.listen.host, config.listen.metrics_port, "listen.metrics_port")
+
+    import asyncio
+
+    from rudder.server.serve import serve
+
+    return asyncio.run(serve(config))
