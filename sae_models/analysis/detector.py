@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rudder.sae_models import edit as formula
+from rudder.sae_models.operations import STATISTICS
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def fit(x: Tensor, positive: Tensor, weight: Tensor, penalty: float = 1e-3) -> D
 
 def cusum(score: Tensor, drift: float) -> Tensor:
     """S_t = max(0, S_{t-1} + score_t - drift) along the last dimension, by the formula's scan."""
-    p = formula.STATISTICS["cusum"](drift)
+    p = STATISTICS["cusum"](drift)
     u = score.double().reshape(-1)
     start = torch.arange(len(u)) // score.shape[-1] * score.shape[-1]
     steps = (score.shape[-1] - 1).bit_length()

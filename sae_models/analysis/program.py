@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from rudder.sae_models import edit as formula
+from rudder.sae_models import operations
 from rudder.sae_models.analysis.detector import cusum
 from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.sae import Rows, activations
@@ -156,7 +157,7 @@ def apply(program: Program, bundle: Bundle, x: Tensor) -> Effect:
         mean = bundle.statistics.mean[None]
         parts.append(Rows(torch.zeros_like(mean), torch.zeros(1), torch.zeros(1), mean))
     rows = stacked(parts)
-    columns = [edit_column(edit) for edit in site.edits] + [formula.IDENTITY_EDIT] * bool(site.blend)
+    columns = [edit_column(edit) for edit in site.edits] + [operations.IDENTITY_EDIT] * bool(site.blend)
     edits = torch.tensor(columns).T.expand(len(flat), -1, -1)
     blend = {"weight": site.blend.weight, "blend_row": len(site.edits)} if site.blend else {}
     move, moved = formula.edit(flat, activations(flat, rows), rows.decoder, edits, entries(len(flat), blend), is_open)
@@ -178,18 +179,18 @@ def gate_open(gate: Gate | None, bundle: Bundle, x: Tensor) -> Tensor:
 
 def entries(tokens: int, parameters: dict[str, float]) -> Tensor:
     """The same entry parameters at every token, [tokens, len(ENTRY)]."""
-    identity = dict(zip(formula.ENTRY, formula.IDENTITY_ENTRY, strict=True))
+    identity = dict(zip(operations.ENTRY, operations.IDENTITY_ENTRY, strict=True))
     return torch.tensor([*(identity | parameters).values()], dtype=torch.float64).expand(tokens, -1)
 
 
 def edit_column(edit: Edit) -> tuple[float, ...]:
-    """The formula's parameters of an edit, in the order of formula.EDIT."""
+    """The formula's parameters of an edit, in the order of operations.EDIT."""
     operand = {"add": edit.add, "set": edit.set, "clamp": edit.clamp}
     operation, value = next(((name, value) for name, value in operand.items() if value is not None), ("", 0.0))
     if not operation:
         raise ValueError("edit: none of add, set and clamp")
-    given = {"above": -inf, "relative": float(edit.unit == RESIDUAL_NORM)} | formula.OPERATIONS[operation](value)
-    return tuple((dict(zip(formula.EDIT, formula.IDENTITY_EDIT, strict=True)) | given).values())
+    given = {"above": -inf, "relative": float(edit.unit == RESIDUAL_NORM)} | operations.OPERATIONS[operation](value)
+    return tuple((dict(zip(operations.EDIT, operations.IDENTITY_EDIT, strict=True)) | given).values())
 
 
 def row_of(row: Row, bundle: Bundle) -> Rows:

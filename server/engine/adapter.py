@@ -20,6 +20,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.server.config import Config
+from rudder.server.engine.traced import code_digest
 from rudder.server.program.layout import Layout
 
 __all__ = [
@@ -61,7 +62,7 @@ def engine_args(config: Config, layout: Layout) -> AsyncEngineArgs:
         enable_prefix_caching=True,
         enable_chunked_prefill=True,
         worker_cls=f"{WORKER_PACKAGE}.{'cpu' if on_cpu else 'gpu'}.Worker",
-        additional_config=layout.additional_config(),
+        additional_config=layout.additional_config(code_digest()),
         disable_log_stats=False,
         **sizes,
     )

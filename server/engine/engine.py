@@ -138,7 +138,7 @@ class Engine:
                 generated += len(choice.token_ids)
                 cached = max(cached, out.num_cached_tokens or 0)
                 end = end_of_run(call, generated)
-                features = inbox.nothing
+                features = inbox.empty
                 if choice.finish_reason:
                     ended = True
                     await self.wait_covered(inbox, end)
@@ -150,7 +150,7 @@ class Engine:
                     )
                 elif inbox.reports:
                     # A frame holds all requests of a step: the first to receive it does so for the others.
-                    if inbox.covered < end:
+                    if inbox.num_computed_tokens < end:
                         self.hub.receive()
                     features = inbox.take()
                 yield Output(
@@ -161,7 +161,7 @@ class Engine:
             self.spawn(self.ensure_released(handle, inbox, request_id))
             if on_abandoned and outcome is None:
                 self.hub.receive()
-                on_abandoned(outcome_before(inbox.covered, call, inbox, generated, cached, queued_s))
+                on_abandoned(outcome_before(inbox.num_computed_tokens, call, inbox, generated, cached, queued_s))
             if queue and not ended:
                 await self.llm.abort(queue.request_id, internal=True)
 
@@ -180,12 +180,12 @@ class Engine:
         deadline = time.monotonic() + TELEMETRY_TIMEOUT_S
         self.hub.receive()
         with self.hub.awaited():
-            while inbox.covered < position:
+            while inbox.num_computed_tokens < position:
                 self.hub.arrived.clear()
                 self.require_alive()
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
-                    raise TelemetryLost(f"no telemetry for position {inbox.covered}")
+                    raise TelemetryLost(f"no telemetry for position {inbox.num_computed_tokens}")
                 await wait_for_event(self.hub.arrived, min(remaining, 1.0))
 
     async def ensure_released(self, handle: int, inbox: Inbox, request_id: str) -> None:
@@ -208,12 +208,12 @@ class Engine:
 
 def outcome_before(end: int, call: Call, inbox: Inbox, generated: int, cached: int, queued_s: float) -> Outcome:
     """Build the outcome of an aborted call from its telemetry of positions before `end`."""
-    moved = inbox.moved_before(end)
+    moved = inbox.edited_before(end)
     own = len(call.compiled.edits) if call.compiled else 0
     return Outcome(
         FinishReason.ABORT, None, len(call.prompt_ids), generated, cached,
         moved=moved[:own], policy_moved=moved[own:],
-        tokens_seen=max(0, min(inbox.covered, end) - max(inbox.first, 0)), captures=tuple(inbox.captures),
+        tokens_seen=max(0, min(inbox.num_computed_tokens, end) - max(inbox.first, 0)), captures=tuple(inbox.captures),
         queued_s=queued_s,
     )  # fmt: skip
 

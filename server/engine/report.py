@@ -15,9 +15,9 @@ NO_FEATURES = no_features(0, 0, 0)
 class View:
     """The part of a call's telemetry that one reader gets.
 
-    `empty`: nothing. `columns`: of `Features.active`, None: all as they are. `begin`: first position. The reader gets
-    tokens from there on; where one of its rows wants the prompt and another does not, the latter has activation 0 at
-    prompt tokens: those are the columns `generated_only` of the view, and `blank_top_k` for the top-k latents.
+    `empty`: the reader gets nothing. `columns`: its columns of the reported activations, None: all, in their order.
+    `begin`: the first position that it gets. If one of its rows wants the prompt and another does not, the latter has
+    activation 0 at prompt tokens: these are its columns `generated_only`, and `blank_top_k` for the top-k latents.
     """
 
     empty: bool
@@ -43,11 +43,11 @@ class View:
     def without_prompt(self, part: Features) -> Features:
         """Set to 0 what is not reported at prompt tokens."""
         prompt = self.prompt_tokens - part.first
-        active, top_values = part.active.copy(), part.top_values.copy()
-        active[:prompt, list(self.generated_only)] = 0.0
+        activations, top_values = part.activations.copy(), part.top_values.copy()
+        activations[:prompt, list(self.generated_only)] = 0.0
         if self.blank_top_k:
             top_values[:prompt] = 0.0
-        return part._replace(active=active, top_values=top_values)
+        return part._replace(activations=activations, top_values=top_values)
 
 
 def views_of(call: Call, columns: Sequence[int]) -> tuple[View, View]:

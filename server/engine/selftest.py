@@ -15,10 +15,10 @@ from rudder.server.engine.adapter import SamplingParams
 from rudder.server.engine.call import Call, Outcome, Output
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.telemetry.frame import column
-from rudder.server.engine.worker import bank
 from rudder.server.monitoring import metrics
 from rudder.server.program import wire
 from rudder.server.program.compile import compile_program
+from rudder.server.program.parameters import edit_parameters, entry_parameters
 from rudder.server.program.rows import Dictionary
 from rudder.server.program.watch import compile_watch
 from rudder.v1 import program_pb2
@@ -67,7 +67,7 @@ async def check_site(engine: Engine, number: int, site: str, stage: int) -> None
     touched = min((*outcome_of(steered).moved, *outcome_of(steered).policy_moved))
     if touched != TOKENS:
         raise SelfTestFailed(f"{site}: an edit touched {touched} of {TOKENS} tokens")
-    for watched, active in zip(watch, steered.features.active.T, strict=True):
+    for watched, active in zip(watch, steered.features.activations.T, strict=True):
         encoded = engine.bundles[watched.row.bundle].sae.encode(before)[:, watched.row.latent]
         require_close(
             site,
@@ -127,8 +127,8 @@ def reference(engine: Engine, site: wire.Site, x: Tensor) -> Tensor:
     activations, gains, decoders = zip(*(read_row(engine, row, x) for row in site.rows), strict=True)
     f, gain, decoder = torch.stack(activations, 1), torch.stack(gains, 1), torch.stack(decoders)
     places = list(range(len(site.rows)))
-    edits = bank.edit_parameters(site, places, len(places), prompt=True).expand(len(x), -1, -1)
-    entry = bank.entry_parameters(site, places, prompt=True).expand(len(x), -1)
+    edits = torch.from_numpy(edit_parameters(site, places, len(places), prompt=True)).expand(len(x), -1, -1)
+    entry = torch.from_numpy(entry_parameters(site, places, prompt=True)).expand(len(x), -1)
     move, _ = edit(x, f, decoder, edits, entry, torch.ones(len(x), dtype=torch.bool), gain)
     return x + move
 

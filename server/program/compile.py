@@ -9,7 +9,7 @@ from math import inf
 
 import msgspec
 
-from rudder.sae_models.edit import OPERATIONS
+from rudder.sae_models.operations import OPERATIONS
 from rudder.server.program import wire
 from rudder.server.program.errors import number, require
 from rudder.server.program.gates import with_gate

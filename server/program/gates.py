@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from rudder.sae_models.edit import STATISTICS
+from rudder.sae_models.operations import STATISTICS
 from rudder.server.program import wire
 from rudder.server.program.errors import ProgramError, number, require
 from rudder.server.program.rows import Registry, Resolved, resolve

@@ -1,16 +1,9 @@
 """The bank's fixed shape, on which the compiled graph depends and by which the compile cache is keyed."""
 
-import hashlib
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from rudder.sae_models import edit as formula
-from rudder.sae_models import sae
 from rudder.sae_models.hookpoints import FORM, POINTS, SITE, parse
-
-WORKER = Path(__file__).parents[1] / "engine/worker"
-TRACED = (WORKER / "bank.py", WORKER / "hooks.py", Path(formula.__file__), Path(sae.__file__))
 
 
 @dataclass(frozen=True)
@@ -50,9 +43,9 @@ class Layout:
         """Return whether a gate at `site` may have a sequence condition."""
         return self.sequence_sites is None or site in self.sequence_sites
 
-    def additional_config(self) -> dict[str, Any]:
-        """Return vLLM's `additional_config`, which its compile-cache key hashes: the layout and the code's digest."""
-        return {"rudder": asdict(self) | {"code": code_digest()}}
+    def additional_config(self, code: str) -> dict[str, Any]:
+        """Return vLLM's `additional_config`, which its compile-cache key hashes; `code`: digest of the traced code."""
+        return {"rudder": asdict(self) | {"code": code}}
 
     @staticmethod
     def from_additional_config(config: dict[str, Any]) -> "Layout":
@@ -67,8 +60,3 @@ def forward_order(site: str) -> tuple[int, int]:
     """Sort key: the order in which the forward pass reaches sites."""
     layer, point = parse(site)
     return layer, POINTS.index(point)
-
-
-def code_digest() -> str:
-    """Hash the code that is traced into the graph: changed code must not load an old compiled artifact."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in TRACED)).hexdigest()[:16]

@@ -38,7 +38,7 @@ def compile_watch(
 def merge_watched(
     sites: tuple[wire.Site, ...], watched: tuple[Watched, ...]
 ) -> tuple[tuple[wire.Site, ...], tuple[int, ...]]:
-    """Add watched rows to the sites of stage 0; return the sites and, per watched row, its column in `Frame.active`.
+    """Add watched rows to the sites of stage 0; return the sites and the column of each watched row.
 
     A row watched twice has one column. A site that the program does not use is added without edits.
     """

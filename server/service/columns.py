@@ -88,8 +88,8 @@ class Pool:
 
 def entries_of(features: Features, names: Names) -> Entries:
     """The active entries, in the order of positions."""
-    rows, places = np.nonzero(features.active)
-    parts = [(features.first + rows, places, features.active[rows, places])]
+    rows, places = np.nonzero(features.activations)
+    parts = [(features.first + rows, places, features.activations[rows, places])]
     if features.top_values.size:
         parts.append(strongest(features, names))
     positions, places, values = (np.concatenate(column) for column in zip(*parts, strict=True))

@@ -202,7 +202,7 @@ def delta_of(serving: Serving, job: Job, progress: Progress, output: Output) -> 
         token_ids=output.token_ids,
         logprobs=columns.logprobs(output.logprobs, progress.call.sampling.logprobs or 0),
     )
-    if len(output.features.active):
+    if len(output.features.activations):
         entries = columns.entries_of(output.features, job.names)
         if job.report.pooled:
             progress.pool.add(*without_bos(entries, output.features, progress.bos))
@@ -221,9 +221,9 @@ def starts_with_bos(serving: Serving, call: Call) -> bool:
 def without_bos(entries: Entries, features: Features, bos: bool) -> tuple[Entries, int]:
     """The entries to pool, and the number of tokens they are of."""
     if not bos or features.first > 0:
-        return entries, len(features.active)
+        return entries, len(features.activations)
     kept = entries.positions > 0
-    return Entries(entries.positions[kept], entries.places[kept], entries.values[kept]), len(features.active) - 1
+    return Entries(entries.positions[kept], entries.places[kept], entries.values[kept]), len(features.activations) - 1
 
 
 def finish(delta: inference_pb2.ChoiceDelta, serving: Serving, job: Job, progress: Progress, outcome: Outcome) -> None:

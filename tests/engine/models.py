@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture that must work, as folders that vLLM and transformers both load."""
+"""Tiny random models of every supported architecture, as folders that vLLM and transformers both load."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def write(name: str, folder: Path) -> Path:
-    """A model with random weights large enough that an edit shows in its logits."""
+    """Write a model with random weights, large enough that an edit shows in its logits."""
     torch.manual_seed(0)
     common = {} if name == "gpt2" else COMMON
     tokens = {

@@ -1,4 +1,4 @@
-"""Asynchronous scheduling: a step begins before the last one's tokens are known, so one token too many may run."""
+"""Asynchronous scheduling: a step starts before the last one's tokens are sampled, so one token too many may run."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -32,7 +32,7 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def overlapping(patch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
-    """The small engine with two steps in flight; vLLM's CPU platform would switch that off."""
+    """The small engine with two steps in flight, which vLLM's CPU platform would disable."""
     create, args = AsyncEngineArgs.create_engine_config, adapter.engine_args
 
     def with_overlap(self: AsyncEngineArgs, *more: Any, **named: Any) -> Any:
@@ -50,12 +50,12 @@ async def overlapping(patch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
 
 
 def activations(outputs: list[Output]) -> np.ndarray:
-    """All that was reported, [tokens, features]."""
-    return np.concatenate([output.features.active for output in outputs])
+    """All activations reported, [tokens, features]."""
+    return np.concatenate([output.features.activations for output in outputs])
 
 
 def calls(engine: Engine, stop: list[int]) -> list[Call]:
-    """Plain, edited, phase-limited, watched, and one that ends where nobody knew it would."""
+    """Plain, edited, edited in one phase, watched, and one that ends early at a stop token."""
     rows = [(SITE, pb.Row(feature=pb.Feature(index=i))) for i in range(8)]
     watch = compile_watch(rows, engine.registry, "watch")
     everywhere = compile_watch(rows, engine.registry, "watch", prompt=True)
@@ -70,7 +70,7 @@ def calls(engine: Engine, stop: list[int]) -> list[Call]:
     ]
 
 
-async def test_it_changes_no_answer_and_no_report(
+async def test_asynchronous_scheduling_changes_no_answer_and_no_report(
     engine: Engine, overlapping: Engine, patch: pytest.MonkeyPatch
 ) -> None:
     *_, last = calls(engine, [])
@@ -78,33 +78,33 @@ async def test_it_changes_no_answer_and_no_report(
     opened: list[Inbox] = []
     open_inbox = overlapping.hub.open
 
-    def keep(handle: int, request: wire.Request) -> Inbox:
+    def open_and_record(handle: int, request: wire.Request) -> Inbox:
         opened.append(open_inbox(handle, request))
         return opened[-1]
 
-    patch.setattr(overlapping.hub, "open", keep)
+    patch.setattr(overlapping.hub, "open", open_and_record)
     expected = await asyncio.gather(*(run(engine, call) for call in calls(engine, stop)))
-    found = await asyncio.gather(*(run(overlapping, call) for call in calls(overlapping, stop)))
-    for ours, theirs in zip(found, expected, strict=True):
+    overlapped = await asyncio.gather(*(run(overlapping, call) for call in calls(overlapping, stop)))
+    for ours, theirs in zip(overlapped, expected, strict=True):
         assert ids(ours) == ids(theirs)
         assert outcome(ours) == outcome(theirs)
         assert positions(ours) == positions(theirs)
         np.testing.assert_allclose(activations(ours), activations(theirs), atol=1e-4)
-    ended = outcome(found[-1])
+    ended = outcome(overlapped[-1])
     assert ended.finish_reason == "stop"
-    # The engine ran the stop token, too, which is no token of the answer's program.
-    assert opened[-1].covered == ended.prompt_tokens + ended.generated_tokens
+    # The engine computed the stop token too, whose edits the outcome does not count.
+    assert opened[-1].num_computed_tokens == ended.prompt_tokens + ended.generated_tokens
     assert sum(ended.moved) == ended.generated_tokens - 1
 
 
-async def test_a_request_aborted_between_two_steps_gives_everything_back(overlapping: Engine) -> None:
+async def test_a_request_aborted_between_two_steps_releases_everything(overlapping: Engine) -> None:
     long = [Call(prompt(overlapping, 20, n), greedy(200), push(overlapping, 0.5, n)) for n in range(6)]
     neighbour = Call(prompt(overlapping, 20), greedy(40))
     alone = ids(await run(overlapping, neighbour))
-    going = asyncio.create_task(run(overlapping, neighbour))
+    running = asyncio.create_task(run(overlapping, neighbour))
     for stream in map(overlapping.stream, long):
         await anext(stream)
         await stream.aclose()
-    assert ids(await going) == alone
+    assert ids(await running) == alone
     assert await usage(overlapping) == {"slots": 0, "rows": [0, 0, 0], "requests": 0}
     assert overlapping.healthy

@@ -39,12 +39,12 @@ def probe(engine: Engine) -> tuple[Watched, ...]:
 
 def joined(parts: Sequence[Features]) -> Features:
     """Join the features of consecutive outputs, and check that no position is missing or repeated."""
-    parts = [part for part in parts if len(part.active)]
+    parts = [part for part in parts if len(part.activations)]
     for before, after in pairwise(parts):
         assert after.first == before.end
     return Features(
         parts[0].first,
-        np.concatenate([part.active for part in parts]),
+        np.concatenate([part.activations for part in parts]),
         np.concatenate([part.top_latents for part in parts]),
         np.concatenate([part.top_values for part in parts]),
     )
@@ -62,8 +62,8 @@ def guard_features(outputs: Sequence[Output]) -> Features:
 
 def require_equal(features: Features, expected: Features) -> None:
     """Check that two views have the same positions, columns and values."""
-    assert (features.first, features.active.shape) == (expected.first, expected.active.shape)
-    np.testing.assert_allclose(features.active, expected.active, rtol=1e-3, atol=1e-3)
+    assert (features.first, features.activations.shape) == (expected.first, expected.activations.shape)
+    np.testing.assert_allclose(features.activations, expected.activations, rtol=1e-3, atol=1e-3)
     assert features.top_values.shape == expected.top_values.shape
     np.testing.assert_allclose(features.top_values, expected.top_values, rtol=1e-3, atol=1e-3)
 
@@ -82,13 +82,13 @@ async def test_guard_reads_the_prompt_and_the_client_report_is_unchanged(engine:
     assert ids(both) == ids(alone)
     assert outcome(both).moved == outcome(alone).moved
     assert client_features(both).first == PROMPT_TOKENS
-    assert client_features(both).active.shape == (NEW_TOKENS - 1, 4)
+    assert client_features(both).activations.shape == (NEW_TOKENS - 1, 4)
     require_equal(client_features(both), client_features(alone))
-    assert all(len(output.guard_features.active) == 0 for output in alone)
+    assert all(len(output.guard_features.activations) == 0 for output in alone)
     as_client = replace(call, watch=guards, top_k=0, top_k_sites=())
     expected = client_features(await run(engine, as_client))
-    assert expected.active.shape == (PROMPT_TOKENS + NEW_TOKENS - 1, 3)
-    assert (expected.active.max(0) > 0).all(), "a guard row is never active: this test shows nothing"
+    assert expected.activations.shape == (PROMPT_TOKENS + NEW_TOKENS - 1, 3)
+    assert (expected.activations.max(0) > 0).all(), "a guard row is never active: this test shows nothing"
     reported = guard_features(both)
     assert reported.top_values.shape[1] == 0
     require_equal(reported, expected._replace(top_latents=reported.top_latents, top_values=reported.top_values))
@@ -97,8 +97,8 @@ async def test_guard_reads_the_prompt_and_the_client_report_is_unchanged(engine:
 async def test_client_without_a_report_gets_none_beside_a_guard(engine: Engine) -> None:
     call = Call(prompt(engine, 40), greedy(5), guard=watched(engine, frequent_latents(engine, 2), prompt=True))
     outputs = await run(engine, call)
-    assert all(output.features.active.shape == (0, 0) for output in outputs)
-    assert guard_features(outputs).active.shape == (44, 2)
+    assert all(output.features.activations.shape == (0, 0) for output in outputs)
+    assert guard_features(outputs).activations.shape == (44, 2)
 
 
 async def test_guard_of_generated_tokens_gets_none_of_the_prompt(engine: Engine) -> None:
@@ -106,10 +106,10 @@ async def test_guard_of_generated_tokens_gets_none_of_the_prompt(engine: Engine)
     client = watched(engine, latents[:2], prompt=True)
     call = Call(prompt(engine, 130, 3), greedy(6), watch=client, guard=watched(engine, latents[1:]))
     outputs = await run(engine, call)
-    assert client_features(outputs).active.shape == (135, 2)
+    assert client_features(outputs).activations.shape == (135, 2)
     guard = guard_features(outputs)
-    assert (guard.first, guard.active.shape) == (130, (5, 2))
-    np.testing.assert_array_equal(guard.active[:, 0], client_features(outputs).active[130:, 1])
+    assert (guard.first, guard.activations.shape) == (130, (5, 2))
+    np.testing.assert_array_equal(guard.activations[:, 0], client_features(outputs).activations[130:, 1])
 
 
 async def test_row_without_prompt_is_zero_at_prompt_tokens_beside_one_with_prompt(engine: Engine) -> None:
@@ -120,13 +120,13 @@ async def test_row_without_prompt_is_zero_at_prompt_tokens_beside_one_with_promp
         call, watch=(*watched(engine, [first]), *watched(engine, [second], prompt=True)), top_k=3, top_k_sites=(SITE,)
     )
     features = client_features(await run(engine, mixed))
-    assert features.active.shape == whole.active.shape == (155, 2)
-    assert whole.active[:150, 0].any()
-    assert not features.active[:150, 0].any()
+    assert features.activations.shape == whole.activations.shape == (155, 2)
+    assert whole.activations[:150, 0].any()
+    assert not features.activations[:150, 0].any()
     assert not features.top_values[:150].any()
     assert features.top_values[150:].any()
-    np.testing.assert_allclose(features.active[150:, 0], whole.active[150:, 0], rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(features.active[:, 1], whole.active[:, 1], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(features.activations[150:, 0], whole.activations[150:, 0], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(features.activations[:, 1], whole.activations[:, 1], rtol=1e-3, atol=1e-3)
 
 
 async def test_outputs_carry_the_positions_of_their_tokens(engine: Engine) -> None:
@@ -150,4 +150,4 @@ async def test_preempted_calls_report_each_position_once_to_client_and_guards(en
         assert ids(ours) == ids(expected)
         require_equal(client_features(ours), client_features(expected))
         assert guard_features(ours).first == 0
-        assert guard_features(ours).active.shape == (249, 2)
+        assert guard_features(ours).activations.shape == (249, 2)

@@ -1,4 +1,4 @@
-"""Edits in vLLM against the same edits by plain hooks on transformers, in batches where the neighbours do otherwise."""
+"""Edits in vLLM against the same edits by plain hooks on transformers, in batches of different programs."""
 
 import gc
 from collections.abc import Iterator
@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from rudder.server.engine.traced import code_digest
 from rudder.server.program import wire
 from rudder.server.program.layout import Layout
 from tests.engine import models, transformers_hooks
 
 SITES = ("layers.0.resid_pre", "layers.1.attn_out", "layers.1.mlp_out", "layers.1.resid_post", "layers.2.resid_pre")
-# Of models whose branches follow one another.
+# Only in models whose MLP reads what the attention branch wrote.
 MIDDLE = "layers.1.resid_mid"
 PROMPTS = ([1, 5, 9, 20, 33, 47], [1, 60, 61, 62], [1, 5, 9, 20, 33, 47], [1, 99, 98, 97, 96, 95, 94, 93])
 NEW_TOKENS = 4
@@ -29,7 +30,7 @@ def vector(seed: int, norm: float) -> bytes:
 
 
 def row(seed: int, threshold: float) -> wire.Row:
-    """A row that reads and writes."""
+    """A row with an encoder and a decoder."""
     return wire.Row(encoder=vector(seed, 1.0), decoder=vector(seed + 100, 1.0), bias=0.1, threshold=threshold)
 
 
@@ -40,7 +41,7 @@ def layout_of(folder: Path) -> Layout:
 
 
 def programs(layout: Layout) -> list[tuple[wire.Site, ...]]:
-    """Programs that between them use every site, unit, phase and option."""
+    """Two programs that together use every site, unit, phase and option."""
     push = wire.Row(decoder=vector(1, 1.0))
     mean = wire.Row(decoder=vector(2, 4.0), threshold=inf)
     on = layout.sites.index
@@ -74,17 +75,17 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> list[tuple[list[int], np.ndarray]]:
-    """What transformers answers: (greedy ids, log-probabilities [tokens, vocabulary]) of each prompt.
+    """Answers of transformers: (greedy ids, log-probabilities [tokens, vocabulary]) of each prompt.
 
-    Made before vLLM sees the model: it rewrites the classes of those that it runs through transformers.
+    Computed before vLLM loads the model: it patches the classes of models that it runs through transformers.
     """
     model, layout = transformers_hooks.load(folder), layout_of(folder)
     plain, steered = (
         answer_of_transformers(model, PROMPTS[0], program, layout)[1][0] for program in (None, programs(layout)[0])
     )
     assert np.abs(plain - steered).max() > 0.05, "the edits must show, or this test shows nothing"
-    chosen_ones = zip(PROMPTS, chosen(layout), strict=True)
-    return [answer_of_transformers(model, prompt, program, layout) for prompt, program in chosen_ones]
+    pairs = zip(PROMPTS, program_of_each_prompt(layout), strict=True)
+    return [answer_of_transformers(model, prompt, program, layout) for prompt, program in pairs]
 
 
 @pytest.fixture(scope="module", params=["eager", "compiled"])
@@ -96,7 +97,7 @@ def llm(request: pytest.FixtureRequest, folder: Path, expected: object) -> Itera
     engine = LLM(
         model=str(folder), dtype="float32", worker_cls="rudder.server.engine.worker.cpu.Worker",
         skip_tokenizer_init=True,
-        additional_config=layout_of(folder).additional_config(), enforce_eager=request.param == "eager",
+        additional_config=layout_of(folder).additional_config(code_digest()), enforce_eager=request.param == "eager",
         max_model_len=64, max_num_seqs=8, max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 26,
         distributed_executor_backend="uni", max_logprobs=-1,
     )  # fmt: skip
@@ -107,7 +108,7 @@ def llm(request: pytest.FixtureRequest, folder: Path, expected: object) -> Itera
     cleanup_dist_env_and_memory()
 
 
-def chosen(layout: Layout) -> list[tuple[wire.Site, ...] | None]:
+def program_of_each_prompt(layout: Layout) -> list[tuple[wire.Site, ...] | None]:
     """The program of each prompt."""
     first, second = programs(layout)
     return [first, second, None, first]
@@ -122,14 +123,16 @@ def answers_of_vllm(llm: Any, layout: Layout) -> list[tuple[list[int], np.ndarra
             temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=-1,
             extra_args={wire.EXTRA_ARG: wire.encode(wire.Request(len(prompt), 64, True, (program or (),)))},
         )
-        for prompt, program in zip(PROMPTS, chosen(layout), strict=True)
+        for prompt, program in zip(PROMPTS, program_of_each_prompt(layout), strict=True)
     ]  # fmt: skip
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
-    return [(list(o.outputs[0].token_ids), np.array([row_of(step) for step in o.outputs[0].logprobs])) for o in outputs]
+    return [
+        (list(o.outputs[0].token_ids), np.array([by_token_id(step) for step in o.outputs[0].logprobs])) for o in outputs
+    ]
 
 
-def row_of(step: dict[int, Any]) -> list[float]:
-    """A step's log-probabilities in the order of the vocabulary."""
+def by_token_id(step: dict[int, Any]) -> list[float]:
+    """A step's log-probabilities by token id."""
     return [step[i].logprob for i in range(models.VOCAB)]
 
 

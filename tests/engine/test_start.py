@@ -13,6 +13,7 @@ from rudder.server.engine import selftest
 from rudder.server.engine.call import Call
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.telemetry.frame import TelemetryLost
+from rudder.server.engine.traced import code_digest
 from rudder.server.engine.worker import hooks as sites
 from rudder.server.engine.worker.worker import build_banks
 from rudder.server.program.layout import Layout
@@ -72,18 +73,18 @@ def test_compile_cache_key_depends_on_the_layout(change: dict[str, Any]) -> None
     def key(config: dict[str, Any]) -> str:
         return str(VllmConfig(additional_config=config).compute_hash())
 
-    ours = key(layout.additional_config())
+    ours = key(layout.additional_config(code_digest()))
     assert ours != key({}), "an artifact without hooks must not be used with them"
-    assert ours != key(replace(layout, **change).additional_config())
-    assert ours == key(layout.additional_config())
+    assert ours != key(replace(layout, **change).additional_config(code_digest()))
+    assert ours == key(layout.additional_config(code_digest()))
 
 
 def test_compile_cache_key_depends_on_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout(("layers.2.resid_post",))
-    before = layout.additional_config()
+    before = layout.additional_config(code_digest())
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: read(self) + b"#")
-    assert layout.additional_config() != before
+    assert layout.additional_config(code_digest()) != before
 
 
 async def test_bank_that_does_not_edit_fails_the_self_test(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Two tensor-parallel ranks fill the same bank without further talk, and answer as one rank does."""
+"""Two tensor-parallel ranks fill their banks alike without communicating, and answer as one rank does."""
 
 import json
 import os
@@ -11,8 +11,9 @@ from tests.engine import models
 PROGRAM = """
 import json, sys
 import numpy as np
-from server.engine.layout import Layout
-from server.steering import wire
+from rudder.server.engine.traced import code_digest
+from rudder.server.program import wire
+from rudder.server.program.layout import Layout
 
 SITES = ("layers.0.mlp_out", "layers.1.resid_post")
 PROMPT = [1, 5, 9, 20, 33, 47]
@@ -28,7 +29,7 @@ def main(folder, ranks):
     from vllm import LLM, SamplingParams
     llm = LLM(model=folder, dtype="float32", worker_cls="rudder.server.engine.worker.cpu.Worker",
               skip_tokenizer_init=True,
-              additional_config=Layout(SITES, rows=8, slots=4).additional_config(), enforce_eager=True,
+              additional_config=Layout(SITES, rows=8, slots=4).additional_config(code_digest()), enforce_eager=True,
               max_model_len=64, max_num_seqs=4, kv_cache_memory_bytes=1 << 26, tensor_parallel_size=ranks)
     extras = [None, {wire.EXTRA_ARG: request(1)}, {wire.EXTRA_ARG: request(2)}]
     greedy = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "detokenize": False}
@@ -43,7 +44,7 @@ if __name__ == "__main__":
 
 
 def generate(script: Path, folder: Path, ranks: int) -> tuple[list[list[int]], list[dict[str, object]]]:
-    """Greedy ids of a batch with two programs and none, and what each rank holds afterwards."""
+    """Greedy ids of a batch with two programs and without one, and the resources that each rank holds afterwards."""
     threads = {
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(i) for i in range(ranks)),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
@@ -56,7 +57,7 @@ def generate(script: Path, folder: Path, ranks: int) -> tuple[list[list[int]], l
     return ids, usage
 
 
-def test_two_ranks_steer_as_one(tmp_path: Path) -> None:
+def test_two_ranks_answer_as_one(tmp_path: Path) -> None:
     folder = models.write("llama", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     assert config["num_attention_heads"] % 2 == 0

@@ -338,7 +338,7 @@ async def test_features_belong_to_the_positions_they_are_reported_for(engine: En
         ]
     )
     encoded = bundle.sae.encode(torch_of(residual.reshape(-1, engine.model.hidden_size)[:155])).numpy()
-    active = np.concatenate([output.features.active for output in outputs])
+    active = np.concatenate([output.features.activations for output in outputs])
     np.testing.assert_allclose(active, encoded[:, watched], rtol=1e-3, atol=1e-3)
     values = np.concatenate([output.features.top_values for output in outputs])[:, 0]
     np.testing.assert_allclose(values, -np.sort(-encoded, axis=1)[:, :40], rtol=1e-3, atol=1e-3)

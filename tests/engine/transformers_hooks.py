@@ -31,7 +31,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 
 def module_of(model: nn.Module, site: str) -> tuple[nn.Module, bool]:
-    """The module of a site, and whether its input (not its output) is meant."""
+    """(module, True) where a site is the module's input, (module, False) where it is its output."""
     _, number, point = site.split(".")
     layer: Any = layers_of(model)[int(number)]
     sandwich = hasattr(layer, "pre_feedforward_layernorm")
@@ -47,7 +47,7 @@ def module_of(model: nn.Module, site: str) -> tuple[nn.Module, bool]:
 
 @contextmanager
 def hooked(model: nn.Module, programs: Sequence[wire.Site], sites: Sequence[str], prompt_tokens: int) -> Iterator[None]:
-    """The model with one program's edits; position 0 holds BOS and is left alone."""
+    """Hook one program's edits into the model; position 0 holds BOS and is not edited."""
     handles = []
     for program in programs:
         site = sites[program.site]
@@ -57,9 +57,9 @@ def hooked(model: nn.Module, programs: Sequence[wire.Site], sites: Sequence[str]
             return torch.cat([x[:, :1], edited(program, x[:, 1:], prompt_tokens - 1)], 1)
 
         if site.endswith("resid_mid"):
-            keep, displace = middle_hooks(change)
+            record, displace = middle_hooks(change)
             layer = layers_of(model)[int(site.split(".")[1])]
-            handles.append(layer.register_forward_pre_hook(input_hook(keep), with_kwargs=True))
+            handles.append(layer.register_forward_pre_hook(input_hook(record), with_kwargs=True))
             handles.append(module.register_forward_hook(output_hook(displace)))
         elif takes_input:
             handles.append(module.register_forward_pre_hook(input_hook(change), with_kwargs=True))
@@ -71,22 +71,22 @@ def hooked(model: nn.Module, programs: Sequence[wire.Site], sites: Sequence[str]
 
 
 def middle_hooks(change: Any) -> tuple[Any, Any]:
-    """Of what a layer is given, and of what its attention adds: change their sum."""
-    given: list[Tensor] = []
+    """Hooks (on a layer's input, on its attention's output) that change the sum of both."""
+    inputs: list[Tensor] = []
 
-    def keep(x: Tensor) -> Tensor:
-        given.append(x)
+    def record(x: Tensor) -> Tensor:
+        inputs.append(x)
         return x
 
     def displace(added: Tensor) -> Tensor:
-        displaced: Tensor = change(given[-1] + added) - given[-1]
+        displaced: Tensor = change(inputs[-1] + added) - inputs[-1]
         return displaced
 
-    return keep, displace
+    return record, displace
 
 
 def input_hook(change: Any) -> Any:
-    """Change the hidden states that a layer is given."""
+    """A pre-hook that changes a layer's input."""
 
     def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
@@ -97,7 +97,7 @@ def input_hook(change: Any) -> Any:
 
 
 def output_hook(change: Any) -> Any:
-    """Change the hidden states that a module returns."""
+    """A hook that changes a module's output."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
@@ -108,7 +108,7 @@ def output_hook(change: Any) -> Any:
 
 
 def edited(program: wire.Site, x: Tensor, prompt_tokens: int) -> Tensor:
-    """x [1, tokens, d] after a program without a gate."""
+    """Apply a program without a gate to x [1, tokens, d]."""
     rows = [
         tuple(np.frombuffer(data, "<f4").astype(np.float64) for data in (r.encoder, r.decoder)) for r in program.rows
     ]
@@ -119,7 +119,7 @@ def edited(program: wire.Site, x: Tensor, prompt_tokens: int) -> Tensor:
 
 
 def edited_token(program: wire.Site, x: Any, rows: Any, prompt: bool) -> Any:
-    """One token, by the definition."""
+    """Apply a program to one token, by the definition."""
     norm, y = np.linalg.norm(x), x.copy()
     for edit in program.edits:
         if not (edit.prompt if prompt else edit.generated):

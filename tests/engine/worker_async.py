@@ -1,4 +1,4 @@
-"""`worker_cls` for asynchronous scheduling on a CPU, which vLLM switches off there: what it asks of CUDA does nothing.
+"""`worker_cls` for asynchronous scheduling on a CPU, where vLLM disables it: stubs for the parts of torch.cuda it uses.
 
 A CPU computes in order, so there is nothing to wait for. Scheduler, queue of steps and model runner are vLLM's own.
 """
@@ -12,7 +12,7 @@ from rudder.server.engine.worker.cpu import Worker as Worker
 
 
 class Event:
-    """An event that has happened."""
+    """An event that has already occurred."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass

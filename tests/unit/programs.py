@@ -1,4 +1,4 @@
-"""Programs in their JSON form, and what they can refer to."""
+"""Programs in JSON form, and a registry of the rows that they refer to."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ MAXIMA, NORMS = np.array([4.0, 0.0, 2.0, 8.0, 1.0, 1.0], "<f4"), np.array([1.0, 
 
 
 def dictionary(name: str, site: str, sha256: str = "ab") -> Dictionary:
-    """Six latents."""
+    """A dictionary of six latents."""
     return Dictionary(name, site, sha256, 6, MAXIMA, NORMS, np.ones(WIDTH, "<f4"))
 
 
@@ -45,12 +45,12 @@ def program(*edits: dict[str, Any], gate: dict[str, Any] | None = None, **site: 
 
 
 def compiled(*edits: dict[str, Any], **rest: Any) -> Compiled:
-    """The same, compiled."""
+    """Compile a program with these edits at SITE."""
     return compile_program(program(*edits, **rest), REGISTRY)
 
 
 def edit_of(**edit: Any) -> wire.Edit:
-    """The numbers of one edit."""
+    """Compile a program of one edit, of feature 2 by default, and return the edit."""
     return compiled({"row": feature(2)} | edit).sites[0].edits[0]
 
 
@@ -58,12 +58,12 @@ ADD = {"row": feature(0), "add": 1.0}
 
 
 def gated(**gate: Any) -> dict[str, Any]:
-    """A program behind a gate."""
+    """A program with a gate."""
     return {"sites": [{"site": SITE, "edits": [ADD]}], "gate": {"site": SITE} | gate}
 
 
 def sequential(**condition: Any) -> dict[str, Any]:
-    """A program behind a sequence condition."""
+    """A program with a sequence condition."""
     return gated(sequence={"score": PROBE, "share": {}} | condition)
 
 
@@ -73,12 +73,12 @@ def at(site: str = SITE, **fields: Any) -> dict[str, Any]:
 
 
 def editing(**edit: Any) -> dict[str, Any]:
-    """A program of one edit, of feature 0 unless it says otherwise."""
+    """A program of one edit, of feature 0 by default."""
     return at(edits=[{"row": feature(0)} | edit])
 
 
 def statistic(name: str, **fields: Any) -> dict[str, Any]:
-    """A program behind one statistic."""
+    """A program with a sequence condition on one statistic."""
     return gated(sequence={"score": PROBE, name: fields})
 
 

@@ -57,7 +57,7 @@ def run_step(
     """
     ids = [request_id for request_id, _, _ in chunks]
     starts, lengths = (np.array([c[i] for c in chunks], np.int64) for i in (1, 2))
-    driver.place(ids, starts, lengths)
+    driver.write_token_metadata(ids, starts, lengths)
     moves: dict[str, list[Floats]] = {request_id: [] for request_id in ids}
     for site, bank in enumerate(driver.banks):
         parts = [xs[i][site, start : start + length] for i, start, length in chunks]

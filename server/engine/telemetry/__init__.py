@@ -1,1 +1,1 @@
-"""From the worker to the server process: frames, the socket they take, and their readers."""
+"""Telemetry from the engine process to the server process: frames, their transport, and each request's inbox."""

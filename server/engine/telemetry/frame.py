@@ -1,6 +1,6 @@
-"""What the worker tells the server after each step: one authenticated frame, numbered without gaps.
+"""The telemetry of one step, from the worker to the server: an authenticated frame, numbered without gaps.
 
-Columns are raw little-endian arrays; the server knows their widths from the requests it sent.
+Columns are raw little-endian arrays; the server knows their widths from the requests that it sent.
 """
 
 import hashlib
@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 
 MAC_BYTES = 16
 Array = NDArray[Any]
+# Columns of `Frame.pinned`: what a pinned row's activations were over the tokens of a step.
+PINNED = ("active_tokens", "tokens", "sum", "maximum")
 
 
 class TelemetryLost(Exception):
-    """A frame is missing, repeated, forged, or of another engine's life."""
+    """A frame is missing, repeated or forged, or an engine that was started before sent it."""
 
 
 class Capture(msgspec.Struct, frozen=True, array_like=True):
-    """Residuals of a request's tokens of this step at a site, before and after its edits, fp32 [tokens, d]."""
+    """Residuals of a request's tokens of this step at site number `site`, around its edits, float32 [tokens, d]."""
 
     handle: int
     site: int
@@ -29,22 +31,26 @@ class Capture(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):
-    """One step. R requests were in it; each column lists them in the order of `handles`.
+    """Telemetry of one step. Its R requests come in the order of `handles`, also in every other column.
 
-    handles int64 [R], starts int32 [R] (position of the first token), lengths int32 [R], all left out if it `goes_on`:
-    the same requests as in the last step, with their next tokens, as many as then; `moved` int32: tokens touched,
-    per edit and blend; `active` fp32: activations [tokens, watched rows] of every request that watches; `top_values`
-    fp32 and `top_latents` int32: [tokens, k] per top-k site; `pinned` fp64 [pinned rows, 4]: active tokens,
-    tokens, sum and maximum; `released` int64: requests that hold nothing any more.
+    sequence: number of the frame since the channel opened.
+    continues: the step is the next decode step of the same batch, one more token of each request than in the frame
+        before; handles, starts and lengths are left out.
+    handles int64 [R], starts int32 [R]: position of the first token, lengths int32 [R]: tokens in this step.
+    edited int32: for each request, tokens that each of its edits and blends edited.
+    activations float32: for each request that watches rows, [tokens reported, rows].
+    top_values float32, top_latents int32: for each request and each of its top-k sites, [tokens reported, k].
+    pinned float64 [pinned rows, len(PINNED)].
+    released int64: handles of requests that hold no resources any more.
     """
 
     sequence: int
-    goes_on: bool = False
+    continues: bool = False
     handles: bytes = b""
     starts: bytes = b""
     lengths: bytes = b""
-    moved: bytes = b""
-    active: bytes = b""
+    edited: bytes = b""
+    activations: bytes = b""
     top_values: bytes = b""
     top_latents: bytes = b""
     captures: tuple[Capture, ...] = ()
@@ -53,13 +59,13 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
 
 
 def seal(frame: Frame, key: bytes) -> bytes:
-    """The frame with its MAC in front."""
+    """Encode a frame, with its MAC in front."""
     body = msgspec.msgpack.encode(frame)
     return mac(body, key) + body
 
 
 def unseal(message: bytes, key: bytes, expected: int) -> Frame:
-    """The frame, if it is authentic and number `expected`; TelemetryLost otherwise."""
+    """Decode a sealed frame. Raises TelemetryLost unless it is authentic and its number is `expected`."""
     body = message[MAC_BYTES:]
     if not hmac.compare_digest(message[:MAC_BYTES], mac(body, key)):
         raise TelemetryLost("a telemetry frame with a wrong MAC")
@@ -70,10 +76,10 @@ def unseal(message: bytes, key: bytes, expected: int) -> Frame:
 
 
 def mac(body: bytes, key: bytes) -> bytes:
-    """Keyed BLAKE2b; the key is drawn anew for every start of the engine."""
+    """Keyed BLAKE2b (RFC 7693); every start of the engine draws a new key."""
     return hashlib.blake2b(body, key=key, digest_size=MAC_BYTES).digest()
 
 
 def column(data: bytes, dtype: str) -> Array:
-    """A frame's column as an array."""
+    """View a frame's column as an array."""
     return np.frombuffer(data, dtype)

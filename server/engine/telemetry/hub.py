@@ -1,10 +1,13 @@
-"""Receives the worker's frames and hands every request its part.
+"""Receives the worker's frames and gives every request its part of them.
 
-Steady decoding sends frame after frame of the same shape. They lie in the socket until someone asks and are kept as
-they came: a request is told once where its values stand in them, and reads them there when it wants them.
+Steady decoding sends frame after frame of the same shape, and parsing each of them for each request would cost the
+server more than anything else that it does per token. So frames stay in the socket until a call needs its features, and
+are then stored unparsed, as runs: at the start of a run, each request is assigned its span of the columns once, and its
+values are read from there only when it takes them.
 """
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,293 +19,315 @@ import msgspec
 import numpy as np
 
 from rudder.server.engine.telemetry.channel import Receiver
-from rudder.server.engine.telemetry.frame import Array, Capture, Frame, TelemetryLost, column, unseal
+from rudder.server.engine.telemetry.frame import PINNED, Array, Capture, Frame, TelemetryLost, column
 from rudder.server.program import wire
 
-# Frames of one run at most, so that those of which everything has been read are forgotten.
-LONGEST_RUN = 256
-# Frames that nobody awaits are taken in this often: a wake-up for each of them would take the model's cores from it.
-UNASKED_S = 0.25
+# Cap on the frames retained per run. A run ends there although its batch goes on, so that frames that every request has
+# read are freed.
+MAX_RUN_FRAMES = 256
+# Interval at which frames are received while no call waits for one: waking up for each of them would take cores from
+# the model.
+POLL_S = 0.25
+logger = logging.getLogger(__name__)
 
 
 class Features(NamedTuple):
-    """Of n tokens in a row, from position `first` on: active [n, rows], top_latents and top_values [n, sites, k].
+    """Features of n consecutive tokens from position `first` on.
 
-    Columns that nobody asked for may be of no token.
+    activations [n, rows], top_latents and top_values [n, sites, k]; those that the request did not ask for have no
+    tokens.
     """
 
     first: int
-    active: Array
+    activations: Array
     top_latents: Array
     top_values: Array
 
     @property
     def end(self) -> int:
         """The position after the last token."""
-        return self.first + len(self.active)
+        return self.first + len(self.activations)
 
     def reordered(self, columns: tuple[int, ...] | None) -> "Features":
-        """With the columns of `active` in this order; None: as they are."""
-        return self if columns is None else self._replace(active=self.active[:, list(columns)])
+        """Put the columns of `activations` in this order; None: leave them as they are."""
+        return self if columns is None else self._replace(activations=self.activations[:, list(columns)])
 
     def between(self, begin: int, end: int) -> "Features":
-        """Those of the tokens at positions begin <= p < end."""
+        """Select the tokens at positions begin <= p < end."""
         begin = max(begin, self.first)
         cut = slice(begin - self.first, max(end - self.first, 0))
-        return Features(begin, self.active[cut], self.top_latents[cut], self.top_values[cut])
+        return Features(begin, self.activations[cut], self.top_latents[cut], self.top_values[cut])
 
 
 def no_features(rows: int, sites: int, k: int) -> Features:
-    """Features of no token."""
+    """Return features of no tokens."""
     top = np.zeros((0, sites, k), np.float32)
     return Features(0, np.zeros((0, rows), np.float32), top, top)
 
 
 class Run:
-    """Consecutive frames of one shape: the same requests in the same order, each going on where it stopped."""
+    """Consecutive frames of one batch: the same requests in the same order, each continuing where it stopped."""
 
     def __init__(self, frame: Frame, handles: Array, starts: Array, lengths: Array) -> None:
         self.frames = [frame]
         self.handles, self.starts, self.lengths = handles, starts, lengths
-        self.read: dict[str, tuple[int, Array]] = {}
+        self.columns: dict[str, tuple[int, Array]] = {}
 
     def next_starts(self) -> Array:
-        """Where the requests go on after the last frame."""
+        """Positions of the requests' first tokens in the frame after the last one."""
         starts: Array = self.starts + len(self.frames) * self.lengths
         return starts
 
-    def column(self, name: str, dtype: str, begin: int) -> Array:
-        """A column of the frames from number `begin` on, [n, size]: put together once for all requests that ask."""
-        frames = len(self.frames) - begin
-        read = self.read.get(name)
-        if read is None or read[0] != len(self.frames) or len(read[1]) != frames:
-            data = b"".join(getattr(frame, name) for frame in self.frames[begin:])
-            read = self.read[name] = len(self.frames), column(data, dtype).reshape(frames, -1)
-        return read[1]
+    def column(self, name: str, dtype: str, first: int) -> Array:
+        """Join a column of the frames from number `first` on, [frames, size].
+
+        Cached: in steady decoding all requests of the batch read the same frames, and only the first of them joins.
+        """
+        frames = len(self.frames) - first
+        cached = self.columns.get(name)
+        if cached is None or cached[0] != len(self.frames) or len(cached[1]) != frames:
+            data = b"".join(getattr(frame, name) for frame in self.frames[first:])
+            cached = self.columns[name] = len(self.frames), column(data, dtype).reshape(frames, -1)
+        return cached[1]
 
 
 @dataclass(slots=True)
-class Part:
-    """What a request has of a run: `length` tokens a step from position `start` on, the first `cut` of each step
-    unreported, and where its values stand in the columns. `told`: frames whose features have been taken.
+class Span:
+    """The part of a run that belongs to one request: `length` tokens per frame, the first of all at position `start`.
+
+    `unreported`: tokens at the front of each frame whose features are not reported. edited, activations, top: where the
+    request's values are in these columns of each frame. `frames_read`: frames whose features have been read.
     """
 
     run: Run
     start: int
     length: int
-    cut: int
-    moved: slice
-    active: slice
+    unreported: int
+    edited: slice
+    activations: slice
     top: slice
-    told: int = 0
+    frames_read: int = 0
 
 
 @dataclass
 class Inbox:
-    """A request's telemetry, joined by position. `delivered`: the position after the last token in `chunks`, ever.
+    """Telemetry of one request, joined by position.
 
-    `moved`: (positions after each step [n], tokens that each edit touched in it [n, edits]) of former parts.
+    `first`: position of the first token computed, -1 before that. `delivered`: position after the last token whose
+    features ever entered `chunks`. `edited`: of former spans, (position after each step [n], tokens that each edit
+    edited in it [n, edits]).
     """
 
     request: wire.Request
     first: int = -1
-    part: Part | None = None
+    span: Span | None = None
     chunks: list[Features] = field(default_factory=list)
     delivered: int = 0
-    moved: list[tuple[Array, Array]] = field(default_factory=list)
+    edited: list[tuple[Array, Array]] = field(default_factory=list)
     captures: list[Capture] = field(default_factory=list)
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         stages = self.request.stages
-        # Rows reported per token, and counts in the `moved` column.
+        # Activations reported per token, and counts in the `edited` column.
         self.watched = sum(len(site.watch) for site in stages[0])
         self.edits = sum(len(s.edits) + bool(s.blend) for stage in stages for s in stage)
         self.top = (len(self.request.top_k_sites), self.request.top_k)
         self.reports = bool(self.watched or self.request.top_k_sites)
-        self.nothing = no_features(self.watched, *self.top)
+        self.empty = no_features(self.watched, *self.top)
 
     @property
-    def covered(self) -> int:
-        """The position after the last token that ran."""
-        part = self.part
-        return part.start + part.length * len(part.run.frames) if part else 0
+    def num_computed_tokens(self) -> int:
+        """Tokens computed and received, as vLLM counts them: the position after the last one."""
+        span = self.span
+        return span.start + span.length * len(span.run.frames) if span else 0
 
     def unreported(self, start: int, length: int) -> int:
-        """Prompt tokens at the front of a step's part that are not reported."""
+        """Count the tokens at the front of a step's part that are prompt and not reported."""
         prompt = 0 if self.request.watch_prompt else self.request.prompt_tokens
         return max(0, min(length, prompt - start))
 
-    def enter(self, part: Part) -> None:
-        """Go on with the part of a new run, which begins earlier than the last one ended after a preemption."""
-        self.read()
-        if self.part and self.edits:
-            self.moved.append(self.moved_in(self.part))
-        if part.start < self.covered:
-            self.moved = [(ends[ends <= part.start], counts[ends <= part.start]) for ends, counts in self.moved]
-        self.first = part.start if self.first < 0 else min(self.first, part.start)
-        self.part = part
+    def begin_span(self, span: Span) -> None:
+        """Continue with the span of a new run.
 
-    def moved_in(self, part: Part) -> tuple[Array, Array]:
-        """(positions after each step [n], tokens that each edit touched in it [n, edits])."""
-        steps = np.arange(1, len(part.run.frames) + 1)
-        return part.start + part.length * steps, part.run.column("moved", "<i4", 0)[:, part.moved]
+        After a preemption it starts before the last one ended. Those positions are computed again: their edits count
+        only as computed last.
+        """
+        self.read_span()
+        if self.span and self.edits:
+            self.edited.append(self.edited_in(self.span))
+        if span.start < self.num_computed_tokens:
+            self.edited = [(ends[ends <= span.start], counts[ends <= span.start]) for ends, counts in self.edited]
+        self.first = span.start if self.first < 0 else min(self.first, span.start)
+        self.span = span
 
-    def read(self) -> None:
-        """Take in the features that have come with the part."""
-        part = self.part
-        if part is None or not self.reports:
+    def edited_in(self, span: Span) -> tuple[Array, Array]:
+        """Return (position after each step [n], tokens that each edit edited in it [n, edits])."""
+        steps = np.arange(1, len(span.run.frames) + 1)
+        return span.start + span.length * steps, span.run.column("edited", "<i4", 0)[:, span.edited]
+
+    def read_span(self) -> None:
+        """Read the features of the span's frames that have arrived since the last call."""
+        span = self.span
+        if span is None or not self.reports:
             return
-        told, part.told = part.told, len(part.run.frames)
-        tokens = part.length - part.cut
-        total = tokens * (part.told - told)
+        frames_read, span.frames_read = span.frames_read, len(span.run.frames)
+        tokens = span.length - span.unreported
+        total = tokens * (span.frames_read - frames_read)
         if not total:
             return
-        active = part.run.column("active", "<f4", told)[:, part.active]
+        activations = span.run.column("activations", "<f4", frames_read)[:, span.activations]
         if tokens > 1:
-            active = active.reshape(total, self.watched)
-        latents, values = self.read_top(part, told) if self.request.top_k_sites else self.nothing[2:]
-        first = part.start + told * part.length + part.cut
-        self.add(Features(first, active, latents, values), first + total)
+            activations = activations.reshape(total, self.watched)
+        top = self.read_top(span, frames_read) if self.request.top_k_sites else self.empty[2:]
+        first = span.start + frames_read * span.length + span.unreported
+        self.append(Features(first, activations, *top), first + total)
 
-    def read_top(self, part: Part, told: int) -> tuple[Array, Array]:
-        """(latents, values) [n * tokens, sites, k]; the worker writes site by site."""
-        shape = (-1, self.top[0], part.length - part.cut, self.top[1])
-        columns = (part.run.column(*name, told) for name in (("top_latents", "<i4"), ("top_values", "<f4")))
-        latents, values = (column[:, part.top].reshape(shape).swapaxes(1, 2) for column in columns)
-        return latents.reshape(-1, *self.top), values.reshape(-1, *self.top)
+    def read_top(self, span: Span, first: int) -> tuple[Array, Array]:
+        """Read (latents, values) of the frames from `first` on, [n, sites, k]; the worker writes site by site."""
+        sites, k = self.top
+        shape = (-1, sites, span.length - span.unreported, k)
+        columns = (span.run.column(*name, first) for name in (("top_latents", "<i4"), ("top_values", "<f4")))
+        latents, values = (column[:, span.top].reshape(shape).swapaxes(1, 2) for column in columns)
+        return latents.reshape(-1, sites, k), values.reshape(-1, sites, k)
 
-    def add(self, features: Features, end: int) -> None:
-        """Keep features, to the position `end`, to be taken. What ran again after a preemption is not told twice."""
+    def append(self, features: Features, end: int) -> None:
+        """Append features up to the position `end`, without those that a preempted request computed a second time."""
         if end > self.delivered:
             again = features.first < self.delivered
             self.chunks.append(features.between(self.delivered, end) if again else features)
             self.delivered = end
 
     def take(self) -> Features:
-        """What has come since the last take."""
-        self.read()
-        parts, self.chunks = self.chunks, []
-        if len(parts) < 2:
-            return parts[0] if parts else self.nothing
-        if any(part.first != before.end for before, part in pairwise(parts)):
-            raise TelemetryLost(f"features of positions after {parts[0].first} are missing")
-        firsts, *columns = zip(*parts, strict=True)
+        """Return the features that have arrived since the last take. Raises TelemetryLost if positions are missing."""
+        self.read_span()
+        chunks, self.chunks = self.chunks, []
+        if len(chunks) < 2:
+            return chunks[0] if chunks else self.empty
+        if any(chunk.first != before.end for before, chunk in pairwise(chunks)):
+            raise TelemetryLost(f"features of positions after {chunks[0].first} are missing")
+        firsts, *columns = zip(*chunks, strict=True)
         return Features(firsts[0], *map(np.concatenate, columns))
 
-    def moved_before(self, end: int) -> tuple[int, ...]:
-        """Tokens touched per edit among positions before `end`."""
-        moved = [*self.moved, self.moved_in(self.part)] if self.part and self.edits else self.moved
-        counts = [np.zeros(self.edits, np.int64), *(count[ends <= end].sum(0) for ends, count in moved)]
+    def edited_before(self, end: int) -> tuple[int, ...]:
+        """Count the tokens at positions before `end` that each edit edited."""
+        edited = [*self.edited, self.edited_in(self.span)] if self.span and self.edits else self.edited
+        counts = [np.zeros(self.edits, np.int64), *(count[ends <= end].sum(0) for ends, count in edited)]
         return tuple(np.sum(counts, axis=0).tolist())
 
 
 class Hub:
-    """The server's end of the telemetry channel. `totals` is given each step's sums of the pinned rows."""
+    """The server's end of telemetry: the inboxes of all requests in flight.
 
-    def __init__(self, totals: Callable[[Array], None], released: Callable[[int], None]) -> None:
-        self.totals, self.on_released = totals, released
+    Calls `on_totals` with each step's totals of the pinned rows [pinned rows, len(PINNED)], and `on_request_finished`
+    with the handle of each request that holds no resources in the worker any more.
+    """
+
+    def __init__(self, on_totals: Callable[[Array], None], on_request_finished: Callable[[int], None]) -> None:
+        self.on_totals, self.on_request_finished = on_totals, on_request_finished
         self.key = secrets.token_bytes(32)
         self.inboxes: dict[int, Inbox] = {}
         self.run: Run | None = None
         self.arrived = asyncio.Event()
-        self.awaiting = 0
-        self.expected = 0
+        self.waiters = 0
         self.lost: TelemetryLost | None = None
 
     def bind(self, address: str) -> None:
-        """Where the worker's frames arrive, sealed with `key`."""
-        self.channel = Receiver(address)
+        """Listen for the worker, whose frames are sealed with `key`, at the path of a Unix socket."""
+        self.channel = Receiver(address, self.key)
 
     @property
-    def over(self) -> bool:
-        """Whether nothing more is taken in: telemetry is lost, or the engine has died, which vLLM tells."""
-        return self.lost is not None or self.channel.ended
+    def closed(self) -> bool:
+        """Whether no more frames are received: telemetry is lost, or the engine process has ended."""
+        return self.lost is not None or self.channel.disconnected
 
     def open(self, handle: int, request: wire.Request) -> Inbox:
-        """Expect telemetry of a request from now on."""
+        """Open the inbox of a request, before the worker sees it."""
         inbox = self.inboxes[handle] = Inbox(request)
         return inbox
 
     async def listen(self) -> TelemetryLost:
-        """Take in what nobody asks for, until telemetry is lost."""
+        """Receive, from time to time, the frames that no call waits for, until telemetry is lost."""
         while self.lost is None:
             self.receive()
-            await asyncio.sleep(UNASKED_S)
+            await asyncio.sleep(POLL_S)
         return self.lost
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """Within it, frames are taken in as they come."""
+        """Within this context, receive frames as they arrive."""
         loop = asyncio.get_running_loop()
-        if not self.awaiting and not self.over:
+        if not self.waiters and not self.closed:
             loop.add_reader(self.channel.socket, self.receive)
-        self.awaiting += 1
+        self.waiters += 1
         try:
             yield
         finally:
-            self.awaiting -= 1
-            if not self.awaiting:
+            self.waiters -= 1
+            if not self.waiters:
                 loop.remove_reader(self.channel.socket)
 
     def receive(self) -> None:
-        """Take in every frame that has come. A lost one fails every request in flight and all that follow."""
-        for message in [] if self.lost else self.channel.messages():
-            self.arrived.set()
+        """Receive all frames that have arrived. A lost one fails every request in flight and all that follow."""
+        if self.lost is None:
             try:
-                self.take(unseal(message, self.key, self.expected))
+                for frame in self.channel.frames():
+                    self.arrived.set()
+                    self.take(frame)
             except TelemetryLost as lost:
+                logger.error("telemetry lost, every request in flight fails: %s", lost)
                 self.lost = lost
-                break
-            self.expected += 1
-        if self.over:
+                self.arrived.set()
+        if self.closed:
+            # A socket at its end is always readable: the loop would call this function without pause.
             asyncio.get_running_loop().remove_reader(self.channel.socket)
 
     def take(self, frame: Frame) -> None:
-        """Take in a frame; its columns are read when someone asks."""
+        """Take in a frame. Its columns are read when a request needs them."""
         for capture in frame.captures:
             if inbox := self.inboxes.get(capture.handle):
                 inbox.captures.append(capture)
         if frame.captures:
-            # They are large, and a run is long.
+            # Residuals are large, and a run may retain its frames for long.
             frame = msgspec.structs.replace(frame, captures=())
-        if frame.goes_on:
-            self.go_on(frame)
+        if frame.continues:
+            self.extend_run(frame)
         elif frame.handles:
-            self.begin(frame, *map(column, (frame.handles, frame.starts, frame.lengths), ("<i8", "<i4", "<i4")))
+            self.begin_run(frame, *map(column, (frame.handles, frame.starts, frame.lengths), ("<i8", "<i4", "<i4")))
         if frame.pinned:
-            self.totals(column(frame.pinned, "<f8").reshape(-1, 4))
+            self.on_totals(column(frame.pinned, "<f8").reshape(-1, len(PINNED)))
         for handle in column(frame.released, "<i8").tolist():
             if inbox := self.inboxes.pop(handle, None):
                 inbox.released.set()
-            self.on_released(handle)
+            self.on_request_finished(handle)
 
-    def go_on(self, frame: Frame) -> None:
-        """Keep a frame with those before it."""
+    def extend_run(self, frame: Frame) -> None:
+        """Append a frame that continues the run, or begin a new run with it where this one is full."""
         run = self.run
-        if run is None or shape(frame) != shape(run.frames[-1]):
-            raise TelemetryLost("a telemetry frame that goes on with something else than what was before it")
-        if len(run.frames) < LONGEST_RUN:
+        if run is None or column_sizes(frame) != column_sizes(run.frames[-1]):
+            raise TelemetryLost("a telemetry frame that continues another batch than that of the frame before it")
+        if len(run.frames) < MAX_RUN_FRAMES:
             run.frames.append(frame)
         else:
-            self.begin(frame, run.handles, run.next_starts(), run.lengths)
+            self.begin_run(frame, run.handles, run.next_starts(), run.lengths)
 
-    def begin(self, frame: Frame, handles: Array, starts: Array, lengths: Array) -> None:
-        """Begin a run: give every request its part, in the order in which the worker writes them."""
+    def begin_run(self, frame: Frame, handles: Array, starts: Array, lengths: Array) -> None:
+        """Begin a run and give every request its span, in the order in which the worker writes them."""
         run = self.run = Run(frame, handles, starts, lengths)
-        moved = active = top = 0
+        edited = activations = top = 0
         for handle, start, length in zip(handles.tolist(), starts.tolist(), lengths.tolist(), strict=True):
             if inbox := self.inboxes.get(handle):
-                cut = inbox.unreported(start, length)
-                tokens, (sites, k) = length - cut, inbox.top
-                ends = moved + inbox.edits, active + tokens * inbox.watched, top + tokens * sites * k
-                here = slice(moved, ends[0]), slice(active, ends[1]), slice(top, ends[2])
-                inbox.enter(Part(run, start, length, cut, *here))
-                moved, active, top = ends
-        if (4 * moved, 4 * active, 4 * top) != shape(frame):
+                unreported = inbox.unreported(start, length)
+                tokens, (sites, k) = length - unreported, inbox.top
+                ends = edited + inbox.edits, activations + tokens * inbox.watched, top + tokens * sites * k
+                columns = slice(edited, ends[0]), slice(activations, ends[1]), slice(top, ends[2])
+                inbox.begin_span(Span(run, start, length, unreported, *columns))
+                edited, activations, top = ends
+        # A request that has values here but no inbox would shift the spans of all that follow it.
+        if (4 * edited, 4 * activations, 4 * top) != column_sizes(frame):
             raise TelemetryLost("a telemetry frame with columns of other requests than those that it names")
 
 
-def shape(frame: Frame) -> tuple[int, int, int]:
+def column_sizes(frame: Frame) -> tuple[int, int, int]:
     """Bytes of each column that is divided among requests."""
-    return len(frame.moved), len(frame.active), len(frame.top_values)
+    return len(frame.edited), len(frame.activations), len(frame.top_values)

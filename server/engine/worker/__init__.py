@@ -1,1 +1,1 @@
-"""The engine process: the bank in the model, and what drives it."""
+"""The engine process: vLLM's worker with banks in its model, and what drives and reads them."""

@@ -1,4 +1,4 @@
-"""`worker_cls` on CPU."""
+"""`worker_cls` on a CPU."""
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -6,4 +6,4 @@ from rudder.server.engine.worker.worker import SteeringWorker
 
 
 class Worker(SteeringWorker, CPUWorker):
-    """vLLM's CPU worker with a bank."""
+    """vLLM's CPU worker with banks."""

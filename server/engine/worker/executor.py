@@ -1,6 +1,6 @@
-"""The executor for one rank on a CPU: the worker lives in the engine process.
+"""The executor for one rank on a CPU: the worker runs in the engine process.
 
-vLLM's own choice there is a worker process of its own, for which the engine process spins on a core that the model
+vLLM's default there is a separate worker process, for which the engine process busy-waits on a core that the model
 needs.
 """
 

@@ -6,4 +6,4 @@ from rudder.server.engine.worker.worker import SteeringWorker
 
 
 class Worker(SteeringWorker, GPUWorker):
-    """vLLM's GPU worker with a bank."""
+    """vLLM's GPU worker with banks."""

@@ -1,7 +1,7 @@
-"""Where a bank meets a model: hook points found by what decoder layers look like, not by model name.
+"""Hook a bank into a model. Hook points are located by the structure of decoder layers, not by the model's name.
 
-A decoder layer returns (hidden, residual), whose sum is the residual stream, or one tensor that is it. An edit is added
-to one half; whatever reads sees the sum.
+A decoder layer returns the residual stream as one tensor, or as a pair (hidden, residual) whose sum it is. The bank
+reads the sum, and its displacement is added to `hidden`.
 """
 
 import inspect
@@ -18,11 +18,11 @@ MLP = ("mlp", "fc2", "feed_forward")
 
 
 class UnknownLayout(ValueError):
-    """The model has no such site, or its layers do not look like decoder layers."""
+    """The model has no such site, or its layers are not built as decoder layers are known to be."""
 
 
 def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
-    """The model's decoder layers: its one list of `count` layers."""
+    """Return the model's decoder layers: its only list of `count` modules."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if len(lists) != 1:
         raise UnknownLayout(f"sites: {type(model).__name__} has {len(lists)} lists of {count} layers, need exactly one")
@@ -30,13 +30,13 @@ def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
 
 
 def attach(bank: SiteBank, layers: nn.ModuleList) -> None:
-    """Hook `bank` at its site. Raises UnknownLayout rather than leave a site unhooked."""
+    """Hook `bank` at its site. Raises UnknownLayout where the model has no such site: none is left unhooked."""
     number, point = parse(bank.site)
     if number >= len(layers):
         raise UnknownLayout(f"site: {bank.site} of a model with {len(layers)} layers")
     layer = layers[number]
     if point == "resid_pre":
-        hook_inputs(layer, bank)
+        hook_layer_input(layer, bank)
         return
     if point == "mlp_in":
         hook_mlp_input(branch(layer, point, bank.site), bank)
@@ -50,9 +50,9 @@ def attach(bank: SiteBank, layers: nn.ModuleList) -> None:
 
 
 def branch(layer: nn.Module, point: str, site: str) -> nn.Module:
-    """The module whose output is what the attention or MLP branch adds to the residual stream.
+    """Return the module whose output the attention or MLP branch adds to the residual stream.
 
-    On sandwich-norm models (Gemma 2 and 3) that is the norm behind the branch. For mlp_in, the MLP's first module.
+    On sandwich-norm models (Gemma 2 and 3) it is the norm behind the branch. For mlp_in: the module that reads it.
     """
     if point == "mlp_in":
         return first_of(layer, ("mlp", "fc1", "feed_forward"), site)
@@ -63,15 +63,15 @@ def branch(layer: nn.Module, point: str, site: str) -> nn.Module:
 
 
 def first_of(layer: nn.Module, names: tuple[str, ...], site: str) -> nn.Module:
-    """The layer's module with the first of these names that it has."""
-    found: list[nn.Module] = [getattr(layer, name) for name in names if hasattr(layer, name)]
-    if not found:
+    """Return the layer's module of the first name that it has."""
+    modules: list[nn.Module] = [getattr(layer, name) for name in names if hasattr(layer, name)]
+    if not modules:
         raise UnknownLayout(f"site: {site}: {type(layer).__name__} has none of {', '.join(names)}")
-    return found[0]
+    return modules[0]
 
 
 def output_hook(bank: SiteBank, fused: bool) -> Callable[..., Any]:
-    """A forward hook that edits what a module returns."""
+    """Make a forward hook that edits a module's output; `fused`: it may be a pair (hidden, residual)."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
@@ -84,57 +84,63 @@ def output_hook(bank: SiteBank, fused: bool) -> Callable[..., Any]:
     return hook
 
 
-def hook_inputs(layer: nn.Module, bank: SiteBank) -> None:
-    """Edit what a layer is given: `hidden_states`, read together with `residual` where the layer takes one."""
-    given = inputs_of(layer, bank.site)
+def hook_layer_input(layer: nn.Module, bank: SiteBank) -> None:
+    """Edit a layer's input: `hidden_states`, read together with `residual` where the layer takes one."""
+    layer_input = input_reader(layer, bank.site)
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        hidden, residual, at = given(args, kwargs)
+        hidden, residual, index = layer_input(args, kwargs)
         edited = steered(bank, hidden, residual)
-        if at is None:
+        if index is None:
             return args, kwargs | {"hidden_states": edited}
-        return (*args[:at], edited, *args[at + 1 :]), kwargs
+        return (*args[:index], edited, *args[index + 1 :]), kwargs
 
     layer.add_module("rudder_resid_pre", bank)
     layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def inputs_of(layer: nn.Module, site: str) -> Callable[[Any, Any], tuple[Tensor, Tensor | None, int | None]]:
-    """Of a layer's arguments: hidden states, the residual if it takes one, and the former's place, if positional."""
+def input_reader(layer: nn.Module, site: str) -> Callable[[Any, Any], tuple[Tensor, Tensor | None, int | None]]:
+    """Make a function of a layer's (args, kwargs): hidden states, residual or None, and the former's index in args.
+
+    The index is None where hidden states are a keyword argument.
+    """
     names = list(inspect.signature(layer.forward).parameters)
     if "hidden_states" not in names:
         raise UnknownLayout(f"site: {site}: {type(layer).__name__} takes no hidden_states")
-    hidden_at = names.index("hidden_states")
-    residual_at = names.index("residual") if "residual" in names else len(names)
+    hidden_index = names.index("hidden_states")
+    residual_index = names.index("residual") if "residual" in names else len(names)
 
-    def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None, int | None]:
-        residual = (
-            kwargs["residual"] if "residual" in kwargs else args[residual_at] if residual_at < len(args) else None
-        )
+    def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None, int | None]:
+        positional = args[residual_index] if residual_index < len(args) else None
+        residual = kwargs.get("residual", positional)
         if "hidden_states" in kwargs:
             return kwargs["hidden_states"], residual, None
-        return args[hidden_at], residual, hidden_at
+        return args[hidden_index], residual, hidden_index
 
-    return given
+    return layer_input
 
 
 def hook_middle(layer: nn.Module, attention: nn.Module, bank: SiteBank) -> None:
-    """Edit the residual stream behind the attention branch, by what that branch adds to what the layer was given."""
+    """Edit the residual stream behind the attention branch.
+
+    No module returns it there: it is the layer's input plus the output of the attention branch. The displacement is
+    added to that output.
+    """
     if not has_middle(layer):
         raise UnknownLayout(f"site: {bank.site}: the branches of {type(layer).__name__} do not follow one another")
-    given = inputs_of(layer, bank.site)
-    bank.keep_given()
+    layer_input = input_reader(layer, bank.site)
+    bank.allocate_layer_input()
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, residual, _ = given(args, kwargs)
+        hidden, residual, _ = layer_input(args, kwargs)
         x = hidden.float() if residual is None else hidden.float() + residual.float()
         x = x.reshape(-1, bank.width)
-        bank.given[: x.shape[0]].copy_(x)
+        bank.layer_input[: x.shape[0]].copy_(x)
 
     def after(_module: nn.Module, _args: Any, output: Any) -> Any:
         hidden, *rest = (output,) if isinstance(output, Tensor) else output
         tokens = hidden.reshape(-1, bank.width).shape[0]
-        edited = steered(bank, hidden, bank.given[:tokens].reshape(hidden.shape))
+        edited = steered(bank, hidden, bank.layer_input[:tokens].reshape(hidden.shape))
         return edited if isinstance(output, Tensor) else (edited, *rest)
 
     layer.add_module("rudder_resid_mid", bank)
@@ -153,7 +159,7 @@ def hook_mlp_input(module: nn.Module, bank: SiteBank) -> None:
 
 
 def steered(bank: SiteBank, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
-    """`hidden` moved by the bank's displacement, added once in fp32 and rounded once."""
+    """Add the bank's displacement to `hidden`: in float32, so that it is rounded only once."""
     x = hidden.float() if residual is None else hidden.float() + residual.float()
     move: Tensor = bank(x.reshape(-1, bank.width)).reshape(hidden.shape)
     return (hidden.float() + move).to(hidden.dtype)

@@ -42,7 +42,7 @@ def test_the_bank_moves_x_as_offline_evaluation_does(path: Path) -> None:
     )  # fmt: skip
     compiled = compile_program(read_program(path), Registry(layout, x.shape[1], {known.name: known}))
     driver.admit("r", 1, wire.Request(200, 200, False, (compiled.sites,)))
-    driver.place(["r"], np.array([0]), np.array([200]))
+    driver.write_token_metadata(["r"], np.array([0]), np.array([200]))
     moved = x + driver.banks[0](x)
     expected = offline.apply(program, bundle, x[None]).x[0]
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-3)

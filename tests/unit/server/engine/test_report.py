@@ -58,7 +58,7 @@ def test_each_reader_gets_its_rows_at_the_positions_that_it_wants(
         expected = [
             [activation(latent, p) if prompt or p >= PROMPT else 0.0 for latent, prompt in rows] for p in positions
         ]
-        np.testing.assert_array_equal(part.active, np.array(expected, "<f4").reshape(len(positions), len(rows)))
+        np.testing.assert_array_equal(part.activations, np.array(expected, "<f4").reshape(len(positions), len(rows)))
         assert part.top_values.shape == (len(positions), int(has_top), 2 * top)
         shown = [bool(values.any()) for values in part.top_values]
         assert shown == [has_top and (top_prompt or p >= PROMPT) for p in positions]
@@ -67,14 +67,14 @@ def test_each_reader_gets_its_rows_at_the_positions_that_it_wants(
 def test_selecting_does_not_change_the_telemetry() -> None:
     call = Call((0,) * PROMPT, SamplingParams(), watch=watched([(0, False), (1, True)]))
     features, columns = reported(call, 0, 8)
-    before = features.active.copy()
+    before = features.activations.copy()
     client, _ = views_of(call, columns)
-    assert not client.select(features).active[:PROMPT, 0].any()
-    np.testing.assert_array_equal(features.active, before)
+    assert not client.select(features).activations[:PROMPT, 0].any()
+    np.testing.assert_array_equal(features.activations, before)
 
 
 @pytest.mark.parametrize("guard", [[], [(2, True)]])
 def test_columns_in_order_are_not_copied(guard: list[tuple[int, bool]]) -> None:
     call = Call((0,) * PROMPT, SamplingParams(), watch=watched([(0, True), (2, True)]), guard=watched(guard))
     features, columns = reported(call, 0, 8)
-    assert views_of(call, columns)[0].select(features).active is features.active
+    assert views_of(call, columns)[0].select(features).activations is features.activations

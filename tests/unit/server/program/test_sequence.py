@@ -1,4 +1,4 @@
-"""A gate's memory does not depend on how the tokens came: chunks, preemption, rejected drafts, order, neighbours."""
+"""Sequence state does not depend on chunks, preemption, rejected drafts, batch order or other requests."""
 
 from random import Random
 
@@ -9,8 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rudder.sae_models.edit import ENTRY, IDENTITY_ENTRY, scan, sequence_condition
-from rudder.server.engine.worker.bank import condition_of_used
+from rudder.sae_models.edit import scan, sequence_condition
+from rudder.sae_models.operations import ENTRY, IDENTITY_ENTRY, TOKEN
+from rudder.server.engine.worker.bank import condition_within_length
 from rudder.server.engine.worker.driver import Driver
 from rudder.server.program import wire
 from rudder.server.program.layout import Layout
@@ -32,7 +33,7 @@ thorough = settings(max_examples=30, deadline=None, suppress_health_check=list(H
 
 
 class Schedule:
-    """An engine that treats requests as badly as vLLM may: what each token's displacement was when it counted."""
+    """An engine that schedules as irregularly as vLLM may; `moved`: displacement of each token when it was accepted."""
 
     def __init__(self, rng: Random, driver: Driver, requests: dict[str, wire.Request], xs: dict[str, Floats]) -> None:
         self.rng, self.driver, self.requests, self.xs = rng, driver, requests, xs
@@ -42,12 +43,12 @@ class Schedule:
         self.was_open: dict[tuple[str, int, int], bool] = {}
 
     def run(self) -> None:
-        """Until every request is through."""
+        """Step until every request has finished."""
         while self.waiting or self.position:
             self.step()
 
     def step(self) -> None:
-        """Admit, preempt, choose rows, run, reject drafts, finish."""
+        """Admit, preempt, order the batch, run, reject drafts, finish."""
         rng = self.rng
         while self.waiting and len(self.position) < LAYOUT.slots:
             name = self.waiting.pop(0)
@@ -66,7 +67,7 @@ class Schedule:
             offset += length
 
     def with_drafts(self, chunks: list[tuple[str, int, int]], accepted: dict[str, int]) -> dict[str, Floats]:
-        """The residuals, with others in place of those that will be rejected."""
+        """Replace the residuals of drafts that will be rejected by others."""
         xs = {name: self.xs[name].copy() for name, _, _ in chunks}
         for name, start, length in chunks:
             draft = slice(start + accepted[name], start + length)
@@ -74,7 +75,7 @@ class Schedule:
         return xs
 
     def count(self, name: str, start: int, accepted: int, moves: Floats, offset: int) -> None:
-        """Take over the accepted tokens; finish the request after its last."""
+        """Record the accepted tokens; finish the request after its last."""
         self.moved[name][:, start : start + accepted] = moves[:, :accepted]
         for stage in range(LAYOUT.stages):
             for i in range(accepted):
@@ -87,7 +88,7 @@ class Schedule:
 
 @thorough
 @given(st.integers(0, 2**32 - 1))
-def test_state_is_that_of_the_token_loop(seed: int) -> None:
+def test_state_equals_a_loop_over_tokens(seed: int) -> None:
     rng = Random(seed)
     driver = make_driver(LAYOUT, toy_sae(rng))
     requests = {f"r{i}": random_request(rng, LAYOUT, LONGEST, ("s", "ts")) for i in range(5)}
@@ -100,7 +101,7 @@ def test_state_is_that_of_the_token_loop(seed: int) -> None:
             assert schedule.was_open[name, stage, t] == is_open
         assert schedule.moved[name] == pytest.approx(trace.moved, rel=1e-4, abs=1e-4 * (1 + np.abs(trace.moved).max()))
     assert driver.ledger.slots_used == 0
-    assert not driver.live
+    assert not driver.requests
 
 
 def one_gate(sequence: wire.Sequence) -> tuple[Driver, wire.Request]:
@@ -113,7 +114,7 @@ def one_gate(sequence: wire.Sequence) -> tuple[Driver, wire.Request]:
 
 
 def opened(driver: Driver, scores: list[float], chunks: list[tuple[int, int]], name: str = "r") -> list[bool]:
-    """Whether the edit was in force at each of the chunks' tokens, for the given scores."""
+    """Whether the gate was open at each of the chunks' tokens, for these scores."""
     x = np.zeros((2, len(scores), WIDTH))
     x[0, :, 0] = scores
     return [bool(v) for start, n in chunks for v in run_step(driver, [(name, start, n)], {name: x})[name][0, :, 0]]
@@ -141,13 +142,13 @@ def test_statistics_by_hand(name: str, chunks: list[tuple[int, int]]) -> None:
     sequence, expected = STATISTICS[name]
     driver, request = one_gate(sequence)
     driver.admit("r", 1, request)
-    # A neighbour before it leaves its traces in the shared buffers.
+    # Another request has written the shared buffers before.
     driver.admit("other", 2, request)
     opened(driver, [9.0] * 12, [(0, 6)], "other")
     assert opened(driver, SCORES, chunks) == expected
 
 
-def test_a_new_holder_of_the_slot_starts_afresh() -> None:
+def test_the_next_request_in_a_slot_starts_from_zero_state() -> None:
     driver, request = one_gate(wire.Sequence(0, decay=1.0, gain=1.0, level=3.0, latch=True))
     driver.admit("first", 1, request)
     assert opened(driver, [5.0] * 6, [(0, 3), (3, 3)], "first")[-1]
@@ -164,7 +165,7 @@ def test_a_preempted_request_counts_its_tokens_once() -> None:
     assert opened(driver, scores, [(0, 3), (3, 3)]) == [False, False, False, False, True, True]
 
 
-def test_a_request_that_sits_out_a_step_after_a_rejected_draft() -> None:
+def test_a_request_left_out_of_a_step_after_a_rejected_draft() -> None:
     driver, request = one_gate(wire.Sequence(0, decay=1.0, gain=1.0, level=3.5))
     driver.admit("r", 1, request)
     driver.admit("other", 2, request)
@@ -181,7 +182,7 @@ def test_a_gap_in_a_sequence_is_an_error() -> None:
         opened(driver, [0.0] * 6, [(4, 2)])
 
 
-def test_the_scan_is_the_loop() -> None:
+def test_the_scan_equals_the_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     decay, shift, floor = (
         torch.rand(17, generator=generator, dtype=torch.float64) - shift for shift in (0.0, 0.5, 0.7)
@@ -196,46 +197,47 @@ def test_the_scan_is_the_loop() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[1] * 9, [4, 1, 4], [9], [2, 7], [8, 1]])
-def test_what_a_cpu_leaves_out_of_the_scan_changes_nothing(lengths: list[int]) -> None:
+def test_the_length_bounded_scan_of_a_cpu_equals_the_whole_scan(lengths: list[int]) -> None:
     g = torch.Generator().manual_seed(len(lengths))
     table = dict(zip(ENTRY, IDENTITY_ENTRY, strict=True))
     table |= {"gated": 1.0, "sequence": 1.0, "decay": 0.9, "gain": 1.0, "level": 0.1, "floor": -1.0, "latch": 1.0}
     entry = torch.tensor([table[name] for name in ENTRY], dtype=torch.float64).repeat(9, 1)
     start = torch.cat([torch.full((n,), sum(lengths[:i])) for i, n in enumerate(lengths)])
     slot = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
-    token = torch.stack([torch.zeros_like(start), slot, start, torch.arange(9) + 1, torch.zeros_like(start)])
+    columns = {"slot": slot, "start": start, "count": torch.arange(9) + 1}
+    token = torch.stack([columns.get(name, torch.zeros_like(start)) for name in TOKEN])
     state = torch.rand(9, generator=g).double(), torch.zeros(9, dtype=torch.long), torch.zeros(9, 4).double()
     f = torch.randn(9, 3, generator=g)
     whole = sequence_condition(f, entry, token, *state, steps=12)
-    ours_of_all = condition_of_used(f, entry, token, *state, torch.tensor(max(lengths)))
-    for ours, wanted in zip(ours_of_all, whole, strict=True):
-        assert torch.equal(ours, wanted)
+    bounded = condition_within_length(f, entry, token, *state, torch.tensor(max(lengths)))
+    for ours, expected in zip(bounded, whole, strict=True):
+        assert torch.equal(ours, expected)
     assert whole[0].any()
 
 
 def test_without_a_sequence_condition_nothing_holds() -> None:
     entry = torch.tensor(IDENTITY_ENTRY, dtype=torch.float64).repeat(2, 1)
     state = torch.zeros(1).double(), torch.zeros(1, dtype=torch.long), torch.zeros(1, 4).double()
-    token = torch.zeros(5, 2, dtype=torch.long)
-    assert not condition_of_used(torch.ones(2, 3), entry, token, *state, torch.tensor(0))[0].any()
+    token = torch.zeros(len(TOKEN), 2, dtype=torch.long)
+    assert not condition_within_length(torch.ones(2, 3), entry, token, *state, torch.tensor(0))[0].any()
 
 
-def test_the_bank_is_told_the_longest_part_with_a_sequence_condition() -> None:
+def test_max_length_is_that_of_requests_with_a_sequence_condition() -> None:
     driver, request = one_gate(wire.Sequence(0, decay=1.0, gain=1.0, level=3.5))
     driver.admit("r", 1, request)
     driver.admit("other", 2, wire.Request(1, 100, False, ((),)))
-    told = []
+    max_lengths = []
     for ids, starts, lengths in (
         (["r", "other"], (0, 0), (5, 9)),
         (["other", "r"], (9, 5), (1, 2)),
         (["other"], (10,), (1,)),
     ):
-        driver.place(ids, np.array(starts), np.array(lengths))
-        told.append(int(driver.sequences.longest))
-    assert told == [5, 2, 0]
+        driver.write_token_metadata(ids, np.array(starts), np.array(lengths))
+        max_lengths.append(int(driver.sequences.max_length))
+    assert max_lengths == [5, 2, 0]
 
 
-def test_a_gate_that_was_closed_does_not_hold_back_whoever_stands_there_next() -> None:
+def test_a_closed_gate_does_not_affect_the_next_request_at_its_batch_index() -> None:
     driver, request = one_gate(wire.Sequence(0, decay=1.0, gain=1.0, level=3.5))
     driver.admit("gated", 1, request)
     ungated = msgspec.structs.replace(request, stages=((msgspec.structs.replace(request.stages[0][0], gate=None),),))

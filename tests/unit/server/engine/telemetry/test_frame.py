@@ -1,4 +1,4 @@
-"""A frame that is missing, repeated, forged or cut is an error, never a silence."""
+"""A frame that is missing, repeated, forged or truncated raises TelemetryLost."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from rudder.server.engine.telemetry.frame import MAC_BYTES, Capture, Frame, TelemetryLost, column, seal, unseal
 
 KEY = b"k" * 32
-FRAME = Frame(3, handles=b"\1" * 8, active=b"\0" * 4, captures=(Capture(1, 0, b"ab", b"cd"),), released=b"\2" * 8)
+FRAME = Frame(3, handles=b"\1" * 8, activations=b"\0" * 4, captures=(Capture(1, 0, b"ab", b"cd"),), released=b"\2" * 8)
 
 
 def test_round_trip() -> None:
@@ -19,12 +19,12 @@ def test_a_gap_and_a_repeat_are_errors(expected: int) -> None:
         unseal(seal(FRAME, KEY), KEY, expected)
 
 
-def test_another_engines_frame_is_refused() -> None:
+def test_a_frame_sealed_with_another_key_is_refused() -> None:
     with pytest.raises(TelemetryLost, match="MAC"):
         unseal(seal(FRAME, b"o" * 32), KEY, 3)
 
 
-def test_every_flipped_bit_is_noticed() -> None:
+def test_every_changed_byte_is_detected() -> None:
     message = seal(FRAME, KEY)
     for i in range(len(message)):
         forged = message[:i] + bytes([message[i] ^ 1]) + message[i + 1 :]
@@ -32,7 +32,7 @@ def test_every_flipped_bit_is_noticed() -> None:
             unseal(forged, KEY, 3)
 
 
-def test_every_truncation_is_noticed() -> None:
+def test_every_truncation_is_detected() -> None:
     message = seal(FRAME, KEY)
     for length in range(len(message)):
         with pytest.raises(TelemetryLost):

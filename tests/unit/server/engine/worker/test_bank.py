@@ -34,7 +34,7 @@ thorough = settings(max_examples=30, deadline=None, suppress_health_check=list(H
 
 
 def random_batch(rng: Random) -> tuple[Driver, dict[str, wire.Request], dict[str, Floats]]:
-    """Three requests with programs, one that only watches, and one the server never told the worker about."""
+    """Three requests with programs, one that only watches, and one without a payload."""
     driver = make_driver(LAYOUT, toy_sae(rng))
     requests = {name: random_request(rng, LAYOUT, TOKENS) for name in ("a", "b", "c")}
     watching = wire.Site(1, (wire.Row(BUNDLE, 0),), watch=(0,))
@@ -46,14 +46,14 @@ def random_batch(rng: Random) -> tuple[Driver, dict[str, wire.Request], dict[str
 
 
 def run_whole(rng: Random, driver: Driver, xs: dict[str, Floats]) -> tuple[list[str], dict[str, Floats]]:
-    """All requests' tokens in one step, in random row order."""
+    """All requests' tokens in one step, in random batch order."""
     order = rng.sample(sorted(xs), len(xs))
     return order, run_step(driver, [(name, 0, TOKENS) for name in order], xs)
 
 
 @thorough
 @given(seeds)
-def test_displacement_is_the_definitions(seed: int) -> None:
+def test_displacement_equals_the_definition(seed: int) -> None:
     rng = Random(seed)
     driver, requests, xs = random_batch(rng)
     _, moves = run_whole(rng, driver, xs)
@@ -64,13 +64,13 @@ def test_displacement_is_the_definitions(seed: int) -> None:
 
 @thorough
 @given(seeds)
-def test_moved_counts_each_edit_and_blend(seed: int) -> None:
+def test_edited_flags_each_edit_and_blend(seed: int) -> None:
     rng = Random(seed)
     driver, requests, xs = random_batch(rng)
     order, _ = run_whole(rng, driver, xs)
     for name, request in requests.items():
         touched = by_definition(request, xs[name], driver.saes[BUNDLE]).touched
-        live, first = driver.live[name], order.index(name) * TOKENS
+        live, first = driver.requests[name], order.index(name) * TOKENS
         own = {site.site for site in request.stages[0]}
         for stage, sites in enumerate(request.stages):
             # Behind another stage's edits x is off the grid, and whether an edit changes anything can hang on rounding.
@@ -78,14 +78,14 @@ def test_moved_counts_each_edit_and_blend(seed: int) -> None:
                 places = live.places(site)
                 rows = [e.row for e in site.edits] + ([site.blend.row] if site.blend else [])
                 for number, row in enumerate(rows):
-                    flags = driver.banks[site.site].moved[stage, first : first + TOKENS, places[row]].tolist()
+                    flags = driver.banks[site.site].edited[stage, first : first + TOKENS, places[row]].tolist()
                     expected = [(stage, site, number, t) in touched for t in range(TOKENS)]
                     assert flags == expected
 
 
 @thorough
 @given(seeds)
-def test_tokens_without_a_program_and_padding_do_not_move_at_all(seed: int) -> None:
+def test_tokens_without_a_program_and_padding_have_no_displacement(seed: int) -> None:
     rng = Random(seed)
     driver, requests, xs = random_batch(rng)
     order, moves = run_whole(rng, driver, xs)
@@ -96,22 +96,22 @@ def test_tokens_without_a_program_and_padding_do_not_move_at_all(seed: int) -> N
     free = [i for i, name in enumerate(order) for _ in range(TOKENS) if name in ("unknown", "watches")]
     used = len(order) * TOKENS
     for bank in driver.banks:
-        flags = bank.moved[:, :used].reshape(LAYOUT.stages, len(order), TOKENS, -1)
+        flags = bank.edited[:, :used].reshape(LAYOUT.stages, len(order), TOKENS, -1)
         assert not flags[:, sorted(set(free))].any()
-        assert not bank.moved[:, used:].any()
+        assert not bank.edited[:, used:].any()
 
 
 @thorough
 @given(seeds)
-def test_active_is_the_activation_before_any_edit(seed: int) -> None:
+def test_activations_are_those_before_any_edit(seed: int) -> None:
     rng = Random(seed)
     driver, _, xs = random_batch(rng)
     order, _ = run_whole(rng, driver, xs)
-    place = driver.live["watches"].lease.places[1, wire.Row(BUNDLE, 0)]
+    place = driver.requests["watches"].lease.places[1, wire.Row(BUNDLE, 0)]
     for i, name in enumerate(order):
         x = torch.tensor(xs[name][1], dtype=torch.float32)
         expected = driver.saes[BUNDLE].encode(x)[:, 0]
-        assert driver.banks[1].active[i * TOKENS : (i + 1) * TOKENS, place].tolist() == expected.tolist()
+        assert driver.banks[1].activations[i * TOKENS : (i + 1) * TOKENS, place].tolist() == expected.tolist()
 
 
 @thorough
@@ -134,7 +134,7 @@ def test_before_and_after_differ_by_the_displacement(seed: int) -> None:
 @thorough
 @given(seeds)
 def test_no_request_can_cancel_the_policy(seed: int) -> None:
-    """The policy's clamp reads what the request made of x: whatever that was, its row ends inactive."""
+    """The policy's clamp reads x as the request has edited it: its row ends inactive in any case."""
     rng = Random(seed)
     direction = np.eye(WIDTH, dtype="<f4")[rng.randrange(WIDTH)]
     hazard = wire.Row(encoder=direction.tobytes(), decoder=direction.tobytes(), threshold=0.0)
@@ -148,7 +148,7 @@ def test_no_request_can_cancel_the_policy(seed: int) -> None:
     assert ((xs["r"] + moves)[2] @ direction).max() <= 1e-5 * scale
 
 
-def test_a_neighbours_overflowing_row_moves_no_one_else() -> None:
+def test_an_overflowing_row_edits_no_other_request() -> None:
     driver = make_driver(LAYOUT, toy_sae(Random(0)))
     huge = wire.Row(encoder=np.full(WIDTH, 3e38, "<f4").tobytes(), decoder=np.ones(WIDTH, "<f4").tobytes())
     stage = (wire.Site(0, (huge,), (wire.Edit(0, shift=1.0),)),)
@@ -171,7 +171,7 @@ def test_a_small_edit_of_a_large_residual_is_not_lost() -> None:
     assert moves[0] == pytest.approx(np.full((1, WIDTH), 0.5), abs=2e-3)
 
 
-def test_the_cap_bounds_the_displacement_and_the_norm_comes_back() -> None:
+def test_the_cap_bounds_the_displacement_and_the_norm_is_restored() -> None:
     driver = make_driver(LAYOUT, toy_sae(Random(0)))
     vector = wire.Row(decoder=(np.arange(WIDTH) - 3).astype("<f4").tobytes())
     edits = (wire.Edit(0, shift=5.0),)
@@ -188,12 +188,12 @@ def test_the_cap_bounds_the_displacement_and_the_norm_comes_back() -> None:
     assert np.linalg.norm(moves[1], axis=1).min() > 0.1
 
 
-def test_a_row_takes_the_numbers_of_its_latent() -> None:
+def test_a_row_has_the_parameters_of_its_latent() -> None:
     driver = make_driver(LAYOUT, toy_sae(Random(0)))
     rows = tuple(wire.Row(BUNDLE, i) for i in range(LATENTS))
     driver.admit("r", 1, wire.Request(1, 5, False, ((wire.Site(0, rows, watch=tuple(range(LATENTS))),),)))
     x = grid(Random(2), 3, 5, WIDTH, top=4)
     run_step(driver, [("r", 0, 5)], {"r": x})
-    places = driver.live["r"].places(driver.live["r"].request.stages[0][0])
+    places = driver.requests["r"].places(driver.requests["r"].request.stages[0][0])
     expected = driver.saes[BUNDLE].encode(torch.tensor(x[0], dtype=torch.float32))
-    assert torch.equal(driver.banks[0].active[:5, places], expected)
+    assert torch.equal(driver.banks[0].activations[:5, places], expected)

@@ -1,4 +1,4 @@
-"""What the worker tells the banks before a step: which token has which entry, and nothing left of those before."""
+"""Token metadata and entries before a step: each token has its entry, and nothing is left of former requests."""
 
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rudder.sae_models.edit import IDENTITY_EDIT, IDENTITY_ENTRY
+from rudder.sae_models.operations import IDENTITY_EDIT, IDENTITY_ENTRY, TOKEN
 from rudder.server.engine.ledger import BankFull
 from rudder.server.engine.telemetry.frame import Frame
 from rudder.server.engine.worker.driver import Driver, token_columns
@@ -36,26 +36,26 @@ def adding(value: float, site: int = 0, prompt_tokens: int = 3, bos: bool = Fals
     return wire.Request(prompt_tokens, 8, bos, (stage,))
 
 
-def place(driver: Driver, *chunks: tuple[str, int, int]) -> None:
-    """Tell the driver a step's rows."""
-    driver.place([c[0] for c in chunks], *(np.array([c[i] for c in chunks]) for i in (1, 2)))
+def write_metadata(driver: Driver, *chunks: tuple[str, int, int]) -> None:
+    """Write the token metadata of a step of (request, start, tokens) in batch order."""
+    driver.write_token_metadata([c[0] for c in chunks], *(np.array([c[i] for c in chunks]) for i in (1, 2)))
 
 
 def amounts(driver: Driver, *chunks: tuple[str, int, int], site: int = 0) -> dict[str, list[float]]:
-    """By how much each token's first coordinate moves, on residuals of zeros."""
+    """Displacement of each token's first coordinate, on residuals of zeros."""
     xs: dict[str, Floats] = {name: np.zeros((2, 8, WIDTH)) for name, _, _ in chunks}
     return {name: moves[site, :, 0].tolist() for name, moves in run_step(driver, chunks, xs).items()}
 
 
 @dataclass
 class Positions:
-    """What a server knows of (handle, start, length) of each request by the frames that it got."""
+    """(handle, start, length) of each request, as a server reads them from frames."""
 
     parts: list[tuple[int, int, int]] = field(default_factory=list)
 
     def take(self, frame: Frame) -> None:
         """Take in a frame."""
-        if frame.goes_on:
+        if frame.continues:
             assert (frame.handles, frame.starts, frame.lengths) == (b"", b"", b"")
             self.parts = [(handle, start + length, length) for handle, start, length in self.parts]
         else:
@@ -63,12 +63,12 @@ class Positions:
             self.parts = list(zip(*(np.frombuffer(*c).tolist() for c in columns), strict=True))
 
 
-def test_columns_by_hand() -> None:
+def test_token_columns_by_hand() -> None:
     reading = wire.Request(2, 8, False, top_k=1)
     driver = driver_of(
         a=adding(1.0, bos=True), b=adding(2.0), reads=reading, all=wire.Request(2, 8, True, capture=True)
     )
-    place(driver, ("b", 2, 3), ("unknown", 0, 1), ("a", 0, 2), ("reads", 1, 3), ("all", 0, 2))
+    write_metadata(driver, ("b", 2, 3), ("unknown", 0, 1), ("a", 0, 2), ("reads", 1, 3), ("all", 0, 2))
     expected = [
         # entry, slot, start, count, capture
         [4, 2, 0, 3, 0],
@@ -88,8 +88,8 @@ def test_columns_by_hand() -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_columns_kept_from_the_last_step_are_those_written_anew(seed: int) -> None:
-    """Whatever runs, and however long it goes on decoding: preempted, swapped, left out, by chunks, with drafts."""
+def test_metadata_reused_in_decode_steps_equals_metadata_written_anew(seed: int) -> None:
+    """With preemption, reordering, requests left out, chunks and drafts, and however long decoding continues."""
     rng = Random(seed)
     requests = {
         "edits": adding(1.0, bos=True, generated=rng.random() < 0.5),
@@ -99,7 +99,7 @@ def test_columns_kept_from_the_last_step_are_those_written_anew(seed: int) -> No
     driver = make_driver(replace(LAYOUT, capture_tokens=64), toy_sae(Random(0)))
     for handle, (name, request) in enumerate(requests.items(), 1):
         driver.admit(name, handle, request)
-    reader, told = Reader(driver.banks), Positions()
+    reader, positions = Reader(driver.banks), Positions()
     at = dict.fromkeys(requests, 0)
     order = list(requests)
     for _ in range(rng.randint(1, 30)):
@@ -111,19 +111,19 @@ def test_columns_kept_from_the_last_step_are_those_written_anew(seed: int) -> No
         running = order if rng.random() < 0.8 else order[:2]
         left = {name: requests[name].prompt_tokens - at[name] for name in running}
         lengths = {name: rng.randint(1, max(left[name], 1 + (rng.random() < 0.1))) for name in running}
-        place(driver, *((name, at[name], lengths[name]) for name in running))
+        write_metadata(driver, *((name, at[name], lengths[name]) for name in running))
         assert driver.token[:, : driver.step.tokens].tolist() == token_columns(driver.step).tolist()
-        # No padding: what the last step wrote beyond this one's tokens is harmless.
-        assert not driver.token[:2, driver.step.tokens :].any()
-        # A step that is not told, as before the telemetry is connected, is not taken for one that was.
+        # What the last step wrote behind this one's tokens is the identity again.
+        assert not driver.token[[TOKEN.index("entry"), TOKEN.index("slot")], driver.step.tokens :].any()
+        # A step without a frame, as before the telemetry is connected, is not taken for one that had a frame.
         if rng.random() < 0.9:
-            told.take(reader.frame(0, driver.step, ()))
-            assert told.parts == [(1 + list(requests).index(name), at[name], lengths[name]) for name in running]
+            positions.take(reader.frame(0, driver.step, ()))
+            assert positions.parts == [(1 + list(requests).index(name), at[name], lengths[name]) for name in running]
         for name in running:
             at[name] += lengths[name]
 
 
-def test_entries_go_by_the_runners_row_order() -> None:
+def test_entries_follow_the_runners_batch_order() -> None:
     driver = driver_of(a=adding(1.0), b=adding(2.0))
     assert amounts(driver, ("a", 0, 2), ("b", 0, 1)) == {"a": [1, 1], "b": [2]}
     assert amounts(driver, ("b", 1, 1), ("a", 2, 2)) == {"a": [1, 1], "b": [2]}
@@ -140,24 +140,24 @@ def test_phases_go_by_position(chunks: list[tuple[int, int]]) -> None:
         assert moved["g"] == [0.0 if t < 3 else 2.0 for t in positions]
 
 
-def test_position_0_is_left_alone_only_if_it_holds_bos() -> None:
+def test_position_0_is_exempt_from_edits_only_if_it_holds_bos() -> None:
     driver = driver_of(with_bos=adding(1.0, bos=True), without=adding(1.0))
     moved = amounts(driver, ("with_bos", 0, 2), ("without", 0, 2))
     assert moved == {"with_bos": [0, 1], "without": [1, 1]}
     assert amounts(driver, ("with_bos", 2, 1))["with_bos"] == [1]
 
 
-def test_padding_has_the_identity_entry_also_after_a_longer_step() -> None:
+def test_padding_has_the_identity_entry_after_a_longer_step() -> None:
     driver = driver_of(a=adding(1.0), b=adding(2.0))
-    place(driver, ("a", 0, 5), ("b", 0, 6))
-    place(driver, ("a", 5, 1))
-    assert driver.token[0].tolist() == [3] + [0] * 47
-    assert driver.token[2, :11].tolist() == list(range(11))
+    write_metadata(driver, ("a", 0, 5), ("b", 0, 6))
+    write_metadata(driver, ("a", 5, 1))
+    assert driver.token[TOKEN.index("entry")].tolist() == [3] + [0] * 47
+    assert driver.token[TOKEN.index("start"), :11].tolist() == list(range(11))
     moves = [bank(torch.ones(11, WIDTH)) for bank in driver.banks]
     assert all(not move[1:].any() for move in moves)
 
 
-def test_released_slots_and_rows_leave_nothing() -> None:
+def test_released_slots_and_rows_leave_the_identity() -> None:
     both = (
         wire.Site(0, (ONES,), (wire.Edit(0, shift=5.0),), wire.Blend(0, 0.5), restore_norm=True, max_displacement=0.1),
     )
@@ -170,25 +170,25 @@ def test_released_slots_and_rows_leave_nothing() -> None:
         assert torch.equal(bank.edits, torch.tensor(IDENTITY_EDIT)[:, None].expand(bank.edits.shape))
         assert torch.equal(bank.entries, torch.tensor(IDENTITY_ENTRY, dtype=torch.float64).expand(bank.entries.shape))
     driver.admit("new", 2, adding(1.0, site=1))
-    assert driver.live["new"].lease.slot == 1
+    assert driver.requests["new"].lease.slot == 1
     assert amounts(driver, ("new", 0, 5), site=0)["new"] == [0] * 5
     assert amounts(driver, ("new", 0, 5), site=1)["new"] == [1] * 5
 
 
-def test_a_row_place_is_filled_anew() -> None:
+def test_a_reused_row_place_is_loaded_anew() -> None:
     driver = driver_of(
         old=wire.Request(3, 8, False, ((wire.Site(0, (wire.Row(BUNDLE, 1),), (wire.Edit(0, shift=1.0),)),),))
     )
     driver.finish("old")
     driver.admit("new", 2, adding(2.0))
     bank = driver.banks[0]
-    assert driver.live["new"].places(driver.live["new"].request.stages[0][0]) == [0]
+    assert driver.requests["new"].places(driver.requests["new"].request.stages[0][0]) == [0]
     assert not bank.encoder[0].any()
     assert (float(bank.bias[0]), float(bank.threshold[0])) == (0.0, -np.inf)
     assert bank.decoder[0].tolist() == [1.0] * WIDTH
 
 
-def test_rows_in_use_by_another_stay_when_one_finishes() -> None:
+def test_shared_rows_stay_until_their_last_request_finishes() -> None:
     driver = driver_of(a=adding(1.0), b=adding(2.0))
     driver.finish("a")
     driver.finish("a")
@@ -196,7 +196,7 @@ def test_rows_in_use_by_another_stay_when_one_finishes() -> None:
     assert driver.ledger.rows_used(0) == 1
 
 
-def test_a_request_that_comes_again_keeps_its_lease() -> None:
+def test_a_request_admitted_twice_keeps_its_lease() -> None:
     driver = driver_of(a=adding(1.0))
     driver.admit("a", 1, adding(1.0))
     assert (driver.ledger.slots_used, driver.ledger.rows_used(0)) == (1, 1)
@@ -204,7 +204,7 @@ def test_a_request_that_comes_again_keeps_its_lease() -> None:
     assert (driver.ledger.slots_used, driver.ledger.rows_used(0)) == (0, 0)
 
 
-def test_a_request_too_many_is_an_error_and_is_not_known() -> None:
+def test_a_request_that_does_not_fit_is_an_error_and_is_not_admitted() -> None:
     driver = driver_of(a=adding(1.0), b=adding(2.0), c=adding(3.0))
     with pytest.raises(BankFull):
         driver.admit("d", 4, adding(4.0))
@@ -224,7 +224,7 @@ def test_a_step_allocates_no_new_buffers() -> None:
     assert [(name, buffer.data_ptr()) for name, buffer in after] == before
 
 
-def test_the_frame_counts_what_each_edit_moved() -> None:
+def test_the_frame_counts_tokens_edited_by_each_edit() -> None:
     latent, threshold_row = wire.Row(BUNDLE, 2), wire.Row(BUNDLE, 3)
     edits = (wire.Edit(0, shift=1.0, generated=False), wire.Edit(1, shift=1.0, prompt=False))
     own = wire.Site(0, (ONES, second_copy(ONES), latent), edits, wire.Blend(1, 0.5), watch=(2,))
@@ -238,9 +238,9 @@ def test_the_frame_counts_what_each_edit_moved() -> None:
     assert np.frombuffer(frame.lengths, "<i4").tolist() == [2, 5]
     assert np.frombuffer(frame.released, "<i8").tolist() == [4]
     # b's edit; a's prompt tokens behind BOS, a's generated tokens, which its blend shares, and the policy's.
-    assert np.frombuffer(frame.moved, "<i4").tolist() == [2, 2, 4, 4, 4]
+    assert np.frombuffer(frame.edited, "<i4").tolist() == [2, 2, 4, 4, 4]
     active = driver.saes[BUNDLE].encode(torch.tensor(x["a"][0, 3:5], dtype=torch.float32))[:, 2]
-    assert np.frombuffer(frame.active, "<f4").tolist() == active.tolist()
+    assert np.frombuffer(frame.activations, "<f4").tolist() == active.tolist()
 
 
 def second_copy(row: wire.Row) -> wire.Row:

@@ -1,9 +1,10 @@
-"""Layers that have no residual stream between their branches are refused, not read wrongly."""
+"""The hook point between a layer's branches: refused where a layer has none."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from rudder.sae_models.operations import TOKEN
 from rudder.server.engine.worker.hooks import UnknownLayout, attach
 from rudder.server.engine.worker.worker import build_banks
 from rudder.server.program.layout import Layout
@@ -24,24 +25,24 @@ class Layer(nn.Module):
             self.post_attention_layernorm = nn.LayerNorm(4)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """What only matters here: the attention branch and what it is added to."""
+        """The attention branch, added to the layer's input."""
         added: Tensor = self.self_attn(hidden_states)
         return hidden_states + added
 
 
 @pytest.mark.parametrize(("norms", "parallel"), [(2, True), (1, False)])
-def test_branches_at_once_have_no_middle(norms: int, parallel: bool) -> None:
+def test_parallel_branches_are_refused(norms: int, parallel: bool) -> None:
     (bank,) = build_banks(Layout((SITE,), rows=2, slots=1), 4, 8, torch.device("cpu"))
     with pytest.raises(UnknownLayout, match=r"site: layers\.0\.resid_mid: the branches of Layer do not follow"):
         attach(bank, nn.ModuleList([Layer(norms, parallel)]))
 
 
 @torch.no_grad()
-def test_the_middle_is_read_behind_the_attention() -> None:
+def test_resid_mid_reads_the_layer_input_plus_the_attention_output() -> None:
     (bank,) = build_banks(Layout((SITE,), rows=2, slots=1), 4, 8, torch.device("cpu"))
     layer, x = Layer(2, parallel=False), torch.randn(3, 4)
-    wanted = layer(x)
+    expected = layer(x)
     attach(bank, nn.ModuleList([layer]))
-    bank.token[4, :3] = torch.arange(1, 4)
-    assert torch.allclose(layer(x), wanted)
-    assert torch.allclose(bank.before[1:4], wanted)
+    bank.token[TOKEN.index("capture"), :3] = torch.arange(1, 4)
+    assert torch.allclose(layer(x), expected)
+    assert torch.allclose(bank.before[1:4], expected)

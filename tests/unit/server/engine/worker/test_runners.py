@@ -1,8 +1,7 @@
-"""Row order and positions, read from either runner's batch."""
+"""Batch order and positions, read from either runner's batch."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,28 +28,28 @@ class SortedBatch:
     num_computed_tokens_np: NDArray[np.int32] = field(default_factory=lambda: np.array([7, 0], np.int32))
 
 
-def plain(rows: tuple[Any, Any, Any]) -> tuple[list[str], list[int], list[int]]:
-    """Rows as lists."""
-    ids, starts, lengths = rows
+def plain(order: runners.BatchOrder) -> tuple[list[str], list[int], list[int]]:
+    """Batch order as lists."""
+    ids, starts, lengths = order
     assert starts.dtype == lengths.dtype == np.int64
     return list(ids), starts.tolist(), lengths.tolist()
 
 
-def test_v1_rows() -> None:
+def test_v1_batch_order_is_a_copy() -> None:
     batch = PersistentBatch()
-    starts = runners.v1_rows(batch, np.array([3, 2], np.int32))
-    assert plain(starts) == (["b", "a"], [4, 0], [3, 2])
-    # The runner moves its own counters on while the step is still being read.
+    order = runners.v1_batch_order(batch, np.array([3, 2], np.int32))
+    assert plain(order) == (["b", "a"], [4, 0], [3, 2])
+    # The runner advances its own counters while the step is still being read.
     batch.num_computed_tokens_cpu += 1
-    assert plain(starts)[1] == [4, 0]
+    assert plain(order)[1] == [4, 0]
 
 
-def test_v2_rows() -> None:
-    assert plain(runners.v2_rows(SortedBatch())) == (["a", "b"], [7, 0], [1, 5])
+def test_v2_batch_order() -> None:
+    assert plain(runners.v2_batch_order(SortedBatch())) == (["a", "b"], [7, 0], [1, 5])
 
 
 class V1Runner:
-    """Lays out its batch in `_prepare_inputs`."""
+    """Orders its batch in `_prepare_inputs`."""
 
     def __init__(self) -> None:
         self.input_batch = PersistentBatch(num_reqs=0)
@@ -67,17 +66,17 @@ class V2Runner:
         return SortedBatch(req_ids=["a", "b"][:padded])
 
 
-def test_rows_are_told_after_the_batch_is_laid_out() -> None:
-    told: list[tuple[Any, Any, Any]] = []
+def test_callback_runs_after_the_batch_is_ordered() -> None:
+    orders: list[runners.BatchOrder] = []
     v1, v2 = V1Runner(), V2Runner()
     for runner in (v1, v2):
-        runners.install(runner, lambda *rows: told.append(rows))
+        runners.install(runner, lambda *order: orders.append(order))
     assert v1._prepare_inputs(None, np.array([3, 2], np.int32)) == "prepared"
     assert isinstance(v2.prepare_inputs(None, padded=8), SortedBatch)
-    assert [plain(rows) for rows in told] == [(["b", "a"], [4, 0], [3, 2]), (["a", "b"], [7, 0], [1, 5])]
+    assert [plain(order) for order in orders] == [(["b", "a"], [4, 0], [3, 2]), (["a", "b"], [7, 0], [1, 5])]
 
 
-def test_another_runner_is_refused() -> None:
+def test_unknown_runner_is_refused() -> None:
     with pytest.raises(TypeError, match="SimpleNamespace is neither"):
         runners.install(SimpleNamespace(), lambda *_: None)
 
