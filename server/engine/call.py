@@ -39,7 +39,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What ran, as the worker counted it, and how it ended."""
+    """What ran, as the worker counted it, and how it ended. `queued_s`: seconds that the call waited for the bank."""
 
     finish_reason: str
     stop_reason: str | int | None
@@ -50,6 +50,7 @@ class Outcome:
     policy_moved: tuple[int, ...]
     tokens_seen: int
     captures: tuple[Capture, ...]
+    queued_s: float = 0.0
 
 
 class Output(NamedTuple):

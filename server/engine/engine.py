@@ -4,8 +4,8 @@ import asyncio
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from rudder.server.engine.admission import Admission
 from rudder.server.engine.call import Call, Outcome, Output, engine_sampling, salt
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.engine.telemetry.hub import Hub, Inbox
-from rudder.server.monitoring import metrics
+from rudder.server.monitoring.metrics import Metrics, PinnedFeature
 from rudder.server.program import wire
 from rudder.server.program.compile import Compiled, compile_program
 from rudder.server.program.layout import Layout
@@ -66,6 +66,7 @@ class Engine:
     admission: Admission
     hub: Hub
     epoch: str
+    metrics: Metrics
     pinned: tuple[wire.Site, ...] = ()
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     handles: Any = field(default_factory=lambda: count(1))
@@ -87,15 +88,16 @@ class Engine:
         return self.self_tested and self.llm.is_running and not self.llm.errored and self.hub.lost is None
 
     @classmethod
-    async def start(cls, config: configuration.Config) -> "Engine":
+    async def start(cls, config: configuration.Config, metrics: Metrics | None = None) -> "Engine":
         """Start vLLM with the bank, load the bundles, open the telemetry. `selftest.run` must pass before it serves."""
+        metrics = metrics or Metrics.create()
         loop = asyncio.get_running_loop()
         served = await loop.run_in_executor(None, load_bundles, config)
         layout = layout_of(config, served)
         # The constructor returns when the engine process is up: health and signals are served meanwhile.
         llm = await loop.run_in_executor(None, lambda: AsyncLLM.from_engine_args(engine_args(config, layout)))
         try:
-            engine = await loop.run_in_executor(None, cls.around, llm, layout, served, config)
+            engine = await loop.run_in_executor(None, cls.around, llm, layout, served, config, metrics)
             await engine.connect(config)
         except BaseException:
             llm.shutdown()
@@ -105,7 +107,9 @@ class Engine:
         return engine
 
     @classmethod
-    def around(cls, llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], config: configuration.Config) -> "Engine":
+    def around(
+        cls, llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], config: configuration.Config, metrics: Metrics
+    ) -> "Engine":
         """What surrounds a running vLLM: everything checked against the model that it loaded."""
         model = model_facts(llm, config)
         for bundle in served.values():
@@ -114,9 +118,10 @@ class Engine:
         programs = compiled_programs(config, registry)
         policy = programs[config.programs.always][1] if config.programs.always else None
         admission = Admission(layout, config.limits.queue)
-        metrics.watch_admission(admission.ledger, admission.waiting)
+        metrics.watch_admission(admission.usage)
         hub = Hub(metrics.feature_totals, admission.release)
-        return cls(llm, model, registry, served, programs, policy, admission, hub, secrets.token_hex(8))
+        epoch = secrets.token_hex(8)
+        return cls(llm, model, registry, served, programs, policy, admission, hub, epoch, metrics)
 
     async def connect(self, config: configuration.Config) -> None:
         """Open the telemetry channel and give the workers their bundles and pinned rows."""
@@ -136,7 +141,13 @@ class Engine:
             request = self.padded(wire.Request(0, 0, False, (sites,)))
             self.admission.ledger.acquire(0, request)
             await self.llm.collective_rpc("rudder_pin", args=(wire.encode(request),))
-            metrics.pin([(self.bundles[row.feature.bundle], row.feature.index) for _, row in watched], columns)
+            self.metrics.pin([self.pinned_feature(row.feature) for _, row in watched], columns)
+
+    def pinned_feature(self, feature: program_pb2.Feature) -> PinnedFeature:
+        """Name a feature that is counted in Prometheus, with its label."""
+        manifest = self.bundles[feature.bundle].manifest
+        label = self.bundles[feature.bundle].catalogue.get(feature.index).summary.label
+        return PinnedFeature(manifest.name, manifest.site, feature.index, label)
 
     async def listen(self) -> None:
         """Take in telemetry until it is lost: then nobody has to wait for a place."""
@@ -189,28 +200,32 @@ class Engine:
         if self.llm.errored:
             raise EngineDeadError
 
-    async def stream(self, call: Call) -> AsyncGenerator[Output]:
+    async def stream(self, call: Call, on_abandoned: Callable[[Outcome], None] | None = None) -> AsyncGenerator[Output]:
         """Run a call. Closing or cancelling the iterator aborts it in the engine at once.
 
+        `on_abandoned` gets the outcome so far of a call that ends without its last output, be it closed or failed.
         Raises QueueFull, TelemetryLost, EngineDeadError, ProgramError (more rows than a bank has places).
         """
         self.require_alive()
         handle = next(self.handles)
         request, columns = self.compile(call)
         order = None if columns == tuple(range(len(columns))) else columns
+        started = time.monotonic()
         with self.hub.awaited():
             await self.admission.acquire(handle, request)
+        queued_s = time.monotonic() - started
         inbox = self.hub.open(handle, request)
         request_id = f"{handle}-{secrets.token_hex(4)}"
         running: RequestOutputCollector | None = None
         ended = False
+        generated = cached = 0
+        outcome: Outcome | None = None
         try:
             prompt = TokensPrompt(
                 prompt_token_ids=list(call.prompt_ids), cache_salt=salt(self.secret, call, self.policy)
             )
             # vLLM's `generate` would be one more generator to step through for every token.
             running = await self.llm.add_request(request_id, prompt, engine_sampling(call, request, self.policy))
-            generated = cached = 0
             while not ended:
                 out = running.get_nowait() or await running.get()
                 choice = out.outputs[0]
@@ -219,7 +234,7 @@ class Engine:
                 cached = max(cached, out.num_cached_tokens or 0)
                 if choice.finish_reason:
                     ended = True
-                    outcome = await self.outcome(choice, inbox, call, generated, cached)
+                    outcome = replace(await self.outcome(choice, inbox, call, generated, cached), queued_s=queued_s)
                     features = inbox.take().between(0, outcome.prompt_tokens + generated - 1)
                     yield Output(choice.text, ids, choice.logprobs, features.reordered(order), outcome)
                 elif inbox.reports:
@@ -231,6 +246,10 @@ class Engine:
                     yield Output(choice.text, ids, choice.logprobs, inbox.nothing)
         finally:
             self.spawn(self.see_released(handle, inbox, request_id))
+            if on_abandoned and outcome is None:
+                self.hub.receive()
+                outcome = outcome_before(inbox.covered, "abort", None, inbox, call, generated, cached)
+                on_abandoned(replace(outcome, queued_s=queued_s))
             if running and not ended:
                 await self.llm.abort(running.request_id, internal=True)
 
@@ -239,13 +258,7 @@ class Engine:
         # With asynchronous scheduling the engine may have run one token more than the answer has.
         last = len(call.prompt_ids) + generated - 1
         await self.covered(inbox, last)
-        moved = inbox.moved_before(last)
-        own = len(call.compiled.edits) if call.compiled else 0
-        return Outcome(
-            choice.finish_reason, choice.stop_reason, len(call.prompt_ids), generated, cached,
-            moved=moved[:own], policy_moved=moved[own:], tokens_seen=max(0, min(inbox.covered, last) - inbox.first),
-            captures=tuple(inbox.captures),
-        )  # fmt: skip
+        return outcome_before(last, choice.finish_reason, choice.stop_reason, inbox, call, generated, cached)
 
     async def covered(self, inbox: Inbox, position: int) -> None:
         """Wait until every token before `position` has been reported."""
@@ -276,6 +289,19 @@ class Engine:
                 return
         if self.llm.errored:
             self.admission.fail(EngineDeadError())
+
+
+def outcome_before(
+    end: int, finish_reason: str, stop_reason: str | int | None, inbox: Inbox, call: Call, generated: int, cached: int
+) -> Outcome:
+    """The outcome of a call whose telemetry counts up to the position `end`."""
+    moved = inbox.moved_before(end)
+    own = len(call.compiled.edits) if call.compiled else 0
+    return Outcome(
+        finish_reason, stop_reason, len(call.prompt_ids), generated, cached,
+        moved=moved[:own], policy_moved=moved[own:],
+        tokens_seen=max(0, min(inbox.covered, end) - max(inbox.first, 0)), captures=tuple(inbox.captures),
+    )  # fmt: skip
 
 
 async def happened(event: asyncio.Event, seconds: float) -> bool:

@@ -1,0 +1,27 @@
+"""The caller of a request: created by a door, read by limits, admission, cache salts, logs and audit."""
+
+from dataclasses import dataclass
+
+ROLES = frozenset({"generate", "observe", "admin"})
+
+
+@dataclass(frozen=True)
+class Quotas:
+    """Caps on what one caller uses; None: no cap."""
+
+    concurrent_requests: int | None = None
+    tokens_per_minute: int | None = None
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who sent a request. Callers of one tenant share prefix-cache entries; callers of different tenants never do."""
+
+    id: str
+    tenant: str
+    roles: frozenset[str]
+    quotas: Quotas | None = None
+
+
+# Every request until doors authenticate.
+ANONYMOUS = Caller("anonymous", "anonymous", ROLES)
