@@ -122,6 +122,16 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Logs:
+    """The log, on standard error: one line a request, and start, drain and faults of the server."""
+
+    format: Literal["text", "json"] = option("text", "readable lines, or one JSON object a line")
+    level: Literal["debug", "info", "warning", "error"] = option(
+        "info", "lowest level logged; vLLM's own: VLLM_LOGGING_LEVEL"
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a server is told. The defaults serve the shipped model and bundle."""
 
@@ -132,6 +142,7 @@ class Config:
     listen: Listen = field(default_factory=Listen)
     limits: Limits = field(default_factory=Limits)
     stream: Stream = field(default_factory=Stream)
+    logs: Logs = field(default_factory=Logs)
 
 
 @dataclass(frozen=True)

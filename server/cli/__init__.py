@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import logging
 import subprocess
 import sys
 import tempfile
@@ -144,7 +143,6 @@ def run_serve(args: argparse.Namespace) -> int:
 
     from rudder.server.serve import serve
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     return asyncio.run(serve(config))
 
 
