@@ -27,13 +27,13 @@ GRPC = "grpc"
 
 @dataclass(frozen=True)
 class Load:
-    """The load and the size of the bank."""
+    """The load, and the bank it meets."""
 
     shape: str = "llama-100m"
     requests: int = 64
     prompt_tokens: int = 32
     new_tokens: int = 128
-    # Starts of each pair of engines: speed varies by some percent with the pages and cores that a start gets.
+    # Each pair of engines is started so often: which pages and cores a start gets moves its speed by some percent.
     starts: int = 4
     pairs: int = 2
     rows: int = 256

@@ -23,7 +23,8 @@ class Call:
     """One choice of one request, checked and compiled.
 
     `watch`: rows reported to the client. `guard`: rows reported to guards and never to the client. `top_k_prompt`:
-    report the top-k latents of prompt tokens too. `capture`: return the residuals of all tokens at all sites.
+    report the top-k latents of prompt tokens too; with top_k 0 it only makes the prompt run whole, whatever the prefix
+    cache holds, so that its edits are counted. `capture`: return the residuals of all tokens at all sites.
     """
 
     prompt_ids: tuple[int, ...]
@@ -41,8 +42,8 @@ class Call:
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether activations or latents are reported at prompt tokens."""
-        return any(watched.prompt for watched in (*self.watch, *self.guard)) or (self.top_k > 0 and self.top_k_prompt)
+        """Whether all prompt tokens must run, since activations or latents are reported there."""
+        return self.top_k_prompt or any(watched.prompt for watched in (*self.watch, *self.guard))
 
 
 class FinishReason(StrEnum):

@@ -75,7 +75,7 @@ IN_SEQUENCE = replace(PROGRAM, in_sequence=True)
         ({"guard": (Watched(0, ROW),)}, False),
         ({"top_k": 3, "top_k_prompt": True}, True),
         ({"top_k": 3}, False),
-        ({"top_k_prompt": True}, False),
+        ({"top_k_prompt": True}, True),
         ({"capture": True}, True),
         ({"compiled": IN_SEQUENCE}, True),
         ({"policy": IN_SEQUENCE}, True),
