@@ -8,7 +8,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import groupby
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,37 +18,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
+from rudder.server.bench.load import GRPC, Run, sites_of
+from rudder.server.bench.load import Load as Load
 from rudder.server.bench.shapes import SHAPES, write_bundle, write_model
-
-WATCHED = 64
-# The server process and a client process, against the engine in one process.
-GRPC = "grpc"
-
-
-@dataclass(frozen=True)
-class Load:
-    """The load, and the bank it meets."""
-
-    shape: str = "llama-100m"
-    requests: int = 64
-    prompt_tokens: int = 32
-    new_tokens: int = 128
-    # Each pair of engines is started so often: which pages and cores a start gets moves its speed by some percent.
-    starts: int = 4
-    pairs: int = 2
-    rows: int = 256
-    latents: int = 16384
-    sites: int = 1
-    programs: int = 64
-    eager: bool = False
-    cases: tuple[str, ...] = ()
-
-    def all_cases(self) -> tuple[str, ...]:
-        """Return the names of the cases to run."""
-        size = f"{self.latents // 1024}k"
-        watch = f"watch_{WATCHED}_features"
-        names = ("idle", "one_program", f"{self.programs}_programs", watch, f"full_encode_{size}", GRPC)
-        return tuple(name for name in names if not self.cases or name in self.cases)
 
 
 def run(load: Load, output: Path | None) -> dict[str, Any]:
@@ -142,28 +114,12 @@ def machine() -> dict[str, Any]:
     return {"device": name, "cores": os.cpu_count(), "torch": torch.__version__, "vllm": vllm.__version__}
 
 
-def sites_of(load: Load) -> tuple[str, ...]:
-    """Return `load.sites` sites: first that of the bundle, in the middle of the model, then others."""
-    layers = SHAPES[load.shape].layers
-    middle = layers // 2
-    others = [layer for layer in range(layers) if layer != middle]
-    return tuple(f"layers.{layer}.resid_post" for layer in [middle, *others][: load.sites])
-
-
 def prepare(folder: Path, load: Load) -> tuple[Path, Path]:
     """Write the model and the bundle; return their folders."""
     shape = SHAPES[load.shape]
     model = write_model(folder / "model", shape)
     write_bundle(folder / "bundle", sites_of(load)[0], shape.width, load.latents).catalogue.close()
     return model, folder / "bundle"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of the load: tokens per second, and the median time to a request's first token."""
-
-    tok_s: float
-    first_ms: float
 
 
 Pair = tuple[Run, Run]

@@ -20,7 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from rudder.sae_models.hookpoints import parse
 from rudder.server import config as configuration
-from rudder.server.bench.engine import GRPC, WATCHED, Load, Run, sites_of
+from rudder.server.bench.load import GRPC, WATCHED, Load, Run, sites_of
 from rudder.server.bench.shapes import SHAPES
 from rudder.server.engine import selftest
 from rudder.server.engine.adapter import engine_args

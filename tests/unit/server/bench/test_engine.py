@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rudder.server.bench.engine import Load, Run, Side, groups, summary
+from rudder.server.bench.engine import Side, groups, summary
+from rudder.server.bench.load import Load, Run
 
 
 def test_dead_side_is_reported_with_its_exit_code() -> None:
