@@ -69,7 +69,7 @@ async def test_successful_call_is_counted_and_logged(server: Server) -> None:
     assert server.counted("OK") == 1
     line = server.log_line()
     expected = {
-        "level": "info", "message": f"{METHOD} OK", "request_id": record.request_id, "correlation_id": "order 7",
+        "level": "info", "message": "call ended", "request_id": record.request_id, "correlation_id": "order 7",
         "trace_id": CORRELATION.trace_id, "caller": "anonymous", "method": METHOD, "outcome": "OK", "program": "d1",
         "prompt_tokens": 4, "generated_tokens": 6, "cached_tokens": 1, "edited_tokens": 22, "finish": ["stop", "stop"],
         "queued_s": 0.25, "first_token_s": 0.125, "total_s": round(record.total_s, 4),
