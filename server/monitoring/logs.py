@@ -44,7 +44,6 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one line. A field never replaces a member of the record itself."""
         values = {
-            **record_fields(record),
             "time": timestamp(record),
             "level": record.levelname.lower(),
             "logger": record.name,
@@ -53,7 +52,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             values["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(values, default=str, ensure_ascii=False)
+        return json.dumps({**values, **record_fields(record), **values}, default=str, ensure_ascii=False)
 
 
 def record_fields(record: logging.LogRecord) -> Mapping[str, Any]:

@@ -12,6 +12,9 @@ from rudder.server.service.errors import Refusal, refusal_of
 from rudder.server.service.record import CallRecord
 from rudder.server.service.serving import Serving
 
+# The client's own timer cancels the call a moment before this process would.
+DEADLINE_SLACK_S = 0.05
+
 
 @asynccontextmanager
 async def begin_call(
@@ -28,7 +31,7 @@ async def begin_call(
         yield record
         record.end("OK")
     except (asyncio.CancelledError, GeneratorExit):
-        expired = deadline is not None and time.monotonic() >= deadline
+        expired = deadline is not None and time.monotonic() >= deadline - DEADLINE_SLACK_S
         record.end("DEADLINE_EXCEEDED" if expired else "CANCELLED")
         raise
     except Exception as error:

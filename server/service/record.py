@@ -34,13 +34,14 @@ class EditRecord(NamedTuple):
 class ChoiceRecord:
     """One choice. `finish_reason` is vLLM's: `abort` if the choice is abandoned; empty while it runs or waits.
 
-    `tokens_seen`: tokens that went through the model; `queued_s`: seconds that it waited for the bank.
+    `tokens_seen`: tokens that went through the model; `queued_s`: seconds that it waited for the bank,
+    None if it never entered it.
     """
 
     generated_tokens: int = 0
     cached_tokens: int = 0
     tokens_seen: int = 0
-    queued_s: float = 0.0
+    queued_s: float | None = None
     finish_reason: str = ""
     edits: Sequence[EditRecord] = ()
 
@@ -111,22 +112,20 @@ def log(record: CallRecord) -> None:
         "finish": [choice.finish_reason or "none" for choice in choices],
     }
     logger.info(
-        "%s %s",
-        record.method,
-        record.outcome,
+        "call ended",
         extra=fields(
+            method=record.method,
+            outcome=record.outcome,
             request_id=record.request_id,
             correlation_id=record.correlation.correlation_id,
             trace_id=record.correlation.trace_id,
             caller=record.caller.id,
-            method=record.method,
-            outcome=record.outcome,
             refused_fields=record.refused_fields[:MAX_LOGGED_FIELDS] or None,
             error_id=record.error_id,
             program=record.program_digest,
             policy=record.policy_digest,
             **tokens if choices else {},
-            queued_s=rounded(max((choice.queued_s for choice in choices), default=None)),
+            queued_s=rounded(max((c.queued_s for c in choices if c.queued_s is not None), default=None)),
             first_token_s=rounded(record.first_token_s),
             total_s=rounded(record.total_s),
         ),
