@@ -9,7 +9,6 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from rudder.server import config, serve
-from rudder.server.engine import engine as engine_module
 from rudder.server.engine import selftest
 
 
@@ -21,6 +20,7 @@ class FakeEngine:
         self.registry = SimpleNamespace(layout=SimpleNamespace(sites=()))
         self.bundles: dict[str, Any] = {}
         self.programs: dict[str, Any] = {}
+        self.policies: dict[str, Any] = {}
         self.epoch, self.healthy, self.hub = "e", True, SimpleNamespace(lost=None)
         self.stops = 0
 
@@ -65,7 +65,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
         queue.put_nowait(signal.SIGTERM)
         return queue
 
-    monkeypatch.setattr(engine_module.Engine, "start", start)
+    monkeypatch.setattr(serve, "start_engine", start)
     monkeypatch.setattr(selftest, "run", passed)
     monkeypatch.setattr(serve, "stop_signals", stop_signals)
     monkeypatch.setattr(serve, "REGISTRY", CollectorRegistry())

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from rudder.server import config
 from rudder.server.config import ConfigError
-from rudder.server.engine.call import Call, Outcome, Output
+from rudder.server.engine.call import Call, FinishReason, Outcome, Output
 from rudder.server.engine.telemetry.hub import no_features
 from rudder.server.grpc.server import GrpcDoor
 from rudder.server.monitoring.metrics import Metrics
@@ -33,13 +33,14 @@ class ScriptedEngine:
         self.model = SimpleNamespace(name="m", max_model_len=100, vocab_size=1000, bos_token_id=None)
         self.bundles: dict[str, Any] = {}
         self.programs: dict[str, Any] = {}
-        self.policy, self.tokenizer, self.epoch, self.healthy = None, None, "e1", True
+        self.policies: dict[str, Any] = {}
+        self.default_policy, self.tokenizer, self.epoch, self.healthy = None, None, "e1", True
         self.stall_after: int | None = None
 
     async def stream(self, call: Call, on_abandoned: Callable[[Outcome], None]) -> AsyncIterator[Output]:
         generated, last = 0, call.sampling.max_tokens or 0
 
-        def outcome(reason: str) -> Outcome:
+        def outcome(reason: FinishReason) -> Outcome:
             return Outcome(reason, None, len(call.prompt_ids), generated, 0, (), (), generated, (), 0.5)
 
         try:
@@ -47,11 +48,13 @@ class ScriptedEngine:
                 if generated == self.stall_after:
                     await asyncio.Event().wait()
                 generated += 1
-                end = outcome("length") if generated == last else None
-                yield Output("x", [generated], None, no_features(0, 0, 0), end)
+                end = outcome(FinishReason.LENGTH) if generated == last else None
+                position = len(call.prompt_ids) + generated - 1
+                nothing = no_features(0, 0, 0)
+                yield Output("x", [generated], position, None, nothing, nothing, end)
         finally:
             if generated < last:
-                on_abandoned(outcome("abort"))
+                on_abandoned(outcome(FinishReason.ABORT))
 
 
 class Fixture:

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from rudder.server.caller import ANONYMOUS
-from rudder.server.engine.call import Outcome
+from rudder.server.engine.call import FinishReason, Outcome
 from rudder.server.monitoring.logs import JsonFormatter
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.monitoring.traces import Correlation
@@ -57,7 +57,7 @@ def finished_choice() -> ChoiceRecord:
     )
     program: Any = SimpleNamespace(edits=edits[:1])
     policy: Any = SimpleNamespace(edits=edits[1:])
-    choice.end(Outcome("stop", None, 4, 3, 1, (6,), (5,), 6, (), 0.25), program, policy)
+    choice.end(Outcome(FinishReason.STOP, None, 4, 3, 1, (6,), (5,), 6, (), 0.25), program, policy)
     return choice
 
 
