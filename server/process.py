@@ -1,4 +1,4 @@
-"""Processes and ports: the signals that end this process, and a server started as a child."""
+"""Processes and ports: stop signals of this process, free ports, a server as a child process."""
 
 import asyncio
 import signal
@@ -17,16 +17,16 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def stop_signals() -> "asyncio.Queue[signal.Signals]":
-    """SIGTERM and SIGINT as they come."""
-    told: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    """Return a queue of the SIGTERM and SIGINT that this process receives from now on."""
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told.put_nowait, number)
-    return told
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    return signals
 
 
 def free_port() -> int:
-    """A port that nobody has now."""
+    """Return a port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -34,7 +34,7 @@ def free_port() -> int:
 
 
 def require_free(host: str, port: int, field: str) -> None:
-    """ConfigError when another process has the port: better told now than after the engine's start."""
+    """Raise ConfigError if another process has the port: better now than after the engine's start."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -45,22 +45,22 @@ def require_free(host: str, port: int, field: str) -> None:
 
 
 def wait_serving(process: "subprocess.Popen[bytes]", address: str) -> None:
-    """Wait until the server serves, or raise why it does not."""
-    began = time.monotonic()
+    """Wait until the server serves. Raises RudderError if it exits, or after STARTED_S."""
+    started = time.monotonic()
     with Client(address) as client, err.status("starting the server") as status:
         while True:
             try:
                 client.wait_ready(timeout=1.0)
                 return
             except RudderError:
-                seconds = time.monotonic() - began
+                seconds = time.monotonic() - started
                 if process.poll() is not None or seconds > STARTED_S:
                     raise
                 status.update(f"starting the server: {seconds:.0f} s")
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
-    """End a server and all it started, as one does at a terminal."""
+    """Stop a server with SIGINT, as a terminal does; kill it after STOPPED_S."""
     process.send_signal(signal.SIGINT)
     try:
         process.wait(STOPPED_S)

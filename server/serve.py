@@ -1,18 +1,25 @@
-"""A server from its configuration to its exit: engine, self-test, doors, and how it leaves."""
+"""A server from its configuration to its exit: engine, self-test, doors, drain."""
 
 import asyncio
 import gc
+import hashlib
 import logging
 import signal
+import time
+from contextlib import AsyncExitStack
+from typing import Any, Protocol
 
-import grpc
-from grpc_health.v1 import health
-from prometheus_client import start_http_server
+from prometheus_client import REGISTRY, start_http_server
 
+from rudder.server import config as configuration
 from rudder.server.config import Config
 from rudder.server.engine import selftest
+from rudder.server.engine.engine import Engine
 from rudder.server.engine.start import start_engine
-from rudder.server.grpc.server import build, serving_of, set_health
+from rudder.server.grpc.server import GrpcDoor
+from rudder.server.monitoring import logs
+from rudder.server.monitoring.logs import fields
+from rudder.server.monitoring.metrics import Metrics
 from rudder.server.process import stop_signals
 from rudder.server.service.serving import Serving
 
@@ -21,52 +28,142 @@ HEALTH_CHECK_S = 1.0
 logger = logging.getLogger(__name__)
 
 
+class Door(Protocol):
+    """A transport through which clients call: gRPC, or another in the same process."""
+
+    name: str
+
+    async def start(self) -> str:
+        """Listen, not serving yet, and return the address."""
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tell health checks and load balancers whether to route calls here."""
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more calls, and abort those that still run after `grace_s`. May be called again with less grace."""
+
+
 async def serve(config: Config) -> int:
-    """Start, serve until SIGTERM or SIGINT or the engine's end, and leave; the exit status."""
-    stop = stop_signals()
-    logger.info("starting the engine with %s", config.engine.model)
-    engine = await start_engine(config)
-    await selftest.run(engine)
-    serving = serving_of(config, engine)
-    server, port, checks = await build(serving)
-    # What is there now stays: collecting garbage is not to walk through it again and again.
-    gc.freeze()
-    metrics_server, _ = start_http_server(config.listen.metrics_port, config.listen.host)
-    await server.start()
-    await set_health(checks, serving=engine.healthy)
-    where = f"{config.listen.host}:{port}"
-    logger.info("serving %s on %s, metrics on port %d", engine.model.name, where, metrics_server.server_port)
-    await leave_when_told(server, checks, serving, stop)
-    died = not engine.healthy
-    gc.unfreeze()
-    metrics_server.shutdown()
-    await engine.stop()
-    serving.tokenizing.shutdown(wait=False)
-    logger.info("left%s", ": the engine died" if died else "")
+    """Start, serve until SIGTERM, SIGINT or the engine's death, drain; return the exit status.
+
+    The engine is stopped in whatever way this ends.
+    """
+    with logs.configured(config.logs.format, config.logs.level):
+        async with AsyncExitStack() as stack:
+            died = await run_server(config, stack)
+        logger.info("stopped", extra=fields(reason="engine died" if died else "signal"))
     return int(died)
 
 
-async def leave_when_told(
-    server: grpc.aio.Server, checks: health.aio.HealthServicer, serving: Serving, stop: "asyncio.Queue[signal.Signals]"
-) -> None:
-    """Wait for a signal or the engine's end; say NOT_SERVING, soon take no new calls, and let running ones finish.
+async def run_server(config: Config, stack: AsyncExitStack) -> bool:
+    """Start, serve and drain, with the clean-up of each part on `stack`; return whether the engine died."""
+    stop = stop_signals()
+    log_start(config)
+    metrics = Metrics.create(REGISTRY)
+    engine = await start_engine(config, metrics)
+    stack.push_async_callback(engine.stop)
+    log_engine(engine)
+    await run_self_test(engine)
+    serving = Serving.around(engine, config, metrics)
+    stack.callback(serving.tokenizing.shutdown, wait=False)
+    # Everything so far lives as long as the process: keep the garbage collector from walking it again and again.
+    gc.freeze()
+    stack.callback(gc.unfreeze)
+    metrics_server, _ = start_http_server(config.listen.metrics_port, config.listen.host)
+    stack.callback(metrics_server.shutdown)
+    doors: list[Door] = [GrpcDoor(serving)]
+    addresses = {}
+    for door in doors:
+        stack.push_async_callback(door.stop, 0)
+        addresses[door.name] = await door.start()
+    await set_serving(doors, engine.healthy)
+    metrics_address = f"{config.listen.host}:{metrics_server.server_port}"
+    logger.info("serving", extra=fields(model=engine.model.name, **addresses, metrics=metrics_address))
+    await serve_until_stopped(doors, serving, stop)
+    return not engine.healthy
 
-    A second signal ends them at once.
+
+async def run_self_test(engine: Engine) -> None:
+    """Run the self-test, which must pass before anything is served."""
+    started = time.monotonic()
+    await selftest.run(engine)
+    sites = engine.registry.layout.sites
+    logger.info("self-test passed", extra=fields(sites=sites, seconds=round(time.monotonic() - started, 3)))
+
+
+async def serve_until_stopped(doors: list[Door], serving: Serving, stop: "asyncio.Queue[signal.Signals]") -> None:
+    """Wait for a signal or the engine's death; then say NOT_SERVING, soon refuse new calls, and let running ones end.
+
+    A second signal aborts them.
     """
-    told = asyncio.ensure_future(stop.get())
-    while not told.done() and serving.engine.healthy:
-        await asyncio.wait([told], timeout=HEALTH_CHECK_S)
-    await set_health(checks, serving=False)
-    again = asyncio.ensure_future(stop.get())
+    first_signal = asyncio.ensure_future(stop.get())
+    while not first_signal.done() and serving.engine.healthy:
+        await asyncio.wait([first_signal], timeout=HEALTH_CHECK_S)
+    await set_serving(doors, False)
+    second_signal = asyncio.ensure_future(stop.get())
     listen, healthy = serving.config.listen, serving.engine.healthy
-    # Whoever routes calls here learns of it later than this process does; nobody routes to a terminal's server.
-    routed = healthy and told.done() and told.result() is signal.SIGTERM
-    await asyncio.wait([again], timeout=listen.accept_s if routed else 0)
+    if not healthy:
+        log_death(serving.engine)
+    received = first_signal.result() if first_signal.done() else None
+    # Load balancers learn of SIGTERM later than this process does; SIGINT comes from a terminal, without one.
+    accept_s = listen.accept_s if healthy and received is signal.SIGTERM else 0
+    if accept_s:
+        logger.info("accepting calls until load balancers have noticed", extra=fields(seconds=accept_s))
+    await asyncio.wait([second_signal], timeout=accept_s)
     serving.draining = True
-    grace = listen.drain_s if healthy and not again.done() else 0
-    logger.info("leaving; running requests have %g s", grace)
-    stopping = asyncio.ensure_future(server.stop(grace))
-    await asyncio.wait([stopping, again], return_when=asyncio.FIRST_COMPLETED)
-    await server.stop(0)
-    for task in (told, again):
+    await drain(doors, listen.drain_s if healthy and not second_signal.done() else 0, second_signal)
+    for task in (first_signal, second_signal):
         task.cancel()
+
+
+async def drain(doors: list[Door], grace_s: float, abort: "asyncio.Future[signal.Signals]") -> None:
+    """Stop all doors, running calls within `grace_s` or until `abort`."""
+    started = time.monotonic()
+    logger.info("drain begins", extra=fields(grace_s=grace_s))
+    stopping = asyncio.ensure_future(stop_doors(doors, grace_s))
+    waited: list[asyncio.Future[Any]] = [stopping, abort]
+    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+    await stop_doors(doors, 0)
+    await stopping
+    logger.info("drain ended", extra=fields(seconds=round(time.monotonic() - started, 3), aborted=abort.done()))
+
+
+async def stop_doors(doors: list[Door], grace_s: float) -> None:
+    """Stop all doors at once."""
+    await asyncio.gather(*(door.stop(grace_s) for door in doors))
+
+
+async def set_serving(doors: list[Door], serving: bool) -> None:
+    """Set the health of all doors."""
+    for door in doors:
+        await door.set_serving(serving)
+
+
+def log_start(config: Config) -> None:
+    """Log what is about to start."""
+    digest = hashlib.sha256(configuration.show(config).encode()).hexdigest()[:16]
+    values = fields(config=digest, model=config.engine.model, bundles=config.engine.bundles)
+    logger.info("starting the engine", extra=values)
+
+
+def log_engine(engine: Engine) -> None:
+    """Log what the engine loaded: model, sites, bundles and programs, each by its hash."""
+    model, layout = engine.model, engine.registry.layout
+    values = fields(model=model.name, model_sha256=model.sha256, sites=layout.sites, epoch=engine.epoch)
+    logger.info("engine started", extra=values)
+    for bundle in engine.bundles.values():
+        manifest = bundle.manifest
+        values = fields(bundle=manifest.name, sha256=bundle.sha256, site=manifest.site, latents=manifest.latents)
+        logger.info("bundle loaded", extra=values)
+    for name, program in engine.programs.items():
+        logger.info("program loaded", extra=fields(program=name, digest=program.compiled.digest))
+    for name, policy in engine.policies.items():
+        logger.info("policy loaded", extra=fields(policy=name, digest=policy.compiled.digest))
+
+
+def log_death(engine: Engine) -> None:
+    """Log why the engine can serve no more."""
+    if engine.hub.lost:
+        logger.error("telemetry lost", extra=fields(cause=str(engine.hub.lost)))
+    else:
+        logger.error("the engine died")

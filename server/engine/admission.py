@@ -6,6 +6,7 @@ import asyncio
 from collections import OrderedDict
 
 from rudder.server.engine.ledger import Ledger
+from rudder.server.monitoring.metrics import BankUsage, SiteUsage
 from rudder.server.program import wire
 from rudder.server.program.layout import Layout
 
@@ -57,6 +58,20 @@ class Admission:
             del self.waiting[head]
             self.ledger.acquire(head, request)
             resolve(future)
+
+    def usage(self) -> BankUsage:
+        """Snapshot of what is held and who waits, for another thread: every container is copied or measured at once."""
+        ledger, layout = self.ledger, self.ledger.layout
+        used = [(site, ledger.rows_used(number)) for number, site in enumerate(layout.sites)]
+        slots_used = ledger.slots_used
+        return BankUsage(
+            rows=[SiteUsage(site, rows, layout.rows - rows) for site, rows in used],
+            slots_used=slots_used,
+            slots_free=layout.slots - slots_used,
+            # Handle 0 holds the pinned rows.
+            running_choices=sum(handle != 0 for handle in list(ledger.leases)),
+            waiting_requests=len(self.waiting),
+        )
 
     def fail(self, error: Exception) -> None:
         """Raise `error` in every waiting `acquire`."""

@@ -16,6 +16,7 @@ from rudder.server.engine.call import Call, FinishReason, Outcome, Output, engin
 from rudder.server.engine.report import views_of
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.engine.telemetry.hub import Hub, Inbox
+from rudder.server.monitoring.metrics import Metrics
 from rudder.server.program import wire
 from rudder.server.program.compile import Compiled
 from rudder.server.program.named import NamedProgram
@@ -43,6 +44,7 @@ class Engine:
     default_policy: Compiled | None
     admission: Admission
     hub: Hub
+    metrics: Metrics
     reserved: ReservedRows = field(default_factory=dict)
     epoch: str = field(default_factory=lambda: secrets.token_hex(8))
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))

@@ -43,11 +43,11 @@ class View:
     def without_prompt(self, part: Features) -> Features:
         """Set to 0 what is not reported at prompt tokens."""
         prompt = self.prompt_tokens - part.first
-        active, top_values = part.activations.copy(), part.top_values.copy()
-        active[:prompt, list(self.generated_only)] = 0.0
+        activations, top_values = part.activations.copy(), part.top_values.copy()
+        activations[:prompt, list(self.generated_only)] = 0.0
         if self.blank_top_k:
             top_values[:prompt] = 0.0
-        return part._replace(activations=active, top_values=top_values)
+        return part._replace(activations=activations, top_values=top_values)
 
 
 def views_of(call: Call, columns: Sequence[int]) -> tuple[View, View]:

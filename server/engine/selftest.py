@@ -16,7 +16,6 @@ from rudder.server.engine.adapter import SamplingParams
 from rudder.server.engine.call import Call, Outcome, Output
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.telemetry.frame import column
-from rudder.server.monitoring import metrics
 from rudder.server.program import wire
 from rudder.server.program.compile import compile_program
 from rudder.server.program.parameters import edit_parameters, entry_parameters
@@ -40,7 +39,7 @@ async def run(engine: Engine) -> None:
             for stage in range(engine.registry.layout.stages):
                 await check_site(engine, number, site, stage)
     except SelfTestFailed:
-        metrics.SELF_TEST_FAILURES.inc()
+        engine.metrics.self_test_failed()
         raise
     engine.self_tested = True
 

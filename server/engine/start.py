@@ -14,7 +14,7 @@ from rudder.server.engine.adapter import AsyncLLM, ModelFacts
 from rudder.server.engine.admission import Admission
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.telemetry.hub import Hub
-from rudder.server.monitoring import metrics
+from rudder.server.monitoring.metrics import Metrics, PinnedFeature
 from rudder.server.program import wire
 from rudder.server.program.compile import Compiled, compile_program
 from rudder.server.program.layout import Layout
@@ -27,7 +27,7 @@ from rudder.v1 import program_pb2
 RESERVED_HANDLE = 0
 
 
-async def start_engine(config: Config) -> Engine:
+async def start_engine(config: Config, metrics: Metrics | None = None) -> Engine:
     """Start vLLM with the bank, load bundles, programs and policies, and connect telemetry.
 
     `selftest.run` must pass before the engine serves. A start that fails or is cancelled shuts vLLM down. Raises
@@ -38,7 +38,9 @@ async def start_engine(config: Config) -> Engine:
     layout = layout_of(config, served)
     llm = await start_llm(config, layout)
     try:
-        engine = await loop.run_in_executor(None, build_engine, llm, layout, served, config)
+        engine = await loop.run_in_executor(
+            None, build_engine, llm, layout, served, config, metrics or Metrics.create()
+        )
         await connect_telemetry(engine)
         await reserve_rows(engine, config)
     except BaseException:
@@ -61,7 +63,7 @@ async def start_llm(config: Config, layout: Layout) -> AsyncLLM:
         raise
 
 
-def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], config: Config) -> Engine:
+def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], config: Config, metrics: Metrics) -> Engine:
     """Build what surrounds a running vLLM."""
     model = adapter.model_facts(llm, config.engine.load_format)
     for bundle in served.values():
@@ -70,9 +72,10 @@ def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], confi
     programs = compile_folder(config.programs.folder, registry, "program")
     policies = compile_folder(config.policies.folder, registry, "policy")
     admission = Admission(layout, config.limits.queue)
-    metrics.watch_admission(admission.ledger, admission.waiting)
+    metrics.watch_admission(admission.usage)
     hub = Hub(metrics.feature_totals, admission.release)
-    return Engine(llm, model, registry, served, programs, policies, default_policy(config, policies), admission, hub)
+    default = default_policy(config, policies)
+    return Engine(llm, model, registry, served, programs, policies, default, admission, hub, metrics)
 
 
 async def connect_telemetry(engine: Engine) -> None:
@@ -100,7 +103,14 @@ async def reserve_rows(engine: Engine, config: Config) -> None:
     engine.admission.ledger.acquire(RESERVED_HANDLE, request)
     engine.reserved = reserved_rows(request)
     await engine.llm.collective_rpc("rudder_pin", args=(wire.encode(request),))
-    metrics.pin([(engine.bundles[row.feature.bundle], row.feature.index) for _, row in features], columns)
+    engine.metrics.pin([pinned_feature(row.feature, engine.bundles) for _, row in features], columns)
+
+
+def pinned_feature(feature: program_pb2.Feature, served: dict[str, Bundle]) -> PinnedFeature:
+    """Name a feature that is counted over all requests, with its label."""
+    manifest = served[feature.bundle].manifest
+    label = served[feature.bundle].catalogue.get(feature.index).summary.label
+    return PinnedFeature(manifest.name, manifest.site, feature.index, label)
 
 
 def reserved_request(

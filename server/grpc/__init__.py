@@ -1,1 +1,1 @@
-"""The gRPC services: checking, translating and pacing; no steering logic."""
+"""The gRPC door: servicers, interceptor, status mapping, health, reflection. The rest of a call is in service."""

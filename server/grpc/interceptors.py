@@ -1,21 +1,27 @@
-"""What surrounds every call of the contract, once per call: its id, its end as an error with a reason, its metrics."""
+"""Adapts `service.call.begin_call` to gRPC: metadata in, trailers and statuses out."""
 
 import asyncio
-import secrets
 import time
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
 
-from rudder.server.monitoring import metrics
-from rudder.server.service.errors import Refusal, abort, refusal_of
-from rudder.server.service.serving import REQUEST_ID, Context, Serving
+from rudder.server.caller import ANONYMOUS
+from rudder.server.grpc.status import Context, abort
+from rudder.server.monitoring.traces import correlation_of
+from rudder.server.service.call import begin_call
+from rudder.server.service.errors import Refusal
+from rudder.server.service.record import CallRecord
+from rudder.server.service.serving import Serving
 
-OURS = "/rudder."
-# What gRPC adds to a call that an earlier attempt at the same call came before.
+OWN_SERVICES = "/rudder."
+# gRPC clients add it to a call that they retry by themselves.
 PREVIOUS_ATTEMPTS = "grpc-previous-rpc-attempts"
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
+# A servicer's signature has no room for it.
+RECORD: ContextVar[CallRecord] = ContextVar("record")
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -27,62 +33,52 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
     ) -> Any:
-        """The handler with its behaviour wrapped."""
+        """Return the method's handler with its behaviour wrapped."""
         handler = await continuation(details)
         method: str = details.method
-        if handler is None or not method.startswith(OURS):
+        if handler is None or not method.startswith(OWN_SERVICES):
             return handler
-        make = (
+        make_handler = (
             grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
         )
         behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
         name = method.rpartition(".")[2].replace("/", ".")
         call = surrounded(behaviour, name, handler.request_deserializer, self.serving)
-        # The request stays bytes until `call`: what gRPC itself says of bytes that it cannot read has no reason.
-        return make(call, None, handler.response_serializer)
+        # Without a deserialiser of its own: gRPC's error about bytes that it cannot parse would carry no reason.
+        return make_handler(call, None, handler.response_serializer)
 
 
 def surrounded(behaviour: Behaviour, method: str, deserialize: Callable[[bytes], Any], serving: Serving) -> Behaviour:
-    """`behaviour` with a fresh request id, its exceptions as statuses, and its outcome counted."""
+    """Return `behaviour` within `begin_call`, its request id in the trailers and its refusals as statuses."""
 
     async def call(request: bytes, context: Context) -> Any:
-        request_id = secrets.token_hex(12)
-        REQUEST_ID.set(request_id)
-        context.set_trailing_metadata((("rudder-request-id", request_id),))
-        began = time.monotonic()
-        if any(key == PREVIOUS_ATTEMPTS for key, _ in context.invocation_metadata() or ()):
-            metrics.retried(method)
-
-        def ended(outcome: str) -> None:
-            metrics.request_done(method, outcome, time.monotonic() - began)
-
+        metadata = context.invocation_metadata() or ()
+        if any(key == PREVIOUS_ATTEMPTS for key, _ in metadata):
+            serving.metrics.request_retried(method)
         try:
-            check_open(serving)
-            response = await behaviour(deserialize(request), context)
-        except asyncio.CancelledError:
-            ended(how_cancelled(context))
-            raise
-        except Exception as error:
-            refusal = refusal_of(error)
-            ended(refusal.reason)
-            # A client that reads nothing does not take its refusal either: then the call is dropped.
+            correlation, deadline = correlation_of(metadata), deadline_of(context)
+            async with begin_call(serving, method, ANONYMOUS, correlation, deadline) as record:
+                RECORD.set(record)
+                response = await behaviour(deserialize(request), context)
+                context.set_trailing_metadata(trailers_of(record))
+                return response
+        except Refusal as refusal:
+            # A client that reads nothing does not take its refusal either: then gRPC drops the call.
             async with asyncio.timeout(serving.config.limits.write_timeout_s):
-                await abort(context, refusal, request_id)
-        ended("OK")
-        return response
+                await abort(context, refusal)
 
     return call
 
 
-def how_cancelled(context: Context) -> str:
-    """By its deadline, or by the client."""
-    left = context.time_remaining()
-    return "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
+def deadline_of(context: Context) -> float | None:
+    """Return the call's deadline by `time.monotonic`; None without one."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
 
 
-def check_open(serving: Serving) -> None:
-    """Refuse calls that could not end well."""
-    if serving.draining:
-        raise Refusal("DRAINING", "the server is leaving")
-    if not serving.engine.healthy:
-        raise Refusal("ENGINE_DEAD", "the engine is gone")
+def trailers_of(record: CallRecord) -> tuple[tuple[str, str], ...]:
+    """Return what a successful call's trailers say: its request id, and its program's digest if it runs one."""
+    trailers = [("rudder-request-id", record.request_id)]
+    if record.choices:
+        trailers.append(("rudder-program-digest", record.program_digest))
+    return tuple(trailers)

@@ -1,1 +1,1 @@
-"""What operators see: Prometheus series."""
+"""What operators read: Prometheus series, logs and trace identifiers. Used by all packages, imports none of them."""

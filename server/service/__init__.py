@@ -1,1 +1,1 @@
-"""A call, whatever door it came through: limits, prompt, sampling, the run, its columns and pace."""
+"""One call, whatever door it came through: limits, prompt, sampling, run, columns, pace. Knows no transport."""

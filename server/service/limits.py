@@ -1,42 +1,42 @@
-"""The one table of what a request may hold; every field of the contract that can be absurd has a row in it."""
+"""The one table of limits of a request. Every field of the contract that is a number, a text or a list is in it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import Message
-from msgspec.structs import replace
+from msgspec import structs
 
 from rudder.server import config
 from rudder.server.service.errors import Refusal, Violation
 
-# vLLM's, where a request names none.
+# vLLM's default.
 DEFAULT_MAX_TOKENS = 16
-# Of numbers that must be above 0.
-LEAST_POSITIVE = 1e-6
-MOST_SEED = 2**63 - 1
+# Minimum of numbers that must be positive.
+MIN_POSITIVE = 1e-6
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Least and most of a number, or of the length of a list or text; `most` may name a field of Limits."""
+    """Minimum and maximum of a number, or of the length of a list or text. `maximum` may name a field of Limits."""
 
     field: str
-    least: float
-    most: float | str
+    minimum: float
+    maximum: float | str
 
 
 @dataclass(frozen=True)
-class Each:
-    """A check of each entry of a list, or of each key and value of a map."""
+class EntryCheck:
+    """A check of each entry of a list, or of each (key, value) of a map. `check` returns what is wrong, or None."""
 
     field: str
-    problem: Callable[[Any, "Bounds"], str | None]
+    check: Callable[[Any, "Bounds"], str | None]
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The configured limits with the model's own in place of null, and the width of the logits."""
+    """The configured limits, with the model's where they are null. `vocab_size`: width of the logits."""
 
     limits: config.Limits
     vocab_size: int
@@ -48,14 +48,14 @@ BOUNDS = (
     Bound("prompt.chat.messages", 1, "max_messages"),
     Bound("sampling.max_tokens", 1, "max_tokens"),
     Bound("sampling.temperature", 0, 100),
-    Bound("sampling.top_p", LEAST_POSITIVE, 1),
+    Bound("sampling.top_p", MIN_POSITIVE, 1),
     Bound("sampling.top_k", 0, 2**31 - 1),
     Bound("sampling.min_p", 0, 1),
     Bound("sampling.presence_penalty", -2, 2),
     Bound("sampling.frequency_penalty", -2, 2),
-    Bound("sampling.repetition_penalty", LEAST_POSITIVE, 100),
+    Bound("sampling.repetition_penalty", MIN_POSITIVE, 100),
     # Room for one seed per choice.
-    Bound("sampling.seed", 0, MOST_SEED - 2**16),
+    Bound("sampling.seed", 0, MAX_SEED - 2**16),
     Bound("sampling.stop", 0, "max_stop_strings"),
     Bound("sampling.stop_token_ids", 0, "max_stop_strings"),
     Bound("sampling.logprobs", 0, "max_logprobs"),
@@ -72,54 +72,56 @@ BOUNDS = (
 )
 
 
-def problem_of_id(token: int, bounds: Bounds) -> str | None:
-    """Ids are held to the width of the logits: a tokenizer may know more."""
+def check_token_id(token: int, bounds: Bounds) -> str | None:
+    """Require a token id below the width of the logits, which may be less than the tokenizer has."""
     return None if token < bounds.vocab_size else f"token id {token} is not below {bounds.vocab_size}"
 
 
-def problem_of_stop(text: str, bounds: Bounds) -> str | None:
-    """An empty stop string would end everything at once."""
-    most = bounds.limits.max_stop_chars
-    return None if 1 <= len(text) <= most else f"has {len(text)} characters, must have from 1 to {most}"
+def check_stop(text: str, bounds: Bounds) -> str | None:
+    """Require a stop string of bounded length; an empty one would end every choice at once."""
+    maximum = bounds.limits.max_stop_chars
+    return None if 1 <= len(text) <= maximum else f"has {len(text)} characters, must have from 1 to {maximum}"
 
 
-def problem_of_bias(entry: tuple[int, float], bounds: Bounds) -> str | None:
-    """A token id and what is added to its logit."""
+def check_logit_bias(entry: tuple[int, float], bounds: Bounds) -> str | None:
+    """Require a valid token id and a bias that vLLM accepts."""
     token, bias = entry
-    return problem_of_id(token, bounds) or (None if abs(bias) <= 100 else f"{bias:g} is not in [-100, 100]")
+    return check_token_id(token, bounds) or (None if abs(bias) <= 100 else f"{bias:g} is not in [-100, 100]")
 
 
-def problem_of_message(message: Any, bounds: Bounds) -> str | None:
-    """A chat message needs a role; its content counts as prompt text."""
+def check_message(message: Any, bounds: Bounds) -> str | None:
+    """Require a role, and a content within the limit of prompt text."""
     if not message.role:
         return "has no role"
-    most = bounds.limits.max_prompt_chars
-    return None if len(message.content) <= most else f"has {len(message.content)} characters, at most {most}"
+    maximum = bounds.limits.max_prompt_chars
+    return None if len(message.content) <= maximum else f"has {len(message.content)} characters, at most {maximum}"
 
 
-EACH = (
-    Each("prompt.token_ids.ids", problem_of_id),
-    Each("prompt.chat.messages", problem_of_message),
-    Each("sampling.stop", problem_of_stop),
-    Each("sampling.stop_token_ids", problem_of_id),
-    Each("sampling.logit_bias", problem_of_bias),
+ENTRY_CHECKS = (
+    EntryCheck("prompt.token_ids.ids", check_token_id),
+    EntryCheck("prompt.chat.messages", check_message),
+    EntryCheck("sampling.stop", check_stop),
+    EntryCheck("sampling.stop_token_ids", check_token_id),
+    EntryCheck("sampling.logit_bias", check_logit_bias),
 )
 
 
 def bounds_of(limits: config.Limits, max_model_len: int, vocab_size: int) -> Bounds:
-    """The limits of a server: what is not configured is what the model takes."""
-    most = max_model_len - 1
-    prompt, tokens = limits.max_prompt_tokens or most, limits.max_tokens or most
-    return Bounds(replace(limits, max_prompt_tokens=min(prompt, most), max_tokens=min(tokens, most)), vocab_size)
+    """Return the limits of a server: where they are null, or beyond the model's, those of the model."""
+    longest = max_model_len - 1
+    prompt, tokens = limits.max_prompt_tokens or longest, limits.max_tokens or longest
+    return Bounds(
+        structs.replace(limits, max_prompt_tokens=min(prompt, longest), max_tokens=min(tokens, longest)), vocab_size
+    )
 
 
 def check(request: Message, bounds: Bounds) -> None:
-    """Hold a request to every row of the table that it has the field of. Refusal: all that is wrong."""
+    """Check a request against every line of the table whose field it has. Raises one Refusal with all violations."""
     violations = [*out_of_bounds(request, bounds)]
-    # A list that is too long is not looked through.
-    spoilt = {violation.field for violation in violations}
-    for row in (row for row in EACH if row.field not in spoilt):
-        violations += bad_entries(request, row, bounds)
+    # Entries of a list that is too long are not checked: that would cost the time that the limit saves.
+    too_long = {violation.field for violation in violations}
+    for entry_check in (entry_check for entry_check in ENTRY_CHECKS if entry_check.field not in too_long):
+        violations += invalid_entries(request, entry_check, bounds)
     violations += conflicts(request)
     if violations:
         first = violations[0]
@@ -127,52 +129,51 @@ def check(request: Message, bounds: Bounds) -> None:
 
 
 def out_of_bounds(request: Message, bounds: Bounds) -> Iterator[Violation]:
-    """The rows of BOUNDS that do not hold."""
-    for row in BOUNDS:
-        value = value_at(request, row.field)
+    """Yield a violation for each field outside its Bound."""
+    for bound in BOUNDS:
+        value = value_at(request, bound.field)
         if value is None:
             continue
-        most = getattr(bounds.limits, row.most) if isinstance(row.most, str) else row.most
+        maximum = getattr(bounds.limits, bound.maximum) if isinstance(bound.maximum, str) else bound.maximum
         number = value if isinstance(value, int | float) else len(value)
-        if not row.least <= number <= most:
+        # Written so that NaN is out of bounds.
+        if not bound.minimum <= number <= maximum:
             has = f"{number:g}" if number is value else f"has {number} {unit_of(value)},"
-            yield Violation(row.field, f"{has} must be from {row.least:g} to {most}")
+            yield Violation(bound.field, f"{has} must be from {bound.minimum:g} to {maximum}")
 
 
 def unit_of(value: Any) -> str:
-    """What the length of a value counts."""
+    """Return the unit of a value's length."""
     return "characters" if isinstance(value, str) else "entries"
 
 
-def bad_entries(request: Message, row: Each, bounds: Bounds) -> Iterator[Violation]:
-    """Violations of the entries of a list, by index, or of a map, by key."""
-    value = value_at(request, row.field)
+def invalid_entries(request: Message, entry_check: EntryCheck, bounds: Bounds) -> Iterator[Violation]:
+    """Yield violations of the entries of a list, by index, or of a map, by key."""
+    value = value_at(request, entry_check.field)
     entries: Iterable[tuple[Any, Any]] = enumerate(value or ())
     if isinstance(value, Mapping):
         entries = ((key, (key, item)) for key, item in value.items())
-    for place, entry in entries:
-        if problem := row.problem(entry, bounds):
-            yield Violation(f"{row.field}[{place}]", problem)
+    for key, entry in entries:
+        if problem := entry_check.check(entry, bounds):
+            yield Violation(f"{entry_check.field}[{key}]", problem)
 
 
 def conflicts(request: Message) -> Iterator[Violation]:
-    """What no field alone shows."""
+    """Yield violations of rules between fields, and of oneofs that are not set."""
     names = request.DESCRIPTOR.fields_by_name
     if "prompt" in names and value_at(request, "prompt.prompt") is None:
         yield Violation("prompt", "is empty")
     steering = value_at(request, "steering")
     if steering is not None and steering.WhichOneof("steering") is None:
         yield Violation("steering", "names no program")
-    least, most = (
-        value_at(request, "sampling.min_tokens"),
-        value_at(request, "sampling.max_tokens") or DEFAULT_MAX_TOKENS,
-    )
-    if least is not None and least > most:
-        yield Violation("sampling.min_tokens", f"{least} is more than max_tokens, {most}")
+    minimum = value_at(request, "sampling.min_tokens")
+    maximum = value_at(request, "sampling.max_tokens") or DEFAULT_MAX_TOKENS
+    if minimum is not None and minimum > maximum:
+        yield Violation("sampling.min_tokens", f"{minimum} is more than max_tokens, {maximum}")
 
 
 def value_at(message: Any, path: str) -> Any:
-    """The value at a dotted path; for a oneof the name of its member; None where anything on the way is absent."""
+    """Return the value at a dotted path; of a oneof, the name of its member; None if a field on the way is absent."""
     for name in path.split("."):
         descriptor = message.DESCRIPTOR
         if name in descriptor.oneofs_by_name:

@@ -1,4 +1,4 @@
-"""From text, token ids or chat messages to the ids that the model reads, and back to the text of each id."""
+"""Tokenise a prompt: text, token ids or chat messages."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from rudder.v1 import inference_pb2
 
 
 def prompt_ids(prompt: inference_pb2.Prompt, tokenizer: Any, bounds: Bounds) -> tuple[int, ...]:
-    """The ids of a prompt that `limits.check` has passed, with one BOS token where the model has them.
+    """Return the token ids of a prompt that passed `limits.check`, with one BOS token if the model uses it.
 
-    Refusal FIELD_INVALID: no token, too many, or a chat that the template does not take.
+    Raises Refusal FIELD_INVALID: no token, too many, or a chat that the template rejects.
     """
     kind = prompt.WhichOneof("prompt")
     match kind:
@@ -23,31 +23,32 @@ def prompt_ids(prompt: inference_pb2.Prompt, tokenizer: Any, bounds: Bounds) -> 
             ids = chat_ids(prompt.chat, tokenizer)
         case _:
             ids = tuple(prompt.token_ids.ids)
-    most = bounds.limits.max_prompt_tokens or 0
-    if not 1 <= len(ids) <= most:
-        raise invalid(f"prompt.{kind}", f"has {len(ids)} tokens, must have from 1 to {most}")
+    maximum = bounds.limits.max_prompt_tokens or 0
+    if not 1 <= len(ids) <= maximum:
+        raise invalid(f"prompt.{kind}", f"has {len(ids)} tokens, must have from 1 to {maximum}")
     return ids
 
 
 def without_double_bos(ids: list[int], bos: int | None) -> tuple[int, ...]:
-    """A text that spells the BOS token itself gets no second one."""
+    """Drop the BOS token that the tokenizer puts before a text which spells it itself."""
     double = len(ids) > 1 and ids[0] == ids[1] == bos
     return tuple(ids[1:] if double else ids)
 
 
 def chat_ids(chat: inference_pb2.Chat, tokenizer: Any) -> tuple[int, ...]:
-    """The model's own template over the messages, which holds all special tokens itself, up to the assistant's turn."""
+    """Return the ids of the messages in the model's chat template, up to the assistant's turn."""
     if not tokenizer.chat_template:
         raise invalid("prompt.chat", "the model has no chat template")
     messages = [{"role": message.role, "content": message.content} for message in chat.messages]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
-        raise invalid("prompt.chat.messages", f"the model's chat template refuses them: {error}") from error
+        raise invalid("prompt.chat.messages", f"the model's chat template rejects them: {error}") from error
+    # The template has written the special tokens, BOS among them.
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 def token_texts(ids: tuple[int, ...], tokenizer: Any) -> list[str]:
-    """Each id's own text, leading spaces kept."""
+    """Return each id's own text, with its leading space."""
     texts: list[str] = convert_ids_list_to_tokens(tokenizer, list(ids))
     return texts

@@ -1,5 +1,6 @@
 """One real server process for all end-to-end tests: the shipped model and bundle, in float32 so that texts compare."""
 
+import re
 import subprocess
 import sys
 import time
@@ -30,7 +31,7 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class Running:
-    """A server process, where it is reached, and where its log goes."""
+    """A server process, its addresses and its log file."""
 
     process: "subprocess.Popen[bytes]"
     port: int
@@ -42,13 +43,23 @@ class Running:
         return f"127.0.0.1:{self.port}"
 
     def metric(self, name: str, **labels: str) -> float:
-        """Sum of the samples with these labels."""
+        """Return the sum of the samples with these labels."""
         text = urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics").read().decode()
         samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
         return sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
 
+    def log_line(self, pattern: str, seconds: float = 5) -> str:
+        """Wait for a line of the log in which `pattern` (a regular expression) matches, and return it."""
+        deadline = time.monotonic() + seconds
+        while True:
+            for line in self.log.read_text().splitlines():
+                if re.search(pattern, line):
+                    return line
+            assert time.monotonic() < deadline, f"no line of the log matches {pattern}"
+            time.sleep(0.1)
+
     def held(self) -> tuple[float, ...]:
-        """Slots, choices, waiting requests, what vLLM runs, and rows beyond those pinned by `watch`."""
+        """Return slots, choices, waiting requests, what vLLM runs, and rows beyond those pinned by `watch`."""
         return (
             self.metric("rudder_bank_slots", state="used"),
             self.metric("rudder_inflight_choices"),
@@ -59,7 +70,7 @@ class Running:
         )
 
     def wait_idle(self, seconds: float = 10) -> None:
-        """Until nothing is held any more; fails when that takes too long."""
+        """Wait until no request holds anything; fail after `seconds`."""
         deadline = time.monotonic() + seconds
         while any(self.held()):
             assert time.monotonic() < deadline, f"still held: {self.held()}"
@@ -68,12 +79,12 @@ class Running:
 
 @contextmanager
 def running(folder: Path, **flags: str) -> Iterator[Running]:
-    """A server with these flags beside FLAGS, SERVING; stopped afterwards, whatever happens."""
+    """Run a server with these flags beside FLAGS, once it serves; stop it on exit."""
     ports = {"listen.port": str(free_port()), "listen.metrics_port": str(free_port())}
-    given = [f"--{name}={value}" for name, value in {**FLAGS, **ports, **flags}.items()]
+    arguments = [f"--{name}={value}" for name, value in {**FLAGS, **ports, **flags}.items()]
     log = folder / "server.log"
     with log.open("wb") as out:
-        process = subprocess.Popen([sys.executable, "-m", "rudder.server", "serve", *given], stdout=out, stderr=out)
+        process = subprocess.Popen([sys.executable, "-m", "rudder.server", "serve", *arguments], stdout=out, stderr=out)
     server = Running(process, int(ports["listen.port"]), int(ports["listen.metrics_port"]), log)
     try:
         wait_serving(server)
@@ -83,7 +94,7 @@ def running(folder: Path, **flags: str) -> Iterator[Running]:
 
 
 def wait_serving(server: Running) -> None:
-    """Until health says SERVING, or fail with the end of the log."""
+    """Wait until health says SERVING; fail with the end of the log if the server exits."""
     deadline = time.monotonic() + 300
     with Client(server.address) as client:
         while True:

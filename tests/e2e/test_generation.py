@@ -1,4 +1,4 @@
-"""What a user gets from a running server: text, steering, features, attestation."""
+"""Generation through a running server: text, steering, features, attestation, catalogue."""
 
 import pytest
 
@@ -12,7 +12,7 @@ PROMPT = "The cells of the body"
 
 
 def push(feature: int, to: float = 40.0) -> Program:
-    """Enough to change what is said."""
+    """Return a program strong enough to change the text."""
     return Program().at(SITE).set(feature=feature, to=to)
 
 
@@ -20,7 +20,7 @@ def joined(chunks: list[Chunk]) -> tuple[str, tuple[int, ...]]:
     return "".join(c.text for c in chunks), tuple(t for c in chunks for t in c.token_ids)
 
 
-def test_a_stream_and_its_whole_are_the_same(client: Client) -> None:
+def test_generate_and_complete_give_the_same(client: Client) -> None:
     chunks = list(client.generate(PROMPT, max_tokens=30, temperature=0))
     whole = client.complete(PROMPT, max_tokens=30, temperature=0).choices[0]
     assert joined(chunks) == (whole.text, whole.token_ids)
@@ -33,7 +33,7 @@ def test_a_stream_and_its_whole_are_the_same(client: Client) -> None:
     assert whole.usage.generated_tokens == 30
 
 
-def test_steering_changes_what_is_said_and_is_attested(client: Client) -> None:
+def test_steering_changes_the_text_and_is_attested(client: Client) -> None:
     plain = client.complete(PROMPT, max_tokens=20, temperature=0)
     steered = client.complete(PROMPT, steer=push(7), max_tokens=20, temperature=0).choices[0]
     assert steered.text != plain.text
@@ -42,20 +42,20 @@ def test_steering_changes_what_is_said_and_is_attested(client: Client) -> None:
     (edit,) = steered.attestation.edits
     assert (edit.origin, edit.site, edit.operation) == ("request", SITE, "set 40")
     assert edit.row == "feature 7 of textbook-lm-layers.2"
-    # The last generated token is never read; BOS is left alone.
+    # The last generated token does not go through the model; BOS is not edited.
     seen = steered.usage.prompt_tokens + 20 - 1
     assert (steered.attestation.tokens_seen, edit.tokens_touched) == (seen, seen - 1)
     assert client.complete(PROMPT, max_tokens=20, temperature=0).text == plain.text
 
 
-def test_what_did_not_run_is_told_as_zero(client: Client) -> None:
+def test_edit_that_did_not_run_is_attested_as_zero(client: Client) -> None:
     never = Program().at(SITE).clamp(feature=7, to=-40, when_above=1e6)
     choice = client.complete(PROMPT, steer=never, max_tokens=5).choices[0]
     assert choice.attestation is not None
     assert [edit.tokens_touched for edit in choice.attestation.edits] == [0]
 
 
-def test_a_vector_of_zero_strength_changes_nothing(client: Client) -> None:
+def test_vector_of_zero_strength_changes_nothing(client: Client) -> None:
     width = client.model().hidden_size
     nothing = Program().at(SITE).add(vector=Vector([1.0] * width, "ones"), value=0.0)
     plain = client.complete(PROMPT, max_tokens=15, temperature=0).text
@@ -71,7 +71,7 @@ def test_named_programs_run_by_name(client: Client) -> None:
         assert choice.attestation.program_digest == program.digest
 
 
-def test_ids_and_digest_are_in_the_trailers(client: Client) -> None:
+def test_request_id_and_digest_are_in_the_trailers(client: Client) -> None:
     stub = inference_pb2_grpc.InferenceServiceStub(client.channel)
     call = stub.Generate(generate_request(PROMPT, push(7), None, "", 0, {"max_tokens": 3}))
     messages = list(call)
@@ -81,7 +81,7 @@ def test_ids_and_digest_are_in_the_trailers(client: Client) -> None:
     assert trailers["rudder-program-digest"] == messages[-1].choices[0].attestation.program_digest
 
 
-def test_choices_have_their_own_seeds(client: Client) -> None:
+def test_choice_i_has_seed_plus_i(client: Client) -> None:
     three = client.complete(PROMPT, n=3, seed=11, max_tokens=12).choices
     assert [c.choice for c in three] == [0, 1, 2]
     assert len({c.text for c in three}) == 3
@@ -92,7 +92,7 @@ def test_choices_have_their_own_seeds(client: Client) -> None:
         assert joined([c for c in chunks if c.choice == i])[0] == choice.text
 
 
-def test_stop_strings_and_tokens_end_a_choice(client: Client) -> None:
+def test_stop_string_or_token_ends_a_choice(client: Client) -> None:
     plain = client.complete(PROMPT, max_tokens=30, temperature=0).choices[0]
     word = plain.text.split()[3]
     stopped = client.complete(PROMPT, max_tokens=30, temperature=0, stop=[word]).choices[0]
@@ -106,7 +106,7 @@ def test_stop_strings_and_tokens_end_a_choice(client: Client) -> None:
     assert by_token.stop_reason == str(token)
 
 
-def test_logprobs_are_those_of_the_greedy_choice(client: Client) -> None:
+def test_logprobs_begin_with_the_greedy_choice(client: Client) -> None:
     choice = client.complete(PROMPT, max_tokens=6, temperature=0, logprobs=3).choices[0]
     assert choice.logprobs is not None
     assert len(choice.logprobs.chosen) == 6
@@ -122,7 +122,7 @@ def test_logit_bias_and_min_tokens_reach_the_engine(client: Client) -> None:
     assert forced.token_ids == (100,) * 4
 
 
-def test_text_ids_and_chat_are_the_same_prompt(client: Client) -> None:
+def test_text_ids_and_chat_give_the_same_prompt(client: Client) -> None:
     ids = [token.id for token in client.inspect(PROMPT).tokens]
     by_text = client.complete(PROMPT, max_tokens=10, temperature=0)
     assert client.complete(ids, max_tokens=10, temperature=0).text == by_text.text
@@ -131,28 +131,28 @@ def test_text_ids_and_chat_are_the_same_prompt(client: Client) -> None:
     assert chat.tokens[0].id == ids[0]
 
 
-def test_one_bos_even_where_the_text_spells_it(client: Client) -> None:
+def test_bos_spelt_by_the_text_is_not_doubled(client: Client) -> None:
     tokens = client.inspect(PROMPT).tokens
     again = client.inspect(tokens[0].text + PROMPT).tokens
     assert [t.id for t in again] == [t.id for t in tokens]
 
 
-def test_features_belong_to_their_tokens(client: Client) -> None:
-    """Named features, the strongest of the dictionary and Inspect agree, position by position."""
+def test_features_are_reported_at_their_positions(client: Client) -> None:
+    """Watched features, top-k latents and Inspect agree, position by position."""
     inspection = client.inspect(PROMPT, report=Report(top_k=3))
     strongest = [token.activations[0] for token in inspection.tokens]
     named = sorted({a.feature.index for a in strongest})
     report = Report(features={SITE: named}, prompt=True)
     chunks = list(client.generate(PROMPT, report=report, max_tokens=8, temperature=0))
-    told = {(a.position, a.feature.index): a.value for c in chunks for a in c.activations}
+    reported = {(a.position, a.feature.index): a.value for c in chunks for a in c.activations}
     for activation in strongest:
-        assert told[activation.position, activation.feature.index] == pytest.approx(activation.value, rel=1e-3)
+        assert reported[activation.position, activation.feature.index] == pytest.approx(activation.value, rel=1e-3)
     _, ids = joined(chunks)
     whole = client.inspect([t.id for t in inspection.tokens] + list(ids), report=Report(features={SITE: named}))
-    again = {(a.position, a.feature.index): a.value for t in whole.tokens[:-1] for a in t.activations}
-    assert told.keys() == again.keys()
-    for key, value in told.items():
-        assert value == pytest.approx(again[key], rel=2e-3, abs=2e-3), key
+    inspected = {(a.position, a.feature.index): a.value for t in whole.tokens[:-1] for a in t.activations}
+    assert reported.keys() == inspected.keys()
+    for key, value in reported.items():
+        assert value == pytest.approx(inspected[key], rel=2e-3, abs=2e-3), key
 
 
 def test_labels_come_from_the_catalogue(client: Client) -> None:
@@ -162,14 +162,14 @@ def test_labels_come_from_the_catalogue(client: Client) -> None:
             assert feature.label == client.feature(feature.index, feature.bundle).summary.label
 
 
-def test_only_generated_tokens_unless_the_prompt_is_asked_for(client: Client) -> None:
+def test_prompt_is_reported_only_on_request(client: Client) -> None:
     length = len(client.inspect(PROMPT).tokens)
     chunks = list(client.generate(PROMPT, report=Report(top_k=2), max_tokens=6, temperature=0))
     positions = {a.position for c in chunks for a in c.activations}
     assert positions == set(range(length, length + 5))
 
 
-def test_pooled_is_the_sum_of_the_tokens(client: Client) -> None:
+def test_pooled_features_equal_the_sums_over_tokens(client: Client) -> None:
     report = Report(features={SITE: [7]}, top_k=4, prompt=True, pooled=True)
     choice = client.complete(PROMPT, report=report, max_tokens=10, temperature=0).choices[0]
     after_bos = [a for a in choice.activations if a.position > 0]
@@ -179,13 +179,13 @@ def test_pooled_is_the_sum_of_the_tokens(client: Client) -> None:
         assert pooled.active_tokens == len(values)
         assert pooled.max == pytest.approx(max(values, default=0))
     assert 7 in [p.feature.index for p in choice.pooled]
-    quiet = Report(features={SITE: [7]}, top_k=4, prompt=True, pooled=True, tokens=False)
-    silent = client.complete(PROMPT, report=quiet, max_tokens=10, temperature=0).choices[0]
-    assert silent.activations == ()
-    assert silent.pooled == choice.pooled
+    pooled_only = Report(features={SITE: [7]}, top_k=4, prompt=True, pooled=True, tokens=False)
+    without_tokens = client.complete(PROMPT, report=pooled_only, max_tokens=10, temperature=0).choices[0]
+    assert without_tokens.activations == ()
+    assert without_tokens.pooled == choice.pooled
 
 
-def test_a_probe_reports_its_score(client: Client) -> None:
+def test_probe_reports_its_score(client: Client) -> None:
     width = client.model().hidden_size
     probe = Probe([0.0] * (width - 1) + [1e-9], bias=2.5, name="constant")
     inspection = client.inspect(PROMPT, report=Report(features={SITE: [probe]}))
@@ -195,49 +195,49 @@ def test_a_probe_reports_its_score(client: Client) -> None:
         assert activation.value == pytest.approx(2.5, rel=1e-4)
 
 
-def test_inspect_under_a_program_sees_what_it_does(client: Client) -> None:
-    """A later site would see it; the site itself reads before its edits, and attests them."""
+def test_inspect_attests_the_edits_of_its_program(client: Client) -> None:
+    """A site reads activations before its own edits; later sites read the edited residual."""
     inspection = client.inspect(PROMPT, steer=push(7), report=Report(features={SITE: [Feature(7)]}))
     assert inspection.attestation.edits[0].tokens_touched == len(inspection.tokens) - 1
 
 
-def test_stream_interval_gathers_tokens(client: Client) -> None:
+def test_stream_interval_joins_tokens_in_messages(client: Client) -> None:
     chunks = list(client.generate(PROMPT, max_tokens=33, temperature=0, stream_interval=10))
     assert sum(len(c.token_ids) for c in chunks) == 33
     assert len(chunks) <= 5
 
 
-def test_the_catalogue(client: Client) -> None:
+def test_catalogue(client: Client) -> None:
     bundle = client.model().bundles[0]
     features = list(client.features())
     assert [f.index for f in features] == list(range(bundle.latents))
     detail = client.feature(7)
     assert detail.summary == features[7]
     word = next(w for f in features for w in f.label.replace(",", " ").split() if w.isalpha() and len(w) > 5)
-    found = client.search(word, limit=5)
-    assert found
-    assert all(word[:5].lower() in f.label.lower() for f in found)
+    matches = client.search(word, limit=5)
+    assert matches
+    assert all(word[:5].lower() in f.label.lower() for f in matches)
     assert client.search('foo AND (" OR NEAR') == []
     with pytest.raises(RudderError, match="FEATURE_UNKNOWN"):
         client.feature(bundle.latents)
 
 
-def test_the_model_and_its_limits(client: Client) -> None:
+def test_model_and_limits(client: Client) -> None:
     model = client.model()
     assert (model.hidden_size, model.layers, model.max_model_len) == (192, 6, 1024)
     assert [site.site for site in model.sites] == [SITE]
     assert len(model.bundles[0].sha256) == len(model.model_sha256) == 64
-    told = {field.name: value for field, value in model.limits.ListFields()}
-    assert told.keys() == set(model.limits.DESCRIPTOR.fields_by_name)
-    assert told["max_tokens"] == 1023
+    limits = {field.name: value for field, value in model.limits.ListFields()}
+    assert limits.keys() == set(model.limits.DESCRIPTOR.fields_by_name)
+    assert limits["max_tokens"] == 1023
 
 
-def test_delta_messages_name_features_once(client: Client) -> None:
+def test_deltas_name_each_feature_once(client: Client) -> None:
     stub = inference_pb2_grpc.InferenceServiceStub(client.channel)
     request = generate_request(PROMPT, None, Report(features={SITE: [7]}, top_k=5), "", 0, {"max_tokens": 12})
     messages: list[inference_pb2.GenerateResponse] = list(stub.Generate(request))
     named = [(f.site, f.index) for message in messages for f in message.features]
     assert len(named) == len(set(named))
     assert named[0] == (SITE, 7)
-    used = {place for m in messages for choice in m.choices for place in choice.activations.features}
+    used = {number for m in messages for choice in m.choices for number in choice.activations.features}
     assert max(used) < len(named)

@@ -1,7 +1,8 @@
-"""The server as a process among others: many streams, cancellation, deadlines, stalled readers, health, leaving."""
+"""The server process: many streams, cancellation, deadlines, stalled readers, health, metrics, log, start and drain."""
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from rudder.v1 import inference_pb2, inference_pb2_grpc
 from rudder_client import AsyncClient, Client, Program, Report, RudderError
 from rudder_client.requests import generate_request
-from tests.e2e.conftest import WRITE_TIMEOUT_S, Running, running
+from tests.e2e.conftest import FLAGS, WRITE_TIMEOUT_S, Running, running
 
 pytestmark = pytest.mark.e2e
 SITE = "layers.2.resid_post"
@@ -31,14 +32,14 @@ SERVICES = ("rudder.v1.InferenceService", "rudder.v1.FeatureService", "rudder.v1
 
 
 def program(number: int) -> Program:
-    """A different one for each stream."""
+    """Return a program that differs from those of the other streams."""
     return Program().at(SITE).set(feature=100 + number, to=0.4 + 0.05 * (number % 7), unit="residual")
 
 
 @dataclass
 class Answer:
-    """What a stream said: ids, the logarithm of each one's probability, the two most probable (id, logarithm) at each,
-    tokens touched by the edit, and the edit's row.
+    """The tokens of a stream. `chosen`: log-probability of each; `best`: (id, log-probability) of the two most probable
+    at each; `touched`: tokens that each edit touched; `row`: of the first edit.
     """
 
     token_ids: list[int]
@@ -49,59 +50,61 @@ class Answer:
 
 
 async def answer(client: AsyncClient, number: int, tokens: int = 24) -> Answer:
-    """Of stream `number`."""
-    found = Answer([], [], [], [], "")
+    """Return the answer of stream `number`."""
+    result = Answer([], [], [], [], "")
     async for chunk in client.generate(
         PROMPT, steer=program(number), max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=2
     ):
-        found.token_ids += chunk.token_ids
+        result.token_ids += chunk.token_ids
         if chunk.logprobs:
-            found.chosen += chunk.logprobs.chosen
-            found.best += chunk.logprobs.alternatives
+            result.chosen += chunk.logprobs.chosen
+            result.best += chunk.logprobs.alternatives
         if chunk.attestation:
-            found.touched = [edit.tokens_touched for edit in chunk.attestation.edits]
-            found.row = chunk.attestation.edits[0].row
-    assert len(found.token_ids) == len(found.chosen) == len(found.best) == tokens
-    return found
+            result.touched = [edit.tokens_touched for edit in chunk.attestation.edits]
+            result.row = chunk.attestation.edits[0].row
+    assert len(result.token_ids) == len(result.chosen) == len(result.best) == tokens
+    return result
 
 
-def differs(one: Answer, other: Answer) -> float:
-    """By how much two greedy streams differ in distribution, in nats: up to the first token at which they part, by the
-    probability of each token; there, by how much one had to prefer its own to the other's.
+def difference(first: Answer, second: Answer) -> float:
+    """Return how far two greedy streams differ, in nats: the largest difference of log-probability of a common token,
+    and where they diverge, the margin by which `first` preferred its token to the one of `second`.
     """
-    worst = 0.0
-    for at, (mine, theirs) in enumerate(zip(one.token_ids, other.token_ids, strict=True)):
-        if mine != theirs:
-            (_, best), (second, beside) = one.best[at]
-            return max(worst, best - beside if second == theirs else inf)
-        worst = max(worst, abs(one.chosen[at] - other.chosen[at]))
-    return worst
+    largest = 0.0
+    for at, (token, other) in enumerate(zip(first.token_ids, second.token_ids, strict=True)):
+        if token != other:
+            (_, logprob), (runner_up, runner_up_logprob) = first.best[at]
+            return max(largest, logprob - runner_up_logprob if runner_up == other else inf)
+        largest = max(largest, abs(first.chosen[at] - second.chosen[at]))
+    return largest
 
 
-async def test_64_streams_with_64_programs_are_each_their_own(aclient: AsyncClient) -> None:
+async def test_64_streams_with_64_programs_equal_their_single_runs(aclient: AsyncClient) -> None:
     alone = [await answer(aclient, number) for number in range(STREAMS)]
     together = await asyncio.gather(*(answer(aclient, number) for number in range(STREAMS)))
     for number, (one, many) in enumerate(zip(alone, together, strict=True)):
         assert many.touched == one.touched, number
         assert many.row == one.row == f"feature {100 + number} of textbook-lm-layers.2"
-        assert differs(one, many) < ROUNDING, number
-    # Another stream's program would have been noticed.
-    others = [differs(one, alone[number - 1]) for number, one in enumerate(alone)]
-    assert sum(difference > ROUNDING for difference in others) > STREAMS / 2
+        assert difference(one, many) < ROUNDING, number
+    # The comparison would notice another stream's program.
+    differences = [difference(one, alone[number - 1]) for number, one in enumerate(alone)]
+    assert sum(value > ROUNDING for value in differences) > STREAMS / 2
 
 
-def test_what_grpc_tries_again_is_counted(server: Running) -> None:
+def test_retries_by_grpc_are_counted(server: Running) -> None:
     retry = {"maxAttempts": 3, "initialBackoff": "0.01s", "maxBackoff": "0.01s", "backoffMultiplier": 1}
-    again = [{"name": [{}], "retryPolicy": retry | {"retryableStatusCodes": ["INVALID_ARGUMENT"]}}]
+    methods = [{"name": [{}], "retryPolicy": retry | {"retryableStatusCodes": ["INVALID_ARGUMENT"]}}]
     before = server.metric("rudder_retried_requests_total", method="InferenceService.Complete")
-    options = [("grpc.service_config", json.dumps({"methodConfig": again}))]
+    options = [("grpc.service_config", json.dumps({"methodConfig": methods}))]
     with grpc.insecure_channel(server.address, options) as channel, pytest.raises(grpc.RpcError):
         inference_pb2_grpc.InferenceServiceStub(channel).Complete(inference_pb2.CompleteRequest(), timeout=30)
     after = server.metric("rudder_retried_requests_total", method="InferenceService.Complete")
     assert after - before == 2
 
 
-async def test_cancelling_half_leaves_the_others_and_leaks_nothing(aclient: AsyncClient, server: Running) -> None:
+async def test_cancelling_half_of_the_streams_leaves_the_others_and_leaks_nothing(
+    aclient: AsyncClient, server: Running
+) -> None:
     expected = await answer(aclient, 1, tokens=100)
 
     async def one(number: int) -> Answer | None:
@@ -113,9 +116,9 @@ async def test_cancelling_half_leaves_the_others_and_leaks_nothing(aclient: Asyn
         return None
 
     results = await asyncio.gather(*(one(number) for number in range(STREAMS)))
-    whole = [found for found in results if found is not None]
+    whole = [result for result in results if result is not None]
     assert len(whole) == STREAMS / 2
-    assert max(differs(expected, found) for found in whole) < ROUNDING
+    assert max(difference(expected, result) for result in whole) < ROUNDING
     server.wait_idle(seconds=5)
 
 
@@ -127,7 +130,7 @@ async def test_cancellation_reaches_the_engine_at_once(aclient: AsyncClient, ser
     server.wait_idle(seconds=2)
 
 
-async def test_a_deadline_ends_the_request(aclient: AsyncClient, server: Running) -> None:
+async def test_deadline_ends_the_request(aclient: AsyncClient, server: Running) -> None:
     with pytest.raises(RudderError) as caught:
         async for _ in aclient.generate(PROMPT, steer=program(0), max_tokens=1000, ignore_eos=True, timeout=0.5):
             pass
@@ -135,8 +138,8 @@ async def test_a_deadline_ends_the_request(aclient: AsyncClient, server: Running
     server.wait_idle(seconds=2)
 
 
-async def test_a_reader_that_stalls_is_left(server: Running) -> None:
-    """The window is the client's: with a small one, the server notices after some hundred messages."""
+async def test_client_that_does_not_read_is_refused(server: Running) -> None:
+    """The flow-control window is the client's: with a small one, the server blocks after some hundred messages."""
     small_window = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536))
     labels = {"method": "InferenceService.Generate", "outcome": "CLIENT_TOO_SLOW"}
     before = server.metric("rudder_requests_total", **labels)
@@ -164,8 +167,8 @@ def test_health(client: Client) -> None:
 
 def test_reflection_names_the_services(client: Client) -> None:
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(client.channel)
-    asked = reflection_pb2.ServerReflectionRequest(list_services="")
-    (response,) = stub.ServerReflectionInfo(iter([asked]), timeout=5)
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    (response,) = stub.ServerReflectionInfo(iter([request]), timeout=5)
     assert set(SERVICES) <= {service.name for service in response.list_services_response.service}
 
 
@@ -175,7 +178,7 @@ def test_watched_features_are_counted_over_all_requests(client: Client, server: 
     choice = client.complete(PROMPT, max_tokens=10, ignore_eos=True).choices[0]
     assert choice.attestation is not None
     deadline = time.monotonic() + 5
-    # BOS is left out; asynchronous scheduling may run one token more than the answer has.
+    # BOS is not counted; asynchronous scheduling may run one token more than the answer has.
     while server.metric("rudder_feature_tokens_total", **labels) - before < choice.attestation.tokens_seen - 1:
         assert time.monotonic() < deadline
     label = client.feature(7).summary.label
@@ -195,12 +198,12 @@ def test_tokens_edits_and_outcomes_are_counted(client: Client, server: Running) 
     after = [server.metric(name, **labels) for name, labels in names]
     assert choice.attestation is not None
     touched = choice.attestation.edits[0].tokens_touched
-    counted = [b - a for a, b in zip(before, after, strict=True)]
-    assert counted[:4] == [10, 1, touched, 1]
-    assert 1 <= counted[4] <= 9
+    deltas = [b - a for a, b in zip(before, after, strict=True)]
+    assert deltas[:4] == [10, 1, touched, 1]
+    assert 1 <= deltas[4] <= 9
 
 
-def test_the_tour_ends_well(server: Running) -> None:
+def test_tour_succeeds(server: Running) -> None:
     metrics = f"http://127.0.0.1:{server.metrics_port}/metrics"
     tour = subprocess.run(
         [sys.executable, "-m", "rudder_client.tour", server.address, metrics],
@@ -212,9 +215,9 @@ def test_the_tour_ends_well(server: Running) -> None:
     assert "rudder_requests_total" in tour.stdout
 
 
-def test_the_commands_print_what_they_get(server: Running) -> None:
-    def rudder(*words: str) -> str:
-        command = [sys.executable, "-m", "rudder.server", *words, "--address", server.address]
+def test_commands_print_their_results(server: Running) -> None:
+    def rudder(*arguments: str) -> str:
+        command = [sys.executable, "-m", "rudder.server", *arguments, "--address", server.address]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
     assert "textbook-lm-layers.2" in rudder("model")
@@ -223,30 +226,111 @@ def test_the_commands_print_what_they_get(server: Running) -> None:
     assert "activation" in rudder("features", "7")
 
 
-def test_a_port_in_use_is_named_at_once(server: Running) -> None:
+async def test_edits_of_a_cancelled_stream_are_counted(aclient: AsyncClient, server: Running) -> None:
+    labels = {"site": SITE, "operation": "set", "origin": "request"}
+    before = server.metric("rudder_edits_applied_tokens_total", **labels)
+    async with aclient.generate(PROMPT, steer=program(0), max_tokens=1000, ignore_eos=True) as stream:
+        first = await anext(stream)
+    server.wait_idle(seconds=5)
+    # The prompt without its BOS, and the tokens that the client got: all but the last have been read.
+    minimum = len((await aclient.inspect(PROMPT)).tokens) - 1 + len(first.token_ids) - 1
+    assert server.metric("rudder_edits_applied_tokens_total", **labels) - before >= minimum
+
+
+def test_each_call_has_one_log_line(client: Client, server: Running) -> None:
+    trace_id, correlation_id = "4bf92f3577b34da6a3ce929d0e0e4736", "order-7 of test"
+    headers = (("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01"), ("x-request-id", correlation_id))
+    stub = inference_pb2_grpc.InferenceServiceStub(client.channel)
+    request = generate_request(PROMPT, program(0), None, "", 0, {"max_tokens": 3, "ignore_eos": True})
+    messages = list(stub.Generate(request, metadata=headers))
+    line = server.log_line(messages[0].request_id)
+    prompt_tokens = messages[-1].choices[0].usage.prompt_tokens
+    for part in (
+        "INFO rudder.access: call ended method=InferenceService.Generate outcome=OK",
+        f'correlation_id="{correlation_id}"', f"trace_id={trace_id}", "caller=anonymous",
+        f"prompt_tokens={prompt_tokens}", "generated_tokens=3", f"edited_tokens={prompt_tokens + 1}", "finish=length",
+    ):  # fmt: skip
+        assert part in line
+    assert server.log.read_text().count(messages[0].request_id) == 1
+    with pytest.raises(RudderError) as caught:
+        client.complete("secret prompt", max_tokens=0)
+    line = server.log_line(caught.value.metadata["request_id"])
+    assert "outcome=FIELD_INVALID" in line
+    assert "refused_fields=sampling.max_tokens" in line
+    assert "secret prompt" not in server.log.read_text()
+
+
+def test_start_is_logged_with_hashes(client: Client, server: Running) -> None:
+    bundle = client.model().bundles[0]
+    assert f"bundle={bundle.name} sha256={bundle.sha256}" in server.log_line("bundle loaded")
+    assert f"sites={SITE}" in server.log_line("self-test passed")
+    assert f"grpc={server.address}" in server.log_line("serving")
+
+
+SERVE = """
+import asyncio, sys
+from rudder.server import config
+from rudder.server.serve import serve
+
+if __name__ == "__main__":
+    asyncio.run(serve(config.load(overrides=dict(argument.split("=", 1) for argument in sys.argv[1:]))))
+"""
+
+
+def test_port_taken_after_the_check_leaves_no_engine_process(server: Running, tmp_path: Path) -> None:
+    """`rudder serve` checks its ports first, so another process can take one only while the engine starts."""
+    (tmp_path / "serve.py").write_text(SERVE)
+    flags = {**FLAGS, "listen.port": str(server.port), "listen.metrics_port": "0"}
+    arguments = [f"{name}={value}" for name, value in flags.items()]
+    with (tmp_path / "log").open("wb") as log:
+        # A session of its own: the engine process belongs to it too.
+        process = subprocess.Popen(
+            [sys.executable, str(tmp_path / "serve.py"), *arguments], stdout=log, stderr=log, start_new_session=True
+        )
+    assert process.wait(120) == 1
+    log_text = (tmp_path / "log").read_text()
+    assert "self-test passed" in log_text
+    assert f"listen.port: cannot listen on {server.address}" in log_text
+    # Python's own helper processes end a moment after the one that they helped.
+    deadline = time.monotonic() + 10
+    while group_exists(process.pid):
+        assert time.monotonic() < deadline, "a process of the server is left"
+        time.sleep(0.1)
+
+
+def group_exists(group: int) -> bool:
+    """Return whether any process of a group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_port_in_use_is_named_before_the_engine_starts(server: Running) -> None:
     command = [sys.executable, "-m", "rudder.server", "serve", "--listen.port", str(server.port)]
     second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert second.returncode == 1
     assert "listen.port" in second.stderr
 
 
-def test_calls_are_taken_for_a_while_after_sigterm(tmp_path: Path) -> None:
-    with running(tmp_path, **{"listen.accept_s": "4"}) as leaving, Client(leaving.address) as client:
-        leaving.process.send_signal(signal.SIGTERM)
+def test_calls_are_accepted_for_accept_s_after_sigterm(tmp_path: Path) -> None:
+    with running(tmp_path, **{"listen.accept_s": "4"}) as draining, Client(draining.address) as client:
+        draining.process.send_signal(signal.SIGTERM)
         with pytest.raises(RudderError):
             client.wait_ready(timeout=1)
         assert client.complete(PROMPT, max_tokens=3).text
-        assert leaving.process.wait(30) == 0
+        assert draining.process.wait(30) == 0
 
 
 def test_sigterm_lets_streams_finish(tmp_path: Path) -> None:
-    with running(tmp_path, **{"listen.drain_s": "60"}) as leaving, Client(leaving.address) as client:
+    with running(tmp_path, **{"listen.drain_s": "60"}) as draining, Client(draining.address) as client:
         stream = client.generate(PROMPT, max_tokens=300, ignore_eos=True)
         next(stream)
-        leaving.process.send_signal(signal.SIGTERM)
+        draining.process.send_signal(signal.SIGTERM)
         time.sleep(1)
-        with Client(leaving.address) as late, pytest.raises(RudderError) as caught:
+        with Client(draining.address) as late, pytest.raises(RudderError) as caught:
             late.complete("x", timeout=5)
         assert caught.value.code == "UNAVAILABLE"
         assert 1 + sum(len(chunk.token_ids) for chunk in stream) >= 300
-        assert leaving.process.wait(60) == 0
+        assert draining.process.wait(60) == 0

@@ -1,4 +1,4 @@
-"""What is absurd gets an error that names the field, and the server keeps serving."""
+"""Invalid requests get an error that names the field, and the server keeps serving."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -91,16 +91,16 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("prompt", "given", "code", "reason", "field"), REFUSED, ids=lambda value: str(value)[:40])
-def test_refused_by_name(
-    client: Client, prompt: str, given: dict[str, Any], code: str, reason: str, field: str
+@pytest.mark.parametrize(("prompt", "arguments", "code", "reason", "field"), REFUSED, ids=lambda value: str(value)[:40])
+def test_refusal_names_the_field(
+    client: Client, prompt: str, arguments: dict[str, Any], code: str, reason: str, field: str
 ) -> None:
     methods: list[Callable[..., Any]] = [lambda *a, **k: list(client.generate(*a, **k))]
-    if "stream_interval" not in given:
+    if "stream_interval" not in arguments:
         methods.append(client.complete)
     for method in methods:
         with pytest.raises(RudderError) as caught:
-            method(prompt, **given)
+            method(prompt, **arguments)
         error = caught.value
         assert (error.code, error.reason, error.violations[0].field) == (code, reason, field)
         assert error.metadata["request_id"]
@@ -127,13 +127,13 @@ def test_too_many_edits(client: Client, number: int, code: str, reason: str) -> 
     assert (caught.value.code, caught.value.reason) == (code, reason)
 
 
-def test_a_message_that_is_too_big(client: Client) -> None:
+def test_message_above_the_size_limit_is_refused(client: Client) -> None:
     with pytest.raises(RudderError) as caught:
         client.complete("x" * (5 << 20))
     assert caught.value.code == "RESOURCE_EXHAUSTED"
 
 
-def test_bytes_that_are_no_message(client: Client) -> None:
+def test_malformed_message_is_refused_with_a_reason(client: Client) -> None:
     call = client.channel.unary_unary("/rudder.v1.InferenceService/Complete", lambda b: b, lambda b: b)
     with pytest.raises(grpc.RpcError) as caught:
         call(b"\xff\xff\xff not a message", timeout=10)
@@ -141,7 +141,7 @@ def test_bytes_that_are_no_message(client: Client) -> None:
     assert error_of(caught.value).reason == "FIELD_INVALID"
 
 
-def test_an_empty_request_and_empty_parts(client: Client) -> None:
+def test_empty_requests_and_empty_parts_are_refused(client: Client) -> None:
     stub = inference_pb2_grpc.InferenceServiceStub(client.channel)
     for request, field in (
         (inference_pb2.CompleteRequest(), "prompt"),
@@ -160,13 +160,13 @@ def test_an_empty_request_and_empty_parts(client: Client) -> None:
         assert error_of(caught.value).violations[0].field == field
 
 
-def test_token_ids_beyond_the_logits(client: Client) -> None:
+def test_token_ids_beyond_the_logits_are_refused(client: Client) -> None:
     with pytest.raises(RudderError) as caught:
         client.complete([1, 8192])
     assert caught.value.violations[0].field == "prompt.token_ids.ids[1]"
 
 
-def test_everything_wrong_at_once_fits_the_trailer(client: Client) -> None:
+def test_a_thousand_violations_fit_the_trailer(client: Client) -> None:
     with pytest.raises(RudderError) as caught:
         client.complete([10**6] * 1000)
     assert len(caught.value.violations) == 16
@@ -181,13 +181,13 @@ def test_refusals_are_counted_by_reason(client: Client, server: Running) -> None
     assert server.metric("rudder_requests_total", **labels) == before + 1
 
 
-def test_a_salt_keeps_caches_apart(client: Client) -> None:
+def test_cache_salts_and_programs_separate_the_prefix_cache(client: Client) -> None:
     prompt = (
         "The cells of the body are made of many kinds of proteins and of water and of many other small molecules. " * 12
     )
 
-    def cached(**given: Any) -> int:
-        usage = client.complete(prompt, max_tokens=1, **given).choices[0].usage
+    def cached(**arguments: Any) -> int:
+        usage = client.complete(prompt, max_tokens=1, **arguments).choices[0].usage
         assert usage is not None
         return usage.cached_tokens
 
@@ -199,7 +199,7 @@ def test_a_salt_keeps_caches_apart(client: Client) -> None:
     assert cached(cache_salt="one", steer=program) > 0
 
 
-def test_generate_refuses_before_it_says_anything(client: Client) -> None:
+def test_generate_refuses_before_its_first_message(client: Client) -> None:
     stub = inference_pb2_grpc.InferenceServiceStub(client.channel)
     call = stub.Generate(generate_request("x", "no such program", None, "", 0, {}))
     with pytest.raises(grpc.RpcError):

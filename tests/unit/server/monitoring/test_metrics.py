@@ -1,23 +1,60 @@
-"""What is counted here and not by the metrics library says the same as the library would."""
+"""Collectors of our own export what the Prometheus library would; series are read safely from another thread."""
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from rudder.server.monitoring import metrics
 
 
 def series(text: bytes) -> list[str]:
-    """The lines that carry values, without when the series began."""
+    """Lines that carry values, without the times at which series were created."""
     return [line for line in text.decode().splitlines() if not line.startswith("#") and "_created" not in line]
 
 
-def test_many_at_once_is_one_after_the_other() -> None:
+def test_bulk_histogram_equals_the_library_s_histogram() -> None:
     ours, theirs = CollectorRegistry(), CollectorRegistry()
     bounds = (0.0005, 0.25, 1, 60)
-    many = metrics.ManyAtOnce("gap_seconds", "Time between.", bounds, ours)
+    bulk = metrics.BulkHistogram("gap_seconds", "Time between.", bounds, ours)
     single = Histogram("gap_seconds", "Time between.", buckets=bounds, registry=theirs)
     assert series(generate_latest(ours)) == series(generate_latest(theirs))
     for value, times in ((0.0005, 3), (0.25, 1), (0.26, 4), (0.0, 2), (61.0, 5), (2.0, 0)):
-        many.observe(value, times)
+        bulk.observe(value, times)
         for _ in range(times):
             single.observe(value)
     assert sorted(series(generate_latest(ours))) == sorted(series(generate_latest(theirs)))
+
+
+def exported(registry: CollectorRegistry, name: str) -> list[str]:
+    """Lines of one series."""
+    return [line for line in series(generate_latest(registry)) if line.startswith(name)]
+
+
+def test_bank_and_pinned_features_are_exported() -> None:
+    registry = CollectorRegistry()
+    created = metrics.Metrics.create(registry)
+    assert exported(registry, "rudder_bank") == []
+    created.watch_admission(lambda: metrics.BankUsage([metrics.SiteUsage("layers.1.resid_post", 2, 6)], 1, 3, 4, 5))
+    created.pin([metrics.PinnedFeature("b", "layers.1.resid_post", 7, "a\nlabel" + "x" * 100)], [1])
+    for totals in ([2.0, 5.0, 3.5, 2.5], [1.0, 4.0, 1.5, 1.5]):
+        created.feature_totals(np.array([[9.0] * 4, totals]))
+    assert exported(registry, "rudder_bank_rows") == [
+        'rudder_bank_rows{site="layers.1.resid_post",state="used"} 2.0',
+        'rudder_bank_rows{site="layers.1.resid_post",state="free"} 6.0',
+    ]
+    assert exported(registry, "rudder_bank_slots")[0] == 'rudder_bank_slots{state="used"} 1.0'
+    assert exported(registry, "rudder_inflight") == ["rudder_inflight_choices 4.0"]
+    assert exported(registry, "rudder_queue") == ["rudder_queue_requests 5.0"]
+    labels = 'bundle="b",feature="7",site="layers.1.resid_post"'
+    for name, value in (("active_tokens_total", 3), ("tokens_total", 9), ("activation_sum_total", 5)):
+        assert exported(registry, f"rudder_feature_{name}") == [f"rudder_feature_{name}{{{labels}}} {value}.0"]
+    assert exported(registry, "rudder_feature_activation_max") == [f"rudder_feature_activation_max{{{labels}}} 2.5"]
+    (info,) = exported(registry, "rudder_feature_info")
+    assert f'label="a label{"x" * 73}"' in info
+
+
+def test_two_servers_metrics_share_nothing() -> None:
+    first, second = CollectorRegistry(), CollectorRegistry()
+    metrics.Metrics.create(first).stream_message(3)
+    metrics.Metrics.create(second)
+    assert exported(first, "rudder_stream_tokens_total") == ["rudder_stream_tokens_total 3.0"]
+    assert exported(second, "rudder_stream_tokens_total") == ["rudder_stream_tokens_total 0.0"]

@@ -1,4 +1,4 @@
-"""The layout of the bank and its part in the compile-cache key."""
+"""The bank's shape, and the key it gives to the engine's compile cache."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from rudder.server.program.layout import Layout
 
 
-def test_sites_are_sorted_in_forward_order() -> None:
+def test_sites_stand_in_the_order_of_the_forward_pass() -> None:
     names = (
         "layers.10.resid_pre",
         "layers.2.resid_post",
@@ -32,7 +32,7 @@ def test_sites_are_sorted_in_forward_order() -> None:
         ({"sequence_sites": ("layers.1.resid_post",)}, "sequence_sites"),
     ],
 )
-def test_invalid_field_is_named(fields: dict[str, object], name: str) -> None:
+def test_refusals_name_the_field(fields: dict[str, object], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: "):
         Layout(**({"sites": ("layers.0.resid_post",)} | fields))  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""The table of limits: at the limit, one above, absurd; and no field of the contract without a row."""
+"""The table of limits: at the limit, one above, absurd values; and no field of the contract without a limit."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +28,7 @@ REQUESTS = (
 
 
 def request_with(path: str, value: object) -> Any:
-    """A request that is otherwise right, with `value` at `path`."""
+    """Return a request that is otherwise valid, with `value` at `path`."""
     top = path.split(".")[0]
     kind = next(kind for kind in REQUESTS if top in kind.DESCRIPTOR.fields_by_name)
     request: Any = kind()
@@ -38,19 +38,19 @@ def request_with(path: str, value: object) -> Any:
     target = request
     for name in parents:
         target = getattr(target, name)
-    place = getattr(target, last)
-    if isinstance(place, str | int | float):
+    current = getattr(target, last)
+    if isinstance(current, str | int | float):
         setattr(target, last, value)
-    elif hasattr(place, "update"):
-        place.update(value)
+    elif hasattr(current, "update"):
+        current.update(value)
     else:
-        place.extend(value)
+        current.extend(value)
     return request
 
 
-def sized(row: Bound, size: int) -> object:
-    """A value of `size`: a number, or a text, list or map of that length."""
-    match row.field:
+def value_of_size(bound: Bound, size: int) -> object:
+    """Return a value of `size`: the number, or a text, list or map of that length."""
+    match bound.field:
         case "prompt.text" | "cache_salt" | "query":
             return "x" * size
         case "prompt.token_ids.ids" | "sampling.stop_token_ids":
@@ -67,7 +67,7 @@ def sized(row: Bound, size: int) -> object:
 
 
 def violations(request: Any) -> list[str]:
-    """Fields that the table refuses."""
+    """Return the fields that the table refuses."""
     try:
         limits.check(request, BOUNDED)
     except Refusal as refusal:
@@ -75,19 +75,18 @@ def violations(request: Any) -> list[str]:
     return []
 
 
-def most_of(row: Bound) -> float:
-    return getattr(BOUNDED.limits, row.most) if isinstance(row.most, str) else row.most
+def maximum_of(bound: Bound) -> int:
+    return int(getattr(BOUNDED.limits, bound.maximum) if isinstance(bound.maximum, str) else bound.maximum)
 
 
-@pytest.mark.parametrize("row", BOUNDS, ids=lambda row: row.field)
-def test_at_the_limit_is_taken(row: Bound) -> None:
-    most = most_of(row)
-    assert violations(request_with(row.field, sized(row, int(most)))) == []
+@pytest.mark.parametrize("bound", BOUNDS, ids=lambda bound: bound.field)
+def test_value_at_the_limit_is_accepted(bound: Bound) -> None:
+    assert violations(request_with(bound.field, value_of_size(bound, maximum_of(bound)))) == []
 
 
-@pytest.mark.parametrize("row", BOUNDS, ids=lambda row: row.field)
-def test_one_above_is_refused_by_name(row: Bound) -> None:
-    assert violations(request_with(row.field, sized(row, int(most_of(row)) + 1))) == [row.field]
+@pytest.mark.parametrize("bound", BOUNDS, ids=lambda bound: bound.field)
+def test_value_above_the_limit_is_refused_by_name(bound: Bound) -> None:
+    assert violations(request_with(bound.field, value_of_size(bound, maximum_of(bound) + 1))) == [bound.field]
 
 
 @pytest.mark.parametrize(
@@ -108,11 +107,11 @@ def test_one_above_is_refused_by_name(row: Bound) -> None:
         ("page_size", 2**32 - 1),
     ],
 )
-def test_absurd_numbers(path: str, value: float) -> None:
+def test_absurd_numbers_are_refused(path: str, value: float) -> None:
     assert violations(request_with(path, value)) == [path]
 
 
-def test_lists_that_are_too_long_are_not_looked_through() -> None:
+def test_entries_of_too_long_lists_are_not_checked() -> None:
     assert violations(request_with("prompt.token_ids.ids", [2**32 - 1] * 500_000)) == ["prompt.token_ids.ids"]
 
 
@@ -130,11 +129,11 @@ def test_lists_that_are_too_long_are_not_looked_through() -> None:
         ("prompt.chat.messages", [inference_pb2.ChatMessage(role="u", content="x" * 51)], "prompt.chat.messages[0]"),
     ],
 )
-def test_entries_are_named_by_their_place(path: str, value: object, field: str) -> None:
+def test_invalid_entries_are_named_by_index_or_key(path: str, value: object, field: str) -> None:
     assert violations(request_with(path, value)) == [field]
 
 
-def test_what_no_field_alone_shows() -> None:
+def test_conflicts_between_fields_are_refused() -> None:
     assert violations(inference_pb2.GenerateRequest()) == ["prompt"]
     empty = inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(text="x"), steering=inference_pb2.Steering())
     assert violations(empty) == ["steering"]
@@ -143,7 +142,7 @@ def test_what_no_field_alone_shows() -> None:
     assert violations(request_with("sampling.min_tokens", 2**32 - 1)) == ["sampling.min_tokens"]
 
 
-def test_all_that_is_wrong_is_told_at_once() -> None:
+def test_all_violations_are_reported_at_once() -> None:
     request = request_with("sampling.max_tokens", 0)
     request.sampling.top_p = 3
     request.sampling.stop.append("")
@@ -151,7 +150,7 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
 
 
 def leaves(message: Any, prefix: str = "") -> Iterator[str]:
-    """Every list, text and number of a request, but for those of a program, which the compiler checks."""
+    """Yield every list, text and number of a request, except those of a program, which the compiler checks."""
     for field in message.fields:
         path = f"{prefix}{field.name}"
         entry = field.message_type
@@ -163,36 +162,38 @@ def leaves(message: Any, prefix: str = "") -> Iterator[str]:
 
 
 def test_every_field_of_a_request_is_bounded() -> None:
-    # At most max_tokens; looked up among what is served; given by List itself.
+    # Checked against max_tokens, the served programs, the served bundles, and by list_features.
     elsewhere = {"sampling.min_tokens", "steering.name", "bundle", "page_token"}
-    found = {path for kind in REQUESTS for path in leaves(kind.DESCRIPTOR)} - elsewhere
-    assert found == {row.field for row in BOUNDS}
+    fields = {path for kind in REQUESTS for path in leaves(kind.DESCRIPTOR)} - elsewhere
+    assert fields == {bound.field for bound in BOUNDS}
 
 
-def test_limits_are_the_models_own_where_not_configured() -> None:
-    told = bounds_of(config.Limits(), max_model_len=101, vocab_size=1000).limits
-    assert (told.max_prompt_tokens, told.max_tokens) == (100, 100)
-    told = bounds_of(config.Limits(max_prompt_tokens=10**9, max_tokens=5), max_model_len=101, vocab_size=1000).limits
-    assert (told.max_prompt_tokens, told.max_tokens) == (100, 5)
+def test_limits_default_to_those_of_the_model() -> None:
+    model_limits = bounds_of(config.Limits(), max_model_len=101, vocab_size=1000).limits
+    assert (model_limits.max_prompt_tokens, model_limits.max_tokens) == (100, 100)
+    model_limits = bounds_of(
+        config.Limits(max_prompt_tokens=10**9, max_tokens=5), max_model_len=101, vocab_size=1000
+    ).limits
+    assert (model_limits.max_prompt_tokens, model_limits.max_tokens) == (100, 5)
 
 
-def test_sampling_reaches_the_engine_field_by_field() -> None:
+def test_sampling_fields_are_passed_to_vllm() -> None:
     sampling = inference_pb2.Sampling(
         max_tokens=9, min_tokens=2, temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, presence_penalty=0.5,
         frequency_penalty=0.75, repetition_penalty=1.5, seed=40, stop=["a"], stop_token_ids=[4], ignore_eos=True,
         include_stop=True, logprobs=2, logit_bias={6: 1.5},
     )  # fmt: skip
     params = sampling_of(sampling, choice=2, stream_interval=5)
-    given = {f.name: value for f, value in sampling.ListFields()}
-    for name in set(given) - {"seed", "include_stop", "logit_bias", "stop", "stop_token_ids"}:
-        assert getattr(params, name) == given[name], name
+    values = {f.name: value for f, value in sampling.ListFields()}
+    for name in set(values) - {"seed", "include_stop", "logit_bias", "stop", "stop_token_ids"}:
+        assert getattr(params, name) == values[name], name
     assert (params.seed, params.stop, params.stop_token_ids) == (42, ["a"], [4])
     assert params.include_stop_str_in_output
     assert params.logit_bias == {6: 1.5}
     assert params.stream_interval == 5
 
 
-def test_unset_sampling_is_vllms_default() -> None:
+def test_unset_sampling_is_vllm_s_default() -> None:
     from vllm import SamplingParams
 
     assert sampling_of(inference_pb2.Sampling(), 0, 0) == SamplingParams()

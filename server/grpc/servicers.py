@@ -1,0 +1,88 @@
+"""The contract's services: each method hands its request to the service, and a stream's messages to gRPC."""
+
+import asyncio
+
+from google.protobuf.message import Message
+
+from rudder.server import config
+from rudder.server.grpc.interceptors import RECORD
+from rudder.server.grpc.status import Context
+from rudder.server.service import catalogue, inference, model
+from rudder.server.service.errors import Refusal
+from rudder.server.service.serving import Serving
+from rudder.v1 import catalogue_pb2, catalogue_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Generation, as a stream or whole, and the features of a text."""
+
+    def __init__(self, serving: Serving) -> None:
+        self.serving = serving
+
+    async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
+        """Write deltas as they come."""
+
+        async def write(message: inference_pb2.GenerateResponse) -> None:
+            await send(context, message, self.serving.config.limits)
+
+        await inference.generate(self.serving, RECORD.get(), request, write)
+
+    async def Complete(self, request: inference_pb2.CompleteRequest, _: Context) -> inference_pb2.CompleteResponse:
+        """Return all choices in one message."""
+        return await inference.complete(self.serving, RECORD.get(), request)
+
+    async def Inspect(self, request: inference_pb2.InspectRequest, _: Context) -> inference_pb2.InspectResponse:
+        """Return the features of each prompt token."""
+        return await inference.inspect(self.serving, RECORD.get(), request)
+
+
+class FeatureServicer(catalogue_pb2_grpc.FeatureServiceServicer):
+    """The catalogues of the bundles."""
+
+    def __init__(self, serving: Serving) -> None:
+        self.serving = serving
+
+    async def Get(
+        self, request: catalogue_pb2.FeatureServiceGetRequest, _: Context
+    ) -> catalogue_pb2.FeatureServiceGetResponse:
+        """Return one latent with its contexts."""
+        return await catalogue.get_feature(self.serving, request)
+
+    async def List(
+        self, request: catalogue_pb2.FeatureServiceListRequest, _: Context
+    ) -> catalogue_pb2.FeatureServiceListResponse:
+        """Return a page of latents."""
+        return await catalogue.list_features(self.serving, request)
+
+    async def Search(
+        self, request: catalogue_pb2.FeatureServiceSearchRequest, _: Context
+    ) -> catalogue_pb2.FeatureServiceSearchResponse:
+        """Return latents by the words of their labels, or by what labels mean."""
+        return await catalogue.search_features(self.serving, request)
+
+
+class ModelServicer(catalogue_pb2_grpc.ModelServiceServicer):
+    """What is served, and within which limits."""
+
+    def __init__(self, serving: Serving) -> None:
+        self.serving = serving
+
+    async def Get(self, _: catalogue_pb2.ModelServiceGetRequest, __: Context) -> catalogue_pb2.ModelServiceGetResponse:
+        """Return model, sites, bundles with hashes, and limits."""
+        return model.get_model(self.serving)
+
+    async def ListPrograms(
+        self, _: catalogue_pb2.ListProgramsRequest, __: Context
+    ) -> catalogue_pb2.ListProgramsResponse:
+        """Return the operator's programs."""
+        return model.list_programs(self.serving)
+
+
+async def send(context: Context, message: Message, limits: config.Limits) -> None:
+    """Write one message of a stream. Raises Refusal CLIENT_TOO_SLOW if the client does not take it in time."""
+    try:
+        async with asyncio.timeout(limits.write_timeout_s):
+            await context.write(message)
+    except TimeoutError as error:
+        problem = f"a message lay unread for {limits.write_timeout_s:g} s"
+        raise Refusal("CLIENT_TOO_SLOW", problem) from error

@@ -1,0 +1,53 @@
+"""What surrounds every call at every door: request id, admission to the server, errors, metrics, access log."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from rudder.server.caller import Caller
+from rudder.server.monitoring.traces import Correlation
+from rudder.server.service import record as records
+from rudder.server.service.errors import Refusal, refusal_of
+from rudder.server.service.record import CallRecord
+from rudder.server.service.serving import Serving
+
+# The client's own timer cancels the call a moment before this process would.
+DEADLINE_SLACK_S = 0.05
+
+
+@asynccontextmanager
+async def begin_call(
+    serving: Serving, method: str, caller: Caller, correlation: Correlation, deadline: float | None = None
+) -> AsyncIterator[CallRecord]:
+    """Surround a call. `method`: `Service.Method`; `deadline`: when the client gives up, by `time.monotonic`.
+
+    Raises Refusal, with the request id in it, for every exception of the call and if the server takes no calls. A
+    cancelled call stays cancelled. In each case the call is counted and logged once.
+    """
+    record = CallRecord(method, caller, correlation)
+    try:
+        require_open(serving)
+        yield record
+        record.end("OK")
+    except (asyncio.CancelledError, GeneratorExit):
+        expired = deadline is not None and time.monotonic() >= deadline - DEADLINE_SLACK_S
+        record.end("DEADLINE_EXCEEDED" if expired else "CANCELLED")
+        raise
+    except Exception as error:
+        refusal = refusal_of(error)
+        refusal.request_id = record.request_id
+        record.end(refusal.reason, refusal)
+        # The log has the cause of an unexpected one.
+        raise refusal from None
+    finally:
+        records.export(record, serving.metrics)
+        records.log(record)
+
+
+def require_open(serving: Serving) -> None:
+    """Refuse a call that cannot end well: the server drains, or its engine has died."""
+    if serving.draining:
+        raise Refusal("DRAINING", "the server is shutting down")
+    if not serving.engine.healthy:
+        raise Refusal("ENGINE_DEAD", "the engine has died")

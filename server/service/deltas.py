@@ -1,0 +1,74 @@
+"""From the engine's outputs to the contract's deltas of a choice."""
+
+from dataclasses import dataclass, field
+
+from rudder.server.engine.call import Call, FinishReason, Output
+from rudder.server.engine.telemetry.hub import Features
+from rudder.server.service import columns
+from rudder.server.service.attestation import attestation_of
+from rudder.server.service.columns import Activations, PoolingState
+from rudder.server.service.prepare import Job
+from rudder.server.service.record import CallRecord, ChoiceRecord
+from rudder.v1 import inference_pb2
+
+FINISH_REASONS: dict[str, inference_pb2.FinishReason] = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: inference_pb2.FINISH_REASON_ABORT,
+    FinishReason.ERROR: inference_pb2.FINISH_REASON_ERROR,
+    FinishReason.REPETITION: inference_pb2.FINISH_REASON_REPETITION,
+    FinishReason.REFUSED: inference_pb2.FINISH_REASON_REFUSED,
+}
+
+
+@dataclass
+class Choice:
+    """State of one choice between its outputs. `bos`: position 0 holds the BOS token, which is not pooled."""
+
+    index: int
+    call: Call
+    bos: bool
+    record: ChoiceRecord
+    pooling: PoolingState = field(default_factory=PoolingState)
+
+
+def delta_of(job: Job, choice: Choice, output: Output) -> inference_pb2.ChoiceDelta:
+    """Convert an engine output to a ChoiceDelta, without what `finish` adds to the last one."""
+    delta = inference_pb2.ChoiceDelta(
+        index=choice.index,
+        text=output.text,
+        token_ids=output.token_ids,
+        logprobs=columns.logprobs(output.logprobs, choice.call.sampling.logprobs or 0),
+    )
+    if len(output.features.activations):
+        activations = columns.activations_of(output.features, job.features)
+        if job.report.pooled:
+            choice.pooling.add(*without_bos(activations, output.features, choice.bos))
+        if not job.report.no_tokens and len(activations.positions):
+            delta.activations.CopyFrom(columns.feature_columns(activations))
+    return delta
+
+
+def without_bos(activations: Activations, features: Features, bos: bool) -> tuple[Activations, int]:
+    """Return the activations to pool, and the number of tokens that they are of."""
+    tokens = len(features.activations)
+    if not bos or features.first > 0:
+        return activations, tokens
+    after = activations.positions > 0
+    positions, numbers, values = activations
+    return Activations(positions[after], numbers[after], values[after]), tokens - 1
+
+
+def finish(
+    delta: inference_pb2.ChoiceDelta, job: Job, choice: Choice, call: CallRecord, stop_reason: object, epoch: str
+) -> None:
+    """Add to the last delta of a choice how it ended: finish reason, pooled features, usage, attestation."""
+    record = choice.record
+    delta.finish_reason = FINISH_REASONS[record.finish_reason]
+    delta.stop_reason = "" if stop_reason is None else str(stop_reason)
+    if job.report.pooled:
+        delta.pooled.extend(choice.pooling.features(job.features.watched))
+    delta.usage.prompt_tokens = call.prompt_tokens
+    delta.usage.generated_tokens = record.generated_tokens
+    delta.usage.cached_tokens = record.cached_tokens
+    delta.attestation.CopyFrom(attestation_of(call, record, epoch))

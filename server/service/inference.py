@@ -1,0 +1,63 @@
+"""The methods of InferenceService: generation, as a stream or whole, and the features of a text."""
+
+from collections.abc import Awaitable, Callable
+
+from rudder.server.service.prepare import prepare
+from rudder.server.service.prompt import token_texts
+from rudder.server.service.record import CallRecord
+from rudder.server.service.run import run, run_whole
+from rudder.server.service.serving import Serving, require_sendable
+from rudder.v1 import inference_pb2
+
+Send = Callable[[inference_pb2.GenerateResponse], Awaitable[None]]
+
+
+async def generate(serving: Serving, record: CallRecord, request: inference_pb2.GenerateRequest, send: Send) -> None:
+    """Send deltas as they come; nothing before the first token, so that a client can retry elsewhere until then."""
+    job = await prepare(serving, record.caller, request)
+    request_id = record.request_id
+
+    async def emit(delta: inference_pb2.ChoiceDelta) -> None:
+        nonlocal request_id
+        message = inference_pb2.GenerateResponse(request_id=request_id, features=job.features.take(), choices=[delta])
+        request_id = ""
+        await send(message)
+
+    await run(serving, job, record, emit)
+
+
+async def complete(
+    serving: Serving, record: CallRecord, request: inference_pb2.CompleteRequest
+) -> inference_pb2.CompleteResponse:
+    """Return the same choices in one message."""
+    job = await prepare(serving, record.caller, request)
+    choices = await run_whole(serving, job, record)
+    response = inference_pb2.CompleteResponse(
+        request_id=record.request_id, features=job.features.take(), choices=map(choice_of, choices)
+    )
+    return require_sendable(response, serving.config.limits)
+
+
+async def inspect(
+    serving: Serving, record: CallRecord, request: inference_pb2.InspectRequest
+) -> inference_pb2.InspectResponse:
+    """Return the features of each prompt token. One token is generated, so that the engine reads the whole prompt."""
+    job = await prepare(serving, record.caller, request)
+    (choice,) = await run_whole(serving, job, record)
+    ids = job.calls[0].prompt_ids
+    tokenizer = serving.engine.tokenizer
+    response = inference_pb2.InspectResponse(
+        request_id=record.request_id,
+        features=job.features.take(),
+        token_ids=ids,
+        token_texts=await serving.in_tokenizer_thread(lambda: token_texts(ids, tokenizer)),
+        activations=choice.activations,
+        pooled=choice.pooled,
+        attestation=choice.attestation,
+    )
+    return require_sendable(response, serving.config.limits)
+
+
+def choice_of(delta: inference_pb2.ChoiceDelta) -> inference_pb2.Choice:
+    """Convert a whole delta to a Choice, which has the same fields by the same numbers."""
+    return inference_pb2.Choice.FromString(delta.SerializeToString())

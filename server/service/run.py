@@ -1,0 +1,83 @@
+"""From a job to its deltas: all choices at once, at the pace of all streams."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+
+from rudder.server.engine.call import Outcome
+from rudder.server.service.deltas import Choice, delta_of, finish
+from rudder.server.service.pace import Stream
+from rudder.server.service.prepare import Job
+from rudder.server.service.record import CallRecord, ChoiceRecord
+from rudder.server.service.serving import Serving
+from rudder.v1 import inference_pb2
+
+Emit = Callable[[inference_pb2.ChoiceDelta], Awaitable[None]]
+
+
+async def run(serving: Serving, job: Job, record: CallRecord, emit: Emit) -> None:
+    """Run all choices of a job at once. Each delta goes to `emit`, one at a time."""
+    record.program_digest, record.policy_digest = job.program_digest, job.policy_digest
+    record.prompt_tokens = len(job.calls[0].prompt_ids)
+    record.choices = [ChoiceRecord() for _ in job.calls]
+    emitting = asyncio.Lock()
+
+    async def emit_alone(delta: inference_pb2.ChoiceDelta) -> None:
+        async with emitting:
+            await emit(delta)
+
+    async with asyncio.TaskGroup() as tasks:
+        for index, (call, choice_record) in enumerate(zip(job.calls, record.choices, strict=True)):
+            bos = call.prompt_ids[0] == serving.engine.model.bos_token_id
+            choice = Choice(index, call, bos, choice_record)
+            tasks.create_task(run_choice(serving, job, record, choice, emit_alone))
+
+
+async def run_choice(serving: Serving, job: Job, record: CallRecord, choice: Choice, emit: Emit) -> None:
+    """Run one choice, and record how far it came in whatever way it ends."""
+    stream = Stream(serving.pace, choice.call.sampling.max_tokens or 0)
+
+    def end(outcome: Outcome) -> None:
+        choice.record.end(outcome, choice.call.compiled, job.policy)
+
+    serving.pace.streams += 1
+    try:
+        # Closing the iterator aborts the request in the engine.
+        async with aclosing(serving.engine.stream(choice.call, on_abandoned=end)) as outputs:
+            async for output in outputs:
+                choice.record.generated_tokens += len(output.token_ids)
+                delta = delta_of(job, choice, output)
+                if output.outcome:
+                    end(output.outcome)
+                    finish(delta, job, choice, record, output.outcome.stop_reason, serving.engine.epoch)
+                await emit(delta)
+                observe_message(serving, record, stream, len(output.token_ids))
+                await stream.wait_for_turn()
+    finally:
+        serving.pace.streams -= 1
+
+
+def observe_message(serving: Serving, record: CallRecord, stream: Stream, tokens: int) -> None:
+    """Count a message that was sent, and the time that its tokens took."""
+    first = not stream.messages
+    stream.sent(tokens)
+    serving.metrics.stream_message(tokens)
+    if first:
+        serving.metrics.first_token(stream.seconds_per_token * max(tokens, 1))
+        record.first_token_s = record.first_token_s or record.elapsed_s
+    else:
+        serving.metrics.inter_token(stream.seconds_per_token, tokens)
+
+
+async def run_whole(serving: Serving, job: Job, record: CallRecord) -> list[inference_pb2.ChoiceDelta]:
+    """Run a job and return the deltas of each choice merged into one."""
+    wholes = [inference_pb2.ChoiceDelta(index=i) for i in range(len(job.calls))]
+
+    async def merge(delta: inference_pb2.ChoiceDelta) -> None:
+        whole = wholes[delta.index]
+        text = whole.text + delta.text
+        whole.MergeFrom(delta)
+        whole.text = text
+
+    await run(serving, job, record, merge)
+    return wholes

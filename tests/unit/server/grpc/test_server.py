@@ -1,0 +1,176 @@
+"""The gRPC door over a scripted engine: metadata in, trailers and statuses out, two doors in one process."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry
+
+from rudder.server import config
+from rudder.server.config import ConfigError
+from rudder.server.engine.call import Call, FinishReason, Outcome, Output
+from rudder.server.engine.telemetry.hub import no_features
+from rudder.server.grpc.server import GrpcDoor
+from rudder.server.monitoring.metrics import Metrics
+from rudder.server.service.serving import Serving
+from rudder.v1 import inference_pb2, inference_pb2_grpc
+from rudder_client.errors import error_of
+
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+HEADERS = (("x-request-id", "order-7"), ("traceparent", f"00-{TRACE_ID}-00f067aa0ba902b7-01"))
+
+
+class ScriptedEngine:
+    """Generates tokens 1, 2, 3, ... of the text `x`; with `stall_after`, waits for ever after so many tokens."""
+
+    def __init__(self) -> None:
+        self.model = SimpleNamespace(name="m", max_model_len=100, vocab_size=1000, bos_token_id=None)
+        self.bundles: dict[str, Any] = {}
+        self.programs: dict[str, Any] = {}
+        self.policies: dict[str, Any] = {}
+        self.default_policy, self.tokenizer, self.epoch, self.healthy = None, None, "e1", True
+        self.stall_after: int | None = None
+
+    async def stream(self, call: Call, on_abandoned: Callable[[Outcome], None]) -> AsyncIterator[Output]:
+        generated, last = 0, call.sampling.max_tokens or 0
+
+        def outcome(reason: FinishReason) -> Outcome:
+            return Outcome(reason, None, len(call.prompt_ids), generated, 0, (), (), generated, (), 0.5)
+
+        try:
+            while generated < last:
+                if generated == self.stall_after:
+                    await asyncio.Event().wait()
+                generated += 1
+                end = outcome(FinishReason.LENGTH) if generated == last else None
+                position = len(call.prompt_ids) + generated - 1
+                nothing = no_features(0, 0, 0)
+                yield Output("x", [generated], position, None, nothing, nothing, end)
+        finally:
+            if generated < last:
+                on_abandoned(outcome(FinishReason.ABORT))
+
+
+class Fixture:
+    """A scripted engine behind two doors."""
+
+    def __init__(self) -> None:
+        self.engine, self.registry = ScriptedEngine(), CollectorRegistry()
+        loaded = config.load(overrides={"listen.port": "0"})
+        self.serving = Serving.around(self.engine, loaded, Metrics.create(self.registry))  # type: ignore[arg-type]
+        self.doors = [GrpcDoor(self.serving), GrpcDoor(self.serving)]
+        self.channels: list[grpc.aio.Channel] = []
+
+    async def start(self) -> None:
+        self.channels = [grpc.aio.insecure_channel(await door.start()) for door in self.doors]
+
+    async def stop(self) -> None:
+        for channel, door in zip(self.channels, self.doors, strict=True):
+            await channel.close()
+            await door.stop(0)
+
+    def stub(self, door: int = 0) -> Any:
+        return inference_pb2_grpc.InferenceServiceStub(self.channels[door])
+
+    def ended(self, method: str, outcome: str) -> float | None:
+        labels = {"method": f"InferenceService.{method}", "outcome": outcome}
+        return self.registry.get_sample_value("rudder_requests_total", labels)
+
+
+@pytest.fixture
+async def doors(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Fixture]:
+    caplog.set_level(logging.INFO, "rudder")
+    fixture = Fixture()
+    await fixture.start()
+    yield fixture
+    await fixture.stop()
+
+
+def prompt() -> inference_pb2.Prompt:
+    return inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=[5, 6]))
+
+
+def generate(max_tokens: int) -> inference_pb2.GenerateRequest:
+    return inference_pb2.GenerateRequest(prompt=prompt(), sampling=inference_pb2.Sampling(max_tokens=max_tokens))
+
+
+def access_fields(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    return [record.__dict__["fields"] for record in caplog.records if record.name == "rudder.access"]
+
+
+async def test_both_doors_of_a_process_serve(doors: Fixture, caplog: pytest.LogCaptureFixture) -> None:
+    request = inference_pb2.CompleteRequest(prompt=prompt(), sampling=inference_pb2.Sampling(max_tokens=3, n=2))
+    for door in (0, 1):
+        response = await doors.stub(door).Complete(request)
+        assert [list(choice.token_ids) for choice in response.choices] == [[1, 2, 3]] * 2
+        assert [choice.text for choice in response.choices] == ["xxx"] * 2
+    assert doors.ended("Complete", "OK") == 2
+    for line in access_fields(caplog):
+        assert (line["prompt_tokens"], line["generated_tokens"], line["queued_s"]) == (2, 6, 0.5)
+
+
+async def test_stream_carries_identifiers(doors: Fixture, caplog: pytest.LogCaptureFixture) -> None:
+    call = doors.stub().Generate(generate(4), metadata=HEADERS)
+    messages = [message async for message in call]
+    trailers = dict(await call.trailing_metadata())
+    assert [len(message.choices[0].token_ids) for message in messages] == [1] * 4
+    assert [message.request_id for message in messages] == [trailers["rudder-request-id"], "", "", ""]
+    assert trailers["rudder-program-digest"] == ""
+    (line,) = access_fields(caplog)
+    assert (line["correlation_id"], line["trace_id"], line["caller"]) == ("order-7", TRACE_ID, "anonymous")
+    assert line["request_id"] == trailers["rudder-request-id"]
+
+
+async def test_refusal_becomes_a_status_with_details(doors: Fixture) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await doors.stub().Complete(inference_pb2.CompleteRequest())
+    error = error_of(caught.value)
+    assert (error.code, error.reason, error.violations[0].field) == ("INVALID_ARGUMENT", "FIELD_INVALID", "prompt")
+    assert error.metadata["request_id"] == dict(caught.value.trailing_metadata() or ())["rudder-request-id"]
+
+
+@pytest.mark.parametrize(("timeout", "outcome"), [(None, "CANCELLED"), (0.3, "DEADLINE_EXCEEDED")])
+async def test_abandoned_stream_is_recorded_as_far_as_it_came(
+    doors: Fixture, caplog: pytest.LogCaptureFixture, timeout: float | None, outcome: str
+) -> None:
+    doors.engine.stall_after = 2
+    call = doors.stub().Generate(generate(9), timeout=timeout)
+    for _ in range(2):
+        await call.read()
+    if timeout is None:
+        call.cancel()
+    async with asyncio.timeout(5):
+        while not access_fields(caplog):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    (line,) = access_fields(caplog)
+    assert (line["outcome"], line["finish"], line["generated_tokens"]) == (outcome, ["abort"], 2)
+    assert doors.ended("Generate", outcome) == 1
+
+
+async def test_draining_server_refuses_calls_and_says_so(doors: Fixture) -> None:
+    health: Any = health_pb2_grpc.HealthStub(doors.channels[0])
+    request = health_pb2.HealthCheckRequest()
+    assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    await doors.doors[0].set_serving(True)
+    assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+    doors.serving.draining = True
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await doors.stub().Complete(inference_pb2.CompleteRequest(prompt=prompt()))
+    assert error_of(caught.value).reason == "DRAINING"
+
+
+async def test_port_in_use_is_a_configuration_error() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        fixture = Fixture()
+        fixture.doors[0].listen = config.Listen(port=other.getsockname()[1])
+        with pytest.raises(ConfigError, match=r"listen\.port: cannot listen on"):
+            await fixture.doors[0].start()
+        await fixture.doors[0].stop(0)

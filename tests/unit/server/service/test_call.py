@@ -1,0 +1,138 @@
+"""What surrounds a call: request id, refusals, cancellation; one count and one log line, in whatever way it ends."""
+
+import asyncio
+import json
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from rudder.server.caller import ANONYMOUS
+from rudder.server.engine.call import FinishReason, Outcome
+from rudder.server.monitoring.logs import JsonFormatter
+from rudder.server.monitoring.metrics import Metrics
+from rudder.server.monitoring.traces import Correlation
+from rudder.server.service.call import begin_call
+from rudder.server.service.errors import Refusal, invalid
+from rudder.server.service.record import CallRecord, ChoiceRecord
+
+METHOD = "InferenceService.Complete"
+CORRELATION = Correlation("order 7", "4bf92f3577b34da6a3ce929d0e0e4736")
+
+
+class Server:
+    """What `begin_call` reads of a Serving, its registry, and its log."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture, healthy: bool = True, draining: bool = False) -> None:
+        self.registry, self.caplog = CollectorRegistry(), caplog
+        self.serving: Any = SimpleNamespace(
+            engine=SimpleNamespace(healthy=healthy), draining=draining, metrics=Metrics.create(self.registry)
+        )
+
+    def begin(self, deadline: float | None = None) -> Any:
+        return begin_call(self.serving, METHOD, ANONYMOUS, CORRELATION, deadline)
+
+    def counted(self, outcome: str) -> float | None:
+        return self.registry.get_sample_value("rudder_requests_total", {"method": METHOD, "outcome": outcome})
+
+    def log_line(self) -> dict[str, Any]:
+        """The one line of the access log."""
+        (record,) = [record for record in self.caplog.records if record.name == "rudder.access"]
+        values: dict[str, Any] = json.loads(JsonFormatter().format(record))
+        return values
+
+
+@pytest.fixture
+def server(caplog: pytest.LogCaptureFixture) -> Server:
+    caplog.set_level(logging.INFO, "rudder")
+    return Server(caplog)
+
+
+def finished_choice() -> ChoiceRecord:
+    choice = ChoiceRecord()
+    edits = tuple(
+        SimpleNamespace(site="layers.1.mlp_out", row="feature 1 of b", operation=o) for o in ("set 4", "ablate")
+    )
+    program: Any = SimpleNamespace(edits=edits[:1])
+    policy: Any = SimpleNamespace(edits=edits[1:])
+    choice.end(Outcome(FinishReason.STOP, None, 4, 3, 1, (6,), (5,), 6, (), 0.25), program, policy)
+    return choice
+
+
+async def test_successful_call_is_counted_and_logged(server: Server) -> None:
+    async with server.begin() as record:
+        record.program_digest, record.prompt_tokens = "d1", 4
+        record.choices = [finished_choice(), finished_choice()]
+        record.first_token_s = 0.125
+    assert server.counted("OK") == 1
+    line = server.log_line()
+    expected = {
+        "level": "info", "message": "call ended", "request_id": record.request_id, "correlation_id": "order 7",
+        "trace_id": CORRELATION.trace_id, "caller": "anonymous", "method": METHOD, "outcome": "OK", "program": "d1",
+        "prompt_tokens": 4, "generated_tokens": 6, "cached_tokens": 1, "edited_tokens": 22, "finish": ["stop", "stop"],
+        "queued_s": 0.25, "first_token_s": 0.125, "total_s": round(record.total_s, 4),
+    }  # fmt: skip
+    assert expected.items() <= line.items()
+    assert line.keys() - expected.keys() == {"time", "logger", "process"}
+    labels = {"site": "layers.1.mlp_out", "operation": "set", "origin": "request"}
+    assert server.registry.get_sample_value("rudder_edits_applied_tokens_total", labels) == 12
+    labels |= {"operation": "ablate", "origin": "policy"}
+    assert server.registry.get_sample_value("rudder_edits_applied_tokens_total", labels) == 10
+
+
+async def test_refusal_carries_the_request_id_and_logs_fields_without_their_values(server: Server) -> None:
+    with pytest.raises(Refusal) as caught:
+        async with server.begin():
+            raise invalid("sampling.stop[0]", "the client's text")
+    assert server.counted("FIELD_INVALID") == 1
+    line = server.log_line()
+    assert line["request_id"] == caught.value.request_id != ""
+    assert (line["outcome"], line["refused_fields"]) == ("FIELD_INVALID", ["sampling.stop[0]"])
+    assert "the client's text" not in json.dumps(line)
+
+
+async def test_unexpected_exception_becomes_an_internal_error(server: Server) -> None:
+    with pytest.raises(Refusal) as caught:
+        async with server.begin():
+            raise KeyError("x")
+    assert server.counted("INTERNAL") == 1
+    assert server.log_line()["error_id"] == caught.value.error_id != ""
+
+
+@pytest.mark.parametrize(("state", "reason"), [({"draining": True}, "DRAINING"), ({"healthy": False}, "ENGINE_DEAD")])
+async def test_server_that_takes_no_calls_refuses_them(
+    caplog: pytest.LogCaptureFixture, state: dict[str, bool], reason: str
+) -> None:
+    caplog.set_level(logging.INFO, "rudder")
+    server = Server(caplog, **state)
+    with pytest.raises(Refusal) as caught:
+        async with server.begin():
+            pytest.fail("the call ran")
+    assert (caught.value.reason, server.counted(reason)) == (reason, 1)
+    assert server.log_line()["request_id"] == caught.value.request_id
+
+
+@pytest.mark.parametrize(
+    ("deadline", "outcome"), [(None, "CANCELLED"), (float("inf"), "CANCELLED"), (0.0, "DEADLINE_EXCEEDED")]
+)
+async def test_cancelled_call_stays_cancelled_and_counts_its_edits(
+    server: Server, deadline: float | None, outcome: str
+) -> None:
+    async def call() -> None:
+        async with server.begin(deadline) as record:
+            record.choices = [finished_choice()]
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(call())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert server.counted(outcome) == 1
+    assert (server.log_line()["outcome"], server.log_line()["edited_tokens"]) == (outcome, 11)
+
+
+def test_request_ids_differ() -> None:
+    assert len({CallRecord(METHOD, ANONYMOUS, CORRELATION).request_id for _ in range(100)}) == 100

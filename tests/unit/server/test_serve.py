@@ -1,0 +1,125 @@
+"""The engine is stopped in whatever way a server ends."""
+
+import asyncio
+import signal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from rudder.server import config, serve
+from rudder.server.engine import selftest
+
+
+class FakeEngine:
+    """An engine without a model; counts its stops."""
+
+    def __init__(self) -> None:
+        self.model = SimpleNamespace(name="m", sha256="", max_model_len=100, vocab_size=10)
+        self.registry = SimpleNamespace(layout=SimpleNamespace(sites=()))
+        self.bundles: dict[str, Any] = {}
+        self.programs: dict[str, Any] = {}
+        self.policies: dict[str, Any] = {}
+        self.epoch, self.healthy, self.hub = "e", True, SimpleNamespace(lost=None)
+        self.stops = 0
+
+    async def stop(self) -> None:
+        self.stops += 1
+
+
+class FakeDoor:
+    """A door that records what is done to it."""
+
+    name = "fake"
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.events: list[Any] = []
+
+    async def start(self) -> str:
+        if self.error:
+            raise self.error
+        return "nowhere"
+
+    async def set_serving(self, serving: bool) -> None:
+        self.events.append(serving)
+
+    async def stop(self, grace_s: float) -> None:
+        self.events.append(grace_s)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    """`serve` starts this engine, which passes its self-test, and gets SIGTERM at once."""
+    fake = FakeEngine()
+
+    async def start(*_: Any) -> FakeEngine:
+        return fake
+
+    async def passed(_: Any) -> None:
+        pass
+
+    def stop_signals() -> "asyncio.Queue[signal.Signals]":
+        queue: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        queue.put_nowait(signal.SIGTERM)
+        return queue
+
+    monkeypatch.setattr(serve, "start_engine", start)
+    monkeypatch.setattr(selftest, "run", passed)
+    monkeypatch.setattr(serve, "stop_signals", stop_signals)
+    monkeypatch.setattr(serve, "REGISTRY", CollectorRegistry())
+    return fake
+
+
+def configured() -> config.Config:
+    ports = {"listen.port": "0", "listen.metrics_port": "0", "listen.accept_s": "0", "listen.drain_s": "7"}
+    return config.load(overrides=ports)
+
+
+async def run(monkeypatch: pytest.MonkeyPatch, door: FakeDoor) -> int:
+    monkeypatch.setattr(serve, "GrpcDoor", lambda _: door)
+    return await serve.serve(configured())
+
+
+async def test_signal_drains_doors_then_stops_the_engine(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    door = FakeDoor()
+    assert await run(monkeypatch, door) == 0
+    assert door.events[:4] == [True, False, 7, 0]
+    assert engine.stops == 1
+
+
+async def test_dead_engine_ends_the_server_with_status_1(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "stop_signals", asyncio.Queue)
+    engine.healthy = False
+    door = FakeDoor()
+    assert await run(monkeypatch, door) == 1
+    assert door.events[:4] == [False, False, 0, 0]
+    assert engine.stops == 1
+
+
+async def test_failed_self_test_stops_the_engine(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def failed(_: Any) -> None:
+        raise selftest.SelfTestFailed("off by 2")
+
+    monkeypatch.setattr(selftest, "run", failed)
+    with pytest.raises(selftest.SelfTestFailed):
+        await run(monkeypatch, FakeDoor())
+    assert engine.stops == 1
+
+
+async def test_door_that_cannot_start_stops_the_engine(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    door = FakeDoor(OSError("in use"))
+    with pytest.raises(OSError, match="in use"):
+        await run(monkeypatch, door)
+    assert (door.events, engine.stops) == ([0], 1)
+
+
+async def test_failed_drain_stops_the_engine(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def failed(*_: Any) -> None:
+        raise RuntimeError("drain")
+
+    monkeypatch.setattr(serve, "drain", failed)
+    with pytest.raises(RuntimeError, match="drain"):
+        await run(monkeypatch, FakeDoor())
+    assert engine.stops == 1
