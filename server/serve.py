@@ -49,8 +49,12 @@ async def serve(config: Config) -> int:
     The engine is stopped in whatever way this ends.
     """
     with logs.configured(config.logs.format, config.logs.level):
-        async with AsyncExitStack() as stack:
-            died = await run_server(config, stack)
+        try:
+            async with AsyncExitStack() as stack:
+                died = await run_server(config, stack)
+        except Exception as error:
+            logger.error("the server failed", extra=fields(error=f"{type(error).__name__}: {error}"))
+            raise
         logger.info("stopped", extra=fields(reason="engine died" if died else "signal"))
     return int(died)
 

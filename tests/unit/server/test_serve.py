@@ -98,7 +98,9 @@ async def test_dead_engine_ends_the_server_with_status_1(engine: FakeEngine, mon
     assert engine.stops == 1
 
 
-async def test_failed_self_test_stops_the_engine(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_self_test_stops_the_engine(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     async def failed(_: Any) -> None:
         raise selftest.SelfTestFailed("off by 2")
 
@@ -106,6 +108,7 @@ async def test_failed_self_test_stops_the_engine(engine: FakeEngine, monkeypatch
     with pytest.raises(selftest.SelfTestFailed):
         await run(monkeypatch, FakeDoor())
     assert engine.stops == 1
+    assert 'ERROR rudder.server.serve: the server failed error="SelfTestFailed: off by 2"' in capfd.readouterr().err
 
 
 async def test_door_that_cannot_start_stops_the_engine(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,19 @@ async def test_draining_server_refuses_calls_and_says_so(doors: Fixture) -> None
     assert error_of(caught.value).reason == "DRAINING"
 
 
+async def test_second_stop_aborts_calls_within_the_grace_of_the_first(doors: Fixture) -> None:
+    doors.engine.stall_after = 1
+    call = doors.stub().Generate(generate(9))
+    await call.read()
+    first = asyncio.create_task(doors.doors[0].stop(60))
+    await asyncio.sleep(0.1)
+    assert not first.done()
+    async with asyncio.timeout(5):
+        await doors.doors[0].stop(0)
+        await first
+    assert await call.code() is not grpc.StatusCode.OK
+
+
 async def test_port_in_use_is_a_configuration_error() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
