@@ -262,9 +262,9 @@ def test_each_call_has_one_log_line(client: Client, server: Running) -> None:
 
 def test_start_is_logged_with_hashes(client: Client, server: Running) -> None:
     bundle = client.model().bundles[0]
-    assert f"bundle={bundle.name} sha256={bundle.sha256}" in server.log_line("bundle loaded")
+    assert f"bundle={bundle.name} sha256={bundle.sha256}" in server.log_line("serve: bundle loaded ")
     assert f"sites={SITE}" in server.log_line("self-test passed")
-    assert f"grpc={server.address}" in server.log_line("serving")
+    assert f"grpc={server.address}" in server.log_line("serve: serving ")
 
 
 SERVE = """
