@@ -26,7 +26,6 @@ def main(argv: Sequence[str]) -> int:
     add_fields(parser, configuration.Config)
     args, fields = parse_fields(parser, argv)
     config = configuration.load(args.config, fields)
-    logging.basicConfig(level=config.logs.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         return run(config)
     except UserError:

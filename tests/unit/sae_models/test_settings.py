@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from msgspec import Meta
 
@@ -119,6 +120,7 @@ VALUES = st.recursive(
 )
 
 
+@hypothesis_settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(["inner", "kind", "text", "keys", "items", "x"]), VALUES))
 def test_any_tree_converts_or_names_a_field(tree: dict[str, Any]) -> None:
     with suppress(ConfigError):
