@@ -1,6 +1,6 @@
 """Compile a program's gate to the bank's token and sequence conditions.
 
-To add a statistic, add it to `sae_models.edit.STATISTICS` and its check to `checked_parameter`.
+To add a statistic, add it to `sae_models.operations.STATISTICS` and its check to `checked_parameter`.
 """
 
 from typing import Any
