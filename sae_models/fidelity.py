@@ -4,8 +4,9 @@
     FVU = sum ||t - y||^2 / sum ||t - mean(t)||^2          fraction of variance unexplained
 
 y is the SAE's output and t its target: the input itself, or for a transcoder the vectors at the site that it writes.
-Whoever reports FVU or L0 measures them here. (The reconstruction loss of a training step is its squared error relative to
-the variance of a sample, which approximates the FVU of the batch.) All sums are float64 and accumulate over chunks of tokens, so memory is bounded whatever the number of tokens.
+Whoever reports FVU or L0 measures them here. (The reconstruction loss of a training step is its squared error relative
+to the variance of a sample, which approximates the FVU of the batch.) All sums are float64 and accumulate over chunks
+of tokens, so memory is bounded whatever the number of tokens.
 """
 
 from collections.abc import Iterator
