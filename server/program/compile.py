@@ -1,6 +1,6 @@
 """Compile a program message to the numbers of the bank's formula.
 
-To add an edit operation, add it to `sae_models.operations.OPERATIONS`; nothing after that table knows operations by name.
+To add an edit operation, add it to `sae_models.operations.OPERATIONS`: nothing after that table knows their names.
 """
 
 import hashlib
