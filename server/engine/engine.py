@@ -212,11 +212,13 @@ def outcome_before(end: int, call: Call, inbox: Inbox, generated: int, cached: i
     """Build the outcome of an aborted call from its telemetry of positions before `end`."""
     moved = inbox.edited_before(end)
     own = len(call.compiled.edits) if call.compiled else 0
+    rejected = inbox.rejected_before(end)
     return Outcome(
         FinishReason.ABORT, None, len(call.prompt_ids), generated, cached,
         moved=moved[:own], policy_moved=moved[own:],
         tokens_seen=max(0, min(inbox.num_computed_tokens, end) - max(inbox.first, 0)), captures=tuple(inbox.captures),
         queued_s=queued_s,
+        rejected=rejected[:own], policy_rejected=rejected[own:],
     )  # fmt: skip
 
 

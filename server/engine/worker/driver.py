@@ -72,6 +72,7 @@ class Batch:
         self.reports_prompt = np.array([bool(r and r.request.watch_prompt) for r in requests])
         self.captured = np.array([captured_tokens(r) for r in requests], np.int64)
         self.captures = bool(self.captured.any())
+        self.edits = bool(self.slot.any())
         self.gated = any(r.gated for r in requests if r)
         self.in_sequence = [(index, r) for index, r in enumerate(requests) if r and r.in_sequence]
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from rudder.sae_models.sae import SAE
 from rudder.sae_models.sparse.screening import ScreeningDictionary, top_k_latents
-from rudder.server.engine.telemetry.frame import PINNED, Array, Capture, Frame
+from rudder.server.engine.telemetry.frame import PINNED, REJECTED, Array, Capture, Frame
 from rudder.server.engine.worker.bank import SiteBank
-from rudder.server.engine.worker.driver import RequestState, Step
+from rudder.server.engine.worker.driver import Ints, RequestState, Step
+from rudder.server.program import wire
 
 # By (site number, stage): (indices into the buffer, indices into the column), one pair of arrays per request.
 IndexParts = dict[tuple[int, int], list[tuple[Array, Array]]]
@@ -59,6 +60,8 @@ class Reader:
         self.dictionaries: dict[int, Readable] = {}
         self.pinned: dict[int, list[int]] = {}
         self.indices = ColumnIndices((), (), 0, (), 0)
+        # The banks' count of rejections after the last frame.
+        self.rejections = 0
         # The step of the last frame, and how many decode steps it had then.
         self.last_frame: tuple[Step, int] = Step(), -1
 
@@ -85,6 +88,7 @@ class Reader:
             captures=tuple(self.captures(step)),
             pinned=self.totals(step).tobytes(),
             released=packed(released, "<i8"),
+            rejected=self.rejected(step).tobytes(),
         )
 
     def indices_of(self, step: Step) -> ColumnIndices:
@@ -112,6 +116,29 @@ class Reader:
             counts = flags if step.decodes else np.add.reduceat(flags, step.offsets, axis=0, dtype=np.int32)
             column[part.target] = counts.reshape(-1).take(part.index)
         return column
+
+    def rejected(self, step: Step) -> Array:
+        """The column of rejected edits, int64 [edits rejected, len(REJECTED)]."""
+        before, self.rejections = self.rejections, self.count_rejections(step)
+        records: list[Array] = []
+        if self.rejections == before:
+            return np.zeros((0, len(REJECTED)), "<i8")
+        for state, start, offset, length in zip(step.requests, step.starts, step.offsets, step.lengths, strict=True):
+            first = 0
+            for stage, sites in enumerate(state.request.stages if state else ()):
+                for site in sites:
+                    places = edited_places(state, site)
+                    flags = to_host(self.banks[site.site].rejected[stage, offset : offset + length])[:, places]
+                    tokens, edits = flags.nonzero()
+                    handles = np.full_like(tokens, state.handle)
+                    columns = {"handle": handles, "position": start + tokens, "edit": first + edits}
+                    records.append(np.stack([columns[name] for name in REJECTED], 1))
+                    first += len(places)
+        return np.concatenate(records).astype("<i8")
+
+    def count_rejections(self, step: Step) -> int:
+        """The banks' count of rejections; not read where no request of the batch has an edit."""
+        return int(self.banks[0].sequences.rejections) if step.batch.edits else self.rejections
 
     def top(self, step: Step) -> tuple[bytes, bytes]:
         """The columns (latents, values) of the top-k latents of each token, over the whole dictionary.
@@ -199,13 +226,19 @@ def edit_indices(step: Step, places_per_bank: int) -> tuple[tuple[ColumnIndex, .
             continue
         for stage, sites in enumerate(state.request.stages):
             for site in sites:
-                rows = [e.row for e in site.edits] + ([site.blend.row] if site.blend else [])
-                places = state.places(site)
-                index = number * places_per_bank + np.array([places[row] for row in rows], np.int64)
-                target = np.arange(size, size + len(rows))
+                places = edited_places(state, site)
+                index = number * places_per_bank + places
+                target = np.arange(size, size + len(places))
                 parts.setdefault((site.site, stage), []).append((index, target))
-                size += len(rows)
+                size += len(places)
     return joined(parts), size
+
+
+def edited_places(state: RequestState, site: wire.Site) -> Ints:
+    """Row places of a site's edits, then of its blend."""
+    rows = [edit.row for edit in site.edits] + ([site.blend.row] if site.blend else [])
+    places = state.places(site)
+    return np.array([places[row] for row in rows], np.int64)
 
 
 def joined(parts: IndexParts) -> tuple[ColumnIndex, ...]:

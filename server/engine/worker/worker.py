@@ -45,7 +45,7 @@ class SteeringWorker:
         device = self.model_runner.device
         dictionaries = {site: load_dictionary(path, sha256, device) for site, path, sha256 in layout.dictionaries}
         width, tokens = config.model_config.get_hidden_size(), runners.padded_tokens(config)
-        banks = build_banks(layout, width, tokens, device, dictionaries)
+        banks = build_banks(layout, width, tokens, device, dictionaries, config.model_config.dtype)
         for bank in banks:
             attach(bank, layers)
         self.driver, self.reader = Driver(layout, banks), Reader(banks)
@@ -129,12 +129,17 @@ def build_banks(
     max_tokens: int,
     device: torch.device,
     dictionaries: Mapping[str, Mapping[str, SAE]] = MappingProxyType({}),
+    dtype: torch.dtype = torch.float32,
 ) -> list[SiteBank]:
-    """Build the banks of all sites over shared token metadata and state; `dictionaries`: SAEs held whole, by site."""
+    """Build the banks of all sites over shared token metadata and state.
+
+    `dictionaries`: SAEs held whole, by site; `dtype`: of the model.
+    """
     token = torch.zeros(len(TOKEN), max_tokens, dtype=torch.int32, device=device)
     sequences = Sequences(layout, max_tokens, device)
     return [
-        SiteBank(layout, site, width, max_tokens, token, sequences, dictionaries.get(site, {})) for site in layout.sites
+        SiteBank(layout, site, width, max_tokens, token, sequences, dictionaries.get(site, {}), dtype)
+        for site in layout.sites
     ]
 
 
