@@ -39,7 +39,8 @@ def entry_group(entry: Tensor, names: Sequence[str]) -> Tensor:
 
 def norms(x: Tensor) -> Tensor:
     """Return the norm of each token of x [T, d], float64 [T, 1], at least TINY. Squares of float32 do not overflow."""
-    return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64).clamp_min(TINY)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
+    return norm.clamp_min(TINY)
 
 
 def edit(

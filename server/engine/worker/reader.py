@@ -124,17 +124,23 @@ class Reader:
         if self.rejections == before:
             return np.zeros((0, len(REJECTED)), "<i8")
         for state, start, offset, length in zip(step.requests, step.starts, step.offsets, step.lengths, strict=True):
-            first = 0
-            for stage, sites in enumerate(state.request.stages if state else ()):
-                for site in sites:
-                    places = edited_places(state, site)
-                    flags = to_host(self.banks[site.site].rejected[stage, offset : offset + length])[:, places]
-                    tokens, edits = flags.nonzero()
-                    handles = np.full_like(tokens, state.handle)
-                    columns = {"handle": handles, "position": start + tokens, "edit": first + edits}
-                    records.append(np.stack([columns[name] for name in REJECTED], 1))
-                    first += len(places)
+            if state:
+                records += self.rejected_of(state, int(start), slice(offset, offset + length))
         return np.concatenate(records).astype("<i8")
+
+    def rejected_of(self, state: RequestState, start: int, tokens: slice) -> list[Array]:
+        """The records of one request, whose tokens in the batch begin at position `start`."""
+        records, number = [], 0
+        for stage, sites in enumerate(state.request.stages):
+            for site in sites:
+                places = edited_places(state, site)
+                flags = to_host(self.banks[site.site].rejected[stage, tokens])[:, places]
+                token, edit = flags.nonzero()
+                handles = np.full_like(token, state.handle)
+                columns = {"handle": handles, "position": start + token, "edit": number + edit}
+                records.append(np.stack([columns[name] for name in REJECTED], 1))
+                number += len(places)
+        return records
 
     def count_rejections(self, step: Step) -> int:
         """The banks' count of rejections; not read where no request of the batch has an edit."""

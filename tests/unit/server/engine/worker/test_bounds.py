@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from random import Random
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -50,7 +51,7 @@ def vector(rng: Random) -> bytes:
     """A direction whose norm a program may name."""
     values = np.array([rng.gauss(0, 1) for _ in range(WIDTH)])
     norm = rng.choice((1.0, 1e-30, MAX_MAGNITUDE * 0.99, 10.0 ** rng.uniform(-30, 30)))
-    return (values / np.linalg.norm(values) * norm).astype("<f4").tobytes()
+    return bytes((values / np.linalg.norm(values) * norm).astype("<f4"))
 
 
 def row(rng: Random, copy: int) -> wire.Row:
@@ -64,7 +65,7 @@ def edit(rng: Random, number: int) -> wire.Edit:
     """Any operation, unit and condition."""
     value = magnitude(rng)
     above = rng.choice((-inf, 0.0, -1.0, magnitude(rng)))
-    operation: dict[str, float] = rng.choice(
+    operation: dict[str, Any] = rng.choice(
         (
             {"shift": value},
             {"scale": 0.0, "shift": value},
