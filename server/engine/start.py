@@ -173,7 +173,9 @@ def needs_whole_dictionary(bundle: Bundle) -> bool:
 def registry_of(layout: Layout, model: ModelFacts, served: dict[str, Bundle], config: Config) -> Registry:
     """Build what programs are compiled against."""
     dictionaries = {name: dictionary_of(bundle) for name, bundle in served.items()}
-    return Registry(layout, model.hidden_size, dictionaries, max_edits=config.limits.max_edits)
+    return Registry(
+        layout, model.hidden_size, dictionaries, config.limits.max_edits, config.engine.max_num_batched_tokens
+    )
 
 
 def dictionary_of(bundle: Bundle) -> Dictionary:
