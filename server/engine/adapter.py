@@ -8,18 +8,21 @@ from pathlib import Path
 
 import vllm
 from vllm import SamplingParams
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.envs import enable_envs_cache
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.server.config import Config
+from rudder.server.engine.supported import check_supported
 from rudder.server.engine.traced import code_digest
 from rudder.server.program.layout import Layout
 
@@ -36,6 +39,7 @@ __all__ = [
     "enable_envs_cache",
     "engine_args",
     "model_facts",
+    "resolve",
     "start_llm",
 ]
 
@@ -68,9 +72,21 @@ def engine_args(config: Config, layout: Layout) -> AsyncEngineArgs:
     )
 
 
+def resolve(args: AsyncEngineArgs) -> VllmConfig:
+    """Resolve vLLM's arguments to the configuration with which the engine starts."""
+    return args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+
+
 def start_llm(config: Config, layout: Layout) -> AsyncLLM:
-    """Start vLLM. Blocks until the engine process is up."""
-    return AsyncLLM.from_engine_args(engine_args(config, layout))
+    """Start vLLM. Blocks until the engine process is up. Raises ConfigError for a setting that is not supported."""
+    args = engine_args(config, layout)
+    resolved = resolve(args)
+    check_supported(resolved)
+    return AsyncLLM.from_vllm_config(
+        resolved,
+        enable_log_requests=args.enable_log_requests,
+        disable_log_stats=args.disable_log_stats,
+    )
 
 
 @dataclass(frozen=True)

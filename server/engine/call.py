@@ -75,6 +75,9 @@ class Outcome:
     tokens_seen: int
     captures: tuple[Capture, ...]
     queued_s: float = field(default=0.0, compare=False)
+    # Tokens at which each edit of the program, then of the policy, was rejected: x would not have stayed finite.
+    rejected: tuple[int, ...] = ()
+    policy_rejected: tuple[int, ...] = ()
 
 
 class Output(NamedTuple):

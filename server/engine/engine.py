@@ -20,7 +20,7 @@ from rudder.server.monitoring.metrics import Metrics
 from rudder.server.program import wire
 from rudder.server.program.compile import Compiled
 from rudder.server.program.named import NamedProgram
-from rudder.server.program.rows import Registry, ReservedRows, check_capacity
+from rudder.server.program.rows import Registry, ReservedRows, check_capacity, check_capture
 from rudder.server.program.watch import merge_watched
 
 TELEMETRY_TIMEOUT_S = 30.0
@@ -85,7 +85,7 @@ class Engine:
     def compile(self, call: Call) -> tuple[wire.Request, tuple[int, ...]]:
         """Compile a call to its wire form; return it and the column of each row of `call.watch`, then `call.guard`.
 
-        Raises ProgramError if the call needs more rows than a site has places.
+        Raises ProgramError if the call needs more rows than a site has places, or more room for captured residuals.
         """
         layout = self.registry.layout
         if call.policy and layout.stages < 2:
@@ -105,6 +105,7 @@ class Engine:
         )
         field_at_fault = "report.features" if call.watch else "steering"
         check_capacity(request.stages, self.registry, field_at_fault, self.reserved)
+        check_capture(request, self.registry, "report.top_k")
         return request, columns
 
     def require_alive(self) -> None:
@@ -212,11 +213,13 @@ def outcome_before(end: int, call: Call, inbox: Inbox, generated: int, cached: i
     """Build the outcome of an aborted call from its telemetry of positions before `end`."""
     moved = inbox.edited_before(end)
     own = len(call.compiled.edits) if call.compiled else 0
+    rejected = inbox.rejected_before(end)
     return Outcome(
         FinishReason.ABORT, None, len(call.prompt_ids), generated, cached,
         moved=moved[:own], policy_moved=moved[own:],
         tokens_seen=max(0, min(inbox.num_computed_tokens, end) - max(inbox.first, 0)), captures=tuple(inbox.captures),
         queued_s=queued_s,
+        rejected=rejected[:own], policy_rejected=rejected[own:],
     )  # fmt: skip
 
 

@@ -79,11 +79,10 @@ def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], confi
 
 
 async def connect_telemetry(engine: Engine) -> None:
-    """Open the telemetry channel, and have the workers load the bundles. Raises BundleError if they differ."""
+    """Open the telemetry channel. Raises BundleError if the workers loaded other bundles than the server."""
     address = f"{engine.folder.name}/telemetry"
     engine.hub.bind(address)
-    paths = {name: str(bundle.path) for name, bundle in engine.bundles.items()}
-    for loaded in await engine.llm.collective_rpc("rudder_load", args=(paths,)):
+    for loaded in await engine.llm.collective_rpc("rudder_bundles"):
         if loaded != {name: bundle.sha256 for name, bundle in engine.bundles.items()}:
             raise bundles.BundleError("bundles: a worker loaded another bundle than the server")
     await engine.llm.collective_rpc("rudder_connect", args=(address, engine.hub.key))
@@ -158,9 +157,10 @@ def layout_of(config: Config, served: dict[str, Bundle]) -> Layout:
     engine = config.engine
     sites = dict.fromkeys([*(site for bundle in served.values() for site in bundle.manifest.sites), *engine.sites])
     whole = [(b.manifest.site, str(b.path.resolve()), b.sha256) for b in served.values() if needs_whole_dictionary(b)]
+    loaded = [(name, str(bundle.path.resolve()), bundle.sha256) for name, bundle in served.items()]
     return Layout(
         tuple(sites), engine.rows, engine.slots, 2 if config.policies.folder else 1, engine.window,
-        engine.sequence_sites, engine.capture_tokens, tuple(whole),
+        engine.sequence_sites, engine.capture_tokens, tuple(whole), tuple(loaded),
     )  # fmt: skip
 
 
@@ -173,7 +173,9 @@ def needs_whole_dictionary(bundle: Bundle) -> bool:
 def registry_of(layout: Layout, model: ModelFacts, served: dict[str, Bundle], config: Config) -> Registry:
     """Build what programs are compiled against."""
     dictionaries = {name: dictionary_of(bundle) for name, bundle in served.items()}
-    return Registry(layout, model.hidden_size, dictionaries, max_edits=config.limits.max_edits)
+    return Registry(
+        layout, model.hidden_size, dictionaries, config.limits.max_edits, config.engine.max_num_batched_tokens
+    )
 
 
 def dictionary_of(bundle: Bundle) -> Dictionary:

@@ -146,6 +146,7 @@ class Metrics:
     stream_messages: Counter
     stream_tokens: Counter
     edited_tokens: Counter
+    rejected_edits: Counter
     self_test_failures: Counter
     bank: BankCollector
 
@@ -180,6 +181,10 @@ class Metrics:
                 "rudder_edits_applied_tokens", "Tokens that an edit touched.",
                 ["site", "operation", "origin"], registry=registry,
             ),
+            rejected_edits=Counter(
+                "rudder_edits_rejected", "Edits of a token that were rejected, since x would not have stayed finite.",
+                ["site", "origin"], registry=registry,
+            ),
             self_test_failures=Counter(
                 "rudder_selftest_failures", "Self-tests that a site's bank did not pass.", registry=registry
             ),
@@ -211,6 +216,10 @@ class Metrics:
     def edit_applied(self, site: str, operation: str, origin: str, tokens: int) -> None:
         """Count tokens that an edit touched. Its label is the first word of `operation`: the kind, not the numbers."""
         self.edited_tokens.labels(site, operation.split(" ", 1)[0], origin).inc(tokens)
+
+    def edit_rejected(self, site: str, origin: str, tokens: int) -> None:
+        """Count tokens at which an edit was rejected."""
+        self.rejected_edits.labels(site, origin).inc(tokens)
 
     def self_test_failed(self) -> None:
         """Count a failed self-test."""

@@ -43,12 +43,16 @@ class Dictionary:
 
 @dataclass(frozen=True, eq=False)
 class Registry:
-    """The sites and dictionaries that programs can refer to, and the width of the residual stream."""
+    """The sites and dictionaries that programs can refer to, and the width of the residual stream.
+
+    `step_tokens`: most tokens of one step, as the engine is configured.
+    """
 
     layout: Layout
     width: int
     dictionaries: dict[str, Dictionary]
     max_edits: int = 256
+    step_tokens: int = 2**31
 
 
 @dataclass(frozen=True)
@@ -167,3 +171,17 @@ def check_capacity(
         total = len(held) + len(rows - held)
         name = registry.layout.sites[at]
         require(total <= places, field, f"{total} distinct rows at {name}, which has {places} places")
+
+
+def check_capture(request: wire.Request, registry: Registry, field: str) -> None:
+    """Raise ProgramError if a step of the request may have more tokens to capture than the engine has room for.
+
+    All of the prompt may run in one step. Generated tokens come one by one, and what a preempted request computes again
+    is not captured again.
+    """
+    room = registry.layout.capture_tokens
+    if room is None or not request.reads or not (request.watch_prompt or request.capture):
+        return
+    tokens = min(request.prompt_tokens, registry.step_tokens)
+    problem = f"a step may read {tokens} tokens of the prompt, engine.capture_tokens has room for {room}"
+    require(tokens <= room, field, problem)

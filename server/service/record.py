@@ -21,13 +21,14 @@ logger = logging.getLogger("rudder.access")
 
 
 class EditRecord(NamedTuple):
-    """An edit of the request's program or of the policy, and the number of tokens that it touched."""
+    """An edit of the request's program or of the policy, the tokens that it touched, and those that rejected it."""
 
     origin: str
     site: str
     row: str
     operation: str
     tokens_touched: int
+    tokens_rejected: int = 0
 
 
 @dataclass
@@ -51,12 +52,14 @@ class ChoiceRecord:
         self.tokens_seen, self.queued_s = outcome.tokens_seen, outcome.queued_s
         self.finish_reason = outcome.finish_reason
         self.edits = [
-            EditRecord(origin, name.site, name.row, name.operation, touched)
-            for origin, compiled, counts in (
-                ("request", program, outcome.moved),
-                ("policy", policy, outcome.policy_moved),
+            EditRecord(origin, name.site, name.row, name.operation, touched, rejected)
+            for origin, compiled, counts, rejections in (
+                ("request", program, outcome.moved, outcome.rejected),
+                ("policy", policy, outcome.policy_moved, outcome.policy_rejected),
             )
-            for name, touched in zip(compiled.edits if compiled else (), counts, strict=True)
+            for name, touched, rejected in zip(
+                compiled.edits if compiled else (), counts, rejections or (0,) * len(counts), strict=True
+            )
         ]
 
 
@@ -99,6 +102,8 @@ def export(record: CallRecord, metrics: Metrics) -> None:
     metrics.request_ended(record.method, record.outcome, record.total_s)
     for edit in (edit for choice in record.choices for edit in choice.edits):
         metrics.edit_applied(edit.site, edit.operation, edit.origin, edit.tokens_touched)
+        if edit.tokens_rejected:
+            metrics.edit_rejected(edit.site, edit.origin, edit.tokens_rejected)
 
 
 def log(record: CallRecord) -> None:

@@ -11,6 +11,7 @@ import pytest
 from vllm import SamplingParams
 
 from rudder.server.caller import ANONYMOUS
+from rudder.server.engine import selftest
 from rudder.server.engine.admission import QueueFull
 from rudder.server.engine.call import Call, Outcome, Output
 from rudder.server.engine.engine import RELEASE_TIMEOUT_S, Engine
@@ -83,6 +84,35 @@ async def test_unsteered_requests_are_unchanged_by_steered_ones_in_the_batch(eng
     batch = await asyncio.gather(*(run(engine, c) for c in (call, steered, call, steered, call)))
     assert ids(batch[0]) == ids(batch[2]) == ids(batch[4]) == alone
     assert ids(batch[1]) == ids(batch[3]) != alone
+
+
+def overflowing(engine: Engine, strength: float, unit: pb.Unit = pb.UNIT_ABSOLUTE) -> Compiled:
+    """Compile a legal program whose displacement has a square beyond float32."""
+    direction = np.eye(engine.model.hidden_size)[0].tolist()
+    edit = pb.Edit(row=pb.Row(vector=pb.Vector(name="huge", values=direction)), add=strength, unit=unit)
+    return compile_program(pb.Program(sites=[pb.SiteEdits(site=SITE, edits=[edit])]), engine.registry)
+
+
+@pytest.mark.parametrize("unit", [pb.UNIT_ABSOLUTE, pb.UNIT_RESIDUAL_NORM])
+async def test_overflow_does_not_reach_other_requests(engine: Engine, unit: pb.Unit) -> None:
+    """Neither its neighbours in the batch nor those who get its pages of the KV cache; the self-test still passes."""
+
+    def plain(salt: str) -> list[Call]:
+        # A salt of its own, so that no page is shared. Two pages each: all pages of the cache together.
+        return [Call(prompt(engine, 130, n), greedy(12), cache_salt=salt) for n in range(6)]
+
+    name = pb.Unit.Name(unit)
+    alone = [ids(await run(engine, call)) for call in plain(f"alone {name}")]
+    hostile = [Call(prompt(engine, 200, n), greedy(12), overflowing(engine, 9e29 / (1 + n), unit)) for n in range(4)]
+    beside = await asyncio.gather(*(run(engine, call) for call in (*hostile, *plain(f"beside {name}"))))
+    rejected = beside[: len(hostile)]
+    assert [outcome(outputs).moved for outputs in rejected] == [(0,)] * 4
+    assert [outcome(outputs).rejected for outputs in rejected] == [(199 + 11,)] * 4
+    assert [ids(outputs) for outputs in beside[len(hostile) :]] == alone
+    later = await asyncio.gather(*(run(engine, call) for call in plain(f"later {name}")))
+    assert [ids(outputs) for outputs in later] == alone
+    assert all(outcome(outputs).rejected == () for outputs in later)
+    await selftest.run(engine)
 
 
 async def test_program_has_the_same_effect_alone_and_in_a_batch(engine: Engine) -> None:

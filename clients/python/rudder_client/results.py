@@ -66,13 +66,17 @@ class Usage:
 
 @dataclass(frozen=True)
 class EditCount:
-    """Number of tokens that an edit changed. `origin`: `request` or `policy`."""
+    """Number of tokens that an edit changed. `origin`: `request` or `policy`.
+
+    `tokens_rejected`: tokens left unedited, since their residual would not have stayed finite.
+    """
 
     origin: str
     site: str
     row: str
     operation: str
     tokens_touched: int
+    tokens_rejected: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,9 @@ def usage_of(usage: inference_pb2.Usage) -> Usage:
 
 def attestation_of(attestation: inference_pb2.Attestation) -> Attestation:
     """Convert an attestation."""
-    edits = (EditCount(e.origin, e.site, e.row, e.operation, e.tokens_touched) for e in attestation.edits)
+    edits = (
+        EditCount(e.origin, e.site, e.row, e.operation, e.tokens_touched, e.tokens_rejected) for e in attestation.edits
+    )
     return Attestation(
         program_digest=attestation.program_digest,
         policy_digest=attestation.policy_digest,

@@ -15,6 +15,8 @@ MAC_BYTES = 16
 Array = NDArray[Any]
 # Columns of `Frame.pinned`: what a pinned row's activations were over the tokens of a step.
 PINNED = ("active_tokens", "tokens", "sum", "maximum")
+# Columns of `Frame.rejected`: an edit, by its number in the `edited` column of the request, at a token.
+REJECTED = ("handle", "position", "edit")
 
 
 class TelemetryLost(Exception):
@@ -42,6 +44,7 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
     top_values float32, top_latents int32: for each request and each of its top-k sites, [tokens reported, k].
     pinned float64 [pinned rows, len(PINNED)].
     released int64: handles of requests that hold no resources any more.
+    rejected int64 [edits rejected, len(REJECTED)]: edits that would have left the range of finite values.
     """
 
     sequence: int
@@ -56,6 +59,7 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
     captures: tuple[Capture, ...] = ()
     pinned: bytes = b""
     released: bytes = b""
+    rejected: bytes = b""
 
 
 def seal(frame: Frame, key: bytes) -> bytes:

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from rudder.server.engine.telemetry.channel import Receiver
-from rudder.server.engine.telemetry.frame import PINNED, Array, Capture, Frame, TelemetryLost, column
+from rudder.server.engine.telemetry.frame import PINNED, REJECTED, Array, Capture, Frame, TelemetryLost, column
 from rudder.server.program import wire
 
 # Cap on the frames retained per run. A run ends there although its batch goes on, so that frames that every request has
@@ -126,6 +126,8 @@ class Inbox:
     edited: list[tuple[Array, Array]] = field(default_factory=list)
     captures: list[Capture] = field(default_factory=list)
     released: asyncio.Event = field(default_factory=asyncio.Event)
+    # Whether each edit was rejected at each position, [edits, positions]; computed again, it is rejected again.
+    rejected: Array | None = None
 
     def __post_init__(self) -> None:
         stages = self.request.stages
@@ -215,6 +217,20 @@ class Inbox:
         counts = [np.zeros(self.edits, np.int64), *(count[ends <= end].sum(0) for ends, count in edited)]
         return tuple(np.sum(counts, axis=0).tolist())
 
+    def reject(self, positions: Array, edits: Array) -> None:
+        """Note that edits [n], by number, were rejected at positions [n]."""
+        if self.rejected is None:
+            self.rejected = np.zeros((self.edits, self.request.max_tokens), bool)
+        # An asynchronous scheduler may run a token beyond the last one, whose result it discards.
+        within = positions < self.rejected.shape[1]
+        self.rejected[edits[within], positions[within]] = True
+
+    def rejected_before(self, end: int) -> tuple[int, ...]:
+        """Count the tokens at positions before `end` at which each edit was rejected."""
+        if self.rejected is None:
+            return (0,) * self.edits
+        return tuple(self.rejected[:, : max(0, end)].sum(1).tolist())
+
 
 class Hub:
     """The server's end of telemetry: the inboxes of all requests in flight.
@@ -287,9 +303,11 @@ class Hub:
         for capture in frame.captures:
             if inbox := self.inboxes.get(capture.handle):
                 inbox.captures.append(capture)
-        if frame.captures:
+        if frame.rejected:
+            self.note_rejected(column(frame.rejected, "<i8").reshape(-1, len(REJECTED)))
+        if frame.captures or frame.rejected:
             # Residuals are large, and a run may retain its frames for long.
-            frame = msgspec.structs.replace(frame, captures=())
+            frame = msgspec.structs.replace(frame, captures=(), rejected=b"")
         if frame.continues:
             self.extend_run(frame)
         elif frame.handles:
@@ -300,6 +318,13 @@ class Hub:
             if inbox := self.inboxes.pop(handle, None):
                 inbox.released.set()
             self.on_request_finished(handle)
+
+    def note_rejected(self, rejected: Array) -> None:
+        """Give the requests of a frame the edits [n, len(REJECTED)] that were rejected."""
+        handles, positions, edits = rejected.T
+        for handle in np.unique(handles).tolist():
+            if inbox := self.inboxes.get(handle):
+                inbox.reject(positions[handles == handle], edits[handles == handle])
 
     def extend_run(self, frame: Frame) -> None:
         """Append a frame that continues the run, or begin a new run with it where this one is full."""

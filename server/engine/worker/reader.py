@@ -14,9 +14,10 @@ from torch import Tensor
 
 from rudder.sae_models.sae import SAE
 from rudder.sae_models.sparse.screening import ScreeningDictionary, top_k_latents
-from rudder.server.engine.telemetry.frame import PINNED, Array, Capture, Frame
+from rudder.server.engine.telemetry.frame import PINNED, REJECTED, Array, Capture, Frame
 from rudder.server.engine.worker.bank import SiteBank
-from rudder.server.engine.worker.driver import RequestState, Step
+from rudder.server.engine.worker.driver import Ints, RequestState, Step
+from rudder.server.program import wire
 
 # By (site number, stage): (indices into the buffer, indices into the column), one pair of arrays per request.
 IndexParts = dict[tuple[int, int], list[tuple[Array, Array]]]
@@ -59,6 +60,8 @@ class Reader:
         self.dictionaries: dict[int, Readable] = {}
         self.pinned: dict[int, list[int]] = {}
         self.indices = ColumnIndices((), (), 0, (), 0)
+        # The banks' count of rejections after the last frame.
+        self.rejections = 0
         # The step of the last frame, and how many decode steps it had then.
         self.last_frame: tuple[Step, int] = Step(), -1
 
@@ -85,6 +88,7 @@ class Reader:
             captures=tuple(self.captures(step)),
             pinned=self.totals(step).tobytes(),
             released=packed(released, "<i8"),
+            rejected=self.rejected(step).tobytes(),
         )
 
     def indices_of(self, step: Step) -> ColumnIndices:
@@ -113,6 +117,35 @@ class Reader:
             column[part.target] = counts.reshape(-1).take(part.index)
         return column
 
+    def rejected(self, step: Step) -> Array:
+        """The column of rejected edits, int64 [edits rejected, len(REJECTED)]."""
+        before, self.rejections = self.rejections, self.count_rejections(step)
+        records: list[Array] = []
+        if self.rejections == before:
+            return np.zeros((0, len(REJECTED)), "<i8")
+        for state, start, offset, length in zip(step.requests, step.starts, step.offsets, step.lengths, strict=True):
+            if state:
+                records += self.rejected_of(state, int(start), slice(offset, offset + length))
+        return np.concatenate(records).astype("<i8")
+
+    def rejected_of(self, state: RequestState, start: int, tokens: slice) -> list[Array]:
+        """The records of one request, whose tokens in the batch begin at position `start`."""
+        records, number = [], 0
+        for stage, sites in enumerate(state.request.stages):
+            for site in sites:
+                places = edited_places(state, site)
+                flags = to_host(self.banks[site.site].rejected[stage, tokens])[:, places]
+                token, edit = flags.nonzero()
+                handles = np.full_like(token, state.handle)
+                columns = {"handle": handles, "position": start + token, "edit": number + edit}
+                records.append(np.stack([columns[name] for name in REJECTED], 1))
+                number += len(places)
+        return records
+
+    def count_rejections(self, step: Step) -> int:
+        """The banks' count of rejections; not read where no request of the batch has an edit."""
+        return int(self.banks[0].sequences.rejections) if step.batch.edits else self.rejections
+
     def top(self, step: Step) -> tuple[bytes, bytes]:
         """The columns (latents, values) of the top-k latents of each token, over the whole dictionary.
 
@@ -121,34 +154,48 @@ class Reader:
         readers = capturing_requests(step)
         if not readers:
             return b"", b""
-        sites = sorted({site for state, _ in readers for site in state.request.top_k_sites})
-        max_k = max(state.request.top_k for state, _ in readers)
-        captured = slice(1, 1 + int(step.capture.max()))
+        sites = sorted({site for state, *_ in readers for site in state.request.top_k_sites})
+        max_k = max(state.request.top_k for state, *_ in readers)
+        captured = slice(0, 1 + int(step.capture.max()))
         top = {site: self.strongest(self.dictionaries[site], captured, max_k) for site in sites}
         parts = [
-            [values[indices - 1, : state.request.top_k].tobytes() for values in top[site]]
-            for state, indices in readers
+            [values[indices[unreported:], : state.request.top_k].tobytes() for values in top[site]]
+            for state, indices, unreported in readers
             for site in state.request.top_k_sites
         ]
         return b"".join(latents for latents, _ in parts), b"".join(values for _, values in parts)
 
     def strongest(self, dictionary: Readable, captured: slice, k: int) -> tuple[Array, Array]:
-        """(latents, values) [n, k] of the captured tokens; a routed dictionary reads several sites at once."""
+        """(latents, values) [n, k] of the captured tokens; a routed dictionary reads several sites at once.
+
+        Index 0, at which tokens are written that nobody captures, has none; nor has a token that is not finite, of
+        which screening would take every latent for a candidate.
+        """
         residuals = [self.banks[site].before[captured] for site in dictionary.sites]
-        return top_k_latents(dictionary.screen, residuals[0] if len(residuals) == 1 else torch.stack(residuals, -2), k)
+        x = residuals[0] if len(residuals) == 1 else torch.stack(residuals, -2)
+        known = x.isfinite().flatten(1).all(1)
+        known[0] = False
+        latents, values = np.zeros((len(x), k), np.int32), np.zeros((len(x), k), np.float32)
+        if known.any():
+            index = to_host(known)
+            latents[index], values[index] = top_k_latents(dictionary.screen, x[known], k)
+        return latents, values
 
     def captures(self, step: Step) -> list[Capture]:
         """Residuals of the requests that capture them."""
         captures = []
-        for state, indices in capturing_requests(step):
+        for state, indices, _ in capturing_requests(step):
             for site, bank in enumerate(self.banks if state.request.capture else ()):
-                index = torch.from_numpy(indices)
+                index = torch.from_numpy(indices[indices > 0])
                 before, after = (to_host(t[index]).tobytes() for t in (bank.before, bank.after))
                 captures.append(Capture(state.handle, site, before, after))
         return captures
 
     def totals(self, step: Step) -> NDArray[np.float64]:
-        """Totals of the pinned rows over the step [pinned rows, len(PINNED)], without the tokens at position 0."""
+        """Totals of the pinned rows over the step [pinned rows, len(PINNED)].
+
+        Without the tokens at position 0, and those whose residuals are not finite.
+        """
         if not self.pinned:
             return np.zeros((0, len(PINNED)))
         counted = np.ones(step.tokens, bool)
@@ -156,6 +203,8 @@ class Reader:
         parts = []
         for site, places in self.pinned.items():
             f = to_host(self.banks[site].activations[: step.tokens])[:, places][counted]
+            # A sum that is once infinite stays so.
+            f = f[np.isfinite(f).all(1)]
             columns = {
                 "active_tokens": (f > 0).sum(0),
                 "tokens": np.full(len(places), len(f)),
@@ -199,13 +248,19 @@ def edit_indices(step: Step, places_per_bank: int) -> tuple[tuple[ColumnIndex, .
             continue
         for stage, sites in enumerate(state.request.stages):
             for site in sites:
-                rows = [e.row for e in site.edits] + ([site.blend.row] if site.blend else [])
-                places = state.places(site)
-                index = number * places_per_bank + np.array([places[row] for row in rows], np.int64)
-                target = np.arange(size, size + len(rows))
+                places = edited_places(state, site)
+                index = number * places_per_bank + places
+                target = np.arange(size, size + len(places))
                 parts.setdefault((site.site, stage), []).append((index, target))
-                size += len(rows)
+                size += len(places)
     return joined(parts), size
+
+
+def edited_places(state: RequestState, site: wire.Site) -> Ints:
+    """Row places of a site's edits, then of its blend."""
+    rows = [edit.row for edit in site.edits] + ([site.blend.row] if site.blend else [])
+    places = state.places(site)
+    return np.array([places[row] for row in rows], np.int64)
 
 
 def joined(parts: IndexParts) -> tuple[ColumnIndex, ...]:
@@ -220,16 +275,21 @@ def as_slice(target: Array) -> Array | slice:
     return slice(int(target[0]), int(target[-1]) + 1) if consecutive else target
 
 
-def capturing_requests(step: Step) -> list[tuple[RequestState, Array]]:
-    """The requests that read residuals, and the indices of their tokens in the capture buffers."""
-    requests: list[tuple[RequestState, Array]] = []
+def capturing_requests(step: Step) -> list[tuple[RequestState, Array, int]]:
+    """The requests that read residuals, their tokens' indices in the capture buffers, and how many are not reported.
+
+    Index 0: nobody captures the token. Behind the unreported ones, it was captured and reported before its request was
+    preempted, and what is reported now is not read.
+    """
     if not step.batch.captures:
-        return requests
-    for state, offset, length in zip(step.requests, step.offsets, step.lengths, strict=True):
-        if state and state.request.reads:
-            indices = step.capture[offset : offset + length]
-            requests.append((state, indices[indices > 0]))
-    return requests
+        return []
+    return [
+        (state, step.capture[offset : offset + length], int(unreported))
+        for state, offset, length, unreported in zip(
+            step.requests, step.offsets, step.lengths, step.unreported(), strict=True
+        )
+        if state and state.request.reads
+    ]
 
 
 def packed(values: object, dtype: str) -> bytes:

@@ -331,15 +331,17 @@ class Attestation(_message.Message):
     def __init__(self, program_digest: _Optional[str] = ..., policy_digest: _Optional[str] = ..., edits: _Optional[_Iterable[_Union[EditCount, _Mapping]]] = ..., tokens_seen: _Optional[int] = ..., engine_epoch: _Optional[str] = ...) -> None: ...
 
 class EditCount(_message.Message):
-    __slots__ = ("origin", "site", "row", "operation", "tokens_touched")
+    __slots__ = ("origin", "site", "row", "operation", "tokens_touched", "tokens_rejected")
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     ROW_FIELD_NUMBER: _ClassVar[int]
     OPERATION_FIELD_NUMBER: _ClassVar[int]
     TOKENS_TOUCHED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_REJECTED_FIELD_NUMBER: _ClassVar[int]
     origin: str
     site: str
     row: str
     operation: str
     tokens_touched: int
-    def __init__(self, origin: _Optional[str] = ..., site: _Optional[str] = ..., row: _Optional[str] = ..., operation: _Optional[str] = ..., tokens_touched: _Optional[int] = ...) -> None: ...
+    tokens_rejected: int
+    def __init__(self, origin: _Optional[str] = ..., site: _Optional[str] = ..., row: _Optional[str] = ..., operation: _Optional[str] = ..., tokens_touched: _Optional[int] = ..., tokens_rejected: _Optional[int] = ...) -> None: ...

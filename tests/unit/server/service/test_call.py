@@ -14,6 +14,7 @@ from rudder.server.engine.call import FinishReason, Outcome
 from rudder.server.monitoring.logs import JsonFormatter
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.monitoring.traces import Correlation
+from rudder.server.service.attestation import attestation_of
 from rudder.server.service.call import begin_call
 from rudder.server.service.errors import Refusal, invalid
 from rudder.server.service.record import CallRecord, ChoiceRecord
@@ -80,6 +81,20 @@ async def test_successful_call_is_counted_and_logged(server: Server) -> None:
     assert server.registry.get_sample_value("rudder_edits_applied_tokens_total", labels) == 12
     labels |= {"operation": "ablate", "origin": "policy"}
     assert server.registry.get_sample_value("rudder_edits_applied_tokens_total", labels) == 10
+
+
+async def test_rejected_edits_are_counted_and_attested(server: Server) -> None:
+    async with server.begin() as record:
+        choice = finished_choice()
+        edit = SimpleNamespace(site="layers.1.mlp_out", row="r", operation="add 9e29")
+        program: Any = SimpleNamespace(edits=(edit, edit))
+        outcome = Outcome(FinishReason.STOP, None, 4, 3, 1, (0, 2), (), 6, (), 0.25, rejected=(3, 0))
+        choice.end(outcome, program, None)
+        record.choices = [choice]
+    counts = [(e.tokens_touched, e.tokens_rejected) for e in attestation_of(record, choice, "epoch").edits]
+    assert counts == [(0, 3), (2, 0)]
+    labels = {"site": "layers.1.mlp_out", "origin": "request"}
+    assert server.registry.get_sample_value("rudder_edits_rejected_total", labels) == 3
 
 
 async def test_refusal_carries_the_request_id_and_logs_fields_without_their_values(server: Server) -> None:

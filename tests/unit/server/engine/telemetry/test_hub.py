@@ -283,3 +283,15 @@ async def test_a_closed_hub_does_not_keep_the_event_loop_busy(tmp_path: Path, en
         await asyncio.sleep(0.05)
     assert hub.closed
     assert calls == 1
+
+
+def test_rejected_edits_count_once_per_position() -> None:
+    """Tokens that are computed again after a preemption are rejected again; frames of other requests are not read."""
+    hub = Hub(lambda _: None, lambda _: None)
+    site = wire.Site(0, (wire.Row("b", 1),), (wire.Edit(0), wire.Edit(0)))
+    inbox = hub.open(3, wire.Request(4, 9, False, ((site,),)))
+    assert inbox.rejected_before(9) == (0, 0)
+    columns = [(3, 0, 1), (3, 1, 1), (3, 5, 0), (8, 1, 1)], [(3, 1, 1), (3, 2, 1), (3, 9, 0)]
+    for sequence, records in enumerate(columns):
+        hub.take(Frame(sequence, rejected=np.array(records, "<i8").tobytes()))
+    assert [inbox.rejected_before(end) for end in (0, 1, 3, 9, 20)] == [(0, 0), (0, 1), (0, 3), (1, 3), (1, 3)]
