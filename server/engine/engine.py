@@ -79,15 +79,17 @@ class Engine:
             # In place of any output that waits there.
             queue.put(error)
 
-    async def end_of_telemetry(self) -> Exception:
+    async def end_of_telemetry(self) -> TelemetryLost | EngineDeadError:
         """Return why telemetry ended: it is lost, or the engine process has died."""
         for _ in range(DEATH_CHECKS):
             if self.hub.lost:
                 return self.hub.lost
             if self.llm.errored:
-                return EngineDeadError()
+                break
             await asyncio.sleep(DEATH_CHECK_S)
-        return self.hub.lost or self.hub.lose("the worker closed the telemetry channel")
+        else:
+            return self.hub.lost or self.hub.lose("the worker closed the telemetry channel")
+        return EngineDeadError()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a task that is cancelled when the engine stops."""

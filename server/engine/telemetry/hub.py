@@ -421,8 +421,9 @@ class Hub:
                 statistics += inbox.statistics_per_step
                 activations += tokens * inbox.watched
                 top += tokens * sites * k
-                columns = map(slice, begins, (flags, statistics, activations, top))
-                inbox.begin_span(Span(run, start, length, unreported, *columns))
+                ends = flags, statistics, activations, top
+                f, s, a, t = map(slice, begins, ends)
+                inbox.begin_span(Span(run, start, length, unreported, f, s, a, t))
         # A request that has values here but no inbox would shift the spans of all that follow it.
         if (flags, 8 * statistics, 4 * activations, 4 * top) != column_sizes(frame):
             raise TelemetryLost("a telemetry frame with columns of other requests than those that it names")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -121,7 +122,7 @@ def step(batch: dict[int, Running], sequence: int, rng: Random) -> Frame:
         starts.append(running.position)
         lengths.append(length)
         running.position += length
-    columns_joined = {name: b"".join(part) for name, part in parts.items()}
+    columns_joined: Any = {name: b"".join(part) for name, part in parts.items()}
     handles = np.array(list(batch), "<i8").tobytes()
     at, size = (np.array(column, "<i4").tobytes() for column in (starts, lengths))
     return Frame(sequence, False, handles, at, size, **columns_joined)

@@ -1,5 +1,6 @@
 """Token metadata and entries before a step: each token has its entry, and nothing is left of former requests."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from random import Random
@@ -249,7 +250,7 @@ def test_the_frame_counts_tokens_edited_by_each_edit() -> None:
 
 
 GATE_ROW = wire.Row(encoder=np.eye(1, WIDTH, dtype="<f4").tobytes())
-STATISTICS = {
+STATISTICS: dict[str, tuple[wire.Sequence, Callable[[Floats], float]]] = {
     "share": (wire.Sequence(0, binary=0.5, level_rate=0.5), lambda u: float((u > 0.5).sum())),
     "moving average": (
         wire.Sequence(0, decay=0.5, gain=0.5),
