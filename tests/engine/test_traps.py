@@ -162,7 +162,7 @@ async def test_preempted_requests_give_the_same_tokens_and_counts(engine: Engine
 async def test_requests_resumed_from_the_prefix_cache_are_counted_as_if_never_preempted(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 3 blocks of 128 tokens each, 5 requests fill more than the cache: some go on from their own cached blocks."""
+    """11 blocks of 128 tokens: the last request is preempted in its second block, and goes on behind its first one."""
     resumed: list[int] = []
     begin_span = Inbox.begin_span
 
@@ -172,16 +172,21 @@ async def test_requests_resumed_from_the_prefix_cache_are_counted_as_if_never_pr
         begin_span(inbox, span)
 
     monkeypatch.setattr(Inbox, "begin_span", recorded)
-    calls = [Call(prompt(engine, 250, 9 * seed), greedy(130), push(engine, 0.5, seed)) for seed in range(5)]
+    sizes = [(370, 120), (370, 120), (140, 100), (150, 90)]
+    calls = [
+        Call(prompt(engine, tokens, 9 * seed), greedy(generated), push(engine, 0.5, seed))
+        for seed, (tokens, generated) in enumerate(sizes)
+    ]
     alone = [await run(engine, call) for call in calls]
     assert not resumed
     # Not served from what the calls alone have left in the cache.
     together = await asyncio.gather(*(run(engine, replace(call, cache_salt="again")) for call in calls))
-    assert resumed, "nothing was resumed from the prefix cache: this test shows nothing"
+    assert resumed, "nothing was resumed within the prefix cache: this test shows nothing"
     assert [ids(outputs) for outputs in together] == [ids(outputs) for outputs in alone]
-    for outputs in (*alone, *together):
+    for outputs, size in zip((*alone, *together), sizes * 2, strict=True):
         # All tokens but the last one generated; BOS is not edited.
-        assert (outcome(outputs).moved, outcome(outputs).tokens_seen) == ((378,), 379)
+        computed = sum(size) - 1
+        assert (outcome(outputs).moved, outcome(outputs).tokens_seen) == ((computed - 1,), computed)
 
 
 @pytest.mark.parametrize(("phase", "touched"), [(pb.PHASE_PROMPT, 299), (pb.PHASE_GENERATED, 9), (pb.PHASE_BOTH, 308)])
