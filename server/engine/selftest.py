@@ -249,14 +249,16 @@ async def check_chunks(engine: Engine, stage: int) -> None:
     call = replace(short_call(engine), prompt_ids=prompt_of(engine, length), capture=capture)
     number = 1 if length > step else min(2 + step // length, layout.slots)
     for result in await run_together(engine, [with_program(call, compiled, stage)] * number):
-        touched = (result.outcome.moved, result.outcome.policy_moved)[stage]
-        if set(touched) != {length + 1}:
-            raise SelfTestFailed(f"an edit touched {min(touched)} of {length + 1} tokens of a prompt in chunks")
         for part in compiled.sites if capture else ():
             before, after = residuals(result, part.site, width)
             expected = reference(engine, part, before, torch.ones(len(before), dtype=torch.bool))
             check = f"the edit{OF_STAGE[stage]} equals the reference in a prompt in chunks"
             require_close(layout.sites[part.site], check, after, expected, TOLERANCE)
+        touched = (result.outcome.moved, result.outcome.policy_moved)[stage]
+        for name, count in zip(compiled.edits, touched, strict=True):
+            if count != length + 1:
+                problem = f"an edit touched {count} of {length + 1} tokens of a prompt in chunks"
+                raise SelfTestFailed(f"{name.site}: {problem}")
 
 
 async def check_stream(engine: Engine) -> None:

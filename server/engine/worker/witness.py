@@ -67,7 +67,7 @@ class Witness:
         vectors = [v.float().reshape(-1, self.width) for v in values if is_vectors(v, self.width)]
         if not vectors:
             return
-        stream = torch.stack(vectors).sum(0)
+        stream = torch.stack(vectors).sum(0).detach()
         for handle, offset, length in self.batch():
             self.streams.setdefault((handle, boundary), []).append(stream[offset : offset + length].cpu())
 
