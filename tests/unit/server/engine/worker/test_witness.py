@@ -52,7 +52,7 @@ def test_witness_records_the_stream_of_each_request(stale: bool) -> None:
     model, x = Model(stale), torch.randn(5, WIDTH)
     streams = [x]
     for layer in model.layers:
-        streams.append(streams[-1] + layer.branch(streams[-1] / 2))  # type: ignore[operator,union-attr]
+        streams.append(streams[-1] + layer.branch(streams[-1] / 2))  # type: ignore[operator]
     witness = Witness(model.layers, WIDTH, lambda: [(7, 0, 2), (8, 2, 2)])
     witness.attach(model, (0, 1, 2))
     assert model.do_not_compile
