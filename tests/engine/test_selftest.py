@@ -26,7 +26,7 @@ FAULTS = {
     "top-k": r"layers\.2\.resid_post: the top-k latents have these activations",
     "counts": r"layers\.1\.mlp_out: an edit touched 0 of 13 tokens",
     "half of the stream": r"layers\.2\.resid_post: it reads the residual stream of the model",
-    "multiplier": r"layers\.1\.mlp_out: the (edit equals the reference|model goes on with the edited residual stream)",
+    "multiplier": r"layers\.1\.mlp_out: the model goes on with the edited residual stream",
 }
 
 
