@@ -137,7 +137,9 @@ def window_mean(u: Tensor, ring: Tensor, token: Tensor, window: Tensor) -> Tenso
 def sequence_condition(
     f: Tensor, entry: Tensor, token: Tensor, state: Tensor, latched: Tensor, ring: Tensor, steps: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Evaluate each token's sequence condition: (holds, state, alarms, score), [T] each, as they are after the token.
+    """Evaluate each token's sequence condition: (holds, statistic, alarms, score), [T] each, as after the token.
+
+    The statistic is the state from which the next step continues; that of a window is its mean, as its state is unused.
 
     f [T, K] activations, entry [T, len(ENTRY)], token [len(TOKEN), T]; state, latched [slots] and ring [slots, W] as
     they were before this step; `steps` as in `scan`.
@@ -153,4 +155,4 @@ def sequence_condition(
     # The request's alarms up to each token: the running sum of the batch, less the sum before its first token.
     running = alarm.long().cumsum(0)
     alarms = running - (running - alarm.long())[start] + latched[t["slot"]]
-    return torch.where(p["latch"] > 0, alarms > 0, alarm), state, alarms, score
+    return torch.where(p["latch"] > 0, alarms > 0, alarm), statistic, alarms, score

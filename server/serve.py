@@ -24,6 +24,8 @@ from rudder.server.process import stop_signals
 from rudder.server.service.serving import Serving
 
 HEALTH_CHECK_S = 1.0
+# Calls fail by themselves when the engine dies or telemetry is lost: time for their answers to leave.
+FAILED_ANSWERS_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +117,8 @@ async def serve_until_stopped(doors: list[Door], serving: Serving, stop: "asynci
         logger.info("accepting calls until load balancers have noticed", extra=fields(seconds=accept_s))
     await asyncio.wait([second_signal], timeout=accept_s)
     serving.draining = True
-    await drain(doors, listen.drain_s if healthy and not second_signal.done() else 0, second_signal)
+    grace_s = listen.drain_s if healthy else FAILED_ANSWERS_S
+    await drain(doors, 0 if second_signal.done() else grace_s, second_signal)
     for task in (first_signal, second_signal):
         task.cancel()
 

@@ -57,12 +57,25 @@ class FinishReason(StrEnum):
     REFUSED = "refused"
 
 
+class GateOutcome(NamedTuple):
+    """What the worker counted of the gate of one stage, 0 the request's program, 1 the policy.
+
+    `open_tokens`: tokens at which it was open. `statistic`: that of its sequence condition after the last token, which
+    is compared with the condition's `level`; None without one.
+    """
+
+    stage: int
+    open_tokens: int
+    statistic: float | None
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a call ended and what ran, as counted by the worker.
 
-    `moved` and `policy_moved`: tokens touched by each edit of the program and of the policy. `tokens_seen`: tokens that
-    went through the forward pass. `queued_s`: seconds that the call waited for the bank.
+    `moved` and `policy_moved`: tokens touched by each edit of the program and of the policy. `gates`: of those of the
+    two that have a gate. `tokens_seen`: tokens that went through the forward pass; like all others, a token that was
+    computed again after a preemption counts once. `queued_s`: seconds that the call waited for the bank.
     """
 
     finish_reason: FinishReason
@@ -78,6 +91,7 @@ class Outcome:
     # Tokens at which each edit of the program, then of the policy, was rejected: x would not have stayed finite.
     rejected: tuple[int, ...] = ()
     policy_rejected: tuple[int, ...] = ()
+    gates: tuple[GateOutcome, ...] = ()
 
 
 class Output(NamedTuple):

@@ -59,7 +59,8 @@ class Compiled:
     `edits` has the order of the telemetry's `moved` column: for each site its edits, then its blend. `digest` (SHA-256)
     covers the numbers that run, not names, spelling or the order of sites. `in_sequence`: the edits of a token depend
     on earlier tokens. `by_phase`: they depend on where the prompt ends, and so do cached keys and values, which the
-    digest alone cannot separate. `locks`: rows that callers bound by this policy must not edit.
+    digest alone cannot separate. `locks`: rows that callers bound by this policy must not edit. `gate_site`: where the
+    gate is read, empty without one.
     """
 
     sites: tuple[wire.Site, ...]
@@ -68,6 +69,7 @@ class Compiled:
     in_sequence: bool
     by_phase: bool
     locks: LockedRows = NO_LOCKED_ROWS
+    gate_site: str = ""
 
 
 def compile_program(
@@ -95,7 +97,10 @@ def compile_program(
     ordered = tuple(sites[index] for index in sorted(sites))
     check_capacity([ordered], registry, f"{field}.sites")
     by_phase = any(site.phases_differ() for site in ordered)
-    return Compiled(ordered, digest_of(ordered, registry), tuple(names), program.gate.HasField("sequence"), by_phase)
+    return Compiled(
+        ordered, digest_of(ordered, registry), tuple(names), program.gate.HasField("sequence"), by_phase,
+        gate_site=program.gate.site,
+    )  # fmt: skip
 
 
 Parts = dict[int, tuple[program_pb2.SiteEdits, str]]

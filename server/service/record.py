@@ -31,6 +31,20 @@ class EditRecord(NamedTuple):
     tokens_rejected: int = 0
 
 
+class GateRecord(NamedTuple):
+    """The gate of the request's program or of the policy: tokens at which it was open, and the statistic of its
+    sequence condition after the last token, None without one.
+    """
+
+    origin: str
+    site: str
+    open_tokens: int
+    statistic: float | None
+
+
+ORIGINS = ("request", "policy")
+
+
 @dataclass
 class ChoiceRecord:
     """One choice. `finish_reason` is vLLM's: `abort` if the choice is abandoned; empty while it runs or waits.
@@ -45,6 +59,7 @@ class ChoiceRecord:
     queued_s: float | None = None
     finish_reason: str = ""
     edits: Sequence[EditRecord] = ()
+    gates: Sequence[GateRecord] = ()
 
     def end(self, outcome: Outcome, program: Compiled | None, policy: Compiled | None) -> None:
         """Take over the engine's outcome, which is of the tokens so far if the choice is abandoned."""
@@ -60,6 +75,11 @@ class ChoiceRecord:
             for name, touched, rejected in zip(
                 compiled.edits if compiled else (), counts, rejections or (0,) * len(counts), strict=True
             )
+        ]
+        self.gates = [
+            GateRecord(ORIGINS[gate.stage], compiled.gate_site, gate.open_tokens, gate.statistic)
+            for gate in outcome.gates
+            if (compiled := (program, policy)[gate.stage])
         ]
 
 

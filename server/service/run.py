@@ -24,6 +24,8 @@ async def run(serving: Serving, job: Job, record: CallRecord, emit: Emit) -> Non
 
     async def emit_alone(delta: inference_pb2.ChoiceDelta) -> None:
         async with emitting:
+            # What waited here while telemetry was lost does not leave any more.
+            serving.engine.require_alive()
             await emit(delta)
 
     async with asyncio.TaskGroup() as tasks:

@@ -3,7 +3,7 @@
 import pytest
 
 from rudder.v1 import inference_pb2, inference_pb2_grpc
-from rudder_client import Chunk, Client, Feature, Probe, Program, Report, RudderError, Vector
+from rudder_client import Attestation, Chunk, Client, Feature, GateCount, Probe, Program, Report, RudderError, Vector
 from rudder_client.requests import generate_request
 
 pytestmark = pytest.mark.e2e
@@ -53,6 +53,32 @@ def test_edit_that_did_not_run_is_attested_as_zero(client: Client) -> None:
     choice = client.complete(PROMPT, steer=never, max_tokens=5).choices[0]
     assert choice.attestation is not None
     assert [edit.tokens_touched for edit in choice.attestation.edits] == [0]
+
+
+def test_gates_are_attested_with_their_open_tokens_and_statistic(client: Client) -> None:
+    scored = client.inspect(PROMPT, report=Report(top_k=1)).tokens[3].activations[0]
+    feature, half = scored.feature.index, scored.value / 2
+    program = Program().at(SITE).set(feature=(feature + 1) % 512, to=3.0)
+    report = Report(features={SITE: [feature]}, prompt=True)
+
+    def run(steer: Program) -> tuple[dict[int, float], Attestation]:
+        completion = client.complete(PROMPT, steer=steer, report=report, max_tokens=20, temperature=0)
+        (choice,) = completion.choices
+        assert choice.attestation is not None
+        assert choice.attestation.request_id == completion.request_id
+        return {a.position: a.value for a in choice.activations if a.position > 0}, choice.attestation
+
+    values, attestation = run(program.gate(feature, above=half))
+    above = sum(value > half for value in values.values())
+    assert above > 0
+    assert attestation.gates == (GateCount("request", SITE, above, None),)
+    assert attestation.edits[0].tokens_touched == above
+    values, attestation = run(program.gate_sequence(feature, level=0.0, share_above=0.0))
+    (gate,) = attestation.gates
+    assert gate.statistic == pytest.approx(len(values) / (attestation.tokens_seen - 1))
+    assert gate.open_tokens == attestation.edits[0].tokens_touched == attestation.tokens_seen - min(values)
+    _, attestation = run(program)
+    assert attestation.gates == ()
 
 
 def test_vector_of_zero_strength_changes_nothing(client: Client) -> None:

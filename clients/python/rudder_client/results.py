@@ -80,14 +80,32 @@ class EditCount:
 
 
 @dataclass(frozen=True)
+class GateCount:
+    """Number of tokens at which a gate was open. `origin`: `request` or `policy`.
+
+    `statistic`: that of its sequence condition after the last token, in the units of its `level`; None without one.
+    """
+
+    origin: str
+    site: str
+    open_tokens: int
+    statistic: float | None
+
+
+@dataclass(frozen=True)
 class Attestation:
-    """The edits that ran, counted in the engine's worker. `tokens_seen`: tokens that the model computed."""
+    """The edits that ran, counted in the engine's worker. `tokens_seen`: tokens that the model computed.
+
+    `gates`: of the program and of the policy. `request_id`: the call that this was.
+    """
 
     program_digest: str
     policy_digest: str
     edits: tuple[EditCount, ...]
     tokens_seen: int
     engine_epoch: str
+    gates: tuple[GateCount, ...] = ()
+    request_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -200,6 +218,11 @@ def attestation_of(attestation: inference_pb2.Attestation) -> Attestation:
         edits=tuple(edits),
         tokens_seen=attestation.tokens_seen,
         engine_epoch=attestation.engine_epoch,
+        gates=tuple(
+            GateCount(g.origin, g.site, g.open_tokens, g.statistic if g.HasField("statistic") else None)
+            for g in attestation.gates
+        ),
+        request_id=attestation.request_id,
     )
 
 

@@ -39,7 +39,9 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
     continues: the step is the next decode step of the same batch, one more token of each request than in the frame
         before; handles, starts and lengths are left out.
     handles int64 [R], starts int32 [R]: position of the first token, lengths int32 [R]: tokens in this step.
-    edited int32: for each request, tokens that each of its edits and blends edited.
+    flags uint8: for each request, [tokens, edits + gates]: whether each of its edits and blends edited the token, then
+        whether each of its gates was open at it. By token, since tokens may be computed again one by one.
+    statistics float64: for each request, the statistic of each of its gates with a sequence condition, after the step.
     activations float32: for each request that watches rows, [tokens reported, rows].
     top_values float32, top_latents int32: for each request and each of its top-k sites, [tokens reported, k].
     pinned float64 [pinned rows, len(PINNED)].
@@ -52,7 +54,8 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
     handles: bytes = b""
     starts: bytes = b""
     lengths: bytes = b""
-    edited: bytes = b""
+    flags: bytes = b""
+    statistics: bytes = b""
     activations: bytes = b""
     top_values: bytes = b""
     top_latents: bytes = b""

@@ -23,9 +23,16 @@ from rudder.server.program import wire
 IndexParts = dict[tuple[int, int], list[tuple[Array, Array]]]
 
 
+# Site number of the buffer of open gates, which all sites share.
+GATES = -1
+
+
 @dataclass(frozen=True)
 class ColumnIndex:
-    """Where a column's values are: `index` into the flat buffer of a site and stage, to be written at `target`."""
+    """Where a column's values are: `index` into the flat buffer of a site and stage, to be written at `target`.
+
+    Site GATES: the buffer of open gates.
+    """
 
     site: int
     stage: int
@@ -40,8 +47,9 @@ class ColumnIndices:
     key: tuple[object, ...]
     activations: tuple[ColumnIndex, ...]
     activations_size: int
-    edited: tuple[ColumnIndex, ...]
-    edited_size: int
+    flags: tuple[ColumnIndex, ...]
+    flags_size: int
+    statistics: tuple[Array, Array]
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,8 @@ class Reader:
         self.banks = banks
         self.dictionaries: dict[int, Readable] = {}
         self.pinned: dict[int, list[int]] = {}
-        self.indices = ColumnIndices((), (), 0, (), 0)
-        # The banks' count of rejections after the last frame.
+        self.indices = ColumnIndices((), (), 0, (), 0, statistic_indices(Step()))
+        # The count of rejections in the banks after the last frame.
         self.rejections = 0
         # The step of the last frame, and how many decode steps it had then.
         self.last_frame: tuple[Step, int] = Step(), -1
@@ -81,7 +89,8 @@ class Reader:
             handles=b"" if continues else packed(step.batch.handles, "<i8"),
             starts=b"" if continues else packed(step.starts, "<i4"),
             lengths=b"" if continues else packed(step.lengths, "<i4"),
-            edited=self.edited(indices, step).tobytes(),
+            flags=self.flags(indices, step).tobytes(),
+            statistics=self.statistics(indices),
             activations=self.activations(indices, step).tobytes(),
             top_values=top_values,
             top_latents=top_latents,
@@ -97,7 +106,9 @@ class Reader:
         key = (step.batch, None if step.decodes else (step.lengths.tobytes(), step.unreported().tobytes()))
         if key != self.indices.key:
             places = self.banks[0].activations.shape[1]
-            self.indices = ColumnIndices(key, *activation_indices(step, places), *edit_indices(step, places))
+            self.indices = ColumnIndices(
+                key, *activation_indices(step, places), *flag_indices(step, places), statistic_indices(step)
+            )
         return self.indices
 
     def activations(self, indices: ColumnIndices, step: Step) -> Array:
@@ -108,13 +119,13 @@ class Reader:
             column[part.target] = values.reshape(-1).take(part.index)
         return column
 
-    def edited(self, indices: ColumnIndices, step: Step) -> Array:
-        """The column of tokens that each edit edited in this step, int32."""
-        column = np.empty(indices.edited_size, "<i4")
-        for part in indices.edited:
-            flags = to_host(self.banks[part.site].edited[part.stage, : step.tokens])
-            counts = flags if step.decodes else np.add.reduceat(flags, step.offsets, axis=0, dtype=np.int32)
-            column[part.target] = counts.reshape(-1).take(part.index)
+    def flags(self, indices: ColumnIndices, step: Step) -> Array:
+        """The column of edited tokens and open gates, bool."""
+        # Of BOS, at which no gate is evaluated, nothing is written.
+        column = np.zeros(indices.flags_size, bool)
+        for part in indices.flags:
+            buffer = self.banks[0].sequences.is_open if part.site == GATES else self.banks[part.site].edited
+            column[part.target] = to_host(buffer[part.stage, : step.tokens]).reshape(-1).take(part.index)
         return column
 
     def rejected(self, step: Step) -> Array:
@@ -145,6 +156,14 @@ class Reader:
     def count_rejections(self, step: Step) -> int:
         """The banks' count of rejections; not read where no request of the batch has an edit."""
         return int(self.banks[0].sequences.rejections) if step.batch.edits else self.rejections
+
+    def statistics(self, indices: ColumnIndices) -> bytes:
+        """The column of sequence conditions' statistics, float64."""
+        stages, tokens = indices.statistics
+        if not len(stages):
+            return b""
+        state = self.banks[0].sequences.token_state
+        return to_host(state[:, : int(tokens.max()) + 1])[stages, tokens].astype("<f8").tobytes()
 
     def top(self, step: Step) -> tuple[bytes, bytes]:
         """The columns (latents, values) of the top-k latents of each token, over the whole dictionary.
@@ -239,21 +258,32 @@ def activation_indices(step: Step, places_per_bank: int) -> tuple[tuple[ColumnIn
     return joined(parts), size
 
 
-def edit_indices(step: Step, places_per_bank: int) -> tuple[tuple[ColumnIndex, ...], int]:
-    """Indices and size of the `edited` column: per request and site, one count for each edit, then the blend's."""
+def flag_indices(step: Step, places_per_bank: int) -> tuple[tuple[ColumnIndex, ...], int]:
+    """Indices and size of the `flags` column: per request, [tokens, edits + gates].
+
+    The edits of each site are followed by its blend; the gates come behind all edits.
+    """
     parts: IndexParts = {}
     size = 0
-    for number, state in enumerate(step.requests):
+    for state, first, start, length in zip(step.requests, step.offsets, step.starts, step.lengths, strict=True):
         if state is None:
             continue
-        for stage, sites in enumerate(state.request.stages):
-            for site in sites:
-                places = edited_places(state, site)
-                index = number * places_per_bank + places
-                target = np.arange(size, size + len(places))
-                parts.setdefault((site.site, stage), []).append((index, target))
-                size += len(places)
-    return joined(parts), size
+        gates = state.request.gates()
+        stages = enumerate(state.request.stages)
+        edited = [(stage, site, edited_places(state, site)) for stage, sites in stages for site in sites]
+        width, before = sum(len(places) for _, _, places in edited) + len(gates), 0
+        tokens = np.arange(length)[:, None]
+        for stage, site, places in edited:
+            index = (first + tokens) * places_per_bank + places
+            target = size + tokens * width + before + np.arange(len(places))
+            parts.setdefault((site.site, stage), []).append((index.reshape(-1), target.reshape(-1)))
+            before += len(places)
+        # No gate is evaluated at BOS.
+        evaluated = np.arange(int(bool(state.request.bos and start == 0)), length)
+        for number, (stage, _) in enumerate(gates, before):
+            parts.setdefault((GATES, stage), []).append((first + evaluated, size + evaluated * width + number))
+        size += length * width
+    return joined(parts), int(size)
 
 
 def edited_places(state: RequestState, site: wire.Site) -> Ints:
@@ -261,6 +291,19 @@ def edited_places(state: RequestState, site: wire.Site) -> Ints:
     rows = [edit.row for edit in site.edits] + ([site.blend.row] if site.blend else [])
     places = state.places(site)
     return np.array([places[row] for row in rows], np.int64)
+
+
+def statistic_indices(step: Step) -> tuple[Array, Array]:
+    """(stages, tokens) of the `statistics` column: each gate with a sequence condition at its request's last token."""
+    pairs = [
+        (stage, last)
+        for state, last in zip(step.requests, step.offsets + step.lengths - 1, strict=True)
+        if state
+        for stage, gate in state.request.gates()
+        if gate.sequence
+    ]
+    stages, tokens = np.array(pairs, np.int64).reshape(-1, 2).T
+    return stages, tokens
 
 
 def joined(parts: IndexParts) -> tuple[ColumnIndex, ...]:

@@ -19,6 +19,7 @@ from rudder.server.engine.worker.bank import Sequences, SiteBank
 from rudder.server.engine.worker.driver import Driver, Step
 from rudder.server.engine.worker.hooks import attach, decoder_layers
 from rudder.server.engine.worker.reader import Readable, Reader
+from rudder.server.engine.worker.witness import Witness
 from rudder.server.program import wire
 from rudder.server.program.layout import Layout
 
@@ -121,6 +122,26 @@ class SteeringWorker:
     def rudder_holds(self, handle: int) -> bool:
         """Whether the worker knows this request."""
         return handle in self.driver.ledger.leases
+
+    def rudder_witness(self, boundaries: tuple[int, ...]) -> dict[tuple[int, int], bytes]:
+        """Record the residual stream in front of these layers from now on, the model running eagerly; with none, stop.
+
+        Returns what was recorded before, by (request handle, layer).
+        """
+        witness, self.witness = getattr(self, "witness", None), None
+        recorded = witness.detach() if witness else {}
+        if boundaries:
+            model, text = self.model_runner.get_model(), self.vllm_config.model_config.hf_text_config
+            layers = decoder_layers(model, text.num_hidden_layers)
+            self.witness = Witness(layers, self.driver.banks[0].width, self.batch_spans)
+            self.witness.attach(model, boundaries)
+        return recorded
+
+    def batch_spans(self) -> list[tuple[int, int, int]]:
+        """(handle, batch index of the first token, tokens) of each request in this step."""
+        step = self.driver.step
+        columns = (step.batch.handles, step.offsets, step.lengths)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def rudder_usage(self) -> dict[str, Any]:
         """Count slots and row places held and requests known: all 0, but for pinned rows, when none is in flight."""

@@ -317,18 +317,34 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Attestation(_message.Message):
-    __slots__ = ("program_digest", "policy_digest", "edits", "tokens_seen", "engine_epoch")
+    __slots__ = ("program_digest", "policy_digest", "edits", "tokens_seen", "engine_epoch", "gates", "request_id")
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     POLICY_DIGEST_FIELD_NUMBER: _ClassVar[int]
     EDITS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_SEEN_FIELD_NUMBER: _ClassVar[int]
     ENGINE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    GATES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     program_digest: str
     policy_digest: str
     edits: _containers.RepeatedCompositeFieldContainer[EditCount]
     tokens_seen: int
     engine_epoch: str
-    def __init__(self, program_digest: _Optional[str] = ..., policy_digest: _Optional[str] = ..., edits: _Optional[_Iterable[_Union[EditCount, _Mapping]]] = ..., tokens_seen: _Optional[int] = ..., engine_epoch: _Optional[str] = ...) -> None: ...
+    gates: _containers.RepeatedCompositeFieldContainer[GateCount]
+    request_id: str
+    def __init__(self, program_digest: _Optional[str] = ..., policy_digest: _Optional[str] = ..., edits: _Optional[_Iterable[_Union[EditCount, _Mapping]]] = ..., tokens_seen: _Optional[int] = ..., engine_epoch: _Optional[str] = ..., gates: _Optional[_Iterable[_Union[GateCount, _Mapping]]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class GateCount(_message.Message):
+    __slots__ = ("origin", "site", "open_tokens", "statistic")
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    OPEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STATISTIC_FIELD_NUMBER: _ClassVar[int]
+    origin: str
+    site: str
+    open_tokens: int
+    statistic: float
+    def __init__(self, origin: _Optional[str] = ..., site: _Optional[str] = ..., open_tokens: _Optional[int] = ..., statistic: _Optional[float] = ...) -> None: ...
 
 class EditCount(_message.Message):
     __slots__ = ("origin", "site", "row", "operation", "tokens_touched", "tokens_rejected")

@@ -37,6 +37,9 @@ class ScriptedEngine:
         self.default_policy, self.tokenizer, self.epoch, self.healthy = None, None, "e1", True
         self.stall_after: int | None = None
 
+    def require_alive(self) -> None:
+        """It never dies."""
+
     async def stream(self, call: Call, on_abandoned: Callable[[Outcome], None]) -> AsyncIterator[Output]:
         generated, last = 0, call.sampling.max_tokens or 0
 

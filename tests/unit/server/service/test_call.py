@@ -10,7 +10,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from rudder.server.caller import ANONYMOUS
-from rudder.server.engine.call import FinishReason, Outcome
+from rudder.server.engine.call import FinishReason, GateOutcome, Outcome
+from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.monitoring.logs import JsonFormatter
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.monitoring.traces import Correlation
@@ -28,9 +29,9 @@ class Server:
 
     def __init__(self, caplog: pytest.LogCaptureFixture, healthy: bool = True, draining: bool = False) -> None:
         self.registry, self.caplog = CollectorRegistry(), caplog
-        self.serving: Any = SimpleNamespace(
-            engine=SimpleNamespace(healthy=healthy), draining=draining, metrics=Metrics.create(self.registry)
-        )
+        engine = SimpleNamespace(healthy=healthy, require_alive=lambda: None)
+        metrics = Metrics.create(self.registry)
+        self.serving: Any = SimpleNamespace(engine=engine, draining=draining, metrics=metrics)
 
     def begin(self, deadline: float | None = None) -> Any:
         return begin_call(self.serving, METHOD, ANONYMOUS, CORRELATION, deadline)
@@ -127,6 +128,33 @@ async def test_server_that_takes_no_calls_refuses_them(
             pytest.fail("the call ran")
     assert (caught.value.reason, server.counted(reason)) == (reason, 1)
     assert server.log_line()["request_id"] == caught.value.request_id
+
+
+def test_record_names_gates_by_the_program_that_has_them() -> None:
+    choice = ChoiceRecord()
+    gates = (GateOutcome(0, 4, 0.5), GateOutcome(1, 0, None))
+    program: Any = SimpleNamespace(edits=(), gate_site="layers.1.mlp_out")
+    policy: Any = SimpleNamespace(edits=(), gate_site="layers.0.resid_pre")
+    choice.end(Outcome(FinishReason.STOP, None, 4, 3, 1, (), (), 6, (), gates=gates), program, policy)
+    call = CallRecord(METHOD, ANONYMOUS, CORRELATION)
+    attestation = attestation_of(call, choice, "epoch")
+    assert [(g.origin, g.site, g.open_tokens) for g in attestation.gates] == [
+        ("request", "layers.1.mlp_out", 4),
+        ("policy", "layers.0.resid_pre", 0),
+    ]
+    assert [g.HasField("statistic") for g in attestation.gates] == [True, False]
+    assert (attestation.gates[0].statistic, attestation.request_id) == (0.5, call.request_id)
+
+
+async def test_call_that_begins_after_a_loss_of_telemetry_is_refused_with_that_reason(server: Server) -> None:
+    def lost() -> None:
+        raise TelemetryLost("a gap")
+
+    server.serving.engine = SimpleNamespace(healthy=False, require_alive=lost)
+    with pytest.raises(Refusal) as caught:
+        async with server.begin():
+            pytest.fail("the call ran")
+    assert (caught.value.reason, server.counted("VERDICT_LOST")) == ("VERDICT_LOST", 1)
 
 
 @pytest.mark.parametrize(
