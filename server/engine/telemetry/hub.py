@@ -278,20 +278,6 @@ class Inbox:
                 return tuple(values[ends <= end][-1].tolist())
         return (0.0,) * self.statistics_per_step
 
-
-async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for an event at most `seconds`; return whether it is set."""
-    waiter = asyncio.ensure_future(event.wait())
-    await asyncio.wait([waiter], timeout=seconds)
-    waiter.cancel()
-    return event.is_set()
-
-
-def without_interval(intervals: list[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int]]:
-    """Cut the positions begin <= p < end out of intervals (begin, end)."""
-    parts = [part for start, stop in intervals for part in ((start, min(stop, begin)), (max(start, end), stop))]
-    return [(start, stop) for start, stop in parts if start < stop]
-
     def reject(self, positions: Array, edits: Array) -> None:
         """Note that edits [n], by number, were rejected at positions [n]."""
         if self.rejected is None:
@@ -305,6 +291,20 @@ def without_interval(intervals: list[tuple[int, int]], begin: int, end: int) -> 
         if self.rejected is None:
             return (0,) * self.edits
         return tuple(self.rejected[:, : max(0, end)].sum(1).tolist())
+
+
+async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event at most `seconds`; return whether it is set."""
+    waiter = asyncio.ensure_future(event.wait())
+    await asyncio.wait([waiter], timeout=seconds)
+    waiter.cancel()
+    return event.is_set()
+
+
+def without_interval(intervals: list[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int]]:
+    """Cut the positions begin <= p < end out of intervals (begin, end)."""
+    parts = [part for start, stop in intervals for part in ((start, min(stop, begin)), (max(start, end), stop))]
+    return [(start, stop) for start, stop in parts if start < stop]
 
 
 def without_positions(parts: list[tuple[int, Array]], begin: int, end: int) -> list[tuple[int, Array]]:
