@@ -1,10 +1,14 @@
 """Processes and ports: stop signals of this process, free ports, a server as a child process."""
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Coroutine
+from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 
@@ -12,6 +16,17 @@ from rudder.server.config import ConfigError
 from rudder_client import Client, RudderError
 
 STARTED_S, STOPPED_S = 600.0, 60.0
+SIGNAL_CHECK_S, CANCEL_S = 0.1, 1.5
+# Exit status of a process that a signal ended, less the signal's number, as shells count it.
+FIRST_SIGNAL_STATUS = 128
+SERVER = """
+import sys
+from rudder.server.engine.parent import end_with_parent
+end_with_parent(int(sys.argv.pop(1)))
+from rudder.server.cli import main
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+T = TypeVar("T")
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -23,6 +38,42 @@ def stop_signals() -> "asyncio.Queue[signal.Signals]":
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
     return signals
+
+
+class Interrupted(Exception):
+    """A signal ended the start of a server, of which a thread may still run. `status`: exit status of the process."""
+
+    def __init__(self, received: signal.Signals) -> None:
+        super().__init__(received.name)
+        self.status = FIRST_SIGNAL_STATUS + received
+
+
+async def until_signal(work: Coroutine[Any, Any, T], signals: "asyncio.Queue[signal.Signals]") -> T:
+    """Run `work`, and cancel it when a signal arrives, which stays in the queue otherwise. Raises Interrupted."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait([task], timeout=SIGNAL_CHECK_S))[0]:
+            if not signals.empty():
+                task.cancel()
+                await asyncio.wait([task], timeout=CANCEL_S)
+                if task.done() and not task.cancelled():
+                    task.exception()
+                raise Interrupted(signals.get_nowait())
+        return await task
+    finally:
+        task.cancel()
+
+
+def leave(status: int) -> NoReturn:
+    """Exit without waiting for threads, which may still start an engine: its process ends with this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def server_command(*arguments: str) -> list[str]:
+    """Return the command of `rudder serve` as a child of this process, which ends with it."""
+    return [sys.executable, "-c", SERVER, str(os.getpid()), *arguments]
 
 
 def free_port() -> int:

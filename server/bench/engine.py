@@ -22,6 +22,7 @@ from rudder.sae_models.settings import ConfigError
 from rudder.server.bench.load import GRPC, Run, sites_of
 from rudder.server.bench.load import Load as Load
 from rudder.server.bench.shapes import SHAPES, write_bundle, write_model
+from rudder.server.engine.parent import Target
 
 
 def run(load: Load, output: Path | None) -> dict[str, Any]:
@@ -136,7 +137,8 @@ class Side:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self.pipe, self.theirs = context.Pipe()
-        self.process = context.Process(target=side_main, args=(name, str(model), str(bundle), load, self.theirs))
+        arguments = (name, str(model), str(bundle), load, self.theirs)
+        self.process = context.Process(target=Target(side_main), args=arguments)
 
     def __enter__(self) -> "Side":
         self.process.start()
@@ -144,10 +146,13 @@ class Side:
         self.receive()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.pipe.send(None)
-        self.process.join(30)
-        self.process.terminate()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.pipe.send(None)
+            self.process.join(30)
+        # Its engine ends with it.
+        self.process.kill()
+        self.process.join()
 
     def measure(self, case: str) -> Run:
         """Run the load once."""

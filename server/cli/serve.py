@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run(config: configuration.Config) -> int:
     """Check the ports, then import vLLM and serve."""
-    from rudder.server.process import require_free
+    from rudder.server.process import FIRST_SIGNAL_STATUS, leave, require_free
 
     require_free(config.listen.host, config.listen.port, "listen.port")
     require_free(config.listen.host, config.listen.metrics_port, "listen.metrics_port")
@@ -47,4 +47,10 @@ def run(config: configuration.Config) -> int:
 
     from rudder.server.serve import serve
 
-    return asyncio.run(serve(config))
+    async def run_then_leave() -> int:
+        status = await serve(config)
+        if status > FIRST_SIGNAL_STATUS:
+            leave(status)
+        return status
+
+    return asyncio.run(run_then_leave())

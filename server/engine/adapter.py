@@ -3,8 +3,12 @@
 Another engine generation changes this file and nothing else in the server process.
 """
 
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import vllm
 from vllm import SamplingParams
@@ -15,11 +19,14 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from rudder.sae_models.bundle import bundle as bundles
+from rudder.sae_models.errors import UserError
 from rudder.server.config import Config
+from rudder.server.engine.parent import Target, text_of
 from rudder.server.engine.traced import code_digest
 from rudder.server.program.layout import Layout
 
@@ -27,15 +34,18 @@ __all__ = [
     "VLLM_VERSION",
     "AsyncLLM",
     "EngineDeadError",
+    "EngineStartError",
     "ModelFacts",
     "RequestOutputCollector",
     "RequestOutputKind",
     "SamplingParams",
     "add_request",
+    "call_workers",
     "convert_ids_list_to_tokens",
     "enable_envs_cache",
     "engine_args",
     "model_facts",
+    "start_engine_process",
     "start_llm",
 ]
 
@@ -68,9 +78,58 @@ def engine_args(config: Config, layout: Layout) -> AsyncEngineArgs:
     )
 
 
+class EngineStartError(UserError):
+    """vLLM refused its configuration, or the engine process could not start with it."""
+
+
 def start_llm(config: Config, layout: Layout) -> AsyncLLM:
-    """Start vLLM. Blocks until the engine process is up."""
-    return AsyncLLM.from_engine_args(engine_args(config, layout))
+    """Start vLLM with the bank. Blocks until the engine process is up. Raises EngineStartError."""
+    return start_engine_process(engine_args(config, layout))
+
+
+def start_engine_process(args: AsyncEngineArgs) -> AsyncLLM:
+    """Start vLLM; its engine process ends with this one. Raises EngineStartError, with the engine process's own error.
+
+    vLLM refuses arguments with a ValueError, and leaves the error of the engine process to its log.
+    """
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    try:
+        with receiver, sender, target_of_engine_process(Target(EngineCoreProc.run_engine_core, sender)):
+            try:
+                return AsyncLLM.from_engine_args(args)
+            except RuntimeError as error:
+                if receiver.poll():
+                    raise EngineStartError(f"the engine did not start: {receiver.recv()}") from error
+                if "Engine core initialization failed" in str(error):
+                    raise EngineStartError(f"the engine did not start: {error}") from error
+                raise
+    except UserError:
+        raise
+    except ValueError as error:
+        raise EngineStartError(f"vLLM: {error}") from error
+
+
+@contextmanager
+def target_of_engine_process(target: Target) -> Iterator[None]:
+    """Let vLLM run `target` in the engine processes that it starts within the context."""
+    function = EngineCoreProc.__dict__["run_engine_core"]
+    EngineCoreProc.run_engine_core = target
+    try:
+        yield
+    finally:
+        EngineCoreProc.run_engine_core = function
+
+
+async def call_workers(llm: AsyncLLM, method: str, *args: Any) -> list[Any]:
+    """Call a method of every worker, as part of the start; return the results by rank. Raises EngineStartError.
+
+    vLLM reports a worker's error as a bare Exception with its text.
+    """
+    try:
+        results: list[Any] = await llm.collective_rpc(method, args=args)
+    except Exception as error:
+        raise EngineStartError(f"the engine did not start: {text_of(error)}") from error
+    return results
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class Engine:
         for task in self.tasks:
             task.cancel()
         self.llm.shutdown()
+        self.folder.cleanup()
 
     def compile(self, call: Call) -> tuple[wire.Request, tuple[int, ...]]:
         """Compile a call to its wire form; return it and the column of each row of `call.watch`, then `call.guard`.

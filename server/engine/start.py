@@ -1,6 +1,9 @@
 """Start an engine from a configuration: everything is checked against the model that vLLM loaded."""
 
 import asyncio
+import multiprocessing
+from collections.abc import Set
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -54,13 +57,23 @@ async def start_engine(config: Config, metrics: Metrics | None = None) -> Engine
 
 async def start_llm(config: Config, layout: Layout) -> AsyncLLM:
     """Start vLLM in a thread, so that health checks and signals are served meanwhile."""
+    others = set(multiprocessing.active_children())
     starting = asyncio.get_running_loop().run_in_executor(None, adapter.start_llm, config, layout)
     try:
         return await asyncio.shield(starting)
     except asyncio.CancelledError:
-        # A thread cannot be cancelled, and the engine process that it starts must not outlive this call.
-        (await starting).shutdown()
+        await abandon(starting, others)
         raise
+
+
+async def abandon(starting: "asyncio.Future[AsyncLLM]", others: Set[BaseProcess]) -> None:
+    """End a start of vLLM: its thread cannot be cancelled, but fails without its process, which is not of `others`."""
+    while not starting.done():
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        await asyncio.wait([starting], timeout=0.1)
+    if not starting.exception():
+        starting.result().shutdown()
 
 
 def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], config: Config, metrics: Metrics) -> Engine:
@@ -83,10 +96,10 @@ async def connect_telemetry(engine: Engine) -> None:
     address = f"{engine.folder.name}/telemetry"
     engine.hub.bind(address)
     paths = {name: str(bundle.path) for name, bundle in engine.bundles.items()}
-    for loaded in await engine.llm.collective_rpc("rudder_load", args=(paths,)):
+    for loaded in await adapter.call_workers(engine.llm, "rudder_load", paths):
         if loaded != {name: bundle.sha256 for name, bundle in engine.bundles.items()}:
             raise bundles.BundleError("bundles: a worker loaded another bundle than the server")
-    await engine.llm.collective_rpc("rudder_connect", args=(address, engine.hub.key))
+    await adapter.call_workers(engine.llm, "rudder_connect", address, engine.hub.key)
     engine.hub.channel.accept()
 
 
@@ -102,7 +115,7 @@ async def reserve_rows(engine: Engine, config: Config) -> None:
         return
     engine.admission.ledger.acquire(RESERVED_HANDLE, request)
     engine.reserved = reserved_rows(request)
-    await engine.llm.collective_rpc("rudder_pin", args=(wire.encode(request),))
+    await adapter.call_workers(engine.llm, "rudder_pin", wire.encode(request))
     engine.metrics.pin([pinned_feature(row.feature, engine.bundles) for _, row in features], columns)
 
 
