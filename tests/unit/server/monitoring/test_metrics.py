@@ -1,5 +1,6 @@
 """Collectors of our own export what the Prometheus library would; series are read safely from another thread."""
 
+import itertools
 import random
 import sys
 import threading
@@ -15,7 +16,7 @@ from rudder.server.monitoring import metrics
 from rudder.server.program import wire
 from rudder.server.program.layout import Layout
 
-HAMMER_S = 3.0
+HAMMER_S = 2.0
 
 
 def series(text: bytes) -> list[str]:
@@ -117,3 +118,25 @@ def test_no_scrape_fails_while_everything_changes() -> None:
         thread.join()
     assert failures == []
     assert scrapes[0] > 10
+
+
+@pytest.mark.usefixtures("_frequent_thread_switches")
+def test_pinned_features_and_their_totals_change_together() -> None:
+    bank = (created := metrics.Metrics.create()).bank
+    end, failures = time.monotonic() + 1, list[Exception]()
+
+    def collect() -> None:
+        while time.monotonic() < end:
+            try:
+                bank.feature_families()
+            except Exception as error:
+                failures.append(error)
+
+    thread = threading.Thread(target=collect)
+    thread.start()
+    for pinned in itertools.cycle(range(1, 9)):
+        created.pin([metrics.PinnedFeature("b", "s", i, "label") for i in range(pinned)], list(range(pinned)))
+        if time.monotonic() > end:
+            break
+    thread.join()
+    assert failures == []
