@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 
-from rudder.server.config import ConfigError
+from rudder.server.config import ConfigError, Listen
 from rudder_client import Client, RudderError
 
 STARTED_S, STOPPED_S = 600.0, 60.0
@@ -84,15 +84,22 @@ def free_port() -> int:
         return port
 
 
-def require_free(host: str, port: int, field: str) -> None:
-    """Raise ConfigError if another process has the port: better now than after the engine's start."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(field, f"cannot listen on {host}:{port}: {error.strerror}") from error
+def require_free(listen: Listen) -> None:
+    """Raise ConfigError if the server cannot listen on its ports: better now than after the engine's start."""
+    if listen.port == listen.metrics_port != 0:
+        raise ConfigError("listen.metrics_port", f"{listen.port} is listen.port too")
+    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+    for field, port in (("listen.port", listen.port), ("listen.metrics_port", listen.metrics_port)):
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((listen.host, port))
+            # A name that is no host name, or cannot be encoded.
+            except (socket.gaierror, TypeError, ValueError) as error:
+                raise ConfigError("listen.host", f"{listen.host!r}: {error}") from error
+            except OSError as error:
+                problem = f"cannot listen on {listen.address(port)}: {error.strerror}"
+                raise ConfigError(field, problem) from error
 
 
 def wait_serving(process: "subprocess.Popen[bytes]", address: str) -> None:

@@ -82,7 +82,7 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
         stack.push_async_callback(door.stop, 0)
         addresses[door.name] = await door.start()
     await set_serving(doors, engine.healthy)
-    metrics_address = f"{config.listen.host}:{metrics_server.server_port}"
+    metrics_address = config.listen.address(metrics_server.server_port)
     logger.info("serving", extra=fields(model=engine.model.name, **addresses, metrics=metrics_address))
     await serve_until_stopped(doors, serving, stop)
     return not engine.healthy

@@ -37,11 +37,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(config: configuration.Config) -> int:
-    """Check the ports, then import vLLM and serve."""
+    """Check the configuration and the ports, then import vLLM and serve."""
+    from rudder.server.preflight import check
     from rudder.server.process import FIRST_SIGNAL_STATUS, leave, require_free
 
-    require_free(config.listen.host, config.listen.port, "listen.port")
-    require_free(config.listen.host, config.listen.metrics_port, "listen.metrics_port")
+    require_free(config.listen)
+    config = check(config)
 
     import asyncio
 

@@ -4,6 +4,7 @@ Another engine generation changes this file and nothing else in the server proce
 """
 
 import multiprocessing
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.errors import UserError
 from rudder.server.config import Config
 from rudder.server.engine.parent import Target, text_of
+from rudder.server.engine.sockets import socket_folder
 from rudder.server.engine.traced import code_digest
 from rudder.server.program.layout import Layout
 
@@ -93,6 +95,7 @@ def start_engine_process(args: AsyncEngineArgs) -> AsyncLLM:
     vLLM refuses arguments with a ValueError, and leaves the error of the engine process to its log.
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
+    os.environ.setdefault("VLLM_RPC_BASE_PATH", socket_folder())
     try:
         with receiver, sender, target_of_engine_process(Target(EngineCoreProc.run_engine_core, sender)):
             try:
@@ -152,7 +155,7 @@ def model_facts(llm: AsyncLLM, load_format: str) -> ModelFacts:
     model = llm.model_config
     folder = Path(model.model)
     return ModelFacts(
-        name=folder.name or model.model,
+        name=model_name(folder) or model.model,
         sha256=bundles.model_sha256(folder) if folder.is_dir() and load_format != "dummy" else "",
         hidden_size=model.get_hidden_size(),
         layers=model.hf_text_config.num_hidden_layers,
@@ -160,6 +163,14 @@ def model_facts(llm: AsyncLLM, load_format: str) -> ModelFacts:
         vocab_size=model.get_vocab_size(),
         bos_token_id=llm.get_tokenizer().bos_token_id,
     )
+
+
+def model_name(folder: Path) -> str:
+    """Return the name of a model's folder; of a snapshot in the Hugging Face cache, the name of its repository."""
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 async def add_request(

@@ -14,6 +14,7 @@ from rudder.server.engine.adapter import AsyncLLM, EngineDeadError, ModelFacts, 
 from rudder.server.engine.admission import Admission
 from rudder.server.engine.call import Call, FinishReason, Outcome, Output, engine_sampling, salt
 from rudder.server.engine.report import views_of
+from rudder.server.engine.sockets import socket_folder
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.engine.telemetry.hub import Hub, Inbox
 from rudder.server.monitoring.metrics import Metrics
@@ -52,7 +53,7 @@ class Engine:
     tasks: set["asyncio.Task[None]"] = field(default_factory=set)
     # Readable by this user only, and removed with the engine.
     folder: tempfile.TemporaryDirectory[str] = field(
-        default_factory=lambda: tempfile.TemporaryDirectory(prefix="rudder-")
+        default_factory=lambda: tempfile.TemporaryDirectory(prefix="rudder-", dir=socket_folder())
     )
     self_tested: bool = False
 
