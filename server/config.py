@@ -58,7 +58,10 @@ class Engine(Section, frozen=True):
         Annotated[int, Meta(ge=1, le=MAX_BYTES)] | None,
         Meta(description="size of the KV cache; null: most of a GPU's free memory"),
     ] = 1 << 30
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Meta(description="dtype of the model")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Meta(description="dtype of the model; auto: its own, float32 on a CPU that has no bfloat16"),
+    ] = "auto"
     load_format: Annotated[Literal["auto", "dummy"], Meta(description="dummy: random weights, for benchmarks")] = "auto"
     enforce_eager: Annotated[bool, Meta(description="do not compile the model: faster start, slower generation")] = (
         False

@@ -3,6 +3,7 @@
 Another engine generation changes this file and nothing else in the server process.
 """
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -26,10 +27,11 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.errors import UserError
-from rudder.server.config import Config
+from rudder.server.config import Config, ConfigError
 from rudder.server.engine.parent import Target, text_of
 from rudder.server.engine.sockets import socket_folder
 from rudder.server.engine.traced import code_digest
+from rudder.server.monitoring.logs import fields
 from rudder.server.program.layout import Layout
 
 __all__ = [
@@ -52,18 +54,21 @@ __all__ = [
 ]
 
 VLLM_VERSION: str = vllm.__version__
+# Of /proc/cpuinfo: x86-64, and Arm.
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+logger = logging.getLogger(__name__)
 WORKER_PACKAGE = "rudder.server.engine.worker"
 
 
 def engine_args(config: Config, layout: Layout) -> AsyncEngineArgs:
     """Build vLLM's arguments with the steering worker and the bank's layout."""
     engine = config.engine
-    on_cpu = engine.device == "cpu" or (engine.device == "auto" and current_platform.is_cpu())
+    on_cpu = runs_on_cpu(engine.device)
     in_engine = on_cpu and engine.tensor_parallel_size == 1
     sizes = {"kv_cache_memory_bytes": engine.kv_cache_memory_bytes} if engine.kv_cache_memory_bytes else {}
     return AsyncEngineArgs(
         model=engine.model,
-        dtype=engine.dtype,
+        dtype=resolved_dtype(engine.dtype, on_cpu)[0],
         load_format=engine.load_format,
         max_model_len=engine.max_model_len,
         max_num_seqs=engine.max_num_seqs,
@@ -80,12 +85,32 @@ def engine_args(config: Config, layout: Layout) -> AsyncEngineArgs:
     )
 
 
+def runs_on_cpu(device: str) -> bool:
+    """Return whether the model runs on the CPU. Raises ConfigError if the installed vLLM has no such device."""
+    has_cpu = bool(current_platform.is_cpu())
+    if device != "auto" and has_cpu != (device == "cpu"):
+        raise ConfigError("engine.device", f"{device}: the installed vLLM runs on {current_platform.device_type}")
+    return has_cpu
+
+
+def resolved_dtype(dtype: str, on_cpu: bool, cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, str]:
+    """Return the dtype to give to vLLM, and why. "auto" is the model's own, but where the CPU would emulate it."""
+    if dtype != "auto":
+        return dtype, "as configured"
+    words = set(cpuinfo.read_text().split()) if on_cpu and cpuinfo.is_file() else set()
+    if on_cpu and words and not BFLOAT16_FLAGS & words:
+        return "float32", "this CPU has no instructions for bfloat16 (AVX-512 BF16, AMX), which it would emulate"
+    return "auto", "the model's own"
+
+
 class EngineStartError(UserError):
     """vLLM refused its configuration, or the engine process could not start with it."""
 
 
 def start_llm(config: Config, layout: Layout) -> AsyncLLM:
     """Start vLLM with the bank. Blocks until the engine process is up. Raises EngineStartError."""
+    dtype, reason = resolved_dtype(config.engine.dtype, runs_on_cpu(config.engine.device))
+    logger.info("dtype of the model", extra=fields(dtype=dtype, reason=reason))
     return start_engine_process(engine_args(config, layout))
 
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import cache
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
+from pkgutil import resolve_name
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
@@ -61,7 +62,12 @@ class Target:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Unpickle in two steps: the first one, before vLLM is imported for the function, sets the process up."""
-        return new_target, (os.getpid(),), vars(self)
+        name = f"{self.function.__module__}:{self.function.__qualname__}"
+        return new_target, (os.getpid(),), {"name": name, "errors": self.errors}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # By name: pickle would refuse a function of vLLM that a target has replaced for the time of the start.
+        self.__init__(resolve_name(state["name"]), state["errors"])  # type: ignore[misc]
 
 
 def new_target(parent: int) -> Target:
