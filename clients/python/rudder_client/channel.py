@@ -54,10 +54,10 @@ class Forked:
         raise RuntimeError("this client belongs to the process that was forked: create a Client after the fork")
 
     def __next__(self) -> NoReturn:
-        return self.next
+        self.__getattr__("next")
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
-        return self.call
+        self.__getattr__("call")
 
     def close(self) -> None:
         """Do nothing: the connection is the other process's."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from rudder.v1 import program_pb2
 
@@ -14,6 +14,16 @@ UNITS = {
     "residual": program_pb2.UNIT_RESIDUAL_NORM,
 }
 PHASES = {"both": program_pb2.PHASE_BOTH, "prompt": program_pb2.PHASE_PROMPT, "generated": program_pb2.PHASE_GENERATED}
+
+
+class Array(Protocol):
+    """An array of NumPy or a tensor of PyTorch, of one dimension."""
+
+    def tolist(self) -> Any:
+        """Return plain numbers."""
+
+
+Numbers = Sequence[float] | Array
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class Feature:
 class Vector:
     """A control vector; `values` has the hidden size of the model."""
 
-    values: Sequence[float]
+    values: Numbers
     name: str = ""
 
 
@@ -36,7 +46,7 @@ class Vector:
 class Probe:
     """A linear probe: its activation is x . weights + bias; `weights` has the hidden size of the model."""
 
-    weights: Sequence[float]
+    weights: Numbers
     bias: float = 0.0
     name: str = ""
 
@@ -85,7 +95,7 @@ class Program:
 
     def add(
         self, feature: int | Feature | None = None, by: float = 1.0, *, unit: Unit = "absolute",
-        vector: Vector | Sequence[float] | None = None, when_above: float | None = None, phase: Phase = "both",
+        vector: Vector | Numbers | None = None, when_above: float | None = None, phase: Phase = "both",
         value: float | None = None,
     ) -> "Program":  # fmt: skip
         """Add `by` to a feature's activation, or `by` times a vector to x. `value` is the former name of `by`."""
@@ -95,7 +105,7 @@ class Program:
         return self._with(edit, unit, when_above, phase)
 
     def set(
-        self, feature: int | Feature | None = None, to: float = 0.0, *, vector: Vector | Sequence[float] | None = None,
+        self, feature: int | Feature | None = None, to: float = 0.0, *, vector: Vector | Numbers | None = None,
         unit: Unit = "absolute", when_above: float | None = None, phase: Phase = "both",
     ) -> "Program":  # fmt: skip
         """Set a feature's activation to `to`; for a vector, whose activation is 0, the same as `add`."""
@@ -134,7 +144,7 @@ class Program:
         return self._with(program_pb2.Edit(row=row_message(feature), clamp=to), unit, when_above, phase)
 
     def blend(
-        self, weight: float, *, vector: Vector | Sequence[float] | None = None, bundle: str = "", phase: Phase = "both"
+        self, weight: float, *, vector: Vector | Numbers | None = None, bundle: str = "", phase: Phase = "both"
     ) -> "Program":
         """Interpolate x towards the mean residual of a bundle's corpus, or a vector, with this weight; once a site."""
         program = self._copy()
@@ -215,19 +225,19 @@ class Program:
         return program
 
 
-def either(feature: int | Feature | None, vector: Vector | Sequence[float] | None) -> Row:
+def either(feature: int | Feature | None, vector: Vector | Numbers | None) -> Row:
     """Return the feature or the vector. ValueError: neither or both."""
     if (feature is None) == (vector is None):
         raise ValueError("give a feature or a vector")
     return feature if feature is not None else as_vector(() if vector is None else vector)
 
 
-def as_vector(vector: Vector | Sequence[float]) -> Vector:
+def as_vector(vector: Vector | Numbers) -> Vector:
     """Convert plain numbers to a vector without a name."""
     return vector if isinstance(vector, Vector) else Vector(vector)
 
 
-def numbers(values: Any) -> Sequence[float]:
-    """Return plain numbers; `values` may be an array of NumPy or a tensor of PyTorch, of one dimension."""
-    plain: Sequence[float] = values.tolist() if hasattr(values, "tolist") else values
+def numbers(values: Numbers) -> Sequence[float]:
+    """Return plain numbers."""
+    plain: Sequence[float] = values if isinstance(values, Sequence) else values.tolist()
     return plain

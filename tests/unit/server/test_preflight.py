@@ -108,8 +108,8 @@ def hub_cache(folder: Path, *files: str) -> Path:
     """Write a Hugging Face cache with one repository, whose files link to blobs; return the snapshot."""
     repository = folder / "hub" / "models--org--small-lm"
     snapshot = repository / "snapshots" / ("0" * 40)
-    for name in (repository / "refs", repository / "blobs", snapshot):
-        name.mkdir(parents=True)
+    for part in (repository / "refs", repository / "blobs", snapshot):
+        part.mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     for name in files:
         (repository / "blobs" / name).write_bytes((PRETRAINED / "textbook-lm" / name).read_bytes())

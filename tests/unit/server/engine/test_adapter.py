@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.platforms import current_platform
+from vllm.v1.engine.core import EngineCoreProc
 
 from rudder.sae_models.errors import UserError
 from rudder.server.config import Config, ConfigError
@@ -48,7 +50,7 @@ def test_vllm_gets_the_resolved_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine_args(Config(), LAYOUT).dtype == "float32"
 
 
-@pytest.mark.skipif(not adapter.current_platform.is_cpu(), reason="of the CPU build")
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="of the CPU build")
 def test_device_that_vllm_does_not_have_is_named() -> None:
     assert runs_on_cpu("auto")
     assert runs_on_cpu("cpu")
@@ -64,7 +66,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Any:
         class FakeLLM:
             @staticmethod
             def from_engine_args(_: Any) -> None:
-                failing(adapter.EngineCoreProc.run_engine_core)
+                failing(EngineCoreProc.run_engine_core)
 
         monkeypatch.setattr(adapter, "AsyncLLM", FakeLLM)
         return adapter.start_engine_process(engine_args(Config(), LAYOUT))
@@ -73,7 +75,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_error_of_the_engine_process_is_the_error_of_the_start(start: Any) -> None:
-    original = adapter.EngineCoreProc.__dict__["run_engine_core"]
+    original = EngineCoreProc.__dict__["run_engine_core"]
 
     def failing(target: Target) -> None:
         def out_of_memory() -> None:
@@ -86,7 +88,7 @@ def test_error_of_the_engine_process_is_the_error_of_the_start(start: Any) -> No
 
     with pytest.raises(EngineStartError, match=r"^the engine did not start: MemoryError: cannot allocate 8 GiB$"):
         start(failing)
-    assert adapter.EngineCoreProc.__dict__["run_engine_core"] is original
+    assert EngineCoreProc.__dict__["run_engine_core"] is original
 
 
 def test_engine_process_that_was_killed_is_reported(start: Any) -> None:
