@@ -13,8 +13,12 @@ from msgspec import Meta
 from rudder.sae_models import PRETRAINED, settings
 from rudder.sae_models.settings import ConfigError as ConfigError
 
-NonNegative = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
+# What the contract and vLLM can count.
+MAX_COUNT, MAX_BYTES = (1 << 31) - 1, 1 << 50
+MAX_SECONDS = 1e6
+NonNegative = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+Positive = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
+Seconds = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 BankSize = Annotated[int, Meta(ge=1, le=1 << 16)]
 
@@ -26,7 +30,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Engine(Section, frozen=True):
     """The model, and the bank of SAE rows in its forward pass."""
 
-    model: Annotated[str, Meta(description="folder or Hugging Face name of the language model")] = str(
+    model: Annotated[str, Meta(min_length=1, description="folder or Hugging Face name of the language model")] = str(
         PRETRAINED / "textbook-lm"
     )
     bundles: Annotated[tuple[str, ...], Meta(description="folders of the SAE bundles to serve")] = (
@@ -46,14 +50,18 @@ class Engine(Section, frozen=True):
     ] = None
     max_num_seqs: Annotated[Positive, Meta(description="maximum number of sequences in a batch")] = 128
     max_model_len: Annotated[
-        Annotated[int, Meta(ge=2)] | None,
+        Annotated[int, Meta(ge=2, le=MAX_COUNT)] | None,
         Meta(description="maximum length of prompt and output together, in tokens; null: the model's own"),
     ] = None
     max_num_batched_tokens: Annotated[Positive, Meta(description="maximum number of tokens in a step")] = 2048
     kv_cache_memory_bytes: Annotated[
-        Positive | None, Meta(description="size of the KV cache; null: most of a GPU's free memory")
+        Annotated[int, Meta(ge=1, le=MAX_BYTES)] | None,
+        Meta(description="size of the KV cache; null: most of a GPU's free memory"),
     ] = 1 << 30
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Meta(description="dtype of the model")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Meta(description="dtype of the model; auto: its own, float32 on a CPU that has no bfloat16"),
+    ] = "auto"
     load_format: Annotated[Literal["auto", "dummy"], Meta(description="dummy: random weights, for benchmarks")] = "auto"
     enforce_eager: Annotated[bool, Meta(description="do not compile the model: faster start, slower generation")] = (
         False
@@ -90,14 +98,18 @@ class WatchedFeature(Section, frozen=True):
 class Listen(Section, frozen=True):
     """Addresses, and how the server shuts down."""
 
-    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    host: Annotated[str, Meta(min_length=1, description="address to listen on")] = "127.0.0.1"
     port: Annotated[Port, Meta(description="port of the gRPC services; 0: any free port")] = 50051
     metrics_port: Annotated[Port, Meta(description="port of the Prometheus endpoint; 0: any free port")] = 9464
     accept_s: Annotated[
-        float,
-        Meta(ge=0, description="seconds after SIGTERM in which calls are still accepted, until load balancers know"),
+        Seconds,
+        Meta(description="seconds after SIGTERM in which calls are still accepted, until load balancers know"),
     ] = 5.0
-    drain_s: Annotated[float, Meta(ge=0, description="seconds after that in which running requests may finish")] = 30.0
+    drain_s: Annotated[Seconds, Meta(description="seconds after that in which running requests may finish")] = 30.0
+
+    def address(self, port: int) -> str:
+        """Return `host:port`, with an IPv6 host in brackets."""
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
 
 class Limits(Section, frozen=True):
@@ -123,10 +135,10 @@ class Limits(Section, frozen=True):
     max_page_size: Annotated[Positive, Meta(description="features in a page of a list or search")] = 1000
     max_query_chars: Annotated[Positive, Meta(description="characters of a search query")] = 1000
     queue: Annotated[NonNegative, Meta(description="requests that wait for the bank or the engine")] = 1024
-    max_message_bytes: Annotated[int, Meta(ge=1024, description="bytes of a request message")] = 4 << 20
-    max_reply_bytes: Annotated[int, Meta(ge=1024, description="bytes of a response message")] = 16 << 20
+    max_message_bytes: Annotated[int, Meta(ge=1024, le=MAX_COUNT, description="bytes of a request message")] = 4 << 20
+    max_reply_bytes: Annotated[int, Meta(ge=1024, le=MAX_COUNT, description="bytes of a response message")] = 16 << 20
     write_timeout_s: Annotated[
-        float, Meta(ge=0.001, description="seconds that a client may leave a message unread")
+        float, Meta(ge=0.001, le=MAX_SECONDS, description="seconds that a client may leave a message unread")
     ] = 30.0
 
 
@@ -134,11 +146,11 @@ class Stream(Section, frozen=True):
     """How generated tokens are combined into messages."""
 
     message_budget_per_s: Annotated[
-        Annotated[float, Meta(ge=1)] | None,
+        Annotated[float, Meta(ge=1, le=1e9)] | None,
         Meta(description="messages per second over all streams; above it tokens are combined; null: 100 for each core"),
     ] = None
     max_flush_ms: Annotated[
-        float, Meta(ge=0, description="maximum time that a token waits to be combined with the next")
+        float, Meta(ge=0, le=1e9, description="maximum time that a token waits to be combined with the next")
     ] = 400.0
 
 

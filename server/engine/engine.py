@@ -14,6 +14,7 @@ from rudder.server.engine.adapter import AsyncLLM, EngineDeadError, ModelFacts, 
 from rudder.server.engine.admission import Admission
 from rudder.server.engine.call import Call, FinishReason, GateOutcome, Outcome, Output, engine_sampling, salt
 from rudder.server.engine.report import views_of
+from rudder.server.engine.sockets import socket_folder
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.engine.telemetry.hub import Hub, Inbox, wait_for_event
 from rudder.server.monitoring.metrics import Metrics
@@ -56,7 +57,7 @@ class Engine:
     queues: dict[int, RequestOutputCollector] = field(default_factory=dict)
     # Readable by this user only, and removed with the engine.
     folder: tempfile.TemporaryDirectory[str] = field(
-        default_factory=lambda: tempfile.TemporaryDirectory(prefix="rudder-")
+        default_factory=lambda: tempfile.TemporaryDirectory(prefix="rudder-", dir=socket_folder())
     )
     self_tested: bool = False
 
@@ -102,6 +103,7 @@ class Engine:
         for task in self.tasks:
             task.cancel()
         self.llm.shutdown()
+        self.folder.cleanup()
 
     def compile(self, call: Call) -> tuple[wire.Request, tuple[int, ...]]:
         """Compile a call to its wire form; return it and the column of each row of `call.watch`, then `call.guard`.

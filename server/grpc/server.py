@@ -45,13 +45,13 @@ class GrpcDoor:
     async def start(self) -> str:
         """Listen, and return the address. Raises ConfigError if the port cannot be bound."""
         await self.set_serving(False)
-        address = f"{self.listen.host}:{self.listen.port}"
+        address = self.listen.address(self.listen.port)
         try:
             port = self.server.add_insecure_port(address)
         except RuntimeError as error:
             raise ConfigError("listen.port", f"cannot listen on {address}") from error
         await self.server.start()
-        return f"{self.listen.host}:{port}"
+        return self.listen.address(port)
 
     async def set_serving(self, serving: bool) -> None:
         """Set the health of the server and of each of its services."""

@@ -54,6 +54,14 @@ class FeatureTotals(NamedTuple):
     max: float = 0.0
 
 
+class Pinned(NamedTuple):
+    """Pinned features, their columns in the array of `feature_totals`, and their totals, which alone change."""
+
+    features: Sequence[PinnedFeature]
+    columns: Sequence[int]
+    totals: list[FeatureTotals]
+
+
 class BulkHistogram(Collector):
     """A histogram that observes one value many times in one call; `prometheus_client.Histogram` takes one at a time."""
 
@@ -84,9 +92,8 @@ class BankCollector(Collector):
 
     def __init__(self) -> None:
         self.usage: Callable[[], BankUsage] | None = None
-        self.features: Sequence[PinnedFeature] = ()
-        self.columns: Sequence[int] = ()
-        self.totals: list[FeatureTotals] = []
+        # Replaced as a whole: a scrape sees the features and the totals of one call of `pin`.
+        self.pinned = Pinned((), (), [])
 
     def collect(self) -> list[Metric]:
         """Return all series; none before `usage` is set."""
@@ -108,7 +115,8 @@ class BankCollector(Collector):
         info = GaugeMetricFamily(
             "rudder_feature_info", "Always 1; carries the feature's label.", labels=[*labels, "label"]
         )
-        for feature, totals in zip(self.features, tuple(self.totals), strict=True):
+        pinned = self.pinned
+        for feature, totals in zip(pinned.features, tuple(pinned.totals), strict=True):
             key = [feature.bundle, feature.site, str(feature.index)]
             active.add_metric(key, totals.active_tokens)
             tokens.add_metric(key, totals.tokens)
@@ -231,14 +239,14 @@ class Metrics:
 
     def pin(self, features: Sequence[PinnedFeature], columns: Sequence[int]) -> None:
         """Count these features; `columns` are their rows in the array that `feature_totals` takes."""
-        self.bank.features, self.bank.columns = tuple(features), tuple(columns)
-        self.bank.totals = [FeatureTotals()] * len(features)
+        self.bank.pinned = Pinned(tuple(features), tuple(columns), [FeatureTotals()] * len(features))
 
     def feature_totals(self, totals: NDArray[Any]) -> None:
         """Add the totals of one step, [pinned rows, 4] with the columns of `FeatureTotals`."""
-        for i, column in enumerate(self.bank.columns):
-            step, before = FeatureTotals(*totals[column].tolist()), self.bank.totals[i]
-            self.bank.totals[i] = FeatureTotals(
+        _, columns, before_step = self.bank.pinned
+        for i, column in enumerate(columns):
+            step, before = FeatureTotals(*totals[column].tolist()), before_step[i]
+            before_step[i] = FeatureTotals(
                 before.active_tokens + step.active_tokens,
                 before.tokens + step.tokens,
                 before.sum + step.sum,

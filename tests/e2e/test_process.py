@@ -203,13 +203,15 @@ def test_tokens_edits_and_outcomes_are_counted(client: Client, server: Running) 
     assert 1 <= deltas[4] <= 9
 
 
-def test_tour_succeeds(server: Running) -> None:
+@pytest.mark.parametrize("proxy", [{}, {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}])
+def test_tour_succeeds(server: Running, proxy: dict[str, str]) -> None:
     metrics = f"http://127.0.0.1:{server.metrics_port}/metrics"
     tour = subprocess.run(
         [sys.executable, "-m", "rudder_client.tour", server.address, metrics],
         capture_output=True,
         text=True,
         check=False,
+        env=os.environ | proxy,
     )
     assert tour.returncode == 0, tour.stderr
     assert "rudder_requests_total" in tour.stdout
@@ -310,7 +312,7 @@ def group_exists(group: int) -> bool:
 def test_port_in_use_is_named_before_the_engine_starts(server: Running) -> None:
     command = [sys.executable, "-m", "rudder.server", "serve", "--listen.port", str(server.port)]
     second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert second.returncode == 1
+    assert second.returncode == 2
     assert "listen.port" in second.stderr
 
 

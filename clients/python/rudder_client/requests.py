@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from operator import index
+from typing import Any, TypedDict
 
 from rudder.v1 import inference_pb2, program_pb2
 from rudder_client.program import Program, Row, row_message
@@ -53,15 +54,35 @@ class Report:
 
 
 def prompt_message(prompt: Prompt) -> inference_pb2.Prompt:
-    """Convert text, token ids or the messages of a chat."""
+    """Convert text, token ids or the messages of a chat. ValueError: something else, or several of them mixed."""
     if isinstance(prompt, str):
         return inference_pb2.Prompt(text=prompt)
-    messages = [part for part in prompt if not isinstance(part, int)]
-    if messages:
-        chat = [inference_pb2.ChatMessage(role=m["role"], content=m["content"]) for m in messages]
+    if isinstance(prompt, bytes | Mapping):
+        raise ValueError(f"prompt: a {type(prompt).__name__} is neither text, token ids nor the messages of a chat")
+    parts = list(prompt)
+    chat = [chat_message(part) for part in parts if isinstance(part, Mapping)]
+    if chat and len(chat) < len(parts):
+        raise ValueError("prompt: give token ids or the messages of a chat, not both")
+    if chat:
         return inference_pb2.Prompt(chat=inference_pb2.Chat(messages=chat))
-    ids = [part for part in prompt if isinstance(part, int)]
-    return inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=ids))
+    return inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=[token_id(part) for part in parts]))
+
+
+def chat_message(message: Message) -> inference_pb2.ChatMessage:
+    """Convert a message of a chat. ValueError: it has other keys than role and content."""
+    if set(message) != {"role", "content"}:
+        raise ValueError(f"prompt: a message has role and content, not {', '.join(map(str, message)) or 'nothing'}")
+    return inference_pb2.ChatMessage(role=message["role"], content=message["content"])
+
+
+def token_id(value: Any) -> int:
+    """Return a token id; whole numbers of NumPy and PyTorch are taken too. ValueError: it is none."""
+    try:
+        if not isinstance(value, bool):
+            return index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"prompt: {value!r} is neither a token id nor a message of a chat")
 
 
 def steering_message(steer: Steer) -> inference_pb2.Steering | None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from multiprocessing import parent_process
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.operations import TOKEN
 from rudder.sae_models.sae import SAE
 from rudder.sae_models.sparse.screening import prepare_screening
+from rudder.server.engine.parent import end_with_parent
 from rudder.server.engine.telemetry.channel import Sender
 from rudder.server.engine.worker import runners
 from rudder.server.engine.worker.bank import Sequences, SiteBank
@@ -40,6 +42,8 @@ class SteeringWorker:
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then hook the banks, before anything is compiled."""
+        if (parent := parent_process()) and parent.pid:
+            end_with_parent(parent.pid)
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         log_like_vllm()
         config = self.vllm_config

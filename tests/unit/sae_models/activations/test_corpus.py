@@ -27,7 +27,7 @@ JSON_LINES = "\n".join(map(json.dumps, RECORDS)).encode()
     [
         ("c.jsonl", JSON_LINES),
         ("c.jsonl.xz", lzma.compress(JSON_LINES)),
-        ("c.jsonl.gz", gzip.compress(JSON_LINES)),
+        ("c.jsonl.gz", gzip.compress(JSON_LINES, mtime=0)),
         ("c.jsonl.bz2", bz2.compress(JSON_LINES)),
     ],
 )
