@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from rudder.sae_models.activations import norms
 from rudder.sae_models.activations.corpus import Windows
 from rudder.sae_models.activations.hooks import Site, captured, layers_of, module_at
 from rudder.sae_models.errors import UserError
 
+# A chunk, and a forward pass, hold as many tokens as this many windows without padding.
 WINDOWS_PER_PASS = 32
 CPU = torch.device("cpu")
 
@@ -79,25 +81,40 @@ def activations(trunk: Any, sites: Sequence[Site], batches: Iterable[Mapping[str
             yield [(x := vectors.pop(site)).view(batch, -1, x.shape[-1]) for site in sites]
 
 
-def text_inputs(trunk: Any, windows: Windows) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Yield the inputs of one forward pass and the mask of counted positions [windows, length]."""
-    causal = is_causal_lm(trunk.config)
-    for start in range(0, len(windows), WINDOWS_PER_PASS):
-        batch = windows.take(torch.arange(start, min(start + WINDOWS_PER_PASS, len(windows))))
-        inputs = {"input_ids": batch.tokens}
-        if not causal:
-            # Padding is on the right: in a causal model no counted position attends to it.
-            inputs["attention_mask"] = batch.attention_mask.long()
-        yield inputs, batch.counted
+def window_inputs(trunk: Any, windows: Windows) -> dict[str, Tensor]:
+    """Return the inputs of one forward pass."""
+    if is_causal_lm(trunk.config):
+        # Padding is on the right: in a causal model no counted position attends to it.
+        return {"input_ids": windows.tokens}
+    return {"input_ids": windows.tokens, "attention_mask": windows.attention_mask.long()}
+
+
+def chunk_activations(trunk: Any, sites: Sequence[Site], chunk: Windows) -> list[Tensor]:
+    """Return the vectors [windows, length, d] at each site of one chunk of windows, zero at padding.
+
+    Windows of similar size go through the model together, without the padding that the chunk has.
+    """
+    passes = chunk.passes(WINDOWS_PER_PASS)
+    batches = (window_inputs(trunk, chunk.take(index).trimmed()) for index in passes)
+    results: list[Tensor] = []
+    for index, vectors in zip(passes, activations(trunk, sites, batches), strict=True):
+        if not results:
+            results = [x.new_zeros(*chunk.tokens.shape, x.shape[-1]) for x in vectors]
+        for result, x in zip(results, vectors, strict=True):
+            result[index.to(x.device), : x.shape[1]] = x
+    return results
 
 
 def text_activations(trunk: Any, sites: Sequence[Site], windows: Windows) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Yield, for each batch, the vectors [windows, length, d] at each site, and the mask of counted positions [windows,
-    length], which excludes BOS and padding.
+    """Yield, chunk by chunk in the order of the windows, the vectors [windows, length, d] at each site, and the mask of
+    counted positions [windows, length], which excludes BOS, padding, what the windows' rule excludes, and attention
+    sinks (`norms`).
     """
-    batches = activations(trunk, sites, (inputs for inputs, _ in text_inputs(trunk, windows)))
-    for vectors, (_, counted) in zip(batches, text_inputs(trunk, windows), strict=True):
-        yield vectors, counted.to(trunk.device)
+    for index in windows.chunks(WINDOWS_PER_PASS):
+        chunk = windows.take(index).trimmed()
+        vectors, counted = chunk_activations(trunk, sites, chunk), chunk.counted.to(trunk.device)
+        counted[counted.clone()] = norms.within_limit([x[counted] for x in vectors])
+        yield vectors, counted
 
 
 def residuals(trunk: Any, site: Site, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:

@@ -80,8 +80,8 @@ def sae_inputs(text: TextSample, sites: Sequence[str], windows: Windows) -> Iter
 def sample_vectors(text: TextSample, sites: Sequence[str], tokens: int) -> dict[str, Tensor]:
     """Return the vectors [n, d] at each site of the first `tokens` counted tokens."""
     windows = text.windows.first(tokens)
-    total = -(-len(windows) // harvest.WINDOWS_PER_PASS)
-    batches = tqdm(site_activations(text, sites, windows), total=total, unit="pass", desc="figures")
+    total = len(windows.chunks(harvest.WINDOWS_PER_PASS))
+    batches = tqdm(site_activations(text, sites, windows), total=total, unit="chunk", desc="figures")
     parts = [[x[counted] for x in vectors] for vectors, counted in batches]
     return {site: torch.cat([part[i] for part in parts])[:tokens] for i, site in enumerate(sites)}
 

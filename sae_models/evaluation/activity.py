@@ -125,10 +125,12 @@ def tally_of(passes: Iterable[tuple[Tensor, Tensor]], sae: SAE, sample: Sample) 
             for x, counted in zip(inputs.split(size), all_counted.split(size), strict=True):
                 index = torch.arange(start, start + len(x))
                 # The sums are on the CPU, whatever device encodes.
-                x, counted, latents = x.cpu(), counted.cpu(), sae.encode(x).cpu()
-                latents *= counted[..., None]
-                _add_vectors(sums, x[counted], latents[counted])
-                _add_words(sums, latents, sample, index)
+                vectors = sae.encode(x[counted]).cpu()
+                x, counted = x.cpu(), counted.cpu()
+                latents = vectors.new_zeros(*counted.shape, sae.latents)
+                latents[counted] = vectors
+                _add_vectors(sums, x[counted], vectors)
+                _add_words(sums, latents, counted, sample, index)
                 _add_peaks(sums, latents, index)
                 start += len(x)
                 progress.update(len(x))
@@ -191,7 +193,7 @@ def _add_vectors(sums: Activity, x: Tensor, latents: Tensor) -> None:
     sums.histogram.view(-1).index_add_(0, latent * BINS + bin_of(latents[token, latent]), increments)
 
 
-def _add_words(sums: Tally, latents: Tensor, sample: Sample, index: Tensor) -> None:
+def _add_words(sums: Tally, latents: Tensor, counted: Tensor, sample: Sample, index: Tensor) -> None:
     window, position, latent = latents.nonzero(as_tuple=True)
     book, at = sample.book[index], (index[window], position)
     # Squared, because a latent's many weak activations carry little information.
@@ -199,7 +201,7 @@ def _add_words(sums: Tally, latents: Tensor, sample: Sample, index: Tensor) -> N
     _add_pairs(sums.energy_of_token, latent, sample.windows.tokens[at], energy)
     _add_pairs(sums.energy_of_word, latent, sample.word[at], energy)
     sums.fired_in_book.index_put_((latent, book[window]), torch.ones_like(energy), accumulate=True)
-    sums.tokens_of_book.index_add_(0, book, sample.windows.counted[index].sum(1).float())
+    sums.tokens_of_book.index_add_(0, book, counted.sum(1).float())
 
 
 def _add_pairs(pairs: Pairs, latent: Tensor, other: Tensor, energy: Tensor) -> None:
@@ -306,7 +308,7 @@ def _contexts(sums: Tally, index: int, sample: Sample) -> Iterator[Context]:
 
 
 def _context(sample: Sample, window: int, position: int, activation: float) -> Context:
-    ids = sample.windows.tokens[window][: int(sample.windows.counted[window].nonzero().max()) + 1].tolist()
+    ids = sample.windows.tokens[window][: int(sample.windows.size[window])].tolist()
     before = ids[max(1, position - TOKENS_BEFORE) : position]
     after = ids[position + 1 : position + 1 + TOKENS_AFTER]
     decode, book = sample.tokenizer.decode, sample.books[int(sample.book[window])]

@@ -140,7 +140,7 @@ def test_padding_is_masked_in_an_encoder_and_not_counted(tmp_path: Path) -> None
     trunk = harvest.load_trunk(tmp_path, site)
     tokens = torch.tensor([[3, 4, 5, 0, 0], [3, 4, 5, 6, 7]])
     counted = torch.tensor([[False, True, True, False, False], [False, True, True, True, True]])
-    windows = Windows(tokens, counted, torch.zeros(2, dtype=torch.long))
+    windows = Windows(tokens, counted, torch.zeros(2, dtype=torch.long), torch.tensor([3, 5]))
     padded = torch.cat([x[mask] for x, mask in harvest.residuals(trunk, site, windows)])
     ((alone,),) = harvest.activations(trunk, [site], [{"input_ids": tokens[:1, :3]}])
     assert padded.shape == (6, 16)
