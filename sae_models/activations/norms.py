@@ -20,7 +20,8 @@ NORM_LIMIT = 100.0
 def median_norm(x: Tensor) -> Tensor:
     """Return the median [] of the norms of vectors x [..., d] that are neither zero nor infinite; NaN without any."""
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
-    return norm.where(norm.isfinite() & (norm > 0), torch.nan).flatten().nanmedian()
+    median: Tensor = norm.where(norm.isfinite() & (norm > 0), torch.nan).flatten().nanmedian()
+    return median
 
 
 def within_limit(sites: Sequence[Tensor]) -> Tensor:

@@ -54,8 +54,8 @@ class Training(Part, frozen=True):
     fvu: float | None = None
     ce_recovered: float | None = None
     dead_share: float | None = None
-    outlier_share: float | None = None
     credit: str = ""
+    outlier_share: float | None = None
 
 
 class InputNormalisation(Part, frozen=True):

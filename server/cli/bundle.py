@@ -93,7 +93,8 @@ def run_import(args: argparse.Namespace) -> int:
 
     try:
         release = None if Path(args.source).exists() else hub.release(args.source)
-        loaded = importing.with_input_scale(load(hub.resolve(args.source)), release.scaling if release else None)
+        checkpoint = load(hub.resolve(args.source), release.overrides if release else {})
+        loaded = importing.with_input_scale(checkpoint, release.scaling if release else None)
         err.print(f"{escape(loaded.format)}: {escape(loaded.why)}")
         for key, note in loaded.declared.notes.items():
             if isinstance(note, str | int | float):
