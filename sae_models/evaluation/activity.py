@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rudder.sae_models import token_text
 from rudder.sae_models.activations.corpus import Document, Windows
 from rudder.sae_models.bundle.bundle import Statistics
 from rudder.sae_models.bundle.catalogue import QUANTILES, Context, Latent, Summary
@@ -35,12 +36,14 @@ ACTIVATIONS_PER_CHUNK = 1 << 25
 class Sample:
     """The text that a catalogue describes.
 
-    `word` [n, length]: index into `vocabulary` of the word that each token belongs to. `book` [n]: index into `books`
-    of the book that each window is from.
+    `texts`: of each token of the tokenizer's vocabulary (token_text.vocabulary_texts). `word` [n, length]: index into
+    `vocabulary` of the word that each token belongs to. `book` [n]: index into `books` of the book that each window is
+    from.
     """
 
     windows: Windows
     tokenizer: Any
+    texts: list[str]
     vocabulary: list[str]
     word: Tensor
     books: list[str]
@@ -91,16 +94,17 @@ class Tally(Activity):
 
 def sample_of(windows: Windows, documents: Sequence[Document], tokenizer: Any) -> Sample:
     """Index the words and books of windows. A word is whole and lower case, however many tokens spell it."""
-    pieces = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    texts = token_text.vocabulary_texts(tokenizer)
     index: dict[str, int] = {"": 0}
     word = torch.zeros_like(windows.tokens)
     for window, ids in enumerate(windows.tokens.tolist()):
-        for first, last in _word_spans([pieces[token] for token in ids]):
-            text = re.sub(r"\s+", " ", "".join(pieces[token] for token in ids[first:last])).strip().lower()
-            word[window, first:last] = index.setdefault(text, len(index))
+        spans = token_text.spans_by_vocabulary(ids, texts, tokenizer)
+        for first, last in _word_spans([span.text for span in spans]):
+            text = re.sub(r"\s+", " ", "".join(span.text for span in spans[first:last])).strip().lower()
+            word[window, spans[first].first : spans[last - 1].last] = index.setdefault(text, len(index))
     books = sorted({document.book for document in documents})
     book = torch.tensor([books.index(documents[source].book) for source in windows.document.tolist()])
-    return Sample(windows, tokenizer, list(index), word, books, book)
+    return Sample(windows, tokenizer, texts, list(index), word, books, book)
 
 
 def _word_spans(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -271,7 +275,7 @@ def describe(sums: Tally, sample: Sample) -> Iterator[Latent]:
         top_words = [sample.vocabulary[word] for word in words[index]]
         label = label_of(top_words, dict(zip(sample.books, share[index], strict=True)))
         summary = Summary(index, label, frequency[index], max_activation[index], ORIGIN)
-        top = tuple(sample.tokenizer.decode([token]) for token in tokens[index])
+        top = tuple(token_text.token_name(token, sample.tokenizer) for token in tokens[index])
         quantile = tuple(levels[index]) if max_activation[index] > 0 else ()
         yield Latent(summary, top, tuple(_contexts(sums, index, sample)), quantile)
 
@@ -309,7 +313,14 @@ def _contexts(sums: Tally, index: int, sample: Sample) -> Iterator[Context]:
 
 def _context(sample: Sample, window: int, position: int, activation: float) -> Context:
     ids = sample.windows.tokens[window][: int(sample.windows.size[window])].tolist()
-    before = ids[max(1, position - TOKENS_BEFORE) : position]
-    after = ids[position + 1 : position + 1 + TOKENS_AFTER]
-    decode, book = sample.tokenizer.decode, sample.books[int(sample.book[window])]
-    return Context(decode(before), decode([ids[position]]), decode(after), activation, book)
+    # The leading BOS or CLS is no text.
+    leading = 0 if sample.windows.counted[window, 0] else int(ids[0] in sample.tokenizer.all_special_ids)
+    start = max(leading, position - TOKENS_BEFORE)
+    around = max(leading, start - token_text.MAX_TOKENS_BEFORE)
+    ids = ids[around : position + 1 + TOKENS_AFTER + token_text.MAX_TOKENS_BEFORE]
+    parts = {"before": "", "token": "", "after": ""}
+    for first, last, text in token_text.spans_by_vocabulary(ids, sample.texts, sample.tokenizer):
+        if start <= around + first < position + 1 + TOKENS_AFTER:
+            part = "before" if around + last <= position else "after" if around + first > position else "token"
+            parts[part] += text
+    return Context(**parts, activation=activation, source=sample.books[int(sample.book[window])])

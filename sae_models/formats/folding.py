@@ -72,8 +72,8 @@ def fold_centring(sae: SAE) -> SAE:
     """Convert an SAE that reads x - mean(x), the mean being over the width of each vector, to one that reads x.
 
     Centring is linear, x - mean(x) = P x with P = 1 - ones / d, so z = encoder . P x: the encoder becomes encoder P.
-    The output reconstructs P x, to which the skip connection ones / d adds the mean again. ValueError: the normalisation
-    or selection depends on x in another way than through z.
+    The output reconstructs P x, to which the skip connection ones / d adds the mean again. ValueError: the
+    normalisation or selection depends on x in another way than through z.
     """
     if sae.normalisation is Normalisation.LAYER_NORM:
         # It subtracts the mean itself, and gives it back.

@@ -68,6 +68,9 @@ def add_import(group: Any) -> None:
     )
     action.add_argument("--labels", type=Path, help="labels of the latents: a Neuronpedia export, file or folder")
     action.add_argument("--labels-model", default="", help="name of the model in the labels, if not its own")
+    action.add_argument(
+        "--labels-set", default="", help="name of this SAE's set in the labels, such as 20-gemmascope-res-16k"
+    )
     action.add_argument("--embedder", default="", help=EMBEDDER)
     action.add_argument("--credit", default="", help="attribution to store with the bundle")
     action.add_argument("--accept", action="store_true", help="import even if L0 or FVU contradict the convention")
@@ -130,7 +133,19 @@ def wish_of(args: argparse.Namespace) -> "ImportRequest":
     """Convert the arguments to the importer's request."""
     from rudder.sae_models.importing.importer import ImportRequest
 
-    same = ("model", "out", "output_site", "corpus", "tokens", "labels", "labels_model", "embedder", "accept", "credit")
+    same = (
+        "model",
+        "out",
+        "output_site",
+        "corpus",
+        "tokens",
+        "labels",
+        "labels_model",
+        "labels_set",
+        "embedder",
+        "accept",
+        "credit",
+    )
     return ImportRequest(sites=tuple(args.site), **{name: getattr(args, name) for name in same})
 
 
@@ -148,6 +163,7 @@ def print_imported(imported: "ImportResult") -> None:
         labels = imported.labels
         skipped = f"{labels.empty} without text, {labels.repeated} for a latent that has one"
         out.print(f"{len(labels.by_latent)} labels taken of {labels.records} records; skipped: {skipped}")
+        out.print(f"label set: {escape(labels.label_set)}")
     if imported.verdict:
         out.print(verdict_table(imported.verdict))
 

@@ -13,7 +13,6 @@ from vllm.envs import enable_envs_cache
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
-from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
@@ -32,7 +31,6 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "add_request",
-    "convert_ids_list_to_tokens",
     "enable_envs_cache",
     "engine_args",
     "model_facts",
