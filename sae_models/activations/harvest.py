@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 from rudder.sae_models.activations import norms
 from rudder.sae_models.activations.corpus import Windows
@@ -45,7 +52,8 @@ def load_model(folder: Path, device: torch.device = CPU) -> Any:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model: no config.json in {folder}")
     config = _from_pretrained(AutoConfig, folder, "config.json")
-    kind = AutoModelForCausalLM if is_causal_lm(config) else AutoModel
+    kind = AutoModelForImageTextToText if is_multimodal_lm(config) else AutoModelForCausalLM
+    kind = kind if is_causal_lm(config) else AutoModel
     model = _from_pretrained(kind, folder, "weights", dtype=torch.float32).eval().to(device)
     # Every forward pass covers whole windows, so a KV cache would only cost memory.
     model.config.get_text_config().use_cache = False
@@ -53,8 +61,16 @@ def load_model(folder: Path, device: torch.device = CPU) -> Any:
 
 
 def is_causal_lm(config: Any) -> bool:
-    """Return whether a model configuration describes a causal language model."""
-    return any("CausalLM" in name or name == "GPT2LMHeadModel" for name in config.architectures or ())
+    """Return whether a model configuration describes a causal language model, one that also reads images included."""
+    names = config.architectures or ()
+    return is_multimodal_lm(config) or any("CausalLM" in name or name == "GPT2LMHeadModel" for name in names)
+
+
+def is_multimodal_lm(config: Any) -> bool:
+    """Return whether a configuration describes a decoder of text that also reads images, such as Gemma 3 4b."""
+    text, names = config.get_text_config(), config.architectures or ()
+    generates = any(name.endswith("ForConditionalGeneration") for name in names)
+    return generates and text is not config and not config.is_encoder_decoder and not text.is_encoder_decoder
 
 
 def load_trunk(folder: Path, *sites: Site, device: torch.device = CPU) -> Any:

@@ -10,6 +10,8 @@ from rudder.sae_models.activations.corpus import ContextRule
 from rudder.sae_models.bundle.manifest import MAX_CONTEXT, BundleError, Context
 from rudder.sae_models.formats.source import Declaration
 
+# Tokens of a context, above that of any model.
+MAX_SIZE = 1 << 20
 SIZE, BOS, SPECIAL, POSITIONS = "context_size", "prepend_bos", "exclude_special_tokens", "seqpos_slice"
 
 
@@ -17,7 +19,7 @@ def declared_context(declared: Declaration, model: Path) -> Context:
     """Return the contexts that a source declares, in SAELens' words. BundleError: the note that cannot be meant."""
     notes = declared.notes
     size, bos = notes.get(SIZE), notes.get(BOS)
-    if not (size is None or (type(size) is int and 2 <= size <= MAX_CONTEXT)):
+    if not (size is None or (type(size) is int and 2 <= size <= MAX_SIZE)):
         raise BundleError(f"{SIZE}: {size!r} is not a number of tokens")
     if not (bos is None or isinstance(bos, bool)):
         raise BundleError(f"{BOS}: {bos!r} is neither true nor false")

@@ -133,20 +133,9 @@ def wish_of(args: argparse.Namespace) -> "ImportRequest":
     """Convert the arguments to the importer's request."""
     from rudder.sae_models.importing.importer import ImportRequest
 
-    same = (
-        "model",
-        "out",
-        "output_site",
-        "corpus",
-        "tokens",
-        "labels",
-        "labels_model",
-        "labels_set",
-        "embedder",
-        "accept",
-        "credit",
-    )
-    return ImportRequest(sites=tuple(args.site), **{name: getattr(args, name) for name in same})
+    same = ("model", "out", "output_site", "corpus", "tokens", "embedder", "accept", "credit")
+    labels = ("labels", "labels_model", "labels_set")
+    return ImportRequest(sites=tuple(args.site), **{name: getattr(args, name) for name in same + labels})
 
 
 def print_imported(imported: "ImportResult") -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rudder.sae_models import PRETRAINED
+from rudder.sae_models.activations import samples
 from rudder.sae_models.activations.corpus import ContextRule, Windows
 from rudder.sae_models.bundle import bundle
 from rudder.sae_models.bundle import manifest as manifests
@@ -59,7 +60,7 @@ def test_notes_that_cannot_be_meant_are_refused_by_name(notes: dict[str, Any]) -
 
 def test_import_and_check_measure_with_the_context_of_the_sae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ContextRule]] = []
-    original = importer.materials.load_text_sample
+    original = samples.load_text_sample
 
     def spy(*args: Any) -> Any:
         seen.append(args[4:])
@@ -70,7 +71,7 @@ def test_import_and_check_measure_with_the_context_of_the_sae(tmp_path: Path, mo
         assert not bool(sample.windows.counted[:, :3].any())
         return sample
 
-    monkeypatch.setattr(importer.materials, "load_text_sample", spy)
+    monkeypatch.setattr(samples, "load_text_sample", spy)
     notes = {"context_size": 24, "prepend_bos": False, "seqpos_slice": [3, None]}
     corpus = tiny.save_corpus(tmp_path / "corpus.jsonl")
     request = ImportRequest(MODEL, tmp_path / "toy", corpus=corpus, tokens=1000, accept=True)
