@@ -95,7 +95,7 @@ def test_excluded_positions_and_special_tokens_are_in_no_statistic(tmp_path: Pat
     assert not bool(text.train.counted[:, :3].any())
     manifest = bundle.load(run.run(settings)[0]).manifest
     assert manifest.context == Context(32, False, (0, 1, 2), (0, 1))
-    with pytest.raises(ConfigError, match="^excluded_positions: hold all 32 positions"):
+    with pytest.raises(ConfigError, match=r"^excluded_positions: hold all 32 positions"):
         tiny.configuration(tmp_path / "none", excluded_positions=list(range(40)))
 
 
