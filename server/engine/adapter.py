@@ -20,7 +20,6 @@ from vllm.envs import enable_envs_cache
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
-from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCoreProc
@@ -48,7 +47,6 @@ __all__ = [
     "SamplingParams",
     "add_request",
     "call_workers",
-    "convert_ids_list_to_tokens",
     "enable_envs_cache",
     "engine_args",
     "model_facts",

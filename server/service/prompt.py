@@ -4,7 +4,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from rudder.server.engine.adapter import convert_ids_list_to_tokens
+from rudder.sae_models.token_text import token_texts as token_texts
 from rudder.server.service.errors import invalid
 from rudder.server.service.limits import Bounds
 from rudder.v1 import inference_pb2
@@ -46,9 +46,3 @@ def chat_ids(chat: inference_pb2.Chat, tokenizer: Any) -> tuple[int, ...]:
         raise invalid("prompt.chat.messages", f"the model's chat template rejects them: {error}") from error
     # The template has written the special tokens, BOS among them.
     return tuple(tokenizer.encode(text, add_special_tokens=False))
-
-
-def token_texts(ids: tuple[int, ...], tokenizer: Any) -> list[str]:
-    """Return each id's own text, with its leading space."""
-    texts: list[str] = convert_ids_list_to_tokens(tokenizer, list(ids))
-    return texts
