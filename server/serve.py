@@ -69,7 +69,7 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     log_engine(engine)
     await run_self_test(engine)
     serving = Serving.around(engine, config, metrics)
-    stack.callback(serving.tokenizing.shutdown, wait=False)
+    stack.callback(serving.tokenizers.shutdown)
     # Everything so far lives as long as the process: keep the garbage collector from walking it again and again.
     gc.freeze()
     stack.callback(gc.unfreeze)
