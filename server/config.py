@@ -20,6 +20,7 @@ NonNegative = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Seconds = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
+Share = Annotated[float, Meta(gt=0, le=1)]
 BankSize = Annotated[int, Meta(ge=1, le=1 << 16)]
 
 
@@ -66,6 +67,13 @@ class Engine(Section, frozen=True):
     enforce_eager: Annotated[bool, Meta(description="do not compile the model: faster start, slower generation")] = (
         False
     )
+    share_anonymous_prefixes: Annotated[
+        bool,
+        Meta(
+            description="callers that did not authenticate share one prefix cache, also without a cache_salt: faster,"
+            " but times and counts of cached tokens show each of them what prompts the others have sent"
+        ),
+    ] = False
     tensor_parallel_size: Annotated[Positive, Meta(description="number of tensor-parallel devices")] = 1
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="device that runs the model")] = "auto"
 
@@ -85,6 +93,10 @@ class Policies(Section, frozen=True):
         str | None, Meta(description="folder of policies, YAML files in the form of programs; null: none")
     ] = None
     default: Annotated[str | None, Meta(description="policy that binds every caller; null: none")] = None
+    allow_later_edits: Annotated[
+        bool,
+        Meta(description="requests may edit sites behind the policy's first one, where they can undo its edits"),
+    ] = False
 
 
 class WatchedFeature(Section, frozen=True):
@@ -134,7 +146,17 @@ class Limits(Section, frozen=True):
     max_salt_chars: Annotated[NonNegative, Meta(description="characters of a cache salt")] = 128
     max_page_size: Annotated[Positive, Meta(description="features in a page of a list or search")] = 1000
     max_query_chars: Annotated[Positive, Meta(description="characters of a search query")] = 1000
-    queue: Annotated[NonNegative, Meta(description="requests that wait for the bank or the engine")] = 1024
+    queue: Annotated[NonNegative, Meta(description="choices that wait for the bank or the engine")] = 1024
+    max_wait_s: Annotated[float, Meta(gt=0, description="seconds that a choice may wait for the bank")] = 60.0
+    request_share: Annotated[
+        Share, Meta(description="share of a site's unreserved row places that one request may hold")
+    ] = 0.75
+    caller_share: Annotated[
+        Share, Meta(description="share of slots, row places and captures that a caller may take while another waits")
+    ] = 0.5
+    max_pending_bytes: Annotated[
+        int, Meta(ge=1024, le=MAX_COUNT, description="bytes of the request messages of all calls in progress together")
+    ] = 512 << 20
     max_message_bytes: Annotated[int, Meta(ge=1024, le=MAX_COUNT, description="bytes of a request message")] = 4 << 20
     max_reply_bytes: Annotated[int, Meta(ge=1024, le=MAX_COUNT, description="bytes of a response message")] = 16 << 20
     write_timeout_s: Annotated[

@@ -72,7 +72,7 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     metrics = Metrics.create(REGISTRY)
     engine = await until_signal(start_tested_engine(config, metrics, stack), stop)
     serving = Serving.around(engine, config, metrics)
-    stack.callback(serving.tokenizing.shutdown, wait=False)
+    stack.callback(serving.tokenizers.shutdown)
     # Everything so far lives as long as the process: keep the garbage collector from walking it again and again.
     gc.freeze()
     stack.callback(gc.unfreeze)

@@ -127,7 +127,7 @@ class Engine:
             capture=call.capture,
         )
         field_at_fault = "report.features" if call.watch else "steering"
-        check_capacity(request.stages, self.registry, field_at_fault, self.reserved)
+        check_capacity(request.stages, self.registry, field_at_fault, self.reserved, self.registry.request_share)
         check_capture(request, self.registry, "report.top_k")
         return request, columns
 
@@ -148,7 +148,7 @@ class Engine:
         handle = next(self.handles)
         request, columns = self.compile(call)
         client, guard = views_of(call, columns)
-        inbox, queued_s = await self.enter(handle, request)
+        inbox, queued_s = await self.enter(handle, request, call.caller.share_key)
         request_id = f"{handle}-{secrets.token_hex(4)}"
         queue: RequestOutputCollector | None = None
         ended = False
@@ -199,11 +199,11 @@ class Engine:
             if queue and not ended:
                 await self.llm.abort(queue.request_id, internal=True)
 
-    async def enter(self, handle: int, request: wire.Request) -> tuple[Inbox, float]:
+    async def enter(self, handle: int, request: wire.Request, caller: str) -> tuple[Inbox, float]:
         """Wait for room in the bank; return the request's inbox and the seconds waited. Raises QueueFull."""
         started = time.monotonic()
         with self.hub.awaited():
-            await self.admission.acquire(handle, request)
+            await self.admission.acquire(handle, request, caller)
         return self.hub.open(handle, request), time.monotonic() - started
 
     async def wait_covered(self, inbox: Inbox, position: int) -> None:

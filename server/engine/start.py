@@ -27,9 +27,6 @@ from rudder.server.program.rows import Dictionary, Registry, check_capacity
 from rudder.server.program.watch import compile_watch, merge_watched
 from rudder.v1 import program_pb2
 
-# The ledger's handle of the rows that are held as long as the engine lives; requests count from 1.
-RESERVED_HANDLE = 0
-
 
 async def start_engine(config: Config, metrics: Metrics | None = None) -> Engine:
     """Start vLLM with the bank, load bundles, programs and policies, and connect telemetry.
@@ -101,7 +98,14 @@ def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], confi
     registry = registry_of(layout, model.hidden_size, served, config)
     programs = compile_folder(config.programs.folder, registry, "program")
     policies = compile_folder(config.policies.folder, registry, "policy")
-    admission = Admission(layout, config.limits.queue)
+    limits = config.limits
+    admission = Admission(
+        layout,
+        limits.queue,
+        running=config.engine.max_num_seqs,
+        caller_share=limits.caller_share,
+        max_wait_s=limits.max_wait_s,
+    )
     metrics.watch_admission(admission.usage)
     hub = Hub(metrics.feature_totals, admission.release)
     default = default_policy(config, policies)
@@ -129,7 +133,7 @@ async def reserve_rows(engine: Engine, config: Config) -> None:
     request = reserved_request(pinned, engine.policies, engine.registry)
     if not request.rows():
         return
-    engine.admission.ledger.acquire(RESERVED_HANDLE, request)
+    engine.admission.reserve(request)
     engine.reserved = reserved_rows(request)
     await adapter.call_workers(engine.llm, "rudder_pin", wire.encode(request))
     engine.metrics.pin([pinned_feature(row.feature, engine.bundles) for _, row in features], columns)
@@ -203,7 +207,14 @@ def needs_whole_dictionary(bundle: Bundle) -> bool:
 def registry_of(layout: Layout, width: int, served: dict[str, Bundle], config: Config) -> Registry:
     """Build what programs are compiled against."""
     dictionaries = {name: dictionary_of(bundle) for name, bundle in served.items()}
-    return Registry(layout, width, dictionaries, config.limits.max_edits, config.engine.max_num_batched_tokens)
+    return Registry(
+        layout,
+        width,
+        dictionaries,
+        max_edits=config.limits.max_edits,
+        step_tokens=config.engine.max_num_batched_tokens,
+        request_share=config.limits.request_share,
+    )
 
 
 def dictionary_of(bundle: Bundle) -> Dictionary:

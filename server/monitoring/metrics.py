@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -26,13 +26,13 @@ class SiteUsage(NamedTuple):
 
 
 class BankUsage(NamedTuple):
-    """Snapshot of what requests hold of the bank, and of those that wait for it."""
+    """Snapshot of what requests hold of the bank, and of the choices that wait for it or for the engine."""
 
     rows: Sequence[SiteUsage]
     slots_used: int
     slots_free: int
     running_choices: int
-    waiting_requests: int
+    waiting_choices: int
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def usage_families(usage: BankUsage) -> list[Metric]:
     slots.add_metric(["free"], usage.slots_free)
     inflight = GaugeMetricFamily("rudder_inflight_choices", "Choices that the engine is running.")
     inflight.add_metric([], usage.running_choices)
-    queue = GaugeMetricFamily("rudder_queue_requests", "Requests that wait for the bank.")
-    queue.add_metric([], usage.waiting_requests)
+    queue = GaugeMetricFamily("rudder_queue_requests", "Choices that wait for the bank or for the engine.")
+    queue.add_metric([], usage.waiting_choices)
     return [rows, slots, inflight, queue]
 
 
@@ -156,6 +156,7 @@ class Metrics:
     edited_tokens: Counter
     rejected_edits: Counter
     self_test_failures: Counter
+    pending_bytes: Gauge
     bank: BankCollector
 
     @classmethod
@@ -195,6 +196,9 @@ class Metrics:
             ),
             self_test_failures=Counter(
                 "rudder_selftest_failures", "Self-tests that a site's bank did not pass.", registry=registry
+            ),
+            pending_bytes=Gauge(
+                "rudder_pending_request_bytes", "Bytes of the request messages of calls in progress.", registry=registry
             ),
             bank=bank,
         )  # fmt: skip

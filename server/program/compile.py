@@ -5,6 +5,7 @@ To add an edit operation, add it to `sae_models.operations.OPERATIONS`: nothing 
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 
 import msgspec
@@ -59,8 +60,7 @@ class Compiled:
     `edits` has the order of the telemetry's `moved` column: for each site its edits, then its blend. `digest` (SHA-256)
     covers the numbers that run, not names, spelling or the order of sites. `in_sequence`: the edits of a token depend
     on earlier tokens. `by_phase`: they depend on where the prompt ends, and so do cached keys and values, which the
-    digest alone cannot separate. `locks`: rows that callers bound by this policy must not edit. `gate_site`: where the
-    gate is read, empty without one.
+    digest alone cannot separate. `gate_site`: where the gate is read, empty without one.
     """
 
     sites: tuple[wire.Site, ...]
@@ -68,8 +68,18 @@ class Compiled:
     edits: tuple[EditName, ...]
     in_sequence: bool
     by_phase: bool
-    locks: LockedRows = NO_LOCKED_ROWS
     gate_site: str = ""
+
+    @cached_property
+    def edited_latents(self) -> LockedRows:
+        """The (bundle, latent) pairs that the program edits."""
+        edited = (site.rows[edit.row] for site in self.sites for edit in site.edits)
+        return frozenset((row.bundle, row.latent) for row in edited if row.bundle)
+
+    @cached_property
+    def first_edited_site(self) -> int | None:
+        """Number of the first site, in forward order, whose residual the program changes."""
+        return next((site.site for site in self.sites if site.edits or site.blend), None)
 
 
 def compile_program(
@@ -77,9 +87,13 @@ def compile_program(
     registry: Registry,
     *,
     locked: LockedRows = NO_LOCKED_ROWS,
+    last_site: int | None = None,
     field: str = "program",
 ) -> Compiled:
-    """Resolve and check a program. `locked`: (bundle, latent) pairs that it must not edit.
+    """Resolve and check a program.
+
+    `locked`: (bundle, latent) pairs that it must not edit. `last_site`: number of the last site that it may edit;
+    None: every site.
 
     Raises ProgramError, which names the field at fault below `field`.
     """
@@ -90,6 +104,7 @@ def compile_program(
     sites = {} if gate_site is None else {gate_site: wire.Site(gate_site)}
     names: list[EditName] = []
     for index, (part, part_field) in sorted(parts_by_site(program, registry, gate_site, field).items()):
+        check_not_behind(index, last_site, registry, f"{part_field}.site")
         sites[index], site_names = compile_site(index, part, registry, locked, part_field)
         names += site_names
     if gate_site is not None:
@@ -118,6 +133,14 @@ def parts_by_site(program: program_pb2.Program, registry: Registry, gate_site: i
         require(gate_site is None or index >= gate_site, f"{part_field}.site", late)
         parts[index] = part, part_field
     return parts
+
+
+def check_not_behind(index: int, last_site: int | None, registry: Registry, field: str) -> None:
+    """Raise ProgramError POLICY_FORBIDS if site number `index` comes after `last_site` in the forward pass."""
+    if last_site is not None:
+        sites = registry.layout.sites
+        problem = f"{sites[index]} comes after {sites[last_site]}, the first site that a policy edits"
+        require(index <= last_site, field, problem, "POLICY_FORBIDS")
 
 
 def compile_site(

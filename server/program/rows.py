@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, sqrt
 from types import MappingProxyType
 
 import msgspec
@@ -46,6 +46,7 @@ class Registry:
     """The sites and dictionaries that programs can refer to, and the width of the residual stream.
 
     `step_tokens`: most tokens of one step, as the engine is configured.
+    `request_share`: share of a site's row places, beside the reserved ones, that one request may hold.
     """
 
     layout: Layout
@@ -53,6 +54,7 @@ class Registry:
     dictionaries: dict[str, Dictionary]
     max_edits: int = 256
     step_tokens: int = 2**31
+    request_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,12 @@ def check_capacity(
     registry: Registry,
     field: str,
     reserved: ReservedRows = NO_RESERVED_ROWS,
+    share: float = 1.0,
 ) -> None:
     """Raise ProgramError if the stages need more distinct rows at a site than it has places beside those reserved.
 
-    Such a request could never be admitted and would block the head of the queue. `reserved`: rows by site number.
+    Such a request could never be admitted. `reserved`: rows by site number. `share`: of the places beside those, what
+    the stages may hold: one request must not hold all of them for as long as it likes.
     """
     needed: dict[int, set[wire.Row]] = {}
     for site in (site for stage in stages for site in stage):
@@ -171,6 +175,8 @@ def check_capacity(
         total = len(held) + len(rows - held)
         name = registry.layout.sites[at]
         require(total <= places, field, f"{total} distinct rows at {name}, which has {places} places")
+        own, most = total - len(held), ceil(share * (places - len(held)))
+        require(own <= most, field, f"{own} distinct rows at {name}, where one request may hold {most}")
 
 
 def check_capture(request: wire.Request, registry: Registry, field: str) -> None:

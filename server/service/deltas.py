@@ -1,5 +1,6 @@
 """From the engine's outputs to the contract's deltas of a choice."""
 
+import asyncio
 from dataclasses import dataclass, field
 
 from rudder.server.engine.call import Call, FinishReason, Output
@@ -32,8 +33,11 @@ class Choice:
     pooling: PoolingState = field(default_factory=PoolingState)
 
 
-def delta_of(job: Job, choice: Choice, output: Output) -> inference_pb2.ChoiceDelta:
-    """Convert an engine output to a ChoiceDelta, without what `finish` adds to the last one."""
+async def delta_of(job: Job, choice: Choice, output: Output) -> inference_pb2.ChoiceDelta:
+    """Convert an engine output to a ChoiceDelta, without what `finish` adds to the last one.
+
+    An output may have the features of a whole prompt. They are converted in parts, between which other streams run.
+    """
     delta = inference_pb2.ChoiceDelta(
         index=choice.index,
         text=output.text,
@@ -41,11 +45,14 @@ def delta_of(job: Job, choice: Choice, output: Output) -> inference_pb2.ChoiceDe
         logprobs=columns.logprobs(output.logprobs, choice.call.sampling.logprobs or 0),
     )
     if len(output.features.activations):
-        activations = columns.activations_of(output.features, job.features)
-        if job.report.pooled:
-            choice.pooling.add(*without_bos(activations, output.features, choice.bos))
-        if not job.report.no_tokens and len(activations.positions):
-            delta.activations.CopyFrom(columns.feature_columns(activations))
+        for part in columns.slices(output.features):
+            if part.first > output.features.first:
+                await asyncio.sleep(0)
+            activations = columns.activations_of(part, job.features)
+            if job.report.pooled:
+                choice.pooling.add(*without_bos(activations, part, choice.bos))
+            if not job.report.no_tokens and len(activations.positions):
+                delta.activations.MergeFrom(columns.feature_columns(activations))
     return delta
 
 

@@ -45,12 +45,12 @@ async def inspect(
     job = await prepare(serving, record.caller, request)
     (choice,) = await run_whole(serving, job, record)
     ids = job.calls[0].prompt_ids
-    tokenizer = serving.engine.tokenizer
+    texts = await serving.in_tokenizer_thread(record.caller, len(ids), lambda tokenizer: token_texts(ids, tokenizer))
     response = inference_pb2.InspectResponse(
         request_id=record.request_id,
         features=job.features.take(),
         token_ids=ids,
-        token_texts=await serving.in_tokenizer_thread(lambda: token_texts(ids, tokenizer)),
+        token_texts=texts,
         activations=choice.activations,
         pooled=choice.pooled,
         attestation=choice.attestation,

@@ -1,6 +1,8 @@
 """Invalid requests get an error that names the field, and the server keeps serving."""
 
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -197,6 +199,54 @@ def test_cache_salts_and_programs_separate_the_prefix_cache(client: Client) -> N
     program = at().set(feature=7, to=1.0, phase="generated")
     assert cached(cache_salt="one", steer=program) == 0
     assert cached(cache_salt="one", steer=program) > 0
+
+
+def test_prefix_cache_tells_an_anonymous_caller_nothing_of_others(client: Client, server: Running) -> None:
+    secret = "The account of the patient of the clinic of the city of the river of the north is closed for now. " * 12
+    wrong = secret.replace("patient", "teacher")
+    client.complete(secret, max_tokens=1)
+    with Client(server.address, timeout=60) as other:
+        counts = set()
+        for guess in (secret, wrong, secret):
+            choice = other.complete(guess, max_tokens=1).choices[0]
+            assert choice.usage is not None
+            assert choice.attestation is not None
+            counts.add((choice.usage.cached_tokens, choice.attestation.tokens_seen == choice.usage.prompt_tokens))
+    assert counts == {(0, True)}
+
+
+def test_inspect_has_a_prefix_cache_of_its_own(client: Client) -> None:
+    prompt = "The leaves of the trees of the forest are made of many kinds of cells and of water. " * 12
+    client.inspect(prompt, cache_salt="one")
+
+    def cached(salt: str) -> int:
+        usage = client.complete(prompt, max_tokens=1, cache_salt=salt).choices[0].usage
+        assert usage is not None
+        return usage.cached_tokens
+
+    assert cached("two") == 0
+    assert cached("one") > 0
+    with pytest.raises(RudderError) as caught:
+        client.inspect(prompt, cache_salt="s" * 129)
+    assert caught.value.violations[0].field == "cache_salt"
+
+
+def test_choices_beyond_the_queue_are_refused_with_a_time_to_retry(client: Client, server: Running) -> None:
+    # The engine runs 128 choices, and 100 may wait.
+    with ThreadPoolExecutor(20) as threads:
+        calls = [threads.submit(client.complete, "x", n=16, max_tokens=200, ignore_eos=True) for _ in range(20)]
+        queued = 0.0
+        while not all(call.done() for call in calls):
+            queued = max(queued, server.metric("rudder_queue_requests"))
+            time.sleep(0.05)
+        refused = [error for error in (call.exception() for call in calls) if error is not None]
+    assert 0 < queued <= 100
+    assert 0 < len(refused) <= 20 - (128 + 100) // 16 + 1
+    for error in refused:
+        assert isinstance(error, RudderError)
+        assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
+        assert (error.retry_after or 0) >= 1
+    server.wait_idle(30)
 
 
 def test_generate_refuses_before_its_first_message(client: Client) -> None:

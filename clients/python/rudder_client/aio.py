@@ -114,10 +114,16 @@ class AsyncClient(wire.ForkGuard):
             )
 
     async def inspect(
-        self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, timeout: float | None = None
+        self,
+        prompt: Prompt,
+        *,
+        steer: Steer = None,
+        report: Report | None = None,
+        cache_salt: str = "",
+        timeout: float | None = None,
     ) -> Inspection:
         """Return the features of a text; by default the five strongest of each token."""
-        request = inspect_request(prompt, steer, report or Report(top_k=5))
+        request = inspect_request(prompt, steer, report or Report(top_k=5), cache_salt)
         with translated():
             return inspection_of(
                 await self.inference.Inspect(request, timeout=timeout or self.timeout, metadata=self.metadata)

@@ -108,10 +108,16 @@ class Client(wire.ForkGuard):
             )
 
     def inspect(
-        self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, timeout: float | None = None
+        self,
+        prompt: Prompt,
+        *,
+        steer: Steer = None,
+        report: Report | None = None,
+        cache_salt: str = "",
+        timeout: float | None = None,
     ) -> Inspection:
         """Return the features of a text; by default the five strongest of each token."""
-        request = inspect_request(prompt, steer, report or Report(top_k=5))
+        request = inspect_request(prompt, steer, report or Report(top_k=5), cache_salt)
         with translated():
             return inspection_of(
                 self.inference.Inspect(request, timeout=timeout or self.timeout, metadata=self.metadata)

@@ -142,8 +142,11 @@ def complete_request(
     )
 
 
-def inspect_request(prompt: Prompt, steer: Steer, report: Report) -> inference_pb2.InspectRequest:
+def inspect_request(prompt: Prompt, steer: Steer, report: Report, cache_salt: str = "") -> inference_pb2.InspectRequest:
     """Build the request of `inspect`."""
     return inference_pb2.InspectRequest(
-        prompt=prompt_message(prompt), steering=steering_message(steer), report=report_message(report)
+        prompt=prompt_message(prompt),
+        steering=steering_message(steer),
+        report=report_message(report),
+        cache_salt=cache_salt,
     )

@@ -76,14 +76,16 @@ class CompleteResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., features: _Optional[_Iterable[_Union[FeatureInfo, _Mapping]]] = ..., choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ...) -> None: ...
 
 class InspectRequest(_message.Message):
-    __slots__ = ("prompt", "steering", "report")
+    __slots__ = ("prompt", "steering", "report", "cache_salt")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     STEERING_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     prompt: Prompt
     steering: Steering
     report: Report
-    def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., steering: _Optional[_Union[Steering, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., steering: _Optional[_Union[Steering, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class InspectResponse(_message.Message):
     __slots__ = ("request_id", "features", "token_ids", "token_texts", "activations", "pooled", "attestation")
