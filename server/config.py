@@ -130,6 +130,15 @@ class Limits(Section, frozen=True):
     ] = 30.0
 
 
+class Prompt(Section, frozen=True):
+    """How prompts become tokens."""
+
+    special_tokens: Annotated[
+        Literal["text", "refuse"],
+        Meta(description="special tokens that a prompt's text or messages spell: encode them as text, or refuse"),
+    ] = "text"
+
+
 class Stream(Section, frozen=True):
     """How generated tokens are combined into messages."""
 
@@ -163,6 +172,7 @@ class Config(Section, frozen=True):
     ] = ()
     listen: Listen = Listen()
     limits: Limits = Limits()
+    prompt: Prompt = Prompt()
     stream: Stream = Stream()
     logs: Logs = Logs()
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.optional import import_optional
+from rudder.sae_models.tokens import text_encoder
 
 FOLDS = 20
 # Nothing is trained, selected or calibrated on the held-out folds; thresholds are calibrated on the tuning folds.
@@ -201,14 +202,15 @@ def _dataset_records(path: Path) -> Iterator[Any]:
 
 def windows(documents: Sequence[Document], tokenizer: Any, length: int) -> Windows:
     """Cut each document into windows of up to `length` tokens. Each window starts with the BOS (or CLS) token if the
-    tokenizer has one; the last window of a document is padded. Raise CorpusError if the corpus has no tokens.
+    tokenizer has one; the last window of a document is padded. Special tokens that a document spells are text, but for
+    BOS at its start, which is not doubled. Raise CorpusError if the corpus has no tokens.
     """
     bos = next((i for i in (tokenizer.bos_token_id, getattr(tokenizer, "cls_token_id", None)) if i is not None), None)
     prefix = [] if bos is None else [bos]
-    pad, text_length = tokenizer.eos_token_id or 0, length - len(prefix)
+    pad, text_length, encoder = tokenizer.eos_token_id or 0, length - len(prefix), text_encoder(tokenizer)
     sequences, token_counts, sources = [], [], []
     for source, document in enumerate(tqdm(documents, desc="tokenise", unit="doc")):
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = encoder.encode(encoder.without_bos(document.text))
         for start in range(0, len(ids), text_length):
             piece = ids[start : start + text_length]
             sequences.append(np.array([*prefix, *piece, *[pad] * (text_length - len(piece))], np.int32))

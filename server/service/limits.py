@@ -1,5 +1,6 @@
 """The one table of limits of a request. Every field of the contract that is a number, a text or a list is in it."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ DEFAULT_MAX_TOKENS = 16
 # Minimum of numbers that must be positive.
 MIN_POSITIVE = 1e-6
 MAX_SEED = 2**63 - 1
+MAX_ROLE_CHARS = 64
+ROLE = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_ROLE_CHARS}}}")
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,12 @@ def check_logit_bias(entry: tuple[int, float], bounds: Bounds) -> str | None:
 
 
 def check_message(message: Any, bounds: Bounds) -> str | None:
-    """Require a role, and a content within the limit of prompt text."""
+    """Require a role that is a name, and a content within the limit of prompt text."""
     if not message.role:
         return "has no role"
+    # A chat template writes the role beside its own markers.
+    if not ROLE.fullmatch(message.role):
+        return f"has a role that is not a name of at most {MAX_ROLE_CHARS} letters, digits, - and _"
     maximum = bounds.limits.max_prompt_chars
     return None if len(message.content) <= maximum else f"has {len(message.content)} characters, at most {maximum}"
 

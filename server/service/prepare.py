@@ -49,7 +49,7 @@ async def prepare(serving: Serving, caller: Caller, request: Request) -> Job:
     program = requested_program(serving, request.steering, locked_rows(policy))
     sites = top_k_sites(serving, request.report)
     ids = await serving.in_tokenizer_thread(
-        lambda: prompt_ids(request.prompt, serving.engine.tokenizer, serving.bounds)
+        lambda: prompt_ids(request.prompt, serving.engine.tokenizer, serving.bounds, serving.config.prompt)
     )
     report = request.report
     reads_prompt = report.prompt or isinstance(request, inference_pb2.InspectRequest)
