@@ -3,10 +3,13 @@
 Another engine generation changes this file and nothing else in the server process.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import vllm
+from tokenizers.decoders import DecodeStream
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.envs import enable_envs_cache
@@ -14,6 +17,7 @@ from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+from vllm.v1.engine import detokenizer
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
@@ -68,8 +72,80 @@ def engine_args(config: Config, layout: Layout) -> AsyncEngineArgs:
     )
 
 
+# A character has up to four bytes, and a token at least one.
+MAX_CHARACTER_TOKENS = 4
+# Tokens at the end of a prompt that are decoded again with the output, while its first character is incomplete.
+TAIL_TOKENS = 64
+REPLACEMENT = "\ufffd"
+
+
+class FirstCharacterStream:
+    """Takes the place of a DecodeStream where the prompt ends inside a character.
+
+    DecodeStream would return the whole prompt with the first character that is complete. This returns what the text
+    has beyond the prompt's: the character that the prompt began and the output completed, and what follows.
+    """
+
+    def __init__(self, prompt: Sequence[int], skip_special_tokens: bool) -> None:
+        self.prompt, self.skip_special_tokens = prompt, skip_special_tokens
+        self.generated: list[int] = []
+        self.tail: tuple[Sequence[int], str] | None = None
+        self.stream: DecodeStream | None = None
+
+    def step(self, tokenizer: Any, token: int) -> str | None:
+        """Return the text that a token adds; None while a character is incomplete."""
+        if self.stream:
+            return self.stream.step(tokenizer, token)
+
+        def decode(ids: Sequence[int]) -> str:
+            text: str = tokenizer.decode(list(ids), skip_special_tokens=self.skip_special_tokens)
+            return text
+
+        self.tail = self.tail or complete_tail(self.prompt, decode)
+        self.generated.append(token)
+        ids, complete = self.tail
+        text = decode([*ids, *self.generated])
+        if text.endswith(REPLACEMENT):
+            return None
+        self.stream = DecodeStream(ids=[*ids, *self.generated], skip_special_tokens=self.skip_special_tokens)
+        return text[max(shared_characters(complete, text), shared_characters(decode(ids), text)) :] or None
+
+
+def complete_tail(prompt: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[Sequence[int], str]:
+    """Return the last tokens of a prompt, and their text without an incomplete character at the end.
+
+    They begin between two characters. Where bytes of the prompt are no characters at all, all its tokens are returned.
+    """
+    first = max(len(prompt) - TAIL_TOKENS, 0)
+    for start in range(first, max(first - MAX_CHARACTER_TOKENS, -1), -1):
+        for missing in range(MAX_CHARACTER_TOKENS):
+            text = decode(prompt[start : len(prompt) - missing])
+            if REPLACEMENT not in text:
+                return prompt[start:], text
+    texts = (decode(prompt[: len(prompt) - missing]) for missing in range(MAX_CHARACTER_TOKENS))
+    return prompt, next((text for text in texts if not text.endswith(REPLACEMENT)), "")
+
+
+def shared_characters(first: str, second: str) -> int:
+    """Return the length of the longest prefix that two texts share."""
+    differences = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differences, min(len(first), len(second)))
+
+
+class Detokenizer(detokenizer.FastIncrementalDetokenizer):
+    """vLLM's detokenizer, without the prompt in the first text where the prompt ends inside a character."""
+
+    def __init__(self, tokenizer: Any, request: Any) -> None:
+        super().__init__(tokenizer, request)
+        tail = request.prompt_token_ids[-TAIL_TOKENS:]
+        if self.tokenizer.decode(tail, skip_special_tokens=self.skip_special_tokens).endswith(REPLACEMENT):
+            self.stream = FirstCharacterStream(request.prompt_token_ids, self.skip_special_tokens)
+
+
 def start_llm(config: Config, layout: Layout) -> AsyncLLM:
     """Start vLLM. Blocks until the engine process is up."""
+    # `IncrementalDetokenizer.from_new_request` looks the class up there.
+    detokenizer.FastIncrementalDetokenizer = Detokenizer
     return AsyncLLM.from_engine_args(engine_args(config, layout))
 
 

@@ -1,0 +1,92 @@
+"""The text of an output begins where the text of its prompt ends, wherever the prompt is cut."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from vllm import SamplingParams
+
+from rudder.sae_models import PRETRAINED
+from rudder.server.engine.adapter import Detokenizer
+
+SHIPPED: Any = AutoTokenizer.from_pretrained(str(PRETRAINED / "textbook-lm"))
+
+
+def byte_fallback() -> Any:
+    """A tokenizer with a token per byte, and a leading space that decoding strips, as of Llama 2."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *map(chr, range(97, 123))]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+TOKENIZERS = {"shipped": SHIPPED, "byte fallback": byte_fallback()}
+MULTIBYTE = st.lists(
+    st.one_of(st.text(max_size=3), st.sampled_from(["\U0001f336", "\u20ac", "\u00e9", "\u4e2d\u6587", " ", "word "])),
+    min_size=1,
+    max_size=8,
+).map("".join)
+
+
+def stream(tokenizer: Any, prompt: list[int], output: list[int], **options: Any) -> list[str]:
+    """Return the text of each token of an output, as a client receives it."""
+    request: Any = SimpleNamespace(
+        request_id="r", prompt_token_ids=prompt, sampling_params=SamplingParams(**options), prompt_embeds=None
+    )
+    detokenizer = Detokenizer(tokenizer, request)
+    texts = []
+    for token in output:
+        detokenizer.update([token], False)
+        texts.append(detokenizer.get_next_output_text(False, True))
+    return texts
+
+
+def test_prompt_that_ends_inside_a_character_stays_out_of_the_output() -> None:
+    prompt = [1, 41, 447, 80, 977, 222, 5643, 236]
+    assert SHIPPED.decode(prompt, skip_special_tokens=True) == "Hello world \ufffd"
+    assert stream(SHIPPED, prompt, [116]) == ["\U0001f336"]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(text=MULTIBYTE, length=st.sampled_from([1, 2, 100]), data=st.data())
+def test_output_is_what_the_whole_text_has_beyond_the_prompt(
+    name: str, text: str, length: int, data: st.DataObject
+) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode("www " * length + text.replace("\ufffd", "") + "end", add_special_tokens=False)
+    cut = len(ids) - data.draw(st.integers(1, min(len(ids) - 1, 40)))
+    prompt, output = ids[:cut], ids[cut:]
+    # The character that the prompt began belongs to the output, which completes it.
+    before = next(text for k in range(4) if not (text := tokenizer.decode(ids[: cut - k])).endswith("\ufffd"))
+    assert "".join(stream(tokenizer, prompt, output)) == tokenizer.decode(ids)[len(before) :]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(prompt=st.lists(st.integers(2, 280), min_size=1, max_size=30), output=st.lists(st.integers(2, 280), max_size=8))
+def test_no_text_of_the_prompt_is_in_the_output_whatever_the_tokens(
+    name: str, prompt: list[int], output: list[int]
+) -> None:
+    tokenizer = TOKENIZERS[name]
+    marked = tokenizer.encode("wqzqw", add_special_tokens=False)
+    if not set(marked) <= {*output}:
+        assert "wqzqw" not in "".join(stream(tokenizer, marked + prompt, output))
+
+
+def test_bytes_that_never_make_a_character_are_not_repeated() -> None:
+    byte = SHIPPED.convert_tokens_to_ids("\u0122")  # the byte 0x80 alone
+    letter = SHIPPED.encode("A", add_special_tokens=False)
+    assert stream(SHIPPED, [*SHIPPED.encode("Hello"), byte, byte], letter) == ["A"]
+
+
+def test_special_tokens_between_prompt_and_output() -> None:
+    prompt = [*SHIPPED.encode("Hello \U0001f336")[:-1], 0]
+    for skip in (True, False):
+        assert "Hello" not in "".join(stream(SHIPPED, prompt, [116, 41], skip_special_tokens=skip))
