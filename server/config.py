@@ -116,6 +116,13 @@ class Limits(Section, frozen=True):
     max_stop_chars: Annotated[Positive, Meta(description="characters of a stop string")] = 256
     max_logit_bias: Annotated[NonNegative, Meta(description="entries of the logit bias")] = 1024
     max_logprobs: Annotated[NonNegative, Meta(description="alternatives reported for each token")] = 20
+    max_bad_words: Annotated[NonNegative, Meta(description="words that an output must not contain")] = 64
+    max_allowed_token_ids: Annotated[NonNegative, Meta(description="token ids to which an output is restricted")] = 1024
+    max_structured_chars: Annotated[
+        Positive, Meta(description="characters of a JSON schema, a regular expression, a grammar or the choices")
+    ] = 16_384
+    max_structured_choices: Annotated[Positive, Meta(description="choices of a structured output")] = 256
+    max_name_chars: Annotated[Positive, Meta(description="characters of a name: program, vector, probe, bundle")] = 128
     max_edits: Annotated[Positive, Meta(description="edits and triggers of a program")] = 256
     max_reported_features: Annotated[NonNegative, Meta(description="features named in a report")] = 256
     max_top_k: Annotated[NonNegative, Meta(description="strongest latents reported for each token")] = 64

@@ -4,6 +4,7 @@ Another engine generation changes this file and nothing else in the server proce
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,20 @@ import vllm
 from tokenizers.decoders import DecodeStream
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.envs import enable_envs_cache
+from vllm.envs import VLLM_MAX_BAD_WORDS_TOTAL_TOKENS, VLLM_MAX_NUM_BAD_WORDS, enable_envs_cache
+from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 from vllm.v1.engine import detokenizer
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.worker.gpu.sample import logit_bias
 
 from rudder.sae_models.bundle import bundle as bundles
-from rudder.server.config import Config
+from rudder.server.config import Config, ConfigError, Limits
 from rudder.server.engine.traced import code_digest
 from rudder.server.program.layout import Layout
 
@@ -35,7 +38,11 @@ __all__ = [
     "RequestOutputCollector",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
+    "VLLMClientError",
     "add_request",
+    "check_bad_words",
+    "check_limits",
     "convert_ids_list_to_tokens",
     "enable_envs_cache",
     "engine_args",
@@ -45,6 +52,47 @@ __all__ = [
 
 VLLM_VERSION: str = vllm.__version__
 WORKER_PACKAGE = "rudder.server.engine.worker"
+
+
+# vLLM's bounds by the field of `limits` that must not exceed it. A worker of the V2 runner dies of more. Each bad word
+# is forbidden twice, with and without a space before it.
+SAMPLING_BOUNDS = {
+    "max_logprobs": AsyncEngineArgs.max_logprobs,
+    "max_logit_bias": logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS,
+    "max_stop_strings": logit_bias.MAX_NUM_STOP_TOKEN_IDS,
+    "max_allowed_token_ids": logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS,
+    "max_bad_words": VLLM_MAX_NUM_BAD_WORDS // 2,
+}
+
+
+def check_limits(limits: Limits, eos_tokens: int = 0) -> None:
+    """Require that every request within the limits is within vLLM's bounds. Raises ConfigError, which names the limit.
+
+    `eos_tokens`: number of the model's EOS tokens, which vLLM counts among the stop token ids.
+    """
+    for name, bound in SAMPLING_BOUNDS.items():
+        maximum = bound - eos_tokens if name == "max_stop_strings" else bound
+        if getattr(limits, name) > maximum:
+            raise ConfigError(f"limits.{name}", f"{getattr(limits, name)} is more than the {maximum} that vLLM takes")
+
+
+def check_bad_words(sampling: SamplingParams, tokenizer: Any) -> None:
+    """Require bad words within vLLM's bounds, of which a worker of the V2 runner would die. Raises VLLMClientError."""
+    probe = copy(sampling)
+    probe.update_from_tokenizer(tokenizer)
+    tokens = sum(map(len, probe.bad_words_token_ids or ()))
+    if tokens > VLLM_MAX_BAD_WORDS_TOTAL_TOKENS:
+        problem = (
+            f"have {tokens} tokens, with and without a space before them, at most {VLLM_MAX_BAD_WORDS_TOTAL_TOKENS}"
+        )
+        raise VLLMValidationError(problem, parameter="bad_words")
+
+
+def eos_token_ids(llm: AsyncLLM) -> set[int]:
+    """Return the ids of the tokens that end an output of this model."""
+    configured = llm.model_config.try_get_generation_config().get("eos_token_id")
+    ids = {configured} if isinstance(configured, int) else set(configured or ())
+    return ids | ({llm.get_tokenizer().eos_token_id} - {None})
 
 
 def engine_args(config: Config, layout: Layout) -> AsyncEngineArgs:
@@ -184,7 +232,12 @@ async def add_request(
 ) -> RequestOutputCollector:
     """Submit a request and return the queue of its outputs.
 
-    `AsyncLLM.generate` would be one more generator to step through for every token.
+    `AsyncLLM.generate` would be one more generator to step through for every token. Raises VLLMClientError if vLLM
+    refuses the request, such as a grammar that does not compile.
     """
     prompt = TokensPrompt(prompt_token_ids=list(prompt_ids), cache_salt=cache_salt)
-    return await llm.add_request(request_id, prompt, sampling)
+    try:
+        return await llm.add_request(request_id, prompt, sampling)
+    # What the compilers of grammars raise.
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter="structured_outputs") from error

@@ -1,6 +1,7 @@
 """Start an engine from a configuration: everything is checked against the model that vLLM loaded."""
 
 import asyncio
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,14 @@ import numpy as np
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.sae import Normalisation, row_norms
+from rudder.sae_models.tokens import bos_token_id
 from rudder.server.config import Config, ConfigError, WatchedFeature
 from rudder.server.engine import adapter
 from rudder.server.engine.adapter import AsyncLLM, ModelFacts
 from rudder.server.engine.admission import Admission
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.telemetry.hub import Hub
+from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics, PinnedFeature
 from rudder.server.program import wire
 from rudder.server.program.compile import Compiled, compile_program
@@ -22,6 +25,8 @@ from rudder.server.program.named import NamedProgram, load_programs
 from rudder.server.program.rows import Dictionary, Registry, check_capacity
 from rudder.server.program.watch import compile_watch, merge_watched
 from rudder.v1 import program_pb2
+
+logger = logging.getLogger(__name__)
 
 # The ledger's handle of the rows that are held as long as the engine lives; requests count from 1.
 RESERVED_HANDLE = 0
@@ -34,6 +39,7 @@ async def start_engine(config: Config, metrics: Metrics | None = None) -> Engine
     ConfigError, BundleError, ProgramFileError, ProgramError.
     """
     loop = asyncio.get_running_loop()
+    adapter.check_limits(config.limits)
     served = await loop.run_in_executor(None, load_bundles, config)
     layout = layout_of(config, served)
     llm = await start_llm(config, layout)
@@ -66,8 +72,10 @@ async def start_llm(config: Config, layout: Layout) -> AsyncLLM:
 def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], config: Config, metrics: Metrics) -> Engine:
     """Build what surrounds a running vLLM."""
     model = adapter.model_facts(llm, config.engine.load_format)
+    adapter.check_limits(config.limits, len(adapter.eos_token_ids(llm)))
     for bundle in served.values():
         bundles.check_model(bundle, model.sha256, model.hidden_size)
+        check_bos(bundle, adds_bos=bos_token_id(llm.get_tokenizer()) is not None)
     registry = registry_of(layout, model, served, config)
     programs = compile_folder(config.programs.folder, registry, "program")
     policies = compile_folder(config.policies.folder, registry, "policy")
@@ -76,6 +84,15 @@ def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], confi
     hub = Hub(metrics.feature_totals, admission.release)
     default = default_policy(config, policies)
     return Engine(llm, model, registry, served, programs, policies, default, admission, hub, metrics)
+
+
+def check_bos(bundle: Bundle, adds_bos: bool) -> None:
+    """Warn if an SAE was trained on contexts that begin otherwise than texts of this server, which is worth knowing."""
+    context = getattr(bundle.manifest, "context", None)
+    trained: bool | None = getattr(context, "prepend_bos", None)
+    if trained is not None and trained != adds_bos:
+        values = fields(bundle=bundle.manifest.name, trained_with_bos=trained, tokenizer_adds_bos=adds_bos)
+        logger.warning("the SAE was trained with another rule for BOS than the tokenizer's", extra=values)
 
 
 async def connect_telemetry(engine: Engine) -> None:
@@ -173,7 +190,13 @@ def needs_whole_dictionary(bundle: Bundle) -> bool:
 def registry_of(layout: Layout, model: ModelFacts, served: dict[str, Bundle], config: Config) -> Registry:
     """Build what programs are compiled against."""
     dictionaries = {name: dictionary_of(bundle) for name, bundle in served.items()}
-    return Registry(layout, model.hidden_size, dictionaries, max_edits=config.limits.max_edits)
+    return Registry(
+        layout,
+        model.hidden_size,
+        dictionaries,
+        max_edits=config.limits.max_edits,
+        max_name_chars=config.limits.max_name_chars,
+    )
 
 
 def dictionary_of(bundle: Bundle) -> Dictionary:

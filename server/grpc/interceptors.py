@@ -59,6 +59,7 @@ def surrounded(behaviour: Behaviour, method: str, deserialize: Callable[[bytes],
             correlation, deadline = correlation_of(metadata), deadline_of(context)
             async with begin_call(serving, method, ANONYMOUS, correlation, deadline) as record:
                 RECORD.set(record)
+                require_size(request, serving.config.limits.max_message_bytes)
                 response = await behaviour(deserialize(request), context)
                 context.set_trailing_metadata(trailers_of(record))
                 return response
@@ -68,6 +69,12 @@ def surrounded(behaviour: Behaviour, method: str, deserialize: Callable[[bytes],
                 await abort(context, refusal)
 
     return call
+
+
+def require_size(request: bytes, maximum: int) -> None:
+    """Raise Refusal MESSAGE_TOO_LARGE if a request message has more than `maximum` bytes."""
+    if len(request) > maximum:
+        raise Refusal("MESSAGE_TOO_LARGE", f"the request has {len(request)} bytes, at most {maximum}")
 
 
 def deadline_of(context: Context) -> float | None:

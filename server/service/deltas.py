@@ -66,6 +66,11 @@ def finish(
     record = choice.record
     delta.finish_reason = FINISH_REASONS[record.finish_reason]
     delta.stop_reason = "" if stop_reason is None else str(stop_reason)
+    match stop_reason:
+        case str():
+            delta.stop_string = stop_reason
+        case int():
+            delta.stop_token_id = stop_reason
     if job.report.pooled:
         delta.pooled.extend(choice.pooling.features(job.features.watched))
     delta.usage.prompt_tokens = call.prompt_tokens

@@ -49,8 +49,11 @@ BOUNDS = (
     Bound("prompt.text", 1, "max_prompt_chars"),
     Bound("prompt.token_ids.ids", 1, "max_prompt_tokens"),
     Bound("prompt.chat.messages", 1, "max_messages"),
+    Bound("prompt.chat.template_arguments", 0, "max_prompt_chars"),
+    Bound("prompt.truncate_prompt_tokens", 1, "max_prompt_tokens"),
     Bound("sampling.max_tokens", 1, "max_tokens"),
-    Bound("sampling.temperature", 0, 100),
+    # vLLM's maximum.
+    Bound("sampling.temperature", 0, 2),
     Bound("sampling.top_p", MIN_POSITIVE, 1),
     Bound("sampling.top_k", 0, 2**31 - 1),
     Bound("sampling.min_p", 0, 1),
@@ -64,6 +67,12 @@ BOUNDS = (
     Bound("sampling.logprobs", 0, "max_logprobs"),
     Bound("sampling.n", 1, "max_choices"),
     Bound("sampling.logit_bias", 0, "max_logit_bias"),
+    Bound("sampling.bad_words", 0, "max_bad_words"),
+    Bound("sampling.allowed_token_ids", 0, "max_allowed_token_ids"),
+    Bound("sampling.structured.json_schema", 1, "max_structured_chars"),
+    Bound("sampling.structured.regex", 1, "max_structured_chars"),
+    Bound("sampling.structured.grammar", 1, "max_structured_chars"),
+    Bound("sampling.structured.choice.texts", 1, "max_structured_choices"),
     Bound("report.features", 0, "max_reported_features"),
     Bound("report.sites", 0, "max_reported_features"),
     Bound("report.top_k", 0, "max_top_k"),
@@ -81,7 +90,7 @@ def check_token_id(token: int, bounds: Bounds) -> str | None:
 
 
 def check_stop(text: str, bounds: Bounds) -> str | None:
-    """Require a stop string of bounded length; an empty one would end every choice at once."""
+    """Require a stop string, a bad word or a choice of bounded length; an empty one would match everywhere."""
     maximum = bounds.limits.max_stop_chars
     return None if 1 <= len(text) <= maximum else f"has {len(text)} characters, must have from 1 to {maximum}"
 
@@ -109,6 +118,9 @@ ENTRY_CHECKS = (
     EntryCheck("sampling.stop", check_stop),
     EntryCheck("sampling.stop_token_ids", check_token_id),
     EntryCheck("sampling.logit_bias", check_logit_bias),
+    EntryCheck("sampling.bad_words", check_stop),
+    EntryCheck("sampling.allowed_token_ids", check_token_id),
+    EntryCheck("sampling.structured.choice.texts", check_stop),
 )
 
 
@@ -172,6 +184,10 @@ def conflicts(request: Message) -> Iterator[Violation]:
     steering = value_at(request, "steering")
     if steering is not None and steering.WhichOneof("steering") is None:
         yield Violation("steering", "names no program")
+    structured = value_at(request, "sampling.structured")
+    form = "" if structured is None else structured.WhichOneof("structured")
+    if form is None or (form == "json_object" and not structured.json_object):
+        yield Violation("sampling.structured", "names no form")
     minimum = value_at(request, "sampling.min_tokens")
     maximum = value_at(request, "sampling.max_tokens") or DEFAULT_MAX_TOKENS
     if minimum is not None and minimum > maximum:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rudder.server.caller import Caller
+from rudder.server.engine.adapter import check_bad_words
 from rudder.server.engine.call import Call
 from rudder.server.program.compile import Compiled, compile_program
 from rudder.server.program.rows import LockedRows
@@ -70,6 +71,9 @@ async def prepare(serving: Serving, caller: Caller, request: Request) -> Job:
     interval = request.stream_interval if isinstance(request, inference_pb2.GenerateRequest) else 0
     sampling = with_max_tokens(request.sampling, len(ids), serving.engine.model.max_model_len)
     call = replace(call, cache_salt=request.cache_salt)
+    first = sampling_of(sampling, 0, interval)
+    if sampling.bad_words:
+        await serving.in_tokenizer_thread(lambda: check_bad_words(first, serving.engine.tokenizer))
     choices = range(sampling.n or 1)
     calls = tuple(replace(call, sampling=sampling_of(sampling, choice, interval)) for choice in choices)
     return Job(calls, policy, report, table)
@@ -126,6 +130,9 @@ def with_max_tokens(sampling: inference_pb2.Sampling, prompt: int, max_model_len
             " takes"
         )
         raise invalid("sampling.max_tokens", problem)
+    if result.min_tokens > result.max_tokens:
+        problem = f"{result.min_tokens} is more than the {result.max_tokens} tokens that fit beside the prompt"
+        raise invalid("sampling.min_tokens", problem)
     return result
 
 

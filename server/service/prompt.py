@@ -1,6 +1,11 @@
 """Tokenise a prompt: text, token ids or chat messages."""
 
+import json
+from functools import lru_cache
 from typing import Any
+
+from jinja2 import meta
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from rudder.sae_models.tokens import SpecialTokenError, TextEncoder, text_encoder
 from rudder.server import config
@@ -10,6 +15,11 @@ from rudder.server.service.limits import Bounds
 from rudder.v1 import inference_pb2
 
 DEFAULT_RULES = config.Prompt()
+# Variables of chat templates that other fields set, and functions.
+OWN_VARIABLES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize",
+     "raise_exception", "strftime_now", "range", "namespace", "dict", "lipsum", "cycler", "joiner"}
+)  # fmt: skip
 
 
 def prompt_ids(
@@ -29,6 +39,8 @@ def prompt_ids(
             ids = chat_ids(prompt.chat, text_encoder(tokenizer), rules)
         case _:
             ids = tuple(prompt.token_ids.ids)
+    if prompt.HasField("truncate_prompt_tokens"):
+        ids = ids[-prompt.truncate_prompt_tokens :]
     maximum = bounds.limits.max_prompt_tokens or 0
     if not 1 <= len(ids) <= maximum:
         raise invalid(f"prompt.{kind}", f"has {len(ids)} tokens, must have from 1 to {maximum}")
@@ -46,20 +58,52 @@ def text_ids(text: str, encoder: TextEncoder, rules: config.Prompt) -> tuple[int
 
 
 def chat_ids(chat: inference_pb2.Chat, encoder: TextEncoder, rules: config.Prompt) -> tuple[int, ...]:
-    """Return the ids of the messages in the model's chat template, up to the assistant's turn."""
+    """Return the ids of the messages in the model's chat template, up to the assistant's turn or its last message."""
     if not encoder.tokenizer.chat_template:
         raise invalid("prompt.chat", "the model has no chat template")
     if rules.special_tokens == "refuse":
         for i, message in enumerate(chat.messages):
             require_no_special_token(f"prompt.chat.messages[{i}].content", message.content, encoder)
     messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+    arguments = template_arguments(chat.template_arguments, encoder, rules)
+    final = chat.continue_final_message
     try:
-        return tuple(encoder.encode_chat(messages, add_generation_prompt=True))
+        ids = encoder.encode_chat(messages, arguments, add_generation_prompt=not final, continue_final_message=final)
+        return tuple(ids)
     except SpecialTokenError as error:
         raise invalid("prompt.chat.messages", f"{error}, which cannot be encoded as text here") from error
     # A template is a program that runs on the client's messages: whatever it raises, they are the reason.
     except Exception as error:
         raise template_refusal(error) from error
+
+
+def template_arguments(text: str, encoder: TextEncoder, rules: config.Prompt) -> dict[str, Any]:
+    """Return the variables that a client sets in the chat template. Raises Refusal if they are not the template's."""
+    field = "prompt.chat.template_arguments"
+    if not text:
+        return {}
+    if rules.special_tokens == "refuse":
+        require_no_special_token(field, text, encoder)
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise invalid(field, "is not JSON") from error
+    if not isinstance(arguments, dict):
+        raise invalid(field, "is not a JSON object")
+    known = template_variables(encoder.tokenizer.get_chat_template()) - OWN_VARIABLES
+    known -= encoder.tokenizer.special_tokens_map.keys()
+    if unknown := sorted(arguments.keys() - known):
+        raise invalid(
+            field, f"the chat template has no variable {unknown[0]!r}, but {', '.join(sorted(known)) or 'none'}"
+        )
+    return arguments
+
+
+@lru_cache(maxsize=8)
+def template_variables(template: str) -> frozenset[str]:
+    """Return the names of the variables that a chat template reads and does not set."""
+    environment = _compile_jinja_template(template).environment
+    return frozenset(meta.find_undeclared_variables(environment.parse(template)))
 
 
 def template_refusal(error: Exception) -> Refusal:
