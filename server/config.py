@@ -53,6 +53,18 @@ class Engine(Section, frozen=True):
     kv_cache_memory_bytes: Annotated[
         Positive | None, Meta(description="size of the KV cache; null: most of a GPU's free memory")
     ] = 1 << 30
+    gpu_memory_utilization: Annotated[
+        Annotated[float, Meta(gt=0, le=1)] | None,
+        Meta(description="share of a GPU's memory for model and KV cache, if kv_cache_memory_bytes is null; null: 0.9"),
+    ] = None
+    quantization: Annotated[
+        str | None, Meta(description="quantization method of vLLM, such as fp8; null: that of the model's files")
+    ] = None
+    revision: Annotated[
+        str | None,
+        Meta(description="branch, tag or commit of a Hugging Face model; null: its default"),
+    ] = None
+    seed: Annotated[NonNegative, Meta(description="seed of requests that set none, and of dummy weights")] = 0
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Meta(description="dtype of the model")] = "auto"
     load_format: Annotated[Literal["auto", "dummy"], Meta(description="dummy: random weights, for benchmarks")] = "auto"
     enforce_eager: Annotated[bool, Meta(description="do not compile the model: faster start, slower generation")] = (

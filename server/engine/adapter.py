@@ -100,7 +100,8 @@ def engine_args(config: Config, layout: Layout) -> AsyncEngineArgs:
     engine = config.engine
     on_cpu = engine.device == "cpu" or (engine.device == "auto" and current_platform.is_cpu())
     in_engine = on_cpu and engine.tensor_parallel_size == 1
-    sizes = {"kv_cache_memory_bytes": engine.kv_cache_memory_bytes} if engine.kv_cache_memory_bytes else {}
+    optional = ("kv_cache_memory_bytes", "gpu_memory_utilization", "quantization", "revision")
+    values = {name: getattr(engine, name) for name in optional if getattr(engine, name) is not None}
     return AsyncEngineArgs(
         model=engine.model,
         dtype=engine.dtype,
@@ -116,7 +117,9 @@ def engine_args(config: Config, layout: Layout) -> AsyncEngineArgs:
         worker_cls=f"{WORKER_PACKAGE}.{'cpu' if on_cpu else 'gpu'}.Worker",
         additional_config=layout.additional_config(code_digest()),
         disable_log_stats=False,
-        **sizes,
+        tokenizer_revision=engine.revision,
+        seed=engine.seed,
+        **values,
     )
 
 
@@ -238,6 +241,8 @@ async def add_request(
     prompt = TokensPrompt(prompt_token_ids=list(prompt_ids), cache_salt=cache_salt)
     try:
         return await llm.add_request(request_id, prompt, sampling)
-    # What the compilers of grammars raise.
-    except ValueError as error:
+    # The compilers of grammars raise either, and name no parameter.
+    except (ValueError, VLLMValidationError) as error:
+        if getattr(error, "parameter", None) or not sampling.structured_outputs:
+            raise
         raise VLLMValidationError(str(error), parameter="structured_outputs") from error

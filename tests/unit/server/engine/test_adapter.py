@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
 
 from rudder.sae_models import PRETRAINED
-from rudder.server.engine.adapter import Detokenizer
+from rudder.server.config import Config, Engine
+from rudder.server.engine.adapter import Detokenizer, engine_args
+from rudder.server.program.layout import Layout
 
 SHIPPED: Any = AutoTokenizer.from_pretrained(str(PRETRAINED / "textbook-lm"))
 
@@ -90,3 +93,20 @@ def test_special_tokens_between_prompt_and_output() -> None:
     prompt = [*SHIPPED.encode("Hello \U0001f336")[:-1], 0]
     for skip in (True, False):
         assert "Hello" not in "".join(stream(SHIPPED, prompt, [116, 41], skip_special_tokens=skip))
+
+
+def arguments(**engine: Any) -> Any:
+    return engine_args(Config(engine=Engine(**engine)), Layout(("layers.0.resid_post",)))
+
+
+def test_engine_settings_reach_vllm() -> None:
+    settings = {"gpu_memory_utilization": 0.5, "quantization": "fp8", "revision": "abc", "seed": 7}
+    result = arguments(**settings)
+    assert {name: getattr(result, name) for name in settings} == settings
+    assert result.tokenizer_revision == "abc"
+
+
+def test_unset_engine_settings_are_those_of_vllm() -> None:
+    result = arguments()
+    for name in ("gpu_memory_utilization", "quantization", "revision", "tokenizer_revision", "seed"):
+        assert getattr(result, name) == getattr(AsyncEngineArgs, name), name
