@@ -128,6 +128,7 @@ class Limits(Section, frozen=True):
     max_stop_chars: Annotated[Positive, Meta(description="characters of a stop string")] = 256
     max_logit_bias: Annotated[NonNegative, Meta(description="entries of the logit bias")] = 1024
     max_logprobs: Annotated[NonNegative, Meta(description="alternatives reported for each token")] = 20
+    max_prompt_logprobs: Annotated[NonNegative, Meta(description="alternatives reported for each prompt token")] = 20
     max_bad_words: Annotated[NonNegative, Meta(description="words that an output must not contain")] = 64
     max_allowed_token_ids: Annotated[NonNegative, Meta(description="token ids to which an output is restricted")] = 1024
     max_structured_chars: Annotated[

@@ -58,6 +58,7 @@ WORKER_PACKAGE = "rudder.server.engine.worker"
 # is forbidden twice, with and without a space before it.
 SAMPLING_BOUNDS = {
     "max_logprobs": AsyncEngineArgs.max_logprobs,
+    "max_prompt_logprobs": AsyncEngineArgs.max_logprobs,
     "max_logit_bias": logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS,
     "max_stop_strings": logit_bias.MAX_NUM_STOP_TOKEN_IDS,
     "max_allowed_token_ids": logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS,

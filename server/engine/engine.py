@@ -157,7 +157,7 @@ class Engine:
                     features = inbox.take()
                 yield Output(
                     choice.text, choice.token_ids, position, choice.logprobs,
-                    client.select(features), guard.select(features), outcome,
+                    client.select(features), guard.select(features), outcome, out.prompt_logprobs,
                 )  # fmt: skip
         finally:
             self.spawn(self.ensure_released(handle, inbox, request_id))

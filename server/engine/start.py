@@ -9,7 +9,7 @@ import numpy as np
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.sae import Normalisation, row_norms
-from rudder.sae_models.tokens import bos_token_id
+from rudder.sae_models.tokens import text_encoder
 from rudder.server.config import Config, ConfigError, WatchedFeature
 from rudder.server.engine import adapter
 from rudder.server.engine.adapter import AsyncLLM, ModelFacts
@@ -73,9 +73,11 @@ def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], confi
     """Build what surrounds a running vLLM."""
     model = adapter.model_facts(llm, config.engine.load_format)
     adapter.check_limits(config.limits, len(adapter.eos_token_ids(llm)))
+    # Built now, as it copies the vocabulary, and not in the first request.
+    encoder = text_encoder(llm.get_tokenizer())
     for bundle in served.values():
         bundles.check_model(bundle, model.sha256, model.hidden_size)
-        check_bos(bundle, adds_bos=bos_token_id(llm.get_tokenizer()) is not None)
+        check_bos(bundle, adds_bos=bool(encoder.bos))
     registry = registry_of(layout, model, served, config)
     programs = compile_folder(config.programs.folder, registry, "program")
     policies = compile_folder(config.policies.folder, registry, "policy")

@@ -39,6 +39,7 @@ def delta_of(job: Job, choice: Choice, output: Output) -> inference_pb2.ChoiceDe
         text=output.text,
         token_ids=output.token_ids,
         logprobs=columns.logprobs(output.logprobs, choice.call.sampling.logprobs or 0),
+        prompt_logprobs=prompt_logprobs(output, choice.call),
     )
     if len(output.features.activations):
         activations = columns.activations_of(output.features, job.features)
@@ -47,6 +48,13 @@ def delta_of(job: Job, choice: Choice, output: Output) -> inference_pb2.ChoiceDe
         if not job.report.no_tokens and len(activations.positions):
             delta.activations.CopyFrom(columns.feature_columns(activations))
     return delta
+
+
+def prompt_logprobs(output: Output, call: Call) -> inference_pb2.Logprobs | None:
+    """Convert the log-probabilities of the prompt's tokens, of which the first has none."""
+    if not output.prompt_logprobs:
+        return None
+    return columns.logprobs([entry for entry in output.prompt_logprobs if entry], call.sampling.prompt_logprobs or 0)
 
 
 def without_bos(activations: Activations, features: Features, bos: bool) -> tuple[Activations, int]:

@@ -65,6 +65,7 @@ BOUNDS = (
     Bound("sampling.stop", 0, "max_stop_strings"),
     Bound("sampling.stop_token_ids", 0, "max_stop_strings"),
     Bound("sampling.logprobs", 0, "max_logprobs"),
+    Bound("sampling.prompt_logprobs", 0, "max_prompt_logprobs"),
     Bound("sampling.n", 1, "max_choices"),
     Bound("sampling.logit_bias", 0, "max_logit_bias"),
     Bound("sampling.bad_words", 0, "max_bad_words"),

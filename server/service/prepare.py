@@ -20,6 +20,8 @@ from rudder.v1 import inference_pb2
 
 Request = inference_pb2.GenerateRequest | inference_pb2.CompleteRequest | inference_pb2.InspectRequest
 MAX_CACHED_WATCHES = 256
+# A log-probability and a token id.
+LOGPROB_BYTES = 9
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ async def prepare(serving: Serving, caller: Caller, request: Request) -> Job:
         return Job((call,), policy, report, table)
     interval = request.stream_interval if isinstance(request, inference_pb2.GenerateRequest) else 0
     sampling = with_max_tokens(request.sampling, len(ids), serving.engine.model.max_model_len)
+    require_room_for_logprobs(sampling, len(ids), serving.bounds.limits.max_reply_bytes)
     call = replace(call, cache_salt=request.cache_salt)
     first = sampling_of(sampling, 0, interval)
     if sampling.bad_words:
@@ -134,6 +137,14 @@ def with_max_tokens(sampling: inference_pb2.Sampling, prompt: int, max_model_len
         problem = f"{result.min_tokens} is more than the {result.max_tokens} tokens that fit beside the prompt"
         raise invalid("sampling.min_tokens", problem)
     return result
+
+
+def require_room_for_logprobs(sampling: inference_pb2.Sampling, prompt: int, max_reply_bytes: int) -> None:
+    """Raise Refusal if the log-probabilities of a prompt may not fit into one message."""
+    size = prompt * (sampling.prompt_logprobs + 1) * LOGPROB_BYTES * (sampling.n or 1)
+    if sampling.HasField("prompt_logprobs") and size > max_reply_bytes:
+        problem = f"{sampling.prompt_logprobs} for {prompt} tokens may need {size} bytes, at most {max_reply_bytes}"
+        raise invalid("sampling.prompt_logprobs", problem)
 
 
 def info_lookup(serving: Serving) -> Callable[[str, int], inference_pb2.FeatureInfo]:

@@ -8,7 +8,7 @@ from rudder.v1 import inference_pb2
 # Fields with the same name and meaning in vLLM; unset ones take vLLM's defaults.
 SHARED_FIELDS = (
     "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "logprobs", "skip_special_tokens",
+    "repetition_penalty", "logprobs", "skip_special_tokens", "prompt_logprobs",
 )  # fmt: skip
 
 

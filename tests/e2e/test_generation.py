@@ -209,6 +209,23 @@ def test_special_tokens_are_in_the_text_on_request(client: Client) -> None:
         assert choice.text == text
 
 
+def test_log_probabilities_of_the_prompt(client: Client) -> None:
+    ids = [token.id for token in client.tokenize(PROMPT)]
+    for _ in range(2):  # also when the prefix cache holds the prompt
+        choice = client.complete(ids, max_tokens=1, temperature=0, prompt_logprobs=2).choices[0]
+        assert choice.prompt_logprobs is not None
+        assert len(choice.prompt_logprobs.chosen) == len(ids) - 1
+        assert all(value <= 0 for value in choice.prompt_logprobs.chosen)
+        assert all(len(row) == 2 for row in choice.prompt_logprobs.alternatives)
+    greedy = client.complete(ids, max_tokens=1, temperature=0, logprobs=1).choices[0]
+    assert greedy.logprobs is not None
+    longer = client.complete([*ids, *greedy.token_ids], max_tokens=1, prompt_logprobs=1).choices[0]
+    assert longer.prompt_logprobs is not None
+    assert longer.prompt_logprobs.chosen[-1] == pytest.approx(greedy.logprobs.chosen[0], abs=1e-3)
+    chunks = list(client.generate(ids, max_tokens=3, prompt_logprobs=0))
+    assert [chunk.prompt_logprobs is not None for chunk in chunks] == [True, *[False] * (len(chunks) - 1)]
+
+
 def test_stop_reason_tells_a_string_from_a_token(client: Client) -> None:
     by_token = client.complete(PROMPT, logit_bias={100: 100.0}, stop_token_ids=[100], max_tokens=3).choices[0]
     assert (by_token.stop_string, by_token.stop_token_id, by_token.stop_reason) == (None, 100, "100")

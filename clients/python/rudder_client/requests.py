@@ -36,6 +36,7 @@ class Sampling(TypedDict, total=False):
     bad_words: Sequence[str]
     allowed_token_ids: Sequence[int]
     skip_special_tokens: bool
+    prompt_logprobs: int
     truncate_prompt_tokens: int
 
 

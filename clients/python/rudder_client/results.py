@@ -105,6 +105,8 @@ class Chunk:
     attestation: Attestation | None
     stop_string: str | None = None
     stop_token_id: int | None = None
+    # Of the prompt's tokens but the first, in the first chunk of a choice.
+    prompt_logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ def chunk_of(delta: Delta, names: Names) -> Chunk:
         attestation=attestation_of(delta.attestation) if delta.HasField("attestation") else None,
         stop_string=delta.stop_string if delta.HasField("stop_string") else None,
         stop_token_id=delta.stop_token_id if delta.HasField("stop_token_id") else None,
+        prompt_logprobs=logprobs_of(delta.prompt_logprobs) if delta.HasField("prompt_logprobs") else None,
     )
 
 

@@ -187,7 +187,7 @@ class BundleInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., sha256: _Optional[str] = ..., site: _Optional[str] = ..., architecture: _Optional[str] = ..., latents: _Optional[int] = ..., l0: _Optional[float] = ..., fvu: _Optional[float] = ..., output_site: _Optional[str] = ..., activation: _Optional[str] = ..., editable: _Optional[bool] = ..., not_editable_because: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_prompt_tokens", "max_tokens", "max_choices", "max_stop_strings", "max_edits", "max_reported_features", "max_top_k", "max_logprobs", "rows_per_site", "slots", "queue", "max_prompt_chars", "max_messages", "max_stop_chars", "max_logit_bias", "max_salt_chars", "max_page_size", "max_query_chars", "max_message_bytes", "max_reply_bytes", "write_timeout_s", "max_bad_words", "max_allowed_token_ids", "max_structured_chars", "max_structured_choices", "max_name_chars")
+    __slots__ = ("max_prompt_tokens", "max_tokens", "max_choices", "max_stop_strings", "max_edits", "max_reported_features", "max_top_k", "max_logprobs", "rows_per_site", "slots", "queue", "max_prompt_chars", "max_messages", "max_stop_chars", "max_logit_bias", "max_salt_chars", "max_page_size", "max_query_chars", "max_message_bytes", "max_reply_bytes", "write_timeout_s", "max_bad_words", "max_allowed_token_ids", "max_structured_chars", "max_structured_choices", "max_name_chars", "max_prompt_logprobs")
     MAX_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_CHOICES_FIELD_NUMBER: _ClassVar[int]
@@ -214,6 +214,7 @@ class Limits(_message.Message):
     MAX_STRUCTURED_CHARS_FIELD_NUMBER: _ClassVar[int]
     MAX_STRUCTURED_CHOICES_FIELD_NUMBER: _ClassVar[int]
     MAX_NAME_CHARS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     max_prompt_tokens: int
     max_tokens: int
     max_choices: int
@@ -240,7 +241,8 @@ class Limits(_message.Message):
     max_structured_chars: int
     max_structured_choices: int
     max_name_chars: int
-    def __init__(self, max_prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_choices: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_edits: _Optional[int] = ..., max_reported_features: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., rows_per_site: _Optional[int] = ..., slots: _Optional[int] = ..., queue: _Optional[int] = ..., max_prompt_chars: _Optional[int] = ..., max_messages: _Optional[int] = ..., max_stop_chars: _Optional[int] = ..., max_logit_bias: _Optional[int] = ..., max_salt_chars: _Optional[int] = ..., max_page_size: _Optional[int] = ..., max_query_chars: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_reply_bytes: _Optional[int] = ..., write_timeout_s: _Optional[float] = ..., max_bad_words: _Optional[int] = ..., max_allowed_token_ids: _Optional[int] = ..., max_structured_chars: _Optional[int] = ..., max_structured_choices: _Optional[int] = ..., max_name_chars: _Optional[int] = ...) -> None: ...
+    max_prompt_logprobs: int
+    def __init__(self, max_prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_choices: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_edits: _Optional[int] = ..., max_reported_features: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., rows_per_site: _Optional[int] = ..., slots: _Optional[int] = ..., queue: _Optional[int] = ..., max_prompt_chars: _Optional[int] = ..., max_messages: _Optional[int] = ..., max_stop_chars: _Optional[int] = ..., max_logit_bias: _Optional[int] = ..., max_salt_chars: _Optional[int] = ..., max_page_size: _Optional[int] = ..., max_query_chars: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_reply_bytes: _Optional[int] = ..., write_timeout_s: _Optional[float] = ..., max_bad_words: _Optional[int] = ..., max_allowed_token_ids: _Optional[int] = ..., max_structured_chars: _Optional[int] = ..., max_structured_choices: _Optional[int] = ..., max_name_chars: _Optional[int] = ..., max_prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class ListProgramsRequest(_message.Message):
     __slots__ = ()

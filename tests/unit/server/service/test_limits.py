@@ -16,7 +16,8 @@ from rudder.v1 import catalogue_pb2, inference_pb2
 BOUNDED = bounds_of(
     config.Limits(
         max_prompt_chars=50, max_messages=3, max_choices=4, max_stop_strings=2, max_stop_chars=5, max_logit_bias=3,
-        max_logprobs=6, max_bad_words=4, max_allowed_token_ids=5, max_structured_chars=12, max_structured_choices=3,
+        max_logprobs=6, max_prompt_logprobs=5,
+        max_bad_words=4, max_allowed_token_ids=5, max_structured_chars=12, max_structured_choices=3,
         max_reported_features=7, max_top_k=8, max_salt_chars=9, max_page_size=10, max_query_chars=11,
     ),
     max_model_len=101,

@@ -3,7 +3,7 @@
 import pytest
 
 from rudder.server.service.errors import Refusal
-from rudder.server.service.prepare import with_max_tokens
+from rudder.server.service.prepare import require_room_for_logprobs, with_max_tokens
 from rudder.server.service.sampling import sampling_of
 from rudder.v1 import inference_pb2
 
@@ -24,3 +24,11 @@ def test_tokens_that_do_not_fit_are_refused_by_name(prompt: int, minimum: int | 
     else:
         # vLLM itself accepts what is left.
         assert sampling_of(with_max_tokens(sampling, prompt, 20), 0, 0).max_tokens == min(maximum or 16, room)
+
+
+def test_log_probabilities_of_a_prompt_that_no_message_holds_are_refused() -> None:
+    sampling = inference_pb2.Sampling(prompt_logprobs=20)
+    require_room_for_logprobs(sampling, 1000, 1 << 20)
+    require_room_for_logprobs(inference_pb2.Sampling(), 10**6, 1 << 20)
+    with pytest.raises(Refusal, match=r"sampling\.prompt_logprobs"):
+        require_room_for_logprobs(sampling, 100_000, 1 << 20)
