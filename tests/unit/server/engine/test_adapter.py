@@ -10,10 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMValidationError
 
 from rudder.sae_models import PRETRAINED
 from rudder.server.config import Config, Engine
-from rudder.server.engine.adapter import Detokenizer, engine_args
+from rudder.server.engine.adapter import Detokenizer, StructuredOutputsParams, add_request, engine_args
 from rudder.server.program.layout import Layout
 
 SHIPPED: Any = AutoTokenizer.from_pretrained(str(PRETRAINED / "textbook-lm"))
@@ -110,3 +111,26 @@ def test_unset_engine_settings_are_those_of_vllm() -> None:
     result = arguments()
     for name in ("gpu_memory_utilization", "quantization", "revision", "tokenizer_revision", "seed"):
         assert getattr(result, name) == getattr(AsyncEngineArgs, name), name
+
+
+class RefusingEngine:
+    """Raises the same error for every request."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    async def add_request(self, *_: object) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ValueError("bad grammar"), VLLMValidationError("bad grammar")])
+async def test_grammar_that_does_not_compile_is_the_clients_fault(error: Exception) -> None:
+    llm: Any = RefusingEngine(error)
+    sampling = SamplingParams(structured_outputs=StructuredOutputsParams(regex="("))
+    with pytest.raises(VLLMValidationError) as caught:
+        await add_request(llm, "r", (1,), "", sampling)
+    assert caught.value.parameter == "structured_outputs"
+    # Without a grammar, a ValueError is a bug of the server.
+    with pytest.raises(type(error)) as other:
+        await add_request(llm, "r", (1,), "", SamplingParams())
+    assert other.value is error
