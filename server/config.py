@@ -59,6 +59,18 @@ class Engine(Section, frozen=True):
         Annotated[int, Meta(ge=1, le=MAX_BYTES)] | None,
         Meta(description="size of the KV cache; null: most of a GPU's free memory"),
     ] = 1 << 30
+    gpu_memory_utilization: Annotated[
+        Annotated[float, Meta(gt=0, le=1)] | None,
+        Meta(description="share of a GPU's memory for model and KV cache, if kv_cache_memory_bytes is null; null: 0.9"),
+    ] = None
+    quantization: Annotated[
+        str | None, Meta(description="quantization method of vLLM, such as fp8; null: that of the model's files")
+    ] = None
+    revision: Annotated[
+        str | None,
+        Meta(description="branch, tag or commit of a Hugging Face model; null: its default"),
+    ] = None
+    seed: Annotated[NonNegative, Meta(description="seed of requests that set none, and of dummy weights")] = 0
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Meta(description="dtype of the model; auto: its own, float32 on a CPU that has no bfloat16"),
@@ -140,6 +152,14 @@ class Limits(Section, frozen=True):
     max_stop_chars: Annotated[Positive, Meta(description="characters of a stop string")] = 256
     max_logit_bias: Annotated[NonNegative, Meta(description="entries of the logit bias")] = 1024
     max_logprobs: Annotated[NonNegative, Meta(description="alternatives reported for each token")] = 20
+    max_prompt_logprobs: Annotated[NonNegative, Meta(description="alternatives reported for each prompt token")] = 20
+    max_bad_words: Annotated[NonNegative, Meta(description="words that an output must not contain")] = 64
+    max_allowed_token_ids: Annotated[NonNegative, Meta(description="token ids to which an output is restricted")] = 1024
+    max_structured_chars: Annotated[
+        Positive, Meta(description="characters of a JSON schema, a regular expression, a grammar or the choices")
+    ] = 16_384
+    max_structured_choices: Annotated[Positive, Meta(description="choices of a structured output")] = 256
+    max_name_chars: Annotated[Positive, Meta(description="characters of a name: program, vector, probe, bundle")] = 128
     max_edits: Annotated[Positive, Meta(description="edits and triggers of a program")] = 256
     max_reported_features: Annotated[NonNegative, Meta(description="features named in a report")] = 256
     max_top_k: Annotated[NonNegative, Meta(description="strongest latents reported for each token")] = 64
@@ -162,6 +182,15 @@ class Limits(Section, frozen=True):
     write_timeout_s: Annotated[
         float, Meta(ge=0.001, le=MAX_SECONDS, description="seconds that a client may leave a message unread")
     ] = 30.0
+
+
+class Prompt(Section, frozen=True):
+    """How prompts become tokens."""
+
+    special_tokens: Annotated[
+        Literal["text", "refuse"],
+        Meta(description="special tokens that a prompt's text or messages spell: encode them as text, or refuse"),
+    ] = "text"
 
 
 class Stream(Section, frozen=True):
@@ -197,6 +226,7 @@ class Config(Section, frozen=True):
     ] = ()
     listen: Listen = Listen()
     limits: Limits = Limits()
+    prompt: Prompt = Prompt()
     stream: Stream = Stream()
     logs: Logs = Logs()
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.optional import import_optional
+from rudder.sae_models.tokens import text_encoder
 
 FOLDS = 20
 # Nothing is trained, selected or calibrated on the held-out folds; thresholds are calibrated on the tuning folds.
@@ -282,17 +283,18 @@ def windows(documents: Sequence[Document], tokenizer: Any, length: int, rule: Co
     """Cut each document into windows of up to `length` tokens, each with the rule's leading token in front; the last
     window of a document is padded. Raise CorpusError if the corpus has no tokens.
 
-    A text that spells the leading token itself, such as a rendered chat, does not get a second one; BOS at the start
-    of a text is never counted.
+    A text that spells the BOS token at its start, such as a rendered chat, does not get a second one, and that BOS is
+    never counted. Other special tokens that a document spells are text.
     """
     leading = leading_token(tokenizer, rule)
     prefix = [] if leading is None else [leading]
-    pad, text_length = tokenizer.eos_token_id or 0, length - len(prefix)
+    pad, text_length, encoder = tokenizer.eos_token_id or 0, length - len(prefix), text_encoder(tokenizer)
     sequences, sizes, starts, sources = [], [], [], []
     for source, document in enumerate(tqdm(documents, desc="tokenise", unit="doc")):
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        spelled = bool(ids) and ids[0] in (leading, tokenizer.bos_token_id)
-        ids = ids[1:] if prefix and spelled else ids
+        text = encoder.without_bos(document.text)
+        ids, spelled = encoder.encode(text), text != document.text
+        if spelled and not prefix:
+            ids = [tokenizer.bos_token_id, *ids]
         for start in range(0, len(ids), text_length):
             piece = ids[start : start + text_length]
             sequences.append(np.array([*prefix, *piece, *[pad] * (text_length - len(piece))], np.int32))

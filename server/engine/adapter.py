@@ -6,29 +6,34 @@ Another engine generation changes this file and nothing else in the server proce
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import vllm
+from tokenizers.decoders import DecodeStream
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.envs import enable_envs_cache
+from vllm.envs import VLLM_MAX_BAD_WORDS_TOTAL_TOKENS, VLLM_MAX_NUM_BAD_WORDS, enable_envs_cache
+from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import detokenizer
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.worker.gpu.sample import logit_bias
 
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.errors import UserError
-from rudder.server.config import Config, ConfigError
+from rudder.server.config import Config, ConfigError, Limits
 from rudder.server.engine.parent import Target, text_of
 from rudder.server.engine.sockets import socket_folder
 from rudder.server.engine.supported import check_supported
@@ -45,8 +50,12 @@ __all__ = [
     "RequestOutputCollector",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
+    "VLLMClientError",
     "add_request",
     "call_workers",
+    "check_bad_words",
+    "check_limits",
     "enable_envs_cache",
     "engine_args",
     "model_facts",
@@ -62,12 +71,55 @@ logger = logging.getLogger(__name__)
 WORKER_PACKAGE = "rudder.server.engine.worker"
 
 
+# vLLM's bounds by the field of `limits` that must not exceed it. A worker of the V2 runner dies of more. Each bad word
+# is forbidden twice, with and without a space before it.
+SAMPLING_BOUNDS = {
+    "max_logprobs": AsyncEngineArgs.max_logprobs,
+    "max_prompt_logprobs": AsyncEngineArgs.max_logprobs,
+    "max_logit_bias": logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS,
+    "max_stop_strings": logit_bias.MAX_NUM_STOP_TOKEN_IDS,
+    "max_allowed_token_ids": logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS,
+    "max_bad_words": VLLM_MAX_NUM_BAD_WORDS // 2,
+}
+
+
+def check_limits(limits: Limits, eos_tokens: int = 0) -> None:
+    """Require that every request within the limits is within vLLM's bounds. Raises ConfigError, which names the limit.
+
+    `eos_tokens`: number of the model's EOS tokens, which vLLM counts among the stop token ids.
+    """
+    for name, bound in SAMPLING_BOUNDS.items():
+        maximum = bound - eos_tokens if name == "max_stop_strings" else bound
+        if getattr(limits, name) > maximum:
+            raise ConfigError(f"limits.{name}", f"{getattr(limits, name)} is more than the {maximum} that vLLM takes")
+
+
+def check_bad_words(sampling: SamplingParams, tokenizer: Any) -> None:
+    """Require bad words within vLLM's bounds, of which a worker of the V2 runner would die. Raises VLLMClientError."""
+    probe = copy(sampling)
+    probe.update_from_tokenizer(tokenizer)
+    tokens = sum(map(len, probe.bad_words_token_ids or ()))
+    if tokens > VLLM_MAX_BAD_WORDS_TOTAL_TOKENS:
+        problem = (
+            f"have {tokens} tokens, with and without a space before them, at most {VLLM_MAX_BAD_WORDS_TOTAL_TOKENS}"
+        )
+        raise VLLMValidationError(problem, parameter="bad_words")
+
+
+def eos_token_ids(llm: AsyncLLM) -> set[int]:
+    """Return the ids of the tokens that end an output of this model."""
+    configured = llm.model_config.try_get_generation_config().get("eos_token_id")
+    ids = {configured} if isinstance(configured, int) else set(configured or ())
+    return ids | ({llm.get_tokenizer().eos_token_id} - {None})
+
+
 def engine_args(config: Config, layout: Layout) -> AsyncEngineArgs:
     """Build vLLM's arguments with the steering worker and the bank's layout."""
     engine = config.engine
     on_cpu = runs_on_cpu(engine.device)
     in_engine = on_cpu and engine.tensor_parallel_size == 1
-    sizes = {"kv_cache_memory_bytes": engine.kv_cache_memory_bytes} if engine.kv_cache_memory_bytes else {}
+    optional = ("kv_cache_memory_bytes", "gpu_memory_utilization", "quantization", "revision")
+    values = {name: getattr(engine, name) for name in optional if getattr(engine, name) is not None}
     return AsyncEngineArgs(
         model=engine.model,
         dtype=resolved_dtype(engine.dtype, on_cpu)[0],
@@ -83,8 +135,80 @@ def engine_args(config: Config, layout: Layout) -> AsyncEngineArgs:
         worker_cls=f"{WORKER_PACKAGE}.{'cpu' if on_cpu else 'gpu'}.Worker",
         additional_config=layout.additional_config(code_digest()),
         disable_log_stats=False,
-        **sizes,
+        tokenizer_revision=engine.revision,
+        seed=engine.seed,
+        **values,
     )
+
+
+# A character has up to four bytes, and a token at least one.
+MAX_CHARACTER_TOKENS = 4
+# Tokens at the end of a prompt that are decoded again with the output, while its first character is incomplete.
+TAIL_TOKENS = 64
+REPLACEMENT = "\ufffd"
+
+
+class FirstCharacterStream:
+    """Takes the place of a DecodeStream where the prompt ends inside a character.
+
+    DecodeStream would return the whole prompt with the first character that is complete. This returns what the text
+    has beyond the prompt's: the character that the prompt began and the output completed, and what follows.
+    """
+
+    def __init__(self, prompt: Sequence[int], skip_special_tokens: bool) -> None:
+        self.prompt, self.skip_special_tokens = prompt, skip_special_tokens
+        self.generated: list[int] = []
+        self.tail: tuple[Sequence[int], str] | None = None
+        self.stream: DecodeStream | None = None
+
+    def step(self, tokenizer: Any, token: int) -> str | None:
+        """Return the text that a token adds; None while a character is incomplete."""
+        if self.stream:
+            return self.stream.step(tokenizer, token)
+
+        def decode(ids: Sequence[int]) -> str:
+            text: str = tokenizer.decode(list(ids), skip_special_tokens=self.skip_special_tokens)
+            return text
+
+        self.tail = self.tail or complete_tail(self.prompt, decode)
+        self.generated.append(token)
+        ids, complete = self.tail
+        text = decode([*ids, *self.generated])
+        if text.endswith(REPLACEMENT):
+            return None
+        self.stream = DecodeStream(ids=[*ids, *self.generated], skip_special_tokens=self.skip_special_tokens)
+        return text[max(shared_characters(complete, text), shared_characters(decode(ids), text)) :] or None
+
+
+def complete_tail(prompt: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[Sequence[int], str]:
+    """Return the last tokens of a prompt, and their text without an incomplete character at the end.
+
+    They begin between two characters. Where bytes of the prompt are no characters at all, all its tokens are returned.
+    """
+    first = max(len(prompt) - TAIL_TOKENS, 0)
+    for start in range(first, max(first - MAX_CHARACTER_TOKENS, -1), -1):
+        for missing in range(MAX_CHARACTER_TOKENS):
+            text = decode(prompt[start : len(prompt) - missing])
+            if REPLACEMENT not in text:
+                return prompt[start:], text
+    texts = (decode(prompt[: len(prompt) - missing]) for missing in range(MAX_CHARACTER_TOKENS))
+    return prompt, next((text for text in texts if not text.endswith(REPLACEMENT)), "")
+
+
+def shared_characters(first: str, second: str) -> int:
+    """Return the length of the longest prefix that two texts share."""
+    differences = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differences, min(len(first), len(second)))
+
+
+class Detokenizer(detokenizer.FastIncrementalDetokenizer):
+    """vLLM's detokenizer, without the prompt in the first text where the prompt ends inside a character."""
+
+    def __init__(self, tokenizer: Any, request: Any) -> None:
+        super().__init__(tokenizer, request)
+        tail = request.prompt_token_ids[-TAIL_TOKENS:]
+        if self.tokenizer.decode(tail, skip_special_tokens=self.skip_special_tokens).endswith(REPLACEMENT):
+            self.stream = FirstCharacterStream(request.prompt_token_ids, self.skip_special_tokens)
 
 
 def resolve(args: AsyncEngineArgs) -> VllmConfig:
@@ -116,6 +240,8 @@ class EngineStartError(UserError):
 
 def start_llm(config: Config, layout: Layout) -> AsyncLLM:
     """Start vLLM with the bank. Blocks until the engine process is up. Raises EngineStartError."""
+    # `IncrementalDetokenizer.from_new_request` looks the class up there.
+    detokenizer.FastIncrementalDetokenizer = Detokenizer
     dtype, reason = resolved_dtype(config.engine.dtype, runs_on_cpu(config.engine.device))
     logger.info("dtype of the model", extra=fields(dtype=dtype, reason=reason))
     return start_engine_process(engine_args(config, layout))
@@ -216,7 +342,14 @@ async def add_request(
 ) -> RequestOutputCollector:
     """Submit a request and return the queue of its outputs.
 
-    `AsyncLLM.generate` would be one more generator to step through for every token.
+    `AsyncLLM.generate` would be one more generator to step through for every token. Raises VLLMClientError if vLLM
+    refuses the request, such as a grammar that does not compile.
     """
     prompt = TokensPrompt(prompt_token_ids=list(prompt_ids), cache_salt=cache_salt)
-    return await llm.add_request(request_id, prompt, sampling)
+    try:
+        return await llm.add_request(request_id, prompt, sampling)
+    # The compilers of grammars raise either, and name no parameter.
+    except (ValueError, VLLMValidationError) as error:
+        if getattr(error, "parameter", None) or not sampling.structured_outputs:
+            raise
+        raise VLLMValidationError(str(error), parameter="structured_outputs") from error

@@ -109,6 +109,8 @@ class Output(NamedTuple):
     features: Features
     guard_features: Features
     outcome: Outcome | None = None
+    # Per token of the prompt, None for the first; with the first output of a call that asks for them.
+    prompt_logprobs: list[dict[int, Any] | None] | None = None
 
 
 def salt(secret: bytes, call: Call) -> str:
@@ -130,9 +132,11 @@ def engine_sampling(call: Call, request: wire.Request) -> SamplingParams:
     params = copy(call.sampling)
     params.extra_args = {wire.EXTRA_ARG: wire.encode(request)}
     params.output_kind = RequestOutputKind.DELTA
-    # Tokens served from the prefix cache produce no activations.
+    # Tokens served from the prefix cache produce neither activations nor log-probabilities.
     in_sequence = any(compiled.in_sequence for compiled in programs_of(call))
-    params.skip_reading_prefix_cache = call.reads_prompt or call.capture or in_sequence
+    params.skip_reading_prefix_cache = (
+        call.reads_prompt or call.capture or in_sequence or params.prompt_logprobs is not None
+    )
     return params
 
 

@@ -188,7 +188,7 @@ class Engine:
                     raise await self.end_of_telemetry()
                 yield Output(
                     choice.text, choice.token_ids, position, choice.logprobs,
-                    client.select(features), guard.select(features), outcome,
+                    client.select(features), guard.select(features), outcome, out.prompt_logprobs,
                 )  # fmt: skip
         finally:
             self.queues.pop(handle, None)

@@ -1,6 +1,7 @@
 """Start an engine from a configuration: everything is checked against the model that vLLM loaded."""
 
 import asyncio
+import logging
 import multiprocessing
 from collections.abc import Set
 from multiprocessing.process import BaseProcess
@@ -11,6 +12,7 @@ import numpy as np
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.sae import Normalisation, row_norms
+from rudder.sae_models.tokens import text_encoder
 from rudder.server import preflight
 from rudder.server.config import Config, ConfigError
 from rudder.server.engine import adapter
@@ -18,6 +20,7 @@ from rudder.server.engine.adapter import AsyncLLM
 from rudder.server.engine.admission import Admission
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.telemetry.hub import Hub
+from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics, PinnedFeature
 from rudder.server.program import wire
 from rudder.server.program.compile import Compiled, compile_program
@@ -27,6 +30,8 @@ from rudder.server.program.rows import Dictionary, Registry, check_capacity
 from rudder.server.program.watch import compile_watch, merge_watched
 from rudder.v1 import program_pb2
 
+logger = logging.getLogger(__name__)
+
 
 async def start_engine(config: Config, metrics: Metrics | None = None) -> Engine:
     """Start vLLM with the bank, load bundles, programs and policies, and connect telemetry.
@@ -35,6 +40,7 @@ async def start_engine(config: Config, metrics: Metrics | None = None) -> Engine
     ConfigError, BundleError, ProgramFileError, ProgramError, EngineStartError.
     """
     loop = asyncio.get_running_loop()
+    adapter.check_limits(config.limits)
     config = await loop.run_in_executor(None, preflight.check, config)
     served = await loop.run_in_executor(None, load_bundles, config)
     layout = layout_of(config, served)
@@ -93,8 +99,12 @@ def check_programs(layout: Layout, served: dict[str, Bundle], config: Config) ->
 def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], config: Config, metrics: Metrics) -> Engine:
     """Build what surrounds a running vLLM."""
     model = adapter.model_facts(llm, config.engine.load_format)
+    adapter.check_limits(config.limits, len(adapter.eos_token_ids(llm)))
+    # Built now, as it copies the vocabulary, and not in the first request.
+    encoder = text_encoder(llm.get_tokenizer())
     for bundle in served.values():
         bundles.check_model(bundle, model.sha256, model.hidden_size)
+        check_bos(bundle, adds_bos=bool(encoder.bos))
     registry = registry_of(layout, model.hidden_size, served, config)
     programs = compile_folder(config.programs.folder, registry, "program")
     policies = compile_folder(config.policies.folder, registry, "policy")
@@ -110,6 +120,15 @@ def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], confi
     hub = Hub(metrics.feature_totals, admission.release)
     default = default_policy(config, policies)
     return Engine(llm, model, registry, served, programs, policies, default, admission, hub, metrics)
+
+
+def check_bos(bundle: Bundle, adds_bos: bool) -> None:
+    """Warn if an SAE was trained on contexts that begin otherwise than texts of this server, which is worth knowing."""
+    context = getattr(bundle.manifest, "context", None)
+    trained: bool | None = getattr(context, "prepend_bos", None)
+    if trained is not None and trained != adds_bos:
+        values = fields(bundle=bundle.manifest.name, trained_with_bos=trained, tokenizer_adds_bos=adds_bos)
+        logger.warning("the SAE was trained with another rule for BOS than the tokenizer's", extra=values)
 
 
 async def connect_telemetry(engine: Engine) -> None:
@@ -214,6 +233,7 @@ def registry_of(layout: Layout, width: int, served: dict[str, Bundle], config: C
         max_edits=config.limits.max_edits,
         step_tokens=config.engine.max_num_batched_tokens,
         request_share=config.limits.request_share,
+        max_name_chars=config.limits.max_name_chars,
     )
 
 

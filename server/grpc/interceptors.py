@@ -60,6 +60,7 @@ def surrounded(behaviour: Behaviour, method: str, deserialize: Callable[[bytes],
             correlation, deadline = correlation_of(metadata), deadline_of(context)
             async with begin_call(serving, method, caller_of(context), correlation, deadline) as record:
                 RECORD.set(record)
+                require_size(request, serving.config.limits.max_message_bytes)
                 with serving.pending.held(len(request)):
                     response = await behaviour(deserialize(request), context)
                 context.set_trailing_metadata(trailers_of(record))
@@ -75,6 +76,12 @@ def surrounded(behaviour: Behaviour, method: str, deserialize: Callable[[bytes],
 def caller_of(context: Context) -> Caller:
     """Return the caller: anonymous, until this door authenticates; shares are per connection."""
     return replace(ANONYMOUS, origin=context.peer())
+
+
+def require_size(request: bytes, maximum: int) -> None:
+    """Raise Refusal MESSAGE_TOO_LARGE if a request message has more than `maximum` bytes."""
+    if len(request) > maximum:
+        raise Refusal("MESSAGE_TOO_LARGE", f"the request has {len(request)} bytes, at most {maximum}")
 
 
 def deadline_of(context: Context) -> float | None:

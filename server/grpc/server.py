@@ -67,7 +67,8 @@ class GrpcDoor:
 def options(limits: configuration.Limits) -> tuple[tuple[str, int], ...]:
     """Return gRPC's channel options."""
     return (
-        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        # Larger messages are refused with a reason; gRPC's own refusal, of what is larger still, has none.
+        ("grpc.max_receive_message_length", 2 * limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_reply_bytes),
         # With it, two servers on one port would silently share its calls.
         ("grpc.so_reuseport", 0),

@@ -22,6 +22,7 @@ from rudder.server.program.rows import (
     append_row,
     blend_target,
     check_capacity,
+    checked_name,
     resolve,
     site_number,
 )
@@ -99,6 +100,7 @@ def compile_program(
     """
     require(program.sites, f"{field}.sites", "is empty: the program changes nothing")
     count = sum(len(part.edits) + part.HasField("blend") for part in program.sites)
+    checked_name(program.name, registry, f"{field}.name")
     require(count <= registry.max_edits, f"{field}.sites", f"has {count} edits, more than {registry.max_edits}")
     gate_site = site_number(program.gate.site, registry, f"{field}.gate.site") if program.HasField("gate") else None
     sites = {} if gate_site is None else {gate_site: wire.Site(gate_site)}

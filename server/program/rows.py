@@ -55,6 +55,7 @@ class Registry:
     max_edits: int = 256
     step_tokens: int = 2**31
     request_share: float = 1.0
+    max_name_chars: int = 128
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,21 @@ def resolve(row: program_pb2.Row, site: str, registry: Registry, field: str) -> 
             return resolve_feature(row.feature, site, registry, f"{field}.feature")
         case "vector":
             values, norm = direction(row.vector.values, registry.width, f"{field}.vector.values")
-            return Resolved(wire.Row(decoder=values), f"vector {row.vector.name}".rstrip(), reads=False, norm=norm)
+            name = checked_name(row.vector.name, registry, f"{field}.vector.name")
+            return Resolved(wire.Row(decoder=values), f"vector {name}".rstrip(), reads=False, norm=norm)
         case "probe":
             weights, _ = direction(row.probe.weights, registry.width, f"{field}.probe.weights")
             bias = number(row.probe.bias, f"{field}.probe.bias")
-            return Resolved(wire.Row(encoder=weights, bias=bias), f"probe {row.probe.name}".rstrip(), reads=True)
+            name = checked_name(row.probe.name, registry, f"{field}.probe.name")
+            return Resolved(wire.Row(encoder=weights, bias=bias), f"probe {name}".rstrip(), reads=True)
     raise ProgramError(field, "names no feature, vector or probe")
+
+
+def checked_name(name: str, registry: "Registry", field: str) -> str:
+    """Return the name of a vector or probe, which attestation and reports repeat. Raises ProgramError if it is long."""
+    maximum = registry.max_name_chars
+    require(len(name) <= maximum, field, f"has {len(name)} characters, at most {maximum}")
+    return name
 
 
 def resolve_feature(feature: program_pb2.Feature, site: str, registry: Registry, field: str) -> Resolved:
@@ -127,7 +137,8 @@ def blend_target(blend: program_pb2.Blend, site: str, registry: Registry, field:
     """Resolve the row whose decoder is the target of a blend."""
     if blend.WhichOneof("target") == "vector":
         values, _ = direction(blend.vector.values, registry.width, f"{field}.vector.values")
-        return Resolved(wire.Row(decoder=values), f"vector {blend.vector.name}".rstrip(), reads=False)
+        name = checked_name(blend.vector.name, registry, f"{field}.vector.name")
+        return Resolved(wire.Row(decoder=values), f"vector {name}".rstrip(), reads=False)
     dictionary = find_dictionary(blend.bundle, site, registry, f"{field}.bundle")
     if dictionary.mean is None:
         raise ProgramError(f"{field}.bundle", f"the mean residual of {dictionary.name} was never measured")

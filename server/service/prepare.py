@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rudder.server.caller import Caller
+from rudder.server.engine.adapter import check_bad_words
 from rudder.server.engine.call import Call
 from rudder.server.program.cache import rows_size
 from rudder.server.program.compile import Compiled
@@ -19,6 +20,8 @@ from rudder.server.service.serving import Serving, bundle_at_site, feature_info
 from rudder.v1 import inference_pb2, program_pb2
 
 Request = inference_pb2.GenerateRequest | inference_pb2.CompleteRequest | inference_pb2.InspectRequest
+# A log-probability and a token id.
+LOGPROB_BYTES = 9
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ async def prepare(serving: Serving, caller: Caller, request: Request) -> Job:
     sites = top_k_sites(serving, request.report)
     chars = await require_possible_length(request.prompt, serving)
     ids = await serving.in_tokenizer_thread(
-        caller, chars, lambda tokenizer: prompt_ids(request.prompt, tokenizer, serving.bounds)
+        caller, chars, lambda tokenizer: prompt_ids(request.prompt, tokenizer, serving.bounds, serving.config.prompt)
     )
     report = request.report
     reads_prompt = report.prompt or isinstance(request, inference_pb2.InspectRequest)
@@ -71,6 +74,11 @@ async def prepare(serving: Serving, caller: Caller, request: Request) -> Job:
         return Job((call,), policy, report, table)
     interval = request.stream_interval if isinstance(request, inference_pb2.GenerateRequest) else 0
     sampling = with_max_tokens(request.sampling, len(ids), serving.engine.model.max_model_len)
+    require_room_for_logprobs(sampling, len(ids), serving.bounds.limits.max_reply_bytes)
+    first = sampling_of(sampling, 0, interval)
+    if sampling.bad_words:
+        chars = sum(map(len, sampling.bad_words))
+        await serving.in_tokenizer_thread(caller, chars, lambda tokenizer: check_bad_words(first, tokenizer))
     choices = range(sampling.n or 1)
     calls = tuple(replace(call, sampling=sampling_of(sampling, choice, interval)) for choice in choices)
     return Job(calls, policy, report, table)
@@ -104,7 +112,8 @@ async def require_possible_length(prompt: inference_pb2.Prompt, serving: Serving
     chars = len(prompt.text) + sum(map(len, texts))
     tokens = serving.bounds.limits.max_prompt_tokens or 0
     # One more token for a BOS that the text spells itself.
-    if chars > tokens and chars > await serving.tokenizers.max_chars(tokens + 1):
+    whole = not prompt.HasField("truncate_prompt_tokens")
+    if whole and chars > tokens and chars > await serving.tokenizers.max_chars(tokens + 1):
         problem = f"has {chars} characters, which are more than the {tokens} tokens that a prompt may have"
         raise invalid(f"prompt.{prompt.WhichOneof('prompt')}", problem)
     return chars + sum(len(message.content) for message in prompt.chat.messages if message.role == "assistant")
@@ -159,7 +168,18 @@ def with_max_tokens(sampling: inference_pb2.Sampling, prompt: int, max_model_len
             " takes"
         )
         raise invalid("sampling.max_tokens", problem)
+    if result.min_tokens > result.max_tokens:
+        problem = f"{result.min_tokens} is more than the {result.max_tokens} tokens that fit beside the prompt"
+        raise invalid("sampling.min_tokens", problem)
     return result
+
+
+def require_room_for_logprobs(sampling: inference_pb2.Sampling, prompt: int, max_reply_bytes: int) -> None:
+    """Raise Refusal if the log-probabilities of a prompt may not fit into one message."""
+    size = prompt * (sampling.prompt_logprobs + 1) * LOGPROB_BYTES * (sampling.n or 1)
+    if sampling.HasField("prompt_logprobs") and size > max_reply_bytes:
+        problem = f"{sampling.prompt_logprobs} for {prompt} tokens may need {size} bytes, at most {max_reply_bytes}"
+        raise invalid("sampling.prompt_logprobs", problem)
 
 
 def info_lookup(serving: Serving) -> Callable[[str, int], inference_pb2.FeatureInfo]:

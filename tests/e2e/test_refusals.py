@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from rudder.v1 import inference_pb2, inference_pb2_grpc, program_pb2
-from rudder_client import Client, Feature, Program, Report, RudderError
+from rudder_client import Chat, Client, Feature, Program, Report, RudderError, Structured, Vector
 from rudder_client.errors import error_of
 from rudder_client.requests import generate_request
 from tests.e2e.conftest import Running
@@ -29,7 +29,7 @@ def at() -> Program:
     return Program().at(SITE)
 
 
-REFUSED: list[tuple[str, dict[str, Any], str, str, str]] = [
+REFUSED: list[tuple[Any, dict[str, Any], str, str, str]] = [
     ("", {}, "INVALID_ARGUMENT", "FIELD_INVALID", "prompt.text"),
     ("x", {"max_tokens": 2_000_000_000}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.max_tokens"),
     ("x", {"max_tokens": 0}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.max_tokens"),
@@ -80,6 +80,63 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, str]] = [
         "FIELD_INVALID",
         "steering.program.sites[0].edits[0].row.vector.values",
     ),
+    ("x", {"temperature": 2.5}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.temperature"),
+    ([5] * 1019, {"min_tokens": 10}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.min_tokens"),
+    ("x", {"allowed_token_ids": [8192]}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.allowed_token_ids[0]"),
+    ("x", {"bad_words": ["w"] * 65}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.bad_words"),
+    (
+        "x",
+        {"bad_words": ["zqxj" * 64 + str(i) for i in range(60)]},
+        "INVALID_ARGUMENT",
+        "FIELD_INVALID",
+        "sampling.bad_words[0]",
+    ),
+    (
+        "x",
+        {"bad_words": ["zqxj" * 60 + str(i) for i in range(60)]},
+        "INVALID_ARGUMENT",
+        "FIELD_INVALID",
+        "sampling.bad_words",
+    ),
+    ("x", {"structured": Structured(regex="(")}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.structured"),
+    ("x", {"structured": Structured(json_schema="{")}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.structured"),
+    ("x", {"structured": Structured(grammar="no grammar")}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.structured"),
+    (
+        "x",
+        {"structured": Structured(json_schema={"$ref": "#/nowhere"})},
+        "INVALID_ARGUMENT",
+        "FIELD_INVALID",
+        "sampling.structured",
+    ),
+    (
+        "x",
+        {"structured": Structured(regex="a" * 20_000)},
+        "INVALID_ARGUMENT",
+        "FIELD_INVALID",
+        "sampling.structured.regex",
+    ),
+    (
+        Chat([{"role": "user", "content": "x"}], {"nothing": 1}),
+        {},
+        "INVALID_ARGUMENT",
+        "FIELD_INVALID",
+        "prompt.chat.template_arguments",
+    ),
+    (
+        Chat([{"role": "user", "content": "x"}], {"chat_template": "y"}),
+        {},
+        "INVALID_ARGUMENT",
+        "FIELD_INVALID",
+        "prompt.chat.template_arguments",
+    ),
+    (
+        "x",
+        {"steer": at().add(vector=Vector([1.0] * 192, name="n" * 129), value=1.0)},
+        "INVALID_ARGUMENT",
+        "FIELD_INVALID",
+        "steering.program.sites[0].edits[0].row.vector.name",
+    ),
+    ("x", {"steer": "n" * 1_000_000}, "NOT_FOUND", "PROGRAM_UNKNOWN", "steering.name"),
     ("x", {"report": Report(top_k=65)}, "INVALID_ARGUMENT", "FIELD_INVALID", "report.top_k"),
     ("x", {"report": Report(top_k=1, sites=["nowhere"])}, "NOT_FOUND", "SITE_UNKNOWN", "report.sites[0]"),
     (
@@ -95,7 +152,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, str]] = [
 
 @pytest.mark.parametrize(("prompt", "arguments", "code", "reason", "field"), REFUSED, ids=lambda value: str(value)[:40])
 def test_refusal_names_the_field(
-    client: Client, prompt: str, arguments: dict[str, Any], code: str, reason: str, field: str
+    client: Client, prompt: Any, arguments: dict[str, Any], code: str, reason: str, field: str
 ) -> None:
     methods: list[Callable[..., Any]] = [lambda *a, **k: list(client.generate(*a, **k))]
     if "stream_interval" not in arguments:
@@ -132,6 +189,10 @@ def test_too_many_edits(client: Client, number: int, code: str, reason: str) -> 
 def test_message_above_the_size_limit_is_refused(client: Client) -> None:
     with pytest.raises(RudderError) as caught:
         client.complete("x" * (5 << 20))
+    assert (caught.value.code, caught.value.reason) == ("RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE")
+    assert caught.value.metadata["request_id"]
+    with pytest.raises(RudderError) as caught:
+        client.complete("x" * (9 << 20))
     assert caught.value.code == "RESOURCE_EXHAUSTED"
 
 

@@ -12,8 +12,27 @@ import grpc
 from rudder.v1 import catalogue_pb2, catalogue_pb2_grpc, inference_pb2_grpc
 from rudder_client import channel as wire
 from rudder_client.errors import error_of, not_ready, translated
-from rudder_client.requests import Prompt, Report, Sampling, Steer, complete_request, generate_request, inspect_request
-from rudder_client.results import Chunk, Completion, Inspection, Names, chunk_of, completion_of, inspection_of
+from rudder_client.requests import (
+    Prompt,
+    Report,
+    Sampling,
+    Steer,
+    complete_request,
+    generate_request,
+    inspect_request,
+    tokenize_request,
+)
+from rudder_client.results import (
+    Chunk,
+    Completion,
+    Inspection,
+    Names,
+    Token,
+    chunk_of,
+    completion_of,
+    inspection_of,
+    tokens_of,
+)
 
 PAGE_SIZE = 1000
 
@@ -128,6 +147,13 @@ class AsyncClient(wire.ForkGuard):
             return inspection_of(
                 await self.inference.Inspect(request, timeout=timeout or self.timeout, metadata=self.metadata)
             )
+
+    async def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> tuple[Token, ...]:
+        """Return the tokens of a prompt as `generate` would read it, without features."""
+        request = tokenize_request(prompt)
+        with translated():
+            response = await self.inference.Tokenize(request, timeout=timeout or self.timeout)
+        return tokens_of(response)
 
     async def feature(self, index: int, bundle: str = "") -> catalogue_pb2.FeatureDetail:
         """Return one latent: label, frequency, strongest tokens and contexts."""

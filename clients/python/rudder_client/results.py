@@ -110,7 +110,10 @@ class Attestation:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens of choice `choice`. Only the last chunk of a choice has `finish_reason` and the fields after it."""
+    """Tokens of choice `choice`. Only the last chunk of a choice has `finish_reason` and the fields after it.
+
+    `stop_string`, `stop_token_id`: the one of both that ended the choice; `stop_reason` is its text.
+    """
 
     choice: int
     text: str
@@ -122,6 +125,10 @@ class Chunk:
     pooled: tuple[PooledActivation, ...]
     usage: Usage | None
     attestation: Attestation | None
+    stop_string: str | None = None
+    stop_token_id: int | None = None
+    # Of the prompt's tokens but the first, in the first chunk of a choice.
+    prompt_logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,9 @@ def chunk_of(delta: Delta, names: Names) -> Chunk:
         pooled=names.pooled(delta.pooled),
         usage=usage_of(delta.usage) if delta.HasField("usage") else None,
         attestation=attestation_of(delta.attestation) if delta.HasField("attestation") else None,
+        stop_string=delta.stop_string if delta.HasField("stop_string") else None,
+        stop_token_id=delta.stop_token_id if delta.HasField("stop_token_id") else None,
+        prompt_logprobs=logprobs_of(delta.prompt_logprobs) if delta.HasField("prompt_logprobs") else None,
     )
 
 
@@ -245,3 +255,9 @@ def inspection_of(response: inference_pb2.InspectResponse) -> Inspection:
         for i, (id_, text) in enumerate(zip(response.token_ids, response.token_texts, strict=True))
     )
     return Inspection(response.request_id, tokens, names.pooled(response.pooled), attestation_of(response.attestation))
+
+
+def tokens_of(response: inference_pb2.TokenizeResponse) -> tuple[Token, ...]:
+    """Convert the response of `tokenize`."""
+    pairs = zip(response.token_ids, response.token_texts, strict=True)
+    return tuple(Token(i, token, text, ()) for i, (token, text) in enumerate(pairs))
