@@ -32,9 +32,8 @@ async def test_log_probabilities_of_the_prompt_leave_out_its_first_token() -> No
     columns = delta.prompt_logprobs
     assert (list(columns.chosen), columns.width) == ([-2.0, -0.5], 1)
     assert (list(columns.alternative_ids), list(columns.alternatives)) == ([9, 7], [-1.0, -0.5])
-    assert not await delta_of(job(call), choice_of(call), output._replace(prompt_logprobs=None)).HasField(
-        "prompt_logprobs"
-    )
+    without = await delta_of(job(call), choice_of(call), output._replace(prompt_logprobs=None))
+    assert not without.HasField("prompt_logprobs")
 
 
 def job(call: Call) -> Job:
