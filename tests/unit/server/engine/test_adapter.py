@@ -65,10 +65,12 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(failing: Any) -> Any:
         class FakeLLM:
             @staticmethod
-            def from_engine_args(_: Any) -> None:
+            def from_vllm_config(_: Any, **__: Any) -> None:
                 failing(EngineCoreProc.run_engine_core)
 
         monkeypatch.setattr(adapter, "AsyncLLM", FakeLLM)
+        monkeypatch.setattr(adapter, "resolve", lambda _: None)
+        monkeypatch.setattr(adapter, "check_supported", lambda _: None)
         return adapter.start_engine_process(engine_args(Config(), LAYOUT))
 
     return run
@@ -117,5 +119,5 @@ async def test_error_of_a_worker_s_method_is_the_error_of_the_start() -> None:
         async def collective_rpc(self, method: str, args: Any) -> None:  # noqa: ARG002
             raise Exception(f"Call to {method} method failed: CUDA out of memory")
 
-    with pytest.raises(EngineStartError, match="rudder_load method failed: CUDA out of memory"):
-        await adapter.call_workers(FakeLLM(), "rudder_load", {})
+    with pytest.raises(EngineStartError, match="rudder_bundles method failed: CUDA out of memory"):
+        await adapter.call_workers(FakeLLM(), "rudder_bundles", {})
