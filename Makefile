@@ -7,7 +7,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 INSTALL := -m pip --disable-pip-version-check install --quiet
 PIP := $(PY) $(INSTALL)
-# Every file that these install has its hash in requirements/; `make lock` refreshes them.
+# Every package that these install has its hash in requirements/ (`make lock` refreshes them), but for PyTorch: see torch.txt.
 PINNED := --no-deps --require-hashes --requirement
 
 hash = $(shell cat $(1) | sha256sum | cut -c 1-16)
@@ -116,8 +116,7 @@ $(PY):
 # installation brings what its CUDA build needs beside it, and nothing for the CPU build.
 define install-pinned
 	$(1) $(INSTALL) $(PINNED) $(2)
-	$(1) $(INSTALL) $(PINNED) requirements/torch.txt
-	$(1) $(INSTALL) torch
+	$(1) $(INSTALL) --requirement requirements/torch.txt
 endef
 
 $(CPU): requirements/cpu.txt requirements/torch.txt pyproject.toml clients/python/pyproject.toml | $(PY)
