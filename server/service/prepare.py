@@ -26,7 +26,6 @@ class Job:
     """A request ready to run: one call per choice."""
 
     calls: tuple[Call, ...]
-    policy: Compiled | None
     report: inference_pb2.Report
     features: FeatureTable
 
@@ -39,7 +38,8 @@ class Job:
     @property
     def policy_digest(self) -> str:
         """Digest of the policy that binds the caller; empty without one."""
-        return self.policy.digest if self.policy else ""
+        policy = self.calls[0].policy
+        return policy.digest if policy else ""
 
 
 async def prepare(serving: Serving, caller: Caller, request: Request) -> Job:
@@ -66,13 +66,13 @@ async def prepare(serving: Serving, caller: Caller, request: Request) -> Job:
     )
     table = FeatureTable([watched_feature_info(serving, w) for w in report.features], sites, info_lookup(serving))
     if isinstance(request, inference_pb2.InspectRequest):
-        return Job((call,), policy, report, table)
+        return Job((call,), report, table)
     interval = request.stream_interval if isinstance(request, inference_pb2.GenerateRequest) else 0
     sampling = with_max_tokens(request.sampling, len(ids), serving.engine.model.max_model_len)
     call = replace(call, cache_salt=request.cache_salt)
     choices = range(sampling.n or 1)
     calls = tuple(replace(call, sampling=sampling_of(sampling, choice, interval)) for choice in choices)
-    return Job(calls, policy, report, table)
+    return Job(calls, report, table)
 
 
 def requested_program(serving: Serving, steering: inference_pb2.Steering, locked: LockedRows) -> Compiled | None:

@@ -38,7 +38,7 @@ async def run_choice(serving: Serving, job: Job, record: CallRecord, choice: Cho
     stream = Stream(serving.pace, choice.call.sampling.max_tokens or 0)
 
     def end(outcome: Outcome) -> None:
-        choice.record.end(outcome, choice.call.compiled, job.policy)
+        choice.record.end(outcome, choice.call.compiled, choice.call.policy)
 
     serving.pace.streams += 1
     try:
