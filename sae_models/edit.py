@@ -6,7 +6,9 @@
     x' = x' + weight * (mean - x')         where the gate is open
 
 All of it runs in float32 on every token, as a few dense operations: the graph does not depend on how many programs are
-in the batch, allocates no state, and never synchronises with the host. Shapes: T tokens, d width, K rows.
+in the batch, allocates no state, and never synchronises with the host. A token whose x' is not finite, or has a value
+beyond a limit, keeps its x: an overflow would reach other requests through recycled pages of the KV cache. Shapes: T
+tokens, d width, K rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +19,9 @@ from torch import Tensor
 from rudder.sae_models.operations import DISPLACEMENT, EDIT, ENTRY, NO_FLOOR, TOKEN
 
 TINY = 1e-12
+# Limit on the values of x': far above any residual stream, and far below the root of the largest float32, so that the
+# square of its norm is finite, and that of what the layers behind make of it.
+MAX_VALUE = 2.0**40
 # A product of two matrices.
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -30,6 +35,12 @@ def entry_group(entry: Tensor, names: Sequence[str]) -> Tensor:
     """Select adjacent columns of entry [T, len(ENTRY)] that begin with names[0], as a view [T, len(names)]."""
     first = ENTRY.index(names[0])
     return entry[:, first : first + len(names)]
+
+
+def norms(x: Tensor) -> Tensor:
+    """Return the norm of each token of x [T, d], float64 [T, 1], at least TINY. Squares of float32 do not overflow."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
+    return norm.clamp_min(TINY)
 
 
 def edit(
@@ -46,24 +57,47 @@ def edit(
 
     x [T, d] and activations f [T, K], float32; decoder [K, d]; edits [T, len(EDIT), K] and entry [T, len(ENTRY)], the
     parameters in force at each token; is_open [T], the gate; gain [T, K], the factor on each row's input (sae.gain),
-    None for 1.
+    None for 1. A token that would leave `MAX_VALUE` is not edited.
+    """
+    move, edited, _ = bounded_edit(x, f, decoder, edits, entry, is_open, gain, product, MAX_VALUE)
+    return move, edited
+
+
+def bounded_edit(
+    x: Tensor,
+    f: Tensor,
+    decoder: Tensor,
+    edits: Tensor,
+    entry: Tensor,
+    is_open: Tensor,
+    gain: Tensor | None,
+    product: Product,
+    limit: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Like `edit`, with a limit on the values of x'; also return which edits of each token were rejected, bool [T, K].
+
+    A token is edited by all of its edits or, if x' is not finite or has a value beyond `limit`, by none.
     """
     p = by_name(edits, EDIT)
     q = by_name(entry_group(entry, DISPLACEMENT).float(), DISPLACEMENT)
-    norm = x.norm(dim=1, keepdim=True).clamp_min(TINY)
-    unit = torch.where(p["relative"] > 0, norm if gain is None else norm * gain, 1.0)
+    norm = norms(x)
+    unit = norm.float() if gain is None else norm.float() * gain
+    unit = torch.where(p["relative"] > 0, unit, 1.0)
     new = torch.minimum(torch.maximum(p["scale"] * f + p["shift"] * unit, p["lower"] * unit), p["upper"] * unit)
     delta = torch.where((f > p["above"]) & is_open[:, None], new - f, 0.0)
     y = x + product(delta if gain is None else delta / gain, decoder)
     weight = torch.where(is_open, q["weight"], 0.0)[:, None]
     blend_row = q["blend_row"].long()
     y = y + weight * (decoder[blend_row] - y)
-    y = y * torch.where(q["restore"][:, None] > 0, norm / y.norm(dim=1, keepdim=True).clamp_min(TINY), 1.0)
+    # An edit may be huge before the norm is restored or the displacement capped.
+    y = y * torch.where(q["restore"][:, None] > 0, (norm / norms(y)).float(), 1.0)
     move = y - x
-    move = move * (q["cap"][:, None] * norm / move.norm(dim=1, keepdim=True).clamp_min(TINY)).clamp_max(1.0)
+    move = move * (q["cap"][:, None] * norm / norms(move)).clamp_max(1.0).float()
     places = torch.arange(f.shape[1], device=f.device)
-    edited = (delta != 0) | ((places == blend_row[:, None]) & (weight > 0))
-    return move, edited
+    requested = (delta != 0) | ((places == blend_row[:, None]) & (weight > 0))
+    # False also for NaN.
+    within = ((x + move).abs().amax(1) <= limit)[:, None]
+    return torch.where(within, move, 0.0), requested & within, requested & ~within
 
 
 def scan(decay: Tensor, shift: Tensor, floor: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +137,9 @@ def window_mean(u: Tensor, ring: Tensor, token: Tensor, window: Tensor) -> Tenso
 def sequence_condition(
     f: Tensor, entry: Tensor, token: Tensor, state: Tensor, latched: Tensor, ring: Tensor, steps: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Evaluate each token's sequence condition: (holds, state, alarms, score), [T] each, as they are after the token.
+    """Evaluate each token's sequence condition: (holds, statistic, alarms, score), [T] each, as after the token.
+
+    The statistic is the state from which the next step continues; that of a window is its mean, as its state is unused.
 
     f [T, K] activations, entry [T, len(ENTRY)], token [len(TOKEN), T]; state, latched [slots] and ring [slots, W] as
     they were before this step; `steps` as in `scan`.
@@ -119,4 +155,4 @@ def sequence_condition(
     # The request's alarms up to each token: the running sum of the batch, less the sum before its first token.
     running = alarm.long().cumsum(0)
     alarms = running - (running - alarm.long())[start] + latched[t["slot"]]
-    return torch.where(p["latch"] > 0, alarms > 0, alarm), state, alarms, score
+    return torch.where(p["latch"] > 0, alarms > 0, alarm), statistic, alarms, score

@@ -15,12 +15,26 @@ class Quotas:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sent a request. Callers of one tenant share prefix-cache entries; callers of different tenants never do."""
+    """Who sent a request. Callers of one tenant share prefix-cache entries; callers of different tenants never do.
+
+    `origin`: the connection of a caller that did not authenticate, which tells it from others for fair shares alone.
+    """
 
     id: str
     tenant: str
     roles: frozenset[str]
     quotas: Quotas | None = None
+    origin: str = ""
+
+    @property
+    def anonymous(self) -> bool:
+        """Whether nothing tells this caller from others."""
+        return self.tenant == ANONYMOUS.tenant
+
+    @property
+    def share_key(self) -> str:
+        """What is shared fairly is shared among these."""
+        return f"{self.tenant} {self.id} {self.origin}"
 
 
 # Every request until doors authenticate.

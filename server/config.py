@@ -13,9 +13,14 @@ from msgspec import Meta
 from rudder.sae_models import PRETRAINED, settings
 from rudder.sae_models.settings import ConfigError as ConfigError
 
-NonNegative = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
+# What the contract and vLLM can count.
+MAX_COUNT, MAX_BYTES = (1 << 31) - 1, 1 << 50
+MAX_SECONDS = 1e6
+NonNegative = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+Positive = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
+Seconds = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
+Share = Annotated[float, Meta(gt=0, le=1)]
 BankSize = Annotated[int, Meta(ge=1, le=1 << 16)]
 
 
@@ -26,7 +31,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Engine(Section, frozen=True):
     """The model, and the bank of SAE rows in its forward pass."""
 
-    model: Annotated[str, Meta(description="folder or Hugging Face name of the language model")] = str(
+    model: Annotated[str, Meta(min_length=1, description="folder or Hugging Face name of the language model")] = str(
         PRETRAINED / "textbook-lm"
     )
     bundles: Annotated[tuple[str, ...], Meta(description="folders of the SAE bundles to serve")] = (
@@ -46,18 +51,41 @@ class Engine(Section, frozen=True):
     ] = None
     max_num_seqs: Annotated[Positive, Meta(description="maximum number of sequences in a batch")] = 128
     max_model_len: Annotated[
-        Annotated[int, Meta(ge=2)] | None,
+        Annotated[int, Meta(ge=2, le=MAX_COUNT)] | None,
         Meta(description="maximum length of prompt and output together, in tokens; null: the model's own"),
     ] = None
     max_num_batched_tokens: Annotated[Positive, Meta(description="maximum number of tokens in a step")] = 2048
     kv_cache_memory_bytes: Annotated[
-        Positive | None, Meta(description="size of the KV cache; null: most of a GPU's free memory")
+        Annotated[int, Meta(ge=1, le=MAX_BYTES)] | None,
+        Meta(description="size of the KV cache; null: most of a GPU's free memory"),
     ] = 1 << 30
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Meta(description="dtype of the model")] = "auto"
+    gpu_memory_utilization: Annotated[
+        Annotated[float, Meta(gt=0, le=1)] | None,
+        Meta(description="share of a GPU's memory for model and KV cache, if kv_cache_memory_bytes is null; null: 0.9"),
+    ] = None
+    quantization: Annotated[
+        str | None, Meta(description="quantization method of vLLM, such as fp8; null: that of the model's files")
+    ] = None
+    revision: Annotated[
+        str | None,
+        Meta(description="branch, tag or commit of a Hugging Face model; null: its default"),
+    ] = None
+    seed: Annotated[NonNegative, Meta(description="seed of requests that set none, and of dummy weights")] = 0
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Meta(description="dtype of the model; auto: its own, float32 on a CPU that has no bfloat16"),
+    ] = "auto"
     load_format: Annotated[Literal["auto", "dummy"], Meta(description="dummy: random weights, for benchmarks")] = "auto"
     enforce_eager: Annotated[bool, Meta(description="do not compile the model: faster start, slower generation")] = (
         False
     )
+    share_anonymous_prefixes: Annotated[
+        bool,
+        Meta(
+            description="callers that did not authenticate share one prefix cache, also without a cache_salt: faster,"
+            " but times and counts of cached tokens show each of them what prompts the others have sent"
+        ),
+    ] = False
     tensor_parallel_size: Annotated[Positive, Meta(description="number of tensor-parallel devices")] = 1
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="device that runs the model")] = "auto"
 
@@ -77,6 +105,10 @@ class Policies(Section, frozen=True):
         str | None, Meta(description="folder of policies, YAML files in the form of programs; null: none")
     ] = None
     default: Annotated[str | None, Meta(description="policy that binds every caller; null: none")] = None
+    allow_later_edits: Annotated[
+        bool,
+        Meta(description="requests may edit sites behind the policy's first one, where they can undo its edits"),
+    ] = False
 
 
 class WatchedFeature(Section, frozen=True):
@@ -90,14 +122,18 @@ class WatchedFeature(Section, frozen=True):
 class Listen(Section, frozen=True):
     """Addresses, and how the server shuts down."""
 
-    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    host: Annotated[str, Meta(min_length=1, description="address to listen on")] = "127.0.0.1"
     port: Annotated[Port, Meta(description="port of the gRPC services; 0: any free port")] = 50051
     metrics_port: Annotated[Port, Meta(description="port of the Prometheus endpoint; 0: any free port")] = 9464
     accept_s: Annotated[
-        float,
-        Meta(ge=0, description="seconds after SIGTERM in which calls are still accepted, until load balancers know"),
+        Seconds,
+        Meta(description="seconds after SIGTERM in which calls are still accepted, until load balancers know"),
     ] = 5.0
-    drain_s: Annotated[float, Meta(ge=0, description="seconds after that in which running requests may finish")] = 30.0
+    drain_s: Annotated[Seconds, Meta(description="seconds after that in which running requests may finish")] = 30.0
+
+    def address(self, port: int) -> str:
+        """Return `host:port`, with an IPv6 host in brackets."""
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
 
 class Limits(Section, frozen=True):
@@ -116,29 +152,56 @@ class Limits(Section, frozen=True):
     max_stop_chars: Annotated[Positive, Meta(description="characters of a stop string")] = 256
     max_logit_bias: Annotated[NonNegative, Meta(description="entries of the logit bias")] = 1024
     max_logprobs: Annotated[NonNegative, Meta(description="alternatives reported for each token")] = 20
+    max_prompt_logprobs: Annotated[NonNegative, Meta(description="alternatives reported for each prompt token")] = 20
+    max_bad_words: Annotated[NonNegative, Meta(description="words that an output must not contain")] = 64
+    max_allowed_token_ids: Annotated[NonNegative, Meta(description="token ids to which an output is restricted")] = 1024
+    max_structured_chars: Annotated[
+        Positive, Meta(description="characters of a JSON schema, a regular expression, a grammar or the choices")
+    ] = 16_384
+    max_structured_choices: Annotated[Positive, Meta(description="choices of a structured output")] = 256
+    max_name_chars: Annotated[Positive, Meta(description="characters of a name: program, vector, probe, bundle")] = 128
     max_edits: Annotated[Positive, Meta(description="edits and triggers of a program")] = 256
     max_reported_features: Annotated[NonNegative, Meta(description="features named in a report")] = 256
     max_top_k: Annotated[NonNegative, Meta(description="strongest latents reported for each token")] = 64
     max_salt_chars: Annotated[NonNegative, Meta(description="characters of a cache salt")] = 128
     max_page_size: Annotated[Positive, Meta(description="features in a page of a list or search")] = 1000
     max_query_chars: Annotated[Positive, Meta(description="characters of a search query")] = 1000
-    queue: Annotated[NonNegative, Meta(description="requests that wait for the bank or the engine")] = 1024
-    max_message_bytes: Annotated[int, Meta(ge=1024, description="bytes of a request message")] = 4 << 20
-    max_reply_bytes: Annotated[int, Meta(ge=1024, description="bytes of a response message")] = 16 << 20
+    queue: Annotated[NonNegative, Meta(description="choices that wait for the bank or the engine")] = 1024
+    max_wait_s: Annotated[float, Meta(gt=0, description="seconds that a choice may wait for the bank")] = 60.0
+    request_share: Annotated[
+        Share, Meta(description="share of a site's unreserved row places that one request may hold")
+    ] = 0.75
+    caller_share: Annotated[
+        Share, Meta(description="share of slots, row places and captures that a caller may take while another waits")
+    ] = 0.5
+    max_pending_bytes: Annotated[
+        int, Meta(ge=1024, le=MAX_COUNT, description="bytes of the request messages of all calls in progress together")
+    ] = 512 << 20
+    max_message_bytes: Annotated[int, Meta(ge=1024, le=MAX_COUNT, description="bytes of a request message")] = 4 << 20
+    max_reply_bytes: Annotated[int, Meta(ge=1024, le=MAX_COUNT, description="bytes of a response message")] = 16 << 20
     write_timeout_s: Annotated[
-        float, Meta(ge=0.001, description="seconds that a client may leave a message unread")
+        float, Meta(ge=0.001, le=MAX_SECONDS, description="seconds that a client may leave a message unread")
     ] = 30.0
+
+
+class Prompt(Section, frozen=True):
+    """How prompts become tokens."""
+
+    special_tokens: Annotated[
+        Literal["text", "refuse"],
+        Meta(description="special tokens that a prompt's text or messages spell: encode them as text, or refuse"),
+    ] = "text"
 
 
 class Stream(Section, frozen=True):
     """How generated tokens are combined into messages."""
 
     message_budget_per_s: Annotated[
-        Annotated[float, Meta(ge=1)] | None,
+        Annotated[float, Meta(ge=1, le=1e9)] | None,
         Meta(description="messages per second over all streams; above it tokens are combined; null: 100 for each core"),
     ] = None
     max_flush_ms: Annotated[
-        float, Meta(ge=0, description="maximum time that a token waits to be combined with the next")
+        float, Meta(ge=0, le=1e9, description="maximum time that a token waits to be combined with the next")
     ] = 400.0
 
 
@@ -163,6 +226,7 @@ class Config(Section, frozen=True):
     ] = ()
     listen: Listen = Listen()
     limits: Limits = Limits()
+    prompt: Prompt = Prompt()
     stream: Stream = Stream()
     logs: Logs = Logs()
 

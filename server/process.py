@@ -1,17 +1,32 @@
 """Processes and ports: stop signals of this process, free ports, a server as a child process."""
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Coroutine
+from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 
-from rudder.server.config import ConfigError
+from rudder.server.config import ConfigError, Listen
 from rudder_client import Client, RudderError
 
 STARTED_S, STOPPED_S = 600.0, 60.0
+SIGNAL_CHECK_S, CANCEL_S = 0.1, 1.5
+# Exit status of a process that a signal ended, less the signal's number, as shells count it.
+FIRST_SIGNAL_STATUS = 128
+SERVER = """
+import sys
+from rudder.server.engine.parent import end_with_parent
+end_with_parent(int(sys.argv.pop(1)))
+from rudder.server.cli import main
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+T = TypeVar("T")
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -25,6 +40,42 @@ def stop_signals() -> "asyncio.Queue[signal.Signals]":
     return signals
 
 
+class Interrupted(Exception):
+    """A signal ended the start of a server, of which a thread may still run. `status`: exit status of the process."""
+
+    def __init__(self, received: signal.Signals) -> None:
+        super().__init__(received.name)
+        self.status = FIRST_SIGNAL_STATUS + received
+
+
+async def until_signal(work: Coroutine[Any, Any, T], signals: "asyncio.Queue[signal.Signals]") -> T:
+    """Run `work`, and cancel it when a signal arrives, which stays in the queue otherwise. Raises Interrupted."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait([task], timeout=SIGNAL_CHECK_S))[0]:
+            if not signals.empty():
+                task.cancel()
+                await asyncio.wait([task], timeout=CANCEL_S)
+                if task.done() and not task.cancelled():
+                    task.exception()
+                raise Interrupted(signals.get_nowait())
+        return await task
+    finally:
+        task.cancel()
+
+
+def leave(status: int) -> NoReturn:
+    """Exit without waiting for threads, which may still start an engine: its process ends with this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def server_command(*arguments: str) -> list[str]:
+    """Return the command of `rudder serve` as a child of this process, which ends with it."""
+    return [sys.executable, "-c", SERVER, str(os.getpid()), *arguments]
+
+
 def free_port() -> int:
     """Return a port that is free now."""
     with socket.socket() as probe:
@@ -33,15 +84,22 @@ def free_port() -> int:
         return port
 
 
-def require_free(host: str, port: int, field: str) -> None:
-    """Raise ConfigError if another process has the port: better now than after the engine's start."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(field, f"cannot listen on {host}:{port}: {error.strerror}") from error
+def require_free(listen: Listen) -> None:
+    """Raise ConfigError if the server cannot listen on its ports: better now than after the engine's start."""
+    if listen.port == listen.metrics_port != 0:
+        raise ConfigError("listen.metrics_port", f"{listen.port} is listen.port too")
+    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+    for field, port in (("listen.port", listen.port), ("listen.metrics_port", listen.metrics_port)):
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((listen.host, port))
+            # A name that is no host name, or cannot be encoded.
+            except (socket.gaierror, TypeError, ValueError) as error:
+                raise ConfigError("listen.host", f"{listen.host!r}: {error}") from error
+            except OSError as error:
+                problem = f"cannot listen on {listen.address(port)}: {error.strerror}"
+                raise ConfigError(field, problem) from error
 
 
 def wait_serving(process: "subprocess.Popen[bytes]", address: str) -> None:

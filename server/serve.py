@@ -20,10 +20,12 @@ from rudder.server.grpc.server import GrpcDoor
 from rudder.server.monitoring import logs
 from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics
-from rudder.server.process import stop_signals
+from rudder.server.process import Interrupted, stop_signals, until_signal
 from rudder.server.service.serving import Serving
 
 HEALTH_CHECK_S = 1.0
+# Calls fail by themselves when the engine dies or telemetry is lost: time for their answers to leave.
+FAILED_ANSWERS_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +48,16 @@ class Door(Protocol):
 async def serve(config: Config) -> int:
     """Start, serve until SIGTERM, SIGINT or the engine's death, drain; return the exit status.
 
-    The engine is stopped in whatever way this ends.
+    A signal during the start gives up the start, and the status is 128 and its number; a thread may still load the
+    model then. The engine is stopped in whatever way this ends.
     """
     with logs.configured(config.logs.format, config.logs.level):
         try:
             async with AsyncExitStack() as stack:
                 died = await run_server(config, stack)
+        except Interrupted as interrupted:
+            logger.info("stopped", extra=fields(reason=f"{interrupted} during the start"))
+            return interrupted.status
         except Exception as error:
             logger.error("the server failed", extra=fields(error=f"{type(error).__name__}: {error}"))
             raise
@@ -64,12 +70,9 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     stop = stop_signals()
     log_start(config)
     metrics = Metrics.create(REGISTRY)
-    engine = await start_engine(config, metrics)
-    stack.push_async_callback(engine.stop)
-    log_engine(engine)
-    await run_self_test(engine)
+    engine = await until_signal(start_tested_engine(config, metrics, stack), stop)
     serving = Serving.around(engine, config, metrics)
-    stack.callback(serving.tokenizing.shutdown, wait=False)
+    stack.callback(serving.tokenizers.shutdown)
     # Everything so far lives as long as the process: keep the garbage collector from walking it again and again.
     gc.freeze()
     stack.callback(gc.unfreeze)
@@ -81,10 +84,19 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
         stack.push_async_callback(door.stop, 0)
         addresses[door.name] = await door.start()
     await set_serving(doors, engine.healthy)
-    metrics_address = f"{config.listen.host}:{metrics_server.server_port}"
+    metrics_address = config.listen.address(metrics_server.server_port)
     logger.info("serving", extra=fields(model=engine.model.name, **addresses, metrics=metrics_address))
     await serve_until_stopped(doors, serving, stop)
     return not engine.healthy
+
+
+async def start_tested_engine(config: Config, metrics: Metrics, stack: AsyncExitStack) -> Engine:
+    """Start the engine, to be stopped by `stack`, and run its self-test."""
+    engine = await start_engine(config, metrics)
+    stack.push_async_callback(engine.stop)
+    log_engine(engine)
+    await run_self_test(engine)
+    return engine
 
 
 async def run_self_test(engine: Engine) -> None:
@@ -115,7 +127,8 @@ async def serve_until_stopped(doors: list[Door], serving: Serving, stop: "asynci
         logger.info("accepting calls until load balancers have noticed", extra=fields(seconds=accept_s))
     await asyncio.wait([second_signal], timeout=accept_s)
     serving.draining = True
-    await drain(doors, listen.drain_s if healthy and not second_signal.done() else 0, second_signal)
+    grace_s = listen.drain_s if healthy else FAILED_ANSWERS_S
+    await drain(doors, 0 if second_signal.done() else grace_s, second_signal)
     for task in (first_signal, second_signal):
         task.cancel()
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.optional import import_optional
+from rudder.sae_models.tokens import text_encoder
 
 FOLDS = 20
 # Nothing is trained, selected or calibrated on the held-out folds; thresholds are calibrated on the tuning folds.
@@ -28,6 +29,10 @@ COLUMNS = ("text", "book", "module", "title", "complexity")
 OPENERS: Mapping[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 JSON_LINES = (".jsonl", *(f".jsonl{suffix}" for suffix in OPENERS))
 MAX_LINE_CHARACTERS = 1 << 26
+# Share of the positions of a forward pass that hold tokens, the others being padding (Windows.passes).
+MIN_USE = 0.85
+# Bounds the memory of a chunk that mixes long and short windows (Windows.chunks).
+PADDED_CHUNKS = 4
 
 
 class CorpusError(UserError):
@@ -50,14 +55,35 @@ class Document:
 
 
 @dataclass(frozen=True)
+class ContextRule:
+    """How a text becomes model inputs, and which positions an SAE is trained and measured on.
+
+    `prepend_bos`: whether a context starts with BOS; None: as the tokenizer does, which is what the server does too.
+    `excluded_positions`: positions of a context, from 0, that are not counted. `excluded_tokens`: ids of tokens that
+    are not counted wherever they occur, such as the markers of a chat template. BOS in front is never counted.
+    """
+
+    prepend_bos: bool | None = None
+    excluded_positions: tuple[int, ...] = ()
+    excluded_tokens: tuple[int, ...] = ()
+
+
+TOKENIZER_RULE = ContextRule()
+
+
+@dataclass(frozen=True)
 class Windows:
-    """tokens [n, length]: BOS, text, padding. counted [n, length]: True at text positions only. document [n]: index of
-    the source document.
+    """tokens [n, length]: BOS if the rule has one, text, padding. counted [n, length]: positions to train and measure
+    on. document [n]: index of the source document. size [n]: number of tokens without padding.
+
+    A window holds text of one document, so attention never crosses from one document to another. Forward passes take
+    windows of similar size together (`passes`) and cut their padding off, so that short documents cost what they hold.
     """
 
     tokens: Tensor
     counted: Tensor
     document: Tensor
+    size: Tensor
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -65,13 +91,11 @@ class Windows:
     @property
     def attention_mask(self) -> Tensor:
         """Mask [n, length]: True at every position that is not padding."""
-        attention_mask = self.counted.clone()
-        attention_mask[:, 0] = True
-        return attention_mask
+        return torch.arange(self.tokens.shape[1]) < self.size[:, None]
 
     def take(self, index: Tensor) -> "Windows":
         """Select the windows with these indices [m]."""
-        return Windows(self.tokens[index], self.counted[index], self.document[index])
+        return Windows(self.tokens[index], self.counted[index], self.document[index], self.size[index])
 
     def where(self, mask: Tensor) -> "Windows":
         """Select the windows for which mask [n] is True."""
@@ -85,6 +109,41 @@ class Windows:
         """Return the shortest prefix of the windows that holds at least `tokens` counted tokens, or all windows."""
         cumulative = self.counted.sum(1).cumsum(0)
         return self.take(torch.arange(min(len(self), int((cumulative < tokens).sum()) + 1)))
+
+    def trimmed(self) -> "Windows":
+        """Cut off the columns that hold padding only."""
+        length = int(self.size.max()) if len(self) else 0
+        return Windows(self.tokens[:, :length], self.counted[:, :length], self.document, self.size)
+
+    def chunks(self, full_windows: int) -> list[Tensor]:
+        """Split the windows, in order, into runs that hold as many tokens as `full_windows` without padding do.
+
+        A long window among short ones ends a run early: a chunk, padded, holds at most PADDED_CHUNKS times as many.
+        """
+        limit, runs, first, tokens, longest = full_windows * self.tokens.shape[1], [], 0, 0, 0
+        for index, size in enumerate(self.size.tolist()):
+            longest = max(longest, size)
+            if tokens + size > limit or (index - first + 1) * longest > PADDED_CHUNKS * limit:
+                runs.append(torch.arange(first, index))
+                first, tokens, longest = index, 0, size
+            tokens += size
+        return [*runs, torch.arange(first, len(self))] if len(self) else []
+
+    def passes(self, full_windows: int) -> list[Tensor]:
+        """Group the windows into forward passes by size, so that little padding is left.
+
+        A pass has at most as many positions as `full_windows` windows without padding, of which MIN_USE hold tokens.
+        """
+        limit, groups, group, tokens = full_windows * self.tokens.shape[1], [], list[int](), 0
+        order = self.size.argsort(descending=True, stable=True)
+        for index, size in zip(order.tolist(), self.size[order].tolist(), strict=True):
+            positions = (len(group) + 1) * int(self.size[group[0]]) if group else size
+            if group and (positions > limit or tokens + size < MIN_USE * positions):
+                groups.append(torch.tensor(group))
+                group, tokens = [], 0
+            group.append(index)
+            tokens += size
+        return [*groups, torch.tensor(group)] if group else groups
 
 
 def read(path: Path) -> list[Document]:
@@ -199,23 +258,61 @@ def _dataset_records(path: Path) -> Iterator[Any]:
         raise CorpusError(f"corpus: {path}: {error}") from error
 
 
-def windows(documents: Sequence[Document], tokenizer: Any, length: int) -> Windows:
-    """Cut each document into windows of up to `length` tokens. Each window starts with the BOS (or CLS) token if the
-    tokenizer has one; the last window of a document is padded. Raise CorpusError if the corpus has no tokens.
+def leading_token(tokenizer: Any, rule: ContextRule = TOKENIZER_RULE) -> int | None:
+    """Return the id of the token in front of every context, BOS or CLS; None if a context starts with its text.
+
+    By default this is what the tokenizer itself puts in front of a text. A rule that asks for BOS of a tokenizer
+    without one gets EOS, as in TransformerLens. Raise CorpusError if it has neither.
     """
-    bos = next((i for i in (tokenizer.bos_token_id, getattr(tokenizer, "cls_token_id", None)) if i is not None), None)
-    prefix = [] if bos is None else [bos]
-    pad, text_length = tokenizer.eos_token_id or 0, length - len(prefix)
-    sequences, token_counts, sources = [], [], []
+    bos, cls = tokenizer.bos_token_id, getattr(tokenizer, "cls_token_id", None)
+    if rule.prepend_bos is False:
+        return None
+    if rule.prepend_bos:
+        token = next((token for token in (bos, cls, tokenizer.eos_token_id) if token is not None), None)
+        if token is None:
+            raise CorpusError("prepend_bos: the tokenizer has no BOS, CLS or EOS token")
+        return int(token)
+    if bos is None:
+        return None if cls is None else int(cls)
+    wrapped, plain = (tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))
+    adds = wrapped[:1] != plain[:1] and wrapped[0] in (bos, cls)
+    return int(wrapped[0]) if adds else None
+
+
+def windows(documents: Sequence[Document], tokenizer: Any, length: int, rule: ContextRule = TOKENIZER_RULE) -> Windows:
+    """Cut each document into windows of up to `length` tokens, each with the rule's leading token in front; the last
+    window of a document is padded. Raise CorpusError if the corpus has no tokens.
+
+    A text that spells the BOS token at its start, such as a rendered chat, does not get a second one, and that BOS is
+    never counted. Other special tokens that a document spells are text.
+    """
+    leading = leading_token(tokenizer, rule)
+    prefix = [] if leading is None else [leading]
+    pad, text_length, encoder = tokenizer.eos_token_id or 0, length - len(prefix), text_encoder(tokenizer)
+    sequences, sizes, starts, sources = [], [], [], []
     for source, document in enumerate(tqdm(documents, desc="tokenise", unit="doc")):
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        text = encoder.without_bos(document.text)
+        ids, spelled = encoder.encode(text), text != document.text
+        if spelled and not prefix:
+            ids = [tokenizer.bos_token_id, *ids]
         for start in range(0, len(ids), text_length):
             piece = ids[start : start + text_length]
             sequences.append(np.array([*prefix, *piece, *[pad] * (text_length - len(piece))], np.int32))
-            token_counts.append(len(piece))
+            sizes.append(len(prefix) + len(piece))
+            starts.append(1 if prefix or (spelled and start == 0) else 0)
             sources.append(source)
     if not sequences:
         raise CorpusError("corpus: the tokenizer returns no tokens")
-    position = torch.arange(length)
-    counted = (position >= len(prefix)) & (position < len(prefix) + torch.tensor(token_counts)[:, None])
-    return Windows(torch.from_numpy(np.stack(sequences)).long(), counted, torch.tensor(sources))
+    tokens, size = torch.from_numpy(np.stack(sequences)).long(), torch.tensor(sizes)
+    counted = counted_positions(tokens, size, torch.tensor(starts), rule)
+    if not counted.any():
+        raise CorpusError("corpus: every token is at an excluded position or is an excluded token")
+    return Windows(tokens, counted, torch.tensor(sources), size)
+
+
+def counted_positions(tokens: Tensor, size: Tensor, start: Tensor, rule: ContextRule) -> Tensor:
+    """Return the mask [n, length] of positions from `start` [n] to `size` [n] that the rule does not exclude."""
+    position = torch.arange(tokens.shape[1])
+    counted = (position >= start[:, None]) & (position < size[:, None])
+    counted &= ~torch.isin(position, torch.tensor(rule.excluded_positions, dtype=torch.long))
+    return counted & ~torch.isin(tokens, torch.tensor(rule.excluded_tokens, dtype=torch.long))

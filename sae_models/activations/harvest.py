@@ -6,12 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
+from rudder.sae_models.activations import norms
 from rudder.sae_models.activations.corpus import Windows
 from rudder.sae_models.activations.hooks import Site, captured, layers_of, module_at
 from rudder.sae_models.errors import UserError
 
+# A chunk, and a forward pass, hold as many tokens as this many windows without padding.
 WINDOWS_PER_PASS = 32
 CPU = torch.device("cpu")
 
@@ -43,7 +52,8 @@ def load_model(folder: Path, device: torch.device = CPU) -> Any:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model: no config.json in {folder}")
     config = _from_pretrained(AutoConfig, folder, "config.json")
-    kind = AutoModelForCausalLM if is_causal_lm(config) else AutoModel
+    kind = AutoModelForImageTextToText if is_multimodal_lm(config) else AutoModelForCausalLM
+    kind = kind if is_causal_lm(config) else AutoModel
     model = _from_pretrained(kind, folder, "weights", dtype=torch.float32).eval().to(device)
     # Every forward pass covers whole windows, so a KV cache would only cost memory.
     model.config.get_text_config().use_cache = False
@@ -51,8 +61,16 @@ def load_model(folder: Path, device: torch.device = CPU) -> Any:
 
 
 def is_causal_lm(config: Any) -> bool:
-    """Return whether a model configuration describes a causal language model."""
-    return any("CausalLM" in name or name == "GPT2LMHeadModel" for name in config.architectures or ())
+    """Return whether a model configuration describes a causal language model, one that also reads images included."""
+    names = config.architectures or ()
+    return is_multimodal_lm(config) or any("CausalLM" in name or name == "GPT2LMHeadModel" for name in names)
+
+
+def is_multimodal_lm(config: Any) -> bool:
+    """Return whether a configuration describes a decoder of text that also reads images, such as Gemma 3 4b."""
+    text, names = config.get_text_config(), config.architectures or ()
+    generates = any(name.endswith("ForConditionalGeneration") for name in names)
+    return generates and text is not config and not config.is_encoder_decoder and not text.is_encoder_decoder
 
 
 def load_trunk(folder: Path, *sites: Site, device: torch.device = CPU) -> Any:
@@ -79,25 +97,40 @@ def activations(trunk: Any, sites: Sequence[Site], batches: Iterable[Mapping[str
             yield [(x := vectors.pop(site)).view(batch, -1, x.shape[-1]) for site in sites]
 
 
-def text_inputs(trunk: Any, windows: Windows) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Yield the inputs of one forward pass and the mask of counted positions [windows, length]."""
-    causal = is_causal_lm(trunk.config)
-    for start in range(0, len(windows), WINDOWS_PER_PASS):
-        batch = windows.take(torch.arange(start, min(start + WINDOWS_PER_PASS, len(windows))))
-        inputs = {"input_ids": batch.tokens}
-        if not causal:
-            # Padding is on the right: in a causal model no counted position attends to it.
-            inputs["attention_mask"] = batch.attention_mask.long()
-        yield inputs, batch.counted
+def window_inputs(trunk: Any, windows: Windows) -> dict[str, Tensor]:
+    """Return the inputs of one forward pass."""
+    if is_causal_lm(trunk.config):
+        # Padding is on the right: in a causal model no counted position attends to it.
+        return {"input_ids": windows.tokens}
+    return {"input_ids": windows.tokens, "attention_mask": windows.attention_mask.long()}
+
+
+def chunk_activations(trunk: Any, sites: Sequence[Site], chunk: Windows) -> list[Tensor]:
+    """Return the vectors [windows, length, d] at each site of one chunk of windows, zero at padding.
+
+    Windows of similar size go through the model together, without the padding that the chunk has.
+    """
+    passes = chunk.passes(WINDOWS_PER_PASS)
+    batches = (window_inputs(trunk, chunk.take(index).trimmed()) for index in passes)
+    results: list[Tensor] = []
+    for index, vectors in zip(passes, activations(trunk, sites, batches), strict=True):
+        if not results:
+            results = [x.new_zeros(*chunk.tokens.shape, x.shape[-1]) for x in vectors]
+        for result, x in zip(results, vectors, strict=True):
+            result[index.to(x.device), : x.shape[1]] = x
+    return results
 
 
 def text_activations(trunk: Any, sites: Sequence[Site], windows: Windows) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Yield, for each batch, the vectors [windows, length, d] at each site, and the mask of counted positions [windows,
-    length], which excludes BOS and padding.
+    """Yield, chunk by chunk in the order of the windows, the vectors [windows, length, d] at each site, and the mask of
+    counted positions [windows, length], which excludes BOS, padding, what the windows' rule excludes, and attention
+    sinks (`norms`).
     """
-    batches = activations(trunk, sites, (inputs for inputs, _ in text_inputs(trunk, windows)))
-    for vectors, (_, counted) in zip(batches, text_inputs(trunk, windows), strict=True):
-        yield vectors, counted.to(trunk.device)
+    for index in windows.chunks(WINDOWS_PER_PASS):
+        chunk = windows.take(index).trimmed()
+        vectors, counted = chunk_activations(trunk, sites, chunk), chunk.counted.to(trunk.device)
+        counted[counted.clone()] = norms.within_limit([x[counted] for x in vectors])
+        yield vectors, counted
 
 
 def residuals(trunk: Any, site: Site, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:

@@ -42,16 +42,29 @@ def parse_site(text: str) -> Site:
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder layers of a model: its only outermost ModuleList or, if there are several, the one whose
-    length is `num_hidden_layers` of the text config. Raise ValueError if there is no such list or more than one.
+    """Return the decoder layers of a model: its only outermost ModuleList or, if there are several, the one of its text
+    model, and of this the one whose length is `num_hidden_layers`. Raise ValueError if there is no such list or more
+    than one.
     """
     lists, settings = list(_outermost(model)), getattr(model, "config", None)
     if len(lists) > 1 and isinstance(settings, PreTrainedConfig):
+        # Vision and text models may have the same depth: only the configurations of the enclosing models differ.
+        lists = list(_outermost(text_model_of(model)))
         count = getattr(settings.get_text_config(), "num_hidden_layers", None)
         lists = [layers for layers in lists if len(layers) == count]
     if len(lists) != 1:
         raise UserError(f"model: {type(model).__name__} has {len(lists)} lists of layers, need exactly one")
     return lists[0]
+
+
+def text_model_of(model: nn.Module) -> nn.Module:
+    """Return the outermost part of a model whose configuration is that of the text; the model itself if none is."""
+    settings = getattr(model, "config", None)
+    text = settings.get_text_config() if isinstance(settings, PreTrainedConfig) else settings
+    if text is settings:
+        return model
+    parts = (part for part in model.modules() if type(getattr(part, "config", None)) is type(text))
+    return next(parts, model)
 
 
 def _outermost(module: nn.Module) -> Iterator[nn.ModuleList]:

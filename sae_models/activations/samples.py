@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from rudder.sae_models.activations import corpus, harvest
-from rudder.sae_models.activations.corpus import Document, Windows
+from rudder.sae_models.activations.corpus import TOKENIZER_RULE, ContextRule, Document, Windows
 from rudder.sae_models.activations.hooks import parse_site
 
 WINDOW_LENGTH = 256
@@ -19,10 +19,11 @@ MAX_CHARACTERS_PER_TOKEN = 12
 
 
 class ModelShape(NamedTuple):
-    """Width of the residual stream and number of layers of a model."""
+    """Width of the residual stream, number of layers and context length of a model; None where it has no limit."""
 
     hidden_size: int
     layers: int
+    context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,24 @@ def read_model_shape(model: Path) -> ModelShape:
     if not (model / "config.json").is_file():
         raise FileNotFoundError(f"model: no config.json in {model}")
     config = AutoConfig.from_pretrained(model).get_text_config()
-    return ModelShape(config.hidden_size, config.num_hidden_layers)
+    return ModelShape(config.hidden_size, config.num_hidden_layers, getattr(config, "max_position_embeddings", None))
 
 
-def load_text_sample(model: Path, sites: Sequence[str], corpus_path: Path, tokens: int) -> TextSample:
-    """Load a model and about `tokens` tokens of a corpus. Raise ValueError if the model lacks a site, CorpusError if
-    the corpus cannot be read.
+def load_text_sample(
+    model: Path,
+    sites: Sequence[str],
+    corpus_path: Path,
+    tokens: int,
+    length: int = WINDOW_LENGTH,
+    rule: ContextRule = TOKENIZER_RULE,
+) -> TextSample:
+    """Load a model and about `tokens` tokens of a corpus, in windows of `length` tokens. Raise ValueError if the model
+    lacks a site, CorpusError if the corpus cannot be read.
     """
     parsed = [parse_site(site) for site in sites]
     documents = sample_documents(corpus.read(corpus_path), tokens)
     tokenizer = harvest.load_tokenizer(model)
-    windows = corpus.windows(documents, tokenizer, WINDOW_LENGTH).shuffled(0).first(tokens)
+    windows = corpus.windows(documents, tokenizer, length, rule).shuffled(0).first(tokens)
     return TextSample(harvest.load_trunk(model, *parsed), tokenizer, documents, windows)
 
 
@@ -80,8 +88,8 @@ def sae_inputs(text: TextSample, sites: Sequence[str], windows: Windows) -> Iter
 def sample_vectors(text: TextSample, sites: Sequence[str], tokens: int) -> dict[str, Tensor]:
     """Return the vectors [n, d] at each site of the first `tokens` counted tokens."""
     windows = text.windows.first(tokens)
-    total = -(-len(windows) // harvest.WINDOWS_PER_PASS)
-    batches = tqdm(site_activations(text, sites, windows), total=total, unit="pass", desc="figures")
+    total = len(windows.chunks(harvest.WINDOWS_PER_PASS))
+    batches = tqdm(site_activations(text, sites, windows), total=total, unit="chunk", desc="figures")
     parts = [[x[counted] for x in vectors] for vectors, counted in batches]
     return {site: torch.cat([part[i] for part in parts])[:tokens] for i, site in enumerate(sites)}
 

@@ -49,6 +49,9 @@ class Content(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int
     tokens: int
     precision: Precision
+    prepend_bos: bool | None = None
+    excluded_positions: tuple[int, ...] = ()
+    exclude_special_tokens: bool = False
 
 
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

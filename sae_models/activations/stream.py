@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rudder.sae_models.activations import norms
 from rudder.sae_models.activations.corpus import Windows
-from rudder.sae_models.activations.harvest import WINDOWS_PER_PASS, text_activations
+from rudder.sae_models.activations.harvest import WINDOWS_PER_PASS, chunk_activations
 from rudder.sae_models.activations.hooks import Site
 from rudder.sae_models.errors import UserError
 
@@ -46,7 +47,7 @@ class BatchOrder:
 
 @dataclass(frozen=True)
 class TextSource:
-    """A vector source over windows of text; each chunk is one forward pass, run when it is loaded."""
+    """A vector source over windows of text; the model runs over a chunk of windows when it is loaded."""
 
     trunk: Any
     sites: tuple[Site, ...]
@@ -55,20 +56,23 @@ class TextSource:
     @cached_property
     def chunk_sizes(self) -> list[int]:
         """Number of counted tokens in each chunk."""
-        return [int(counted.sum()) for counted in self.windows.counted.split(WINDOWS_PER_PASS)]
+        return [int(self.windows.counted[index].sum()) for index in self._indices]
+
+    @cached_property
+    def _indices(self) -> list[Tensor]:
+        return self.windows.chunks(WINDOWS_PER_PASS)
 
     def load(self, chunks: Sequence[int]) -> Vectors:
         """Run the model on some chunks."""
-        indices = torch.arange(len(self.windows)).split(WINDOWS_PER_PASS)
-        # One forward pass per chunk: batching chunks together would change the rounding of their vectors.
-        batches = [self._vectors(self.windows.take(indices[chunk])) for chunk in chunks]
+        # Passes stay within a chunk: batching chunks together would change the rounding of their vectors.
+        batches = [self._vectors(self.windows.take(self._indices[chunk]).trimmed()) for chunk in chunks]
         return {
             str(site): torch.cat([vectors[position] for vectors in batches]) for position, site in enumerate(self.sites)
         }
 
-    def _vectors(self, windows: Windows) -> list[Tensor]:
-        ((vectors, counted),) = text_activations(self.trunk, self.sites, windows)
-        return [x[counted] for x in vectors]
+    def _vectors(self, chunk: Windows) -> list[Tensor]:
+        counted = chunk.counted.to(self.trunk.device)
+        return [x[counted] for x in chunk_activations(self.trunk, self.sites, chunk)]
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class LabelledSource:
 
     def load(self, chunks: Sequence[int]) -> Vectors:
         """Return the source's vectors and the labels."""
-        indices = torch.arange(len(self.windows)).split(WINDOWS_PER_PASS)
+        indices = self.windows.chunks(WINDOWS_PER_PASS)
         selected = torch.cat([indices[chunk] for chunk in chunks])
         per_token = self.labels[selected].repeat_interleave(self.windows.counted[selected].sum(1))
         return {**self.source.load(chunks), self.name: per_token[:, None]}
@@ -113,8 +117,8 @@ class SourceSubset:
 
 
 def batches(source: VectorSource, order: BatchOrder, start: int = 0) -> Iterator[Vectors]:
-    """Yield float32 batches from number `start` on, without end. The incomplete batch at the end of an epoch is
-    dropped.
+    """Yield float32 batches from number `start` on, without end, in which no vector is an attention sink (`norms`). The
+    incomplete batch at the end of an epoch is dropped.
 
     Raise ValueError if the source holds fewer vectors than a batch.
     """
@@ -139,9 +143,8 @@ def _epoch_batches(source: VectorSource, order: BatchOrder, epoch: int, skipped:
         shuffled = np.random.default_rng((order.seed, epoch, 1 + index)).permutation(size)[skipped:]
         skipped = 0
         indices = torch.from_numpy(shuffled)
-        block = {
-            name: _concatenate(remainder.get(name), x[indices.to(x.device)]) for name, x in source.load(chunks).items()
-        }
+        loaded = norms.with_outliers_replaced(source.load(chunks))
+        block = {name: _concatenate(remainder.get(name), x[indices.to(x.device)]) for name, x in loaded.items()}
         count = (len(indices) + len(next(iter(remainder.values()), ()))) // order.batch_size * order.batch_size
         for first in range(0, count, order.batch_size):
             yield {name: x[first : first + order.batch_size].float() for name, x in block.items()}

@@ -32,6 +32,7 @@ from rudder.sae_models.bundle.manifest import (
     DTYPES,
     FORMAT_VERSION,
     BundleError,
+    Context,
     InputNormalisation,
     Manifest,
     Model,
@@ -45,8 +46,8 @@ from rudder.sae_models.formats.tensors import all_finite, has_shape, read_safete
 from rudder.sae_models.sae import SAE
 
 __all__ = [
-    "FORMAT_VERSION", "Bundle", "BundleError", "Conformance", "InputNormalisation", "Manifest", "Model", "Source",
-    "Statistics", "Training", "check_model", "conformance_of", "describe", "load", "model_sha256",
+    "FORMAT_VERSION", "Bundle", "BundleError", "Conformance", "Context", "InputNormalisation", "Manifest", "Model",
+    "Source", "Statistics", "Training", "check_model", "conformance_of", "describe", "load", "model_sha256",
     "open_unverified", "write",
 ]  # fmt: skip
 
@@ -70,7 +71,8 @@ EXPECTED_TOKENS = 32
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of a corpus without BOS: max_activation [F], frequency [F], mean [d], residual_norm [] at the site."""
+    """Statistics of a corpus without BOS, excluded positions and tokens (manifest.Context), and attention sinks:
+    max_activation [F], frequency [F], mean [d], residual_norm [] at the site."""
 
     max_activation: Tensor
     frequency: Tensor

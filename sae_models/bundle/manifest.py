@@ -12,6 +12,8 @@ from rudder.sae_models.hookpoints import SITE
 from rudder.sae_models.sae import LAYER_NORM_EPSILON, SAE, Normalisation, Router
 
 FORMAT_VERSION = 2
+# Above the context length of any model, and above the size of any vocabulary.
+MAX_CONTEXT = 1 << 24
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,7 +43,10 @@ class Source(Part, frozen=True):
 
 
 class Training(Part, frozen=True):
-    """How the SAE was trained, and its figures on held-out text; null where not measured."""
+    """How the SAE was trained, and its figures on held-out text; null where not measured.
+
+    `outlier_share`: share of the tokens left out of training and measurement as attention sinks (activations/norms.py).
+    """
 
     tokens: int | None = None
     seed: int | None = None
@@ -50,6 +55,7 @@ class Training(Part, frozen=True):
     ce_recovered: float | None = None
     dead_share: float | None = None
     credit: str = ""
+    outlier_share: float | None = None
 
 
 class InputNormalisation(Part, frozen=True):
@@ -64,6 +70,21 @@ class InputNormalisation(Part, frozen=True):
     run_time: Normalisation = Normalisation.NONE
     assumed: str = ""
     epsilon: float = LAYER_NORM_EPSILON
+
+
+class Context(Part, frozen=True):
+    """The contexts that the SAE was trained on; a bundle's statistics and figures are measured on such contexts too.
+
+    `size`: tokens of a context; null if not known. `prepend_bos`: whether each starts with BOS; null if not known.
+    `excluded_positions`: positions in a context, from 0, that the SAE was not trained on. `excluded_tokens`: ids of
+    tokens that it was not trained on, wherever they occur. Whoever reads with the SAE, counts its activations or edits
+    by it leaves both out.
+    """
+
+    size: int | None = None
+    prepend_bos: bool | None = None
+    excluded_positions: tuple[int, ...] = ()
+    excluded_tokens: tuple[int, ...] = ()
 
 
 class Threshold(Part, frozen=True, tag_field="kind", tag="threshold"):
@@ -100,7 +121,7 @@ class Manifest(Part, frozen=True):
     `sites`: the sites that the encoder reads, more than one only with a `router`, whose value names its pooling.
     `output_site`: the site that the decoder reconstructs. `architecture`: the trainer's or source's name for it.
     `dtype`: of encoder, decoder and skip; all else is float32. `partial`: the latents also write to sites other than
-    `output_site` (sae.SAE), so no FVU can be claimed.
+    `output_site` (sae.SAE), so no FVU can be claimed. `context`: what it was trained on.
     """
 
     format_version: int
@@ -121,6 +142,7 @@ class Manifest(Part, frozen=True):
     training: Training
     files: dict[str, str]
     partial: bool = False
+    context: Context = Context()
 
     @property
     def site(self) -> str:
@@ -131,6 +153,9 @@ class Manifest(Part, frozen=True):
     def transcodes(self) -> bool:
         """Whether the SAE writes another site than it reads."""
         return self.output_site not in self.sites
+
+
+NO_CONTEXT = Context()
 
 
 class _Version(msgspec.Struct):
@@ -156,6 +181,7 @@ def describe(
     folded: tuple[str, ...] = (),
     assumed: str = "",
     source: Source | None = None,
+    context: Context = NO_CONTEXT,
 ) -> Manifest:
     """Return the manifest of an SAE without file hashes. `output_site` defaults to the first site read."""
     router = weights.router
@@ -178,6 +204,7 @@ def describe(
         training=training,
         files={},
         partial=weights.partial,
+        context=context,
     )
 
 
@@ -209,6 +236,7 @@ def parse(raw: bytes) -> Manifest:
         raise BundleError(f"manifest.json: {error}") from error
     _check_sites(manifest)
     _check_sizes(manifest)
+    _check_context(manifest.context)
     return manifest
 
 
@@ -242,6 +270,14 @@ def _check_sizes(manifest: Manifest) -> None:
     # A square matrix and its transpose have the same shape: only a measured reconstruction tells them apart.
     undecidable = manifest.training.fvu is None and latents in (manifest.d, manifest.d_out)
     require(not undecidable, "latents", f"{latents} equals d: the matrices' orientation is ambiguous without an FVU")
+
+
+def _check_context(context: Context) -> None:
+    require(context.size is None or 2 <= context.size <= MAX_CONTEXT, "context.size", f"{context.size}")
+    for field in ("excluded_positions", "excluded_tokens"):
+        numbers = getattr(context, field)
+        ordered = list(numbers) == sorted(set(numbers)) and all(0 <= number < MAX_CONTEXT for number in numbers)
+        require(ordered, f"context.{field}", f"not in ascending order, or not from 0 to {MAX_CONTEXT - 1}")
 
 
 def weight_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:

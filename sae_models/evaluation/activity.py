@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rudder.sae_models import token_text
 from rudder.sae_models.activations.corpus import Document, Windows
 from rudder.sae_models.bundle.bundle import Statistics
 from rudder.sae_models.bundle.catalogue import QUANTILES, Context, Latent, Summary
@@ -35,12 +36,14 @@ ACTIVATIONS_PER_CHUNK = 1 << 25
 class Sample:
     """The text that a catalogue describes.
 
-    `word` [n, length]: index into `vocabulary` of the word that each token belongs to. `book` [n]: index into `books`
-    of the book that each window is from.
+    `texts`: of each token of the tokenizer's vocabulary (token_text.vocabulary_texts). `word` [n, length]: index into
+    `vocabulary` of the word that each token belongs to. `book` [n]: index into `books` of the book that each window is
+    from.
     """
 
     windows: Windows
     tokenizer: Any
+    texts: list[str]
     vocabulary: list[str]
     word: Tensor
     books: list[str]
@@ -91,16 +94,17 @@ class Tally(Activity):
 
 def sample_of(windows: Windows, documents: Sequence[Document], tokenizer: Any) -> Sample:
     """Index the words and books of windows. A word is whole and lower case, however many tokens spell it."""
-    pieces = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    texts = token_text.vocabulary_texts(tokenizer)
     index: dict[str, int] = {"": 0}
     word = torch.zeros_like(windows.tokens)
     for window, ids in enumerate(windows.tokens.tolist()):
-        for first, last in _word_spans([pieces[token] for token in ids]):
-            text = re.sub(r"\s+", " ", "".join(pieces[token] for token in ids[first:last])).strip().lower()
-            word[window, first:last] = index.setdefault(text, len(index))
+        spans = token_text.spans_by_vocabulary(ids, texts, tokenizer)
+        for first, last in _word_spans([span.text for span in spans]):
+            text = re.sub(r"\s+", " ", "".join(span.text for span in spans[first:last])).strip().lower()
+            word[window, spans[first].first : spans[last - 1].last] = index.setdefault(text, len(index))
     books = sorted({document.book for document in documents})
     book = torch.tensor([books.index(documents[source].book) for source in windows.document.tolist()])
-    return Sample(windows, tokenizer, list(index), word, books, book)
+    return Sample(windows, tokenizer, texts, list(index), word, books, book)
 
 
 def _word_spans(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -125,10 +129,12 @@ def tally_of(passes: Iterable[tuple[Tensor, Tensor]], sae: SAE, sample: Sample) 
             for x, counted in zip(inputs.split(size), all_counted.split(size), strict=True):
                 index = torch.arange(start, start + len(x))
                 # The sums are on the CPU, whatever device encodes.
-                x, counted, latents = x.cpu(), counted.cpu(), sae.encode(x).cpu()
-                latents *= counted[..., None]
-                _add_vectors(sums, x[counted], latents[counted])
-                _add_words(sums, latents, sample, index)
+                vectors = sae.encode(x[counted]).cpu()
+                x, counted = x.cpu(), counted.cpu()
+                latents = vectors.new_zeros(*counted.shape, sae.latents)
+                latents[counted] = vectors
+                _add_vectors(sums, x[counted], vectors)
+                _add_words(sums, latents, counted, sample, index)
                 _add_peaks(sums, latents, index)
                 start += len(x)
                 progress.update(len(x))
@@ -191,7 +197,7 @@ def _add_vectors(sums: Activity, x: Tensor, latents: Tensor) -> None:
     sums.histogram.view(-1).index_add_(0, latent * BINS + bin_of(latents[token, latent]), increments)
 
 
-def _add_words(sums: Tally, latents: Tensor, sample: Sample, index: Tensor) -> None:
+def _add_words(sums: Tally, latents: Tensor, counted: Tensor, sample: Sample, index: Tensor) -> None:
     window, position, latent = latents.nonzero(as_tuple=True)
     book, at = sample.book[index], (index[window], position)
     # Squared, because a latent's many weak activations carry little information.
@@ -199,7 +205,7 @@ def _add_words(sums: Tally, latents: Tensor, sample: Sample, index: Tensor) -> N
     _add_pairs(sums.energy_of_token, latent, sample.windows.tokens[at], energy)
     _add_pairs(sums.energy_of_word, latent, sample.word[at], energy)
     sums.fired_in_book.index_put_((latent, book[window]), torch.ones_like(energy), accumulate=True)
-    sums.tokens_of_book.index_add_(0, book, sample.windows.counted[index].sum(1).float())
+    sums.tokens_of_book.index_add_(0, book, counted.sum(1).float())
 
 
 def _add_pairs(pairs: Pairs, latent: Tensor, other: Tensor, energy: Tensor) -> None:
@@ -269,7 +275,7 @@ def describe(sums: Tally, sample: Sample) -> Iterator[Latent]:
         top_words = [sample.vocabulary[word] for word in words[index]]
         label = label_of(top_words, dict(zip(sample.books, share[index], strict=True)))
         summary = Summary(index, label, frequency[index], max_activation[index], ORIGIN)
-        top = tuple(sample.tokenizer.decode([token]) for token in tokens[index])
+        top = tuple(token_text.token_name(token, sample.tokenizer) for token in tokens[index])
         quantile = tuple(levels[index]) if max_activation[index] > 0 else ()
         yield Latent(summary, top, tuple(_contexts(sums, index, sample)), quantile)
 
@@ -306,8 +312,15 @@ def _contexts(sums: Tally, index: int, sample: Sample) -> Iterator[Context]:
 
 
 def _context(sample: Sample, window: int, position: int, activation: float) -> Context:
-    ids = sample.windows.tokens[window][: int(sample.windows.counted[window].nonzero().max()) + 1].tolist()
-    before = ids[max(1, position - TOKENS_BEFORE) : position]
-    after = ids[position + 1 : position + 1 + TOKENS_AFTER]
-    decode, book = sample.tokenizer.decode, sample.books[int(sample.book[window])]
-    return Context(decode(before), decode([ids[position]]), decode(after), activation, book)
+    ids = sample.windows.tokens[window][: int(sample.windows.size[window])].tolist()
+    # The leading BOS or CLS is no text.
+    leading = 0 if sample.windows.counted[window, 0] else int(ids[0] in sample.tokenizer.all_special_ids)
+    start = max(leading, position - TOKENS_BEFORE)
+    around = max(leading, start - token_text.MAX_TOKENS_BEFORE)
+    ids = ids[around : position + 1 + TOKENS_AFTER + token_text.MAX_TOKENS_BEFORE]
+    parts = {"before": "", "token": "", "after": ""}
+    for first, last, text in token_text.spans_by_vocabulary(ids, sample.texts, sample.tokenizer):
+        if start <= around + first < position + 1 + TOKENS_AFTER:
+            part = "before" if around + last <= position else "after" if around + first > position else "token"
+            parts[part] += text
+    return Context(**parts, activation=activation, source=sample.books[int(sample.book[window])])

@@ -20,6 +20,14 @@ SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 # Cap on the bytes of a line or array once unpacked: the largest exports hold a million records with embeddings.
 SIZE_LIMIT = 1 << 30
 LABEL_LIMIT = 2000
+# Words of Neuronpedia's names of label sets, and the hook points that an SAE with such labels reads.
+RESIDUAL, MLP, ATTENTION = ("resid_pre", "resid_mid", "resid_post"), ("mlp_in", "mlp_out"), ("attn_out",)
+POINTS_OF_WORD = {
+    "res": RESIDUAL, "resid": RESIDUAL, "residual": RESIDUAL,
+    "mlp": MLP, "transcoder": MLP, "transcoders": MLP, "tc": MLP, "clt": MLP,
+    "att": ATTENTION, "attn": ATTENTION, "attention": ATTENTION, "embed": ("embed",), "embedding": ("embed",),
+}  # fmt: skip
+WIDTH_ROUNDING = 1.05
 
 
 class LabelError(UserError):
@@ -53,12 +61,15 @@ class Label:
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels by latent; the number of records read, of those without text, and of those for a latent with a label."""
+    """Labels by latent; the number of records read, of those without text, and of those for a latent with a label; the
+    label set that they are of, such as `20-gemmascope-res-16k`.
+    """
 
     by_latent: dict[int, Label]
     records: int
     empty: int
     repeated: int
+    label_set: str = ""
 
 
 def read(path: Path) -> Iterator[ExplanationRecord]:
@@ -92,18 +103,39 @@ def _bounded(content: bytes) -> bytes:
     return content
 
 
-def match(records: Iterable[ExplanationRecord], models: Iterable[str], site: str, latents: int) -> Labels:
+@dataclass(frozen=True)
+class Owner:
+    """The SAE that labels must be of: names of its model, its site, its number of latents and, if it is known, the name
+    of its label set, Neuronpedia's id within the model.
+    """
+
+    models: tuple[str, ...]
+    site: str
+    latents: int
+    label_set: str = ""
+
+
+def match(
+    records: Iterable[ExplanationRecord], models: Iterable[str], site: str, latents: int, label_set: str = ""
+) -> Labels:
     """Return the first label of each latent.
 
-    LabelError: a record's model has none of the names `models`, its layer is not that of `site`, or its index is not
-    below `latents`.
+    LabelError: the records are of several label sets, or of another one than the SAE's: the set's name is not
+    `label_set`, if that is known; it names another model, layer, hook point or width; or, where it names no hook point,
+    nothing tells whose labels they are.
     """
-    names = {_normalise_name(model) for model in models if model}
+    owner = Owner(tuple(_normalise_name(model) for model in models if model), site, latents, label_set)
+    found = ""
     by_latent: dict[int, Label] = {}
     count = empty = repeated = 0
     for record in records:
         count += 1
-        _check(record, names, site, latents)
+        if record.layer != found:
+            _check_set(record, owner)
+            if found:
+                raise LabelError(f"layer: {record.layer!r} after {found!r}, labels must be of one set")
+            found = record.layer
+        _check_record(record, owner)
         label = _label(record)
         if label is None:
             empty += 1
@@ -111,17 +143,41 @@ def match(records: Iterable[ExplanationRecord], models: Iterable[str], site: str
             repeated += 1
         else:
             by_latent[record.index] = label
-    return Labels(by_latent, count, empty, repeated)
+    return Labels(by_latent, count, empty, repeated, found)
 
 
-def _check(record: ExplanationRecord, models: set[str], site: str, latents: int) -> None:
-    if _normalise_name(record.model_id) not in models:
-        raise LabelError(f"modelId: {record.model_id!r}, the bundle's model is {' or '.join(sorted(models))}")
-    layer, site_layer = re.match(r"\d+", record.layer), re.search(r"\d+", site)
+def _check_record(record: ExplanationRecord, owner: Owner) -> None:
+    if _normalise_name(record.model_id) not in owner.models:
+        raise LabelError(f"modelId: {record.model_id!r}, the bundle's model is {' or '.join(sorted(owner.models))}")
+    if not 0 <= record.index < owner.latents:
+        raise LabelError(f"index: {record.index}, the SAE has {owner.latents} latents")
+
+
+def _check_set(record: ExplanationRecord, owner: Owner) -> None:
+    """Raise LabelError unless the label set of a record is that of the SAE. Many sets have the same width."""
+    if _normalise_name(record.model_id) not in owner.models:
+        raise LabelError(f"modelId: {record.model_id!r}, the bundle's model is {' or '.join(sorted(owner.models))}")
+    name, site = record.layer, owner.site
+    layer, site_layer = re.match(r"\d+", name), re.search(r"\d+", site)
     if layer and site_layer and int(layer[0]) != int(site_layer[0]):
-        raise LabelError(f"layer: {record.layer!r}, the bundle's site is {site}")
-    if not 0 <= record.index < latents:
-        raise LabelError(f"index: {record.index}, the SAE has {latents} latents")
+        raise LabelError(f"layer: {name!r}, the bundle's site is {site}")
+    if owner.label_set:
+        if name != owner.label_set:
+            raise LabelError(f"layer: {name!r}, the labels of this SAE are called {owner.label_set!r}")
+        return
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    points = {point for word in words for point in POINTS_OF_WORD.get(word, ())}
+    if not points:
+        raise LabelError(f"layer: {name!r} does not say whose labels they are, give --labels-set {name} if this SAE's")
+    if site.rpartition(".")[2] not in points:
+        raise LabelError(f"layer: {name!r}, the bundle's site is {site}")
+    # A dictionary of fewer latents has no such word in its name.
+    widths = (re.fullmatch(r"(\d+)(k|m)", word) for word in words if owner.latents >= 1000)
+    for width in filter(None, widths):
+        thousands = int(width[1]) * (1_000 if width[2] == "k" else 1_000_000)
+        # 16k is 16,384, 24k is 24,576, 1m is 1,048,576.
+        if not thousands <= owner.latents <= WIDTH_ROUNDING * thousands:
+            raise LabelError(f"layer: {name!r}, the SAE has {owner.latents} latents")
 
 
 def _label(record: ExplanationRecord) -> Label | None:

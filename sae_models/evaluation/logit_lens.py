@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from rudder.sae_models.bundle.catalogue import Word
 from rudder.sae_models.errors import UserError
+from rudder.sae_models.token_text import token_name
 
 TOP_WORDS = 10
 # Cap on logits held at a time: 64 MB in float32.
@@ -78,6 +79,6 @@ def words(
 
 
 def _words(tokens: Tensor, logits: Tensor, tokenizer: Any) -> list[tuple[Word, ...]]:
-    text: dict[int, str] = {token: tokenizer.decode([token]) for token in tokens.unique().tolist()}
+    text: dict[int, str] = {token: token_name(token, tokenizer) for token in tokens.unique().tolist()}
     pairs: Sequence[tuple[list[int], list[float]]] = list(zip(tokens.tolist(), logits.tolist(), strict=True))
     return [tuple(Word(text[t], value) for t, value in zip(*pair, strict=True)) for pair in pairs]

@@ -36,15 +36,12 @@ def max_cosines(directions: Tensor) -> Tensor:
 def losses(model: Any, windows: Windows, site: Site | None = None, edit: Edit | None = None) -> Tensor:
     """Return (summed loss in nats, number of counted tokens) of each window [windows, 2], with an optional edit."""
     edits = [] if site is None or edit is None else [(site, edit)]
-    sums = []
-    for part in tqdm(_parts(windows), desc="loss", unit="pass"):
+    sums = torch.zeros(len(windows), 2)
+    for index in tqdm(windows.passes(WINDOWS_PER_PASS), desc="loss", unit="pass"):
+        part = windows.take(index).trimmed()
         nats = _nats(_log_probabilities(model, part, edits), part)
-        sums.append(torch.stack([nats.sum(1), part.counted[:, 1:].sum(1)], dim=1))
-    return torch.cat(sums)
-
-
-def _parts(windows: Windows) -> list[Windows]:
-    return [windows.take(index) for index in torch.arange(len(windows)).split(WINDOWS_PER_PASS)]
+        sums[index] = torch.stack([nats.sum(1), part.counted[:, 1:].sum(1)], dim=1)
+    return sums
 
 
 def _log_probabilities(model: Any, part: Windows, edits: Sequence[tuple[Site, Edit]]) -> Tensor:
@@ -66,7 +63,7 @@ class Splice:
     """Cross-entropy of a model when an SAE's output replaces the vectors at its site, in nats per counted token.
 
     `ce`: of the model itself; `ce_spliced`: with the SAE; `ce_ablated`: with the mean vector in its place. `kl`: the
-    divergence KL(model || spliced model). BOS is never replaced.
+    divergence KL(model || spliced model). BOS and what the windows do not count are never replaced.
     """
 
     ce: float
@@ -83,21 +80,25 @@ class Splice:
 @torch.inference_mode()
 def splice(model: Any, site: Site, sae: SAE, mean: Tensor, windows: Windows, output_site: Site | None = None) -> Splice:
     """Splice an SAE in at a site, or a transcoder that reads there and writes at `output_site`; mean [d_out]."""
-    spliced_in = (
-        transcoder_edits(site, output_site, sae) if output_site else [(site, skip_bos(lambda x: sae.forward(x)[0]))]
-    )
-    ablated_in = [(output_site or site, skip_bos(lambda x: mean.to(x.device).expand_as(x)))]
     sums, count = torch.zeros(4, dtype=torch.float64), 0
-    for part in tqdm(_parts(windows), desc="splice", unit="pass"):
+    for index in tqdm(windows.passes(WINDOWS_PER_PASS), desc="splice", unit="pass"):
+        part = windows.take(index).trimmed()
+        counted = part.counted.to(model.device)
+        spliced_in = (
+            transcoder_edits(site, output_site, sae, counted)
+            if output_site
+            else [(site, at_counted(lambda x: sae.forward(x)[0], counted))]
+        )
+        ablated_in = [(output_site or site, at_counted(lambda x: mean.to(x.device).expand_as(x), counted))]
         p, q, ablated = (_log_probabilities(model, part, edits) for edits in ([], spliced_in, ablated_in))
-        counted = part.counted[:, 1:]
-        kl = (p.exp() * (p - q)).sum(-1) * counted
+        counted_targets = part.counted[:, 1:]
+        kl = (p.exp() * (p - q)).sum(-1) * counted_targets
         sums += torch.stack([*(_nats(log_p, part).sum() for log_p in (p, q, ablated)), kl.sum()]).double()
-        count += int(counted.sum())
+        count += int(counted_targets.sum())
     return Splice(*(sums / count).tolist())
 
 
-def transcoder_edits(site: Site, output_site: Site, sae: SAE) -> list[tuple[Site, Edit]]:
+def transcoder_edits(site: Site, output_site: Site, sae: SAE, counted: Tensor) -> list[tuple[Site, Edit]]:
     """Return edits that replace the vectors at `output_site` by a transcoder's output for those at `site`."""
     read: list[Tensor] = []
 
@@ -107,7 +108,13 @@ def transcoder_edits(site: Site, output_site: Site, sae: SAE) -> list[tuple[Site
     def keep(x: Tensor) -> None:
         read.append(x[:, 1:])
 
-    return [(site, keep), (output_site, skip_bos(write))]
+    return [(site, keep), (output_site, at_counted(write, counted))]
+
+
+def at_counted(edit: Callable[[Tensor], Tensor], counted: Tensor) -> Edit:
+    """Return the edit applied at the counted positions [windows, length], the first excepted."""
+    mask = counted[:, 1:, None]
+    return skip_bos(lambda x: torch.where(mask, edit(x), x))
 
 
 def skip_bos(edit: Callable[[Tensor], Tensor | None]) -> Edit:

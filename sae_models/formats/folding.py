@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rudder.sae_models.sae import SAE, blocks
+from rudder.sae_models.sae import SAE, AdaptiveK, Normalisation, blocks
 
 
 def fold_pre_bias(sae: SAE, pre_bias: Tensor) -> SAE:
@@ -66,6 +66,28 @@ def fold_whitening(sae: SAE, mean: Tensor, matrix: Tensor, inverse: Tensor) -> S
     encoder = sae.encoder.float() @ matrix.T
     decoder, decoder_bias = sae.decoder.float() @ inverse, sae.decoder_bias @ inverse + mean
     return replace(sae, encoder=encoder, bias=sae.bias - encoder @ mean, decoder=decoder, decoder_bias=decoder_bias)
+
+
+def fold_centring(sae: SAE) -> SAE:
+    """Convert an SAE that reads x - mean(x), the mean being over the width of each vector, to one that reads x.
+
+    Centring is linear, x - mean(x) = P x with P = 1 - ones / d, so z = encoder . P x: the encoder becomes encoder P.
+    The output reconstructs P x, to which the skip connection ones / d adds the mean again. ValueError: the
+    normalisation or selection depends on x in another way than through z.
+    """
+    if sae.normalisation is Normalisation.LAYER_NORM:
+        # It subtracts the mean itself, and gives it back.
+        return sae
+    linear = sae.normalisation is Normalisation.NONE and sae.skip is None and sae.router is None
+    if not linear or isinstance(sae.selection, AdaptiveK) or sae.decoder.shape[1] != sae.width:
+        raise ValueError(f"an SAE with normalisation {sae.normalisation} cannot be centred by its weights alone")
+    encoder = torch.cat([block - block.mean(1, keepdim=True) for _, block in blocks(sae.encoder)])
+    return replace(sae, encoder=encoder, skip=torch.full((sae.width, sae.width), 1 / sae.width))
+
+
+def is_centred(sae: SAE) -> bool:
+    """Return whether the SAE is the result of `fold_centring`."""
+    return sae.skip is not None and bool((sae.skip == torch.tensor(1 / sae.width, dtype=sae.skip.dtype)).all())
 
 
 def fold_signs(sae: SAE) -> SAE:

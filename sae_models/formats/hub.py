@@ -7,9 +7,10 @@ release/id                                              from SAELens' table, if 
 
 import importlib.util
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import huggingface_hub
 import yaml
@@ -46,12 +47,13 @@ class Location:
 
 @dataclass(frozen=True)
 class Release:
-    """A release and id of SAELens' table: the location, and the input scale of
-    `normalize_activations: expected_average_only_in`, which only the table holds.
+    """A release and id of SAELens' table: the location, and what only the table holds: the input scale of
+    `normalize_activations: expected_average_only_in`, and the settings that replace those of the checkpoint.
     """
 
     location: Location
     scaling: float | None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
 def resolve(name: str, cache: Path | None = None, offline: bool = False) -> Path:
@@ -118,7 +120,10 @@ def release(name: str) -> Release | None:
     scaling, within = matches[0].get("norm_scaling_factor"), str(matches[0]["path"])
     if entry.get("conversion_func") == CROSS_LAYER_LOADER:
         within = f"W_enc_{within}.safetensors"
-    return Release(Location(entry["repo_id"], within=within), None if scaling is None else float(scaling))
+    overrides = {**(entry.get("config_overrides") or {}), **(matches[0].get("config_overrides") or {})}
+    if neuronpedia := matches[0].get("neuronpedia"):
+        overrides["neuronpedia_id"] = str(neuronpedia)
+    return Release(Location(entry["repo_id"], within=within), None if scaling is None else float(scaling), overrides)
 
 
 def download(location: Location, cache: Path | None) -> Path:

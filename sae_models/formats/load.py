@@ -1,9 +1,13 @@
 """Load a checkpoint of any supported format."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rudder.sae_models.formats import (
     adaptive_k,
+    centring,
     cross_layer,
     deepseek_r1,
     dictionary_learning,
@@ -44,8 +48,9 @@ FORMATS: tuple[Format, ...] = (
 MAX_NAMES = 20
 
 
-def load(path: Path) -> Loaded:
-    """Load the checkpoint in a file or folder by the one format that recognises it.
+def load(path: Path, overrides: Mapping[str, Any] = saelens.NO_OVERRIDES) -> Loaded:
+    """Load the checkpoint in a file or folder by the one format that recognises it. `overrides` replace settings of the
+    checkpoint, by their names in SAELens (hub.Release).
 
     FormatError: no format or several recognise it, with the names in the folder; or it is invalid, with the field.
     """
@@ -56,7 +61,12 @@ def load(path: Path) -> Loaded:
         known = "; ".join(f"{candidate.name}: {why}" for candidate, why in candidates) or "none that is known"
         raise FormatError(f"{path}: the format must be one, it is {known}; seen: {list_names(path)}")
     (reader, why), *_ = candidates
-    sae, declared = reader.read(path)
+    if reader is saelens.FORMAT:
+        sae, declared = saelens.read(path, overrides)
+    else:
+        sae, declared = reader.read(path)
+        declared = replace(declared, notes={**declared.notes, **overrides})
+        sae, declared = centring.fold_declared_centring(sae, declared)
     # Folding a pre-bias changes only the bias, so checking the matrices again would only cost time.
     check_finite(sae, path.name, matrices=bool(set(declared.folded) - {"pre_bias"}))
     return Loaded(reader.name, why, sae, declared)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rudder.sae_models.formats import folding, sites
+from rudder.sae_models.formats import centring, folding, sites
 from rudder.sae_models.formats.folder import CONFIG, folder_of, recognise_folder, write_folder
 from rudder.sae_models.formats.settings import choice, count, flag, name_of, section
 from rudder.sae_models.formats.source import Declaration, Format, FormatError
@@ -63,6 +63,9 @@ NOTED = (
 )  # fmt: skip
 
 
+NO_OVERRIDES: Mapping[str, Any] = {}
+
+
 class Checkpoint(NamedTuple):
     """The content of a folder: flat settings by their current_settings names, tensors as assemble_weights."""
 
@@ -77,10 +80,12 @@ def recognise(path: Path) -> str | None:
     return recognise_folder(path, WEIGHTS)
 
 
-def read(path: Path) -> tuple[SAE, Declaration]:
-    """Read the SAE, and the declaration in cfg.json. FormatError: the file and the field."""
+def read(path: Path, overrides: Mapping[str, Any] = NO_OVERRIDES) -> tuple[SAE, Declaration]:
+    """Read the SAE, and the declaration in cfg.json, in which `overrides` replace settings. FormatError: the file and
+    the field.
+    """
     folder = folder_of(path, WEIGHTS)
-    settings = current_settings(read_json(folder / CONFIG))
+    settings = current_settings({**read_json(folder / CONFIG), **overrides})
     architecture = architecture_of(settings)
     file = Checkpoint(folder, architecture, settings, read_safetensors(folder / WEIGHTS))
     refuse_unknown(file.tensors, TENSORS[architecture].union(FINETUNING), WEIGHTS)
@@ -89,7 +94,7 @@ def read(path: Path) -> tuple[SAE, Declaration]:
     if (folder / SPARSITY).is_file():
         notes["log10_frequency"] = take(read_safetensors(folder / SPARSITY), "sparsity", SPARSITY, (sae.latents,))
     sae = with_selection(sae, file, notes)
-    return sae, declaration(sae, file, folded, notes)
+    return centring.fold_declared_centring(sae, declaration(sae, file, folded, notes))
 
 
 def current_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,6 +250,9 @@ def write(path: Path, sae: SAE, declared: Declaration) -> None:
 
     Matrices keep their dtype; SAELens computes in float32. A pre-bias remains folded into the bias.
     """
+    centred = folding.is_centred(sae)
+    # SAELens centres the model instead, and reads x - mean(x): an encoder whose rows have mean 0 does not tell the two.
+    sae = replace(sae, skip=None) if centred else sae
     architecture = architecture_for(sae, declared)
     tensors = {"W_enc": sae.encoder.T, "b_enc": sae.bias, "W_dec": sae.decoder, "b_dec": sae.decoder_bias}
     config: dict[str, Any] = {
@@ -256,7 +264,7 @@ def write(path: Path, sae: SAE, declared: Declaration) -> None:
         "apply_b_dec_to_input": False,
         "normalize_activations": next(name for name, value in NORMALISATIONS.items() if value is sae.normalisation),
         "reshape_activations": "none",
-        "metadata": metadata(declared),
+        "metadata": metadata(declared) | ({centring.OPTIONS: {centring.CENTRING: True}} if centred else {}),
     }
     if "transcoder" in architecture:
         config["d_out"] = sae.decoder.shape[1]

@@ -23,7 +23,7 @@ from rudder.sae_models.evaluation.labels import Labels
 from rudder.sae_models.fidelity import Fidelity
 from rudder.sae_models.formats.folding import fold_decoder_norm, fold_input_scale
 from rudder.sae_models.formats.source import Declaration, Loaded
-from rudder.sae_models.importing import convention
+from rudder.sae_models.importing import contexts, convention
 from rudder.sae_models.importing.convention import Claims, Comparison
 from rudder.sae_models.sae import SAE
 
@@ -48,8 +48,9 @@ class ImportRequest:
     """Parameters of an import: a bundle at `out` for the model checkpoint in the folder `model`.
 
     `sites` and `output_site` override what the source declares. `corpus`: JSON lines, of which about `tokens` tokens
-    are measured. `labels`: a Neuronpedia export, whose model is called `labels_model`. `embedder`: sentence embedder
-    for semantic search. `accept`: import even if the figures contradict the claims.
+    are measured. `labels`: a Neuronpedia export, whose model is called `labels_model`, and the SAE's label set
+    `labels_set`, if the source does not say so. `embedder`: sentence embedder for semantic search. `accept`: import
+    even if the figures contradict the claims.
     """
 
     model: Path
@@ -60,6 +61,7 @@ class ImportRequest:
     tokens: int = 500_000
     labels: Path | None = None
     labels_model: str = ""
+    labels_set: str = ""
     embedder: str = ""
     accept: bool = False
     credit: str = ""
@@ -158,6 +160,7 @@ def manifest_for(loaded: Loaded, source: Source, request: ImportRequest) -> Mani
         folded=declared.folded,
         assumed=assumed_scale(declared),
         source=source,
+        context=contexts.declared_context(declared, request.model),
     )
 
 
@@ -176,9 +179,10 @@ def load_labels(content: Manifest, declared: Declaration, request: ImportRequest
     """Return the requested labels. LabelError: they are of another model, layer or SAE."""
     if request.labels is None:
         return None
-    published = str(declared.notes.get("neuronpedia_id", "")).partition("/")[0]
+    published, _, label_set = str(declared.notes.get("neuronpedia_id", "")).partition("/")
     models = (request.labels_model,) if request.labels_model else (content.model.name, declared.model, published)
-    return labels.match(labels.read(request.labels), models, content.site, content.latents)
+    records, label_set = labels.read(request.labels), request.labels_set or label_set
+    return labels.match(records, models, content.site, content.latents, label_set)
 
 
 def with_labels(latents: Sequence[Latent], imported: Labels | None) -> Iterator[Latent]:
@@ -207,7 +211,8 @@ def measure(sae: SAE, content: Manifest, request: ImportRequest, corpus: Path) -
     dead = float((statistics.frequency == 0).float().mean())
     whole = Claims(measured.l0, measured.fvu if measured.compared else None)
     conformance = typical_conformance(sae, x, target, whole)
-    training = Training(l0=whole.l0, fvu=whole.fvu, dead_share=dead, credit=request.credit)
+    outlier_share = 1 - sums.tokens / int(material.windows.counted.sum())
+    training = Training(l0=whole.l0, fvu=whole.fvu, dead_share=dead, outlier_share=outlier_share, credit=request.credit)
     latents = list(entries.describe(sums, sample))
     if content.output_site.endswith(RESIDUAL_POINTS) and not sae.partial:
         latents = list(with_logit_lens(latents, sae, material))
@@ -239,7 +244,7 @@ def sample_and_compare(
     own = content.sites if content.partial else (*content.sites, content.output_site)
     near = [] if content.partial else [other for site in own for other in materials.adjacent_sites(site, layers)]
     sites = list(dict.fromkeys((*own, *near)))
-    material = materials.load_text_sample(model, sites, corpus, tokens)
+    material = materials.load_text_sample(model, sites, corpus, tokens, *contexts.windows_of(content.context, model))
     vectors = materials.sample_vectors(material, sites, FIGURE_TOKENS)
     if content.partial:
         return material, vectors, None

@@ -23,6 +23,7 @@ from rudder.sae_models.settings import config_error, line_of, unknown_field
 from rudder.sae_models.training import trainer
 
 Count = Annotated[int, Meta(gt=0)]
+Position = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 
@@ -62,6 +63,17 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     tokens: Annotated[Count, Meta(description="tokens to train on, with repetition")] = 4_000_000
     batch: Annotated[Count, Meta(description="tokens per step, over all ranks")] = 512
     window: Annotated[int, Meta(ge=2, description="context length of the model, in tokens")] = 256
+    prepend_bos: Annotated[
+        bool | None,
+        Meta(description="whether each context starts with BOS; null: as the tokenizer and the server do"),
+    ] = None
+    excluded_positions: Annotated[
+        tuple[Position, ...],
+        Meta(description="positions of a context, from 0, to leave out, such as a chat template's; BOS always is"),
+    ] = ()
+    exclude_special_tokens: Annotated[
+        bool, Meta(description="leave out the tokenizer's special tokens, wherever they occur")
+    ] = False
     seed: Annotated[int, Meta(ge=0, description="seed of the data order, and of each SAE without its own")] = 0
     warm_up: Annotated[Share, Meta(description="share of the run with a rising learning rate")] = trainer.Config.warm_up
     decay: Annotated[Share, Meta(description="share of the run with a falling learning rate")] = trainer.Config.decay
@@ -142,6 +154,8 @@ def check(config: Config) -> Config:
         raise ConfigError("model", "is missing")
     if config.vectors and config.data.store:
         raise ConfigError("data.store", "vectors are a store already")
+    if len(set(config.excluded_positions) & set(range(config.window))) == config.window:
+        raise ConfigError("excluded_positions", f"hold all {config.window} positions of a window")
     sae_specs(config)
     return config
 

@@ -2,18 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rudder.sae_models.activations import corpus, harvest, images, store
-from rudder.sae_models.activations.corpus import CorpusError, Document, Windows
+from rudder.sae_models.activations import corpus, harvest, images, norms, store
+from rudder.sae_models.activations.corpus import ContextRule, CorpusError, Document, Windows
 from rudder.sae_models.activations.hooks import Site, parse_site
 from rudder.sae_models.activations.store import StoreError
 from rudder.sae_models.activations.stream import LabelledSource, SourceSubset, TextSource, Vectors, VectorSource
 from rudder.sae_models.bundle import bundle
+from rudder.sae_models.bundle.manifest import Context
 from rudder.sae_models.sparse.collectives import Mesh
 from rudder.sae_models.training import complexity
 from rudder.sae_models.training.config import Config, ConfigError, SAESpec, sae_specs
@@ -101,8 +102,22 @@ def load_windows(config: Config) -> TextWindows:
     """Read the corpus and cut it into windows."""
     tokenizer = harvest.load_tokenizer(Path(config.model))
     documents = corpus.read(Path(config.corpus or ""))
-    windows = corpus.windows(documents, tokenizer, config.window)
+    windows = corpus.windows(documents, tokenizer, config.window, context_rule(config, tokenizer))
     return TextWindows(documents, tokenizer, *split(windows, documents, config.seed))
+
+
+def context_rule(config: Config, tokenizer: Any) -> ContextRule:
+    """Return the rule by which a run cuts text into contexts."""
+    special = tokenizer.all_special_ids if config.exclude_special_tokens else ()
+    return ContextRule(config.prepend_bos, config.excluded_positions, tuple(sorted(set(special))))
+
+
+def context_of(config: Config, text: TextWindows) -> Context:
+    """Return what the manifest says of the contexts of a run. A leading BOS, which is never counted, is excluded."""
+    rule = context_rule(config, text.tokenizer)
+    bos = corpus.leading_token(text.tokenizer, rule) is not None
+    positions = tuple(sorted({*rule.excluded_positions, *([0] if bos else [])}))
+    return Context(config.window, bos, positions, rule.excluded_tokens)
 
 
 def split(windows: Windows, documents: list[Document], seed: int) -> tuple[Windows, Windows]:
@@ -156,17 +171,33 @@ def store_content(config: Config, source: VectorSource) -> store.Content:
         seed=config.seed,
         tokens=min(config.data.tokens or available, available),
         precision=config.data.precision,
+        prepend_bos=config.prepend_bos,
+        excluded_positions=config.excluded_positions,
+        exclude_special_tokens=config.exclude_special_tokens,
     )
 
 
+class VectorSample(NamedTuple):
+    """Vectors without attention sinks, and the share of the tokens that the sinks were."""
+
+    vectors: Vectors
+    outlier_share: float
+
+
 def sample_vectors(source: VectorSource, tokens: int) -> Vectors:
-    """Return the first vectors of a source, at least `tokens` of them if it has as many."""
+    """Return the vectors of `sample`."""
+    return sample(source, tokens).vectors
+
+
+def sample(source: VectorSource, tokens: int) -> VectorSample:
+    """Sample the first vectors of a source, at least `tokens` of them, sinks included, if it has as many."""
     count, size = 0, 0
     while size < tokens and count < len(source.chunk_sizes):
         size += source.chunk_sizes[count]
         count += 1
     parts = [source.load([chunk]) for chunk in tqdm(range(count), desc="sample", unit="chunk")]
-    return {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
+    vectors = {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
+    return VectorSample(*norms.without_outliers(vectors))
 
 
 def sae_inputs(spec: SAESpec, vectors: Vectors) -> Tensor:

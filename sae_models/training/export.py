@@ -19,6 +19,7 @@ from rudder.sae_models.activations.samples import TextSample
 from rudder.sae_models.bundle import bundle, catalogue
 from rudder.sae_models.bundle.bundle import Manifest, Model, Statistics, Training
 from rudder.sae_models.bundle.catalogue import Latent
+from rudder.sae_models.bundle.manifest import NO_CONTEXT
 from rudder.sae_models.evaluation import activity, probing, splicing
 from rudder.sae_models.evaluation.probing import Labelled
 from rudder.sae_models.fidelity import Fidelity
@@ -39,10 +40,11 @@ COSINE = (0.0, 1.0, 20)
 def evaluate_and_export(run_config: Config, spec: SAESpec, sae: SAE, inputs: TrainingInputs, folder: Path) -> None:
     """Evaluate an SAE, add the figures to the record, and write its bundle into the run's folder."""
     statistics, latents = build_catalogue(run_config, spec, sae, inputs)
-    vectors = data.sample_vectors(inputs.held_out, run_config.evaluation.tokens)
+    vectors, outlier_share = data.sample(inputs.held_out, run_config.evaluation.tokens)
     x, target = data.sae_inputs(spec, vectors), data.reconstruction_target(spec, vectors)
     reconstructed = x if target is None else target
     figures = vector_figures(spec, sae, fidelity.measure(sae, x, target, progress=True))
+    figures["outlier_share"] = outlier_share
     if inputs.text is not None:
         figures |= splicing_figures(run_config, spec, sae, inputs.text, reconstructed.flatten(0, -2).mean(0))
         figures |= probing_figures(run_config, spec, sae, inputs.text)
@@ -165,15 +167,19 @@ def pool_windows(
     """Return mean activations and mean inputs of each window of one of the shared books, labelled by book."""
     windows = windows.where(torch.tensor([book in shared for book in books]))
     label = torch.tensor([shared.index(book) for book in books if book in shared])
-    latents, plain = [], []
+    latents, plain, measured = [], [], list[bool]()
     batches = harvest.text_activations(text.trunk, text.sites, windows)
-    total = -(-len(windows) // harvest.WINDOWS_PER_PASS)
-    for vectors, counted in tqdm(batches, total=total, desc="probe", unit="pass"):
+    total = len(windows.chunks(harvest.WINDOWS_PER_PASS))
+    for vectors, counted in tqdm(batches, total=total, desc="probe", unit="chunk"):
         by_site = {str(site): x for site, x in zip(text.sites, vectors, strict=True)}
+        measured += counted.any(1).tolist()
         for window, positions in enumerate(counted):
+            if not positions.any():
+                continue
             x = data.sae_inputs(spec, {site: x[window][positions] for site, x in by_site.items()})
             latents.append(sae.encode(x).mean(0))
             plain.append(x.flatten(0, -2).mean(0))
+    label = label[torch.tensor(measured)]
     return Labelled(torch.stack(latents).cpu(), label), Labelled(torch.stack(plain).cpu(), label)
 
 
@@ -195,8 +201,10 @@ def build_manifest(
             fvu=figures["fvu"],
             ce_recovered=figures.get("ce_recovered"),
             dead_share=figures["dead_share"],
+            outlier_share=figures["outlier_share"],
             credit=run_config.credit,
         ),
         declared="dataset scalar",
         folded=("pre_bias", "input_scale"),
+        context=data.context_of(run_config, inputs.text) if inputs.text else NO_CONTEXT,
     )

@@ -72,9 +72,9 @@ def run(run_config: Config) -> list[Path]:
                 return bundles
             inputs = data.load_inputs(run_config)
             source = data.training_source(run_config, inputs, mesh)
-            sample = data.sample_vectors(source, SAMPLE_TOKENS)
+            sample, outlier_share = data.sample(source, SAMPLE_TOKENS)
             learners = [init_learner(spec, run_config, sample, data.device_of(run_config), mesh) for spec in specs]
-            train(run_config, learners, source, mesh, folder)
+            train(run_config, learners, source, mesh, folder, outlier_share)
             saes = [canonical(learner, sample) for learner in learners]
             if mesh.is_leader:
                 export_bundles(run_config, learners, saes, inputs, folder)
@@ -117,8 +117,15 @@ def init_architecture(spec: SAESpec, d: int) -> Architecture:
     return ARCHITECTURES[spec.architecture](d, spec.settings, generator)
 
 
-def train(run_config: Config, learners: Sequence[Learner], source: VectorSource, mesh: Mesh, folder: Path) -> None:
-    """Take all remaining steps."""
+def train(
+    run_config: Config,
+    learners: Sequence[Learner],
+    source: VectorSource,
+    mesh: Mesh,
+    folder: Path,
+    outlier_share: float = 0.0,
+) -> None:
+    """Take all remaining steps. `outlier_share`: of the source's tokens, for the record."""
     steps, done = run_config.tokens // run_config.batch, resume(learners, folder / CHECKPOINTS, mesh)
     order = stream.BatchOrder(run_config.batch, run_config.data.block, run_config.seed)
     batches = stream.prefetch(islice(stream.batches(source, order, done), steps - done))
@@ -137,6 +144,7 @@ def train(run_config: Config, learners: Sequence[Learner], source: VectorSource,
             if is_checkpoint or step % run_config.log_every == 0:
                 figures = {learner.spec.name: mean.pop(mesh) for learner, mean in zip(learners, means, strict=True)}
                 require_finite(figures, step)
+                figures = {name: values | {"outlier_share": outlier_share} for name, values in figures.items()}
                 record.add("train", step, step * batch_size, figures)
                 progress.set_postfix(fvu=format_figures([values["fvu"] for values in figures.values()]), refresh=False)
             if is_checkpoint:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rudder.sae_models.activations import norms
 from rudder.sae_models.architectures.architecture import Architecture, State
 from rudder.sae_models.architectures.schedule import trapezoid
 from rudder.sae_models.sae import SAE
@@ -56,7 +57,8 @@ class Trainer:
         """Set scale, offset and variance from raw inputs [n, d] or [n, L, d]; `target`: outputs of a transcoder, or
         complexities.
         """
-        self.scale = float((sample.shape[-1] / sample.square().sum(-1).mean()).sqrt())
+        # The median, not the mean square, which a few attention sinks would decide.
+        self.scale = sample.shape[-1] ** 0.5 / float(norms.median_norm(sample))
         self.architecture.initialise(sample * self.scale, target)
 
     def step(self, x: Tensor, target: Tensor | None = None) -> Metrics:

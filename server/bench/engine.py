@@ -6,12 +6,12 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from rich.console import Console
@@ -22,6 +22,7 @@ from rudder.sae_models.settings import ConfigError
 from rudder.server.bench.load import GRPC, Run, sites_of
 from rudder.server.bench.load import Load as Load
 from rudder.server.bench.shapes import SHAPES, write_bundle, write_model
+from rudder.server.engine.parent import Target
 
 
 def run(load: Load, output: Path | None) -> dict[str, Any]:
@@ -39,13 +40,22 @@ def run(load: Load, output: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rudder-bench-") as folder, Progress(console=console) as progress:
         model, bundle = prepare(Path(folder), load)
         bar = progress.add_task("pairs", total=load.starts * len(cases) * (load.pairs + 1))
+
+        def report(line: str) -> None:
+            # Above the bar on a terminal; elsewhere there is no bar, and a run takes half an hour.
+            progress.console.print(line, highlight=False)
+
         for number in range(load.starts):
             for names, group in groups(cases):
                 with ExitStack() as running:
                     order = names if number % 2 else names[::-1]
+                    report(f"start {number + 1} of {load.starts}: starting {' and '.join(order)}")
                     sides = {name: running.enter_context(Side(name, model, bundle, load)) for name in order}
                     for case in group:
-                        pairs[case] += measure(case, load, sides, lambda: progress.advance(bar))
+                        for pair in measure(case, load, sides):
+                            report(pair_line(case, pair))
+                            progress.advance(bar)
+                            pairs[case] += [] if pair.warm_up else [(pair.base, pair.ours)]
             # A run takes half an hour: an interrupted one keeps its results.
             result = save(load, pairs, output)
     console.print(table(result["cases"]))
@@ -72,15 +82,20 @@ def groups(cases: Sequence[str]) -> list[tuple[tuple[str, str], list[str]]]:
     return [(sides, list(group)) for sides, group in groupby(cases, sides_of)]
 
 
-def measure(case: str, load: Load, sides: Mapping[str, "Side"], advance: Callable[[], None]) -> list["Pair"]:
-    """Alternate between two sides. The first pair is a warm-up and is dropped."""
+def measure(case: str, load: Load, sides: Mapping[str, "Side"]) -> Iterator["Measured"]:
+    """Alternate between two sides, and yield each pair as it is measured. The first pair is a warm-up."""
     base, ours = sides_of(case)
-    pairs = []
     for number in range(load.pairs + 1):
         runs = {name: sides[name].measure(case) for name in ((base, ours) if number % 2 else (ours, base))}
-        pairs.append((runs[base], runs[ours]))
-        advance()
-    return pairs[1:]
+        yield Measured(runs[base], runs[ours], warm_up=number == 0)
+
+
+def pair_line(case: str, pair: "Measured") -> str:
+    """Describe a pair in a line."""
+    base, ours = sides_of(case)
+    speeds = f"{base} {pair.base.tok_s:.0f} tok/s, {ours} {pair.ours.tok_s:.0f} tok/s"
+    warm_up = " (warm-up, not counted)" if pair.warm_up else ""
+    return f"{case}: {speeds}, ratio {pair.ours.tok_s / pair.base.tok_s:.3f}{warm_up}"
 
 
 def summary(pairs: Sequence["Pair"], load: Load) -> dict[str, Any]:
@@ -129,6 +144,14 @@ def prepare(folder: Path, load: Load) -> tuple[Path, Path]:
 Pair = tuple[Run, Run]
 
 
+class Measured(NamedTuple):
+    """A pair of runs, of the engine that a case starts from and of that which it measures."""
+
+    base: Run
+    ours: Run
+    warm_up: bool
+
+
 class Side:
     """One engine in a process of its own, which runs the load on `measure`."""
 
@@ -136,7 +159,8 @@ class Side:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self.pipe, self.theirs = context.Pipe()
-        self.process = context.Process(target=side_main, args=(name, str(model), str(bundle), load, self.theirs))
+        arguments = (name, str(model), str(bundle), load, self.theirs)
+        self.process = context.Process(target=Target(side_main), args=arguments)
 
     def __enter__(self) -> "Side":
         self.process.start()
@@ -144,10 +168,13 @@ class Side:
         self.receive()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.pipe.send(None)
-        self.process.join(30)
-        self.process.terminate()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.pipe.send(None)
+            self.process.join(30)
+        # Its engine ends with it.
+        self.process.kill()
+        self.process.join()
 
     def measure(self, case: str) -> Run:
         """Run the load once."""

@@ -6,7 +6,6 @@ of an importing function.
 
 import asyncio
 import statistics
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -17,17 +16,16 @@ from typing import Any
 import msgspec
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.async_llm import AsyncLLM
 
 from rudder.sae_models.hookpoints import parse
 from rudder.server import config as configuration
 from rudder.server.bench.load import GRPC, WATCHED, Load, Run, sites_of
 from rudder.server.bench.shapes import SHAPES
 from rudder.server.engine import selftest
-from rudder.server.engine.adapter import engine_args
+from rudder.server.engine.adapter import engine_args, start_engine_process
 from rudder.server.engine.call import Call
 from rudder.server.engine.start import start_engine
-from rudder.server.process import free_port
+from rudder.server.process import free_port, server_command
 from rudder.server.program.compile import compile_program
 from rudder.server.program.layout import Layout
 from rudder.server.program.watch import compile_watch
@@ -88,7 +86,7 @@ def prompt(load: Load, number: int) -> list[int]:
 async def start_plain(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
     """Start unmodified vLLM with the same arguments."""
     args = engine_args(config, Layout(sites_of(load)))
-    llm = AsyncLLM.from_engine_args(replace(args, worker_cls="auto", additional_config={}))
+    llm = start_engine_process(replace(args, worker_cls="auto", additional_config={}))
 
     def generate(_case: str, number: int) -> AsyncIterator[Any]:
         outputs: AsyncIterator[Any] = llm.generate(
@@ -119,9 +117,7 @@ async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate
     listening = msgspec.structs.replace(config, listen=configuration.Listen(port=port, metrics_port=0))
     settings = Path(config.engine.bundles[0]).with_suffix(".yaml")
     settings.write_text(configuration.show(listening))
-    server = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "rudder.server", "serve", "--config", str(settings)
-    )
+    server = await asyncio.create_subprocess_exec(*server_command("--config", str(settings)))
     client = AsyncClient(f"127.0.0.1:{port}")
     await client.wait_ready(timeout=600)
 

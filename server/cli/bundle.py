@@ -68,6 +68,9 @@ def add_import(group: Any) -> None:
     )
     action.add_argument("--labels", type=Path, help="labels of the latents: a Neuronpedia export, file or folder")
     action.add_argument("--labels-model", default="", help="name of the model in the labels, if not its own")
+    action.add_argument(
+        "--labels-set", default="", help="name of this SAE's set in the labels, such as 20-gemmascope-res-16k"
+    )
     action.add_argument("--embedder", default="", help=EMBEDDER)
     action.add_argument("--credit", default="", help="attribution to store with the bundle")
     action.add_argument("--accept", action="store_true", help="import even if L0 or FVU contradict the convention")
@@ -93,7 +96,8 @@ def run_import(args: argparse.Namespace) -> int:
 
     try:
         release = None if Path(args.source).exists() else hub.release(args.source)
-        loaded = importing.with_input_scale(load(hub.resolve(args.source)), release.scaling if release else None)
+        checkpoint = load(hub.resolve(args.source), release.overrides if release else {})
+        loaded = importing.with_input_scale(checkpoint, release.scaling if release else None)
         err.print(f"{escape(loaded.format)}: {escape(loaded.why)}")
         for key, note in loaded.declared.notes.items():
             if isinstance(note, str | int | float):
@@ -129,8 +133,9 @@ def wish_of(args: argparse.Namespace) -> "ImportRequest":
     """Convert the arguments to the importer's request."""
     from rudder.sae_models.importing.importer import ImportRequest
 
-    same = ("model", "out", "output_site", "corpus", "tokens", "labels", "labels_model", "embedder", "accept", "credit")
-    return ImportRequest(sites=tuple(args.site), **{name: getattr(args, name) for name in same})
+    same = ("model", "out", "output_site", "corpus", "tokens", "embedder", "accept", "credit")
+    labels = ("labels", "labels_model", "labels_set")
+    return ImportRequest(sites=tuple(args.site), **{name: getattr(args, name) for name in same + labels})
 
 
 def print_imported(imported: "ImportResult") -> None:
@@ -147,6 +152,7 @@ def print_imported(imported: "ImportResult") -> None:
         labels = imported.labels
         skipped = f"{labels.empty} without text, {labels.repeated} for a latent that has one"
         out.print(f"{len(labels.by_latent)} labels taken of {labels.records} records; skipped: {skipped}")
+        out.print(f"label set: {escape(labels.label_set)}")
     if imported.verdict:
         out.print(verdict_table(imported.verdict))
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from rudder.server.cli.arguments import command
 from rudder.server.cli.output import err
-from rudder.server.process import free_port, stop, wait_serving
+from rudder.server.process import free_port, server_command, stop, wait_serving
 from rudder_client import RudderError
 
 LOG_TAIL_LINES = 120
@@ -23,9 +23,7 @@ def main(argv: Sequence[str]) -> int:
     address, metrics = f"127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}/metrics"
     ports = ["--listen.port", str(port), "--listen.metrics_port", str(metrics_port)]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "rudder.server", "serve", *ports], stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen(server_command(*ports), stdout=log, stderr=log, start_new_session=True)
         try:
             wait_serving(process, address)
             tour = [sys.executable, "-m", "rudder_client.tour", address, metrics]

@@ -38,7 +38,8 @@ def print_end_of_choice(chunk: Chunk) -> None:
         err.print(f"[dim]{tokens}, finish reason {chunk.finish_reason}[/]")
     for edit in chunk.attestation.edits if chunk.attestation else ():
         touched = f"{edit.tokens_touched} tokens" if edit.tokens_touched else "[red]no token[/]"
-        err.print(f"[dim]{edit.site}: {escape(edit.row)}: {edit.operation} touched {touched}[/]")
+        rejected = f", [red]rejected at {edit.tokens_rejected}[/]" if edit.tokens_rejected else ""
+        err.print(f"[dim]{edit.site}: {escape(edit.row)}: {edit.operation} touched {touched}{rejected}[/]")
 
 
 def inspection_table(inspection: Inspection, top: int) -> Table:

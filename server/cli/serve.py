@@ -37,14 +37,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(config: configuration.Config) -> int:
-    """Check the ports, then import vLLM and serve."""
-    from rudder.server.process import require_free
+    """Check the configuration and the ports, then import vLLM and serve."""
+    from rudder.server.preflight import check
+    from rudder.server.process import FIRST_SIGNAL_STATUS, leave, require_free
 
-    require_free(config.listen.host, config.listen.port, "listen.port")
-    require_free(config.listen.host, config.listen.metrics_port, "listen.metrics_port")
+    require_free(config.listen)
+    config = check(config)
 
     import asyncio
 
     from rudder.server.serve import serve
 
-    return asyncio.run(serve(config))
+    async def run_then_leave() -> int:
+        status = await serve(config)
+        if status > FIRST_SIGNAL_STATUS:
+            leave(status)
+        return status
+
+    return asyncio.run(run_then_leave())

@@ -57,12 +57,25 @@ class FinishReason(StrEnum):
     REFUSED = "refused"
 
 
+class GateOutcome(NamedTuple):
+    """What the worker counted of the gate of one stage, 0 the request's program, 1 the policy.
+
+    `open_tokens`: tokens at which it was open. `statistic`: that of its sequence condition after the last token, which
+    is compared with the condition's `level`; None without one.
+    """
+
+    stage: int
+    open_tokens: int
+    statistic: float | None
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a call ended and what ran, as counted by the worker.
 
-    `moved` and `policy_moved`: tokens touched by each edit of the program and of the policy. `tokens_seen`: tokens that
-    went through the forward pass. `queued_s`: seconds that the call waited for the bank.
+    `moved` and `policy_moved`: tokens touched by each edit of the program and of the policy. `gates`: of those of the
+    two that have a gate. `tokens_seen`: tokens that went through the forward pass; like all others, a token that was
+    computed again after a preemption counts once. `queued_s`: seconds that the call waited for the bank.
     """
 
     finish_reason: FinishReason
@@ -75,6 +88,10 @@ class Outcome:
     tokens_seen: int
     captures: tuple[Capture, ...]
     queued_s: float = field(default=0.0, compare=False)
+    # Tokens at which each edit of the program, then of the policy, was rejected: x would not have stayed finite.
+    rejected: tuple[int, ...] = ()
+    policy_rejected: tuple[int, ...] = ()
+    gates: tuple[GateOutcome, ...] = ()
 
 
 class Output(NamedTuple):
@@ -92,6 +109,8 @@ class Output(NamedTuple):
     features: Features
     guard_features: Features
     outcome: Outcome | None = None
+    # Per token of the prompt, None for the first; with the first output of a call that asks for them.
+    prompt_logprobs: list[dict[int, Any] | None] | None = None
 
 
 def salt(secret: bytes, call: Call) -> str:
@@ -113,9 +132,11 @@ def engine_sampling(call: Call, request: wire.Request) -> SamplingParams:
     params = copy(call.sampling)
     params.extra_args = {wire.EXTRA_ARG: wire.encode(request)}
     params.output_kind = RequestOutputKind.DELTA
-    # Tokens served from the prefix cache produce no activations.
+    # Tokens served from the prefix cache produce neither activations nor log-probabilities.
     in_sequence = any(compiled.in_sequence for compiled in programs_of(call))
-    params.skip_reading_prefix_cache = call.reads_prompt or call.capture or in_sequence
+    params.skip_reading_prefix_cache = (
+        call.reads_prompt or call.capture or in_sequence or params.prompt_logprobs is not None
+    )
     return params
 
 

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
@@ -12,18 +12,21 @@ from typing import Any
 from rudder.sae_models.bundle.bundle import Bundle
 from rudder.server.engine.adapter import AsyncLLM, EngineDeadError, ModelFacts, RequestOutputCollector, add_request
 from rudder.server.engine.admission import Admission
-from rudder.server.engine.call import Call, FinishReason, Outcome, Output, engine_sampling, salt
+from rudder.server.engine.call import Call, FinishReason, GateOutcome, Outcome, Output, engine_sampling, salt
 from rudder.server.engine.report import views_of
+from rudder.server.engine.sockets import socket_folder
 from rudder.server.engine.telemetry.frame import TelemetryLost
-from rudder.server.engine.telemetry.hub import Hub, Inbox
+from rudder.server.engine.telemetry.hub import Hub, Inbox, wait_for_event
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.program import wire
 from rudder.server.program.compile import Compiled
 from rudder.server.program.named import NamedProgram
-from rudder.server.program.rows import Registry, ReservedRows, check_capacity
+from rudder.server.program.rows import Registry, ReservedRows, check_capacity, check_capture
 from rudder.server.program.watch import merge_watched
 
 TELEMETRY_TIMEOUT_S = 30.0
+# How long vLLM may take to notice that the engine process has died, whose end of the channel closes at once.
+DEATH_CHECKS, DEATH_CHECK_S = 100, 0.02
 RELEASE_TIMEOUT_S = 0.5
 
 
@@ -32,7 +35,8 @@ class Engine:
     """A running vLLM engine with its bank, telemetry and admission; `start.start_engine` builds it.
 
     `reserved`: rows by site number that are held as long as the engine lives: those of policies and pinned features.
-    `epoch`: identifies this start. `self_tested`: `selftest.run` has passed.
+    `epoch`: identifies this start. `self_tested`: `selftest.run` has passed. `queues`: of the outputs of all calls in
+    vLLM, by handle.
     """
 
     llm: AsyncLLM
@@ -50,9 +54,10 @@ class Engine:
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     handles: Iterator[int] = field(default_factory=lambda: count(1))
     tasks: set["asyncio.Task[None]"] = field(default_factory=set)
+    queues: dict[int, RequestOutputCollector] = field(default_factory=dict)
     # Readable by this user only, and removed with the engine.
     folder: tempfile.TemporaryDirectory[str] = field(
-        default_factory=lambda: tempfile.TemporaryDirectory(prefix="rudder-")
+        default_factory=lambda: tempfile.TemporaryDirectory(prefix="rudder-", dir=socket_folder())
     )
     self_tested: bool = False
 
@@ -67,8 +72,25 @@ class Engine:
         return self.self_tested and self.llm.is_running and not self.llm.errored and self.hub.lost is None
 
     async def listen(self) -> None:
-        """Receive telemetry until it is lost, then fail the requests that wait for the bank."""
-        self.admission.fail(await self.hub.listen())
+        """Receive telemetry until it is lost, then fail every call, with the loss as its reason."""
+        await self.hub.listen()
+        error = await self.end_of_telemetry()
+        self.admission.fail(error)
+        for queue in self.queues.values():
+            # In place of any output that waits there.
+            queue.put(error)
+
+    async def end_of_telemetry(self) -> TelemetryLost | EngineDeadError:
+        """Return why telemetry ended: it is lost, or the engine process has died."""
+        for _ in range(DEATH_CHECKS):
+            if self.hub.lost:
+                return self.hub.lost
+            if self.llm.errored:
+                break
+            await asyncio.sleep(DEATH_CHECK_S)
+        else:
+            return self.hub.lost or self.hub.lose("the worker closed the telemetry channel")
+        return EngineDeadError()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a task that is cancelled when the engine stops."""
@@ -81,11 +103,12 @@ class Engine:
         for task in self.tasks:
             task.cancel()
         self.llm.shutdown()
+        self.folder.cleanup()
 
     def compile(self, call: Call) -> tuple[wire.Request, tuple[int, ...]]:
         """Compile a call to its wire form; return it and the column of each row of `call.watch`, then `call.guard`.
 
-        Raises ProgramError if the call needs more rows than a site has places.
+        Raises ProgramError if the call needs more rows than a site has places, or more room for captured residuals.
         """
         layout = self.registry.layout
         if call.policy and layout.stages < 2:
@@ -104,7 +127,8 @@ class Engine:
             capture=call.capture,
         )
         field_at_fault = "report.features" if call.watch else "steering"
-        check_capacity(request.stages, self.registry, field_at_fault, self.reserved)
+        check_capacity(request.stages, self.registry, field_at_fault, self.reserved, self.registry.request_share)
+        check_capture(request, self.registry, "report.top_k")
         return request, columns
 
     def require_alive(self) -> None:
@@ -124,7 +148,7 @@ class Engine:
         handle = next(self.handles)
         request, columns = self.compile(call)
         client, guard = views_of(call, columns)
-        inbox, queued_s = await self.enter(handle, request)
+        inbox, queued_s = await self.enter(handle, request, call.caller.share_key)
         request_id = f"{handle}-{secrets.token_hex(4)}"
         queue: RequestOutputCollector | None = None
         ended = False
@@ -133,6 +157,9 @@ class Engine:
         try:
             sampling = engine_sampling(call, request)
             queue = await add_request(self.llm, request_id, call.prompt_ids, salt(self.secret, call), sampling)
+            self.queues[handle] = queue
+            if self.hub.closed:
+                raise await self.end_of_telemetry()
             while not ended:
                 out = queue.get_nowait() or await queue.get()
                 choice = out.outputs[0]
@@ -155,11 +182,16 @@ class Engine:
                     if inbox.num_computed_tokens < end:
                         self.hub.receive()
                     features = inbox.take()
+                if self.hub.closed:
+                    # No token leaves after the loss is known.
+                    outcome = None
+                    raise await self.end_of_telemetry()
                 yield Output(
                     choice.text, choice.token_ids, position, choice.logprobs,
-                    client.select(features), guard.select(features), outcome,
+                    client.select(features), guard.select(features), outcome, out.prompt_logprobs,
                 )  # fmt: skip
         finally:
+            self.queues.pop(handle, None)
             self.spawn(self.ensure_released(handle, inbox, request_id))
             if on_abandoned and outcome is None:
                 self.hub.receive()
@@ -167,11 +199,11 @@ class Engine:
             if queue and not ended:
                 await self.llm.abort(queue.request_id, internal=True)
 
-    async def enter(self, handle: int, request: wire.Request) -> tuple[Inbox, float]:
+    async def enter(self, handle: int, request: wire.Request, caller: str) -> tuple[Inbox, float]:
         """Wait for room in the bank; return the request's inbox and the seconds waited. Raises QueueFull."""
         started = time.monotonic()
         with self.hub.awaited():
-            await self.admission.acquire(handle, request)
+            await self.admission.acquire(handle, request, caller)
         return self.hub.open(handle, request), time.monotonic() - started
 
     async def wait_covered(self, inbox: Inbox, position: int) -> None:
@@ -210,14 +242,30 @@ class Engine:
 
 def outcome_before(end: int, call: Call, inbox: Inbox, generated: int, cached: int, queued_s: float) -> Outcome:
     """Build the outcome of an aborted call from its telemetry of positions before `end`."""
-    moved = inbox.edited_before(end)
+    moved, opened = inbox.flagged_before(end)
     own = len(call.compiled.edits) if call.compiled else 0
+    rejected = inbox.rejected_before(end)
     return Outcome(
         FinishReason.ABORT, None, len(call.prompt_ids), generated, cached,
         moved=moved[:own], policy_moved=moved[own:],
-        tokens_seen=max(0, min(inbox.num_computed_tokens, end) - max(inbox.first, 0)), captures=tuple(inbox.captures),
-        queued_s=queued_s,
+        tokens_seen=inbox.computed_before(end), captures=tuple(inbox.captures), queued_s=queued_s,
+        rejected=rejected[:own], policy_rejected=rejected[own:],
+        gates=gate_outcomes(inbox.request, opened, inbox.statistics_at(end), end),
     )  # fmt: skip
+
+
+def gate_outcomes(
+    request: wire.Request, opened: Sequence[int], statistics: Sequence[float], end: int
+) -> tuple[GateOutcome, ...]:
+    """Join what was counted for each gate. A share is reported as such: its state is a number of tokens."""
+    remaining = iter(statistics)
+    outcomes = []
+    for (stage, gate), tokens in zip(request.gates(), opened, strict=True):
+        statistic = next(remaining) if gate.sequence else None
+        if gate.sequence and gate.sequence.binary is not None and statistic:
+            statistic /= end - request.bos
+        outcomes.append(GateOutcome(stage, tokens, statistic))
+    return tuple(outcomes)
 
 
 def end_of_run(call: Call, generated: int) -> int:
@@ -227,11 +275,3 @@ def end_of_run(call: Call, generated: int) -> int:
     that failed before its first token may not have run at all.
     """
     return len(call.prompt_ids) + generated - 1 if generated else 0
-
-
-async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for an event at most `seconds`; return whether it is set."""
-    waiter = asyncio.ensure_future(event.wait())
-    await asyncio.wait([waiter], timeout=seconds)
-    waiter.cancel()
-    return event.is_set()

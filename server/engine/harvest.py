@@ -49,11 +49,11 @@ class EngineSource:
     @cached_property
     def chunk_sizes(self) -> list[int]:
         """Number of counted tokens of each chunk."""
-        return [int(counted.sum()) for counted in self.windows.counted.split(WINDOWS_PER_PASS)]
+        return [int(self.windows.counted[index].sum()) for index in self.windows.chunks(WINDOWS_PER_PASS)]
 
     def load(self, chunks: Sequence[int]) -> Vectors:
         """Run the windows of `chunks`; return the vectors [tokens, d] of each site."""
-        numbers = torch.arange(len(self.windows)).split(WINDOWS_PER_PASS)
+        numbers = self.windows.chunks(WINDOWS_PER_PASS)
         windows = self.windows.take(torch.cat([numbers[chunk] for chunk in chunks]))
         run = asyncio.run_coroutine_threadsafe(capture_windows(self.engine, self.sites, windows), self.loop)
         vectors = run.result()

@@ -1,6 +1,10 @@
 """Start an engine from a configuration: everything is checked against the model that vLLM loaded."""
 
 import asyncio
+import logging
+import multiprocessing
+from collections.abc import Set
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +12,15 @@ import numpy as np
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.sae import Normalisation, row_norms
-from rudder.server.config import Config, ConfigError, WatchedFeature
+from rudder.sae_models.tokens import text_encoder
+from rudder.server import preflight
+from rudder.server.config import Config, ConfigError
 from rudder.server.engine import adapter
-from rudder.server.engine.adapter import AsyncLLM, ModelFacts
+from rudder.server.engine.adapter import AsyncLLM
 from rudder.server.engine.admission import Admission
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.telemetry.hub import Hub
+from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics, PinnedFeature
 from rudder.server.program import wire
 from rudder.server.program.compile import Compiled, compile_program
@@ -23,19 +30,22 @@ from rudder.server.program.rows import Dictionary, Registry, check_capacity
 from rudder.server.program.watch import compile_watch, merge_watched
 from rudder.v1 import program_pb2
 
-# The ledger's handle of the rows that are held as long as the engine lives; requests count from 1.
-RESERVED_HANDLE = 0
+logger = logging.getLogger(__name__)
 
 
 async def start_engine(config: Config, metrics: Metrics | None = None) -> Engine:
     """Start vLLM with the bank, load bundles, programs and policies, and connect telemetry.
 
     `selftest.run` must pass before the engine serves. A start that fails or is cancelled shuts vLLM down. Raises
-    ConfigError, BundleError, ProgramFileError, ProgramError.
+    ConfigError, BundleError, ProgramFileError, ProgramError, EngineStartError.
     """
     loop = asyncio.get_running_loop()
+    adapter.check_limits(config.limits)
+    config = await loop.run_in_executor(None, preflight.check, config)
     served = await loop.run_in_executor(None, load_bundles, config)
     layout = layout_of(config, served)
+    if served:
+        await loop.run_in_executor(None, check_programs, layout, served, config)
     llm = await start_llm(config, layout)
     try:
         engine = await loop.run_in_executor(
@@ -54,39 +64,81 @@ async def start_engine(config: Config, metrics: Metrics | None = None) -> Engine
 
 async def start_llm(config: Config, layout: Layout) -> AsyncLLM:
     """Start vLLM in a thread, so that health checks and signals are served meanwhile."""
+    others = set(multiprocessing.active_children())
     starting = asyncio.get_running_loop().run_in_executor(None, adapter.start_llm, config, layout)
     try:
         return await asyncio.shield(starting)
     except asyncio.CancelledError:
-        # A thread cannot be cancelled, and the engine process that it starts must not outlive this call.
-        (await starting).shutdown()
+        await abandon(starting, others)
         raise
+
+
+async def abandon(starting: "asyncio.Future[AsyncLLM]", others: Set[BaseProcess]) -> None:
+    """End a start of vLLM: its thread cannot be cancelled, but fails without its process, which is not of `others`."""
+    while not starting.done():
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        await asyncio.wait([starting], timeout=0.1)
+    if not starting.exception():
+        starting.result().shutdown()
+
+
+def check_programs(layout: Layout, served: dict[str, Bundle], config: Config) -> None:
+    """Compile all programs, policies and watched features, as `build_engine` does once the model is loaded.
+
+    Raises ProgramFileError, ProgramError.
+    """
+    width = next(iter(served.values())).manifest.model.hidden_size
+    registry = registry_of(layout, width, served, config)
+    compile_folder(config.programs.folder, registry, "program")
+    policies = compile_folder(config.policies.folder, registry, "policy")
+    pinned, _ = merge_watched((), compile_watch(watched_rows(config, served), registry, "watch"))
+    reserved_request(pinned, policies, registry)
 
 
 def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], config: Config, metrics: Metrics) -> Engine:
     """Build what surrounds a running vLLM."""
     model = adapter.model_facts(llm, config.engine.load_format)
+    adapter.check_limits(config.limits, len(adapter.eos_token_ids(llm)))
+    # Built now, as it copies the vocabulary, and not in the first request.
+    encoder = text_encoder(llm.get_tokenizer())
     for bundle in served.values():
         bundles.check_model(bundle, model.sha256, model.hidden_size)
-    registry = registry_of(layout, model, served, config)
+        check_bos(bundle, adds_bos=bool(encoder.bos))
+    registry = registry_of(layout, model.hidden_size, served, config)
     programs = compile_folder(config.programs.folder, registry, "program")
     policies = compile_folder(config.policies.folder, registry, "policy")
-    admission = Admission(layout, config.limits.queue)
+    limits = config.limits
+    admission = Admission(
+        layout,
+        limits.queue,
+        running=config.engine.max_num_seqs,
+        caller_share=limits.caller_share,
+        max_wait_s=limits.max_wait_s,
+    )
     metrics.watch_admission(admission.usage)
     hub = Hub(metrics.feature_totals, admission.release)
     default = default_policy(config, policies)
     return Engine(llm, model, registry, served, programs, policies, default, admission, hub, metrics)
 
 
+def check_bos(bundle: Bundle, adds_bos: bool) -> None:
+    """Warn if an SAE was trained on contexts that begin otherwise than texts of this server, which is worth knowing."""
+    context = getattr(bundle.manifest, "context", None)
+    trained: bool | None = getattr(context, "prepend_bos", None)
+    if trained is not None and trained != adds_bos:
+        values = fields(bundle=bundle.manifest.name, trained_with_bos=trained, tokenizer_adds_bos=adds_bos)
+        logger.warning("the SAE was trained with another rule for BOS than the tokenizer's", extra=values)
+
+
 async def connect_telemetry(engine: Engine) -> None:
-    """Open the telemetry channel, and have the workers load the bundles. Raises BundleError if they differ."""
+    """Open the telemetry channel. Raises BundleError if the workers loaded other bundles than the server."""
     address = f"{engine.folder.name}/telemetry"
     engine.hub.bind(address)
-    paths = {name: str(bundle.path) for name, bundle in engine.bundles.items()}
-    for loaded in await engine.llm.collective_rpc("rudder_load", args=(paths,)):
+    for loaded in await adapter.call_workers(engine.llm, "rudder_bundles"):
         if loaded != {name: bundle.sha256 for name, bundle in engine.bundles.items()}:
             raise bundles.BundleError("bundles: a worker loaded another bundle than the server")
-    await engine.llm.collective_rpc("rudder_connect", args=(address, engine.hub.key))
+    await adapter.call_workers(engine.llm, "rudder_connect", address, engine.hub.key)
     engine.hub.channel.accept()
 
 
@@ -95,14 +147,14 @@ async def reserve_rows(engine: Engine, config: Config) -> None:
 
     Nothing else holds a row yet, and these are never released: a call bound by a policy needs a slot, not rows.
     """
-    features = [(site_of(w, engine.bundles), row_of(w, engine.bundles)) for w in config.watch]
+    features = watched_rows(config, engine.bundles)
     pinned, columns = merge_watched((), compile_watch(features, engine.registry, "watch"))
     request = reserved_request(pinned, engine.policies, engine.registry)
     if not request.rows():
         return
-    engine.admission.ledger.acquire(RESERVED_HANDLE, request)
+    engine.admission.reserve(request)
     engine.reserved = reserved_rows(request)
-    await engine.llm.collective_rpc("rudder_pin", args=(wire.encode(request),))
+    await adapter.call_workers(engine.llm, "rudder_pin", wire.encode(request))
     engine.metrics.pin([pinned_feature(row.feature, engine.bundles) for _, row in features], columns)
 
 
@@ -158,9 +210,10 @@ def layout_of(config: Config, served: dict[str, Bundle]) -> Layout:
     engine = config.engine
     sites = dict.fromkeys([*(site for bundle in served.values() for site in bundle.manifest.sites), *engine.sites])
     whole = [(b.manifest.site, str(b.path.resolve()), b.sha256) for b in served.values() if needs_whole_dictionary(b)]
+    loaded = [(name, str(bundle.path.resolve()), bundle.sha256) for name, bundle in served.items()]
     return Layout(
         tuple(sites), engine.rows, engine.slots, 2 if config.policies.folder else 1, engine.window,
-        engine.sequence_sites, engine.capture_tokens, tuple(whole),
+        engine.sequence_sites, engine.capture_tokens, tuple(whole), tuple(loaded),
     )  # fmt: skip
 
 
@@ -170,10 +223,18 @@ def needs_whole_dictionary(bundle: Bundle) -> bool:
     return sae.router is None and (not sae.exact or sae.normalisation is not Normalisation.NONE)
 
 
-def registry_of(layout: Layout, model: ModelFacts, served: dict[str, Bundle], config: Config) -> Registry:
+def registry_of(layout: Layout, width: int, served: dict[str, Bundle], config: Config) -> Registry:
     """Build what programs are compiled against."""
     dictionaries = {name: dictionary_of(bundle) for name, bundle in served.items()}
-    return Registry(layout, model.hidden_size, dictionaries, max_edits=config.limits.max_edits)
+    return Registry(
+        layout,
+        width,
+        dictionaries,
+        max_edits=config.limits.max_edits,
+        step_tokens=config.engine.max_num_batched_tokens,
+        request_share=config.limits.request_share,
+        max_name_chars=config.limits.max_name_chars,
+    )
 
 
 def dictionary_of(bundle: Bundle) -> Dictionary:
@@ -214,12 +275,11 @@ def default_policy(config: Config, policies: dict[str, NamedProgram]) -> Compile
     return policies[name].compiled
 
 
-def site_of(watched: WatchedFeature, served: dict[str, Bundle]) -> str:
-    """Return the site of a pinned feature."""
-    return watched.site or served[watched.bundle or next(iter(served))].manifest.site
-
-
-def row_of(watched: WatchedFeature, served: dict[str, Bundle]) -> program_pb2.Row:
-    """Return the row of a pinned feature."""
-    bundle = watched.bundle or next(iter(served))
-    return program_pb2.Row(feature=program_pb2.Feature(bundle=bundle, index=watched.index))
+def watched_rows(config: Config, served: dict[str, Bundle]) -> list[tuple[str, program_pb2.Row]]:
+    """Return the pinned features as (site, row). Raises ConfigError if one is of no bundle that is served."""
+    rows = []
+    for number, watched in enumerate(config.watch):
+        bundle = preflight.watched_bundle(watched, tuple(served), number)
+        row = program_pb2.Row(feature=program_pb2.Feature(bundle=bundle, index=watched.index))
+        rows.append((watched.site or served[bundle].manifest.site, row))
+    return rows

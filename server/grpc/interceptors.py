@@ -4,11 +4,12 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import grpc
 
-from rudder.server.caller import ANONYMOUS
+from rudder.server.caller import ANONYMOUS, Caller
 from rudder.server.grpc.status import Context, abort
 from rudder.server.monitoring.traces import correlation_of
 from rudder.server.service.call import begin_call
@@ -57,9 +58,11 @@ def surrounded(behaviour: Behaviour, method: str, deserialize: Callable[[bytes],
             serving.metrics.request_retried(method)
         try:
             correlation, deadline = correlation_of(metadata), deadline_of(context)
-            async with begin_call(serving, method, ANONYMOUS, correlation, deadline) as record:
+            async with begin_call(serving, method, caller_of(context), correlation, deadline) as record:
                 RECORD.set(record)
-                response = await behaviour(deserialize(request), context)
+                require_size(request, serving.config.limits.max_message_bytes)
+                with serving.pending.held(len(request)):
+                    response = await behaviour(deserialize(request), context)
                 context.set_trailing_metadata(trailers_of(record))
                 return response
         except Refusal as refusal:
@@ -68,6 +71,17 @@ def surrounded(behaviour: Behaviour, method: str, deserialize: Callable[[bytes],
                 await abort(context, refusal)
 
     return call
+
+
+def caller_of(context: Context) -> Caller:
+    """Return the caller: anonymous, until this door authenticates; shares are per connection."""
+    return replace(ANONYMOUS, origin=context.peer())
+
+
+def require_size(request: bytes, maximum: int) -> None:
+    """Raise Refusal MESSAGE_TOO_LARGE if a request message has more than `maximum` bytes."""
+    if len(request) > maximum:
+        raise Refusal("MESSAGE_TOO_LARGE", f"the request has {len(request)} bytes, at most {maximum}")
 
 
 def deadline_of(context: Context) -> float | None:

@@ -45,13 +45,13 @@ class GrpcDoor:
     async def start(self) -> str:
         """Listen, and return the address. Raises ConfigError if the port cannot be bound."""
         await self.set_serving(False)
-        address = f"{self.listen.host}:{self.listen.port}"
+        address = self.listen.address(self.listen.port)
         try:
             port = self.server.add_insecure_port(address)
         except RuntimeError as error:
             raise ConfigError("listen.port", f"cannot listen on {address}") from error
         await self.server.start()
-        return f"{self.listen.host}:{port}"
+        return self.listen.address(port)
 
     async def set_serving(self, serving: bool) -> None:
         """Set the health of the server and of each of its services."""
@@ -67,7 +67,8 @@ class GrpcDoor:
 def options(limits: configuration.Limits) -> tuple[tuple[str, int], ...]:
     """Return gRPC's channel options."""
     return (
-        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        # Larger messages are refused with a reason; gRPC's own refusal, of what is larger still, has none.
+        ("grpc.max_receive_message_length", 2 * limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_reply_bytes),
         # With it, two servers on one port would silently share its calls.
         ("grpc.so_reuseport", 0),

@@ -35,6 +35,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Return the features of each prompt token."""
         return await inference.inspect(self.serving, RECORD.get(), request)
 
+    async def Tokenize(self, request: inference_pb2.TokenizeRequest, _: Context) -> inference_pb2.TokenizeResponse:
+        """Return the tokens of a prompt."""
+        return await inference.tokenize(self.serving, RECORD.get(), request)
+
 
 class FeatureServicer(catalogue_pb2_grpc.FeatureServiceServicer):
     """The catalogues of the bundles."""

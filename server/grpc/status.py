@@ -8,7 +8,7 @@ import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from rudder.server.service.errors import Refusal, Violation
+from rudder.server.service.errors import Refusal, Violation, clipped
 
 Context = grpc.aio.ServicerContext[Message, Message]
 DOMAIN = "rudder"
@@ -67,12 +67,6 @@ def bad_request(violations: Sequence[Violation], budget: int) -> error_details_p
 def add_detail(status: status_pb2.Status, detail: Message) -> None:
     """Pack `detail` into the status."""
     status.details.add().Pack(detail)
-
-
-def clipped(text: str, chars: int) -> str:
-    """Return `text`, without its middle if it is longer than `chars`."""
-    half = chars // 2 - 1
-    return text if len(text) <= chars else f"{text[:half]}…{text[-half:]}"
 
 
 async def abort(context: Context, refusal: Refusal) -> NoReturn:

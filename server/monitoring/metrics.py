@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -26,13 +26,13 @@ class SiteUsage(NamedTuple):
 
 
 class BankUsage(NamedTuple):
-    """Snapshot of what requests hold of the bank, and of those that wait for it."""
+    """Snapshot of what requests hold of the bank, and of the choices that wait for it or for the engine."""
 
     rows: Sequence[SiteUsage]
     slots_used: int
     slots_free: int
     running_choices: int
-    waiting_requests: int
+    waiting_choices: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,14 @@ class FeatureTotals(NamedTuple):
     tokens: float = 0.0
     sum: float = 0.0
     max: float = 0.0
+
+
+class Pinned(NamedTuple):
+    """Pinned features, their columns in the array of `feature_totals`, and their totals, which alone change."""
+
+    features: Sequence[PinnedFeature]
+    columns: Sequence[int]
+    totals: list[FeatureTotals]
 
 
 class BulkHistogram(Collector):
@@ -84,9 +92,8 @@ class BankCollector(Collector):
 
     def __init__(self) -> None:
         self.usage: Callable[[], BankUsage] | None = None
-        self.features: Sequence[PinnedFeature] = ()
-        self.columns: Sequence[int] = ()
-        self.totals: list[FeatureTotals] = []
+        # Replaced as a whole: a scrape sees the features and the totals of one call of `pin`.
+        self.pinned = Pinned((), (), [])
 
     def collect(self) -> list[Metric]:
         """Return all series; none before `usage` is set."""
@@ -108,7 +115,8 @@ class BankCollector(Collector):
         info = GaugeMetricFamily(
             "rudder_feature_info", "Always 1; carries the feature's label.", labels=[*labels, "label"]
         )
-        for feature, totals in zip(self.features, tuple(self.totals), strict=True):
+        pinned = self.pinned
+        for feature, totals in zip(pinned.features, tuple(pinned.totals), strict=True):
             key = [feature.bundle, feature.site, str(feature.index)]
             active.add_metric(key, totals.active_tokens)
             tokens.add_metric(key, totals.tokens)
@@ -129,8 +137,8 @@ def usage_families(usage: BankUsage) -> list[Metric]:
     slots.add_metric(["free"], usage.slots_free)
     inflight = GaugeMetricFamily("rudder_inflight_choices", "Choices that the engine is running.")
     inflight.add_metric([], usage.running_choices)
-    queue = GaugeMetricFamily("rudder_queue_requests", "Requests that wait for the bank.")
-    queue.add_metric([], usage.waiting_requests)
+    queue = GaugeMetricFamily("rudder_queue_requests", "Choices that wait for the bank or for the engine.")
+    queue.add_metric([], usage.waiting_choices)
     return [rows, slots, inflight, queue]
 
 
@@ -146,7 +154,9 @@ class Metrics:
     stream_messages: Counter
     stream_tokens: Counter
     edited_tokens: Counter
+    rejected_edits: Counter
     self_test_failures: Counter
+    pending_bytes: Gauge
     bank: BankCollector
 
     @classmethod
@@ -180,8 +190,15 @@ class Metrics:
                 "rudder_edits_applied_tokens", "Tokens that an edit touched.",
                 ["site", "operation", "origin"], registry=registry,
             ),
+            rejected_edits=Counter(
+                "rudder_edits_rejected", "Edits of a token that were rejected, since x would not have stayed finite.",
+                ["site", "origin"], registry=registry,
+            ),
             self_test_failures=Counter(
                 "rudder_selftest_failures", "Self-tests that a site's bank did not pass.", registry=registry
+            ),
+            pending_bytes=Gauge(
+                "rudder_pending_request_bytes", "Bytes of the request messages of calls in progress.", registry=registry
             ),
             bank=bank,
         )  # fmt: skip
@@ -212,6 +229,10 @@ class Metrics:
         """Count tokens that an edit touched. Its label is the first word of `operation`: the kind, not the numbers."""
         self.edited_tokens.labels(site, operation.split(" ", 1)[0], origin).inc(tokens)
 
+    def edit_rejected(self, site: str, origin: str, tokens: int) -> None:
+        """Count tokens at which an edit was rejected."""
+        self.rejected_edits.labels(site, origin).inc(tokens)
+
     def self_test_failed(self) -> None:
         """Count a failed self-test."""
         self.self_test_failures.inc()
@@ -222,14 +243,14 @@ class Metrics:
 
     def pin(self, features: Sequence[PinnedFeature], columns: Sequence[int]) -> None:
         """Count these features; `columns` are their rows in the array that `feature_totals` takes."""
-        self.bank.features, self.bank.columns = tuple(features), tuple(columns)
-        self.bank.totals = [FeatureTotals()] * len(features)
+        self.bank.pinned = Pinned(tuple(features), tuple(columns), [FeatureTotals()] * len(features))
 
     def feature_totals(self, totals: NDArray[Any]) -> None:
         """Add the totals of one step, [pinned rows, 4] with the columns of `FeatureTotals`."""
-        for i, column in enumerate(self.bank.columns):
-            step, before = FeatureTotals(*totals[column].tolist()), self.bank.totals[i]
-            self.bank.totals[i] = FeatureTotals(
+        _, columns, before_step = self.bank.pinned
+        for i, column in enumerate(columns):
+            step, before = FeatureTotals(*totals[column].tolist()), before_step[i]
+            before_step[i] = FeatureTotals(
                 before.active_tokens + step.active_tokens,
                 before.tokens + step.tokens,
                 before.sum + step.sum,

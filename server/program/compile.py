@@ -5,6 +5,7 @@ To add an edit operation, add it to `sae_models.operations.OPERATIONS`: nothing 
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 
 import msgspec
@@ -21,6 +22,7 @@ from rudder.server.program.rows import (
     append_row,
     blend_target,
     check_capacity,
+    checked_name,
     resolve,
     site_number,
 )
@@ -59,7 +61,7 @@ class Compiled:
     `edits` has the order of the telemetry's `moved` column: for each site its edits, then its blend. `digest` (SHA-256)
     covers the numbers that run, not names, spelling or the order of sites. `in_sequence`: the edits of a token depend
     on earlier tokens. `by_phase`: they depend on where the prompt ends, and so do cached keys and values, which the
-    digest alone cannot separate. `locks`: rows that callers bound by this policy must not edit.
+    digest alone cannot separate. `gate_site`: where the gate is read, empty without one.
     """
 
     sites: tuple[wire.Site, ...]
@@ -67,7 +69,18 @@ class Compiled:
     edits: tuple[EditName, ...]
     in_sequence: bool
     by_phase: bool
-    locks: LockedRows = NO_LOCKED_ROWS
+    gate_site: str = ""
+
+    @cached_property
+    def edited_latents(self) -> LockedRows:
+        """The (bundle, latent) pairs that the program edits."""
+        edited = (site.rows[edit.row] for site in self.sites for edit in site.edits)
+        return frozenset((row.bundle, row.latent) for row in edited if row.bundle)
+
+    @cached_property
+    def first_edited_site(self) -> int | None:
+        """Number of the first site, in forward order, whose residual the program changes."""
+        return next((site.site for site in self.sites if site.edits or site.blend), None)
 
 
 def compile_program(
@@ -75,19 +88,25 @@ def compile_program(
     registry: Registry,
     *,
     locked: LockedRows = NO_LOCKED_ROWS,
+    last_site: int | None = None,
     field: str = "program",
 ) -> Compiled:
-    """Resolve and check a program. `locked`: (bundle, latent) pairs that it must not edit.
+    """Resolve and check a program.
+
+    `locked`: (bundle, latent) pairs that it must not edit. `last_site`: number of the last site that it may edit;
+    None: every site.
 
     Raises ProgramError, which names the field at fault below `field`.
     """
     require(program.sites, f"{field}.sites", "is empty: the program changes nothing")
     count = sum(len(part.edits) + part.HasField("blend") for part in program.sites)
+    checked_name(program.name, registry, f"{field}.name")
     require(count <= registry.max_edits, f"{field}.sites", f"has {count} edits, more than {registry.max_edits}")
     gate_site = site_number(program.gate.site, registry, f"{field}.gate.site") if program.HasField("gate") else None
     sites = {} if gate_site is None else {gate_site: wire.Site(gate_site)}
     names: list[EditName] = []
     for index, (part, part_field) in sorted(parts_by_site(program, registry, gate_site, field).items()):
+        check_not_behind(index, last_site, registry, f"{part_field}.site")
         sites[index], site_names = compile_site(index, part, registry, locked, part_field)
         names += site_names
     if gate_site is not None:
@@ -95,7 +114,10 @@ def compile_program(
     ordered = tuple(sites[index] for index in sorted(sites))
     check_capacity([ordered], registry, f"{field}.sites")
     by_phase = any(site.phases_differ() for site in ordered)
-    return Compiled(ordered, digest_of(ordered, registry), tuple(names), program.gate.HasField("sequence"), by_phase)
+    return Compiled(
+        ordered, digest_of(ordered, registry), tuple(names), program.gate.HasField("sequence"), by_phase,
+        gate_site=program.gate.site,
+    )  # fmt: skip
 
 
 Parts = dict[int, tuple[program_pb2.SiteEdits, str]]
@@ -113,6 +135,14 @@ def parts_by_site(program: program_pb2.Program, registry: Registry, gate_site: i
         require(gate_site is None or index >= gate_site, f"{part_field}.site", late)
         parts[index] = part, part_field
     return parts
+
+
+def check_not_behind(index: int, last_site: int | None, registry: Registry, field: str) -> None:
+    """Raise ProgramError POLICY_FORBIDS if site number `index` comes after `last_site` in the forward pass."""
+    if last_site is not None:
+        sites = registry.layout.sites
+        problem = f"{sites[index]} comes after {sites[last_site]}, the first site that a policy edits"
+        require(index <= last_site, field, problem, "POLICY_FORBIDS")
 
 
 def compile_site(

@@ -4,7 +4,7 @@ from typing import Literal
 
 from rudder.sae_models.errors import UserError
 
-Reason = Literal["FIELD_INVALID", "FEATURE_UNKNOWN", "SITE_UNKNOWN", "ROW_LOCKED"]
+Reason = Literal["FIELD_INVALID", "FEATURE_UNKNOWN", "SITE_UNKNOWN", "ROW_LOCKED", "POLICY_FORBIDS"]
 # So far below the largest fp32 that no sum over a residual overflows: the tokens of a batch share matrix products.
 MAX_MAGNITUDE = 1e30
 

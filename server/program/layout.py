@@ -14,7 +14,8 @@ class Layout:
     `rows`: row places per site. `slots`: requests with a program at once. `window`: tokens, the longest window of a
     sequence condition. `sequence_sites`: sites with sequence state, None: all. `capture_tokens`: tokens of a step whose
     residual can be read, None: all. `dictionaries`: (site, folder, SHA-256) of the bundles that the bank of their site
-    holds whole.
+    holds whole. `bundles`: (name, folder, SHA-256) of all bundles: the worker loads them with the model, before the KV
+    cache takes the memory that is left.
     """
 
     sites: tuple[str, ...]
@@ -25,6 +26,7 @@ class Layout:
     sequence_sites: tuple[str, ...] | None = None
     capture_tokens: int | None = None
     dictionaries: tuple[tuple[str, str, str], ...] = ()
+    bundles: tuple[tuple[str, str, str], ...] = ()
 
     def __post_init__(self) -> None:
         unknown = [site for site in self.sites if not SITE.fullmatch(site)]
@@ -53,7 +55,8 @@ class Layout:
         """Parse the output of `additional_config`."""
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["rudder"].items()}
         del fields["code"]
-        fields["dictionaries"] = tuple(map(tuple, fields["dictionaries"]))
+        for name in ("dictionaries", "bundles"):
+            fields[name] = tuple(map(tuple, fields[name]))
         return Layout(**fields)
 
 

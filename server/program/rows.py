@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, sqrt
 from types import MappingProxyType
 
 import msgspec
@@ -43,12 +43,19 @@ class Dictionary:
 
 @dataclass(frozen=True, eq=False)
 class Registry:
-    """The sites and dictionaries that programs can refer to, and the width of the residual stream."""
+    """The sites and dictionaries that programs can refer to, and the width of the residual stream.
+
+    `step_tokens`: most tokens of one step, as the engine is configured.
+    `request_share`: share of a site's row places, beside the reserved ones, that one request may hold.
+    """
 
     layout: Layout
     width: int
     dictionaries: dict[str, Dictionary]
     max_edits: int = 256
+    step_tokens: int = 2**31
+    request_share: float = 1.0
+    max_name_chars: int = 128
 
 
 @dataclass(frozen=True)
@@ -79,12 +86,21 @@ def resolve(row: program_pb2.Row, site: str, registry: Registry, field: str) -> 
             return resolve_feature(row.feature, site, registry, f"{field}.feature")
         case "vector":
             values, norm = direction(row.vector.values, registry.width, f"{field}.vector.values")
-            return Resolved(wire.Row(decoder=values), f"vector {row.vector.name}".rstrip(), reads=False, norm=norm)
+            name = checked_name(row.vector.name, registry, f"{field}.vector.name")
+            return Resolved(wire.Row(decoder=values), f"vector {name}".rstrip(), reads=False, norm=norm)
         case "probe":
             weights, _ = direction(row.probe.weights, registry.width, f"{field}.probe.weights")
             bias = number(row.probe.bias, f"{field}.probe.bias")
-            return Resolved(wire.Row(encoder=weights, bias=bias), f"probe {row.probe.name}".rstrip(), reads=True)
+            name = checked_name(row.probe.name, registry, f"{field}.probe.name")
+            return Resolved(wire.Row(encoder=weights, bias=bias), f"probe {name}".rstrip(), reads=True)
     raise ProgramError(field, "names no feature, vector or probe")
+
+
+def checked_name(name: str, registry: "Registry", field: str) -> str:
+    """Return the name of a vector or probe, which attestation and reports repeat. Raises ProgramError if it is long."""
+    maximum = registry.max_name_chars
+    require(len(name) <= maximum, field, f"has {len(name)} characters, at most {maximum}")
+    return name
 
 
 def resolve_feature(feature: program_pb2.Feature, site: str, registry: Registry, field: str) -> Resolved:
@@ -121,7 +137,8 @@ def blend_target(blend: program_pb2.Blend, site: str, registry: Registry, field:
     """Resolve the row whose decoder is the target of a blend."""
     if blend.WhichOneof("target") == "vector":
         values, _ = direction(blend.vector.values, registry.width, f"{field}.vector.values")
-        return Resolved(wire.Row(decoder=values), f"vector {blend.vector.name}".rstrip(), reads=False)
+        name = checked_name(blend.vector.name, registry, f"{field}.vector.name")
+        return Resolved(wire.Row(decoder=values), f"vector {name}".rstrip(), reads=False)
     dictionary = find_dictionary(blend.bundle, site, registry, f"{field}.bundle")
     if dictionary.mean is None:
         raise ProgramError(f"{field}.bundle", f"the mean residual of {dictionary.name} was never measured")
@@ -152,10 +169,12 @@ def check_capacity(
     registry: Registry,
     field: str,
     reserved: ReservedRows = NO_RESERVED_ROWS,
+    share: float = 1.0,
 ) -> None:
     """Raise ProgramError if the stages need more distinct rows at a site than it has places beside those reserved.
 
-    Such a request could never be admitted and would block the head of the queue. `reserved`: rows by site number.
+    Such a request could never be admitted. `reserved`: rows by site number. `share`: of the places beside those, what
+    the stages may hold: one request must not hold all of them for as long as it likes.
     """
     needed: dict[int, set[wire.Row]] = {}
     for site in (site for stage in stages for site in stage):
@@ -167,3 +186,19 @@ def check_capacity(
         total = len(held) + len(rows - held)
         name = registry.layout.sites[at]
         require(total <= places, field, f"{total} distinct rows at {name}, which has {places} places")
+        own, most = total - len(held), ceil(share * (places - len(held)))
+        require(own <= most, field, f"{own} distinct rows at {name}, where one request may hold {most}")
+
+
+def check_capture(request: wire.Request, registry: Registry, field: str) -> None:
+    """Raise ProgramError if a step of the request may have more tokens to capture than the engine has room for.
+
+    All of the prompt may run in one step. Generated tokens come one by one, and what a preempted request computes again
+    is not captured again.
+    """
+    room = registry.layout.capture_tokens
+    if room is None or not request.reads or not (request.watch_prompt or request.capture):
+        return
+    tokens = min(request.prompt_tokens, registry.step_tokens)
+    problem = f"a step may read {tokens} tokens of the prompt, engine.capture_tokens has room for {room}"
+    require(tokens <= room, field, problem)

@@ -1,12 +1,12 @@
 """Watched rows of a call, merged into the sites of its program."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
 
 from rudder.server.program import wire
+from rudder.server.program.cache import ByteCache, rows_size
 from rudder.server.program.gates import readable
 from rudder.server.program.rows import Registry, site_number
 from rudder.v1 import program_pb2
@@ -34,14 +34,26 @@ def compile_watch(
     )
 
 
-@lru_cache(256)
-def merge_watched(
-    sites: tuple[wire.Site, ...], watched: tuple[Watched, ...]
-) -> tuple[tuple[wire.Site, ...], tuple[int, ...]]:
+Merged = tuple[tuple[wire.Site, ...], tuple[int, ...]]
+MERGED: ByteCache[Merged] = ByteCache(32 << 20)
+
+
+def merge_watched(sites: tuple[wire.Site, ...], watched: tuple[Watched, ...]) -> Merged:
     """Add watched rows to the sites of stage 0; return the sites and the column of each watched row.
 
-    A row watched twice has one column. A site that the program does not use is added without edits.
+    A row watched twice has one column. A site that the program does not use is added without edits. Clients repeat
+    their programs and reports, so results are cached.
     """
+    cached = MERGED.get((sites, watched))
+    if cached is not None:
+        return cached
+    merged = merge(sites, watched)
+    size = rows_size(row for site in (*sites, *merged[0]) for row in site.rows) + rows_size(w.row for w in watched)
+    return MERGED.put((sites, watched), merged, size)
+
+
+def merge(sites: tuple[wire.Site, ...], watched: tuple[Watched, ...]) -> Merged:
+    """Implement `merge_watched`."""
     merged = {site.site: site for site in sites}
     for number in {w.site for w in watched} - merged.keys():
         merged[number] = wire.Site(number)

@@ -122,6 +122,10 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
         """Whether the residual is read after the forward pass."""
         return self.top_k > 0 or self.capture
 
+    def gates(self) -> list[tuple[int, Gate]]:
+        """Return (stage, gate) of each program that has a gate: at most one per stage."""
+        return [(stage, site.gate) for stage, sites in enumerate(self.stages) for site in sites if site.gate]
+
     def rows(self) -> set[tuple[int, Row]]:
         """Return the distinct (site number, row) pairs that the request holds."""
         return {(site.site, row) for stage in self.stages for site in stage for row in site.rows}

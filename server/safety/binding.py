@@ -1,9 +1,11 @@
-"""Which policy binds a caller, and the rows that it locks."""
+"""Which policy binds a caller, and what it forbids the caller's programs."""
 
 from rudder.server.caller import Caller
+from rudder.server.config import Policies
 from rudder.server.engine.engine import Engine
-from rudder.server.program.compile import Compiled
-from rudder.server.program.rows import NO_LOCKED_ROWS, LockedRows
+from rudder.server.program.compile import Compiled, compile_program
+from rudder.server.program.rows import Registry
+from rudder.v1 import program_pb2
 
 
 def binding_policy(engine: Engine, caller: Caller) -> Compiled | None:  # noqa: ARG001
@@ -11,6 +13,16 @@ def binding_policy(engine: Engine, caller: Caller) -> Compiled | None:  # noqa: 
     return engine.default_policy
 
 
-def locked_rows(policy: Compiled | None) -> LockedRows:
-    """Return the rows that a caller bound by `policy` must not edit."""
-    return policy.locks if policy else NO_LOCKED_ROWS
+def compile_bound(
+    program: program_pb2.Program, registry: Registry, policy: Compiled | None, settings: Policies, field: str
+) -> Compiled:
+    """Compile a program of a request that `policy` binds.
+
+    The policy is the second stage of each site that it edits, so no edit at these or earlier sites acts on its result.
+    An edit behind its first site would: it is refused with POLICY_FORBIDS, unless `settings.allow_later_edits`. The
+    latents that the policy edits are locked: ROW_LOCKED. Raises ProgramError, which names the field below `field`.
+    """
+    if policy is None:
+        return compile_program(program, registry, field=field)
+    last_site = None if settings.allow_later_edits else policy.first_edited_site
+    return compile_program(program, registry, locked=policy.edited_latents, last_site=last_site, field=field)

@@ -12,4 +12,6 @@ def attestation_of(call: CallRecord, choice: ChoiceRecord, engine_epoch: str) ->
         edits=[inference_pb2.EditCount(**edit._asdict()) for edit in choice.edits],
         tokens_seen=choice.tokens_seen,
         engine_epoch=engine_epoch,
+        gates=[inference_pb2.GateCount(**gate._asdict()) for gate in choice.gates],
+        request_id=call.request_id,
     )

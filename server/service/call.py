@@ -46,8 +46,9 @@ async def begin_call(
 
 
 def require_open(serving: Serving) -> None:
-    """Refuse a call that cannot end well: the server drains, or its engine has died."""
+    """Refuse a call that cannot end well: the server drains, telemetry is lost, or the engine has died."""
     if serving.draining:
         raise Refusal("DRAINING", "the server is shutting down")
+    serving.engine.require_alive()
     if not serving.engine.healthy:
         raise Refusal("ENGINE_DEAD", "the engine has died")

@@ -1,6 +1,6 @@
 """From the engine's reported features to the contract's columns: each feature named once a stream, zeros left out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from rudder.server.engine.telemetry.hub import Features
 from rudder.v1 import inference_pb2
+
+MAX_SLICE_VALUES = 4096
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -86,6 +88,17 @@ class PoolingState:
         ]
 
 
+def slices(features: Features) -> Iterator[Features]:
+    """Cut features of many tokens into parts of about MAX_SLICE_VALUES values, each worth some milliseconds."""
+    values = features.activations.shape[1] + int(np.prod(features.top_values.shape[1:]))
+    tokens = max(1, MAX_SLICE_VALUES // max(1, values))
+    if len(features.activations) <= tokens:
+        yield features
+        return
+    for begin in range(features.first, features.end, tokens):
+        yield features.between(begin, begin + tokens)
+
+
 def activations_of(features: Features, table: FeatureTable) -> Activations:
     """Return the non-zero activations of watched rows and top-k latents, in the order of positions."""
     tokens, watched = np.nonzero(features.activations)
@@ -104,9 +117,9 @@ def top_activations(features: Features, table: FeatureTable) -> tuple[Ints, Ints
     tokens, sites, ranks = np.nonzero(features.top_values > 0)
     latents = features.top_latents[tokens, sites, ranks].astype(np.int64)
     # The table is a Python dictionary: look each distinct latent up once, not once a token.
-    pairs, inverse = np.unique(np.stack([sites, latents]), axis=1, return_inverse=True)
-    distinct = np.array([table.number(site, latent) for site, latent in pairs.T.tolist()], np.int64)
-    numbers = distinct[inverse.reshape(-1)] if len(distinct) else np.zeros(0, np.int64)
+    keys, inverse = np.unique((sites << 32) | latents, return_inverse=True)
+    distinct = [table.number(key >> 32, key & 0xFFFFFFFF) for key in keys.tolist()]
+    numbers = np.array(distinct, np.int64)[inverse.reshape(-1)]
     unwatched = numbers >= 0
     values = features.top_values[tokens, sites, ranks]
     return (features.first + tokens)[unwatched], numbers[unwatched], values[unwatched]

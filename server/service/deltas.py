@@ -1,5 +1,6 @@
 """From the engine's outputs to the contract's deltas of a choice."""
 
+import asyncio
 from dataclasses import dataclass, field
 
 from rudder.server.engine.call import Call, FinishReason, Output
@@ -32,21 +33,35 @@ class Choice:
     pooling: PoolingState = field(default_factory=PoolingState)
 
 
-def delta_of(job: Job, choice: Choice, output: Output) -> inference_pb2.ChoiceDelta:
-    """Convert an engine output to a ChoiceDelta, without what `finish` adds to the last one."""
+async def delta_of(job: Job, choice: Choice, output: Output) -> inference_pb2.ChoiceDelta:
+    """Convert an engine output to a ChoiceDelta, without what `finish` adds to the last one.
+
+    An output may have the features of a whole prompt. They are converted in parts, between which other streams run.
+    """
     delta = inference_pb2.ChoiceDelta(
         index=choice.index,
         text=output.text,
         token_ids=output.token_ids,
         logprobs=columns.logprobs(output.logprobs, choice.call.sampling.logprobs or 0),
+        prompt_logprobs=prompt_logprobs(output, choice.call),
     )
     if len(output.features.activations):
-        activations = columns.activations_of(output.features, job.features)
-        if job.report.pooled:
-            choice.pooling.add(*without_bos(activations, output.features, choice.bos))
-        if not job.report.no_tokens and len(activations.positions):
-            delta.activations.CopyFrom(columns.feature_columns(activations))
+        for part in columns.slices(output.features):
+            if part.first > output.features.first:
+                await asyncio.sleep(0)
+            activations = columns.activations_of(part, job.features)
+            if job.report.pooled:
+                choice.pooling.add(*without_bos(activations, part, choice.bos))
+            if not job.report.no_tokens and len(activations.positions):
+                delta.activations.MergeFrom(columns.feature_columns(activations))
     return delta
+
+
+def prompt_logprobs(output: Output, call: Call) -> inference_pb2.Logprobs | None:
+    """Convert the log-probabilities of the prompt's tokens, of which the first has none."""
+    if not output.prompt_logprobs:
+        return None
+    return columns.logprobs([entry for entry in output.prompt_logprobs if entry], call.sampling.prompt_logprobs or 0)
 
 
 def without_bos(activations: Activations, features: Features, bos: bool) -> tuple[Activations, int]:
@@ -66,6 +81,11 @@ def finish(
     record = choice.record
     delta.finish_reason = FINISH_REASONS[record.finish_reason]
     delta.stop_reason = "" if stop_reason is None else str(stop_reason)
+    match stop_reason:
+        case str():
+            delta.stop_string = stop_reason
+        case int():
+            delta.stop_token_id = stop_reason
     if job.report.pooled:
         delta.pooled.extend(choice.pooling.features(job.features.watched))
     delta.usage.prompt_tokens = call.prompt_tokens

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from rudder.server.engine.adapter import EngineDeadError
+from rudder.server.engine.adapter import EngineDeadError, VLLMClientError
 from rudder.server.engine.admission import QueueFull
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.program.errors import ProgramError
+from rudder.v1 import inference_pb2
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,12 @@ REASONS: dict[str, Reason] = {
     "SITE_UNKNOWN": Reason("NOT_FOUND", 404),
     "PROGRAM_UNKNOWN": Reason("NOT_FOUND", 404),
     "ROW_LOCKED": Reason("PERMISSION_DENIED", 403),
+    "POLICY_FORBIDS": Reason("PERMISSION_DENIED", 403),
     "QUEUE_FULL": Reason("RESOURCE_EXHAUSTED", 429),
     "BANK_ROWS_FULL": Reason("RESOURCE_EXHAUSTED", 429),
     "BANK_SLOTS_FULL": Reason("RESOURCE_EXHAUSTED", 429),
     "BANK_CAPTURE_FULL": Reason("RESOURCE_EXHAUSTED", 429),
+    "MESSAGE_TOO_LARGE": Reason("RESOURCE_EXHAUSTED", 413),
     "DRAINING": Reason("UNAVAILABLE", 503),
     "ENGINE_DEAD": Reason("UNAVAILABLE", 503),
     "CLIENT_TOO_SLOW": Reason("DEADLINE_EXCEEDED", 408),
@@ -45,6 +48,8 @@ RESOURCE_REASONS = {
     "queue": "QUEUE_FULL",
 }
 
+MAX_DESCRIPTION_CHARS = 500
+
 logger = logging.getLogger(__name__)
 
 
@@ -56,6 +61,12 @@ class Violation:
     description: str
 
 
+def clipped(text: str, chars: int) -> str:
+    """Return `text`, without its middle if it is longer than `chars`."""
+    half = chars // 2 - 1
+    return text if len(text) <= chars else f"{text[:half]}…{text[-half:]}"
+
+
 class Refusal(Exception):
     """The end of a call other than OK, by a key of REASONS.
 
@@ -65,8 +76,11 @@ class Refusal(Exception):
     def __init__(
         self, reason: str, message: str, violations: Sequence[Violation] = (), retry_after_s: float | None = None
     ) -> None:
+        # Descriptions quote what clients send, of whatever length.
+        message = clipped(message, MAX_DESCRIPTION_CHARS)
         super().__init__(message)
-        self.reason, self.message, self.violations, self.retry_after_s = reason, message, violations, retry_after_s
+        self.reason, self.message, self.retry_after_s = reason, message, retry_after_s
+        self.violations = [Violation(v.field, clipped(v.description, MAX_DESCRIPTION_CHARS)) for v in violations]
         self.request_id = self.error_id = ""
 
     @property
@@ -85,6 +99,13 @@ def invalid(field: str, description: str, reason: str = "FIELD_INVALID") -> Refu
     return Refusal(reason, f"{field}: {description}", [Violation(field, description)])
 
 
+def sampling_field(error: VLLMClientError) -> str:
+    """Return the field of a request that vLLM refused: a parameter of Sampling where vLLM names one of its fields."""
+    parameter = getattr(error, "parameter", None)
+    parameter = "structured" if parameter == "structured_outputs" else parameter
+    return f"sampling.{parameter}" if parameter in inference_pb2.Sampling.DESCRIPTOR.fields_by_name else "sampling"
+
+
 def refusal_of(error: BaseException) -> Refusal:
     """Convert any exception to a Refusal. The text of an unexpected one stays in the log, under an error id."""
     match error:
@@ -96,6 +117,8 @@ def refusal_of(error: BaseException) -> Refusal:
             return Refusal("FIELD_INVALID", "the bytes are not a request of this method")
         case ProgramError():
             return invalid(error.field, error.message, error.reason)
+        case VLLMClientError():
+            return invalid(sampling_field(error), str(error.args[0]) if error.args else type(error).__name__)
         case QueueFull():
             return Refusal(RESOURCE_REASONS[error.resource], str(error), retry_after_s=error.retry_after_s)
         case TelemetryLost():

@@ -1,9 +1,11 @@
 """The methods of InferenceService: generation, as a stream or whole, and the features of a text."""
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
-from rudder.server.service.prepare import prepare
-from rudder.server.service.prompt import token_texts
+from rudder.server.service import limits
+from rudder.server.service.prepare import prepare, require_possible_length
+from rudder.server.service.prompt import prompt_ids, token_texts
 from rudder.server.service.record import CallRecord
 from rudder.server.service.run import run, run_whole
 from rudder.server.service.serving import Serving, require_sendable
@@ -45,15 +47,33 @@ async def inspect(
     job = await prepare(serving, record.caller, request)
     (choice,) = await run_whole(serving, job, record)
     ids = job.calls[0].prompt_ids
-    tokenizer = serving.engine.tokenizer
+    texts = await serving.in_tokenizer_thread(record.caller, len(ids), lambda tokenizer: token_texts(ids, tokenizer))
     response = inference_pb2.InspectResponse(
         request_id=record.request_id,
         features=job.features.take(),
         token_ids=ids,
-        token_texts=await serving.in_tokenizer_thread(lambda: token_texts(ids, tokenizer)),
+        token_texts=texts,
         activations=choice.activations,
         pooled=choice.pooled,
         attestation=choice.attestation,
+    )
+    return require_sendable(response, serving.config.limits)
+
+
+async def tokenize(
+    serving: Serving, record: CallRecord, request: inference_pb2.TokenizeRequest
+) -> inference_pb2.TokenizeResponse:
+    """Return the tokens of a prompt, as `generate` would read them."""
+    limits.check(request, serving.bounds)
+    chars = await require_possible_length(request.prompt, serving)
+
+    def work(tokenizer: Any) -> tuple[tuple[int, ...], list[str]]:
+        ids = prompt_ids(request.prompt, tokenizer, serving.bounds, serving.config.prompt)
+        return ids, token_texts(ids, tokenizer)
+
+    ids, texts = await serving.in_tokenizer_thread(record.caller, chars, work)
+    response = inference_pb2.TokenizeResponse(
+        request_id=record.request_id, token_ids=ids, token_texts=texts, tokens=len(ids)
     )
     return require_sendable(response, serving.config.limits)
 

@@ -1,5 +1,6 @@
 """The one table of limits of a request. Every field of the contract that is a number, a text or a list is in it."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ DEFAULT_MAX_TOKENS = 16
 # Minimum of numbers that must be positive.
 MIN_POSITIVE = 1e-6
 MAX_SEED = 2**63 - 1
+MAX_ROLE_CHARS = 64
+ROLE = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_ROLE_CHARS}}}")
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,11 @@ BOUNDS = (
     Bound("prompt.text", 1, "max_prompt_chars"),
     Bound("prompt.token_ids.ids", 1, "max_prompt_tokens"),
     Bound("prompt.chat.messages", 1, "max_messages"),
+    Bound("prompt.chat.template_arguments", 0, "max_prompt_chars"),
+    Bound("prompt.truncate_prompt_tokens", 1, "max_prompt_tokens"),
     Bound("sampling.max_tokens", 1, "max_tokens"),
-    Bound("sampling.temperature", 0, 100),
+    # vLLM's maximum.
+    Bound("sampling.temperature", 0, 2),
     Bound("sampling.top_p", MIN_POSITIVE, 1),
     Bound("sampling.top_k", 0, 2**31 - 1),
     Bound("sampling.min_p", 0, 1),
@@ -59,8 +65,15 @@ BOUNDS = (
     Bound("sampling.stop", 0, "max_stop_strings"),
     Bound("sampling.stop_token_ids", 0, "max_stop_strings"),
     Bound("sampling.logprobs", 0, "max_logprobs"),
+    Bound("sampling.prompt_logprobs", 0, "max_prompt_logprobs"),
     Bound("sampling.n", 1, "max_choices"),
     Bound("sampling.logit_bias", 0, "max_logit_bias"),
+    Bound("sampling.bad_words", 0, "max_bad_words"),
+    Bound("sampling.allowed_token_ids", 0, "max_allowed_token_ids"),
+    Bound("sampling.structured.json_schema", 1, "max_structured_chars"),
+    Bound("sampling.structured.regex", 1, "max_structured_chars"),
+    Bound("sampling.structured.grammar", 1, "max_structured_chars"),
+    Bound("sampling.structured.choice.texts", 1, "max_structured_choices"),
     Bound("report.features", 0, "max_reported_features"),
     Bound("report.sites", 0, "max_reported_features"),
     Bound("report.top_k", 0, "max_top_k"),
@@ -78,7 +91,7 @@ def check_token_id(token: int, bounds: Bounds) -> str | None:
 
 
 def check_stop(text: str, bounds: Bounds) -> str | None:
-    """Require a stop string of bounded length; an empty one would end every choice at once."""
+    """Require a stop string, a bad word or a choice of bounded length; an empty one would match everywhere."""
     maximum = bounds.limits.max_stop_chars
     return None if 1 <= len(text) <= maximum else f"has {len(text)} characters, must have from 1 to {maximum}"
 
@@ -90,9 +103,12 @@ def check_logit_bias(entry: tuple[int, float], bounds: Bounds) -> str | None:
 
 
 def check_message(message: Any, bounds: Bounds) -> str | None:
-    """Require a role, and a content within the limit of prompt text."""
+    """Require a role that is a name, and a content within the limit of prompt text."""
     if not message.role:
         return "has no role"
+    # A chat template writes the role beside its own markers.
+    if not ROLE.fullmatch(message.role):
+        return f"has a role that is not a name of at most {MAX_ROLE_CHARS} letters, digits, - and _"
     maximum = bounds.limits.max_prompt_chars
     return None if len(message.content) <= maximum else f"has {len(message.content)} characters, at most {maximum}"
 
@@ -103,6 +119,9 @@ ENTRY_CHECKS = (
     EntryCheck("sampling.stop", check_stop),
     EntryCheck("sampling.stop_token_ids", check_token_id),
     EntryCheck("sampling.logit_bias", check_logit_bias),
+    EntryCheck("sampling.bad_words", check_stop),
+    EntryCheck("sampling.allowed_token_ids", check_token_id),
+    EntryCheck("sampling.structured.choice.texts", check_stop),
 )
 
 
@@ -166,6 +185,10 @@ def conflicts(request: Message) -> Iterator[Violation]:
     steering = value_at(request, "steering")
     if steering is not None and steering.WhichOneof("steering") is None:
         yield Violation("steering", "names no program")
+    structured = value_at(request, "sampling.structured")
+    form = "" if structured is None else structured.WhichOneof("structured")
+    if form is None or (form == "json_object" and not structured.json_object):
+        yield Violation("sampling.structured", "names no form")
     minimum = value_at(request, "sampling.min_tokens")
     maximum = value_at(request, "sampling.max_tokens") or DEFAULT_MAX_TOKENS
     if minimum is not None and minimum > maximum:

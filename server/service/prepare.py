@@ -1,24 +1,27 @@
 """From a request to a job: check, compile, tokenise, one engine call per choice."""
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rudder.server.caller import Caller
+from rudder.server.engine.adapter import check_bad_words
 from rudder.server.engine.call import Call
-from rudder.server.program.compile import Compiled, compile_program
-from rudder.server.program.rows import LockedRows
+from rudder.server.program.cache import rows_size
+from rudder.server.program.compile import Compiled
 from rudder.server.program.watch import Watched, compile_watch
-from rudder.server.safety.binding import binding_policy, locked_rows
+from rudder.server.safety.binding import binding_policy, compile_bound
 from rudder.server.service import limits
 from rudder.server.service.columns import FeatureTable
 from rudder.server.service.errors import invalid
 from rudder.server.service.prompt import prompt_ids
 from rudder.server.service.sampling import sampling_of
 from rudder.server.service.serving import Serving, bundle_at_site, feature_info
-from rudder.v1 import inference_pb2
+from rudder.v1 import inference_pb2, program_pb2
 
 Request = inference_pb2.GenerateRequest | inference_pb2.CompleteRequest | inference_pb2.InspectRequest
-MAX_CACHED_WATCHES = 256
+# A log-probability and a token id.
+LOGPROB_BYTES = 9
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,11 @@ async def prepare(serving: Serving, caller: Caller, request: Request) -> Job:
     """Check a request of `caller` and compile it. Raises Refusal or ProgramError if a field is wrong."""
     limits.check(request, serving.bounds)
     policy = binding_policy(serving.engine, caller)
-    program = requested_program(serving, request.steering, locked_rows(policy))
+    program = requested_program(serving, request.steering, policy)
     sites = top_k_sites(serving, request.report)
+    chars = await require_possible_length(request.prompt, serving)
     ids = await serving.in_tokenizer_thread(
-        lambda: prompt_ids(request.prompt, serving.engine.tokenizer, serving.bounds)
+        caller, chars, lambda tokenizer: prompt_ids(request.prompt, tokenizer, serving.bounds, serving.config.prompt)
     )
     report = request.report
     reads_prompt = report.prompt or isinstance(request, inference_pb2.InspectRequest)
@@ -63,28 +67,66 @@ async def prepare(serving: Serving, caller: Caller, request: Request) -> Job:
         top_k_sites=sites,
         top_k_prompt=reads_prompt,
         caller=caller,
+        cache_salt=cache_scope(caller, request.cache_salt, serving.config.engine.share_anonymous_prefixes),
     )
     table = FeatureTable([watched_feature_info(serving, w) for w in report.features], sites, info_lookup(serving))
     if isinstance(request, inference_pb2.InspectRequest):
         return Job((call,), report, table)
     interval = request.stream_interval if isinstance(request, inference_pb2.GenerateRequest) else 0
     sampling = with_max_tokens(request.sampling, len(ids), serving.engine.model.max_model_len)
-    call = replace(call, cache_salt=request.cache_salt)
+    require_room_for_logprobs(sampling, len(ids), serving.bounds.limits.max_reply_bytes)
+    first = sampling_of(sampling, 0, interval)
+    if sampling.bad_words:
+        chars = sum(map(len, sampling.bad_words))
+        await serving.in_tokenizer_thread(caller, chars, lambda tokenizer: check_bad_words(first, tokenizer))
     choices = range(sampling.n or 1)
     calls = tuple(replace(call, sampling=sampling_of(sampling, choice, interval)) for choice in choices)
     return Job(calls, report, table)
 
 
-def requested_program(serving: Serving, steering: inference_pb2.Steering, locked: LockedRows) -> Compiled | None:
-    """Return the request's program, compiled: the operator's of that name, or its own."""
+def requested_program(serving: Serving, steering: inference_pb2.Steering, policy: Compiled | None) -> Compiled | None:
+    """Return the request's program, compiled: the operator's of that name, or its own. Both obey the policy."""
     match steering.WhichOneof("steering"):
         case "name":
             if steering.name not in serving.engine.programs:
                 raise invalid("steering.name", f"no program {steering.name!r} is served", "PROGRAM_UNKNOWN")
-            return serving.engine.programs[steering.name].compiled
+            named = serving.engine.programs[steering.name]
+            return own_program(serving, named.message, policy, "steering.name") if policy else named.compiled
         case "program":
-            return compile_program(steering.program, serving.engine.registry, locked=locked, field="steering.program")
+            return own_program(serving, steering.program, policy, "steering.program")
     return None
+
+
+def own_program(serving: Serving, program: program_pb2.Program, policy: Compiled | None, field: str) -> Compiled:
+    """Return a program of this call, compiled under the policy that binds it."""
+    return compile_bound(program, serving.engine.registry, policy, serving.config.policies, field)
+
+
+async def require_possible_length(prompt: inference_pb2.Prompt, serving: Serving) -> int:
+    """Return the characters of a prompt. Raises Refusal if they must be more tokens than a prompt may have.
+
+    Tokenising a long text only to refuse it would take a thread's time from others. A chat template may trim messages,
+    and leave out part of an assistant's, so these count for less here.
+    """
+    texts = [message.content.strip() for message in prompt.chat.messages if message.role != "assistant"]
+    chars = len(prompt.text) + sum(map(len, texts))
+    tokens = serving.bounds.limits.max_prompt_tokens or 0
+    # One more token for a BOS that the text spells itself.
+    whole = not prompt.HasField("truncate_prompt_tokens")
+    if whole and chars > tokens and chars > await serving.tokenizers.max_chars(tokens + 1):
+        problem = f"has {chars} characters, which are more than the {tokens} tokens that a prompt may have"
+        raise invalid(f"prompt.{prompt.WhichOneof('prompt')}", problem)
+    return chars + sum(len(message.content) for message in prompt.chat.messages if message.role == "assistant")
+
+
+def cache_scope(caller: Caller, cache_salt: str, share_anonymous: bool) -> str:
+    """Return what separates the call's prefix cache within its tenant.
+
+    Cached tokens show in usage, in attestation and in the time to the first token, and so tell whoever shares the cache
+    that somebody has sent this prompt. Callers that did not authenticate are one tenant, but not one person: without a
+    salt of their own, each of their calls has a cache of its own.
+    """
+    return cache_salt or (secrets.token_hex(16) if caller.anonymous and not share_anonymous else "")
 
 
 def watched_rows(serving: Serving, report: inference_pb2.Report, prompt: bool) -> tuple[Watched, ...]:
@@ -92,12 +134,12 @@ def watched_rows(serving: Serving, report: inference_pb2.Report, prompt: bool) -
     if not report.features:
         return ()
     key = inference_pb2.Report(features=report.features, prompt=prompt).SerializeToString(deterministic=True)
-    if key not in serving.watched:
-        rows = [(feature.site, feature.row) for feature in report.features]
-        if len(serving.watched) >= MAX_CACHED_WATCHES:
-            serving.watched.clear()
-        serving.watched[key] = compile_watch(rows, serving.engine.registry, "report.features", prompt=prompt)
-    return serving.watched[key]
+    cached = serving.watched.get(key)
+    if cached is not None:
+        return cached
+    rows = [(feature.site, feature.row) for feature in report.features]
+    watched = compile_watch(rows, serving.engine.registry, "report.features", prompt=prompt)
+    return serving.watched.put(key, watched, len(key) + rows_size(watch.row for watch in watched))
 
 
 def top_k_sites(serving: Serving, report: inference_pb2.Report) -> tuple[str, ...]:
@@ -126,7 +168,18 @@ def with_max_tokens(sampling: inference_pb2.Sampling, prompt: int, max_model_len
             " takes"
         )
         raise invalid("sampling.max_tokens", problem)
+    if result.min_tokens > result.max_tokens:
+        problem = f"{result.min_tokens} is more than the {result.max_tokens} tokens that fit beside the prompt"
+        raise invalid("sampling.min_tokens", problem)
     return result
+
+
+def require_room_for_logprobs(sampling: inference_pb2.Sampling, prompt: int, max_reply_bytes: int) -> None:
+    """Raise Refusal if the log-probabilities of a prompt may not fit into one message."""
+    size = prompt * (sampling.prompt_logprobs + 1) * LOGPROB_BYTES * (sampling.n or 1)
+    if sampling.HasField("prompt_logprobs") and size > max_reply_bytes:
+        problem = f"{sampling.prompt_logprobs} for {prompt} tokens may need {size} bytes, at most {max_reply_bytes}"
+        raise invalid("sampling.prompt_logprobs", problem)
 
 
 def info_lookup(serving: Serving) -> Callable[[str, int], inference_pb2.FeatureInfo]:

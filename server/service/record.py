@@ -21,13 +21,28 @@ logger = logging.getLogger("rudder.access")
 
 
 class EditRecord(NamedTuple):
-    """An edit of the request's program or of the policy, and the number of tokens that it touched."""
+    """An edit of the request's program or of the policy, the tokens that it touched, and those that rejected it."""
 
     origin: str
     site: str
     row: str
     operation: str
     tokens_touched: int
+    tokens_rejected: int = 0
+
+
+class GateRecord(NamedTuple):
+    """The gate of the request's program or of the policy: tokens at which it was open, and the statistic of its
+    sequence condition after the last token, None without one.
+    """
+
+    origin: str
+    site: str
+    open_tokens: int
+    statistic: float | None
+
+
+ORIGINS = ("request", "policy")
 
 
 @dataclass
@@ -44,6 +59,7 @@ class ChoiceRecord:
     queued_s: float | None = None
     finish_reason: str = ""
     edits: Sequence[EditRecord] = ()
+    gates: Sequence[GateRecord] = ()
 
     def end(self, outcome: Outcome, program: Compiled | None, policy: Compiled | None) -> None:
         """Take over the engine's outcome, which is of the tokens so far if the choice is abandoned."""
@@ -51,12 +67,19 @@ class ChoiceRecord:
         self.tokens_seen, self.queued_s = outcome.tokens_seen, outcome.queued_s
         self.finish_reason = outcome.finish_reason
         self.edits = [
-            EditRecord(origin, name.site, name.row, name.operation, touched)
-            for origin, compiled, counts in (
-                ("request", program, outcome.moved),
-                ("policy", policy, outcome.policy_moved),
+            EditRecord(origin, name.site, name.row, name.operation, touched, rejected)
+            for origin, compiled, counts, rejections in (
+                ("request", program, outcome.moved, outcome.rejected),
+                ("policy", policy, outcome.policy_moved, outcome.policy_rejected),
             )
-            for name, touched in zip(compiled.edits if compiled else (), counts, strict=True)
+            for name, touched, rejected in zip(
+                compiled.edits if compiled else (), counts, rejections or (0,) * len(counts), strict=True
+            )
+        ]
+        self.gates = [
+            GateRecord(ORIGINS[gate.stage], compiled.gate_site, gate.open_tokens, gate.statistic)
+            for gate in outcome.gates
+            if (compiled := (program, policy)[gate.stage])
         ]
 
 
@@ -99,6 +122,8 @@ def export(record: CallRecord, metrics: Metrics) -> None:
     metrics.request_ended(record.method, record.outcome, record.total_s)
     for edit in (edit for choice in record.choices for edit in choice.edits):
         metrics.edit_applied(edit.site, edit.operation, edit.origin, edit.tokens_touched)
+        if edit.tokens_rejected:
+            metrics.edit_rejected(edit.site, edit.origin, edit.tokens_rejected)
 
 
 def log(record: CallRecord) -> None:

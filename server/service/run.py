@@ -24,6 +24,8 @@ async def run(serving: Serving, job: Job, record: CallRecord, emit: Emit) -> Non
 
     async def emit_alone(delta: inference_pb2.ChoiceDelta) -> None:
         async with emitting:
+            # What waited here while telemetry was lost does not leave any more.
+            serving.engine.require_alive()
             await emit(delta)
 
     async with asyncio.TaskGroup() as tasks:
@@ -46,7 +48,7 @@ async def run_choice(serving: Serving, job: Job, record: CallRecord, choice: Cho
         async with aclosing(serving.engine.stream(choice.call, on_abandoned=end)) as outputs:
             async for output in outputs:
                 choice.record.generated_tokens += len(output.token_ids)
-                delta = delta_of(job, choice, output)
+                delta = await delta_of(job, choice, output)
                 if output.outcome:
                     end(output.outcome)
                     finish(delta, job, choice, record, output.outcome.stop_reason, serving.engine.epoch)

@@ -1,23 +1,26 @@
 """The running engine and the state that all calls share."""
 
-import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rudder.sae_models.bundle.bundle import Bundle
 from rudder.server import config as configuration
+from rudder.server.caller import Caller
 from rudder.server.config import Config
 from rudder.server.engine.engine import Engine
 from rudder.server.monitoring.metrics import Metrics
+from rudder.server.program.cache import ByteCache
 from rudder.server.program.watch import Watched
+from rudder.server.service.budget import ByteBudget
 from rudder.server.service.errors import invalid
 from rudder.server.service.limits import Bounds, bounds_of
 from rudder.server.service.pace import Pace
+from rudder.server.service.tokenizing import Tokenizers
 from rudder.v1 import inference_pb2
 
 T = TypeVar("T")
+WATCH_CACHE_BYTES = 32 << 20
 
 
 class Sized(Protocol):
@@ -34,7 +37,8 @@ S = TypeVar("S", bound=Sized)
 class Serving:
     """A running engine and the state that all calls share.
 
-    `labels`: of each bundle's latents; `draining`: new calls are refused; `watched`: cache of compiled reports.
+    `labels`: of each bundle's latents; `pending`: bytes of the requests in progress; `draining`: new calls are refused;
+    `watched`: cache of compiled reports.
     """
 
     config: Config
@@ -43,21 +47,23 @@ class Serving:
     bounds: Bounds
     pace: Pace
     labels: dict[str, list[str]]
+    tokenizers: Tokenizers
+    pending: ByteBudget
     draining: bool = False
-    watched: dict[bytes, tuple[Watched, ...]] = field(default_factory=dict)
-    # One thread: the tokenizer must not be used from two.
-    tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
+    watched: ByteCache[tuple[Watched, ...]] = field(default_factory=lambda: ByteCache(WATCH_CACHE_BYTES))
 
     @classmethod
     def around(cls, engine: Engine, config: Config, metrics: Metrics) -> "Serving":
         """Read what calls need from the engine's model and bundles."""
         bounds = bounds_of(config.limits, engine.model.max_model_len, engine.model.vocab_size)
         labels = {name: latent_labels(bundle) for name, bundle in engine.bundles.items()}
-        return cls(config, engine, metrics, bounds, Pace(config.stream), labels)
+        pending = ByteBudget(config.limits.max_pending_bytes, metrics.pending_bytes.set)
+        tokenizers = Tokenizers(lambda: engine.tokenizer)
+        return cls(config, engine, metrics, bounds, Pace(config.stream), labels, tokenizers, pending)
 
-    async def in_tokenizer_thread(self, work: Callable[[], T]) -> T:
-        """Return the result of work with the tokenizer."""
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, work)
+    async def in_tokenizer_thread(self, caller: Caller, chars: int, work: Callable[[Any], T]) -> T:
+        """Return the result of work with a tokenizer on so many characters, or tokens, of this caller."""
+        return await self.tokenizers.run(caller.share_key, chars, work)
 
 
 def latent_labels(bundle: Bundle) -> list[str]:

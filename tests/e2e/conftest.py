@@ -78,13 +78,13 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, **flags: str) -> Iterator[Running]:
+def running(folder: Path, module: str = "rudder.server", **flags: str) -> Iterator[Running]:
     """Run a server with these flags beside FLAGS, once it serves; stop it on exit."""
     ports = {"listen.port": str(free_port()), "listen.metrics_port": str(free_port())}
     arguments = [f"--{name}={value}" for name, value in {**FLAGS, **ports, **flags}.items()]
     log = folder / "server.log"
     with log.open("wb") as out:
-        process = subprocess.Popen([sys.executable, "-m", "rudder.server", "serve", *arguments], stdout=out, stderr=out)
+        process = subprocess.Popen([sys.executable, "-m", module, "serve", *arguments], stdout=out, stderr=out)
     server = Running(process, int(ports["listen.port"]), int(ports["listen.metrics_port"]), log)
     try:
         wait_serving(server)

@@ -1,6 +1,7 @@
 """`rudder bench engine` runs every kind of case and writes its result."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ def test_small_benchmark_writes_its_result(tmp_path: Path) -> None:
     stderr = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stderr
     assert "Exception ignored" not in stderr
     assert all(case in stderr for case in CASES)
+    # Not a terminal: there is no bar, but a line for each pair and the warm-up.
+    assert all(len(re.findall(rf"^{case}: .* ratio ", stderr, re.MULTILINE)) == 3 for case in CASES)
     result = json.loads((tmp_path / "result.json").read_bytes())
     assert list(result["cases"]) == CASES
     for case in result["cases"].values():

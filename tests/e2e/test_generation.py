@@ -1,9 +1,25 @@
 """Generation through a running server: text, steering, features, attestation, catalogue."""
 
+import re
+from typing import Any
+
 import pytest
 
 from rudder.v1 import inference_pb2, inference_pb2_grpc
-from rudder_client import Chunk, Client, Feature, Probe, Program, Report, RudderError, Vector
+from rudder_client import (
+    Attestation,
+    Chat,
+    Chunk,
+    Client,
+    Feature,
+    GateCount,
+    Probe,
+    Program,
+    Report,
+    RudderError,
+    Structured,
+    Vector,
+)
 from rudder_client.requests import generate_request
 
 pytestmark = pytest.mark.e2e
@@ -53,6 +69,32 @@ def test_edit_that_did_not_run_is_attested_as_zero(client: Client) -> None:
     choice = client.complete(PROMPT, steer=never, max_tokens=5).choices[0]
     assert choice.attestation is not None
     assert [edit.tokens_touched for edit in choice.attestation.edits] == [0]
+
+
+def test_gates_are_attested_with_their_open_tokens_and_statistic(client: Client) -> None:
+    scored = client.inspect(PROMPT, report=Report(top_k=1)).tokens[3].activations[0]
+    feature, half = scored.feature.index, scored.value / 2
+    program = Program().at(SITE).set(feature=(feature + 1) % 512, to=3.0)
+    report = Report(features={SITE: [feature]}, prompt=True)
+
+    def run(steer: Program) -> tuple[dict[int, float], Attestation]:
+        completion = client.complete(PROMPT, steer=steer, report=report, max_tokens=20, temperature=0)
+        (choice,) = completion.choices
+        assert choice.attestation is not None
+        assert choice.attestation.request_id == completion.request_id
+        return {a.position: a.value for a in choice.activations if a.position > 0}, choice.attestation
+
+    values, attestation = run(program.gate(feature, above=half))
+    above = sum(value > half for value in values.values())
+    assert above > 0
+    assert attestation.gates == (GateCount("request", SITE, above, None),)
+    assert attestation.edits[0].tokens_touched == above
+    values, attestation = run(program.gate_sequence(feature, level=0.0, share_above=0.0))
+    (gate,) = attestation.gates
+    assert gate.statistic == pytest.approx(len(values) / (attestation.tokens_seen - 1))
+    assert gate.open_tokens == attestation.edits[0].tokens_touched == attestation.tokens_seen - min(values)
+    _, attestation = run(program)
+    assert attestation.gates == ()
 
 
 def test_vector_of_zero_strength_changes_nothing(client: Client) -> None:
@@ -135,6 +177,107 @@ def test_bos_spelt_by_the_text_is_not_doubled(client: Client) -> None:
     tokens = client.inspect(PROMPT).tokens
     again = client.inspect(tokens[0].text + PROMPT).tokens
     assert [t.id for t in again] == [t.id for t in tokens]
+
+
+@pytest.mark.parametrize("prompt", ["a<|bos|>b<|endoftext|>", [{"role": "user", "content": "a<|bos|>b<|endoftext|>"}]])
+def test_special_tokens_of_a_client_are_text(client: Client, prompt: Any) -> None:
+    for tokens in (client.inspect(prompt).tokens, client.tokenize(prompt)):
+        assert [token.id for token in tokens if token.id < 2] == [1]
+        assert "".join(token.text for token in tokens[1:]).strip() == "a<|bos|>b<|endoftext|>"
+
+
+def test_prompt_that_ends_inside_a_character_is_not_in_the_output(client: Client) -> None:
+    ids = [1, 41, 447, 80, 977, 222, 5643, 236]
+    assert client.complete(ids, logit_bias={116: 100.0}, max_tokens=1, temperature=0).text == "\U0001f336"
+    chunks = list(client.generate(ids, logit_bias={116: 100.0}, max_tokens=3, temperature=0))
+    assert "Hello" not in joined(chunks)[0]
+
+
+def test_tokenize_returns_the_tokens_of_a_prompt(client: Client) -> None:
+    tokens = client.tokenize(PROMPT)
+    assert [(t.id, t.text) for t in tokens] == [(t.id, t.text) for t in client.inspect(PROMPT).tokens]
+    with pytest.raises(RudderError) as caught:
+        client.tokenize("word " * 3000)
+    assert caught.value.violations[0].field == "prompt.text"
+
+
+def test_truncation_keeps_the_last_tokens_of_a_prompt(client: Client) -> None:
+    ids = [token.id for token in client.tokenize(PROMPT)]
+    cut = client.complete(PROMPT, max_tokens=4, temperature=0, truncate_prompt_tokens=3).choices[0]
+    assert cut.usage is not None
+    assert cut.usage.prompt_tokens == 3
+    assert cut.text == client.complete(ids[-3:], max_tokens=4, temperature=0).text
+
+
+def test_last_message_is_continued(client: Client) -> None:
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "The cells"}]
+    continued = client.tokenize(Chat(messages, continue_final_message=True))
+    assert "".join(token.text for token in continued[1:]) == "x\nThe cells"
+
+
+@pytest.mark.parametrize(
+    ("structured", "pattern"),
+    [
+        (Structured(regex="[a-c]{3}[0-9]"), "[a-c]{3}[0-9]"),
+        (Structured(choice=["cell wall", "virus"]), "cell wall|virus"),
+        (Structured(grammar='root ::= "yes" | "no"'), "yes|no"),
+        (Structured(json_schema={"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"],
+                                 "additionalProperties": False}), r'\{\s*"n"\s*:\s*[12]\s*\}?'),
+    ],
+    ids=["regex", "choice", "grammar", "json_schema"],
+)  # fmt: skip
+def test_output_has_the_form_asked_for(client: Client, structured: Structured, pattern: str) -> None:
+    for program in (None, push(7)):
+        choice = client.complete(PROMPT, max_tokens=40, temperature=0, structured=structured, steer=program).choices[0]
+        assert re.fullmatch(pattern, choice.text), choice.text
+        # JSON may have any white space, which this small model likes.
+        assert choice.finish_reason == "stop" or structured.json_schema
+
+
+def test_bad_words_and_allowed_tokens_reach_the_engine(client: Client) -> None:
+    plain = client.complete(PROMPT, max_tokens=8, temperature=0)
+    word = plain.text.split()[0]
+    assert word not in client.complete(PROMPT, max_tokens=8, temperature=0, bad_words=[word]).text.split()[:1]
+    allowed = client.complete(PROMPT, max_tokens=6, temperature=0, allowed_token_ids=[100, 200]).choices[0]
+    assert set(allowed.token_ids) <= {100, 200}
+
+
+def test_special_tokens_are_in_the_text_on_request(client: Client) -> None:
+    for skip, text in ((True, ""), (False, "<|bos|><|bos|>")):
+        choice = client.complete(PROMPT, logit_bias={1: 100.0}, max_tokens=2, temperature=0, skip_special_tokens=skip)
+        assert choice.text == text
+
+
+def test_log_probabilities_of_the_prompt(client: Client) -> None:
+    ids = [token.id for token in client.tokenize(PROMPT)]
+    for _ in range(2):  # also when the prefix cache holds the prompt
+        choice = client.complete(ids, max_tokens=1, temperature=0, prompt_logprobs=2).choices[0]
+        assert choice.prompt_logprobs is not None
+        assert len(choice.prompt_logprobs.chosen) == len(ids) - 1
+        assert all(value <= 0 for value in choice.prompt_logprobs.chosen)
+        assert all(len(row) == 2 for row in choice.prompt_logprobs.alternatives)
+    greedy = client.complete(ids, max_tokens=1, temperature=0, logprobs=1).choices[0]
+    assert greedy.logprobs is not None
+    longer = client.complete([*ids, *greedy.token_ids], max_tokens=1, prompt_logprobs=1).choices[0]
+    assert longer.prompt_logprobs is not None
+    assert longer.prompt_logprobs.chosen[-1] == pytest.approx(greedy.logprobs.chosen[0], abs=1e-3)
+    chunks = list(client.generate(ids, max_tokens=3, prompt_logprobs=0))
+    assert [chunk.prompt_logprobs is not None for chunk in chunks] == [True, *[False] * (len(chunks) - 1)]
+
+
+def test_stop_reason_tells_a_string_from_a_token(client: Client) -> None:
+    by_token = client.complete(PROMPT, logit_bias={100: 100.0}, stop_token_ids=[100], max_tokens=3).choices[0]
+    assert (by_token.stop_string, by_token.stop_token_id, by_token.stop_reason) == (None, 100, "100")
+    text = client.complete(PROMPT, max_tokens=10, temperature=0).text
+    by_string = client.complete(PROMPT, max_tokens=10, temperature=0, stop=[text[3:5]]).choices[0]
+    assert (by_string.stop_string, by_string.stop_token_id) == (text[3:5], None)
+    by_length = client.complete(PROMPT, max_tokens=1).choices[0]
+    assert (by_length.stop_string, by_length.stop_token_id, by_length.stop_reason) == (None, None, "")
+
+
+def test_every_limit_is_published(client: Client) -> None:
+    limits = client.model().limits
+    assert all(getattr(limits, field.name) for field in limits.DESCRIPTOR.fields)
 
 
 def test_features_are_reported_at_their_positions(client: Client) -> None:

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from rudder.v1 import inference_pb2, inference_pb2_grpc
-from rudder_client import AsyncClient, Client, Program, Report, RudderError
+from rudder_client import AsyncClient, AsyncStream, Client, Program, Report, RudderError
 from rudder_client.requests import generate_request
 from tests.e2e.conftest import FLAGS, WRITE_TIMEOUT_S, Running, running
 
@@ -203,13 +203,15 @@ def test_tokens_edits_and_outcomes_are_counted(client: Client, server: Running) 
     assert 1 <= deltas[4] <= 9
 
 
-def test_tour_succeeds(server: Running) -> None:
+@pytest.mark.parametrize("proxy", [{}, {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}])
+def test_tour_succeeds(server: Running, proxy: dict[str, str]) -> None:
     metrics = f"http://127.0.0.1:{server.metrics_port}/metrics"
     tour = subprocess.run(
         [sys.executable, "-m", "rudder_client.tour", server.address, metrics],
         capture_output=True,
         text=True,
         check=False,
+        env=os.environ | proxy,
     )
     assert tour.returncode == 0, tour.stderr
     assert "rudder_requests_total" in tour.stdout
@@ -334,3 +336,27 @@ def test_sigterm_lets_streams_finish(tmp_path: Path) -> None:
         assert caught.value.code == "UNAVAILABLE"
         assert 1 + sum(len(chunk.token_ids) for chunk in stream) >= 300
         assert draining.process.wait(60) == 0
+
+
+async def test_lost_telemetry_fails_every_call_with_its_reason_before_the_server_stops(tmp_path: Path) -> None:
+    """Streams that report nothing, that report features, that are steered, of two choices, and whole answers."""
+    kinds: list[dict[str, Any]] = [{}, {"report": Report(top_k=1)}, {"steer": program(1)}, {"n": 2}]
+    with running(tmp_path, module="tests.e2e.lossy_server") as lossy:
+        async with AsyncClient(lossy.address, timeout=60) as client:
+            streams = [client.generate(PROMPT, max_tokens=400, ignore_eos=True, **kind) for kind in kinds * 2]
+            for stream in streams:
+                await anext(stream)
+            whole = [asyncio.create_task(client.complete(PROMPT, max_tokens=400, ignore_eos=True)) for _ in range(2)]
+            lossy.process.send_signal(signal.SIGUSR1)
+            sent = time.monotonic()
+
+            async def read(stream: AsyncStream) -> None:
+                async for _ in stream:
+                    pass
+
+            results = await asyncio.gather(*map(read, streams), *whole, return_exceptions=True)
+            assert time.monotonic() - sent < 3
+        reasons = [(error.code, error.reason) for error in results if isinstance(error, RudderError)]
+        assert reasons == [("UNAVAILABLE", "VERDICT_LOST")] * len(results)
+        assert lossy.process.wait(30) == 1
+    assert lossy.log.read_text().count("outcome=VERDICT_LOST") == len(results)

@@ -1,13 +1,15 @@
 """Invalid requests get an error that names the field, and the server keeps serving."""
 
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import pytest
 
 from rudder.v1 import inference_pb2, inference_pb2_grpc, program_pb2
-from rudder_client import Client, Feature, Program, Report, RudderError
+from rudder_client import Chat, Client, Feature, Program, Report, RudderError, Structured, Vector
 from rudder_client.errors import error_of
 from rudder_client.requests import generate_request
 from tests.e2e.conftest import Running
@@ -27,7 +29,7 @@ def at() -> Program:
     return Program().at(SITE)
 
 
-REFUSED: list[tuple[str, dict[str, Any], str, str, str]] = [
+REFUSED: list[tuple[Any, dict[str, Any], str, str, str]] = [
     ("", {}, "INVALID_ARGUMENT", "FIELD_INVALID", "prompt.text"),
     ("x", {"max_tokens": 2_000_000_000}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.max_tokens"),
     ("x", {"max_tokens": 0}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.max_tokens"),
@@ -78,6 +80,63 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, str]] = [
         "FIELD_INVALID",
         "steering.program.sites[0].edits[0].row.vector.values",
     ),
+    ("x", {"temperature": 2.5}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.temperature"),
+    ([5] * 1019, {"min_tokens": 10}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.min_tokens"),
+    ("x", {"allowed_token_ids": [8192]}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.allowed_token_ids[0]"),
+    ("x", {"bad_words": ["w"] * 65}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.bad_words"),
+    (
+        "x",
+        {"bad_words": ["zqxj" * 64 + str(i) for i in range(60)]},
+        "INVALID_ARGUMENT",
+        "FIELD_INVALID",
+        "sampling.bad_words[0]",
+    ),
+    (
+        "x",
+        {"bad_words": ["zqxj" * 60 + str(i) for i in range(60)]},
+        "INVALID_ARGUMENT",
+        "FIELD_INVALID",
+        "sampling.bad_words",
+    ),
+    ("x", {"structured": Structured(regex="(")}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.structured"),
+    ("x", {"structured": Structured(json_schema="{")}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.structured"),
+    ("x", {"structured": Structured(grammar="no grammar")}, "INVALID_ARGUMENT", "FIELD_INVALID", "sampling.structured"),
+    (
+        "x",
+        {"structured": Structured(json_schema={"$ref": "#/nowhere"})},
+        "INVALID_ARGUMENT",
+        "FIELD_INVALID",
+        "sampling.structured",
+    ),
+    (
+        "x",
+        {"structured": Structured(regex="a" * 20_000)},
+        "INVALID_ARGUMENT",
+        "FIELD_INVALID",
+        "sampling.structured.regex",
+    ),
+    (
+        Chat([{"role": "user", "content": "x"}], {"nothing": 1}),
+        {},
+        "INVALID_ARGUMENT",
+        "FIELD_INVALID",
+        "prompt.chat.template_arguments",
+    ),
+    (
+        Chat([{"role": "user", "content": "x"}], {"chat_template": "y"}),
+        {},
+        "INVALID_ARGUMENT",
+        "FIELD_INVALID",
+        "prompt.chat.template_arguments",
+    ),
+    (
+        "x",
+        {"steer": at().add(vector=Vector([1.0] * 192, name="n" * 129), value=1.0)},
+        "INVALID_ARGUMENT",
+        "FIELD_INVALID",
+        "steering.program.sites[0].edits[0].row.vector.name",
+    ),
+    ("x", {"steer": "n" * 1_000_000}, "NOT_FOUND", "PROGRAM_UNKNOWN", "steering.name"),
     ("x", {"report": Report(top_k=65)}, "INVALID_ARGUMENT", "FIELD_INVALID", "report.top_k"),
     ("x", {"report": Report(top_k=1, sites=["nowhere"])}, "NOT_FOUND", "SITE_UNKNOWN", "report.sites[0]"),
     (
@@ -93,7 +152,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, str]] = [
 
 @pytest.mark.parametrize(("prompt", "arguments", "code", "reason", "field"), REFUSED, ids=lambda value: str(value)[:40])
 def test_refusal_names_the_field(
-    client: Client, prompt: str, arguments: dict[str, Any], code: str, reason: str, field: str
+    client: Client, prompt: Any, arguments: dict[str, Any], code: str, reason: str, field: str
 ) -> None:
     methods: list[Callable[..., Any]] = [lambda *a, **k: list(client.generate(*a, **k))]
     if "stream_interval" not in arguments:
@@ -130,6 +189,10 @@ def test_too_many_edits(client: Client, number: int, code: str, reason: str) -> 
 def test_message_above_the_size_limit_is_refused(client: Client) -> None:
     with pytest.raises(RudderError) as caught:
         client.complete("x" * (5 << 20))
+    assert (caught.value.code, caught.value.reason) == ("RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE")
+    assert caught.value.metadata["request_id"]
+    with pytest.raises(RudderError) as caught:
+        client.complete("x" * (9 << 20))
     assert caught.value.code == "RESOURCE_EXHAUSTED"
 
 
@@ -197,6 +260,54 @@ def test_cache_salts_and_programs_separate_the_prefix_cache(client: Client) -> N
     program = at().set(feature=7, to=1.0, phase="generated")
     assert cached(cache_salt="one", steer=program) == 0
     assert cached(cache_salt="one", steer=program) > 0
+
+
+def test_prefix_cache_tells_an_anonymous_caller_nothing_of_others(client: Client, server: Running) -> None:
+    secret = "The account of the patient of the clinic of the city of the river of the north is closed for now. " * 12
+    wrong = secret.replace("patient", "teacher")
+    client.complete(secret, max_tokens=1)
+    with Client(server.address, timeout=60) as other:
+        counts = set()
+        for guess in (secret, wrong, secret):
+            choice = other.complete(guess, max_tokens=1).choices[0]
+            assert choice.usage is not None
+            assert choice.attestation is not None
+            counts.add((choice.usage.cached_tokens, choice.attestation.tokens_seen == choice.usage.prompt_tokens))
+    assert counts == {(0, True)}
+
+
+def test_inspect_has_a_prefix_cache_of_its_own(client: Client) -> None:
+    prompt = "The leaves of the trees of the forest are made of many kinds of cells and of water. " * 12
+    client.inspect(prompt, cache_salt="one")
+
+    def cached(salt: str) -> int:
+        usage = client.complete(prompt, max_tokens=1, cache_salt=salt).choices[0].usage
+        assert usage is not None
+        return usage.cached_tokens
+
+    assert cached("two") == 0
+    assert cached("one") > 0
+    with pytest.raises(RudderError) as caught:
+        client.inspect(prompt, cache_salt="s" * 129)
+    assert caught.value.violations[0].field == "cache_salt"
+
+
+def test_choices_beyond_the_queue_are_refused_with_a_time_to_retry(client: Client, server: Running) -> None:
+    # The engine runs 128 choices, and 100 may wait.
+    with ThreadPoolExecutor(20) as threads:
+        calls = [threads.submit(client.complete, "x", n=16, max_tokens=200, ignore_eos=True) for _ in range(20)]
+        queued = 0.0
+        while not all(call.done() for call in calls):
+            queued = max(queued, server.metric("rudder_queue_requests"))
+            time.sleep(0.05)
+        refused = [error for error in (call.exception() for call in calls) if error is not None]
+    assert 0 < queued <= 100
+    assert 0 < len(refused) <= 20 - (128 + 100) // 16 + 1
+    for error in refused:
+        assert isinstance(error, RudderError)
+        assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
+        assert (error.retry_after or 0) >= 1
+    server.wait_idle(30)
 
 
 def test_generate_refuses_before_its_first_message(client: Client) -> None:

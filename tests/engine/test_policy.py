@@ -42,6 +42,7 @@ SMALL = {
     "engine.rows": str(ROWS),
     "programs.folder": "null",
     "policies.default": "always-low",
+    "limits.request_share": "1",
 }
 
 

@@ -1,5 +1,6 @@
 """What stops a start: an unknown model layout, a bank that fails its self-test, a compiled artifact of another bank."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,19 @@ import torch
 from torch import nn
 from vllm import SamplingParams
 
+from rudder.server import config as configuration
+from rudder.server.config import Config, ConfigError
 from rudder.server.engine import selftest
+from rudder.server.engine.adapter import engine_args, resolve
 from rudder.server.engine.call import Call
 from rudder.server.engine.engine import Engine
+from rudder.server.engine.supported import check_supported
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.engine.traced import code_digest
 from rudder.server.engine.worker import hooks as sites
 from rudder.server.engine.worker.worker import build_banks
 from rudder.server.program.layout import Layout
+from tests.engine.conftest import SMALL
 
 
 def bank_at(site: str) -> Any:
@@ -85,6 +91,27 @@ def test_compile_cache_key_depends_on_the_code(monkeypatch: pytest.MonkeyPatch) 
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: read(self) + b"#")
     assert layout.additional_config(code_digest()) != before
+
+
+def test_speculators_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    """vLLM turns on speculative decoding by itself where the checkpoint's configuration asks for it."""
+    shipped = Path(Config().engine.model or "")
+    folder = tmp_path / "drafter"
+    folder.mkdir()
+    content = json.loads((shipped / "config.json").read_text())
+    verifier = {"name_or_path": str(shipped), "architectures": content["architectures"]}
+    proposal = {"proposal_type": "greedy", "speculative_tokens": 3}
+    speculators = {"algorithm": "eagle3", "proposal_methods": [proposal], "verifier": verifier}
+    drafter = content | {"speculators_model_type": "eagle3", "transformer_layer_config": content}
+    drafter |= {"draft_vocab_size": content["vocab_size"], "speculators_config": speculators}
+    (folder / "config.json").write_text(json.dumps(drafter))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((shipped / name).read_bytes())
+    plain = configuration.load(None, SMALL)
+    check_supported(resolve(engine_args(plain, Layout(("layers.2.resid_post",)))))
+    changed = configuration.load(None, SMALL | {"engine.model": str(folder)})
+    with pytest.raises(ConfigError, match=r"^engine\.model: vLLM resolved speculative_config to .*\(eagle3\)"):
+        check_supported(resolve(engine_args(changed, Layout(("layers.2.resid_post",)))))
 
 
 async def test_bank_that_does_not_edit_fails_the_self_test(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,12 @@ import pytest
 from vllm import SamplingParams
 
 from rudder.server.caller import ANONYMOUS
+from rudder.server.engine import selftest
 from rudder.server.engine.admission import QueueFull
 from rudder.server.engine.call import Call, Outcome, Output
 from rudder.server.engine.engine import RELEASE_TIMEOUT_S, Engine
 from rudder.server.engine.telemetry.frame import TelemetryLost
+from rudder.server.engine.telemetry.hub import Inbox, Span
 from rudder.server.program.compile import Compiled, compile_program
 from rudder.server.program.watch import compile_watch
 from rudder.v1 import program_pb2 as pb
@@ -83,6 +85,35 @@ async def test_unsteered_requests_are_unchanged_by_steered_ones_in_the_batch(eng
     batch = await asyncio.gather(*(run(engine, c) for c in (call, steered, call, steered, call)))
     assert ids(batch[0]) == ids(batch[2]) == ids(batch[4]) == alone
     assert ids(batch[1]) == ids(batch[3]) != alone
+
+
+def overflowing(engine: Engine, strength: float, unit: pb.Unit = pb.UNIT_ABSOLUTE) -> Compiled:
+    """Compile a legal program whose displacement has a square beyond float32."""
+    direction = np.eye(engine.model.hidden_size)[0].tolist()
+    edit = pb.Edit(row=pb.Row(vector=pb.Vector(name="huge", values=direction)), add=strength, unit=unit)
+    return compile_program(pb.Program(sites=[pb.SiteEdits(site=SITE, edits=[edit])]), engine.registry)
+
+
+@pytest.mark.parametrize("unit", [pb.UNIT_ABSOLUTE, pb.UNIT_RESIDUAL_NORM])
+async def test_overflow_does_not_reach_other_requests(engine: Engine, unit: pb.Unit) -> None:
+    """Neither its neighbours in the batch nor those who get its pages of the KV cache; the self-test still passes."""
+
+    def plain(salt: str) -> list[Call]:
+        # A salt of its own, so that no page is shared. Two pages each: all pages of the cache together.
+        return [Call(prompt(engine, 130, n), greedy(12), cache_salt=salt) for n in range(6)]
+
+    name = pb.Unit.Name(unit)
+    alone = [ids(await run(engine, call)) for call in plain(f"alone {name}")]
+    hostile = [Call(prompt(engine, 200, n), greedy(12), overflowing(engine, 9e29 / (1 + n), unit)) for n in range(4)]
+    beside = await asyncio.gather(*(run(engine, call) for call in (*hostile, *plain(f"beside {name}"))))
+    rejected = beside[: len(hostile)]
+    assert [outcome(outputs).moved for outputs in rejected] == [(0,)] * 4
+    assert [outcome(outputs).rejected for outputs in rejected] == [(199 + 11,)] * 4
+    assert [ids(outputs) for outputs in beside[len(hostile) :]] == alone
+    later = await asyncio.gather(*(run(engine, call) for call in plain(f"later {name}")))
+    assert [ids(outputs) for outputs in later] == alone
+    assert all(outcome(outputs).rejected == () for outputs in later)
+    await selftest.run(engine)
 
 
 async def test_program_has_the_same_effect_alone_and_in_a_batch(engine: Engine) -> None:
@@ -156,6 +187,36 @@ async def test_preempted_requests_give_the_same_tokens_and_counts(engine: Engine
         == [outcome(outputs).moved for outputs in alone]
         == [(189,)] * 10
     )
+
+
+async def test_requests_resumed_from_the_prefix_cache_are_counted_as_if_never_preempted(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """11 blocks of 128 tokens: the last request is preempted in its second block, and goes on behind its first one."""
+    resumed: list[int] = []
+    begin_span = Inbox.begin_span
+
+    def recorded(inbox: Inbox, span: Span) -> None:
+        if 0 < span.start < inbox.num_computed_tokens:
+            resumed.append(span.start)
+        begin_span(inbox, span)
+
+    monkeypatch.setattr(Inbox, "begin_span", recorded)
+    sizes = [(370, 120), (370, 120), (140, 100), (150, 90)]
+    calls = [
+        Call(prompt(engine, tokens, 9 * seed), greedy(generated), push(engine, 0.5, seed))
+        for seed, (tokens, generated) in enumerate(sizes)
+    ]
+    alone = [await run(engine, call) for call in calls]
+    assert not resumed
+    # Not served from what the calls alone have left in the cache.
+    together = await asyncio.gather(*(run(engine, replace(call, cache_salt="again")) for call in calls))
+    assert resumed, "nothing was resumed within the prefix cache: this test shows nothing"
+    assert [ids(outputs) for outputs in together] == [ids(outputs) for outputs in alone]
+    for outputs, size in zip((*alone, *together), sizes * 2, strict=True):
+        # All tokens but the last one generated; BOS is not edited.
+        computed = sum(size) - 1
+        assert (outcome(outputs).moved, outcome(outputs).tokens_seen) == ((computed - 1,), computed)
 
 
 @pytest.mark.parametrize(("phase", "touched"), [(pb.PHASE_PROMPT, 299), (pb.PHASE_GENERATED, 9), (pb.PHASE_BOTH, 308)])
@@ -283,7 +344,7 @@ async def test_unread_frames_of_a_released_request_are_not_attributed_to_others(
     assert engine.hub.lost is None
 
 
-async def test_lost_telemetry_fails_requests_that_wait_for_the_bank(engine: Engine) -> None:
+async def test_lost_telemetry_fails_requests_that_run_and_that_wait_for_the_bank(engine: Engine) -> None:
     calls = [Call(prompt(engine, 10, n), greedy(400), push(engine, 0.5, n)) for n in range(13)]
     tasks = [asyncio.create_task(run(engine, call)) for call in calls]
     for _ in range(500):
@@ -291,13 +352,12 @@ async def test_lost_telemetry_fails_requests_that_wait_for_the_bank(engine: Engi
         if engine.admission.waiting:
             break
     engine.hub.lost = TelemetryLost("a gap")
-    done, running = await asyncio.wait(tasks, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+    done, running = await asyncio.wait(tasks, timeout=5)
     engine.hub.lost = None
+    engine.hub.ended.clear()
     engine.spawn(engine.listen())
-    assert [type(task.exception()) for task in done] == [TelemetryLost]
-    for task in running:
-        task.cancel()
-    await asyncio.wait(running)
+    assert not running
+    assert [type(task.exception()) for task in done] == [TelemetryLost] * 13
     for _ in range(500):
         if not (await usage(engine))["slots"]:
             return

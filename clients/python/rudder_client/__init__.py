@@ -12,7 +12,7 @@ from rudder_client.aio import AsyncClient, AsyncStream
 from rudder_client.client import Client, Stream
 from rudder_client.errors import FieldViolation, RudderError
 from rudder_client.program import Feature, Probe, Program, Vector
-from rudder_client.requests import Message, Report, Sampling
+from rudder_client.requests import Chat, Message, Report, Sampling, Structured
 from rudder_client.results import (
     Activation,
     Attestation,
@@ -20,6 +20,7 @@ from rudder_client.results import (
     Completion,
     EditCount,
     FeatureName,
+    GateCount,
     Inspection,
     Logprobs,
     PooledActivation,
@@ -32,6 +33,7 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "Attestation",
+    "Chat",
     "Chunk",
     "Client",
     "Completion",
@@ -39,6 +41,7 @@ __all__ = [
     "Feature",
     "FeatureName",
     "FieldViolation",
+    "GateCount",
     "Inspection",
     "Logprobs",
     "Message",
@@ -49,6 +52,7 @@ __all__ = [
     "RudderError",
     "Sampling",
     "Stream",
+    "Structured",
     "Token",
     "Usage",
     "Vector",

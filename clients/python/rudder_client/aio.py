@@ -12,18 +12,40 @@ import grpc
 from rudder.v1 import catalogue_pb2, catalogue_pb2_grpc, inference_pb2_grpc
 from rudder_client import channel as wire
 from rudder_client.errors import error_of, not_ready, translated
-from rudder_client.requests import Prompt, Report, Sampling, Steer, complete_request, generate_request, inspect_request
-from rudder_client.results import Chunk, Completion, Inspection, Names, chunk_of, completion_of, inspection_of
+from rudder_client.requests import (
+    Prompt,
+    Report,
+    Sampling,
+    Steer,
+    complete_request,
+    generate_request,
+    inspect_request,
+    tokenize_request,
+)
+from rudder_client.results import (
+    Chunk,
+    Completion,
+    Inspection,
+    Names,
+    Token,
+    chunk_of,
+    completion_of,
+    inspection_of,
+    tokens_of,
+)
 
 PAGE_SIZE = 1000
 
 
-class AsyncStream:
+class AsyncStream(wire.ForkGuard):
     """The chunks of a running call: an asynchronous iterator. Leaving its `async with` block ends the call."""
+
+    FORK_ATTRIBUTES = ("call",)
 
     def __init__(self, call: Any) -> None:
         self.call, self.names, self.waiting = call, Names(), deque[Chunk]()
         self.request_id = ""
+        self.guard_fork()
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self
@@ -51,16 +73,30 @@ class AsyncStream:
         self.cancel()
 
 
-class AsyncClient:
-    """A connection to a server. `timeout`: default deadline of a call, in seconds."""
+class AsyncClient(wire.ForkGuard):
+    """A connection to a server. A process that is forked must create its own.
 
-    def __init__(self, address: str = "localhost:50051", *, timeout: float | None = None) -> None:
-        self.channel = grpc.aio.insecure_channel(address, wire.OPTIONS)
-        self.timeout = timeout
+    `timeout`: default deadline of a call, in seconds. `credentials`: of TLS, such as `grpc.ssl_channel_credentials()`;
+    None: without TLS. `metadata`: sent with every call, names in lower case. `options`: channel options of gRPC.
+    """
+
+    FORK_ATTRIBUTES = ("channel", "inference", "catalogue", "models", "health")
+
+    def __init__(
+        self, address: str = "localhost:50051", *, timeout: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None, metadata: wire.Metadata = (), options: wire.Options = (),
+    ) -> None:  # fmt: skip
+        settings = wire.options_for(address, options)
+        if credentials is None:
+            self.channel = grpc.aio.insecure_channel(address, settings)
+        else:
+            self.channel = grpc.aio.secure_channel(address, credentials, settings)
+        self.timeout, self.metadata = timeout, wire.metadata_of(metadata)
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.catalogue = catalogue_pb2_grpc.FeatureServiceStub(self.channel)
         self.models = catalogue_pb2_grpc.ModelServiceStub(self.channel)
         self.health = self.channel.unary_unary(wire.HEALTH_CHECK, wire.as_bytes, wire.as_bytes)
+        self.guard_fork()
 
     async def __aenter__(self) -> Self:
         return self
@@ -72,7 +108,10 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection and cancel its running calls."""
-        await self.channel.close()
+        closing = self.channel.close()
+        # Nothing to wait for in a forked process.
+        if closing is not None:
+            await closing
 
     def generate(
         self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, cache_salt: str = "",
@@ -80,7 +119,7 @@ class AsyncClient:
     ) -> AsyncStream:  # fmt: skip
         """Generate and stream chunks; `prompt` is text, token ids or the messages of a chat."""
         request = generate_request(prompt, steer, report, cache_salt, stream_interval, sampling)
-        return AsyncStream(self.inference.Generate(request, timeout=timeout or self.timeout))
+        return AsyncStream(self.inference.Generate(request, timeout=timeout or self.timeout, metadata=self.metadata))
 
     async def complete(
         self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, cache_salt: str = "",
@@ -89,21 +128,40 @@ class AsyncClient:
         """Generate, and return when all choices are complete."""
         request = complete_request(prompt, steer, report, cache_salt, sampling)
         with translated():
-            return completion_of(await self.inference.Complete(request, timeout=timeout or self.timeout))
+            return completion_of(
+                await self.inference.Complete(request, timeout=timeout or self.timeout, metadata=self.metadata)
+            )
 
     async def inspect(
-        self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, timeout: float | None = None
+        self,
+        prompt: Prompt,
+        *,
+        steer: Steer = None,
+        report: Report | None = None,
+        cache_salt: str = "",
+        timeout: float | None = None,
     ) -> Inspection:
         """Return the features of a text; by default the five strongest of each token."""
-        request = inspect_request(prompt, steer, report or Report(top_k=5))
+        request = inspect_request(prompt, steer, report or Report(top_k=5), cache_salt)
         with translated():
-            return inspection_of(await self.inference.Inspect(request, timeout=timeout or self.timeout))
+            return inspection_of(
+                await self.inference.Inspect(request, timeout=timeout or self.timeout, metadata=self.metadata)
+            )
+
+    async def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> tuple[Token, ...]:
+        """Return the tokens of a prompt as `generate` would read it, without features."""
+        request = tokenize_request(prompt)
+        with translated():
+            response = await self.inference.Tokenize(request, timeout=timeout or self.timeout)
+        return tokens_of(response)
 
     async def feature(self, index: int, bundle: str = "") -> catalogue_pb2.FeatureDetail:
         """Return one latent: label, frequency, strongest tokens and contexts."""
         request = catalogue_pb2.FeatureServiceGetRequest(bundle=bundle, index=index)
         with translated():
-            response: catalogue_pb2.FeatureServiceGetResponse = await self.catalogue.Get(request, timeout=self.timeout)
+            response: catalogue_pb2.FeatureServiceGetResponse = await self.catalogue.Get(
+                request, timeout=self.timeout, metadata=self.metadata
+            )
         return response.feature
 
     async def features(self, bundle: str = "") -> AsyncIterator[catalogue_pb2.FeatureSummary]:
@@ -111,7 +169,7 @@ class AsyncClient:
         request = catalogue_pb2.FeatureServiceListRequest(bundle=bundle, page_size=PAGE_SIZE)
         while True:
             with translated():
-                page = await self.catalogue.List(request, timeout=self.timeout)
+                page = await self.catalogue.List(request, timeout=self.timeout, metadata=self.metadata)
             for feature in page.features:
                 yield feature
             if not page.next_page_token:
@@ -126,20 +184,26 @@ class AsyncClient:
             bundle=bundle, query=words, limit=limit, by_meaning=by_meaning
         )
         with translated():
-            return list((await self.catalogue.Search(request, timeout=self.timeout)).features)
+            return list((await self.catalogue.Search(request, timeout=self.timeout, metadata=self.metadata)).features)
 
     async def model(self) -> catalogue_pb2.ModelServiceGetResponse:
         """Return the served model, its bundles and the limits of a request."""
         request = catalogue_pb2.ModelServiceGetRequest()
         with translated():
-            response: catalogue_pb2.ModelServiceGetResponse = await self.models.Get(request, timeout=self.timeout)
+            response: catalogue_pb2.ModelServiceGetResponse = await self.models.Get(
+                request, timeout=self.timeout, metadata=self.metadata
+            )
         return response
 
     async def programs(self) -> list[catalogue_pb2.NamedProgram]:
         """List the operator's programs, which `steer` accepts by name."""
         with translated():
             return list(
-                (await self.models.ListPrograms(catalogue_pb2.ListProgramsRequest(), timeout=self.timeout)).programs
+                (
+                    await self.models.ListPrograms(
+                        catalogue_pb2.ListProgramsRequest(), timeout=self.timeout, metadata=self.metadata
+                    )
+                ).programs
             )
 
     async def wait_ready(self, timeout: float = 60.0) -> None:
@@ -149,7 +213,9 @@ class AsyncClient:
             remaining = deadline - time.monotonic()
             try:
                 if (
-                    await self.health(wire.WHOLE_SERVER, timeout=max(min(remaining, wire.CHECK_S), 0.01))
+                    await self.health(
+                        wire.WHOLE_SERVER, timeout=max(min(remaining, wire.CHECK_S), 0.01), metadata=self.metadata
+                    )
                     == wire.IS_SERVING
                 ):
                     return

@@ -1,7 +1,13 @@
-"""Options of the gRPC channel, and the health check without the package grpcio-health-checking."""
+"""The gRPC channel of a client, its end in a forked process, and the health check without grpcio-health-checking."""
 
-from typing import Any
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+from weakref import WeakSet
 
+Options = Sequence[tuple[str, Any]] | Mapping[str, Any]
+Metadata = Sequence[tuple[str, str | bytes]] | Mapping[str, str | bytes]
 OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.keepalive_time_ms", 60_000),
@@ -20,3 +26,67 @@ BETWEEN_CHECKS_S = 0.2
 def as_bytes(message: bytes) -> bytes:
     """Return the message: (de)serializer of a method whose messages are bytes."""
     return message
+
+
+LOOPBACK = re.compile(
+    r"(ipv4:|ipv6:|dns:/*)?(localhost|127(\.\d{1,3}){1,3}|\[::1\]|::1|\[::ffff:127\.[\d.]+\])(:\d+)?", re.I
+)
+
+
+def options_for(address: str, options: Options) -> list[tuple[str, Any]]:
+    """Return the options of a channel; those of the caller take precedence.
+
+    A server on this machine is reached without the proxy that http_proxy, https_proxy or all_proxy name.
+    """
+    local = LOOPBACK.fullmatch(address) or address.startswith("unix")
+    return list((dict(OPTIONS) | ({"grpc.enable_http_proxy": 0} if local else {}) | dict(options)).items())
+
+
+def metadata_of(metadata: Metadata) -> list[tuple[str, Any]]:
+    """Return the metadata of every call as pairs."""
+    return list(metadata.items() if isinstance(metadata, Mapping) else metadata)
+
+
+class Forked:
+    """What a client's channel, stubs and calls are in a forked process: gRPC's threads exist in the first one alone."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise RuntimeError("this client belongs to the process that was forked: create a Client after the fork")
+
+    def __next__(self) -> NoReturn:
+        self.__getattr__("next")
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        self.__getattr__("call")
+
+    def close(self) -> None:
+        """Do nothing: the connection is the other process's."""
+
+    def cancel(self) -> None:
+        """Do nothing, as `close`."""
+
+
+class ForkGuard:
+    """A client or a stream, whose attributes in FORK_ATTRIBUTES a fork replaces in the new process."""
+
+    FORK_ATTRIBUTES: tuple[str, ...]
+
+    def guard_fork(self) -> None:
+        """Begin to guard; the attributes exist."""
+        guarded.add(self)
+
+
+guarded: WeakSet[ForkGuard] = WeakSet()
+kept: list[object] = []
+
+
+def end_in_forked_process() -> None:
+    """Replace the attributes of all clients and streams of the process that was forked."""
+    for owner in list(guarded):
+        for name in owner.FORK_ATTRIBUTES:
+            # Kept: gRPC would wait for threads that this process does not have when it deletes them.
+            kept.append(getattr(owner, name))
+            setattr(owner, name, Forked())
+
+
+os.register_at_fork(after_in_child=end_in_forked_process)

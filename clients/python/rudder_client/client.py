@@ -11,18 +11,40 @@ import grpc
 from rudder.v1 import catalogue_pb2, catalogue_pb2_grpc, inference_pb2_grpc
 from rudder_client import channel as wire
 from rudder_client.errors import error_of, not_ready, translated
-from rudder_client.requests import Prompt, Report, Sampling, Steer, complete_request, generate_request, inspect_request
-from rudder_client.results import Chunk, Completion, Inspection, Names, chunk_of, completion_of, inspection_of
+from rudder_client.requests import (
+    Prompt,
+    Report,
+    Sampling,
+    Steer,
+    complete_request,
+    generate_request,
+    inspect_request,
+    tokenize_request,
+)
+from rudder_client.results import (
+    Chunk,
+    Completion,
+    Inspection,
+    Names,
+    Token,
+    chunk_of,
+    completion_of,
+    inspection_of,
+    tokens_of,
+)
 
 PAGE_SIZE = 1000
 
 
-class Stream:
+class Stream(wire.ForkGuard):
     """The chunks of a running call: an iterator. `cancel`, or leaving its `with` block, ends the call in the engine."""
+
+    FORK_ATTRIBUTES = ("call",)
 
     def __init__(self, call: Any) -> None:
         self.call, self.names, self.waiting = call, Names(), deque[Chunk]()
         self.request_id = ""
+        self.guard_fork()
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
@@ -48,16 +70,30 @@ class Stream:
         self.cancel()
 
 
-class Client:
-    """A connection to a server. `timeout`: default deadline of a call, in seconds."""
+class Client(wire.ForkGuard):
+    """A connection to a server. A process that is forked must create its own.
 
-    def __init__(self, address: str = "localhost:50051", *, timeout: float | None = None) -> None:
-        self.channel = grpc.insecure_channel(address, wire.OPTIONS)
-        self.timeout = timeout
+    `timeout`: default deadline of a call, in seconds. `credentials`: of TLS, such as `grpc.ssl_channel_credentials()`;
+    None: without TLS. `metadata`: sent with every call, names in lower case. `options`: channel options of gRPC.
+    """
+
+    FORK_ATTRIBUTES = ("channel", "inference", "catalogue", "models", "health")
+
+    def __init__(
+        self, address: str = "localhost:50051", *, timeout: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None, metadata: wire.Metadata = (), options: wire.Options = (),
+    ) -> None:  # fmt: skip
+        settings = wire.options_for(address, options)
+        if credentials is None:
+            self.channel = grpc.insecure_channel(address, settings)
+        else:
+            self.channel = grpc.secure_channel(address, credentials, settings)
+        self.timeout, self.metadata = timeout, wire.metadata_of(metadata)
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.catalogue = catalogue_pb2_grpc.FeatureServiceStub(self.channel)
         self.models = catalogue_pb2_grpc.ModelServiceStub(self.channel)
         self.health = self.channel.unary_unary(wire.HEALTH_CHECK, wire.as_bytes, wire.as_bytes)
+        self.guard_fork()
 
     def __enter__(self) -> Self:
         return self
@@ -77,7 +113,7 @@ class Client:
     ) -> Stream:  # fmt: skip
         """Generate and stream chunks; `prompt` is text, token ids or the messages of a chat."""
         request = generate_request(prompt, steer, report, cache_salt, stream_interval, sampling)
-        return Stream(self.inference.Generate(request, timeout=timeout or self.timeout))
+        return Stream(self.inference.Generate(request, timeout=timeout or self.timeout, metadata=self.metadata))
 
     def complete(
         self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, cache_salt: str = "",
@@ -86,21 +122,40 @@ class Client:
         """Generate, and return when all choices are complete."""
         request = complete_request(prompt, steer, report, cache_salt, sampling)
         with translated():
-            return completion_of(self.inference.Complete(request, timeout=timeout or self.timeout))
+            return completion_of(
+                self.inference.Complete(request, timeout=timeout or self.timeout, metadata=self.metadata)
+            )
 
     def inspect(
-        self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, timeout: float | None = None
+        self,
+        prompt: Prompt,
+        *,
+        steer: Steer = None,
+        report: Report | None = None,
+        cache_salt: str = "",
+        timeout: float | None = None,
     ) -> Inspection:
         """Return the features of a text; by default the five strongest of each token."""
-        request = inspect_request(prompt, steer, report or Report(top_k=5))
+        request = inspect_request(prompt, steer, report or Report(top_k=5), cache_salt)
         with translated():
-            return inspection_of(self.inference.Inspect(request, timeout=timeout or self.timeout))
+            return inspection_of(
+                self.inference.Inspect(request, timeout=timeout or self.timeout, metadata=self.metadata)
+            )
+
+    def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> tuple[Token, ...]:
+        """Return the tokens of a prompt as `generate` would read it, without features."""
+        request = tokenize_request(prompt)
+        with translated():
+            response = self.inference.Tokenize(request, timeout=timeout or self.timeout)
+        return tokens_of(response)
 
     def feature(self, index: int, bundle: str = "") -> catalogue_pb2.FeatureDetail:
         """Return one latent: label, frequency, strongest tokens and contexts."""
         request = catalogue_pb2.FeatureServiceGetRequest(bundle=bundle, index=index)
         with translated():
-            response: catalogue_pb2.FeatureServiceGetResponse = self.catalogue.Get(request, timeout=self.timeout)
+            response: catalogue_pb2.FeatureServiceGetResponse = self.catalogue.Get(
+                request, timeout=self.timeout, metadata=self.metadata
+            )
         return response.feature
 
     def features(self, bundle: str = "") -> Iterator[catalogue_pb2.FeatureSummary]:
@@ -108,7 +163,7 @@ class Client:
         request = catalogue_pb2.FeatureServiceListRequest(bundle=bundle, page_size=PAGE_SIZE)
         while True:
             with translated():
-                page = self.catalogue.List(request, timeout=self.timeout)
+                page = self.catalogue.List(request, timeout=self.timeout, metadata=self.metadata)
             yield from page.features
             if not page.next_page_token:
                 return
@@ -122,19 +177,25 @@ class Client:
             bundle=bundle, query=words, limit=limit, by_meaning=by_meaning
         )
         with translated():
-            return list(self.catalogue.Search(request, timeout=self.timeout).features)
+            return list(self.catalogue.Search(request, timeout=self.timeout, metadata=self.metadata).features)
 
     def model(self) -> catalogue_pb2.ModelServiceGetResponse:
         """Return the served model, its bundles and the limits of a request."""
         request = catalogue_pb2.ModelServiceGetRequest()
         with translated():
-            response: catalogue_pb2.ModelServiceGetResponse = self.models.Get(request, timeout=self.timeout)
+            response: catalogue_pb2.ModelServiceGetResponse = self.models.Get(
+                request, timeout=self.timeout, metadata=self.metadata
+            )
         return response
 
     def programs(self) -> list[catalogue_pb2.NamedProgram]:
         """List the operator's programs, which `steer` accepts by name."""
         with translated():
-            return list(self.models.ListPrograms(catalogue_pb2.ListProgramsRequest(), timeout=self.timeout).programs)
+            return list(
+                self.models.ListPrograms(
+                    catalogue_pb2.ListProgramsRequest(), timeout=self.timeout, metadata=self.metadata
+                ).programs
+            )
 
     def wait_ready(self, timeout: float = 60.0) -> None:
         """Wait until the server is SERVING. RudderError: it is not after `timeout` seconds."""

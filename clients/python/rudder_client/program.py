@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from rudder.v1 import program_pb2
 
@@ -14,6 +14,16 @@ UNITS = {
     "residual": program_pb2.UNIT_RESIDUAL_NORM,
 }
 PHASES = {"both": program_pb2.PHASE_BOTH, "prompt": program_pb2.PHASE_PROMPT, "generated": program_pb2.PHASE_GENERATED}
+
+
+class Array(Protocol):
+    """An array of NumPy or a tensor of PyTorch, of one dimension."""
+
+    def tolist(self) -> Any:
+        """Return plain numbers."""
+
+
+Numbers = Sequence[float] | Array
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class Feature:
 class Vector:
     """A control vector; `values` has the hidden size of the model."""
 
-    values: Sequence[float]
+    values: Numbers
     name: str = ""
 
 
@@ -36,7 +46,7 @@ class Vector:
 class Probe:
     """A linear probe: its activation is x . weights + bias; `weights` has the hidden size of the model."""
 
-    weights: Sequence[float]
+    weights: Numbers
     bias: float = 0.0
     name: str = ""
 
@@ -48,9 +58,10 @@ def row_message(row: Row) -> program_pb2.Row:
     """Convert a row to its message; a number is the index of a latent."""
     match row:
         case Vector():
-            return program_pb2.Row(vector=program_pb2.Vector(name=row.name, values=row.values))
+            return program_pb2.Row(vector=program_pb2.Vector(name=row.name, values=numbers(row.values)))
         case Probe():
-            return program_pb2.Row(probe=program_pb2.Probe(name=row.name, weights=row.weights, bias=row.bias))
+            probe = program_pb2.Probe(name=row.name, weights=numbers(row.weights), bias=row.bias)
+            return program_pb2.Row(probe=probe)
         case Feature():
             return program_pb2.Row(feature=program_pb2.Feature(bundle=row.bundle, index=row.index))
     return program_pb2.Row(feature=program_pb2.Feature(index=row))
@@ -68,32 +79,33 @@ class Program:
         self.message = program_pb2.Program(name=name, description=description)
         self.site = ""
 
-    def at(self, site: str, *, restore_norm: bool = False, max_displacement: float | None = None) -> "Program":
+    def at(self, site: str, *, restore_norm: bool | None = None, max_displacement: float | None = None) -> "Program":
         """Select the site of the next edits.
 
         `restore_norm`: rescale the edited x to its norm before the edits. `max_displacement`: cap on ||x' - x||, as a
-        share of ||x||.
+        share of ||x||. None leaves what an earlier call set for the site; at first neither applies.
         """
         program = self._copy()
         program.site = site
-        if restore_norm or max_displacement is not None:
-            edits = program._here()
-            edits.restore_norm = restore_norm
-            if max_displacement is not None:
-                edits.max_displacement = max_displacement
+        if restore_norm is not None:
+            program._here().restore_norm = restore_norm
+        if max_displacement is not None:
+            program._here().max_displacement = max_displacement
         return program
 
     def add(
         self, feature: int | Feature | None = None, by: float = 1.0, *, unit: Unit = "absolute",
-        vector: Vector | Sequence[float] | None = None, when_above: float | None = None, phase: Phase = "both",
+        vector: Vector | Numbers | None = None, when_above: float | None = None, phase: Phase = "both",
         value: float | None = None,
     ) -> "Program":  # fmt: skip
         """Add `by` to a feature's activation, or `by` times a vector to x. `value` is the former name of `by`."""
+        if value is not None and by != 1.0:
+            raise ValueError("add: `value` is the former name of `by`: give one of them")
         edit = program_pb2.Edit(row=row_message(either(feature, vector)), add=by if value is None else value)
         return self._with(edit, unit, when_above, phase)
 
     def set(
-        self, feature: int | Feature | None = None, to: float = 0.0, *, vector: Vector | Sequence[float] | None = None,
+        self, feature: int | Feature | None = None, to: float = 0.0, *, vector: Vector | Numbers | None = None,
         unit: Unit = "absolute", when_above: float | None = None, phase: Phase = "both",
     ) -> "Program":  # fmt: skip
         """Set a feature's activation to `to`; for a vector, whose activation is 0, the same as `add`."""
@@ -132,10 +144,14 @@ class Program:
         return self._with(program_pb2.Edit(row=row_message(feature), clamp=to), unit, when_above, phase)
 
     def blend(
-        self, weight: float, *, vector: Vector | Sequence[float] | None = None, bundle: str = "", phase: Phase = "both"
+        self, weight: float, *, vector: Vector | Numbers | None = None, bundle: str = "", phase: Phase = "both"
     ) -> "Program":
-        """Interpolate x towards the mean residual of a bundle's corpus, or a vector, with this weight."""
+        """Interpolate x towards the mean residual of a bundle's corpus, or a vector, with this weight; once a site."""
         program = self._copy()
+        if program._here().HasField("blend"):
+            raise ValueError(f"blend: {self.site} has one already")
+        if vector is not None and bundle:
+            raise ValueError("blend: give a vector or a bundle")
         blend = program._here().blend
         blend.weight, blend.phase = weight, PHASES[phase]
         if vector is not None:
@@ -161,6 +177,12 @@ class Program:
         `window` (mean over this number of tokens) or `cusum_drift` (cumulative sum, less this drift per token).
         `latch`: once open, the gate stays open. `min_tokens`: the gate stays closed before this number of tokens.
         """
+        given = [value for value in (share_above, moving_average, window, cusum_drift) if value is not None]
+        if len(given) != 1:
+            names = "share_above, moving_average, window and cusum_drift"
+            raise ValueError(f"gate_sequence: give one of {names}, not {len(given)}")
+        if self.message.gate.HasField("sequence"):
+            raise ValueError("gate_sequence: a program has one condition on the sequence")
         program = self._copy()
         sequence = program_pb2.SequenceCondition(
             score=row_message(row), level=level, latch=latch, min_tokens=min_tokens
@@ -203,13 +225,19 @@ class Program:
         return program
 
 
-def either(feature: int | Feature | None, vector: Vector | Sequence[float] | None) -> Row:
+def either(feature: int | Feature | None, vector: Vector | Numbers | None) -> Row:
     """Return the feature or the vector. ValueError: neither or both."""
     if (feature is None) == (vector is None):
         raise ValueError("give a feature or a vector")
-    return feature if feature is not None else as_vector(vector or ())
+    return feature if feature is not None else as_vector(() if vector is None else vector)
 
 
-def as_vector(vector: Vector | Sequence[float]) -> Vector:
+def as_vector(vector: Vector | Numbers) -> Vector:
     """Convert plain numbers to a vector without a name."""
     return vector if isinstance(vector, Vector) else Vector(vector)
+
+
+def numbers(values: Numbers) -> Sequence[float]:
+    """Return plain numbers."""
+    plain: Sequence[float] = values if isinstance(values, Sequence) else values.tolist()
+    return plain

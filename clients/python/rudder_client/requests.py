@@ -1,15 +1,20 @@
 """Conversion of Python values to request messages."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from operator import index
+from typing import Any, TypedDict
 
 from rudder.v1 import inference_pb2, program_pb2
 from rudder_client.program import Program, Row, row_message
 
 
 class Sampling(TypedDict, total=False):
-    """Sampling parameters, with the defaults of vLLM. Choice i of n uses seed + i."""
+    """Sampling parameters, with the defaults of vLLM. Choice i of n uses seed + i.
+
+    `truncate_prompt_tokens`: keep so many tokens, the last of the prompt.
+    """
 
     max_tokens: int
     min_tokens: int
@@ -28,11 +33,39 @@ class Sampling(TypedDict, total=False):
     logprobs: int
     n: int
     logit_bias: Mapping[int, float]
+    structured: "Structured"
+    bad_words: Sequence[str]
+    allowed_token_ids: Sequence[int]
+    skip_special_tokens: bool
+    prompt_logprobs: int
+    truncate_prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Structured:
+    """The form that an output must have: one of these. `json_schema`: a schema as a mapping, or as JSON text."""
+
+    json_schema: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choice: Sequence[str] | None = None
+    json_object: bool | None = None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The messages of a chat. `arguments`: variables of the chat template. `continue_final_message`: do not begin a new
+    message, continue the last one.
+    """
+
+    messages: "Sequence[Message]"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    continue_final_message: bool = False
 
 
 # A message of a chat: `role` and `content`.
 Message = Mapping[str, str]
-Prompt = str | Sequence[int] | Sequence[Message]
+Prompt = str | Sequence[int] | Sequence[Message] | Chat
 Steer = Program | program_pb2.Program | str | None
 
 
@@ -53,15 +86,47 @@ class Report:
 
 
 def prompt_message(prompt: Prompt) -> inference_pb2.Prompt:
-    """Convert text, token ids or the messages of a chat."""
+    """Convert text, token ids or the messages of a chat. ValueError: something else, or several of them mixed."""
+    if isinstance(prompt, Chat):
+        message = prompt_message(prompt.messages)
+        message.chat.template_arguments = json.dumps(dict(prompt.arguments)) if prompt.arguments else ""
+        message.chat.continue_final_message = prompt.continue_final_message
+        return message
     if isinstance(prompt, str):
         return inference_pb2.Prompt(text=prompt)
-    messages = [part for part in prompt if not isinstance(part, int)]
-    if messages:
-        chat = [inference_pb2.ChatMessage(role=m["role"], content=m["content"]) for m in messages]
+    if isinstance(prompt, bytes | Mapping):
+        raise ValueError(f"prompt: a {type(prompt).__name__} is neither text, token ids nor the messages of a chat")
+    parts = list(prompt)
+    chat = [chat_message(part) for part in parts if isinstance(part, Mapping)]
+    if chat and len(chat) < len(parts):
+        raise ValueError("prompt: give token ids or the messages of a chat, not both")
+    if chat:
         return inference_pb2.Prompt(chat=inference_pb2.Chat(messages=chat))
-    ids = [part for part in prompt if isinstance(part, int)]
-    return inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=ids))
+    return inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=[token_id(part) for part in parts]))
+
+
+def chat_message(message: Message) -> inference_pb2.ChatMessage:
+    """Convert a message of a chat. ValueError: it has other keys than role and content."""
+    if set(message) != {"role", "content"}:
+        raise ValueError(f"prompt: a message has role and content, not {', '.join(map(str, message)) or 'nothing'}")
+    return inference_pb2.ChatMessage(role=message["role"], content=message["content"])
+
+
+def token_id(value: Any) -> int:
+    """Return a token id; whole numbers of NumPy and PyTorch are taken too. ValueError: it is none."""
+    try:
+        if not isinstance(value, bool):
+            return index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"prompt: {value!r} is neither a token id nor a message of a chat")
+
+
+def truncated(prompt: inference_pb2.Prompt, sampling: Sampling) -> inference_pb2.Prompt:
+    """Return the prompt, to be truncated if the sampling parameters say so."""
+    if "truncate_prompt_tokens" in sampling:
+        prompt.truncate_prompt_tokens = sampling["truncate_prompt_tokens"]
+    return prompt
 
 
 def steering_message(steer: Steer) -> inference_pb2.Steering | None:
@@ -94,13 +159,38 @@ def report_message(report: Report | None) -> inference_pb2.Report | None:
     )
 
 
+def sampling_message(sampling: Sampling) -> inference_pb2.Sampling:
+    """Convert sampling parameters."""
+    values: dict[str, Any] = dict(sampling)
+    structured = values.pop("structured", None)
+    values.pop("truncate_prompt_tokens", None)
+    message = inference_pb2.Sampling(**values)
+    if structured is not None:
+        message.structured.CopyFrom(structured_message(structured))
+    return message
+
+
+def structured_message(structured: Structured) -> inference_pb2.StructuredOutput:
+    """Convert the form of an output. ValueError: it has not exactly one field."""
+    values = {name: value for name, value in vars(structured).items() if value is not None}
+    if len(values) != 1:
+        raise ValueError(f"Structured takes one of its fields, not {', '.join(values) or 'none'}")
+    ((name, value),) = values.items()
+    match name:
+        case "json_schema" if not isinstance(value, str):
+            value = json.dumps(value)
+        case "choice":
+            value = inference_pb2.Choices(texts=value)
+    return inference_pb2.StructuredOutput(**{name: value})
+
+
 def generate_request(
     prompt: Prompt, steer: Steer, report: Report | None, cache_salt: str, stream_interval: int, sampling: Sampling
 ) -> inference_pb2.GenerateRequest:
     """Build the request of `generate`."""
     return inference_pb2.GenerateRequest(
-        prompt=prompt_message(prompt),
-        sampling=inference_pb2.Sampling(**sampling),
+        prompt=truncated(prompt_message(prompt), sampling),
+        sampling=sampling_message(sampling),
         steering=steering_message(steer),
         report=report_message(report),
         stream_interval=stream_interval,
@@ -113,16 +203,24 @@ def complete_request(
 ) -> inference_pb2.CompleteRequest:
     """Build the request of `complete`."""
     return inference_pb2.CompleteRequest(
-        prompt=prompt_message(prompt),
-        sampling=inference_pb2.Sampling(**sampling),
+        prompt=truncated(prompt_message(prompt), sampling),
+        sampling=sampling_message(sampling),
         steering=steering_message(steer),
         report=report_message(report),
         cache_salt=cache_salt,
     )
 
 
-def inspect_request(prompt: Prompt, steer: Steer, report: Report) -> inference_pb2.InspectRequest:
+def inspect_request(prompt: Prompt, steer: Steer, report: Report, cache_salt: str = "") -> inference_pb2.InspectRequest:
     """Build the request of `inspect`."""
     return inference_pb2.InspectRequest(
-        prompt=prompt_message(prompt), steering=steering_message(steer), report=report_message(report)
+        prompt=prompt_message(prompt),
+        steering=steering_message(steer),
+        report=report_message(report),
+        cache_salt=cache_salt,
     )
+
+
+def tokenize_request(prompt: Prompt) -> inference_pb2.TokenizeRequest:
+    """Build the request of `tokenize`."""
+    return inference_pb2.TokenizeRequest(prompt=prompt_message(prompt))

@@ -66,29 +66,54 @@ class Usage:
 
 @dataclass(frozen=True)
 class EditCount:
-    """Number of tokens that an edit changed. `origin`: `request` or `policy`."""
+    """Number of tokens that an edit changed. `origin`: `request` or `policy`.
+
+    `tokens_rejected`: tokens left unedited, since their residual would not have stayed finite.
+    """
 
     origin: str
     site: str
     row: str
     operation: str
     tokens_touched: int
+    tokens_rejected: int = 0
+
+
+@dataclass(frozen=True)
+class GateCount:
+    """Number of tokens at which a gate was open. `origin`: `request` or `policy`.
+
+    `statistic`: that of its sequence condition after the last token, in the units of its `level`; None without one.
+    """
+
+    origin: str
+    site: str
+    open_tokens: int
+    statistic: float | None
 
 
 @dataclass(frozen=True)
 class Attestation:
-    """The edits that ran, counted in the engine's worker. `tokens_seen`: tokens that the model computed."""
+    """The edits that ran, counted in the engine's worker. `tokens_seen`: tokens that the model computed.
+
+    `gates`: of the program and of the policy. `request_id`: the call that this was.
+    """
 
     program_digest: str
     policy_digest: str
     edits: tuple[EditCount, ...]
     tokens_seen: int
     engine_epoch: str
+    gates: tuple[GateCount, ...] = ()
+    request_id: str = ""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens of choice `choice`. Only the last chunk of a choice has `finish_reason` and the fields after it."""
+    """Tokens of choice `choice`. Only the last chunk of a choice has `finish_reason` and the fields after it.
+
+    `stop_string`, `stop_token_id`: the one of both that ended the choice; `stop_reason` is its text.
+    """
 
     choice: int
     text: str
@@ -100,6 +125,10 @@ class Chunk:
     pooled: tuple[PooledActivation, ...]
     usage: Usage | None
     attestation: Attestation | None
+    stop_string: str | None = None
+    stop_token_id: int | None = None
+    # Of the prompt's tokens but the first, in the first chunk of a choice.
+    prompt_logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +198,9 @@ def chunk_of(delta: Delta, names: Names) -> Chunk:
         pooled=names.pooled(delta.pooled),
         usage=usage_of(delta.usage) if delta.HasField("usage") else None,
         attestation=attestation_of(delta.attestation) if delta.HasField("attestation") else None,
+        stop_string=delta.stop_string if delta.HasField("stop_string") else None,
+        stop_token_id=delta.stop_token_id if delta.HasField("stop_token_id") else None,
+        prompt_logprobs=logprobs_of(delta.prompt_logprobs) if delta.HasField("prompt_logprobs") else None,
     )
 
 
@@ -187,13 +219,20 @@ def usage_of(usage: inference_pb2.Usage) -> Usage:
 
 def attestation_of(attestation: inference_pb2.Attestation) -> Attestation:
     """Convert an attestation."""
-    edits = (EditCount(e.origin, e.site, e.row, e.operation, e.tokens_touched) for e in attestation.edits)
+    edits = (
+        EditCount(e.origin, e.site, e.row, e.operation, e.tokens_touched, e.tokens_rejected) for e in attestation.edits
+    )
     return Attestation(
         program_digest=attestation.program_digest,
         policy_digest=attestation.policy_digest,
         edits=tuple(edits),
         tokens_seen=attestation.tokens_seen,
         engine_epoch=attestation.engine_epoch,
+        gates=tuple(
+            GateCount(g.origin, g.site, g.open_tokens, g.statistic if g.HasField("statistic") else None)
+            for g in attestation.gates
+        ),
+        request_id=attestation.request_id,
     )
 
 
@@ -216,3 +255,9 @@ def inspection_of(response: inference_pb2.InspectResponse) -> Inspection:
         for i, (id_, text) in enumerate(zip(response.token_ids, response.token_texts, strict=True))
     )
     return Inspection(response.request_id, tokens, names.pooled(response.pooled), attestation_of(response.attestation))
+
+
+def tokens_of(response: inference_pb2.TokenizeResponse) -> tuple[Token, ...]:
+    """Convert the response of `tokenize`."""
+    pairs = zip(response.token_ids, response.token_texts, strict=True)
+    return tuple(Token(i, token, text, ()) for i, (token, text) in enumerate(pairs))

@@ -15,6 +15,8 @@ MAC_BYTES = 16
 Array = NDArray[Any]
 # Columns of `Frame.pinned`: what a pinned row's activations were over the tokens of a step.
 PINNED = ("active_tokens", "tokens", "sum", "maximum")
+# Columns of `Frame.rejected`: an edit, by its number in the `edited` column of the request, at a token.
+REJECTED = ("handle", "position", "edit")
 
 
 class TelemetryLost(Exception):
@@ -37,11 +39,14 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
     continues: the step is the next decode step of the same batch, one more token of each request than in the frame
         before; handles, starts and lengths are left out.
     handles int64 [R], starts int32 [R]: position of the first token, lengths int32 [R]: tokens in this step.
-    edited int32: for each request, tokens that each of its edits and blends edited.
+    flags uint8: for each request, [tokens, edits + gates]: whether each of its edits and blends edited the token, then
+        whether each of its gates was open at it. By token, since tokens may be computed again one by one.
+    statistics float64: for each request, the statistic of each of its gates with a sequence condition, after the step.
     activations float32: for each request that watches rows, [tokens reported, rows].
     top_values float32, top_latents int32: for each request and each of its top-k sites, [tokens reported, k].
     pinned float64 [pinned rows, len(PINNED)].
     released int64: handles of requests that hold no resources any more.
+    rejected int64 [edits rejected, len(REJECTED)]: edits that would have left the range of finite values.
     """
 
     sequence: int
@@ -49,13 +54,15 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
     handles: bytes = b""
     starts: bytes = b""
     lengths: bytes = b""
-    edited: bytes = b""
+    flags: bytes = b""
+    statistics: bytes = b""
     activations: bytes = b""
     top_values: bytes = b""
     top_latents: bytes = b""
     captures: tuple[Capture, ...] = ()
     pinned: bytes = b""
     released: bytes = b""
+    rejected: bytes = b""
 
 
 def seal(frame: Frame, key: bytes) -> bytes:

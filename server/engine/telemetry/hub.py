@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from rudder.server.engine.telemetry.channel import Receiver
-from rudder.server.engine.telemetry.frame import PINNED, Array, Capture, Frame, TelemetryLost, column
+from rudder.server.engine.telemetry.frame import PINNED, REJECTED, Array, Capture, Frame, TelemetryLost, column
 from rudder.server.program import wire
 
 # Cap on the frames retained per run. A run ends there although its batch goes on, so that frames that every request has
@@ -95,43 +95,61 @@ class Run:
 class Span:
     """The part of a run that belongs to one request: `length` tokens per frame, the first of all at position `start`.
 
-    `unreported`: tokens at the front of each frame whose features are not reported. edited, activations, top: where the
-    request's values are in these columns of each frame. `frames_read`: frames whose features have been read.
+    `unreported`: tokens at the front of each frame whose features are not reported. flags, statistics, activations,
+    top: where the request's values are in these columns of each frame. `frames_read`: frames whose features have been
+    read.
     """
 
     run: Run
     start: int
     length: int
     unreported: int
-    edited: slice
+    flags: slice
+    statistics: slice
     activations: slice
     top: slice
     frames_read: int = 0
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.start + self.length * len(self.run.frames)
 
 
 @dataclass
 class Inbox:
     """Telemetry of one request, joined by position.
 
-    `first`: position of the first token computed, -1 before that. `delivered`: position after the last token whose
-    features ever entered `chunks`. `edited`: of former spans, (position after each step [n], tokens that each edit
-    edited in it [n, edits]).
+    A preempted request computes tokens again, from position 0 or from where the prefix cache ends. Whatever is counted
+    is counted once per position, as it was computed last: `computed`, `flags` and `statistics` hold no position twice.
+
+    `delivered`: position after the last token whose features ever entered `chunks`. Of former spans, `computed`:
+    intervals (begin, end) of positions, the order being that of the spans; `flags`: (first position, flags [tokens,
+    edits + gates]); `statistics`: (position after each step [n], statistics [n, gates with a sequence condition]).
     """
 
     request: wire.Request
-    first: int = -1
     span: Span | None = None
     chunks: list[Features] = field(default_factory=list)
     delivered: int = 0
-    edited: list[tuple[Array, Array]] = field(default_factory=list)
+    computed: list[tuple[int, int]] = field(default_factory=list)
+    flags: list[tuple[int, Array]] = field(default_factory=list)
+    statistics: list[tuple[Array, Array]] = field(default_factory=list)
     captures: list[Capture] = field(default_factory=list)
     released: asyncio.Event = field(default_factory=asyncio.Event)
+    # Whether each edit was rejected at each position, [edits, positions]; computed again, it is rejected again.
+    rejected: Array | None = None
 
     def __post_init__(self) -> None:
         stages = self.request.stages
-        # Activations reported per token, and counts in the `edited` column.
+        gates = self.request.gates()
+        # Activations reported per token, flags per token, and statistics per step.
         self.watched = sum(len(site.watch) for site in stages[0])
         self.edits = sum(len(s.edits) + bool(s.blend) for stage in stages for s in stage)
+        self.flags_per_token = self.edits + len(gates)
+        self.statistics_per_step = sum(bool(gate.sequence) for _, gate in gates)
+        # Position after the last token of all former spans.
+        self.max_computed = 0
         self.top = (len(self.request.top_k_sites), self.request.top_k)
         self.reports = bool(self.watched or self.request.top_k_sites)
         self.empty = no_features(self.watched, *self.top)
@@ -139,8 +157,12 @@ class Inbox:
     @property
     def num_computed_tokens(self) -> int:
         """Tokens computed and received, as vLLM counts them: the position after the last one."""
-        span = self.span
-        return span.start + span.length * len(span.run.frames) if span else 0
+        return self.span.end if self.span else 0
+
+    @property
+    def first(self) -> int:
+        """Position of the first token computed, -1 before that."""
+        return min((begin for begin, _ in self.intervals()), default=-1)
 
     def unreported(self, start: int, length: int) -> int:
         """Count the tokens at the front of a step's part that are prompt and not reported."""
@@ -148,23 +170,38 @@ class Inbox:
         return max(0, min(length, prompt - start))
 
     def begin_span(self, span: Span) -> None:
-        """Continue with the span of a new run.
-
-        After a preemption it starts before the last one ended. Those positions are computed again: their edits count
-        only as computed last.
-        """
+        """Continue with the span of a new run. After a preemption it starts before the last one ended."""
         self.read_span()
-        if self.span and self.edits:
-            self.edited.append(self.edited_in(self.span))
-        if span.start < self.num_computed_tokens:
-            self.edited = [(ends[ends <= span.start], counts[ends <= span.start]) for ends, counts in self.edited]
-        self.first = span.start if self.first < 0 else min(self.first, span.start)
+        if self.span:
+            self.end_span(self.span)
         self.span = span
 
-    def edited_in(self, span: Span) -> tuple[Array, Array]:
-        """Return (position after each step [n], tokens that each edit edited in it [n, edits])."""
+    def end_span(self, span: Span) -> None:
+        """Join what a span counts with what former spans counted, in place of what they counted at its positions."""
+        begin, end = span.start, span.end
+        if begin < self.max_computed:
+            self.computed = without_interval(self.computed, begin, end)
+            self.flags = without_positions(self.flags, begin, end)
+            self.statistics = [(ends[ends <= begin], values[ends <= begin]) for ends, values in self.statistics]
+        self.max_computed = max(self.max_computed, end)
+        if self.computed and self.computed[-1][1] == begin:
+            self.computed[-1] = self.computed[-1][0], end
+        else:
+            self.computed.append((begin, end))
+        if self.flags_per_token:
+            self.flags.append((begin, self.flags_in(span)))
+        if self.statistics_per_step:
+            self.statistics.append(self.statistics_in(span))
+
+    def flags_in(self, span: Span) -> Array:
+        """Return the flags of a span's tokens, [tokens, edits + gates]."""
+        flags: Array = span.run.column("flags", "u1", 0)[:, span.flags].reshape(-1, self.flags_per_token)
+        return flags
+
+    def statistics_in(self, span: Span) -> tuple[Array, Array]:
+        """Return (position after each step [n], statistics [n, gates with a sequence condition])."""
         steps = np.arange(1, len(span.run.frames) + 1)
-        return span.start + span.length * steps, span.run.column("edited", "<i4", 0)[:, span.edited]
+        return span.start + span.length * steps, span.run.column("statistics", "<f8", 0)[:, span.statistics]
 
     def read_span(self) -> None:
         """Read the features of the span's frames that have arrived since the last call."""
@@ -209,11 +246,76 @@ class Inbox:
         firsts, *columns = zip(*chunks, strict=True)
         return Features(firsts[0], *map(np.concatenate, columns))
 
-    def edited_before(self, end: int) -> tuple[int, ...]:
-        """Count the tokens at positions before `end` that each edit edited."""
-        edited = [*self.edited, self.edited_in(self.span)] if self.span and self.edits else self.edited
-        counts = [np.zeros(self.edits, np.int64), *(count[ends <= end].sum(0) for ends, count in edited)]
-        return tuple(np.sum(counts, axis=0).tolist())
+    def intervals(self) -> list[tuple[int, int]]:
+        """Return the intervals (begin, end) of positions that were computed; none overlap."""
+        if self.span is None:
+            return self.computed
+        begin, end = self.span.start, self.span.end
+        return [*without_interval(self.computed, begin, end), (begin, end)]
+
+    def computed_before(self, end: int) -> int:
+        """Count the positions before `end` whose tokens were computed."""
+        return sum(max(0, min(stop, end) - begin) for begin, stop in self.intervals())
+
+    def flagged_before(self, end: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Count the tokens at positions before `end` that each edit edited, and at which each gate was open."""
+        flags, span = self.flags, self.span
+        if span and self.flags_per_token:
+            flags = [*without_positions(flags, span.start, span.end), (span.start, self.flags_in(span))]
+        counts = np.zeros(self.flags_per_token, np.int64)
+        for first, part in flags:
+            counts += part[: max(0, end - first)].sum(0, dtype=np.int64)
+        return tuple(counts[: self.edits].tolist()), tuple(counts[self.edits :].tolist())
+
+    def statistics_at(self, end: int) -> tuple[float, ...]:
+        """Return the statistic of each gate with a sequence condition after the last step that ends by `end`."""
+        statistics, span = self.statistics, self.span
+        if span and self.statistics_per_step:
+            former = [(ends[ends <= span.start], values[ends <= span.start]) for ends, values in statistics]
+            statistics = [*former, self.statistics_in(span)]
+        for ends, values in reversed(statistics):
+            if (ends <= end).any():
+                return tuple(values[ends <= end][-1].tolist())
+        return (0.0,) * self.statistics_per_step
+
+    def reject(self, positions: Array, edits: Array) -> None:
+        """Note that edits [n], by number, were rejected at positions [n]."""
+        if self.rejected is None:
+            self.rejected = np.zeros((self.edits, self.request.max_tokens), bool)
+        # An asynchronous scheduler may run a token beyond the last one, whose result it discards.
+        within = positions < self.rejected.shape[1]
+        self.rejected[edits[within], positions[within]] = True
+
+    def rejected_before(self, end: int) -> tuple[int, ...]:
+        """Count the tokens at positions before `end` at which each edit was rejected."""
+        if self.rejected is None:
+            return (0,) * self.edits
+        return tuple(self.rejected[:, : max(0, end)].sum(1).tolist())
+
+
+async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event at most `seconds`; return whether it is set."""
+    waiter = asyncio.ensure_future(event.wait())
+    await asyncio.wait([waiter], timeout=seconds)
+    waiter.cancel()
+    return event.is_set()
+
+
+def without_interval(intervals: list[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int]]:
+    """Cut the positions begin <= p < end out of intervals (begin, end)."""
+    parts = [part for start, stop in intervals for part in ((start, min(stop, begin)), (max(start, end), stop))]
+    return [(start, stop) for start, stop in parts if start < stop]
+
+
+def without_positions(parts: list[tuple[int, Array]], begin: int, end: int) -> list[tuple[int, Array]]:
+    """Cut the positions begin <= p < end out of (first position, values by position)."""
+    result = []
+    for first, values in parts:
+        if first < begin:
+            result.append((first, values[: begin - first]))
+        if first + len(values) > end:
+            result.append((max(first, end), values[max(0, end - first) :]))
+    return result
 
 
 class Hub:
@@ -231,6 +333,7 @@ class Hub:
         self.arrived = asyncio.Event()
         self.waiters = 0
         self.lost: TelemetryLost | None = None
+        self.ended = asyncio.Event()
 
     def bind(self, address: str) -> None:
         """Listen for the worker, whose frames are sealed with `key`, at the path of a Unix socket."""
@@ -238,7 +341,7 @@ class Hub:
 
     @property
     def closed(self) -> bool:
-        """Whether no more frames are received: telemetry is lost, or the engine process has ended."""
+        """Whether no more frames are received: telemetry is lost, or the worker has closed the channel."""
         return self.lost is not None or self.channel.disconnected
 
     def open(self, handle: int, request: wire.Request) -> Inbox:
@@ -246,12 +349,11 @@ class Hub:
         inbox = self.inboxes[handle] = Inbox(request)
         return inbox
 
-    async def listen(self) -> TelemetryLost:
-        """Receive, from time to time, the frames that no call waits for, until telemetry is lost."""
-        while self.lost is None:
+    async def listen(self) -> None:
+        """Receive, from time to time, the frames that no call waits for, until no more are received."""
+        while not self.closed:
             self.receive()
-            await asyncio.sleep(POLL_S)
-        return self.lost
+            await wait_for_event(self.ended, POLL_S)
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
@@ -268,28 +370,41 @@ class Hub:
                 loop.remove_reader(self.channel.socket)
 
     def receive(self) -> None:
-        """Receive all frames that have arrived. A lost one fails every request in flight and all that follow."""
+        """Receive all frames that have arrived. A lost one fails every request in flight and all that follow.
+
+        A frame that cannot be read, for whatever reason, is lost.
+        """
         if self.lost is None:
             try:
                 for frame in self.channel.frames():
                     self.arrived.set()
                     self.take(frame)
             except TelemetryLost as lost:
-                logger.error("telemetry lost, every request in flight fails: %s", lost)
-                self.lost = lost
-                self.arrived.set()
+                self.lose(str(lost))
+            except Exception as error:
+                self.lose(f"a telemetry frame that cannot be read: {type(error).__name__}: {error}")
         if self.closed:
+            self.ended.set()
+            self.arrived.set()
             # A socket at its end is always readable: the loop would call this function without pause.
             asyncio.get_running_loop().remove_reader(self.channel.socket)
+
+    def lose(self, cause: str) -> TelemetryLost:
+        """Receive no more frames; return the loss."""
+        logger.error("telemetry lost, every request in flight fails: %s", cause)
+        self.lost = TelemetryLost(cause)
+        return self.lost
 
     def take(self, frame: Frame) -> None:
         """Take in a frame. Its columns are read when a request needs them."""
         for capture in frame.captures:
             if inbox := self.inboxes.get(capture.handle):
                 inbox.captures.append(capture)
-        if frame.captures:
+        if frame.rejected:
+            self.note_rejected(column(frame.rejected, "<i8").reshape(-1, len(REJECTED)))
+        if frame.captures or frame.rejected:
             # Residuals are large, and a run may retain its frames for long.
-            frame = msgspec.structs.replace(frame, captures=())
+            frame = msgspec.structs.replace(frame, captures=(), rejected=b"")
         if frame.continues:
             self.extend_run(frame)
         elif frame.handles:
@@ -300,6 +415,13 @@ class Hub:
             if inbox := self.inboxes.pop(handle, None):
                 inbox.released.set()
             self.on_request_finished(handle)
+
+    def note_rejected(self, rejected: Array) -> None:
+        """Give the requests of a frame the edits [n, len(REJECTED)] that were rejected."""
+        handles, positions, edits = rejected.T
+        for handle in np.unique(handles).tolist():
+            if inbox := self.inboxes.get(handle):
+                inbox.reject(positions[handles == handle], edits[handles == handle])
 
     def extend_run(self, frame: Frame) -> None:
         """Append a frame that continues the run, or begin a new run with it where this one is full."""
@@ -314,20 +436,24 @@ class Hub:
     def begin_run(self, frame: Frame, handles: Array, starts: Array, lengths: Array) -> None:
         """Begin a run and give every request its span, in the order in which the worker writes them."""
         run = self.run = Run(frame, handles, starts, lengths)
-        edited = activations = top = 0
+        flags = statistics = activations = top = 0
         for handle, start, length in zip(handles.tolist(), starts.tolist(), lengths.tolist(), strict=True):
             if inbox := self.inboxes.get(handle):
                 unreported = inbox.unreported(start, length)
                 tokens, (sites, k) = length - unreported, inbox.top
-                ends = edited + inbox.edits, activations + tokens * inbox.watched, top + tokens * sites * k
-                columns = slice(edited, ends[0]), slice(activations, ends[1]), slice(top, ends[2])
-                inbox.begin_span(Span(run, start, length, unreported, *columns))
-                edited, activations, top = ends
+                begins = flags, statistics, activations, top
+                flags += length * inbox.flags_per_token
+                statistics += inbox.statistics_per_step
+                activations += tokens * inbox.watched
+                top += tokens * sites * k
+                ends = flags, statistics, activations, top
+                f, s, a, t = map(slice, begins, ends)
+                inbox.begin_span(Span(run, start, length, unreported, f, s, a, t))
         # A request that has values here but no inbox would shift the spans of all that follow it.
-        if (4 * edited, 4 * activations, 4 * top) != column_sizes(frame):
+        if (flags, 8 * statistics, 4 * activations, 4 * top) != column_sizes(frame):
             raise TelemetryLost("a telemetry frame with columns of other requests than those that it names")
 
 
-def column_sizes(frame: Frame) -> tuple[int, int, int]:
+def column_sizes(frame: Frame) -> tuple[int, int, int, int]:
     """Bytes of each column that is divided among requests."""
-    return len(frame.edited), len(frame.activations), len(frame.top_values)
+    return len(frame.flags), len(frame.statistics), len(frame.activations), len(frame.top_values)

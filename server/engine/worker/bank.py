@@ -12,13 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rudder.sae_models.edit import Product, by_name, edit, entry_group, sequence_condition
+from rudder.sae_models.edit import MAX_VALUE, Product, bounded_edit, by_name, entry_group, sequence_condition
+from rudder.sae_models.hookpoints import parse
 from rudder.sae_models.operations import EDIT, GATE, IDENTITY_EDIT, IDENTITY_ENTRY, TOKEN
 from rudder.sae_models.sae import SAE, Normalisation, Rows, activations
 from rudder.sae_models.sae import gain as input_gain
 from rudder.server.program.layout import Layout
 
 TRIGGER = EDIT.index("trigger")
+# Hook points whose vector is added to the residual stream, which is normalised only behind the sum.
+BRANCHES = ("attn_out", "mlp_out")
+# Limit on the input of an MLP, whose output grows with its square where it is gated.
+MAX_MLP_INPUT = 2.0**16
 NO_DICTIONARIES: Mapping[str, SAE] = MappingProxyType({})
 
 
@@ -78,12 +83,27 @@ def empty_condition(
 length_bounded_condition = cpu_operator(condition_within_length, empty_condition)
 
 
+def value_limit(layout: Layout, site: str, dtype: torch.dtype) -> float:
+    """Return the limit on the values that leave a site of a model in `dtype`.
+
+    Behind all edits of a token the residual stream stays within half of what `dtype` can represent: a quarter where
+    the stream itself is edited, and a quarter for the edits of all branches together. The model has the other half.
+    """
+    stream = min(MAX_VALUE, torch.finfo(dtype).max / 4)
+    _, point = parse(site)
+    if point == "mlp_in":
+        return min(stream, MAX_MLP_INPUT)
+    branches = sum(parse(other)[1] in BRANCHES for other in layout.sites)
+    return stream / branches if point in BRANCHES else stream
+
+
 class Sequences(nn.Module):
     """Sequence state of each stage and slot, for the one gate that a program may have; shared by all sites.
 
     state [S, slots], latched [S, slots] and ring [S, slots, window] are as they were before the step; is_open and the
     token_* buffers [S, max tokens] as they are after each of its tokens. max_length []: most tokens in this step of one
-    request with a sequence condition; 0: there is no such request.
+    request with a sequence condition; 0: there is no such request. rejections []: counts up in every step and at every
+    site at which an edit was rejected.
     """
 
     state: Tensor
@@ -94,6 +114,7 @@ class Sequences(nn.Module):
     token_alarms: Tensor
     token_score: Tensor
     max_length: Tensor
+    rejections: Tensor
 
     def __init__(self, layout: Layout, max_tokens: int, device: torch.device) -> None:
         super().__init__()
@@ -111,7 +132,8 @@ class Sequences(nn.Module):
         buffer("token_state", max_tokens, dtype=torch.float64)
         buffer("token_alarms", max_tokens, dtype=torch.int64)
         buffer("token_score", max_tokens, dtype=torch.float64)
-        self.register_buffer("max_length", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        for scalar in ("max_length", "rejections"):
+            self.register_buffer(scalar, torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 
 
 class SiteBank(nn.Module):
@@ -119,8 +141,9 @@ class SiteBank(nn.Module):
 
     encoder, decoder [K, d], bias, threshold [K]: the rows. edits [S, E, len(EDIT), K] and entries [S, E, len(ENTRY)].
     token [len(TOKEN), max tokens]: shared by all sites. extent []: one more than the highest row place in use.
-    activations [max tokens, K] before any edit; edited [S, max tokens, K]: rows that edited a token; before, after
-    [capture tokens, d]: residuals around the edits.
+    activations [max tokens, K] before any edit; edited, rejected [S, max tokens, K]: rows that edited a token, and
+    rows whose edit was rejected with all others of the token; before, after [capture tokens, d]: residuals around the
+    edits. limit: on the values that leave the site.
     """
 
     encoder: Tensor
@@ -135,6 +158,7 @@ class SiteBank(nn.Module):
     column: Tensor
     activations: Tensor
     edited: Tensor
+    rejected: Tensor
     before: Tensor
     after: Tensor
     layer_input: Tensor
@@ -148,9 +172,14 @@ class SiteBank(nn.Module):
         token: Tensor,
         sequences: Sequences,
         dictionaries: Mapping[str, SAE] = NO_DICTIONARIES,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`dictionaries`: SAEs of this site whose activations need more than a row (a selection, a normalisation)."""
+        """`dictionaries`: SAEs of this site whose activations need more than a row (a selection, a normalisation).
+
+        `dtype`: of the model, whose range the edited values must not leave.
+        """
         super().__init__()
+        self.limit = value_limit(layout, site, dtype)
         self.site, self.width, self.stages = site, width, layout.stages
         self.on_cpu = token.device.type == "cpu"
         self.keeps_sequences = layout.keeps_sequences(site)
@@ -171,7 +200,8 @@ class SiteBank(nn.Module):
         buffer("entries", torch.tensor(IDENTITY_ENTRY, dtype=torch.float64).repeat(layout.stages, entries, 1))
         self.register_buffer("token", token, persistent=False)
         buffer("activations", torch.zeros(max_tokens, rows))
-        buffer("edited", torch.zeros(layout.stages, max_tokens, rows, dtype=torch.bool))
+        for flags in ("edited", "rejected"):
+            buffer(flags, torch.zeros(layout.stages, max_tokens, rows, dtype=torch.bool))
         # The graph writes the residuals of every token, so that it does not depend on what is captured: tokens that no
         # request captures all write to index 0.
         captured = 1 + (layout.capture_tokens or max_tokens)
@@ -191,6 +221,14 @@ class SiteBank(nn.Module):
         """Allocate a buffer [max tokens, d] for the layer's input: a site behind the attention branch adds to it."""
         shape = len(self.activations), self.width
         self.register_buffer("layer_input", self.activations.new_zeros(shape), persistent=False)
+
+    def reject(self, tokens: Tensor) -> None:
+        """Count the edits of tokens [T], bool, as rejected: what the model made of them is not finite."""
+        edited, rejected = self.edited[:, : len(tokens)], self.rejected[:, : len(tokens)]
+        lost = edited & tokens[:, None]
+        rejected.logical_or_(lost)
+        edited.logical_and_(~lost)
+        self.sequences.rejections.add_(lost.any())
 
     def fill(self, places: Tensor, rows: Rows, name: str, latents: Tensor) -> None:
         """Load row places [n] with latents [n] of the bundle `name`, or with a client's own rows if it is empty."""
@@ -245,10 +283,14 @@ class SiteBank(nn.Module):
             entry = self.entries[stage, columns["entry"]]
             edits = self.edits[stage, columns["entry"]]
             is_open = self.gate(stage, f, edits, entry, token)
-            move, edited = edit(y, f, self.decoder, edits, entry, is_open, gain, self.product(inner=True))
+            move, edited, rejected = bounded_edit(
+                y, f, self.decoder, edits, entry, is_open, gain, self.product(inner=True), self.limit
+            )
             y = y + move
             displacement = displacement + move
             self.edited[stage, :tokens].copy_(edited)
+            self.rejected[stage, :tokens].copy_(rejected)
+            self.sequences.rejections.add_(rejected.any())
         self.before.index_copy_(0, columns["capture"], x)
         self.after.index_copy_(0, columns["capture"], y)
         return displacement

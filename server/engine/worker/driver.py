@@ -38,6 +38,7 @@ class RequestState:
 
     start, length, offset: first position, tokens and batch index of its last step; saved_states: sequence states of
     that step's tokens, while the request is left out of later steps. All four only for sequence conditions.
+    capture_end: position after the last token whose residuals were captured, up to the last change of the batch.
     """
 
     handle: int
@@ -47,6 +48,7 @@ class RequestState:
     length: int = 0
     offset: int = 0
     saved_states: tuple[Tensor, Tensor, Tensor] | None = None
+    capture_end: int = 0
 
     def __post_init__(self) -> None:
         gates = [site.gate for stage in self.request.stages for site in stage if site.gate]
@@ -72,15 +74,25 @@ class Batch:
         self.reports_prompt = np.array([bool(r and r.request.watch_prompt) for r in requests])
         self.captured = np.array([captured_tokens(r) for r in requests], np.int64)
         self.captures = bool(self.captured.any())
+        self.capture_end = np.array([r.capture_end if r else 0 for r in requests], np.int64)
+        self.edits = bool(self.slot.any())
         self.gated = any(r.gated for r in requests if r)
         self.in_sequence = [(index, r) for index, r in enumerate(requests) if r and r.in_sequence]
+
+    def save_captures(self) -> None:
+        """Note in the requests up to where their residuals have been captured, before another batch runs."""
+        for request, end in zip(self.requests if self.captures else (), self.capture_end.tolist(), strict=False):
+            if request:
+                request.capture_end = end
 
 
 @dataclass
 class Step:
     """One step: its batch, and the first position and number of tokens of each request [R].
 
-    capture [tokens]: each token's index in the capture buffers, 0 for none. decode_steps: steps since this one in which
+    capture_begin [R]: position of the first token whose residuals have not been captured before: what a preempted
+    request computes again was reported. capture [tokens]: each token's index in the capture buffers, 0 for none.
+    decode_steps: steps since this one in which
     the batch decoded one more token of each request. counts: the COUNT column on the device, [tokens].
     """
 
@@ -93,6 +105,8 @@ class Step:
 
     def __post_init__(self) -> None:
         self.offsets = np.cumsum(self.lengths) - self.lengths
+        self.capture_begin = self.batch.capture_end.copy()
+        self.computes_again = bool((self.starts < self.capture_begin).any())
         self.tokens = int(self.lengths.sum())
         # One token of each request, all of them generated.
         self.decodes = bool((self.lengths == 1).all() and (self.starts >= self.batch.prompt).all())
@@ -104,7 +118,10 @@ class Step:
 
     def is_next_decode_step(self, starts: Ints, lengths: Ints) -> bool:
         """Whether these are the next tokens of its requests: then only their counts change, by one."""
-        return self.decodes and int(lengths.sum()) == len(lengths) and np.array_equal(starts, self.starts + 1)
+        if self.computes_again or not self.decodes:
+            # Of tokens that were captured before, the next ones may not have been.
+            return False
+        return int(lengths.sum()) == len(lengths) and np.array_equal(starts, self.starts + 1)
 
     def unreported(self) -> Ints:
         """Count, for each request, the prompt tokens at the front of its part that are not reported."""
@@ -192,6 +209,7 @@ class Driver:
             # A token whose program has no gate must not read that of the token which was here before it.
             self.sequences.is_open.fill_(True)
         if batch.request_ids != list(request_ids):
+            batch.save_captures()
             batch = Batch(request_ids, [self.requests.get(request_id) for request_id in request_ids])
         self.update_sequence_state(batch, starts)
         if batch is last.batch and last.is_next_decode_step(starts, lengths):
@@ -201,6 +219,8 @@ class Driver:
             last.counts.add_(1)
         else:
             self.step = self.write_tokens(Step(batch, starts, lengths))
+        if batch.captures:
+            np.maximum(batch.capture_end, starts + lengths, out=batch.capture_end)
         for index, state in batch.in_sequence:
             state.start, state.length = int(starts[index]), int(lengths[index])
             state.offset = int(self.step.offsets[index])
@@ -280,13 +300,13 @@ class Driver:
 def token_columns(step: Step) -> Ints:
     """Compute the TOKEN columns [len(TOKEN), tokens] of a step."""
     batch, lengths = step.batch, step.lengths
-    slot, prompt, bos, captured, first, start = np.repeat(
-        np.stack([batch.slot, batch.prompt, batch.bos, batch.captured, step.starts, step.offsets]), lengths, axis=1
-    )
+    per_request = batch.slot, batch.prompt, batch.bos, batch.captured, step.capture_begin, step.starts, step.offsets
+    slot, prompt, bos, captured, capture_begin, first, start = np.repeat(np.stack(per_request), lengths, axis=1)
     position = np.arange(step.tokens) - start + first
     generated = position >= prompt
     entry = np.where((bos > 0) & (position == 0), 0, 2 * slot + generated)
-    is_captured = (captured == Captured.ALL) | ((captured == Captured.GENERATED) & generated)
+    wanted = (captured == Captured.ALL) | ((captured == Captured.GENERATED) & generated)
+    is_captured = wanted & (position >= capture_begin)
     capture = np.where(is_captured, np.cumsum(is_captured), 0)
     columns = {"entry": entry, "slot": slot, "start": start, "count": position + 1 - bos, "capture": capture}
     return np.stack([columns[name] for name in TOKEN])

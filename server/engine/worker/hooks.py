@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rudder.sae_models.errors import UserError
@@ -40,7 +41,7 @@ def attach(bank: SiteBank, layers: nn.ModuleList) -> None:
         hook_layer_input(layer, bank)
         return
     if point == "mlp_in":
-        hook_mlp_input(branch(layer, point, bank.site), bank)
+        hook_mlp_input(branch(layer, point, bank.site), branch(layer, "mlp_out", bank.site), bank)
         return
     if point == "resid_mid":
         hook_middle(layer, branch(layer, "attn_out", bank.site), bank)
@@ -149,18 +150,38 @@ def hook_middle(layer: nn.Module, attention: nn.Module, bank: SiteBank) -> None:
     attention.register_forward_hook(after)
 
 
-def hook_mlp_input(module: nn.Module, bank: SiteBank) -> None:
-    """Edit the first argument of an MLP."""
+def hook_mlp_input(module: nn.Module, output_module: nn.Module, bank: SiteBank) -> None:
+    """Edit the first argument of an MLP. `output_module`: the one whose output is added to the residual stream.
+
+    In float16 no bound on the input keeps the MLP's own products finite. What it makes of an edited token is left out
+    where it is not finite, and the edit counts as rejected.
+    """
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (steered(bank, args[0]), *args[1:])
 
+    def finite(_module: nn.Module, _args: Any, output: Any) -> Any:
+        hidden, *rest = (output,) if isinstance(output, Tensor) else output
+        if hidden.dtype != torch.float16:
+            return output
+        flat = hidden.reshape(-1, bank.width)
+        lost = ~flat.isfinite().all(1) & bank.edited[:, : len(flat)].any(0).any(1)
+        bank.reject(lost)
+        kept = torch.where(lost[:, None], 0.0, flat).reshape(hidden.shape)
+        return kept if isinstance(output, Tensor) else (kept, *rest)
+
     module.add_module("rudder_mlp_in", bank)
     module.register_forward_pre_hook(hook)
+    output_module.register_forward_hook(finite)
 
 
 def steered(bank: SiteBank, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
     """Add the bank's displacement to `hidden`: in float32, so that it is rounded only once."""
     x = hidden.float() if residual is None else hidden.float() + residual.float()
     move: Tensor = bank(x.reshape(-1, bank.width)).reshape(hidden.shape)
-    return (hidden.float() + move).to(hidden.dtype)
+    edited = hidden.float() + move
+    if hidden.dtype == torch.float16:
+        # The bank bounds the sum, of which either part alone may leave the range. What arrives infinite stays so.
+        bound = torch.finfo(hidden.dtype).max
+        edited = torch.where(hidden.isfinite(), edited.clamp(-bound, bound), edited)
+    return edited.to(hidden.dtype)

@@ -14,17 +14,25 @@ from torch import Tensor
 
 from rudder.sae_models.sae import SAE
 from rudder.sae_models.sparse.screening import ScreeningDictionary, top_k_latents
-from rudder.server.engine.telemetry.frame import PINNED, Array, Capture, Frame
+from rudder.server.engine.telemetry.frame import PINNED, REJECTED, Array, Capture, Frame
 from rudder.server.engine.worker.bank import SiteBank
-from rudder.server.engine.worker.driver import RequestState, Step
+from rudder.server.engine.worker.driver import Ints, RequestState, Step
+from rudder.server.program import wire
 
 # By (site number, stage): (indices into the buffer, indices into the column), one pair of arrays per request.
 IndexParts = dict[tuple[int, int], list[tuple[Array, Array]]]
 
 
+# Site number of the buffer of open gates, which all sites share.
+GATES = -1
+
+
 @dataclass(frozen=True)
 class ColumnIndex:
-    """Where a column's values are: `index` into the flat buffer of a site and stage, to be written at `target`."""
+    """Where a column's values are: `index` into the flat buffer of a site and stage, to be written at `target`.
+
+    Site GATES: the buffer of open gates.
+    """
 
     site: int
     stage: int
@@ -39,8 +47,9 @@ class ColumnIndices:
     key: tuple[object, ...]
     activations: tuple[ColumnIndex, ...]
     activations_size: int
-    edited: tuple[ColumnIndex, ...]
-    edited_size: int
+    flags: tuple[ColumnIndex, ...]
+    flags_size: int
+    statistics: tuple[Array, Array]
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,9 @@ class Reader:
         self.banks = banks
         self.dictionaries: dict[int, Readable] = {}
         self.pinned: dict[int, list[int]] = {}
-        self.indices = ColumnIndices((), (), 0, (), 0)
+        self.indices = ColumnIndices((), (), 0, (), 0, statistic_indices(Step()))
+        # The count of rejections in the banks after the last frame.
+        self.rejections = 0
         # The step of the last frame, and how many decode steps it had then.
         self.last_frame: tuple[Step, int] = Step(), -1
 
@@ -78,13 +89,15 @@ class Reader:
             handles=b"" if continues else packed(step.batch.handles, "<i8"),
             starts=b"" if continues else packed(step.starts, "<i4"),
             lengths=b"" if continues else packed(step.lengths, "<i4"),
-            edited=self.edited(indices, step).tobytes(),
+            flags=self.flags(indices, step).tobytes(),
+            statistics=self.statistics(indices),
             activations=self.activations(indices, step).tobytes(),
             top_values=top_values,
             top_latents=top_latents,
             captures=tuple(self.captures(step)),
             pinned=self.totals(step).tobytes(),
             released=packed(released, "<i8"),
+            rejected=self.rejected(step).tobytes(),
         )
 
     def indices_of(self, step: Step) -> ColumnIndices:
@@ -93,7 +106,9 @@ class Reader:
         key = (step.batch, None if step.decodes else (step.lengths.tobytes(), step.unreported().tobytes()))
         if key != self.indices.key:
             places = self.banks[0].activations.shape[1]
-            self.indices = ColumnIndices(key, *activation_indices(step, places), *edit_indices(step, places))
+            self.indices = ColumnIndices(
+                key, *activation_indices(step, places), *flag_indices(step, places), statistic_indices(step)
+            )
         return self.indices
 
     def activations(self, indices: ColumnIndices, step: Step) -> Array:
@@ -104,14 +119,51 @@ class Reader:
             column[part.target] = values.reshape(-1).take(part.index)
         return column
 
-    def edited(self, indices: ColumnIndices, step: Step) -> Array:
-        """The column of tokens that each edit edited in this step, int32."""
-        column = np.empty(indices.edited_size, "<i4")
-        for part in indices.edited:
-            flags = to_host(self.banks[part.site].edited[part.stage, : step.tokens])
-            counts = flags if step.decodes else np.add.reduceat(flags, step.offsets, axis=0, dtype=np.int32)
-            column[part.target] = counts.reshape(-1).take(part.index)
+    def flags(self, indices: ColumnIndices, step: Step) -> Array:
+        """The column of edited tokens and open gates, bool."""
+        # Of BOS, at which no gate is evaluated, nothing is written.
+        column = np.zeros(indices.flags_size, bool)
+        for part in indices.flags:
+            buffer = self.banks[0].sequences.is_open if part.site == GATES else self.banks[part.site].edited
+            column[part.target] = to_host(buffer[part.stage, : step.tokens]).reshape(-1).take(part.index)
         return column
+
+    def rejected(self, step: Step) -> Array:
+        """The column of rejected edits, int64 [edits rejected, len(REJECTED)]."""
+        before, self.rejections = self.rejections, self.count_rejections(step)
+        records: list[Array] = []
+        if self.rejections == before:
+            return np.zeros((0, len(REJECTED)), "<i8")
+        for state, start, offset, length in zip(step.requests, step.starts, step.offsets, step.lengths, strict=True):
+            if state:
+                records += self.rejected_of(state, int(start), slice(offset, offset + length))
+        return np.concatenate(records).astype("<i8")
+
+    def rejected_of(self, state: RequestState, start: int, tokens: slice) -> list[Array]:
+        """The records of one request, whose tokens in the batch begin at position `start`."""
+        records, number = [], 0
+        for stage, sites in enumerate(state.request.stages):
+            for site in sites:
+                places = edited_places(state, site)
+                flags = to_host(self.banks[site.site].rejected[stage, tokens])[:, places]
+                token, edit = flags.nonzero()
+                handles = np.full_like(token, state.handle)
+                columns = {"handle": handles, "position": start + token, "edit": number + edit}
+                records.append(np.stack([columns[name] for name in REJECTED], 1))
+                number += len(places)
+        return records
+
+    def count_rejections(self, step: Step) -> int:
+        """The banks' count of rejections; not read where no request of the batch has an edit."""
+        return int(self.banks[0].sequences.rejections) if step.batch.edits else self.rejections
+
+    def statistics(self, indices: ColumnIndices) -> bytes:
+        """The column of sequence conditions' statistics, float64."""
+        stages, tokens = indices.statistics
+        if not len(stages):
+            return b""
+        state = self.banks[0].sequences.token_state
+        return to_host(state[:, : int(tokens.max()) + 1])[stages, tokens].astype("<f8").tobytes()
 
     def top(self, step: Step) -> tuple[bytes, bytes]:
         """The columns (latents, values) of the top-k latents of each token, over the whole dictionary.
@@ -121,34 +173,48 @@ class Reader:
         readers = capturing_requests(step)
         if not readers:
             return b"", b""
-        sites = sorted({site for state, _ in readers for site in state.request.top_k_sites})
-        max_k = max(state.request.top_k for state, _ in readers)
-        captured = slice(1, 1 + int(step.capture.max()))
+        sites = sorted({site for state, *_ in readers for site in state.request.top_k_sites})
+        max_k = max(state.request.top_k for state, *_ in readers)
+        captured = slice(0, 1 + int(step.capture.max()))
         top = {site: self.strongest(self.dictionaries[site], captured, max_k) for site in sites}
         parts = [
-            [values[indices - 1, : state.request.top_k].tobytes() for values in top[site]]
-            for state, indices in readers
+            [values[indices[unreported:], : state.request.top_k].tobytes() for values in top[site]]
+            for state, indices, unreported in readers
             for site in state.request.top_k_sites
         ]
         return b"".join(latents for latents, _ in parts), b"".join(values for _, values in parts)
 
     def strongest(self, dictionary: Readable, captured: slice, k: int) -> tuple[Array, Array]:
-        """(latents, values) [n, k] of the captured tokens; a routed dictionary reads several sites at once."""
+        """(latents, values) [n, k] of the captured tokens; a routed dictionary reads several sites at once.
+
+        Index 0, at which tokens are written that nobody captures, has none; nor has a token that is not finite, of
+        which screening would take every latent for a candidate.
+        """
         residuals = [self.banks[site].before[captured] for site in dictionary.sites]
-        return top_k_latents(dictionary.screen, residuals[0] if len(residuals) == 1 else torch.stack(residuals, -2), k)
+        x = residuals[0] if len(residuals) == 1 else torch.stack(residuals, -2)
+        known = x.isfinite().flatten(1).all(1)
+        known[0] = False
+        latents, values = np.zeros((len(x), k), np.int32), np.zeros((len(x), k), np.float32)
+        if known.any():
+            index = to_host(known)
+            latents[index], values[index] = top_k_latents(dictionary.screen, x[known], k)
+        return latents, values
 
     def captures(self, step: Step) -> list[Capture]:
         """Residuals of the requests that capture them."""
         captures = []
-        for state, indices in capturing_requests(step):
+        for state, indices, _ in capturing_requests(step):
             for site, bank in enumerate(self.banks if state.request.capture else ()):
-                index = torch.from_numpy(indices)
+                index = torch.from_numpy(indices[indices > 0])
                 before, after = (to_host(t[index]).tobytes() for t in (bank.before, bank.after))
                 captures.append(Capture(state.handle, site, before, after))
         return captures
 
     def totals(self, step: Step) -> NDArray[np.float64]:
-        """Totals of the pinned rows over the step [pinned rows, len(PINNED)], without the tokens at position 0."""
+        """Totals of the pinned rows over the step [pinned rows, len(PINNED)].
+
+        Without the tokens at position 0, and those whose residuals are not finite.
+        """
         if not self.pinned:
             return np.zeros((0, len(PINNED)))
         counted = np.ones(step.tokens, bool)
@@ -156,6 +222,8 @@ class Reader:
         parts = []
         for site, places in self.pinned.items():
             f = to_host(self.banks[site].activations[: step.tokens])[:, places][counted]
+            # A sum that is once infinite stays so.
+            f = f[np.isfinite(f).all(1)]
             columns = {
                 "active_tokens": (f > 0).sum(0),
                 "tokens": np.full(len(places), len(f)),
@@ -190,22 +258,52 @@ def activation_indices(step: Step, places_per_bank: int) -> tuple[tuple[ColumnIn
     return joined(parts), size
 
 
-def edit_indices(step: Step, places_per_bank: int) -> tuple[tuple[ColumnIndex, ...], int]:
-    """Indices and size of the `edited` column: per request and site, one count for each edit, then the blend's."""
+def flag_indices(step: Step, places_per_bank: int) -> tuple[tuple[ColumnIndex, ...], int]:
+    """Indices and size of the `flags` column: per request, [tokens, edits + gates].
+
+    The edits of each site are followed by its blend; the gates come behind all edits.
+    """
     parts: IndexParts = {}
     size = 0
-    for number, state in enumerate(step.requests):
+    for state, first, start, length in zip(step.requests, step.offsets, step.starts, step.lengths, strict=True):
         if state is None:
             continue
-        for stage, sites in enumerate(state.request.stages):
-            for site in sites:
-                rows = [e.row for e in site.edits] + ([site.blend.row] if site.blend else [])
-                places = state.places(site)
-                index = number * places_per_bank + np.array([places[row] for row in rows], np.int64)
-                target = np.arange(size, size + len(rows))
-                parts.setdefault((site.site, stage), []).append((index, target))
-                size += len(rows)
-    return joined(parts), size
+        gates = state.request.gates()
+        stages = enumerate(state.request.stages)
+        edited = [(stage, site, edited_places(state, site)) for stage, sites in stages for site in sites]
+        width, before = sum(len(places) for _, _, places in edited) + len(gates), 0
+        tokens = np.arange(length)[:, None]
+        for stage, site, places in edited:
+            index = (first + tokens) * places_per_bank + places
+            target = size + tokens * width + before + np.arange(len(places))
+            parts.setdefault((site.site, stage), []).append((index.reshape(-1), target.reshape(-1)))
+            before += len(places)
+        # No gate is evaluated at BOS.
+        evaluated = np.arange(int(bool(state.request.bos and start == 0)), length)
+        for number, (stage, _) in enumerate(gates, before):
+            parts.setdefault((GATES, stage), []).append((first + evaluated, size + evaluated * width + number))
+        size += length * width
+    return joined(parts), int(size)
+
+
+def edited_places(state: RequestState, site: wire.Site) -> Ints:
+    """Row places of a site's edits, then of its blend."""
+    rows = [edit.row for edit in site.edits] + ([site.blend.row] if site.blend else [])
+    places = state.places(site)
+    return np.array([places[row] for row in rows], np.int64)
+
+
+def statistic_indices(step: Step) -> tuple[Array, Array]:
+    """(stages, tokens) of the `statistics` column: each gate with a sequence condition at its request's last token."""
+    pairs = [
+        (stage, last)
+        for state, last in zip(step.requests, step.offsets + step.lengths - 1, strict=True)
+        if state
+        for stage, gate in state.request.gates()
+        if gate.sequence
+    ]
+    stages, tokens = np.array(pairs, np.int64).reshape(-1, 2).T
+    return stages, tokens
 
 
 def joined(parts: IndexParts) -> tuple[ColumnIndex, ...]:
@@ -220,16 +318,21 @@ def as_slice(target: Array) -> Array | slice:
     return slice(int(target[0]), int(target[-1]) + 1) if consecutive else target
 
 
-def capturing_requests(step: Step) -> list[tuple[RequestState, Array]]:
-    """The requests that read residuals, and the indices of their tokens in the capture buffers."""
-    requests: list[tuple[RequestState, Array]] = []
+def capturing_requests(step: Step) -> list[tuple[RequestState, Array, int]]:
+    """The requests that read residuals, their tokens' indices in the capture buffers, and how many are not reported.
+
+    Index 0: nobody captures the token. Behind the unreported ones, it was captured and reported before its request was
+    preempted, and what is reported now is not read.
+    """
     if not step.batch.captures:
-        return requests
-    for state, offset, length in zip(step.requests, step.offsets, step.lengths, strict=True):
-        if state and state.request.reads:
-            indices = step.capture[offset : offset + length]
-            requests.append((state, indices[indices > 0]))
-    return requests
+        return []
+    return [
+        (state, step.capture[offset : offset + length], int(unreported))
+        for state, offset, length, unreported in zip(
+            step.requests, step.offsets, step.lengths, step.unreported(), strict=True
+        )
+        if state and state.request.reads
+    ]
 
 
 def packed(values: object, dtype: str) -> bytes:

@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from multiprocessing import parent_process
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -12,19 +14,22 @@ from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.operations import TOKEN
 from rudder.sae_models.sae import SAE
 from rudder.sae_models.sparse.screening import prepare_screening
+from rudder.server.engine.parent import end_with_parent
 from rudder.server.engine.telemetry.channel import Sender
 from rudder.server.engine.worker import runners
 from rudder.server.engine.worker.bank import Sequences, SiteBank
 from rudder.server.engine.worker.driver import Driver, Step
 from rudder.server.engine.worker.hooks import attach, decoder_layers
 from rudder.server.engine.worker.reader import Readable, Reader
+from rudder.server.engine.worker.witness import Witness
 from rudder.server.program import wire
 from rudder.server.program.layout import Layout
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
-PINNED_REQUEST = "pinned"
+# Of the rows that are held as long as the engine lives, here and in the server's ledger.
+PINNED_REQUEST, PINNED_HANDLE = "pinned", 0
 logger = logging.getLogger(__name__)
 
 
@@ -37,24 +42,44 @@ class SteeringWorker:
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then hook the banks, before anything is compiled."""
+        if (parent := parent_process()) and parent.pid:
+            end_with_parent(parent.pid)
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         log_like_vllm()
         config = self.vllm_config
         layout = Layout.from_additional_config(config.additional_config)
         layers = decoder_layers(self.model_runner.get_model(), config.model_config.hf_text_config.num_hidden_layers)
         device = self.model_runner.device
-        dictionaries = {site: load_dictionary(path, sha256, device) for site, path, sha256 in layout.dictionaries}
+        self.bundles = {name: load_bundle(name, path, device) for name, path, _ in layout.bundles}
+        whole = {path: site for site, path, _ in layout.dictionaries}
+        dictionaries = {
+            whole[path]: {name: self.bundles[name].sae} for name, path, _ in layout.bundles if path in whole
+        }
         width, tokens = config.model_config.get_hidden_size(), runners.padded_tokens(config)
-        banks = build_banks(layout, width, tokens, device, dictionaries)
+        banks = build_banks(layout, width, tokens, device, dictionaries, config.model_config.dtype)
         for bank in banks:
             attach(bank, layers)
         self.driver, self.reader = Driver(layout, banks), Reader(banks)
+        for name, bundle in self.bundles.items():
+            self.serve_bundle(name, bundle)
         self.sender: Sender | None = None
         self.released: list[int] = []
         runners.install(self.model_runner, self.driver.write_token_metadata)
         logger.info(
             "bank attached at %s: %d row places per site, %d slots, %d bytes on %s",
             ", ".join(layout.sites), layout.rows, layout.slots, bytes_of(banks), device,
+        )  # fmt: skip
+
+    def serve_bundle(self, name: str, bundle: bundles.Bundle) -> None:
+        """Make a bundle's latents available as rows and its dictionary as a whole."""
+        self.driver.load_sae(name, bundle.sae)
+        sites = [self.driver.layout.sites.index(site) for site in bundle.manifest.sites]
+        screen = prepare_screening(bundle.sae)
+        self.reader.dictionaries[sites[0]] = Readable(screen, sites)
+        copies = 0 if isinstance(screen, SAE) else tensor_bytes(screen)
+        logger.info(
+            "bundle %s: %d bytes, and %d bytes for screening, on %s",
+            name, tensor_bytes(bundle.sae), copies, bundle.sae.encoder.device,
         )  # fmt: skip
 
     def execute_model(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
@@ -75,26 +100,20 @@ class SteeringWorker:
             self.driver.finish(request_id)
         for new in scheduler_output.scheduled_new_reqs:
             payload = ((new.sampling_params and new.sampling_params.extra_args) or {}).get(wire.EXTRA_ARG)
-            if payload:
-                self.driver.admit(new.req_id, handle_of(new.req_id), wire.decode(payload))
-        return [handle_of(request_id) for request_id in scheduler_output.finished_req_ids]
+            handle = handle_of(new.req_id)
+            if payload and handle is not None:
+                self.driver.admit(new.req_id, handle, wire.decode(payload))
+        handles = map(handle_of, scheduler_output.finished_req_ids)
+        return [handle for handle in handles if handle is not None]
 
-    def rudder_load(self, paths: dict[str, str]) -> dict[str, str]:
-        """Load bundles from their folders by name; return their SHA-256, which the server compares with its own."""
-        layout = self.driver.layout
-        loaded = {name: bundles.load(Path(path)) for name, path in paths.items()}
-        for name, bundle in loaded.items():
-            sae = bundle.sae.to(self.model_runner.device)
-            self.driver.load_sae(name, sae)
-            sites = [layout.sites.index(site) for site in bundle.manifest.sites]
-            self.reader.dictionaries[sites[0]] = Readable(prepare_screening(sae), sites)
-        logger.info("bundles loaded: %s", ", ".join(loaded) or "none")
-        return {name: bundle.sha256 for name, bundle in loaded.items()}
+    def rudder_bundles(self) -> dict[str, str]:
+        """The SHA-256 of each bundle that was loaded with the model, which the server compares with its own."""
+        return {name: bundle.sha256 for name, bundle in self.bundles.items()}
 
     def rudder_pin(self, payload: bytes) -> None:
         """Hold a request's watched rows as long as the engine runs, and total their activations over all requests."""
         request = wire.decode(payload)
-        self.driver.admit(PINNED_REQUEST, 0, request)
+        self.driver.admit(PINNED_REQUEST, PINNED_HANDLE, request)
         state = self.driver.requests[PINNED_REQUEST]
         self.reader.pinned = {site.site: [state.places(site)[row] for row in site.watch] for site in request.stages[0]}
 
@@ -108,6 +127,26 @@ class SteeringWorker:
         """Whether the worker knows this request."""
         return handle in self.driver.ledger.leases
 
+    def rudder_witness(self, boundaries: tuple[int, ...]) -> dict[tuple[int, int], bytes]:
+        """Record the residual stream in front of these layers from now on, the model running eagerly; with none, stop.
+
+        Returns what was recorded before, by (request handle, layer).
+        """
+        witness, self.witness = getattr(self, "witness", None), None
+        recorded = witness.detach() if witness else {}
+        if boundaries:
+            model, text = self.model_runner.get_model(), self.vllm_config.model_config.hf_text_config
+            layers = decoder_layers(model, text.num_hidden_layers)
+            self.witness = Witness(layers, self.driver.banks[0].width, self.batch_spans)
+            self.witness.attach(model, boundaries)
+        return recorded
+
+    def batch_spans(self) -> list[tuple[int, int, int]]:
+        """(handle, batch index of the first token, tokens) of each request in this step."""
+        step = self.driver.step
+        columns = (step.batch.handles, step.offsets, step.lengths)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
     def rudder_usage(self) -> dict[str, Any]:
         """Count slots and row places held and requests known: all 0, but for pinned rows, when none is in flight."""
         ledger = self.driver.ledger
@@ -115,12 +154,18 @@ class SteeringWorker:
         return {"slots": ledger.slots_used, "rows": rows, "requests": len(self.driver.requests)}
 
 
-def load_dictionary(path: str, sha256: str, device: torch.device) -> dict[str, SAE]:
-    """Load the SAE of a bundle, by its name. BundleError: the bundle is not the one that the server checked."""
-    bundle = bundles.open_unverified(Path(path))
-    if bundle.sha256 != sha256:
+def load_bundle(name: str, path: str, device: torch.device) -> bundles.Bundle:
+    """Load a bundle that the server has checked, its SAE on the device. Raises BundleError if it has changed since."""
+    bundle = bundles.load(Path(path))
+    if bundle.manifest.name != name:
         raise bundles.BundleError(f"{path}: changed since the server read it")
-    return {bundle.manifest.name: bundle.sae.to(device)}
+    return replace(bundle, sae=bundle.sae.to(device))
+
+
+def tensor_bytes(holder: Any) -> int:
+    """Bytes of a dataclass's own tensors."""
+    values = (getattr(holder, field.name) for field in fields(holder))
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
 def build_banks(
@@ -129,12 +174,17 @@ def build_banks(
     max_tokens: int,
     device: torch.device,
     dictionaries: Mapping[str, Mapping[str, SAE]] = MappingProxyType({}),
+    dtype: torch.dtype = torch.float32,
 ) -> list[SiteBank]:
-    """Build the banks of all sites over shared token metadata and state; `dictionaries`: SAEs held whole, by site."""
+    """Build the banks of all sites over shared token metadata and state.
+
+    `dictionaries`: SAEs held whole, by site; `dtype`: of the model.
+    """
     token = torch.zeros(len(TOKEN), max_tokens, dtype=torch.int32, device=device)
     sequences = Sequences(layout, max_tokens, device)
     return [
-        SiteBank(layout, site, width, max_tokens, token, sequences, dictionaries.get(site, {})) for site in layout.sites
+        SiteBank(layout, site, width, max_tokens, token, sequences, dictionaries.get(site, {}), dtype)
+        for site in layout.sites
     ]
 
 
@@ -144,10 +194,13 @@ def bytes_of(banks: Sequence[SiteBank]) -> int:
     return sum(buffer.nbytes for buffer in buffers.values())
 
 
-def handle_of(request_id: str) -> int:
-    """Parse the server's handle, which it writes in front of the engine's request id; 0 if there is none."""
+def handle_of(request_id: str) -> int | None:
+    """Parse the server's handle, which it writes in front of the engine's request id.
+
+    None for a request that is not the server's: vLLM's own, with which it warms up. Nor is PINNED_HANDLE a request's.
+    """
     number = request_id.split("-", 1)[0]
-    return int(number) if number.isdecimal() else 0
+    return int(number) or None if number.isdecimal() else None
 
 
 def log_like_vllm() -> None:

@@ -3,10 +3,13 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 from google.protobuf import json_format
 
@@ -187,6 +190,101 @@ def test_chunks_join_columns_with_names() -> None:
     assert chunk.finish_reason == "stop"
     assert [p.feature.index for p in chunk.pooled] == [9, 4]
     assert chunk.usage is None
+
+
+def test_second_at_keeps_what_the_first_set() -> None:
+    program = Program().at(SITE, restore_norm=True, max_displacement=0.5).ablate(1).at("layers.3.mlp_out").ablate(2)
+    (edits, _) = program.at(SITE).ablate(3).message.sites
+    assert (edits.restore_norm, edits.max_displacement, len(edits.edits)) == (True, 0.5, 2)
+    (edits, _) = program.at(SITE, max_displacement=0.25).message.sites
+    assert (edits.restore_norm, edits.max_displacement) == (True, 0.25)
+    (edits, _) = program.at(SITE, restore_norm=False).message.sites
+    assert (edits.restore_norm, edits.max_displacement) == (False, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("build", "problem"),
+    [
+        (lambda p: p.gate_sequence(1, 0.5), "give one of share_above, .* not 0"),
+        (lambda p: p.gate_sequence(1, 0.5, share_above=1.0, window=3), "give one of share_above, .* not 2"),
+        (lambda p: p.gate_sequence(1, 0.5, window=3, cusum_drift=0.0, moving_average=0.1), "not 3"),
+        (lambda p: p.gate_sequence(1, 0.5, window=3).gate_sequence(2, 0.5, window=3), "one condition on the sequence"),
+        (lambda p: p.blend(0.5).blend(0.25), "layers.2.resid_post has one already"),
+        (lambda p: p.blend(0.5, vector=[1.0], bundle="b"), "a vector or a bundle"),
+        (lambda p: p.add(1, by=2.0, value=3.0), "former name"),
+    ],
+    ids=[
+        "no-statistic",
+        "two-statistics",
+        "three-statistics",
+        "two-sequences",
+        "two-blends",
+        "two-means",
+        "two-values",
+    ],
+)
+def test_nothing_said_twice_is_dropped_silently(build: Callable[[Program], Program], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        build(Program().at(SITE))
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [1, {"role": "user", "content": "hi"}],
+        [{"role": "user", "content": "hi"}, 1],
+        ["text"],
+        [1, "text"],
+        [1.0],
+        [True],
+        [None],
+        b"text",
+        {"role": "user", "content": "hi"},
+        [{"role": "user"}],
+        [{"role": "user", "content": "hi", "name": "x"}],
+        [{}],
+    ],
+    ids=str,
+)
+def test_prompt_of_another_kind_is_refused(prompt: Any) -> None:
+    with pytest.raises(ValueError, match="prompt: "):
+        prompt_message(prompt)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint16, np.uint64])
+def test_numpy_integers_are_token_ids_and_features(kind: Any) -> None:
+    assert list(prompt_message([kind(1), 2]).token_ids.ids) == [1, 2]
+    assert list(prompt_message(np.array([1, 2], kind)).token_ids.ids) == [1, 2]  # type: ignore[arg-type]
+    assert Program().at(SITE).ablate(kind(7)).message == Program().at(SITE).ablate(7).message
+    assert Program().at(SITE).gate(kind(7), above=kind(1)).message == Program().at(SITE).gate(7, above=1).message
+    windowed = [Program().at(SITE).gate_sequence(i(7), 0.5, window=i(4), min_tokens=i(2)).message for i in (kind, int)]
+    assert windowed[0] == windowed[1]
+    sampling = {
+        "max_tokens": kind(5),
+        "seed": kind(3),
+        "stop_token_ids": np.array([3], kind),
+        "logit_bias": {kind(3): 1},
+    }
+    message = generate_request("x", None, Report({SITE: [kind(4)]}, top_k=kind(2)), "", kind(1), sampling)  # type: ignore[arg-type]
+    assert (message.sampling.max_tokens, message.sampling.seed, message.report.top_k) == (5, 3, 2)
+    assert dict(message.sampling.logit_bias) == {3: 1.0}
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_numpy_numbers_are_values_and_vectors(kind: Any) -> None:
+    vector, plain = np.array([0.5, 2.0], kind), [0.5, 2.0]
+    for array in (vector, vector[:1], np.zeros(2, kind)):
+        expected = Program().at(SITE).add(vector=array.tolist(), by=0.5)
+        assert Program().at(SITE).add(vector=array, by=kind(0.5)).message == expected.message
+    assert (
+        Program().at(SITE).blend(kind(0.5), vector=vector).message
+        == Program().at(SITE).blend(0.5, vector=plain).message
+    )
+    probes = [Program().at(SITE).gate(Probe(w, b), above=b).message for w, b in ((vector, kind(0.5)), (plain, 0.5))]
+    assert probes[0] == probes[1]
+    sampling = {"temperature": kind(0.5), "logit_bias": {3: kind(1.5)}}
+    message = generate_request("x", None, None, "", 0, sampling)  # type: ignore[arg-type]
+    assert (message.sampling.temperature, dict(message.sampling.logit_bias)) == (0.5, {3: 1.5})
 
 
 def test_completions_and_inspections() -> None:

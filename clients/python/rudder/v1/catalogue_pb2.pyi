@@ -187,7 +187,7 @@ class BundleInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., sha256: _Optional[str] = ..., site: _Optional[str] = ..., architecture: _Optional[str] = ..., latents: _Optional[int] = ..., l0: _Optional[float] = ..., fvu: _Optional[float] = ..., output_site: _Optional[str] = ..., activation: _Optional[str] = ..., editable: _Optional[bool] = ..., not_editable_because: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_prompt_tokens", "max_tokens", "max_choices", "max_stop_strings", "max_edits", "max_reported_features", "max_top_k", "max_logprobs", "rows_per_site", "slots", "queue")
+    __slots__ = ("max_prompt_tokens", "max_tokens", "max_choices", "max_stop_strings", "max_edits", "max_reported_features", "max_top_k", "max_logprobs", "rows_per_site", "slots", "queue", "max_prompt_chars", "max_messages", "max_stop_chars", "max_logit_bias", "max_salt_chars", "max_page_size", "max_query_chars", "max_message_bytes", "max_reply_bytes", "write_timeout_s", "max_bad_words", "max_allowed_token_ids", "max_structured_chars", "max_structured_choices", "max_name_chars", "max_prompt_logprobs", "max_wait_s", "request_share", "caller_share", "max_pending_bytes")
     MAX_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_CHOICES_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +199,26 @@ class Limits(_message.Message):
     ROWS_PER_SITE_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_FIELD_NUMBER: _ClassVar[int]
+    MAX_PROMPT_CHARS_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    MAX_STOP_CHARS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SALT_CHARS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUERY_CHARS_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_REPLY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WRITE_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_STRUCTURED_CHARS_FIELD_NUMBER: _ClassVar[int]
+    MAX_STRUCTURED_CHOICES_FIELD_NUMBER: _ClassVar[int]
+    MAX_NAME_CHARS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    MAX_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_SHARE_FIELD_NUMBER: _ClassVar[int]
+    CALLER_SHARE_FIELD_NUMBER: _ClassVar[int]
+    MAX_PENDING_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_prompt_tokens: int
     max_tokens: int
     max_choices: int
@@ -210,7 +230,27 @@ class Limits(_message.Message):
     rows_per_site: int
     slots: int
     queue: int
-    def __init__(self, max_prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_choices: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_edits: _Optional[int] = ..., max_reported_features: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., rows_per_site: _Optional[int] = ..., slots: _Optional[int] = ..., queue: _Optional[int] = ...) -> None: ...
+    max_prompt_chars: int
+    max_messages: int
+    max_stop_chars: int
+    max_logit_bias: int
+    max_salt_chars: int
+    max_page_size: int
+    max_query_chars: int
+    max_message_bytes: int
+    max_reply_bytes: int
+    write_timeout_s: float
+    max_bad_words: int
+    max_allowed_token_ids: int
+    max_structured_chars: int
+    max_structured_choices: int
+    max_name_chars: int
+    max_prompt_logprobs: int
+    max_wait_s: float
+    request_share: float
+    caller_share: float
+    max_pending_bytes: int
+    def __init__(self, max_prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_choices: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_edits: _Optional[int] = ..., max_reported_features: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., rows_per_site: _Optional[int] = ..., slots: _Optional[int] = ..., queue: _Optional[int] = ..., max_prompt_chars: _Optional[int] = ..., max_messages: _Optional[int] = ..., max_stop_chars: _Optional[int] = ..., max_logit_bias: _Optional[int] = ..., max_salt_chars: _Optional[int] = ..., max_page_size: _Optional[int] = ..., max_query_chars: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_reply_bytes: _Optional[int] = ..., write_timeout_s: _Optional[float] = ..., max_bad_words: _Optional[int] = ..., max_allowed_token_ids: _Optional[int] = ..., max_structured_chars: _Optional[int] = ..., max_structured_choices: _Optional[int] = ..., max_name_chars: _Optional[int] = ..., max_prompt_logprobs: _Optional[int] = ..., max_wait_s: _Optional[float] = ..., request_share: _Optional[float] = ..., caller_share: _Optional[float] = ..., max_pending_bytes: _Optional[int] = ...) -> None: ...
 
 class ListProgramsRequest(_message.Message):
     __slots__ = ()

@@ -28,6 +28,8 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_CLIENT_TOO_SLOW: _ClassVar[Reason]
     REASON_VERDICT_LOST: _ClassVar[Reason]
     REASON_INTERNAL: _ClassVar[Reason]
+    REASON_POLICY_FORBIDS: _ClassVar[Reason]
+    REASON_MESSAGE_TOO_LARGE: _ClassVar[Reason]
 REASON_UNSPECIFIED: Reason
 REASON_FIELD_INVALID: Reason
 REASON_FEATURE_UNKNOWN: Reason
@@ -43,6 +45,8 @@ REASON_ENGINE_DEAD: Reason
 REASON_CLIENT_TOO_SLOW: Reason
 REASON_VERDICT_LOST: Reason
 REASON_INTERNAL: Reason
+REASON_POLICY_FORBIDS: Reason
+REASON_MESSAGE_TOO_LARGE: Reason
 
 class ErrorStatus(_message.Message):
     __slots__ = ("code", "message", "details")

@@ -50,6 +50,11 @@ class InferenceServiceStub:
                 request_serializer=rudder_dot_v1_dot_inference__pb2.InspectRequest.SerializeToString,
                 response_deserializer=rudder_dot_v1_dot_inference__pb2.InspectResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/rudder.v1.InferenceService/Tokenize',
+                request_serializer=rudder_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=rudder_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -77,6 +82,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """The tokens of a prompt, as the other methods would read them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +106,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Inspect,
                     request_deserializer=rudder_dot_v1_dot_inference__pb2.InspectRequest.FromString,
                     response_serializer=rudder_dot_v1_dot_inference__pb2.InspectResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=rudder_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=rudder_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +195,33 @@ class InferenceService:
             '/rudder.v1.InferenceService/Inspect',
             rudder_dot_v1_dot_inference__pb2.InspectRequest.SerializeToString,
             rudder_dot_v1_dot_inference__pb2.InspectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rudder.v1.InferenceService/Tokenize',
+            rudder_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            rudder_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rudder.sae_models.activations import corpus, harvest, hooks, stream
-from rudder.sae_models.activations.corpus import Document, Windows
+from rudder.sae_models.activations.corpus import ContextRule, Document, Windows
 from rudder.sae_models.activations.hooks import Site, hooked, parse_site
 from rudder.sae_models.hookpoints import POINTS
 from tests.unit import tiny
@@ -140,7 +140,7 @@ def test_padding_is_masked_in_an_encoder_and_not_counted(tmp_path: Path) -> None
     trunk = harvest.load_trunk(tmp_path, site)
     tokens = torch.tensor([[3, 4, 5, 0, 0], [3, 4, 5, 6, 7]])
     counted = torch.tensor([[False, True, True, False, False], [False, True, True, True, True]])
-    windows = Windows(tokens, counted, torch.zeros(2, dtype=torch.long))
+    windows = Windows(tokens, counted, torch.zeros(2, dtype=torch.long), torch.tensor([3, 5]))
     padded = torch.cat([x[mask] for x, mask in harvest.residuals(trunk, site, windows)])
     ((alone,),) = harvest.activations(trunk, [site], [{"input_ids": tokens[:1, :3]}])
     assert padded.shape == (6, 16)
@@ -165,6 +165,78 @@ def test_windows_start_with_cls_or_nothing_if_the_tokenizer_has_no_bos() -> None
     headed = corpus.windows(documents, Encoder(), 4)
     assert headed.tokens.tolist() == [[1, 97, 98, 99], [1, 100, 101, 102]]
     assert headed.counted.tolist() == [[False, True, True, True]] * 2
+
+
+def letters(count: int, start: int = 0) -> Document:
+    """Return a document of `count` tokens for `Letters`."""
+    return Document("a", f"m{start}", "".join(chr(97 + (start + i) % 20) for i in range(count)))
+
+
+class Letters:
+    """A tokenizer of letters with BOS 1, which it puts in front of a text if `adds`."""
+
+    bos_token_id, eos_token_id, adds = 1, 0, False
+
+    def __call__(self, text: str, add_special_tokens: bool, **_: bool) -> dict[str, list[int]]:
+        """Return the ids of a text; `^` spells BOS."""
+        ids = [1 if letter == "^" else ord(letter) - 90 for letter in text]
+        return {"input_ids": [1, *ids] if self.adds and add_special_tokens else ids}
+
+
+class BosLetters(Letters):
+    """The same, with BOS."""
+
+    adds = True
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prepend_bos", "expected"),
+    [(Letters(), None, False), (BosLetters(), None, True), (Letters(), True, True), (BosLetters(), False, False)],
+)
+def test_contexts_start_with_bos_as_the_tokenizer_does_or_the_rule_says(
+    tokenizer: Letters, prepend_bos: bool | None, expected: bool
+) -> None:
+    windows = corpus.windows([letters(5)], tokenizer, 4, ContextRule(prepend_bos))
+    assert [ids[0] == 1 for ids in windows.tokens.tolist()] == [expected] * len(windows)
+    assert int(windows.counted.sum()) == 5
+    assert int((windows.tokens == 1).sum()) == (len(windows) if expected else 0)
+
+
+@pytest.mark.parametrize("prepend_bos", [False, True])
+def test_text_that_spells_bos_has_one_which_is_not_counted(prepend_bos: bool) -> None:
+    windows = corpus.windows([Document("a", "m", "^abc")], Letters(), 8, ContextRule(prepend_bos))
+    assert windows.tokens[0, :5].tolist() == [1, 7, 8, 9, 0]
+    assert windows.counted[0].tolist() == [False, True, True, True, False, False, False, False]
+    assert windows.attention_mask[0].tolist() == [True] * 4 + [False] * 4
+
+
+def test_rule_excludes_positions_of_each_context_and_tokens_anywhere() -> None:
+    rule = ContextRule(True, excluded_positions=(1, 2), excluded_tokens=(8,))
+    windows = corpus.windows([Document("a", "m", "xbcbde")], Letters(), 6, rule)
+    assert windows.counted.tolist() == [[False, False, False, True, False, True], [False] * 6]
+    assert windows.attention_mask.sum(1).tolist() == [6, 2]
+    with pytest.raises(corpus.CorpusError, match="every token is at an excluded position"):
+        corpus.windows([letters(2)], Letters(), 6, ContextRule(True, (1, 2)))
+
+
+@pytest.mark.parametrize("lengths", [[20] * 400, [20, 255] * 60, [*range(3, 250, 5)] * 2, [600, 7, 300, 1] * 8])
+def test_forward_passes_compute_little_padding_and_keep_the_order(lengths: list[int], tmp_path: Path) -> None:
+    save_random_model("llama", tmp_path)
+    site = parse_site("layers.0.resid_post")
+    trunk = harvest.load_trunk(tmp_path, site)
+    windows = corpus.windows([letters(n, i) for i, n in enumerate(lengths)], Letters(), 256, ContextRule(True))
+    computed: list[int] = []
+    trunk.base_model.embed_tokens.register_forward_hook(lambda _, args, __: computed.append(args[0].numel()))
+    parts = list(harvest.residuals(trunk, site, windows.shuffled(3)))
+    assert sum(computed) < int(windows.attention_mask.sum()) / 0.8
+    assert sum(int(counted.sum()) for _, counted in parts) > 0.7 * sum(computed)
+    tokens = windows.shuffled(3).tokens
+    start = 0
+    for x, counted in parts:
+        alone = next(harvest.activations(trunk, [site], [{"input_ids": tokens[start : start + 1]}]))[0]
+        assert torch.allclose(x[0][counted[0]], alone[0, : x.shape[1]][counted[0]], atol=1e-5)
+        start += len(x)
+    assert start == len(windows)
 
 
 def test_text_source_yields_each_token_once_at_every_site(tmp_path: Path) -> None:

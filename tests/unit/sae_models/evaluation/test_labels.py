@@ -65,6 +65,41 @@ def test_match_refuses_labels_of_another_sae_by_field(tmp_path: Path, field: str
 
 
 @pytest.mark.parametrize(
+    ("site", "known", "label_set", "problem"),
+    [
+        ("layers.20.resid_post", "20-gemmascope-res-16k", "20-gemmascope-res-16k", None),
+        ("layers.20.resid_post", "", "20-gemmascope-res-16k", None),
+        ("layers.20.resid_post", "20-gemmascope-res-16k", "20-other-res-16k", "are called '20-gemmascope-res-16k'"),
+        ("layers.20.resid_post", "", "20-gemmascope-mlp-16k", "the bundle's site is layers.20.resid_post"),
+        ("layers.20.resid_post", "", "20-gemmascope-att-16k", "the bundle's site is layers.20.resid_post"),
+        ("layers.20.mlp_out", "", "20-gemmascope-res-16k", "the bundle's site is layers.20.mlp_out"),
+        ("layers.20.attn_out", "", "20-gemmascope-att-16k", None),
+        ("layers.20.mlp_out", "", "20-gemmascope-transcoder-16k", None),
+        ("layers.20.resid_post", "", "20-gemmascope-res-65k", "the SAE has 16384 latents"),
+        ("layers.20.resid_post", "", "20-gemmascope-res-15k", "the SAE has 16384 latents"),
+        ("layers.20.resid_post", "", "20-aisi", "does not say whose labels they are, give --labels-set 20-aisi"),
+        ("layers.20.resid_post", "20-aisi", "20-aisi", None),
+    ],
+)
+def test_labels_of_another_set_are_refused_also_with_the_same_width(
+    tmp_path: Path, site: str, known: str, label_set: str, problem: str | None
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([record(1, layer=label_set)]))
+    if problem is None:
+        assert labels.match(labels.read(tmp_path), ["gemma-2-2b"], site, 16384, known).label_set == label_set
+    else:
+        with pytest.raises(LabelError, match=f"^layer: {label_set!r}.*{problem}"):
+            labels.match(labels.read(tmp_path), ["gemma-2-2b"], site, 16384, known)
+
+
+def test_labels_of_two_sets_are_refused(tmp_path: Path) -> None:
+    records = [record(1), record(2, layer="20-other-res-16k")]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    with pytest.raises(LabelError, match=r"^layer: '20-other-res-16k' after '20-gemmascope-res-16k'"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("name", "content"),
     [
         ("a.json", b"{}"),

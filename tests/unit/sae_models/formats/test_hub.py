@@ -69,6 +69,20 @@ scaled:
   - id: blocks.3.hook_resid_pre
     path: 3
     norm_scaling_factor: 1.5
+gpt2-small-res-jb:
+  config_overrides:
+    model_from_pretrained_kwargs:
+      center_writing_weights: true
+  model: gpt2-small
+  repo_id: jbloom/reformatted
+  saes:
+  - id: blocks.6.hook_resid_pre
+    path: blocks.6.hook_resid_pre
+    neuronpedia: gpt2-small/6-res-jb
+  - id: blocks.7.hook_resid_pre
+    path: blocks.7.hook_resid_pre
+    config_overrides:
+      context_size: 64
 clt-as-per-layer:
   conversion_func: mntss_clt_layer_transcoder
   model: gemma-2-2b
@@ -189,6 +203,12 @@ def test_release_and_id_are_looked_up_in_the_table_of_saelens(tmp_path: Path, mo
     assert hub.release("clt-as-per-layer/layer_3") == across
     with pytest.raises(NotFound, match="release scaled has no 4; it has 1, such as blocks"):
         hub.release("scaled/4")
+    centred = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    sixth, seventh = (hub.release(f"gpt2-small-res-jb/blocks.{layer}.hook_resid_pre") for layer in (6, 7))
+    assert sixth is not None
+    assert seventh is not None
+    assert sixth.overrides == centred | {"neuronpedia_id": "gpt2-small/6-res-jb"}
+    assert seventh.overrides == centred | {"context_size": 64}
 
 
 class Hub(BaseHTTPRequestHandler):

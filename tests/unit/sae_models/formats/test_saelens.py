@@ -14,7 +14,7 @@ from rudder.sae_models.formats import saelens
 from rudder.sae_models.formats.load import load
 from rudder.sae_models.formats.source import Declaration, FormatError
 from rudder.sae_models.importing import importer as importing
-from rudder.sae_models.sae import SAE, AdaptiveK, GroupMax, Normalisation, Router, TopK
+from rudder.sae_models.sae import SAE, AdaptiveK, GroupMax, Normalisation, Router, TopK, activations
 
 D, F, D_OUT = 6, 10, 4
 CONFIG = {
@@ -66,6 +66,63 @@ def test_standard_subtracts_its_decoder_bias_from_the_input(tmp_path: Path) -> N
     assert torch.allclose(sae.encode(X), f, atol=1e-5)
     assert torch.allclose(sae.decode(f), f @ t["W_dec"] + t["b_dec"], atol=1e-5)
     assert (declared.sites, declared.model, declared.folded) == (("layers.3.resid_post",), "toy", ("pre_bias",))
+
+
+CENTRED = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"apply_b_dec_to_input": False}, {"architecture": "topk", "k": 3}])
+def test_centred_model_is_read_from_the_plain_stream(tmp_path: Path, settings: Any, dtype: torch.dtype) -> None:
+    t = {name: tensor.to(dtype) for name, tensor in weights().items()}
+    plain, _ = read(tmp_path / "plain", t, **settings)
+    sae, declared = read(tmp_path / "centred", t, **settings, **CENTRED)
+    x = X + 40 * numbers(32, 1, seed=8)
+    centred = x - x.mean(1, keepdim=True)
+    assert torch.allclose(sae.encode(x), plain.encode(centred), atol=1e-3)
+    assert torch.allclose(sae.forward(x)[1], plain.forward(centred)[1], atol=1e-3)
+    assert not torch.allclose(plain.encode(x), plain.encode(centred), atol=1)
+    assert "centring" in declared.folded
+    if sae.exact:
+        rows = sae.exact_rows(torch.arange(F))
+        assert torch.allclose(activations(x, rows), plain.encode(centred), atol=1e-3)
+
+
+def test_settings_of_the_table_of_releases_replace_those_of_the_checkpoint(tmp_path: Path) -> None:
+    path = write_out(tmp_path, weights(), context_size=64)
+    declared = load(path, CENTRED | {"context_size": 128}).declared
+    assert (declared.notes["context_size"], "centring" in declared.folded) == (128, True)
+    assert "centring" not in load(path).declared.folded
+
+
+@pytest.mark.parametrize("model", ["gemma-2-2b", "meta-llama/Llama-3.1-8B", "qwen2.5-7b", "mistral-7b"])
+def test_model_with_rms_norm_is_not_centred(tmp_path: Path, model: str) -> None:
+    metadata = {"model_name": model, "hook_name": "blocks.3.hook_resid_post"}
+    sae, declared = read(tmp_path, weights(), metadata=metadata, **CENTRED)
+    assert sae.skip is None
+    assert declared.notes["center_writing_weights"] == f"not applied: {model} has RMSNorm"
+
+
+def test_layer_norm_centres_already_and_other_normalisations_are_refused(tmp_path: Path) -> None:
+    plain, _ = read(tmp_path / "a", weights(), normalize_activations="layer_norm")
+    sae, _ = read(tmp_path / "b", weights(), normalize_activations="layer_norm", **CENTRED)
+    assert torch.equal(sae.encode(X), plain.encode(X))
+    with pytest.raises(FormatError, match=r"^center_writing_weights: .*constant_norm cannot be centred"):
+        read(tmp_path / "c", weights(), normalize_activations="constant_norm_rescale", **CENTRED)
+    with pytest.raises(FormatError, match="model_from_pretrained_kwargs: 3 is not a mapping"):
+        read(tmp_path / "d", weights(), model_from_pretrained_kwargs=3)
+
+
+def test_centred_sae_is_written_as_one_that_reads_a_centred_model(tmp_path: Path) -> None:
+    sae, declared = read(tmp_path / "a", weights(), **CENTRED)
+    saelens.write(tmp_path / "b", sae, declared)
+    config = json.loads((tmp_path / "b" / "cfg.json").read_text())
+    assert (config["architecture"], config["metadata"]["model_from_pretrained_kwargs"]) == (
+        "standard",
+        {"center_writing_weights": True},
+    )
+    again, _ = saelens.read(tmp_path / "b")
+    assert torch.allclose(again.forward(X)[0], sae.forward(X)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("rescaled", [False, True])

@@ -17,12 +17,13 @@ from rudder.sae_models import settings
 from rudder.sae_models.activations import corpus, harvest
 from rudder.sae_models.architectures import ARCHITECTURES
 from rudder.sae_models.bundle import bundle
+from rudder.sae_models.bundle.manifest import Context
 from rudder.sae_models.evaluation import splicing
 from rudder.sae_models.evaluation.activity import INACTIVE
 from rudder.sae_models.files import lock_folder
 from rudder.sae_models.sae import AdaptiveK
 from rudder.sae_models.sparse.collectives import Mesh
-from rudder.sae_models.training import checkpoint, complexity, config, run
+from rudder.sae_models.training import checkpoint, complexity, config, data, run
 from rudder.sae_models.training.checkpoint import CheckpointError
 from rudder.sae_models.training.config import Config, ConfigError
 from rudder.sae_models.training.record import lines
@@ -75,6 +76,27 @@ def test_record_holds_splicing_figures(complete_run: Config) -> None:
         assert sum(evaluation["decoder_cosine"]) == 32
         assert sum(evaluation["density"]) == round(32 * (1 - evaluation["dead_share"]))
         assert 0 <= evaluation["probe_1"] <= 1
+
+
+def test_record_report_and_manifest_hold_the_context_and_the_share_of_attention_sinks(complete_run: Config) -> None:
+    out = Path(complete_run.out)
+    figures = [line.get("train") or line["evaluation"] for line in lines(out / "metrics.jsonl")]
+    assert all(values["outlier_share"] == 0 for values in figures)
+    assert ">sinks<" in (out / "report.html").read_text()
+    manifest = bundle.load(out / "model-layers.0-k4").manifest
+    assert manifest.training.outlier_share == 0
+    assert manifest.context == Context(32, True, (0,))
+
+
+def test_excluded_positions_and_special_tokens_are_in_no_statistic(tmp_path: Path) -> None:
+    changes = {"prepend_bos": False, "excluded_positions": [0, 1, 2], "exclude_special_tokens": True, "tokens": 3200}
+    settings = tiny.configuration(tmp_path, **changes)
+    text = data.load_windows(settings)
+    assert not bool(text.train.counted[:, :3].any())
+    manifest = bundle.load(run.run(settings)[0]).manifest
+    assert manifest.context == Context(32, False, (0, 1, 2), (0, 1))
+    with pytest.raises(ConfigError, match=r"^excluded_positions: hold all 32 positions"):
+        tiny.configuration(tmp_path / "none", excluded_positions=list(range(40)))
 
 
 def test_repeating_a_complete_run_changes_nothing(complete_run: Config) -> None:

@@ -20,13 +20,13 @@ SITE = hooks.parse_site("layers.1.resid_post")
 
 
 class Letters:
-    """A tokenizer with one token per character."""
+    """A tokenizer with one token per character, which puts BOS in front of a text."""
 
     bos_token_id, eos_token_id = 1, 0
 
     def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
-        assert (add_special_tokens, verbose) == (False, False)
-        return {"input_ids": [ord(letter) for letter in text]}
+        assert not verbose
+        return {"input_ids": [self.bos_token_id] * add_special_tokens + [ord(letter) for letter in text]}
 
     def __len__(self) -> int:
         return 128

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rudder.server.bench.engine import Side, groups, summary
+from rudder.server.bench.engine import Side, groups, measure, pair_line, summary
 from rudder.server.bench.load import Load, Run
 
 
@@ -30,3 +30,15 @@ def test_cases_are_grouped_by_the_engines_that_they_compare() -> None:
         (("rudder", "grpc"), ["grpc"]),
     ]
     assert groups(["grpc"]) == [(("rudder", "grpc"), ["grpc"])]
+
+
+def test_every_pair_is_a_line() -> None:
+    class Instant:
+        def measure(self, _: str) -> Run:
+            return Run(100.0, 10.0)
+
+    pairs = list(measure("idle", Load(pairs=2), {"plain": Instant(), "rudder": Instant()}))  # type: ignore[dict-item]
+    assert [pair_line("idle", pair) for pair in pairs] == [
+        "idle: plain 100 tok/s, rudder 100 tok/s, ratio 1.000 (warm-up, not counted)",
+        *["idle: plain 100 tok/s, rudder 100 tok/s, ratio 1.000"] * 2,
+    ]

@@ -1,10 +1,14 @@
 """Requests that wait for the bank are admitted in order, fail together, and leave no lease behind."""
 
 import asyncio
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rudder.server.engine.admission import Admission
+from rudder.server.engine.admission import MAX_BYPASSES, Admission, QueueFull
+from rudder.server.engine.ledger import Ledger
 from rudder.server.program import wire
 from rudder.server.program.layout import Layout
 
@@ -55,3 +59,245 @@ async def test_cancelled_waiter_leaves_the_queue(cancelled: int) -> None:
     admission.release(0)
     await asyncio.wait_for(tasks[2 - cancelled], 1)
     assert not admission.waiting
+
+
+def needing(rows: int, first: int, edits: bool = True) -> wire.Request:
+    """Build a request that needs so many rows, from latent `first` on."""
+    latents = tuple(wire.Row("toy", first + i) for i in range(rows))
+    return wire.Request(1, 4, True, ((wire.Site(0, latents, (wire.Edit(0, shift=1.0),) if edits else ()),),))
+
+
+def admission_of(**rules: Any) -> Admission:
+    return Admission(Layout((SITE,), rows=8, slots=6), **{"limit": 64} | rules)
+
+
+def begin(admission: Admission, handle: int, request: wire.Request, caller: str = "a") -> "asyncio.Task[None]":
+    return asyncio.create_task(admission.acquire(handle, request, caller))
+
+
+def assert_empty(admission: Admission) -> None:
+    ledger = admission.ledger
+    assert (ledger.rows_used(0), ledger.slots_used, ledger.leases, ledger.held) == (0, 0, {}, {})
+    assert (admission.waiting, admission.waiting_by_caller, admission.callers, admission.holdings) == ({}, {}, {}, {})
+    assert (admission.queued, admission.usage().running_choices) == (0, 0)
+
+
+async def settle() -> None:
+    for _ in range(4):
+        await asyncio.sleep(0)
+
+
+async def test_waiter_behind_a_cancelled_head_is_admitted() -> None:
+    admission = admission_of()
+    await admission.acquire(1, needing(6, 0))
+    head, behind = begin(admission, 2, needing(8, 10)), begin(admission, 3, needing(2, 20))
+    await settle()
+    head.cancel()
+    await asyncio.wait_for(behind, 1)
+    admission.release(1)
+    admission.release(3)
+    assert_empty(admission)
+
+
+async def test_small_request_bypasses_a_large_one_that_does_not_fit() -> None:
+    admission = admission_of()
+    await admission.acquire(1, needing(6, 0))
+    large = begin(admission, 2, needing(8, 10))
+    await settle()
+    await asyncio.wait_for(admission.acquire(3, needing(1, 30), "b"), 1)
+    assert not large.done()
+    admission.release(1)
+    admission.release(3)
+    await asyncio.wait_for(large, 1)
+
+
+async def test_large_request_is_not_starved_by_small_ones() -> None:
+    admission = admission_of()
+    await admission.acquire(1, needing(1, 0))
+    large = begin(admission, 2, needing(8, 10), "large")
+    await settle()
+    running, handle = [1], 3
+    while not large.done():
+        waiter = begin(admission, handle, needing(1, 100 + handle), "small")
+        await settle()
+        if waiter.done():
+            running.append(handle)
+        handle += 1
+        admission.release(running.pop(0))
+        await settle()
+        assert handle < 3 + 2 * (MAX_BYPASSES + 1)
+
+
+async def test_caller_gets_no_more_than_its_share_while_another_waits() -> None:
+    admission = admission_of(caller_share=0.5)
+    for handle in range(1, 5):
+        await admission.acquire(handle, needing(2, 10 * handle), "a")
+    others = [begin(admission, 10 + i, needing(2, 100 + 10 * i), caller) for i, caller in enumerate("aaaab")]
+    await settle()
+    assert not any(other.done() for other in others)
+    # What `a` releases goes to `b`, though `a` has waited longer: `a` still holds more than its half.
+    admission.release(1)
+    await settle()
+    assert [other.done() for other in others] == [False] * 4 + [True]
+    # Nobody else waits any more: `a` may have everything.
+    admission.release(2)
+    await settle()
+    assert [other.done() for other in others] == [True, False, False, False, True]
+
+
+async def test_share_is_of_slots_too() -> None:
+    admission = admission_of(caller_share=0.5)
+    request = needing(1, 0)
+    for handle in range(1, 7):
+        await admission.acquire(handle, request, "a")
+    waiting = [begin(admission, 10, request, "a"), begin(admission, 11, request, "b")]
+    await settle()
+    admission.release(1)
+    await settle()
+    assert [waiter.done() for waiter in waiting] == [False, True]
+
+
+async def test_request_larger_than_the_share_runs_when_its_caller_holds_nothing() -> None:
+    admission = admission_of(caller_share=0.25)
+    await admission.acquire(1, needing(8, 0), "b")
+    large, small = begin(admission, 2, needing(8, 20), "a"), begin(admission, 3, needing(1, 50), "b")
+    await settle()
+    admission.release(1)
+    await asyncio.wait_for(large, 1)
+    admission.release(2)
+    await asyncio.wait_for(small, 1)
+
+
+async def test_wait_is_bounded_and_says_when_to_retry() -> None:
+    admission = admission_of(max_wait_s=0.05)
+    await admission.acquire(1, needing(8, 0))
+    for request, resource in ((needing(1, 9), "rows"), (needing(2, 90), "rows")):
+        with pytest.raises(QueueFull, match="none became free within") as caught:
+            await admission.acquire(2, request)
+        assert (caught.value.resource, caught.value.retry_after_s >= 1) == (resource, True)
+    admission.release(1)
+    assert_empty(admission)
+
+
+async def test_waiter_behind_one_that_gave_up_is_admitted() -> None:
+    admission = admission_of(max_wait_s=0.05)
+    await admission.acquire(1, needing(4, 0))
+    first = begin(admission, 2, needing(8, 10))
+    await settle()
+    for _ in range(MAX_BYPASSES):
+        await admission.acquire(3, needing(1, 60))
+        admission.release(3)
+    barred = begin(admission, 4, needing(1, 70))
+    await settle()
+    assert not barred.done()
+    with pytest.raises(QueueFull):
+        await first
+    await asyncio.wait_for(barred, 1)
+
+
+PLAIN = wire.Request(1, 4, True)
+
+
+@pytest.mark.parametrize("request_", [PLAIN, needing(1, 0), needing(2, 0, edits=False)])
+async def test_choices_beyond_what_the_engine_runs_are_queued_and_bounded(request_: wire.Request) -> None:
+    admission = Admission(Layout((SITE,), rows=8, slots=64), limit=5, running=3)
+    for handle in range(1, 9):
+        await admission.acquire(handle, request_)
+    usage = admission.usage()
+    assert (usage.running_choices, usage.waiting_choices) == (3, 5)
+    for _ in range(2):
+        with pytest.raises(QueueFull) as caught:
+            await admission.acquire(9, PLAIN)
+        assert (caught.value.resource, caught.value.retry_after_s >= 1) == ("queue", True)
+    admission.release(1)
+    await admission.acquire(9, PLAIN)
+    for handle in range(2, 10):
+        admission.release(handle)
+    assert_empty(admission)
+
+
+async def test_choices_that_wait_for_the_bank_and_for_the_engine_are_counted_together() -> None:
+    admission = Admission(Layout((SITE,), rows=8, slots=64), limit=3, running=2)
+    for handle, request in enumerate([needing(8, 0), PLAIN, PLAIN, PLAIN], 1):
+        await admission.acquire(handle, request)
+    waiting = begin(admission, 5, needing(1, 20))
+    await settle()
+    assert (admission.queued, admission.usage().waiting_choices, admission.usage().running_choices) == (3, 3, 2)
+    for request in (needing(1, 30), PLAIN):
+        with pytest.raises(QueueFull):
+            await admission.acquire(6, request)
+    admission.release(1)
+    await asyncio.wait_for(waiting, 1)
+
+
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("arrive"), st.integers(0, 8), st.integers(0, 12), st.sampled_from("abc"), st.booleans()),
+        st.tuples(st.just("release"), st.integers(0, 50)),
+        st.tuples(st.just("cancel"), st.integers(0, 50)),
+        st.tuples(st.just("settle"), st.integers(0, 2)),
+    ),
+    max_size=80,
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(EVENTS, st.sampled_from([0.25, 0.5, 1.0]), st.integers(1, 12))
+async def test_any_arrivals_and_cancellations(events: list[Any], share: float, running: int) -> None:
+    """No lease leaks, the worker's ledger never overflows, nobody waits while it fits, and bypasses are bounded."""
+    admission = admission_of(caller_share=share, running=running, limit=20)
+    worker = Ledger(admission.ledger.layout)
+    admission.reserve(needing(1, 1000, edits=False))
+    worker.acquire(0, needing(1, 1000, edits=False))
+    tasks: dict[int, asyncio.Task[None]] = {}
+    requests: dict[int, wire.Request] = {}
+    mirrored: set[int] = set()
+
+    async def mirror() -> None:
+        for handle in [h for h in admission.callers if h not in mirrored]:
+            assert worker.acquire(handle, requests[handle]).places == admission.ledger.leases[handle][1].places
+            mirrored.add(handle)
+
+    def release(handle: int) -> None:
+        if handle in mirrored:
+            mirrored.remove(handle)
+            worker.release(handle)
+        admission.release(handle)
+
+    async def check() -> None:
+        await mirror()
+        assert admission.queued <= 20
+        assert sum(admission.waiting_by_caller.values()) == len(admission.waiting)
+        if admission.waiting:
+            first = next(iter(admission.waiting.values()))
+            assert admission.ledger.insufficient(first.request) or admission.over_share(first)
+        assert all(waiter.bypassed <= MAX_BYPASSES for waiter in admission.waiting.values())
+
+    for number, (kind, *values) in enumerate(events, 1):
+        if kind == "arrive":
+            rows, first, caller, edits = values
+            requests[number] = needing(min(rows, 7), first, edits and rows > 0)
+            tasks[number] = begin(admission, number, requests[number], caller)
+        elif kind == "settle":
+            for _ in range(values[0]):
+                await asyncio.sleep(0)
+        else:
+            pool = sorted(admission.callers) if kind == "release" else [h for h in tasks if not tasks[h].done()]
+            if pool and kind == "release":
+                release(pool[values[0] % len(pool)])
+            elif pool:
+                tasks[pool[values[0] % len(pool)]].cancel()
+        if kind != "cancel":
+            await settle()
+            await check()
+    await settle()
+    for _ in range(len(events) + 1):
+        await check()
+        for handle in sorted(admission.callers):
+            release(handle)
+            await settle()
+            await mirror()
+    results = await asyncio.gather(*tasks.values(), return_exceptions=True)
+    assert all(r is None or isinstance(r, QueueFull | asyncio.CancelledError) for r in results)
+    admission.ledger.release(0)
+    assert_empty(admission)

@@ -10,7 +10,7 @@ import pytest
 from rudder.server.config import Config, ConfigError, Policies
 from rudder.server.engine import adapter
 from rudder.server.engine.ledger import Ledger
-from rudder.server.engine.start import default_policy, layout_of, reserved_request, reserved_rows, start_llm
+from rudder.server.engine.start import check_bos, default_policy, layout_of, reserved_request, reserved_rows, start_llm
 from rudder.server.program import wire
 from rudder.server.program.errors import ProgramError
 from rudder.server.program.layout import Layout
@@ -95,3 +95,16 @@ async def test_cancelled_start_shuts_vllm_down(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(asyncio.CancelledError):
         await task
     assert events == ["begin", "up", "down"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "adds", "warned"),
+    [(True, True, False), (False, False, False), (None, True, False), (True, False, True), (False, True, True)],
+)
+def test_sae_trained_with_another_rule_for_bos_is_reported(
+    trained: bool | None, adds: bool, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = SimpleNamespace(name="sae", context=SimpleNamespace(prepend_bos=trained))
+    bundle: Any = SimpleNamespace(manifest=manifest)
+    check_bos(bundle, adds)
+    assert bool(caplog.records) == warned

@@ -37,6 +37,9 @@ class ScriptedEngine:
         self.default_policy, self.tokenizer, self.epoch, self.healthy = None, None, "e1", True
         self.stall_after: int | None = None
 
+    def require_alive(self) -> None:
+        """It never dies."""
+
     async def stream(self, call: Call, on_abandoned: Callable[[Outcome], None]) -> AsyncIterator[Output]:
         generated, last = 0, call.sampling.max_tokens or 0
 
@@ -60,9 +63,9 @@ class ScriptedEngine:
 class Fixture:
     """A scripted engine behind two doors."""
 
-    def __init__(self) -> None:
+    def __init__(self, **overrides: str) -> None:
         self.engine, self.registry = ScriptedEngine(), CollectorRegistry()
-        loaded = config.load(overrides={"listen.port": "0"})
+        loaded = config.load(overrides={"listen.port": "0"} | overrides)
         self.serving = Serving.around(self.engine, loaded, Metrics.create(self.registry))  # type: ignore[arg-type]
         self.doors = [GrpcDoor(self.serving), GrpcDoor(self.serving)]
         self.channels: list[grpc.aio.Channel] = []
@@ -187,3 +190,35 @@ async def test_port_in_use_is_a_configuration_error() -> None:
         with pytest.raises(ConfigError, match=r"listen\.port: cannot listen on"):
             await fixture.doors[0].start()
         await fixture.doors[0].stop(0)
+
+
+async def test_requests_in_progress_have_a_budget_in_bytes() -> None:
+    fixture = Fixture(**{"limits.max_pending_bytes": "10000"})
+    await fixture.start()
+    fixture.engine.stall_after = 1
+    request = generate(9)
+    request.sampling.stop.append("s" * 200)
+    request.prompt.token_ids.ids.extend([5] * 80)
+    size = request.ByteSize()
+    calls = []
+    for _ in range(10_000 // size):
+        calls.append(fixture.stub().Generate(request))
+        await calls[-1].read()
+    assert fixture.registry.get_sample_value("rudder_pending_request_bytes") == size * len(calls)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await fixture.stub().Complete(inference_pb2.CompleteRequest(prompt=request.prompt, sampling=request.sampling))
+    error = error_of(caught.value)
+    assert (error.code, error.reason, error.retry_after) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL", 1.0)
+    calls.pop().cancel()
+    async with asyncio.timeout(5):
+        while fixture.serving.pending.used > size * len(calls):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    call = fixture.stub().Generate(request)
+    await call.read()
+    for running in (*calls, call):
+        running.cancel()
+    async with asyncio.timeout(5):
+        while fixture.serving.pending.used:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert fixture.registry.get_sample_value("rudder_pending_request_bytes") == 0
+    await fixture.stop()

@@ -33,6 +33,7 @@ from tests.unit.programs import (
 )
 from tests.unit.reference import BUNDLE, WIDTH
 
+LONG_NAME = "n" * 129
 LONG = {"vector": {"values": [1.0] * (WIDTH + 1)}}
 ZERO = {"vector": {"values": [0.0] * WIDTH}}
 NAN = {"vector": {"values": ["NaN"] * WIDTH}}
@@ -55,6 +56,22 @@ REFUSALS: list[Refusal] = [
     (at(edits=[ADD], max_displacement=-1.0), f"{SITES}.max_displacement", "FIELD_INVALID"),
     (at(edits=[ADD], max_displacement="NaN"), f"{SITES}.max_displacement", "FIELD_INVALID"),
     (at(edits=[ADD], max_displacement="Infinity"), f"{SITES}.max_displacement", "FIELD_INVALID"),
+    ({"name": LONG_NAME, **at(edits=[ADD])}, "name", "FIELD_INVALID"),
+    (
+        editing(row={"vector": {"name": LONG_NAME, "values": [1.0] * WIDTH}}, add=1),
+        f"{EDIT}.row.vector.name",
+        "FIELD_INVALID",
+    ),
+    (
+        editing(row={"probe": {"name": LONG_NAME, "weights": [1.0] * WIDTH}}, add=1),
+        f"{EDIT}.row.probe.name",
+        "FIELD_INVALID",
+    ),
+    (
+        at(blend={"vector": {"name": LONG_NAME, "values": [1.0] * WIDTH}, "weight": 0.5}),
+        f"{BLEND}.vector.name",
+        "FIELD_INVALID",
+    ),
     (editing(), f"{EDIT}.operation", "FIELD_INVALID"),
     (editing(row={}, add=1), f"{EDIT}.row", "FIELD_INVALID"),
     (editing(row=feature(6), add=1), f"{EDIT}.row.feature.index", "FEATURE_UNKNOWN"),

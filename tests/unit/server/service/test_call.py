@@ -10,10 +10,12 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from rudder.server.caller import ANONYMOUS
-from rudder.server.engine.call import FinishReason, Outcome
+from rudder.server.engine.call import FinishReason, GateOutcome, Outcome
+from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.monitoring.logs import JsonFormatter
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.monitoring.traces import Correlation
+from rudder.server.service.attestation import attestation_of
 from rudder.server.service.call import begin_call
 from rudder.server.service.errors import Refusal, invalid
 from rudder.server.service.record import CallRecord, ChoiceRecord
@@ -27,9 +29,9 @@ class Server:
 
     def __init__(self, caplog: pytest.LogCaptureFixture, healthy: bool = True, draining: bool = False) -> None:
         self.registry, self.caplog = CollectorRegistry(), caplog
-        self.serving: Any = SimpleNamespace(
-            engine=SimpleNamespace(healthy=healthy), draining=draining, metrics=Metrics.create(self.registry)
-        )
+        engine = SimpleNamespace(healthy=healthy, require_alive=lambda: None)
+        metrics = Metrics.create(self.registry)
+        self.serving: Any = SimpleNamespace(engine=engine, draining=draining, metrics=metrics)
 
     def begin(self, deadline: float | None = None) -> Any:
         return begin_call(self.serving, METHOD, ANONYMOUS, CORRELATION, deadline)
@@ -82,6 +84,20 @@ async def test_successful_call_is_counted_and_logged(server: Server) -> None:
     assert server.registry.get_sample_value("rudder_edits_applied_tokens_total", labels) == 10
 
 
+async def test_rejected_edits_are_counted_and_attested(server: Server) -> None:
+    async with server.begin() as record:
+        choice = finished_choice()
+        edit = SimpleNamespace(site="layers.1.mlp_out", row="r", operation="add 9e29")
+        program: Any = SimpleNamespace(edits=(edit, edit))
+        outcome = Outcome(FinishReason.STOP, None, 4, 3, 1, (0, 2), (), 6, (), 0.25, rejected=(3, 0))
+        choice.end(outcome, program, None)
+        record.choices = [choice]
+    counts = [(e.tokens_touched, e.tokens_rejected) for e in attestation_of(record, choice, "epoch").edits]
+    assert counts == [(0, 3), (2, 0)]
+    labels = {"site": "layers.1.mlp_out", "origin": "request"}
+    assert server.registry.get_sample_value("rudder_edits_rejected_total", labels) == 3
+
+
 async def test_refusal_carries_the_request_id_and_logs_fields_without_their_values(server: Server) -> None:
     with pytest.raises(Refusal) as caught:
         async with server.begin():
@@ -112,6 +128,33 @@ async def test_server_that_takes_no_calls_refuses_them(
             pytest.fail("the call ran")
     assert (caught.value.reason, server.counted(reason)) == (reason, 1)
     assert server.log_line()["request_id"] == caught.value.request_id
+
+
+def test_record_names_gates_by_the_program_that_has_them() -> None:
+    choice = ChoiceRecord()
+    gates = (GateOutcome(0, 4, 0.5), GateOutcome(1, 0, None))
+    program: Any = SimpleNamespace(edits=(), gate_site="layers.1.mlp_out")
+    policy: Any = SimpleNamespace(edits=(), gate_site="layers.0.resid_pre")
+    choice.end(Outcome(FinishReason.STOP, None, 4, 3, 1, (), (), 6, (), gates=gates), program, policy)
+    call = CallRecord(METHOD, ANONYMOUS, CORRELATION)
+    attestation = attestation_of(call, choice, "epoch")
+    assert [(g.origin, g.site, g.open_tokens) for g in attestation.gates] == [
+        ("request", "layers.1.mlp_out", 4),
+        ("policy", "layers.0.resid_pre", 0),
+    ]
+    assert [g.HasField("statistic") for g in attestation.gates] == [True, False]
+    assert (attestation.gates[0].statistic, attestation.request_id) == (0.5, call.request_id)
+
+
+async def test_call_that_begins_after_a_loss_of_telemetry_is_refused_with_that_reason(server: Server) -> None:
+    def lost() -> None:
+        raise TelemetryLost("a gap")
+
+    server.serving.engine = SimpleNamespace(healthy=False, require_alive=lost)
+    with pytest.raises(Refusal) as caught:
+        async with server.begin():
+            pytest.fail("the call ran")
+    assert (caught.value.reason, server.counted("VERDICT_LOST")) == ("VERDICT_LOST", 1)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,27 @@
 """From the engine's arrays to columns: zeros left out, each feature named once a stream and reported once a token."""
 
+import asyncio
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rudder.server.engine.telemetry.hub import Features
+from rudder.server.engine.telemetry.hub import Features, no_features
 from rudder.server.service.columns import (
+    MAX_SLICE_VALUES,
     Activations,
     FeatureTable,
     PoolingState,
     activations_of,
     feature_columns,
     logprobs,
+    slices,
 )
+from rudder.server.service.deltas import Choice, delta_of
 from rudder.v1 import inference_pb2
 
 SITES = ("layers.1.resid_post", "layers.3.resid_post")
@@ -106,3 +113,62 @@ def test_logprobs_are_the_chosen_then_the_most_probable() -> None:
     assert list(message.alternative_ids) == [1, 2, 1, 9]
     assert list(message.alternatives) == [-0.5, -1.5, -0.25, -2.0]
     assert logprobs(None, 2) is None
+
+
+def dense_features(tokens: int, watched: int, k: int) -> Features:
+    rng = np.random.default_rng(0)
+    latents = np.stack([[rng.permutation(5 * k + 1)[:k] for _ in SITES] for _ in range(tokens)])
+    values = rng.random((tokens, len(SITES), k)) + 0.1
+    return features_of(0, (rng.random((tokens, watched)) + 0.1).tolist(), latents, values)
+
+
+@given(st.integers(0, 300), st.integers(0, 400), st.integers(0, 64))
+def test_slices_are_bounded_and_together_the_whole(tokens: int, watched: int, k: int) -> None:
+    top = np.zeros((tokens, 2, k), np.float32)
+    features = Features(7, np.zeros((tokens, watched), np.float32), top, top)
+    parts = list(slices(features))
+    assert sum(len(part.activations) for part in parts) == tokens
+    assert [part.first for part in parts] == [7, *(part.end for part in parts[:-1])]
+    for part in parts:
+        assert part.activations.size + part.top_values.size <= max(MAX_SLICE_VALUES, watched + 2 * k)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+async def test_features_of_a_long_prompt_let_other_streams_run_and_equal_those_in_one_piece(pooled: bool) -> None:
+    features, turns = dense_features(500, 3, 64), 0
+    nothing = no_features(0, 0, 0)
+    table = FeatureTable([info(SITES[0], 1000 + i) for i in range(3)], SITES, info)
+    job: Any = SimpleNamespace(features=table, report=inference_pb2.Report(pooled=pooled))
+    call: Any = SimpleNamespace(sampling=SimpleNamespace(logprobs=None))
+    record: Any = SimpleNamespace()
+    choice = Choice(0, call, bos=True, record=record)
+    output: Any = SimpleNamespace(text="", token_ids=[], logprobs=None, features=features, guard_features=nothing)
+    done = asyncio.Event()
+
+    async def other_stream() -> None:
+        nonlocal turns
+        while not done.is_set():
+            turns += 1
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(other_stream())
+    delta = await delta_of(job, choice, output)
+    done.set()
+    await other
+    assert turns >= 500 * (3 + 2 * 64) // MAX_SLICE_VALUES
+    numbered = table.take()
+    whole_table = FeatureTable([info(SITES[0], 1000 + i) for i in range(3)], SITES, info)
+    whole = activations_of(features, whole_table)
+    whole_numbered = whole_table.take()
+
+    def by_name(positions: Any, numbers: Any, values: Any, names: Any) -> dict[tuple[int, str, int], float]:
+        rows = zip(positions, numbers, values, strict=True)
+        return {(p, names[n].site, names[n].index): v for p, n, v in rows}
+
+    columns = delta.activations
+    sliced = by_name(columns.positions, columns.features, columns.activations, numbered)
+    assert sliced == by_name(whole.positions.tolist(), whole.features.tolist(), whole.values.tolist(), whole_numbered)
+    assert list(columns.positions) == sorted(columns.positions)
+    if pooled:
+        assert choice.pooling.tokens == 499
+        assert choice.pooling.sums.sum() == pytest.approx(whole.values[whole.positions > 0].sum(), rel=1e-5)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from rudder.server import config
+from rudder.server.engine.adapter import check_limits
 from rudder.server.service import limits
 from rudder.server.service.errors import Refusal
 from rudder.server.service.limits import BOUNDS, Bound, bounds_of
@@ -15,7 +16,9 @@ from rudder.v1 import catalogue_pb2, inference_pb2
 BOUNDED = bounds_of(
     config.Limits(
         max_prompt_chars=50, max_messages=3, max_choices=4, max_stop_strings=2, max_stop_chars=5, max_logit_bias=3,
-        max_logprobs=6, max_reported_features=7, max_top_k=8, max_salt_chars=9, max_page_size=10, max_query_chars=11,
+        max_logprobs=6, max_prompt_logprobs=5,
+        max_bad_words=4, max_allowed_token_ids=5, max_structured_chars=12, max_structured_choices=3,
+        max_reported_features=7, max_top_k=8, max_salt_chars=9, max_page_size=10, max_query_chars=11,
     ),
     max_model_len=101,
     vocab_size=1000,
@@ -34,6 +37,8 @@ def request_with(path: str, value: object) -> Any:
     request: Any = kind()
     if kind is inference_pb2.GenerateRequest:
         request.prompt.text = "x"
+    if path == "prompt.chat.template_arguments":
+        request.prompt.chat.messages.add(role="user", content="x")
     *parents, last = path.split(".")
     target = request
     for name in parents:
@@ -51,13 +56,16 @@ def request_with(path: str, value: object) -> Any:
 def value_of_size(bound: Bound, size: int) -> object:
     """Return a value of `size`: the number, or a text, list or map of that length."""
     match bound.field:
-        case "prompt.text" | "cache_salt" | "query":
+        case (
+            "prompt.text" | "cache_salt" | "query" | "prompt.chat.template_arguments"
+            | "sampling.structured.json_schema" | "sampling.structured.regex" | "sampling.structured.grammar"
+        ):  # fmt: skip
             return "x" * size
-        case "prompt.token_ids.ids" | "sampling.stop_token_ids":
+        case "prompt.token_ids.ids" | "sampling.stop_token_ids" | "sampling.allowed_token_ids":
             return [1] * size
         case "prompt.chat.messages":
             return [inference_pb2.ChatMessage(role="user", content="x")] * size
-        case "sampling.stop" | "report.sites":
+        case "sampling.stop" | "report.sites" | "sampling.bad_words" | "sampling.structured.choice.texts":
             return ["x"] * size
         case "sampling.logit_bias":
             return dict.fromkeys(range(size), 1.0)
@@ -122,6 +130,10 @@ def test_entries_of_too_long_lists_are_not_checked() -> None:
         ("sampling.stop_token_ids", [1000], "sampling.stop_token_ids[0]"),
         ("sampling.stop", ["ok", ""], "sampling.stop[1]"),
         ("sampling.stop", ["123456"], "sampling.stop[0]"),
+        ("sampling.allowed_token_ids", [5, 1000], "sampling.allowed_token_ids[1]"),
+        ("sampling.bad_words", ["ok", ""], "sampling.bad_words[1]"),
+        ("sampling.bad_words", ["123456"], "sampling.bad_words[0]"),
+        ("sampling.structured.choice.texts", ["", "x"], "sampling.structured.choice.texts[0]"),
         ("sampling.logit_bias", {1000: 1.0}, "sampling.logit_bias[1000]"),
         ("sampling.logit_bias", {7: float("nan")}, "sampling.logit_bias[7]"),
         ("sampling.logit_bias", {7: 101.0}, "sampling.logit_bias[7]"),
@@ -140,6 +152,63 @@ def test_conflicts_between_fields_are_refused() -> None:
     assert violations(request_with("sampling.min_tokens", 17)) == ["sampling.min_tokens"]
     assert violations(request_with("sampling.min_tokens", 16)) == []
     assert violations(request_with("sampling.min_tokens", 2**32 - 1)) == ["sampling.min_tokens"]
+
+
+def test_structured_output_without_a_form_is_refused() -> None:
+    request = request_with("sampling.max_tokens", 5)
+    request.sampling.structured.SetInParent()
+    assert violations(request) == ["sampling.structured"]
+    request.sampling.structured.json_object = False
+    assert violations(request) == ["sampling.structured"]
+    request.sampling.structured.json_object = True
+    assert violations(request) == []
+
+
+@pytest.mark.parametrize("bound", [b for b in BOUNDS if b.field.startswith("sampling.")], ids=lambda b: b.field)
+def test_sampling_at_each_limit_is_accepted_by_vllm(bound: Bound) -> None:
+    """What the table accepts never fails in vLLM's own checks, as 3 for the temperature did."""
+    for size in (max(bound.minimum, 0), maximum_of(bound)):
+        is_number = bound.field.rpartition(".")[2] in sampling_numbers()
+        value = value_of_size(bound, size if is_number else int(size))  # type: ignore[arg-type]
+        request = request_with(bound.field, value)
+        if violations(request) == []:
+            sampling_of(request.sampling, 0, 0)
+
+
+def sampling_numbers() -> set[str]:
+    """Return the names of the fields of Sampling that hold one number each."""
+    fields = inference_pb2.Sampling.DESCRIPTOR.fields
+    return {field.name for field in fields if not field.is_repeated and field.message_type is None}
+
+
+@pytest.mark.parametrize(
+    "configured",
+    [
+        {"max_logprobs": 21},
+        {"max_logit_bias": 1025},
+        {"max_stop_strings": 129},
+        {"max_bad_words": 65},
+        {"max_allowed_token_ids": 1025},
+    ],
+    ids=str,
+)
+def test_limits_above_those_of_vllm_are_refused_at_the_start(configured: dict[str, int]) -> None:
+    with pytest.raises(config.ConfigError, match=f"limits.{next(iter(configured))}"):
+        check_limits(config.Limits(**configured))
+    within = {name: value - 1 for name, value in configured.items()}
+    check_limits(config.Limits(**within))
+
+
+def test_eos_tokens_count_among_the_stop_token_ids() -> None:
+    with pytest.raises(config.ConfigError, match=r"limits\.max_stop_strings"):
+        check_limits(config.Limits(max_stop_strings=128), eos_tokens=2)
+
+
+def test_every_limit_is_published() -> None:
+    published = set(catalogue_pb2.Limits.DESCRIPTOR.fields_by_name)
+    assert set(config.Limits.__struct_fields__) <= published
+    every = {bound.maximum for bound in BOUNDS if isinstance(bound.maximum, str)}
+    assert every <= published
 
 
 def test_all_violations_are_reported_at_once() -> None:

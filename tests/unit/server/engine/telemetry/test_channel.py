@@ -79,7 +79,7 @@ def test_messages_sent_before_the_worker_ends_are_read() -> None:
 
 def test_frames_are_numbered_and_sealed() -> None:
     with connected_pair() as (sender, receiver):
-        frames = [Frame(0, edited=b"\1\0\0\0"), Frame(1)]
+        frames = [Frame(0, flags=b"\1\0\0\0"), Frame(1)]
         for frame in frames:
             sender.send(frame)
         assert list(receiver.frames()) == frames

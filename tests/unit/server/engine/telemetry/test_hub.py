@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,35 +14,69 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rudder.server.engine.telemetry.channel import Sender
-from rudder.server.engine.telemetry.frame import Capture, Frame, TelemetryLost
+from rudder.server.engine.telemetry.frame import Capture, Frame, TelemetryLost, mac, seal
 from rudder.server.engine.telemetry.hub import MAX_RUN_FRAMES, Features, Hub, Inbox, column_sizes
 from rudder.server.program import wire
 
 ROW = wire.Row("sae", 1)
+COLUMNS = ("flags", "statistics", "activations", "top_latents", "top_values")
 K = 2
+
+
+GATED = wire.Gate(((0, 0.5),), wire.Sequence(0))
 
 
 @dataclass
 class Running:
-    """A request as the worker runs it."""
+    """A request as the worker runs it, and what ran last at each position."""
 
     request: wire.Request
     position: int = 0
-    edited: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    flags: dict[int, list[int]] = field(default_factory=dict)
+    statistics: dict[int, list[float]] = field(default_factory=dict)
 
-    def edited_before(self, end: int) -> tuple[int, ...]:
-        """Tokens that each edit edited before `end`; of tokens computed twice, only the last time counts."""
-        edits = sum(len(site.edits) for site in self.request.stages[0])
-        return tuple(sum((counts for at, counts in self.edited if at <= end), np.zeros(edits, int)).tolist())
+    def preempt(self, resumed: int) -> None:
+        """Go on at this position: the prefix cache holds what is before it."""
+        self.position = resumed
+        self.statistics = {end: values for end, values in self.statistics.items() if end <= resumed}
+
+    def flagged_before(self, end: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Tokens that each edit edited, and at which each gate was open, at positions before `end`."""
+        edits, gates = flags_of(self.request)
+        counts = [sum(flags[n] for at, flags in self.flags.items() if at < end) for n in range(edits + gates)]
+        return tuple(counts[:edits]), tuple(counts[edits:])
+
+    def statistics_at(self, end: int) -> tuple[float, ...]:
+        """Statistics after the last step that ends by `end`."""
+        ends = [at for at in self.statistics if at <= end]
+        return tuple(self.statistics[max(ends)] if ends else [0.0] * statistics_of(self.request))
+
+    def counted(self) -> tuple[object, ...]:
+        """All that is counted before each position."""
+        ends = range(100)
+        computed = [sum(at < end for at in self.flags) for end in ends]
+        return [self.flagged_before(e) for e in ends], [self.statistics_at(e) for e in ends], computed
+
+
+def flags_of(request: wire.Request) -> tuple[int, int]:
+    """Edits and gates of a request."""
+    return sum(len(site.edits) for stage in request.stages for site in stage), len(request.gates())
+
+
+def statistics_of(request: wire.Request) -> int:
+    """Gates with a sequence condition."""
+    return sum(bool(gate.sequence) for _, gate in request.gates())
 
 
 def request_of(rng: Random) -> wire.Request:
-    """A request that edits, watches, both or neither."""
+    """A request that edits, has gates, watches, all of it or nothing."""
     edits = tuple(wire.Edit(0) for _ in range(rng.randint(0, 2)))
     watch = (0,) if rng.random() < 0.5 else ()
-    sites = (wire.Site(0, (ROW,), edits, watch=watch),) if edits or watch else ()
+    gate = rng.choice([None, None, wire.Gate(((0, 0.5),)), GATED])
+    sites = (wire.Site(0, (ROW,), edits, gate=gate, watch=watch),) if edits or watch or gate else ()
+    policy = (wire.Site(0, (ROW,), (wire.Edit(0),), gate=GATED),) if rng.random() < 0.3 else ()
     top = (0, 2) if rng.random() < 0.3 else ()
-    return wire.Request(rng.randint(1, 6), 99, False, (sites,), rng.random() < 0.5, K if top else 0, top)
+    return wire.Request(rng.randint(1, 6), 99, False, (sites, policy), rng.random() < 0.5, K if top else 0, top)
 
 
 def columns_of(running: Running, length: int, rng: Random) -> dict[str, np.ndarray]:
@@ -50,12 +85,13 @@ def columns_of(running: Running, length: int, rng: Random) -> dict[str, np.ndarr
     cut = 0 if request.watch_prompt else max(0, min(length, request.prompt_tokens - running.position))
     tokens = np.arange(running.position + cut, running.position + length)
     watched = sum(len(site.watch) for site in request.stages[0])
-    edits = sum(len(site.edits) for site in request.stages[0])
+    flags = np.array([[rng.randint(0, 1) for _ in range(sum(flags_of(request)))] for _ in range(length)], "u1")
     top = (
         tokens[None, :, None] * 100 + np.arange(len(request.top_k_sites))[:, None, None] * 10 + np.arange(request.top_k)
     )
     return {
-        "edited": np.array([rng.randint(0, length) for _ in range(edits)], "<i4"),
+        "flags": flags.reshape(length, sum(flags_of(request))),
+        "statistics": np.array([rng.random() for _ in range(statistics_of(request))], "<f8"),
         "activations": np.repeat(tokens + 0.5, watched).astype("<f4"),
         "top_latents": top.astype("<i4").reshape(-1),
         "top_values": (top / 7).astype("<f4").reshape(-1),
@@ -63,26 +99,33 @@ def columns_of(running: Running, length: int, rng: Random) -> dict[str, np.ndarr
 
 
 def step(batch: dict[int, Running], sequence: int, rng: Random) -> Frame:
-    """A step of all requests; now and then one is preempted and starts again."""
+    """A step of all requests; now and then one is preempted and goes on at any position that it has reached, or, with a
+    prompt that another request has computed, at any within its prompt.
+    """
     lengths = []
-    parts: dict[str, list[bytes]] = {"edited": [], "activations": [], "top_latents": [], "top_values": []}
+    parts: dict[str, list[bytes]] = {name: [] for name in COLUMNS}
     starts = []
     for running in batch.values():
-        if rng.random() < 0.05:
-            running.position, running.edited = 0, []
-        length = min(rng.randint(1, 4), running.request.prompt_tokens - running.position)
-        length = length if length > 0 else 1
+        prompt = running.request.prompt_tokens
+        if rng.random() < 0.1:
+            # Whoever reads its prompt does not use the prefix cache.
+            reads = running.request.watch_prompt
+            running.preempt(0 if reads else rng.randint(0, max(running.position, prompt - 1)))
+        # Tokens known before a preemption come in chunks, generated ones or not.
+        known = max(prompt, *running.flags, 0) - running.position
+        length = max(1, min(rng.randint(1, 4), known))
         columns = columns_of(running, length, rng)
-        running.edited.append((running.position + length, columns["edited"]))
+        running.flags |= {running.position + i: flags for i, flags in enumerate(columns["flags"].tolist())}
+        running.statistics[running.position + length] = columns["statistics"].tolist()
         for name, column in columns.items():
             parts[name].append(column.tobytes())
         starts.append(running.position)
         lengths.append(length)
         running.position += length
-    edited, activations, latents, values = (b"".join(parts[name]) for name in parts)
+    columns_joined: Any = {name: b"".join(part) for name, part in parts.items()}
     handles = np.array(list(batch), "<i8").tobytes()
     at, size = (np.array(column, "<i4").tobytes() for column in (starts, lengths))
-    return Frame(sequence, False, handles, at, size, edited, activations, top_latents=latents, top_values=values)
+    return Frame(sequence, False, handles, at, size, **columns_joined)
 
 
 def shortened(frames: list[Frame], rng: Random) -> list[Frame]:
@@ -110,7 +153,12 @@ def read_whole(inbox: Inbox, taken: list[Features], ends: range) -> object:
         for part in taken
         for i, position in enumerate(range(part.first, part.end))
     ]
-    return features, [inbox.edited_before(end) for end in ends], inbox.first, inbox.num_computed_tokens
+    counted = (
+        [inbox.flagged_before(end) for end in ends],
+        [inbox.statistics_at(end) for end in ends],
+        [inbox.computed_before(end) for end in ends],
+    )
+    return features, counted, inbox.first, inbox.num_computed_tokens
 
 
 @settings(max_examples=60, deadline=None)
@@ -137,7 +185,7 @@ def check_takes(seed: int, requests: int, steps: int) -> None:
         expected = read_whole(last, [], range(100))
         assert read_whole(every_step[n], taken[id(every_step[n])], range(100)) == expected
         assert read_whole(now_and_then[n], taken[id(now_and_then[n])], range(100)) == expected
-        assert expected[1] == [batch[n].edited_before(end) for end in range(100)]  # type: ignore[index]
+        assert expected[1] == batch[n].counted()  # type: ignore[index]
         # Values encode their positions.
         for position, activations, _, _ in expected[0]:  # type: ignore[index]
             assert set(activations) <= {position + 0.5}
@@ -283,3 +331,69 @@ async def test_a_closed_hub_does_not_keep_the_event_loop_busy(tmp_path: Path, en
         await asyncio.sleep(0.05)
     assert hub.closed
     assert calls == 1
+
+
+def test_rejected_edits_count_once_per_position() -> None:
+    """Tokens that are computed again after a preemption are rejected again; frames of other requests are not read."""
+    hub = Hub(lambda _: None, lambda _: None)
+    site = wire.Site(0, (wire.Row("b", 1),), (wire.Edit(0), wire.Edit(0)))
+    inbox = hub.open(3, wire.Request(4, 9, False, ((site,),)))
+    assert inbox.rejected_before(9) == (0, 0)
+    columns = [(3, 0, 1), (3, 1, 1), (3, 5, 0), (8, 1, 1)], [(3, 1, 1), (3, 2, 1), (3, 9, 0)]
+    for sequence, records in enumerate(columns):
+        hub.take(Frame(sequence, rejected=np.array(records, "<i8").tobytes()))
+    assert [inbox.rejected_before(end) for end in (0, 1, 3, 9, 20)] == [(0, 0), (0, 1), (0, 3), (1, 3), (1, 3)]
+
+
+def test_tokens_before_the_point_of_resumption_stay_counted() -> None:
+    """A prompt of 6 tokens, preempted after 3 generated ones, resumed at position 4 from the prefix cache."""
+    hub = Hub(lambda _: None, lambda _: None)
+    request = wire.Request(6, 99, False, ((wire.Site(0, (ROW,), (wire.Edit(0),)),),))
+    inbox = hub.open(1, request)
+    steps = [(0, 6), (6, 1), (7, 1), (8, 1), (4, 5), (9, 1)]
+    for sequence, (start, length) in enumerate(steps):
+        at, size = (np.array([value], "<i4").tobytes() for value in (start, length))
+        hub.take(Frame(sequence, False, np.array([1], "<i8").tobytes(), at, size, flags=b"\1" * length))
+        # Also while tokens are computed again.
+        assert inbox.flagged_before(10) == ((max(s + n for s, n in steps[: sequence + 1]),), ())
+    assert inbox.computed_before(10) == 10
+    assert [inbox.flagged_before(end)[0] for end in range(10)] == [(end,) for end in range(10)]
+
+
+def test_a_prefix_that_another_request_computed_is_not_counted() -> None:
+    """Preempted in its prompt after 2 tokens, and resumed behind what another request has computed meanwhile."""
+    hub = Hub(lambda _: None, lambda _: None)
+    inbox = hub.open(1, wire.Request(8, 99, False, ((wire.Site(0, (ROW,), (wire.Edit(0),)),),)))
+    for sequence, (start, length) in enumerate([(0, 2), (5, 3), (8, 1)]):
+        at, size = (np.array([value], "<i4").tobytes() for value in (start, length))
+        hub.take(Frame(sequence, False, np.array([1], "<i8").tobytes(), at, size, flags=b"\1" * length))
+    assert (inbox.first, inbox.num_computed_tokens, inbox.computed_before(9)) == (0, 9, 6)
+    assert inbox.flagged_before(9) == ((6,), ())
+
+
+@pytest.mark.parametrize("kind", ["forged", "malformed", "truncated column"])
+async def test_a_frame_that_cannot_be_read_is_a_loss(tmp_path: Path, kind: str) -> None:
+    hub = Hub(lambda _: None, lambda _: None)
+    worker = connected(hub, tmp_path)
+    if kind == "forged":
+        worker.send_message(seal(Frame(0), b"another key"))
+    elif kind == "malformed":
+        worker.send_message(mac(b"no frame", hub.key) + b"no frame")
+    else:
+        worker.send(Frame(0, False, b"\0" * 7, b"\0" * 4, b"\0" * 4))
+    worker.send(Frame(worker.sequence))
+    hub.receive()
+    assert isinstance(hub.lost, TelemetryLost)
+    assert hub.ended.is_set()
+    assert hub.arrived.is_set()
+
+
+async def test_listening_ends_when_the_worker_closes_the_channel(tmp_path: Path) -> None:
+    hub = Hub(lambda _: None, lambda _: None)
+    worker = connected(hub, tmp_path)
+    listening = asyncio.create_task(hub.listen())
+    worker.send(Frame(0))
+    await asyncio.sleep(0)
+    worker.socket.close()
+    await asyncio.wait_for(listening, 5)
+    assert (hub.closed, hub.lost, hub.channel.expected) == (True, None, 1)

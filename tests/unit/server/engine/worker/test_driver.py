@@ -1,6 +1,8 @@
 """Token metadata and entries before a step: each token has its entry, and nothing is left of former requests."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from random import Random
 
 import numpy as np
@@ -238,9 +240,56 @@ def test_the_frame_counts_tokens_edited_by_each_edit() -> None:
     assert np.frombuffer(frame.lengths, "<i4").tolist() == [2, 5]
     assert np.frombuffer(frame.released, "<i8").tolist() == [4]
     # b's edit; a's prompt tokens behind BOS, a's generated tokens, which its blend shares, and the policy's.
-    assert np.frombuffer(frame.edited, "<i4").tolist() == [2, 2, 4, 4, 4]
+    flags = np.frombuffer(frame.flags, "u1")
+    assert flags[:2].tolist() == [1, 1]
+    assert flags[2:].reshape(5, 4).sum(0).tolist() == [2, 4, 4, 4]
+    # By token: edit of prompt tokens, edit of generated ones and the blend on its row, policy.
+    assert flags[2:].reshape(5, 4).tolist() == [[0] * 4, [1] * 4, [1] * 4, [0, 1, 1, 1], [0, 1, 1, 1]]
     active = driver.saes[BUNDLE].encode(torch.tensor(x["a"][0, 3:5], dtype=torch.float32))[:, 2]
     assert np.frombuffer(frame.activations, "<f4").tolist() == active.tolist()
+
+
+GATE_ROW = wire.Row(encoder=np.eye(1, WIDTH, dtype="<f4").tobytes())
+STATISTICS: dict[str, tuple[wire.Sequence, Callable[[Floats], float]]] = {
+    "share": (wire.Sequence(0, binary=0.5, level_rate=0.5), lambda u: float((u > 0.5).sum())),
+    "moving average": (
+        wire.Sequence(0, decay=0.5, gain=0.5),
+        lambda u: sum(0.5 ** (len(u) - i) * x for i, x in enumerate(u)),
+    ),
+    "window": (wire.Sequence(0, window=3), lambda u: float(np.mean(u[-3:]))),
+    "cusum": (wire.Sequence(0, offset=-0.5, floor=0.0), lambda u: reduce(lambda s, x: max(0.0, s + x - 0.5), u, 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+@pytest.mark.parametrize("chunks", [[8], [1, 2, 5], [3, 1, 1, 1, 1, 1]])
+def test_the_frame_counts_open_gates_and_has_their_statistics(name: str, chunks: list[int]) -> None:
+    """A policy with a gate on tokens, a program with one on the sequence; BOS is evaluated by neither."""
+    sequence, statistic = STATISTICS[name]
+    edits = (wire.Edit(1, shift=1.0),)
+    program = wire.Site(0, (GATE_ROW, ONES), edits, gate=wire.Gate((), sequence))
+    policy = wire.Site(1, (GATE_ROW, ONES), edits, gate=wire.Gate(((0, 1.2),)))
+    driver = driver_of(
+        other=adding(2.0), a=wire.Request(3, 8, True, ((program,), (policy,))), free=wire.Request(1, 9, False, ((),))
+    )
+    x = {name: grid(Random(4), 2, 8, WIDTH, top=4) for name in ("other", "a", "free")}
+    scores = x["a"][0, :, 0]
+    start, opened, touched = 0, [], []
+    reader = Reader(driver.banks)
+    for length in chunks:
+        run_step(driver, [("other", start, length), ("a", start, length), ("free", start, length)], x)
+        frame = reader.frame(start, driver.step, [])
+        flags = np.frombuffer(frame.flags, "u1")[length:].reshape(length, 4)
+        opened += flags[:, 2:].tolist()
+        touched += flags[:, :2].tolist()
+        start += length
+        # Of 64 bits, without the score of BOS.
+        expected = statistic(scores[1:start]) if start > 1 else 0.0
+        assert np.frombuffer(frame.statistics, "<f8").tolist() == pytest.approx([expected])
+    assert opened[0] == touched[0] == [0, 0]
+    # An unconditional edit touches the tokens at which its gate is open.
+    assert opened == touched
+    assert [policy for _, policy in opened[1:]] == (x["a"][1, 1:, 0] > 1.2).astype(int).tolist()
 
 
 def second_copy(row: wire.Row) -> wire.Row:

@@ -1,0 +1,189 @@
+"""Check a configuration before anything slow begins: without PyTorch, vLLM or a model, in a fraction of a second.
+
+What needs the weights is checked where they are loaded: `engine.start`, `bundle.check_model`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from rudder.sae_models import PRETRAINED
+from rudder.sae_models.hookpoints import FORM, SITE, parse
+from rudder.server.config import Config, ConfigError, WatchedFeature
+from rudder.server.program.named import load_programs
+
+DEMO = "install rudder-server[demo], or set engine.model, engine.bundles and programs.folder"
+# Names of one figure in the config.json of different architectures.
+HIDDEN_SIZE, LAYERS = ("hidden_size", "n_embd", "d_model"), ("num_hidden_layers", "n_layer", "num_layers")
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """What the manifest of a bundle says of it."""
+
+    name: str
+    sites: tuple[str, ...]
+    latents: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Figures of a model's config.json; None where it names them otherwise."""
+
+    hidden_size: int | None
+    layers: int | None
+
+
+def check(config: Config) -> Config:
+    """Return the configuration with the folder of a model that it names by its Hugging Face name.
+
+    Raises ConfigError, ProgramFileError.
+    """
+    config = msgspec.structs.replace(
+        config, engine=msgspec.structs.replace(config.engine, model=str(model_folder(config.engine.model)))
+    )
+    shape = model_shape(Path(config.engine.model), config.engine.load_format)
+    bundles = [bundle_facts(path) for path in config.engine.bundles]
+    check_sites(config, bundles, shape)
+    check_watched(config.watch, {bundle.name: bundle for bundle in bundles})
+    check_folders(config)
+    return config
+
+
+def model_folder(model: str) -> Path:
+    """Return the folder of a model: itself, or the snapshot of a Hugging Face name in the local cache."""
+    if is_folder(model):
+        return Path(model)
+    if PRETRAINED in Path(model).parents:
+        raise ConfigError("engine.model", f"{model} is not there: {DEMO}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (OSError, ValueError) as error:
+        problem = f"{model!r} is neither a folder nor in the local Hugging Face cache"
+        raise ConfigError("engine.model", f"{problem}: name a folder, or run `hf download` first") from error
+
+
+def is_folder(path: str) -> bool:
+    """Return whether a path is a folder; False for one that no file system can have."""
+    try:
+        return bool(path) and Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def model_shape(folder: Path, load_format: str) -> ModelShape:
+    """Read config.json of a model's folder, which must have weights too, unless they are random."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigError("engine.model", f"no config.json in {folder}")
+    if load_format != "dummy" and not any(folder.glob("*.safetensors")):
+        raise ConfigError("engine.model", f"no safetensors file in {folder}")
+    fields = read_object(file, "engine.model")
+    text = fields.get("text_config")
+    fields = text if isinstance(text, dict) else fields
+    return ModelShape(whole_number(fields, HIDDEN_SIZE), whole_number(fields, LAYERS))
+
+
+def whole_number(fields: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    """Return the first of these fields that is a whole number."""
+    return next((value for name in names if isinstance(value := fields.get(name), int)), None)
+
+
+def read_object(file: Path, field: str) -> dict[str, Any]:
+    """Read a JSON object. Raises ConfigError, which names `field`."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(field, f"{file}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(field, f"{file}: is not an object")
+    return content
+
+
+def bundle_facts(path: str) -> BundleFacts:
+    """Read what the checks need from the manifest of a bundle; `bundle.load` checks all of it."""
+    if not is_folder(path):
+        hint = f": {DEMO}" if PRETRAINED in Path(path).parents else ""
+        raise ConfigError("engine.bundles", f"{path!r} is not a folder{hint}")
+    file = Path(path) / "manifest.json"
+    fields = read_object(file, "engine.bundles")
+    try:
+        name, latents, hidden_size = str(fields["name"]), int(fields["latents"]), int(fields["model"]["hidden_size"])
+        return BundleFacts(name, tuple(map(str, fields["sites"])), latents, hidden_size)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError("engine.bundles", f"{file}: {type(error).__name__} {error}") from error
+
+
+def check_sites(config: Config, bundles: Sequence[BundleFacts], shape: ModelShape) -> None:
+    """Raise ConfigError unless there is a site, every site is in the model, and no two bundles share one."""
+    for field, values in (("name", [b.name for b in bundles]), ("site", [b.sites[:1] for b in bundles])):
+        if len(set(values)) < len(values):
+            problem = "have the same name" if field == "name" else "are for the same site"
+            raise ConfigError("engine.bundles", f"two bundles {problem}")
+    sites = list(sites_of(config, bundles))
+    if not sites:
+        raise ConfigError("engine.bundles", "is empty, and so is engine.sites: name a bundle or a site to hook")
+    for field, site in sites:
+        if not SITE.fullmatch(site):
+            raise ConfigError(field, f"{site!r} is not {FORM}")
+        if shape.layers is not None and parse(site)[0] >= shape.layers:
+            raise ConfigError(field, f"{site}: the model has {shape.layers} layers, from layers.0")
+    known = {site for _, site in sites}
+    for site in config.engine.sequence_sites or ():
+        if site not in known:
+            raise ConfigError("engine.sequence_sites", f"{site!r} is not one of {', '.join(sorted(known))}")
+    for bundle in bundles:
+        if shape.hidden_size not in (None, bundle.hidden_size):
+            problem = f"{bundle.name} fits a hidden size of {bundle.hidden_size}, the model has {shape.hidden_size}"
+            raise ConfigError("engine.bundles", problem)
+
+
+def sites_of(config: Config, bundles: Sequence[BundleFacts]) -> Iterator[tuple[str, str]]:
+    """Yield the sites to hook, each with the field that names it."""
+    yield from (("engine.bundles", site) for bundle in bundles for site in bundle.sites)
+    yield from (("engine.sites", site) for site in config.engine.sites)
+
+
+def check_watched(watch: Sequence[WatchedFeature], bundles: Mapping[str, BundleFacts]) -> None:
+    """Raise ConfigError unless every watched feature is one of a bundle that is served."""
+    for number, watched in enumerate(watch):
+        bundle = bundles[watched_bundle(watched, tuple(bundles), number)]
+        if watched.index >= bundle.latents:
+            problem = f"{bundle.name} has latents 0 to {bundle.latents - 1}, not {watched.index}"
+            raise ConfigError(f"watch[{number}].index", problem)
+        if watched.site is not None and watched.site not in bundle.sites:
+            problem = f"{watched.site!r} is not a site of {bundle.name}: {', '.join(bundle.sites)}"
+            raise ConfigError(f"watch[{number}].site", problem)
+
+
+def watched_bundle(watched: WatchedFeature, served: Sequence[str], number: int) -> str:
+    """Return the name of the bundle of `watch[number]`. Raises ConfigError if it is not served, or not the only one."""
+    field = f"watch[{number}].bundle"
+    if watched.bundle is None and len(served) == 1:
+        return served[0]
+    if watched.bundle is None:
+        raise ConfigError(field, f"name one of {', '.join(served)}" if served else "no bundle is served")
+    if watched.bundle not in served:
+        raise ConfigError(field, f"no bundle {watched.bundle!r} is served; served: {', '.join(served) or 'none'}")
+    return watched.bundle
+
+
+def check_folders(config: Config) -> None:
+    """Raise ConfigError or ProgramFileError unless programs and policies can be read and include the default policy."""
+    for field, folder in (("programs.folder", config.programs.folder), ("policies.folder", config.policies.folder)):
+        if folder is None:
+            continue
+        if not is_folder(folder):
+            hint = f": {DEMO}" if PRETRAINED in Path(folder).parents else ""
+            raise ConfigError(field, f"{folder!r} is not a folder{hint}")
+        load_programs(Path(folder))
+    name, folder = config.policies.default, config.policies.folder
+    if name is not None and name not in (load_programs(Path(folder)) if folder else {}):
+        raise ConfigError("policies.default", f"{name!r} is not in {folder or 'policies.folder'}")
