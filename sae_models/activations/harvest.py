@@ -17,7 +17,7 @@ from transformers import (
 
 from rudder.sae_models.activations import norms
 from rudder.sae_models.activations.corpus import Windows
-from rudder.sae_models.activations.hooks import Site, captured, layers_of, module_at
+from rudder.sae_models.activations.hooks import Site, branch_at, captured, layer_at, layers_of
 from rudder.sae_models.errors import UserError
 
 # A chunk, and a forward pass, hold as many tokens as this many windows without padding.
@@ -77,10 +77,12 @@ def load_trunk(folder: Path, *sites: Site, device: torch.device = CPU) -> Any:
     """Load a checkpoint's model without the layers above the deepest site. Raise ValueError if it lacks a site."""
     model = load_model(folder, device)
     for site in sites:
-        module_at(model, site)
+        layer_at(model, site)
     depth = 1 + max(site.layer for site in sites)
     del layers_of(model)[depth:]
     model.config.get_text_config().num_hidden_layers = depth
+    for site in sites:
+        branch_at(model, site)
     return model
 
 

@@ -4,11 +4,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from rudder.sae_models import hookpoints
+from rudder.sae_models.activations.layers import Reading
+from rudder.sae_models.activations.measure import measure
 from rudder.sae_models.errors import UserError
 
 Edit = Callable[[Tensor], Tensor | None]
@@ -20,6 +24,8 @@ BRANCHES = {
     "mlp_in": ("intermediate", "mlp", "fc1", "feed_forward"),
     "mlp_out": ("layer_scale2", "output.dense", "mlp", "fc2", "feed_forward"),
 }
+PROBE_TOKENS = 16
+_readings: WeakKeyDictionary[nn.Module, Reading] = WeakKeyDictionary()
 SANDWICH = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
 
 
@@ -106,6 +112,41 @@ def module_at(model: nn.Module, site: Site) -> nn.Module:
     raise UserError(f"site: {site}: {type(layer).__name__} has none of {', '.join(names)}")
 
 
+def branch_at(model: nn.Module, site: Site) -> tuple[nn.Module, float]:
+    """Return `module_at` and the factor by which its output is multiplied before it is added to the residual stream.
+
+    In a causal language model both are measured, as serving does. Raise ValueError if the site is not as its name says.
+    """
+    if site.point in ("resid_pre", "resid_post") or not is_decoder(model):
+        return module_at(model, site), 1.0
+    layer = layer_at(model, site)
+    if layer not in _readings:
+        _readings.update(measured_readings(model))
+    reading = _readings[layer]
+    reading.check(str(site), site.point)
+    if site.point == "mlp_in":
+        return layer.get_submodule(reading.mlp_input or ""), 1.0
+    branch = reading.branch(site.point)
+    return layer.get_submodule(branch.path), branch.factor
+
+
+def is_decoder(model: nn.Module) -> bool:
+    """Return whether a model is a causal language model."""
+    return "CausalLM" in type(model).__name__ or type(model).__name__.endswith("LMHeadModel")
+
+
+def measured_readings(model: Any) -> dict[nn.Module, Reading]:
+    """Measure all layers of a causal language model: a hook that is already there must not see a later measurement."""
+    layers, settings = layers_of(model), model.config.get_text_config()
+    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % settings.vocab_size
+
+    def run() -> None:
+        model.base_model(input_ids=ids, use_cache=False)
+
+    readings = measure(layers, range(len(layers)), PROBE_TOKENS, settings.hidden_size, run)
+    return {layers[number]: reading for number, reading in readings.items()}
+
+
 def _attribute(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name, None)
@@ -117,7 +158,7 @@ def hooked(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
     """Within the block, call `edit` with the vectors [batch, length, d] at the site; a tensor that it returns replaces
     them.
     """
-    module = module_at(model, site)
+    module, factor = branch_at(model, site)
     with ExitStack() as stack:
         if site.point in ("resid_pre", "mlp_in"):
             handle = module.register_forward_pre_hook(_on_input(edit), with_kwargs=True)
@@ -126,10 +167,10 @@ def hooked(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
             remember = _on_input(lambda x: layer_input.append(x))
             stack.callback(layer_at(model, site).register_forward_pre_hook(remember, with_kwargs=True).remove)
             handle = module.register_forward_hook(
-                _on_output(lambda branch_output: _edit_residual_mid(edit, layer_input.pop(), branch_output))
+                _on_output(_scaled(lambda added: _edit_residual_mid(edit, layer_input.pop(), added), factor))
             )
         else:
-            handle = module.register_forward_hook(_on_output(edit))
+            handle = module.register_forward_hook(_on_output(_scaled(edit, factor)))
         stack.callback(handle.remove)
         yield
 
@@ -140,6 +181,18 @@ def _edit_residual_mid(edit: Edit, layer_input: Tensor, branch_output: Tensor) -
     """
     edited = edit(layer_input + branch_output)
     return None if edited is None else edited - layer_input
+
+
+def _scaled(edit: Edit, factor: float) -> Edit:
+    """Make an edit of a branch's output from an edit of what the layer adds to the stream, `factor` times as much."""
+    if factor == 1.0:
+        return edit
+
+    def scaled(output: Tensor) -> Tensor | None:
+        edited = edit(output * factor)
+        return None if edited is None else edited / factor
+
+    return scaled
 
 
 def _on_input(edit: Edit) -> Callable[..., Any]:

@@ -11,7 +11,11 @@ SERVER = Path(__file__).parents[1]
 WORKER, SAE_MODELS = SERVER / "engine" / "worker", SERVER.parent / "sae_models"
 TRACED = (
     WORKER / "bank.py",
+    WORKER / "dummy.py",
     WORKER / "hooks.py",
+    SAE_MODELS / "activations" / "layers.py",
+    SAE_MODELS / "activations" / "measure.py",
+    SAE_MODELS / "activations" / "probe.py",
     SAE_MODELS / "edit.py",
     SAE_MODELS / "operations.py",
     SAE_MODELS / "sae.py",

@@ -27,17 +27,41 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "do_layer_norm_before": True},
     "phi3": GROUPED | {"original_max_position_embeddings": 128},
 }
+# Those whose layers represent the residual stream in another way, and a few more: tested without a compiled graph.
+OTHERS: dict[str, dict[str, Any]] = {
+    "cohere": GROUPED | {"logit_scale": 1.0},
+    "stablelm": GROUPED,
+    "glm4": GROUPED,
+    "granite": GROUPED | {"residual_multiplier": 0.22, "attention_multiplier": 0.2, "embedding_multiplier": 3.0},
+    "olmo2": GROUPED,
+    "bloom": {"n_layer": 3, "n_head": 2},
+    "falcon": {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "alibi": False},
+    "gptj": {"n_embd": 64, "n_layer": 3, "n_head": 2, "n_positions": 128, "rotary_dim": 16},
+    "phi": {"intermediate_size": 96, "num_key_value_heads": 2},
+    "mixtral": GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "exaone4": GROUPED | {"sliding_window": None, "sliding_window_pattern": 4},
+}
+
+# Hook points that are refused, with the reason; all others are served. `docs/architectures.md` is generated from this.
+PARALLEL = {"resid_mid": "its branches do not follow one another: both read resid_pre"}
+REFUSED: dict[str, dict[str, str]] = {
+    "gpt_neox": PARALLEL,
+    "cohere": PARALLEL,
+    "falcon": PARALLEL,
+    "gptj": PARALLEL,
+    "phi": PARALLEL,
+}
 
 
 def write(name: str, folder: Path) -> Path:
     """Write a model with random weights, large enough that an edit shows in its logits."""
     torch.manual_seed(0)
-    common = {} if name == "gpt2" else COMMON
+    common = {} if name in ("gpt2", "gptj") else COMMON
     tokens = {
         key: COMMON[key]
         for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
     }
-    config = AutoConfig.for_model(name, **(tokens | common | ARCHITECTURES[name]))
+    config = AutoConfig.for_model(name, **(tokens | common | (ARCHITECTURES | OTHERS)[name]))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.ndim > 1:

@@ -1,15 +1,16 @@
 """Edits in vLLM against the same edits by plain hooks on transformers, in batches of different programs."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
+from rudder.sae_models.hookpoints import POINTS
 from rudder.server.engine.traced import code_digest
 from rudder.server.program import wire
 from rudder.server.program.layout import Layout
@@ -18,6 +19,7 @@ from tests.engine import models, transformers_hooks
 SITES = ("layers.0.resid_pre", "layers.1.attn_out", "layers.1.mlp_out", "layers.1.resid_post", "layers.2.resid_pre")
 # Only in models whose MLP reads what the attention branch wrote.
 MIDDLE = "layers.1.resid_mid"
+LAST = "layers.2.resid_post"
 PROMPTS = ([1, 5, 9, 20, 33, 47], [1, 60, 61, 62], [1, 5, 9, 20, 33, 47], [1, 99, 98, 97, 96, 95, 94, 93])
 NEW_TOKENS = 4
 WIDTH = 64
@@ -36,8 +38,14 @@ def row(seed: int, threshold: float) -> wire.Row:
 
 def layout_of(folder: Path) -> Layout:
     """The sites of a model."""
-    sites = SITES if folder.name.startswith("gpt_neox") else (*SITES, MIDDLE)
-    return Layout(sites, rows=16, slots=8, sequence_sites=SITES[3:4])
+    refused = models.REFUSED.get(folder.name, {})
+    points = tuple(f"layers.1.{point}" for point in POINTS if point not in refused)
+    return Layout(tuple({*SITES, *points, LAST}), rows=16, slots=8, sequence_sites=SITES[3:4])
+
+
+def program_at(layout: Layout, site: str) -> tuple[wire.Site, ...]:
+    """A program that moves what it reads at one site: if what it reads is wrong, so are the answers."""
+    return (wire.Site(layout.sites.index(site), (row(9, -inf),), (wire.Edit(0, scale=4.0, shift=2.0),)),)
 
 
 def programs(layout: Layout) -> list[tuple[wire.Site, ...]]:
@@ -67,28 +75,45 @@ def programs(layout: Layout) -> list[tuple[wire.Site, ...]]:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=models.ARCHITECTURES)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of each architecture."""
-    return models.write(request.param, tmp_path_factory.mktemp(request.param))
+def programs_at_each_site(layout: Layout) -> list[tuple[wire.Site, ...] | None]:
+    """No program, and one at each served hook point of layer 1 and behind the last layer."""
+    return [None, *(program_at(layout, site) for site in layout.sites if site.startswith("layers.1.") or site == LAST)]
+
+
+# An engine for each: architectures in COMPILED run in both modes.
+COMPILED = tuple(models.ARCHITECTURES)
+CASES = [(name, "eager") for name in models.ARCHITECTURES | models.OTHERS] + [(name, "compiled") for name in COMPILED]
+on_each_engine = pytest.mark.parametrize(("folder", "llm"), CASES, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> list[tuple[list[int], np.ndarray]]:
-    """Answers of transformers: (greedy ids, log-probabilities [tokens, vocabulary]) of each prompt.
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of each architecture, in a folder of its name."""
+    return models.write(request.param, tmp_path_factory.mktemp("model") / request.param)
 
-    Computed before vLLM loads the model: it patches the classes of models that it runs through transformers.
-    """
+
+class Expected(NamedTuple):
+    """Answers of transformers, (greedy ids, log-probabilities [tokens, vocabulary]): by prompt, and by site."""
+
+    answers: list[tuple[list[int], np.ndarray]]
+    at_sites: list[tuple[list[int], np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> Expected:
+    """Compute them before vLLM loads the model: it patches the classes of models that it runs through transformers."""
     model, layout = transformers_hooks.load(folder), layout_of(folder)
-    plain, steered = (
-        answer_of_transformers(model, PROMPTS[0], program, layout)[1][0] for program in (None, programs(layout)[0])
-    )
-    assert np.abs(plain - steered).max() > 0.05, "the edits must show, or this test shows nothing"
     pairs = zip(PROMPTS, program_of_each_prompt(layout), strict=True)
-    return [answer_of_transformers(model, prompt, program, layout) for prompt, program in pairs]
+    answers = [answer_of_transformers(model, prompt, program, layout) for prompt, program in pairs]
+    plain, *steered = (
+        answer_of_transformers(model, PROMPTS[0], program, layout) for program in programs_at_each_site(layout)
+    )
+    for _, logprobs in (*steered, answers[0]):
+        assert np.abs(plain[1][0] - logprobs[0]).max() > 0.05, "the edits must show, or this test shows nothing"
+    return Expected(answers, [plain, *steered])
 
 
-@pytest.fixture(scope="module", params=["eager", "compiled"])
+@pytest.fixture(scope="module")
 def llm(request: pytest.FixtureRequest, folder: Path, expected: object) -> Iterator[Any]:  # noqa: ARG001
     """An engine in this process, so that nothing but the worker differs from plain vLLM."""
     from vllm import LLM
@@ -114,7 +139,9 @@ def program_of_each_prompt(layout: Layout) -> list[tuple[wire.Site, ...] | None]
     return [first, second, None, first]
 
 
-def answers_of_vllm(llm: Any, layout: Layout) -> list[tuple[list[int], np.ndarray]]:
+def answers_of_vllm(
+    llm: Any, prompts: Sequence[list[int]], programs: Sequence[tuple[wire.Site, ...] | None]
+) -> list[tuple[list[int], np.ndarray]]:
     """(greedy ids, log-probabilities [tokens, vocabulary]) of all prompts in one batch."""
     from vllm import SamplingParams
 
@@ -123,9 +150,9 @@ def answers_of_vllm(llm: Any, layout: Layout) -> list[tuple[list[int], np.ndarra
             temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=-1,
             extra_args={wire.EXTRA_ARG: wire.encode(wire.Request(len(prompt), 64, True, (program or (),)))},
         )
-        for prompt, program in zip(PROMPTS, program_of_each_prompt(layout), strict=True)
+        for prompt, program in zip(prompts, programs, strict=True)
     ]  # fmt: skip
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     return [
         (list(o.outputs[0].token_ids), np.array([by_token_id(step) for step in o.outputs[0].logprobs])) for o in outputs
     ]
@@ -151,9 +178,26 @@ def answer_of_transformers(
     return ids, np.array(logprobs)
 
 
-def test_logits_equal_those_of_transformers(
-    llm: Any, expected: list[tuple[list[int], np.ndarray]], folder: Path
+def assert_equal(
+    answers: Sequence[tuple[list[int], np.ndarray]], expected: Sequence[tuple[list[int], np.ndarray]]
 ) -> None:
-    for (ids, ours), (their_ids, theirs) in zip(answers_of_vllm(llm, layout_of(folder)), expected, strict=True):
+    """Assert that answers of vLLM are those of transformers."""
+    for (ids, ours), (their_ids, theirs) in zip(answers, expected, strict=True):
         assert ids == their_ids
         assert np.abs(ours - theirs).max() < 1e-4
+
+
+@on_each_engine
+def test_logits_equal_those_of_transformers(llm: Any, expected: Expected, folder: Path) -> None:
+    answers = answers_of_vllm(llm, PROMPTS, program_of_each_prompt(layout_of(folder)))
+    assert_equal(answers, expected.answers)
+
+
+@on_each_engine
+def test_each_hook_point_is_read_and_edited_as_in_transformers_or_refused(
+    llm: Any, expected: Expected, folder: Path
+) -> None:
+    programs = programs_at_each_site(layout_of(folder))
+    assert_equal(answers_of_vllm(llm, [PROMPTS[0]] * len(programs), programs), expected.at_sites)
+    (refusals,) = llm.collective_rpc("rudder_refusals")
+    assert refusals[1] == models.REFUSED.get(folder.name, {})

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from vllm import SamplingParams
 
+from rudder.sae_models.activations.layers import UnknownLayout
+from rudder.sae_models.activations.measure import measure
 from rudder.server import config as configuration
 from rudder.server.config import Config, ConfigError
 from rudder.server.engine import selftest
@@ -20,14 +22,8 @@ from rudder.server.engine.supported import check_supported
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.engine.traced import code_digest
 from rudder.server.engine.worker import hooks as sites
-from rudder.server.engine.worker.worker import build_banks
 from rudder.server.program.layout import Layout
 from tests.engine.conftest import SMALL
-
-
-def bank_at(site: str) -> Any:
-    """Build a bank of width 8."""
-    return build_banks(Layout((site,), rows=4, slots=2), 8, 9, torch.device("cpu"))[0]
 
 
 class UnknownModel(nn.Module):
@@ -41,14 +37,12 @@ class UnknownModel(nn.Module):
 
 def test_unknown_model_layout_is_refused_by_name() -> None:
     model = UnknownModel()
-    with pytest.raises(sites.UnknownLayout, match="UnknownModel has 2 lists of 2 layers"):
+    with pytest.raises(UnknownLayout, match="UnknownModel has 2 lists of 2 layers"):
         sites.decoder_layers(model, 2)
-    with pytest.raises(sites.UnknownLayout, match=r"layers\.7\.resid_post of a model with 2 layers"):
-        sites.attach(bank_at("layers.7.resid_post"), model.layers)
-    with pytest.raises(sites.UnknownLayout, match=r"layers\.0\.mlp_out: Linear has none of mlp"):
-        sites.attach(bank_at("layers.0.mlp_out"), model.layers)
-    with pytest.raises(sites.UnknownLayout, match="Linear takes no hidden_states"):
-        sites.attach(bank_at("layers.0.resid_pre"), model.layers)
+    with pytest.raises(UnknownLayout, match=r"layers\.7\.resid_post of a model with 2 layers"):
+        sites.layer_numbers(["layers.7.resid_post"], model.layers)
+    with pytest.raises(UnknownLayout, match="Linear takes no hidden_states"):
+        measure(model.layers, [0], 4, 8, lambda: None)
 
 
 def test_fused_residual_is_read_as_a_sum() -> None:
@@ -62,7 +56,7 @@ def test_fused_residual_is_read_as_a_sum() -> None:
             return torch.ones_like(x)
 
     hidden, residual = torch.randn(3, 8), torch.randn(3, 8)
-    edited, unchanged = sites.output_hook(Probe(), fused=True)(nn.Identity(), (), (hidden, residual))  # type: ignore[arg-type]
+    edited, unchanged = sites.output_hook(Probe(), is_sum=True)(nn.Identity(), (), (hidden, residual))  # type: ignore[arg-type]
     torch.testing.assert_close(seen[0], hidden + residual)
     torch.testing.assert_close(edited, hidden + 1)
     assert unchanged is residual

@@ -14,7 +14,19 @@ from transformers import AutoModelForCausalLM
 from rudder.server.program import wire
 
 LAYERS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
-ATTENTION = ("self_attn", "attn", "attention")
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+# Model types whose branches do not end in the modules named attention and MLP, or whose MLP is no module.
+SANDWICH = ("post_attention_layernorm", "post_feedforward_layernorm", "mlp")
+BRANCHES = {
+    # BLOOM's modules add the stream to their output: their last linear layer does not.
+    "bloom": ("self_attention.dense", "mlp.dense_4h_to_h", "mlp"),
+    "exaone4": SANDWICH,
+    "gemma2": SANDWICH,
+    "gemma3_text": SANDWICH,
+    "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm", "mlp"),
+    "olmo2": SANDWICH,
+    "opt": ("self_attn", "fc2", "fc1"),
+}
 
 
 def load(folder: Path) -> nn.Module:
@@ -30,19 +42,31 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
+def paths_of(model: nn.Module) -> tuple[str, str, str]:
+    """Paths in a layer: the modules whose outputs it adds to the stream, and the module that reads the MLP's input."""
+    kind = str(getattr(model.config, "model_type"))  # noqa: B009
+    if kind in BRANCHES:
+        return BRANCHES[kind]
+    names = dict(layers_of(model)[0].named_children())
+    attention = next(name for name in ATTENTION if name in names)
+    return attention, "mlp", "mlp"
+
+
+def factor_of(model: nn.Module, site: str) -> float:
+    """What a branch's output is multiplied by before it is added to the stream."""
+    is_branch = site.endswith(("attn_out", "resid_mid", "mlp_out"))
+    return getattr(model.config, "residual_multiplier", 1.0) if is_branch else 1.0
+
+
 def module_of(model: nn.Module, site: str) -> tuple[nn.Module, bool]:
     """(module, True) where a site is the module's input, (module, False) where it is its output."""
     _, number, point = site.split(".")
-    layer: Any = layers_of(model)[int(number)]
-    sandwich = hasattr(layer, "pre_feedforward_layernorm")
-    if point == "resid_pre":
-        return layer, True
-    if point == "resid_post":
-        return layer, False
-    if point == "mlp_out":
-        return layer.post_feedforward_layernorm if sandwich else getattr(layer, "mlp", None) or layer.fc2, False
-    attention = next(getattr(layer, name) for name in ATTENTION if hasattr(layer, name))
-    return layer.post_attention_layernorm if sandwich else attention, False
+    layer = layers_of(model)[int(number)]
+    if point in ("resid_pre", "resid_post"):
+        return layer, point == "resid_pre"
+    attention, mlp, mlp_input = paths_of(model)
+    path = {"attn_out": attention, "resid_mid": attention, "mlp_in": mlp_input, "mlp_out": mlp}[point]
+    return layer.get_submodule(path), point == "mlp_in"
 
 
 @contextmanager
@@ -52,26 +76,32 @@ def hooked(model: nn.Module, programs: Sequence[wire.Site], sites: Sequence[str]
     for program in programs:
         site = sites[program.site]
         module, takes_input = module_of(model, site)
+        factor = factor_of(model, site)
 
         def change(x: Tensor, program: wire.Site = program) -> Tensor:
             return torch.cat([x[:, :1], edited(program, x[:, 1:], prompt_tokens - 1)], 1)
 
         if site.endswith("resid_mid"):
-            record, displace = middle_hooks(change)
+            record, displace = middle_hooks(change, factor)
             layer = layers_of(model)[int(site.split(".")[1])]
             handles.append(layer.register_forward_pre_hook(input_hook(record), with_kwargs=True))
             handles.append(module.register_forward_hook(output_hook(displace)))
         elif takes_input:
             handles.append(module.register_forward_pre_hook(input_hook(change), with_kwargs=True))
         else:
-            handles.append(module.register_forward_hook(output_hook(change)))
+            handles.append(module.register_forward_hook(output_hook(scaled(change, factor))))
     yield
     for handle in handles:
         handle.remove()
 
 
-def middle_hooks(change: Any) -> tuple[Any, Any]:
-    """Hooks (on a layer's input, on its attention's output) that change the sum of both."""
+def scaled(change: Any, factor: float) -> Any:
+    """A change of a branch's output, from a change of what the layer adds to the stream."""
+    return lambda x: change(x * factor) / factor
+
+
+def middle_hooks(change: Any, factor: float) -> tuple[Any, Any]:
+    """Hooks (on a layer's input, on its attention's output) that change the former plus `factor` times the latter."""
     inputs: list[Tensor] = []
 
     def record(x: Tensor) -> Tensor:
@@ -79,7 +109,7 @@ def middle_hooks(change: Any) -> tuple[Any, Any]:
         return x
 
     def displace(added: Tensor) -> Tensor:
-        displaced: Tensor = change(inputs[-1] + added) - inputs[-1]
+        displaced: Tensor = (change(inputs[-1] + factor * added) - inputs[-1]) / factor
         return displaced
 
     return record, displace

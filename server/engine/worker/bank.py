@@ -162,6 +162,7 @@ class SiteBank(nn.Module):
     before: Tensor
     after: Tensor
     layer_input: Tensor
+    factor: Tensor
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rudder.sae_models.bundle import bundle as bundles
+from rudder.sae_models.hookpoints import parse
 from rudder.sae_models.operations import TOKEN
 from rudder.sae_models.sae import SAE
 from rudder.sae_models.sparse.screening import prepare_screening
@@ -19,7 +20,8 @@ from rudder.server.engine.telemetry.channel import Sender
 from rudder.server.engine.worker import runners
 from rudder.server.engine.worker.bank import Sequences, SiteBank
 from rudder.server.engine.worker.driver import Driver, Step
-from rudder.server.engine.worker.hooks import attach, decoder_layers
+from rudder.server.engine.worker.dummy import measure_layers
+from rudder.server.engine.worker.hooks import attach, decoder_layers, layer_numbers
 from rudder.server.engine.worker.reader import Readable, Reader
 from rudder.server.engine.worker.witness import Witness
 from rudder.server.program import wire
@@ -57,8 +59,10 @@ class SteeringWorker:
         }
         width, tokens = config.model_config.get_hidden_size(), runners.padded_tokens(config)
         banks = build_banks(layout, width, tokens, device, dictionaries, config.model_config.dtype)
+        numbers = layer_numbers(layout.sites, layers)
+        self.readings = measure_layers(self.model_runner, config, layers, numbers)
         for bank in banks:
-            attach(bank, layers)
+            attach(bank, layers, self.readings[parse(bank.site)[0]])
         self.driver, self.reader = Driver(layout, banks), Reader(banks)
         for name, bundle in self.bundles.items():
             self.serve_bundle(name, bundle)
@@ -146,6 +150,10 @@ class SteeringWorker:
         step = self.driver.step
         columns = (step.batch.handles, step.offsets, step.lengths)
         return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def rudder_refusals(self) -> dict[int, dict[str, str]]:
+        """Return, by hooked layer, the hook points that are not served, and why."""
+        return {number: dict(reading.refusals) for number, reading in self.readings.items()}
 
     def rudder_usage(self) -> dict[str, Any]:
         """Count slots and row places held and requests known: all 0, but for pinned rows, when none is in flight."""

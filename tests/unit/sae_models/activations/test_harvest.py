@@ -10,9 +10,14 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
+    BloomConfig,
+    CohereConfig,
     Gemma2Config,
+    Glm4Config,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
+    Olmo2Config,
     OPTConfig,
     T5Config,
     ViTConfig,
@@ -35,6 +40,11 @@ CAUSAL = {
     "llama": LlamaConfig(**SMALL, num_key_value_heads=1),
     "gemma2": Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8),
     "gpt2": GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2, bos_token_id=1, eos_token_id=0),
+    "bloom": BloomConfig(vocab_size=64, hidden_size=16, n_layer=3, n_head=2),
+    "cohere": CohereConfig(**SMALL, num_key_value_heads=1, logit_scale=1.0),
+    "glm4": Glm4Config(**SMALL, num_key_value_heads=1, head_dim=8, pad_token_id=0),
+    "granite": GraniteConfig(**SMALL, num_key_value_heads=1, residual_multiplier=0.22),
+    "olmo2": Olmo2Config(**(SMALL | {"pad_token_id": 0}), num_key_value_heads=1),
     "opt": OPTConfig(**(SMALL | {"ffn_dim": 24, "word_embed_proj_dim": 16})),
 }
 OTHERS = {
@@ -77,7 +87,7 @@ def test_trunk_has_the_residual_stream_of_the_whole_model(name: str, tmp_path: P
     assert torch.allclose(second, hidden[2], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "vit"])
+@pytest.mark.parametrize("name", [*CAUSAL, "vit"])
 def test_branch_outputs_add_up_to_the_residual_stream(name: str, tmp_path: Path) -> None:
     save_random_model(name, tmp_path)
     points = ("resid_pre", "attn_out", "mlp_out", "resid_post")
@@ -122,7 +132,7 @@ def test_post_norm_encoder_has_no_resid_mid(tmp_path: Path) -> None:
         harvest.load_trunk(tmp_path, Site(1, "resid_mid"))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "vit"])
+@pytest.mark.parametrize("name", [*(name for name in CAUSAL if name != "cohere"), "vit"])
 def test_resid_mid_plus_mlp_out_is_resid_post(name: str, tmp_path: Path) -> None:
     save_random_model(name, tmp_path)
     requested = [Site(1, point) for point in ("resid_mid", "mlp_out", "resid_post")]
@@ -132,6 +142,27 @@ def test_resid_mid_plus_mlp_out_is_resid_post(name: str, tmp_path: Path) -> None
     with hooked(trunk, requested[0], lambda x: x + push):
         ((added, post),) = harvest.activations(trunk, requested[1:], [inputs_of(name)])
     assert torch.allclose(middle + push + added, post, atol=1e-5)
+
+
+def test_parallel_branches_have_no_resid_mid(tmp_path: Path) -> None:
+    save_random_model("cohere", tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.1\.resid_mid: CohereDecoderLayer: its branches do not follow"):
+        harvest.load_trunk(tmp_path, Site(1, "resid_mid"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bloom", "granite"])
+@pytest.mark.parametrize("point", ["attn_out", "mlp_out"])
+def test_edit_of_a_branch_moves_the_residual_stream_as_far(name: str, point: str, tmp_path: Path) -> None:
+    """BLOOM's modules return the stream with the branch; Granite multiplies a branch before it adds it."""
+    save_random_model(name, tmp_path)
+    site, push = Site(1, point), torch.randn(16)
+    behind = Site(1, "resid_mid" if point == "attn_out" else "resid_post")
+    trunk = harvest.load_trunk(tmp_path, site, behind)
+    ((x,),) = harvest.activations(trunk, [behind], [inputs_of(name)])
+    with hooked(trunk, site, lambda x: x + push):
+        ((moved,),) = harvest.activations(trunk, [behind], [inputs_of(name)])
+    assert torch.allclose(moved, x + push, atol=1e-5)
 
 
 def test_padding_is_masked_in_an_encoder_and_not_counted(tmp_path: Path) -> None:
