@@ -25,7 +25,7 @@ BUF := $(VENV)/bin/buf
 # CI measures the coverage of the unit tests: see `make coverage`.
 COVERAGE := $(if $(CI),--cov --cov-report=)
 
-.PHONY: help venv demo serve test test-long lint types proto proto-check proto-image unit coverage engine-test e2e conformance \
+.PHONY: help venv demo serve test test-long lint types proto proto-check proto-image unit coverage engine-test e2e conformance architectures \
 	wheels install-check lock clean
 
 help: ## list the targets
@@ -65,6 +65,9 @@ e2e: $(TEST) ## tests against a server process
 
 conformance: $(CONFORMANCE) ## tests against the libraries whose formats are read
 	.venv-conformance/bin/python -m pytest tests/conformance
+
+architectures: $(TEST) ## rewrite docs/architectures.md from the cases of the parity tests
+	$(PY) -m tests.engine.architectures
 
 proto: $(TEST) ## regenerate the Python code of the contract
 	$(call generate,clients/python)

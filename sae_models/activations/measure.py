@@ -12,7 +12,7 @@ point at which one does not hold is refused with the relation and its relative e
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import combinations
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rudder.sae_models.activations.layers import Branch, Reading
-from rudder.sae_models.activations.probe import MLP_INPUTS, Change, LayerProbe, Pass
+from rudder.sae_models.activations.probe import MLP_INPUTS, Change, LayerProbe, Pass, PassEnded
 from rudder.sae_models.hookpoints import POINTS
 
 BRANCH_POINTS = ("attn_out", "resid_mid", "mlp_out")
@@ -63,18 +63,18 @@ class Fit(NamedTuple):
     """delta = factors[0] * first + factors[1] * second, with its relative error."""
 
     error: float
-    paths: tuple[str, str]
     factors: tuple[float, float]
+    paths: tuple[str, str]
 
 
 def fit_branches(delta: Tensor, modules: Mapping[str, Tensor], tolerance: float) -> Fit:
     """Find the two modules of whose outputs `delta` [tokens, d] is a sum, up to a factor each.
 
-    Of the pairs in the shallowest depth at which one adds up within `tolerance`, or of all if none does, the best; of
-    equals, such as a module and the dropout behind it, those that ran first.
+    Of the pairs in the shallowest depth at which one adds up within `tolerance`, or of all if none does, the best. Of
+    equals those that ran last: the norm behind a branch multiplies by a constant where the branch is small.
     """
     paths = list(modules)
-    best = Fit(float("inf"), ("", ""), (0.0, 0.0))
+    best = Fit(float("inf"), (0.0, 0.0), ("", ""))
     if len(paths) < 2:
         return best
     outputs = torch.stack([modules[path].flatten().double() for path in paths])
@@ -84,10 +84,11 @@ def fit_branches(delta: Tensor, modules: Mapping[str, Tensor], tolerance: float)
     depths = [path.count(".") for path in paths]
     for depth in sorted(set(depths)):
         pairs = [pair for pair in combinations(range(len(paths)), 2) if max(depths[i] for i in pair) == depth]
-        for pair in pairs:
-            error, factors = solve_pair(gram, product, square, pair)
-            if error < best.error / DISTINCT:
-                best = Fit(error, (paths[pair[0]], paths[pair[1]]), factors)
+        fits = [Fit(*solve_pair(gram, product, square, pair), (paths[pair[0]], paths[pair[1]])) for pair in pairs]
+        least = min((fit.error for fit in fits), default=best.error)
+        if least < best.error:
+            # Pairs are in call order.
+            best = next(fit for fit in reversed(fits) if fit.error <= DISTINCT * least)
         if best.error < tolerance:
             return best
     return best
@@ -136,6 +137,8 @@ class Trial:
         yield
         scale = branch_scale(probe.seen)
         self.hidden, self.residual, self.move = (probe.random(scale) for _ in range(3))
+        # Large enough that a norm behind a branch is no multiplication by a constant.
+        self.edit = probe.random(max(scale, 1.0))
         probe.change = Change(self.hidden, self.residual)
         yield
         self.base = probe.seen
@@ -185,11 +188,11 @@ class Trial:
         """Edit each branch: it must act as asked, and the MLP must read the stream behind the attention branch."""
         ((is_sum, fit),) = self.fits.items()
         probe, (first, second) = self.probe, fit.paths
-        forced = base.modules[first] + self.move / fit.factors[0]
+        forced = base.modules[first] + self.edit / fit.factors[0]
         probe.change = Change(self.hidden, self.residual, {first: forced})
         yield
         attention = probe.seen
-        forced = base.modules[second] + self.move / fit.factors[1]
+        forced = base.modules[second] + self.edit / fit.factors[1]
         probe.change = Change(self.hidden, self.residual, {second: forced})
         yield
         errors = [self.sum_error(attention, is_sum, fit), self.sum_error(probe.seen, is_sum, fit)]
@@ -200,7 +203,7 @@ class Trial:
         self.parallel = median_error(attention.modules[second], base.modules[second]) < self.tolerance
         if self.parallel:
             self.refuse(("resid_mid",), "its branches do not follow one another: both read resid_pre")
-        probe.change = Change(self.hidden + self.move, self.residual, {first: base.modules[first]})
+        probe.change = Change(self.hidden + self.edit, self.residual, {first: base.modules[first]})
         yield
         error = median_error(probe.seen.modules[second], attention.modules[second])
         if not self.parallel and not error < self.loose:
@@ -319,10 +322,12 @@ def measure(
             probe.hook(stack)
         trials = {number: Trial(probe) for number, probe in probes.items()}
         steps = [trial.steps() for trial in trials.values()]
-        while steps:
-            steps = [step for step in steps if next(step, DONE) is not DONE]
-            if steps:
-                for probe in probes.values():
-                    probe.seen = Pass()
+        last = probes[max(probes)]
+        while steps := [step for step in steps if next(step, DONE) is not DONE]:
+            for probe in probes.values():
+                probe.seen = Pass()
+            # The first pass is a whole one: it shows whether a layer runs again.
+            with suppress(PassEnded):
                 run()
+            last.ends_pass = True
     return {number: trials[number].reading(trials.get(number + 1)) for number in measured}

@@ -43,6 +43,10 @@ class Change:
     input_moves: dict[str, Tensor] = field(default_factory=dict)
 
 
+class PassEnded(Exception):
+    """Raised in a layer to leave the model's forward pass."""
+
+
 class LayerProbe:
     """Records and changes what passes through one layer."""
 
@@ -53,6 +57,7 @@ class LayerProbe:
         named = (path for path in MLP_INPUTS if isinstance(getattr(layer, path, None), nn.Module))
         self.mlp_input = next(named, None)
         self.change, self.seen = Change(), Pass()
+        self.ends_pass = False
         self.generator = torch.Generator().manual_seed(SEED + number)
 
     def hook(self, stack: ExitStack) -> None:
@@ -97,8 +102,10 @@ class LayerProbe:
         return args, kwargs
 
     def after(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        """Record the layer's output."""
+        """Record the layer's output, and end the pass if no later layer is measured."""
         self.seen.output = [self.flat(part) for part in output_parts(output)]
+        if self.ends_pass:
+            raise PassEnded
 
     def record(self, path: str) -> Callable[..., Any]:
         """Make a hook that records a module's output and replaces it."""
