@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,6 +26,7 @@ BRANCHES = {
     "mlp_out": ("layer_scale2", "output.dense", "mlp", "fc2", "feed_forward"),
 }
 PROBE_TOKENS = 16
+_measuring = ContextVar("measuring", default=False)
 _readings: WeakKeyDictionary[nn.Module, Reading] = WeakKeyDictionary()
 SANDWICH = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
 
@@ -136,14 +138,18 @@ def is_decoder(model: nn.Module) -> bool:
 
 
 def measured_readings(model: Any) -> dict[nn.Module, Reading]:
-    """Measure all layers of a causal language model: a hook that is already there must not see a later measurement."""
+    """Measure all layers of a causal language model. Hooks of this module do nothing meanwhile."""
     layers, settings = layers_of(model), model.config.get_text_config()
     ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % settings.vocab_size
 
     def run() -> None:
         model.base_model(input_ids=ids, use_cache=False)
 
-    readings = measure(layers, range(len(layers)), PROBE_TOKENS, settings.hidden_size, run)
+    reset = _measuring.set(True)
+    try:
+        readings = measure(layers, range(len(layers)), PROBE_TOKENS, settings.hidden_size, run)
+    finally:
+        _measuring.reset(reset)
     return {layers[number]: reading for number, reading in readings.items()}
 
 
@@ -197,7 +203,7 @@ def _scaled(edit: Edit, factor: float) -> Edit:
 
 def _on_input(edit: Edit) -> Callable[..., Any]:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        edited = edit(args[0] if args else kwargs["hidden_states"])
+        edited = None if _measuring.get() else edit(args[0] if args else kwargs["hidden_states"])
         if edited is None:
             return None
         return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": edited})
@@ -208,7 +214,7 @@ def _on_input(edit: Edit) -> Callable[..., Any]:
 def _on_output(edit: Edit) -> Callable[..., Any]:
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        edited = edit(hidden)
+        edited = None if _measuring.get() else edit(hidden)
         if edited is None:
             return None
         return (edited, *output[1:]) if isinstance(output, tuple) else edited

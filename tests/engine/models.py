@@ -29,7 +29,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 # Those whose layers represent the residual stream in another way, and a few more: tested without a compiled graph.
 OTHERS: dict[str, dict[str, Any]] = {
-    "cohere": GROUPED | {"logit_scale": 1.0},
+    "cohere": GROUPED | {"logit_scale": 1.0, "tie_word_embeddings": True},
     "stablelm": GROUPED,
     "glm4": GROUPED,
     "granite": GROUPED | {"residual_multiplier": 0.22, "attention_multiplier": 0.2, "embedding_multiplier": 3.0},

@@ -116,6 +116,8 @@ def expected(folder: Path) -> Expected:
 @pytest.fixture(scope="module")
 def llm(request: pytest.FixtureRequest, folder: Path, expected: object) -> Iterator[Any]:  # noqa: ARG001
     """An engine in this process, so that nothing but the worker differs from plain vLLM."""
+    # Some layers compile a norm by themselves, which takes half a minute.
+    torch.compiler.set_stance("force_eager" if request.param == "eager" else "default")
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -127,6 +129,7 @@ def llm(request: pytest.FixtureRequest, folder: Path, expected: object) -> Itera
         distributed_executor_backend="uni", max_logprobs=-1,
     )  # fmt: skip
     yield engine
+    torch.compiler.set_stance("default")
     engine.llm_engine.engine_core.shutdown()
     del engine
     gc.collect()

@@ -165,6 +165,16 @@ def test_edit_of_a_branch_moves_the_residual_stream_as_far(name: str, point: str
     assert torch.allclose(moved, x + push, atol=1e-5)
 
 
+@torch.no_grad()
+def test_branch_hooked_behind_an_edit_is_measured_without_it(tmp_path: Path) -> None:
+    model = save_random_model("llama", tmp_path)
+    seen: list[Tensor] = []
+    with hooked(model, Site(0, "resid_post"), lambda x: 3 * x), hooked(model, Site(0, "mlp_out"), seen.append):
+        assert not seen
+        model(**inputs_of("llama"))
+    assert len(seen) == 1
+
+
 def test_padding_is_masked_in_an_encoder_and_not_counted(tmp_path: Path) -> None:
     save_random_model("bert", tmp_path)
     site = parse_site("layers.1.resid_post")
