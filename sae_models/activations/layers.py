@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,16 +14,15 @@ class UnknownLayout(UserError):
     """The model has no such site, or what a hook would read there is not what the site's name says."""
 
 
-@dataclass(frozen=True)
-class LayerInput:
+class LayerInput(NamedTuple):
     """A layer's input: hidden states, residual or None, and the index of the former in its arguments.
 
-    The index is None where hidden states are a keyword argument.
+    hidden_index is None where hidden states are a keyword argument.
     """
 
     hidden: Tensor
     residual: Tensor | None
-    index: int | None
+    hidden_index: int | None
 
 
 @dataclass(frozen=True)

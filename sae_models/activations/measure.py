@@ -25,7 +25,7 @@ from rudder.sae_models.hookpoints import POINTS
 
 BRANCH_POINTS = ("attn_out", "resid_mid", "mlp_out")
 ADDS_UP = "resid_pre + attn_out + mlp_out = resid_post"
-# Relative errors that rounding explains: a multiple of the data type's epsilon, and at least this.
+# Relative errors that rounding explains: a multiple of the data type's epsilon, and at min_error this.
 MIN_TOLERANCE = 1e-3
 EPSILONS = 4
 # A module that normalises, routes or multiplies enlarges the rounding of its input.
@@ -85,10 +85,10 @@ def fit_branches(delta: Tensor, modules: Mapping[str, Tensor], tolerance: float)
     for depth in sorted(set(depths)):
         pairs = [pair for pair in combinations(range(len(paths)), 2) if max(depths[i] for i in pair) == depth]
         fits = [Fit(*solve_pair(gram, product, square, pair), (paths[pair[0]], paths[pair[1]])) for pair in pairs]
-        least = min((fit.error for fit in fits), default=best.error)
-        if least < best.error:
+        min_error = min((fit.error for fit in fits), default=best.error)
+        if min_error < best.error:
             # Pairs are in call order.
-            best = next(fit for fit in reversed(fits) if fit.error <= DISTINCT * least)
+            best = next(fit for fit in reversed(fits) if fit.error <= DISTINCT * min_error)
         if best.error < tolerance:
             return best
     return best
@@ -132,7 +132,7 @@ class Trial:
             self.refuse(POINTS, reason)
             return
         self.tolerance = max(MIN_TOLERANCE, EPSILONS * torch.finfo(probe.dtype).eps)
-        self.loose = AMPLIFICATION * self.tolerance
+        self.amplified_tolerance = AMPLIFICATION * self.tolerance
         probe.change = Change(probe.random(1.0), probe.random(1.0))
         yield
         scale = branch_scale(probe.seen)
@@ -152,7 +152,7 @@ class Trial:
 
     def input_steps(self, base: Pass) -> Iterator[None]:
         """Measure whether the layer reads hidden + residual, hidden alone, or neither."""
-        if base.given[1] is None:
+        if base.inputs[1] is None:
             self.input_is_sum = False
             return
         self.probe.change = Change(self.hidden, self.residual + self.move)
@@ -163,7 +163,7 @@ class Trial:
         self.probe.change = Change(self.hidden - self.move, self.residual + self.move)
         yield
         error = part_error(self.probe.seen, base)
-        if error < self.loose:
+        if error < self.amplified_tolerance:
             self.input_is_sum = True
         else:
             depends = "its output depends on hidden_states and residual otherwise than through their sum"
@@ -172,7 +172,7 @@ class Trial:
     def fit(self, base: Pass) -> None:
         """Find the branches, and with them how the output is to be read."""
         single = {path: x for path, x in base.modules.items() if path not in base.repeated}
-        before = stream(base.given, bool(self.input_is_sum))
+        before = stream(base.inputs, bool(self.input_is_sum))
         readings = (False,) if base.output[1] is None else (False, True)
         fits = {
             is_sum: fit_branches(stream(base.output, is_sum) - before, single, self.tolerance) for is_sum in readings
@@ -196,7 +196,7 @@ class Trial:
         probe.change = Change(self.hidden, self.residual, {second: forced})
         yield
         errors = [self.sum_error(attention, is_sum, fit), self.sum_error(probe.seen, is_sum, fit)]
-        if not max(errors) < self.loose:
+        if not max(errors) < self.amplified_tolerance:
             self.refuse(BRANCH_POINTS, f"{ADDS_UP} does not hold after an edit: relative error {max(errors):.2g}")
             self.fits = {}
             return
@@ -206,7 +206,7 @@ class Trial:
         probe.change = Change(self.hidden + self.edit, self.residual, {first: base.modules[first]})
         yield
         error = median_error(probe.seen.modules[second], attention.modules[second])
-        if not self.parallel and not error < self.loose:
+        if not self.parallel and not error < self.amplified_tolerance:
             depends = "mlp_out depends on resid_pre and attn_out otherwise than through their sum"
             self.refuse(("resid_mid",), f"{depends}: relative error {error:.2g}")
 
@@ -232,7 +232,7 @@ class Trial:
 
     def sum_error(self, seen: Pass, is_sum: bool, fit: Fit) -> float:
         """Return the relative error of ADDS_UP in a pass."""
-        before = stream(seen.given, bool(self.input_is_sum))
+        before = stream(seen.inputs, bool(self.input_is_sum))
         added = sum(factor * seen.modules[path] for path, factor in zip(fit.paths, fit.factors, strict=True))
         delta = stream(seen.output, is_sum) - before
         return relative_error(torch.as_tensor(added), delta)

@@ -21,12 +21,12 @@ SEED = 0
 class Pass:
     """What one dummy pass shows of a layer, flattened to [tokens, d] in float32.
 
-    arrived: (hidden, residual) as the layer before returned them. given: as the layer was run. output: as it returned.
+    arrived: (hidden, residual) as the layer before returned them. inputs: as the layer was run. output: as it returned.
     modules: output of each module by path, in call order. calls: how often the layer ran.
     """
 
     arrived: list[Tensor | None] = field(default_factory=list)
-    given: list[Tensor | None] = field(default_factory=list)
+    inputs: list[Tensor | None] = field(default_factory=list)
     output: list[Tensor | None] = field(default_factory=list)
     modules: dict[str, Tensor] = field(default_factory=dict)
     repeated: set[str] = field(default_factory=set)
@@ -81,8 +81,7 @@ class LayerProbe:
 
     def before(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Record the layer's input and replace it."""
-        layer_input = self.read_input(args, kwargs)
-        hidden, residual, index = layer_input.hidden, layer_input.residual, layer_input.index
+        hidden, residual, index = self.read_input(args, kwargs)
         self.seen.calls += 1
         self.dtype = hidden.dtype
         self.seen.arrived = [self.flat(hidden), self.flat(residual)]
@@ -98,7 +97,7 @@ class LayerProbe:
             swapped = tuple(value if arg is residual else arg for arg in args)
             args, kwargs = swapped, {k: value if v is residual else v for k, v in kwargs.items()}
             residual = value
-        self.seen.given = [self.flat(hidden), self.flat(residual)]
+        self.seen.inputs = [self.flat(hidden), self.flat(residual)]
         return args, kwargs
 
     def after(self, _module: nn.Module, _args: Any, output: Any) -> None:

@@ -90,11 +90,11 @@ def hook_layer_input(layer: nn.Module, bank: SiteBank, reading: Reading) -> None
     layer_input = input_reader(layer, bank.site)
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        now = layer_input(args, kwargs)
-        edited = steered(bank, now.hidden, now.residual if reading.input_is_sum else None)
-        if now.index is None:
+        inputs = layer_input(args, kwargs)
+        edited = steered(bank, inputs.hidden, inputs.residual if reading.input_is_sum else None)
+        if inputs.hidden_index is None:
             return args, kwargs | {"hidden_states": edited}
-        return (*args[: now.index], edited, *args[now.index + 1 :]), kwargs
+        return (*args[: inputs.hidden_index], edited, *args[inputs.hidden_index + 1 :]), kwargs
 
     layer.add_module("rudder_resid_pre", bank)
     layer.register_forward_pre_hook(hook, with_kwargs=True)
@@ -112,10 +112,10 @@ def hook_middle(layer: nn.Module, bank: SiteBank, reading: Reading) -> None:
     bank.allocate_layer_input()
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        now = layer_input(args, kwargs)
-        x = now.hidden.float()
-        if reading.input_is_sum and now.residual is not None:
-            x = x + now.residual.float()
+        inputs = layer_input(args, kwargs)
+        x = inputs.hidden.float()
+        if reading.input_is_sum and inputs.residual is not None:
+            x = x + inputs.residual.float()
         x = x.reshape(-1, bank.width)
         bank.layer_input[: x.shape[0]].copy_(x)
 
