@@ -34,7 +34,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "glm4": GROUPED,
     "granite": GROUPED | {"residual_multiplier": 0.22, "attention_multiplier": 0.2, "embedding_multiplier": 3.0},
     "olmo2": GROUPED,
-    "bloom": {"n_layer": 3, "n_head": 2},
+    "bloom": {"n_layer": 3, "n_head": 2, "tie_word_embeddings": True},
     "falcon": {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "alibi": False},
     "gptj": {"n_embd": 64, "n_layer": 3, "n_head": 2, "n_positions": 128, "rotary_dim": 16},
     "phi": {"intermediate_size": 96, "num_key_value_heads": 2},
