@@ -36,10 +36,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "olmo2": GROUPED,
     "bloom": {"n_layer": 3, "n_head": 2, "tie_word_embeddings": True},
     "falcon": {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "alibi": False},
-    "gptj": {"n_embd": 64, "n_layer": 3, "n_head": 2, "n_positions": 128, "rotary_dim": 16},
-    "phi": {"intermediate_size": 96, "num_key_value_heads": 2},
-    "mixtral": GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "exaone4": GROUPED | {"sliding_window": None, "sliding_window_pattern": 4},
 }
 
 # Hook points that are refused, with the reason; all others are served. `docs/architectures.md` is generated from this.
@@ -48,15 +44,13 @@ REFUSED: dict[str, dict[str, str]] = {
     "gpt_neox": PARALLEL,
     "cohere": PARALLEL,
     "falcon": PARALLEL,
-    "gptj": PARALLEL,
-    "phi": PARALLEL,
 }
 
 
 def write(name: str, folder: Path) -> Path:
     """Write a model with random weights, large enough that an edit shows in its logits."""
     torch.manual_seed(0)
-    common = {} if name in ("gpt2", "gptj") else COMMON
+    common = {} if name == "gpt2" else COMMON
     tokens = {
         key: COMMON[key]
         for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")

@@ -20,7 +20,6 @@ SANDWICH = ("post_attention_layernorm", "post_feedforward_layernorm", "mlp")
 BRANCHES = {
     # BLOOM's modules add the stream to their output: their last linear layer does not.
     "bloom": ("self_attention.dense", "mlp.dense_4h_to_h", "mlp"),
-    "exaone4": SANDWICH,
     "gemma2": SANDWICH,
     "gemma3_text": SANDWICH,
     "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm", "mlp"),
