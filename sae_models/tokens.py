@@ -200,8 +200,14 @@ def template_text(tokenizer: Any) -> str:
 def added_bos(tokenizer: Any) -> str:
     """Return the text of the BOS (or CLS) token if the tokenizer puts it before every text, else an empty string."""
     first = bos_token_id(tokenizer)
-    names = (name for name in ("bos_token", "cls_token") if getattr(tokenizer, f"{name}_id", None) == first)
-    return "" if first is None else getattr(tokenizer, next(names), None) or ""
+    return "" if first is None else special_text(tokenizer, first)
+
+
+def special_text(tokenizer: Any, number: int) -> str:
+    """Return the text of the BOS, CLS or EOS token with this id; empty if none has it, or it has no text."""
+    names = (f"{name}_token" for name in ("bos", "cls", "eos"))
+    name = next((name for name in names if getattr(tokenizer, f"{name}_id", None) == number), "")
+    return getattr(tokenizer, name, None) or ""
 
 
 def bos_token_id(tokenizer: Any) -> int | None:
@@ -210,8 +216,9 @@ def bos_token_id(tokenizer: Any) -> int | None:
     This is the one rule for training, import, evaluation and serving: a text begins as the tokenizer begins it.
     """
     known = [getattr(tokenizer, name, None) for name in ("bos_token_id", "cls_token_id")]
-    first = list(tokenizer.encode(""))[:1] if hasattr(tokenizer, "encode") else known[:1]
-    return first[0] if first and first[0] in known else None
+    wrapped, plain = (list(tokenizer.encode("a", add_special_tokens=added)) for added in (True, False))
+    # Some tokenizers append EOS, which may be the same token.
+    return wrapped[0] if wrapped[:1] != plain[:1] and wrapped[0] in known else None
 
 
 def new_markers(control: Iterable[str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.optional import import_optional
-from rudder.sae_models.tokens import text_encoder
+from rudder.sae_models.tokens import bos_token_id, special_text, text_encoder
 
 FOLDS = 20
 # Nothing is trained, selected or calibrated on the held-out folds; thresholds are calibrated on the tuning folds.
@@ -264,19 +264,15 @@ def leading_token(tokenizer: Any, rule: ContextRule = TOKENIZER_RULE) -> int | N
     By default this is what the tokenizer itself puts in front of a text. A rule that asks for BOS of a tokenizer
     without one gets EOS, as in TransformerLens. Raise CorpusError if it has neither.
     """
-    bos, cls = tokenizer.bos_token_id, getattr(tokenizer, "cls_token_id", None)
-    if rule.prepend_bos is False:
+    if rule.prepend_bos is None:
+        return bos_token_id(tokenizer)
+    if not rule.prepend_bos:
         return None
-    if rule.prepend_bos:
-        token = next((token for token in (bos, cls, tokenizer.eos_token_id) if token is not None), None)
-        if token is None:
-            raise CorpusError("prepend_bos: the tokenizer has no BOS, CLS or EOS token")
-        return int(token)
-    if bos is None:
-        return None if cls is None else int(cls)
-    wrapped, plain = (tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))
-    adds = wrapped[:1] != plain[:1] and wrapped[0] in (bos, cls)
-    return int(wrapped[0]) if adds else None
+    ids = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "eos"))
+    token = next((token for token in ids if token is not None), None)
+    if token is None:
+        raise CorpusError("prepend_bos: the tokenizer has no BOS, CLS or EOS token")
+    return int(token)
 
 
 def windows(documents: Sequence[Document], tokenizer: Any, length: int, rule: ContextRule = TOKENIZER_RULE) -> Windows:
@@ -290,8 +286,9 @@ def windows(documents: Sequence[Document], tokenizer: Any, length: int, rule: Co
     prefix = [] if leading is None else [leading]
     pad, text_length, encoder = tokenizer.eos_token_id or 0, length - len(prefix), text_encoder(tokenizer)
     sequences, sizes, starts, sources = [], [], [], []
+    spelling = encoder.bos if leading is None else special_text(tokenizer, leading)
     for source, document in enumerate(tqdm(documents, desc="tokenise", unit="doc")):
-        text = encoder.without_bos(document.text)
+        text = document.text.removeprefix(spelling)
         ids, spelled = encoder.encode(text), text != document.text
         if spelled and not prefix:
             ids = [tokenizer.bos_token_id, *ids]

@@ -124,8 +124,7 @@ def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], confi
 
 def check_bos(bundle: Bundle, adds_bos: bool) -> None:
     """Warn if an SAE was trained on contexts that begin otherwise than texts of this server, which is worth knowing."""
-    context = getattr(bundle.manifest, "context", None)
-    trained: bool | None = getattr(context, "prepend_bos", None)
+    trained = bundle.manifest.context.prepend_bos
     if trained is not None and trained != adds_bos:
         values = fields(bundle=bundle.manifest.name, trained_with_bos=trained, tokenizer_adds_bos=adds_bos)
         logger.warning("the SAE was trained with another rule for BOS than the tokenizer's", extra=values)

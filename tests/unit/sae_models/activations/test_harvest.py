@@ -191,13 +191,17 @@ def test_padding_is_masked_in_an_encoder_and_not_counted(tmp_path: Path) -> None
 def test_windows_start_with_cls_or_nothing_if_the_tokenizer_has_no_bos() -> None:
     class Plain:
         bos_token_id, eos_token_id = None, None
+        special: tuple[int, ...] = ()
 
-        def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
-            assert (add_special_tokens, verbose) == (False, False)
-            return {"input_ids": [ord(letter) for letter in text]}
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            """Return the ids of a text."""
+            return [*self.special * add_special_tokens, *map(ord, text)]
+
+        def __call__(self, text: str, add_special_tokens: bool, **_: bool) -> dict[str, list[int]]:
+            return {"input_ids": self.encode(text, add_special_tokens)}
 
     class Encoder(Plain):
-        cls_token_id = 1
+        cls_token_id, special = 1, (1,)
 
     documents = [Document("a", "m", "abcdef")]
     bare = corpus.windows(documents, Plain(), 4)
@@ -214,14 +218,17 @@ def letters(count: int, start: int = 0) -> Document:
 
 
 class Letters:
-    """A tokenizer of letters with BOS 1, which it puts in front of a text if `adds`."""
+    """A tokenizer of letters with BOS 1, spelled `^`, which it puts in front of a text if `adds`."""
 
-    bos_token_id, eos_token_id, adds = 1, 0, False
+    bos_token_id, bos_token, eos_token_id, adds = 1, "^", 0, False
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Return the ids of a text."""
+        ids = [1 if letter == "^" else ord(letter) - 90 for letter in text]
+        return [1, *ids] if self.adds and add_special_tokens else ids
 
     def __call__(self, text: str, add_special_tokens: bool, **_: bool) -> dict[str, list[int]]:
-        """Return the ids of a text; `^` spells BOS."""
-        ids = [1 if letter == "^" else ord(letter) - 90 for letter in text]
-        return {"input_ids": [1, *ids] if self.adds and add_special_tokens else ids}
+        return {"input_ids": self.encode(text, add_special_tokens)}
 
 
 class BosLetters(Letters):
@@ -243,9 +250,11 @@ def test_contexts_start_with_bos_as_the_tokenizer_does_or_the_rule_says(
     assert int((windows.tokens == 1).sum()) == (len(windows) if expected else 0)
 
 
-@pytest.mark.parametrize("prepend_bos", [False, True])
-def test_text_that_spells_bos_has_one_which_is_not_counted(prepend_bos: bool) -> None:
-    windows = corpus.windows([Document("a", "m", "^abc")], Letters(), 8, ContextRule(prepend_bos))
+@pytest.mark.parametrize(
+    ("tokenizer", "prepend_bos"), [(BosLetters(), False), (Letters(), True), (BosLetters(), True), (BosLetters(), None)]
+)
+def test_text_that_spells_bos_has_one_which_is_not_counted(tokenizer: Letters, prepend_bos: bool | None) -> None:
+    windows = corpus.windows([Document("a", "m", "^abc")], tokenizer, 8, ContextRule(prepend_bos))
     assert windows.tokens[0, :5].tolist() == [1, 7, 8, 9, 0]
     assert windows.counted[0].tolist() == [False, True, True, True, False, False, False, False]
     assert windows.attention_mask[0].tolist() == [True] * 4 + [False] * 4

@@ -24,9 +24,12 @@ class Letters:
 
     bos_token_id, eos_token_id = 1, 0
 
-    def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
-        assert not verbose
-        return {"input_ids": [self.bos_token_id] * add_special_tokens + [ord(letter) for letter in text]}
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Return the ids of a text."""
+        return [self.bos_token_id] * add_special_tokens + [ord(letter) for letter in text]
+
+    def __call__(self, text: str, add_special_tokens: bool, **_: bool) -> dict[str, list[int]]:
+        return {"input_ids": self.encode(text, add_special_tokens)}
 
     def __len__(self) -> int:
         return 128

@@ -139,7 +139,7 @@ async def test_features_of_a_long_prompt_let_other_streams_run_and_equal_those_i
     nothing = no_features(0, 0, 0)
     table = FeatureTable([info(SITES[0], 1000 + i) for i in range(3)], SITES, info)
     job: Any = SimpleNamespace(features=table, report=inference_pb2.Report(pooled=pooled))
-    call: Any = SimpleNamespace(sampling=SimpleNamespace(logprobs=None))
+    call: Any = SimpleNamespace(sampling=SimpleNamespace(logprobs=None, prompt_logprobs=None))
     record: Any = SimpleNamespace()
     choice = Choice(0, call, bos=True, record=record)
     output: Any = SimpleNamespace(text="", token_ids=[], logprobs=None, features=features, guard_features=nothing)
