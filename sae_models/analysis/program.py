@@ -20,7 +20,8 @@ from rudder.sae_models import operations
 from rudder.sae_models.analysis.detector import cusum
 from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.errors import UserError
-from rudder.sae_models.sae import Rows, activations
+from rudder.sae_models.sae import Normalisation, Rows, activations
+from rudder.sae_models.sae import gain as input_gain
 
 RESIDUAL_NORM = "UNIT_RESIDUAL_NORM"
 ABSOLUTE = "UNIT_ABSOLUTE"
@@ -161,7 +162,9 @@ def apply(program: Program, bundle: Bundle, x: Tensor) -> Effect:
     columns = [edit_column(edit) for edit in site.edits] + [operations.IDENTITY_EDIT] * bool(site.blend)
     edits = torch.tensor(columns).T.expand(len(flat), -1, -1)
     blend = {"weight": site.blend.weight, "blend_row": len(site.edits)} if site.blend else {}
-    move, moved = formula.edit(flat, activations(flat, rows), rows.decoder, edits, entries(len(flat), blend), is_open)
+    gain = gain_of([edit.row for edit in site.edits], bundle, flat, blend=bool(site.blend))
+    f = activations(flat, rows, gain)
+    move, moved = formula.edit(flat, f, rows.decoder, edits, entries(len(flat), blend), is_open, gain)
     return Effect((flat + move).reshape(x.shape), moved.any(-1).reshape(x.shape[:-1]))
 
 
@@ -169,10 +172,12 @@ def gate_open(gate: Gate | None, bundle: Bundle, x: Tensor) -> Tensor:
     """Return where the gate is open [batch, length], for residuals x [batch, length, d] of whole texts without BOS."""
     is_open = torch.ones(x.shape[:-1], dtype=torch.bool)
     if gate and gate.any_of:
-        f = activations(x, concatenate([row_of(trigger.row, bundle) for trigger in gate.any_of]))
+        triggers = [trigger.row for trigger in gate.any_of]
+        f = activations(x, concatenate([row_of(row, bundle) for row in triggers]), gain_of(triggers, bundle, x))
         is_open &= (f > torch.tensor([trigger.above for trigger in gate.any_of])).any(-1)
     if gate and gate.sequence:
-        score = activations(x, row_of(gate.sequence.score, bundle))[..., 0]
+        row = gate.sequence.score
+        score = activations(x, row_of(row, bundle), gain_of([row], bundle, x))[..., 0]
         alarm = cusum(score, gate.sequence.cusum.drift) > gate.sequence.level
         is_open &= alarm.cummax(-1).values if gate.sequence.latch else alarm
     return is_open
@@ -203,6 +208,18 @@ def row_of(row: Row, bundle: Bundle) -> Rows:
         raise UserError("row: neither a feature nor a probe")
     weights = torch.tensor([row.probe.weights])
     return Rows(weights, torch.tensor([row.probe.bias]), torch.tensor([-inf]), torch.zeros_like(weights))
+
+
+def gain_of(rows: Sequence[Row], bundle: Bundle, x: Tensor, *, blend: bool = False) -> Tensor | None:
+    """Return the factor on the input of each row [..., rows]: latents read x normalised, other rows do not.
+
+    None where it is 1 for all rows. `blend`: one more row follows.
+    """
+    kind = bundle.sae.normalisation
+    if kind is Normalisation.NONE:
+        return None
+    normalised, one = input_gain(x, kind), torch.ones_like(x[..., :1])
+    return torch.cat([normalised if row.feature else one for row in rows] + [one] * blend, -1)
 
 
 def concatenate(rows: Sequence[Rows]) -> Rows:

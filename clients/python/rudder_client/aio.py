@@ -152,7 +152,7 @@ class AsyncClient(wire.ForkGuard):
         """Return the tokens of a prompt as `generate` would read it, without features."""
         request = tokenize_request(prompt)
         with translated():
-            response = await self.inference.Tokenize(request, timeout=timeout or self.timeout)
+            response = await self.inference.Tokenize(request, timeout=timeout or self.timeout, metadata=self.metadata)
         return tokens_of(response)
 
     async def feature(self, index: int, bundle: str = "") -> catalogue_pb2.FeatureDetail:

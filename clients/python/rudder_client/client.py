@@ -146,7 +146,7 @@ class Client(wire.ForkGuard):
         """Return the tokens of a prompt as `generate` would read it, without features."""
         request = tokenize_request(prompt)
         with translated():
-            response = self.inference.Tokenize(request, timeout=timeout or self.timeout)
+            response = self.inference.Tokenize(request, timeout=timeout or self.timeout, metadata=self.metadata)
         return tokens_of(response)
 
     def feature(self, index: int, bundle: str = "") -> catalogue_pb2.FeatureDetail:
@@ -204,7 +204,7 @@ class Client(wire.ForkGuard):
             remaining = deadline - time.monotonic()
             check_s = max(min(remaining, wire.CHECK_S), 0.01)
             try:
-                if self.health(wire.WHOLE_SERVER, timeout=check_s) == wire.IS_SERVING:
+                if self.health(wire.WHOLE_SERVER, timeout=check_s, metadata=self.metadata) == wire.IS_SERVING:
                     return
                 problem = None
             except grpc.RpcError as failure:

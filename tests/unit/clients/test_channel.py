@@ -99,18 +99,55 @@ def test_call_of_both_clients_with_a_proxy_that_is_none(
     assert result.stdout.split() == ["1000"] * 3, result.stderr
 
 
-def test_metadata_is_sent_with_every_call(models: tuple[Models, Callable[[Any], int]]) -> None:
-    service, serve = models
-    address = f"localhost:{serve(None)}"
+class Recorder(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Answers every method with UNIMPLEMENTED, and keeps each call's tenant by method."""
 
-    async def call() -> None:
+    def __init__(self) -> None:
+        self.tenants: dict[str, set[str]] = {}
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> None:
+        """Note a call; None: no such method."""
+        metadata = dict(handler_call_details.invocation_metadata)
+        method = handler_call_details.method.removeprefix("/")
+        self.tenants.setdefault(method, set()).add(str(metadata.get("x-tenant")))
+
+
+METHODS = {
+    f"{service.full_name}/{method.name}"
+    for file in (catalogue_pb2, inference_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+} | {"grpc.health.v1.Health/Check"}
+CALLS: tuple[Callable[[Any], Any], ...] = (
+    lambda client: client.generate("x"), lambda client: client.complete("x"), lambda client: client.inspect("x"),
+    lambda client: client.tokenize("x"), lambda client: client.feature(0), lambda client: client.features(),
+    lambda client: client.search("x"), lambda client: client.model(), lambda client: client.programs(),
+    lambda client: client.wait_ready(0.05),
+)  # fmt: skip
+
+
+def test_metadata_is_sent_with_every_call() -> None:
+    recorder, server = Recorder(), grpc.server(futures.ThreadPoolExecutor(2))
+    server.add_generic_rpc_handlers((recorder,))
+    address = f"localhost:{server.add_insecure_port('localhost:0')}"
+    server.start()
+
+    async def read(result: Any) -> None:
+        await anext(result) if hasattr(result, "__anext__") else await result
+
+    async def call_all() -> None:
         async with AsyncClient(address, metadata={"x-tenant": "b"}, timeout=10) as client:
-            await client.model()
+            for call in CALLS:
+                with pytest.raises(RudderError):
+                    await read(call(client))
 
     with Client(address, metadata=[("x-tenant", "a")], timeout=10) as client:
-        client.model()
-    asyncio.run(call())
-    assert [sent["x-tenant"] for sent in service.metadata] == ["a", "b"]
+        for call in CALLS:
+            with pytest.raises(RudderError):
+                list(call(client))
+    asyncio.run(call_all())
+    server.stop(None)
+    assert recorder.tenants == {method: {"a", "b"} for method in METHODS}
 
 
 def test_channel_options_reach_grpc(models: tuple[Models, Callable[[Any], int]]) -> None:

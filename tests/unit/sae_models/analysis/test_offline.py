@@ -1,5 +1,6 @@
 """Offline evaluation of the shipped programs agrees with the bank."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from rudder.sae_models import PRETRAINED
 from rudder.sae_models.analysis import program as offline
 from rudder.sae_models.bundle import bundle as bundles
+from rudder.sae_models.sae import Normalisation
 from rudder.server.engine.worker.driver import Driver
 from rudder.server.engine.worker.worker import build_banks
 from rudder.server.program import wire
@@ -27,13 +29,16 @@ def strongest_first(x: torch.Tensor, program: offline.Program) -> torch.Tensor:
     return x[(x @ torch.tensor(program.gate.sequence.score.probe.weights)).argsort(descending=True)]
 
 
+@pytest.mark.parametrize("normalisation", Normalisation)
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_bank_moves_x_like_offline_evaluation(path: Path) -> None:
+def test_bank_moves_x_like_offline_evaluation(path: Path, normalisation: Normalisation) -> None:
     bundle = bundles.load(PRETRAINED / "textbook-lm-layers.2")
+    bundle = replace(bundle, sae=replace(bundle.sae, normalisation=normalisation))
     program = offline.read(path)
     x = strongest_first(bundle.conformance.inputs, program)[:200]
     layout = Layout((bundle.manifest.site,), rows=64, slots=1)
-    driver = Driver(layout, build_banks(layout, x.shape[1], 201, torch.device("cpu")))
+    held = {layout.sites[0]: {bundle.manifest.name: bundle.sae}} if normalisation is not Normalisation.NONE else {}
+    driver = Driver(layout, build_banks(layout, x.shape[1], 201, torch.device("cpu"), held))
     driver.load_sae(bundle.manifest.name, bundle.sae)
     norm = bundle.sae.decoder.norm(dim=1).numpy()
     known = Dictionary(
