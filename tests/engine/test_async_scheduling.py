@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest_asyncio
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from rudder.server import config as configuration
-from rudder.server.engine import adapter, selftest
+from rudder.server.engine import selftest
 from rudder.server.engine.call import Call, Output
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.start import start_engine
@@ -21,6 +20,7 @@ from rudder.server.program.watch import compile_watch
 from rudder.v1 import program_pb2 as pb
 from tests.engine.conftest import SMALL
 from tests.engine.test_traps import SITE, greedy, ids, outcome, positions, prompt, push, run, usage
+from tests.engine.workers import use_worker
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def overlapping(patch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
     """The small engine with two steps in flight, which vLLM's CPU platform would disable."""
-    create, args = AsyncEngineArgs.create_engine_config, adapter.engine_args
+    create = AsyncEngineArgs.create_engine_config
 
     def with_overlap(self: AsyncEngineArgs, *more: Any, **named: Any) -> Any:
         config = create(self, *more, **named)
@@ -41,7 +41,7 @@ async def overlapping(patch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
         return config
 
     patch.setattr(AsyncEngineArgs, "create_engine_config", with_overlap)
-    patch.setattr(adapter, "engine_args", lambda *a: replace(args(*a), worker_cls="tests.engine.worker_async.Worker"))
+    use_worker(patch, "tests.engine.worker_async.Worker")
     started = await start_engine(configuration.load(None, SMALL))
     assert started.llm.vllm_config.max_concurrent_batches == 2
     await selftest.run(started)

@@ -120,6 +120,7 @@ def llm(request: pytest.FixtureRequest, folder: Path, expected: object) -> Itera
     torch.compiler.set_stance("force_eager" if request.param == "eager" else "default")
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.utils.counter import Counter
 
     engine = LLM(
         model=str(folder), dtype="float32", worker_cls="rudder.server.engine.worker.cpu.Worker",
@@ -128,6 +129,8 @@ def llm(request: pytest.FixtureRequest, folder: Path, expected: object) -> Itera
         max_model_len=64, max_num_seqs=8, max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 26,
         distributed_executor_backend="uni", max_logprobs=-1,
     )  # fmt: skip
+    # A request id is the request's handle, of which 0 is none.
+    engine.request_counter = Counter(1)
     yield engine
     torch.compiler.set_stance("default")
     engine.llm_engine.engine_core.shutdown()
