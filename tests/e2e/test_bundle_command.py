@@ -9,32 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from rudder.sae_models import PRETRAINED
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.formats import saelens
-from rudder.sae_models.formats.source import Declaration
+from tests.e2e import published
+from tests.e2e.published import DECLARED, MODEL, SHIPPED, SITE
 
 pytestmark = pytest.mark.e2e
-MODEL, SHIPPED = PRETRAINED / "textbook-lm", PRETRAINED / "textbook-lm-layers.2"
-SITE = "layers.2.resid_post"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, labels, and the shipped SAE as SAELens checkpoints: complete, and without its thresholds."""
     folder = tmp_path_factory.mktemp("bundle command")
-    shipped = bundles.load(SHIPPED)
-    contexts = (context for index in range(0, 1000, 4) for context in shipped.catalogue.get(index).contexts[:1])
-    texts = [context.before + context.token + context.after for context in contexts]
-    documents = [{"book": f"book {i}", "text": "\n".join(texts[i::10])} for i in range(10)]
-    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    shipped = published.write(folder)
     label = {"modelId": "textbook-lm", "layer": "2-res", "index": "3", "description": "a label from elsewhere"}
     (folder / "labels.jsonl").write_text(json.dumps(label))
-    declared = Declaration("jumprelu", (SITE,), SITE, "textbook-lm")
-    saelens.write(folder / "whole", shipped.sae, declared)
     none = torch.full_like(shipped.sae.threshold, 1e-6)
-    saelens.write(folder / "no threshold", replace(shipped.sae, threshold=none), declared)
-    shipped.catalogue.close()
+    saelens.write(folder / "no threshold", replace(shipped.sae, threshold=none), DECLARED)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Every program and command of README and docs runs, but for blocks whose fence says `no-run` after the language."""
+"""Every program and command of README and docs runs: those of `make` as a dry run, since they run these tests."""
 
 import re
 import shlex
@@ -9,16 +9,17 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.e2e.conftest import Running
+from tests.e2e import published
+from tests.e2e.conftest import Running, running
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).parents[2]
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Commands of a running server, in running text.
 INLINE = re.compile(r"`(?:\.venv/bin/)?rudder ((?:generate|inspect|features|model)\b[^`]*)`")
-# Blocks that no test runs: they start what tests start otherwise, or need files of the reader.
-MAX_NOT_RUN = 8
+# Names in commands of what is the reader's.
+PLACEHOLDERS = re.compile(r"\b(FOLDER_OR_REPO|MODEL|TEXT|BUNDLE)\b")
 
 
 class Block(NamedTuple):
@@ -40,7 +41,7 @@ def blocks() -> list[Block]:
 
 
 def runnable(language: str) -> list[Block]:
-    return [block for block in blocks() if block.words[:1] == (language,) and "no-run" not in block.words]
+    return [block for block in blocks() if block.words[:1] == (language,)]
 
 
 def named(block: Block) -> str:
@@ -65,12 +66,30 @@ def test_program_runs(block: Block, server: Running, tmp_path: Path) -> None:
     assert run([sys.executable, "-c", text], tmp_path)
 
 
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A path for each placeholder."""
+    folder = tmp_path_factory.mktemp("names")
+    published.write(folder, latents=400)
+    files = {"FOLDER_OR_REPO": folder / "whole", "TEXT": folder / "corpus.jsonl", "BUNDLE": folder / "bundle"}
+    return files | {"MODEL": published.MODEL}
+
+
 @pytest.mark.parametrize("block", runnable("sh"), ids=named)
-def test_commands_run(block: Block, server: Running, tmp_path: Path) -> None:
+def test_commands_run(block: Block, names: dict[str, Path], server: Running, tmp_path: Path) -> None:
+    """In their order: a later one may read what an earlier one wrote."""
     for line in filter(str.strip, block.text.replace("\\\n", " ").splitlines()):
-        program, _, arguments = line.partition(" ")
-        assert program == "rudder", f"{named(block)}: mark the block no-run, or give {program} a test"
-        run(rudder(arguments, server), tmp_path)
+        program, *words = shlex.split(PLACEHOLDERS.sub(lambda match: str(names[match[0]]), line), comments=True)
+        if program == "make":
+            run(["make", "--dry-run", *words], REPOSITORY)
+        elif words[0] == "serve":
+            flags = dict(zip([word.removeprefix("--") for word in words[1::2]], words[2::2], strict=True))
+            with running(tmp_path, **flags | {"watch": "[]"}) as started:
+                assert started.process.poll() is None
+        else:
+            assert program == "rudder", f"{named(block)}: no test runs {program}"
+            address = ["--address", server.address] if words[0] in ("generate", "inspect", "features", "model") else []
+            run([sys.executable, "-m", "rudder.server", *words, *address], tmp_path)
 
 
 @pytest.mark.parametrize("command", [m[1] for path in DOCUMENTS for m in INLINE.finditer(path.read_text())])
@@ -84,25 +103,3 @@ def test_all_documents_have_been_read() -> None:
     assert ("sh",) in languages
     # A block without a language is a drawing or a formula; other languages have no runner yet.
     assert languages <= {(), ("python",), ("sh",), ("yaml",)}
-    assert len([block for block in blocks() if "no-run" in block.words]) <= MAX_NOT_RUN
-
-
-def test_every_make_target_of_a_block_exists() -> None:
-    makefile = (REPOSITORY / "Makefile").read_text()
-    targets = {t for block in blocks() for t in re.findall(r"^make ([a-z0-9-]+)", block.text, re.MULTILINE)}
-    assert targets
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-
-
-@pytest.mark.parametrize("block", [b for b in blocks() if "no-run" in b.words], ids=named)
-def test_commands_that_are_not_run_exist(block: Block) -> None:
-    """Their flags too: `--help` of the command names each."""
-    for line in block.text.replace("\\\n", " ").splitlines():
-        if not line.startswith("rudder "):
-            continue
-        words = shlex.split(line, comments=True)[1:]
-        command = [word for word in words[:2] if re.fullmatch("[a-z]+", word)]
-        text = run([sys.executable, "-m", "rudder.server", *command, "--help"], REPOSITORY)
-        for flag in re.findall(r" (--[a-z_.-]+)", line):
-            assert flag in text, f"{line}: {flag}"
