@@ -100,7 +100,7 @@ def save(path: Path, tensors: Mapping[str, Any]) -> None:
         save_file(dict(tensors), path, {"format": "pt"})
     except SafetensorError as error:
         # The library reports a full disk in its own words, without the file.
-        raise OSError(f"{path.name}: {error}") from error
+        raise OSError(f"{path}: {error}") from error
     # safetensors creates files that only their owner may read.
     shutil.copymode(path.parent / CONFIG, path)
 

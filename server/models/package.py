@@ -86,6 +86,10 @@ def bytes_in(folder: Path) -> int:
 
 def reason_of(errors: str) -> str:
     """Return pip's last error in one line, and whether it could not reach a package index."""
-    lines = [line.strip().removeprefix("ERROR: ") for line in errors.splitlines() if line.startswith("ERROR: ")]
-    reason = lines[-1] if lines else "pip gives no reason"
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    named = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    if named == ["Exception:"]:
+        # A traceback follows, as on a full disk; its last line is the error.
+        named = lines[-1:]
+    reason = named[-1] if named else "pip gives no reason"
     return f"no package index can be reached ({reason})" if "Retrying (" in errors else reason

@@ -115,6 +115,10 @@ def test_bytes_of_a_folder(tmp_path: Path) -> None:
     [
         ("", "pip gives no reason"),
         ("WARNING: old\nERROR: first\nERROR: last\n", "last"),
+        (
+            "ERROR: Exception:\nTraceback:\n  File\nOSError: No space left on device\n",
+            "OSError: No space left on device",
+        ),
         ("WARNING: Retrying (Retry(total=4))\nERROR: last\n", "no package index can be reached (last)"),
     ],
 )
