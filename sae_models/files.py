@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,14 +37,29 @@ def naming_file_in_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Within the block, hold an exclusive lock on the folder, creating the folder if necessary. Raise BlockingIOError
-    if another process holds the lock.
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Within the block, fill a temporary folder beside `path`; after it, rename that to `path`, in place of an older
+    folder. On failure leave `path` as it is and no files behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        folder = Path(scratch) / path.name
+        folder.mkdir()
+        yield folder
+        if path.exists():
+            path.rename(Path(scratch) / "replaced")
+        folder.rename(path)
+
+
+@contextmanager
+def lock_folder(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Within the block, hold an exclusive lock on the folder, creating the folder if necessary. If another process
+    holds the lock, wait for it, or raise BlockingIOError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise BlockingIOError(f"{folder}: another process writes in it") from error
         yield

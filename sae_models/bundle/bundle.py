@@ -12,7 +12,6 @@ catalogue.sqlite          labels and contexts (catalogue.Catalogue)
 import hashlib
 import shutil
 import sqlite3
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -41,6 +40,7 @@ from rudder.sae_models.bundle.manifest import (
     describe,
     require,
 )
+from rudder.sae_models.files import replacing_folder
 from rudder.sae_models.formats.source import FormatError
 from rudder.sae_models.formats.tensors import all_finite, has_shape, read_safetensors
 from rudder.sae_models.sae import SAE
@@ -198,10 +198,7 @@ def write(
     BundleError: the content is inconsistent, or `path` exists and is no bundle.
     """
     check_replaceable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-        folder = Path(scratch) / path.name
-        folder.mkdir()
+    with replacing_folder(path) as folder:
         _save(folder / WEIGHTS, manifest.tensors_of(weights))
         _save(folder / CONFORMANCE, _fields(conformance))
         if statistics is not None:
@@ -215,9 +212,6 @@ def write(
             shutil.copymode(folder / CATALOGUE, folder / name)
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(hashed), indent=2) + b"\n")
         verified = load(folder)
-        if path.exists():
-            path.rename(Path(scratch) / "replaced")
-        folder.rename(path)
     return replace(verified, path=path)
 
 

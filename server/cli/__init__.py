@@ -16,7 +16,7 @@ COMMANDS = {
     "generate": "generate from a prompt, streamed",
     "inspect": "show the features of each token of a text",
     "features": "look up features by index or label",
-    "model": "show the served model: sites, bundles, programs, limits",
+    "model": "show the served model: sites, bundles, programs, limits; download or convert one",
     "bundle": "import and check SAE bundles",
     "train": "train SAEs",
     "harvest": "write the activation store of a training run with a vLLM engine",

@@ -24,6 +24,7 @@ PLANTED = [
     ("server", "rudder.server.program.wire", "rudder.server.engine.ledger"),
     ("server", "rudder.server.grpc.interceptors", "rudder.server.process"),
     ("server", "rudder.server.monitoring.metrics", "rudder.server.config"),
+    ("server", "rudder.server.models.convert", "rudder.server.config"),
     ("engine", "rudder.server.engine.worker.bank", "rudder.server.engine.call"),
     ("engine", "rudder.server.engine.telemetry.frame", "rudder.server.engine.worker.bank"),
     ("worker", "rudder.server.engine.worker.driver", "rudder.server.config"),
