@@ -42,9 +42,9 @@ def options_for(address: str, options: Options) -> list[tuple[str, Any]]:
     return list((dict(OPTIONS) | ({"grpc.enable_http_proxy": 0} if local else {}) | dict(options)).items())
 
 
-def metadata_of(metadata: Metadata) -> list[tuple[str, Any]]:
+def metadata_of(metadata: Metadata) -> tuple[tuple[str, Any], ...]:
     """Return the metadata of every call as pairs."""
-    return list(metadata.items() if isinstance(metadata, Mapping) else metadata)
+    return tuple(metadata.items() if isinstance(metadata, Mapping) else metadata)
 
 
 class Forked:

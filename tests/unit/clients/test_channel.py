@@ -99,7 +99,7 @@ def test_call_of_both_clients_with_a_proxy_that_is_none(
     assert result.stdout.split() == ["1000"] * 3, result.stderr
 
 
-class Recorder(grpc.GenericRpcHandler):  # type: ignore[misc]
+class Recorder(grpc.GenericRpcHandler):
     """Answers every method with UNIMPLEMENTED, and keeps each call's tenant by method."""
 
     def __init__(self) -> None:
