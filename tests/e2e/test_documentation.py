@@ -16,8 +16,8 @@ pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# Commands of a running server, in running text.
-INLINE = re.compile(r"`(?:\.venv/bin/)?rudder ((?:generate|inspect|features|model)\b[^`]*)`")
+# Commands of a running server, in running text; `rudder model` alone is one.
+INLINE = re.compile(r"`(?:\.venv/bin/)?rudder ((?:generate|inspect|features|model(?! get| convert| list))\b[^`]*)`")
 # Names in commands of what is the reader's.
 PLACEHOLDERS = re.compile(r"\b(FOLDER_OR_REPO|MODEL|TEXT|BUNDLE)\b")
 
