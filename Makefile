@@ -26,7 +26,7 @@ BUF := $(VENV)/bin/buf
 COVERAGE := $(if $(CI),--cov --cov-report=)
 
 .PHONY: help venv demo serve test test-long lint types proto proto-check proto-image unit coverage engine-test e2e conformance architectures \
-	wheels install-check lock clean
+	long wheels install-check lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' Makefile | expand -t 16
@@ -41,7 +41,10 @@ serve: $(CPU) ## start a server with the shipped model and stay; FLAGS="--listen
 
 test: lint types proto-check unit engine-test e2e conformance ## everything that CI runs
 
-test-long: test install-check ## the same, and the demo from installed wheels
+test-long: test long install-check ## the same, the tests marked long, and the demo from installed wheels
+
+long: $(TEST) ## the tests marked long
+	$(TWO_AT_ONCE) -m long tests
 
 lint: $(TEST) ## ruff, and the import contracts of pyproject.toml
 	$(PY) -m ruff check .

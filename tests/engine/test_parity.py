@@ -80,9 +80,16 @@ def programs_at_each_site(layout: Layout) -> list[tuple[wire.Site, ...] | None]:
     return [None, *(program_at(layout, site) for site in layout.sites if site.startswith("layers.1.") or site == LAST)]
 
 
-# An engine for each: architectures in COMPILED run in both modes.
-COMPILED = tuple(models.ARCHITECTURES)
-CASES = [(name, "eager") for name in models.ARCHITECTURES | models.OTHERS] + [(name, "compiled") for name in COMPILED]
+# An engine for each. Compiling takes most of the time: one architecture of each layout always runs compiled (a residual
+# beside the hidden states, one stream, norms behind the branches), the others in `make test-long`.
+ALWAYS_COMPILED = ("llama", "gpt2", "gemma2")
+CASES = [
+    *((name, "eager") for name in models.ARCHITECTURES | models.OTHERS),
+    *(
+        pytest.param(name, "compiled", marks=() if name in ALWAYS_COMPILED else pytest.mark.long)
+        for name in models.ARCHITECTURES
+    ),
+]
 on_each_engine = pytest.mark.parametrize(("folder", "llm"), CASES, indirect=True, scope="module")
 
 
