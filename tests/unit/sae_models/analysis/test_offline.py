@@ -27,8 +27,9 @@ def strongest_first(x: torch.Tensor, program: offline.Program) -> torch.Tensor:
     return x[(x @ torch.tensor(program.gate.sequence.score.probe.weights)).argsort(descending=True)]
 
 
+@pytest.mark.parametrize("excluded", [(), (5, 10, 20, 90)], ids=["all", "excluded"])
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_bank_moves_x_like_offline_evaluation(path: Path) -> None:
+def test_bank_moves_x_like_offline_evaluation(path: Path, excluded: tuple[int, ...]) -> None:
     bundle = bundles.load(PRETRAINED / "textbook-lm-layers.2")
     program = offline.read(path)
     x = strongest_first(bundle.conformance.inputs, program)[:200]
@@ -41,9 +42,11 @@ def test_bank_moves_x_like_offline_evaluation(path: Path) -> None:
         bundle.statistics.max_activation.numpy(), norm, bundle.statistics.mean.numpy(),
     )  # fmt: skip
     compiled = compile_program(read_program(path), Registry(layout, x.shape[1], {known.name: known}))
-    driver.admit("r", 1, wire.Request(200, 200, False, (compiled.sites,)))
+    driver.admit("r", 1, wire.Request(200, 200, False, (compiled.sites,), excluded=excluded))
     driver.write_token_metadata(["r"], np.array([0]), np.array([200]))
     moved = x + driver.banks[0](x)
-    expected = offline.apply(program, bundle, x[None]).x[0]
+    counted = ~torch.isin(torch.arange(len(x)), torch.tensor(excluded, dtype=torch.long))
+    expected = offline.apply(program, bundle, x[None], counted[None]).x[0]
+    assert torch.equal(moved[~counted], x[~counted])
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-3)
     assert not torch.equal(moved, x)
