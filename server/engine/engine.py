@@ -4,13 +4,14 @@ import asyncio
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
 from typing import Any
 
 from rudder.sae_models.bundle.bundle import Bundle
+from rudder.sae_models.bundle.manifest import Context
 from rudder.server.engine.adapter import AsyncLLM, EngineDeadError, ModelFacts, RequestOutputCollector, add_request
 from rudder.server.engine.admission import Admission
 from rudder.server.engine.call import Call, FinishReason, GateOutcome, Outcome, Output, engine_sampling, salt
@@ -21,7 +22,7 @@ from rudder.server.engine.telemetry.hub import Hub, Inbox, wait_for_event
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.program import wire
 from rudder.server.program.compile import Compiled
-from rudder.server.program.exclusion import Exclusion, exclusion_of
+from rudder.server.program.exclusion import Exclusion
 from rudder.server.program.named import NamedProgram
 from rudder.server.program.rows import Registry, ReservedRows, check_capacity, check_capture
 from rudder.server.program.watch import merge_watched
@@ -258,6 +259,13 @@ class Engine:
                 return
         if self.llm.errored:
             self.admission.fail(EngineDeadError())
+
+
+def exclusion_of(contexts: Iterable[Context]) -> Exclusion:
+    """Return the union of what bundles exclude."""
+    contexts = list(contexts)
+    positions = {position for context in contexts for position in context.excluded_positions}
+    return Exclusion(tuple(sorted(positions)), frozenset(t for context in contexts for t in context.excluded_tokens))
 
 
 def outcome_before(end: int, call: Call, inbox: Inbox, generated: int, cached: int, queued_s: float) -> Outcome:

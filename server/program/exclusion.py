@@ -1,17 +1,13 @@
 """Positions that the SAEs were not trained on: left out of reading, statistics and edits of every call."""
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rudder.sae_models.bundle.manifest import Context
 
 
 @dataclass(frozen=True)
 class Exclusion:
-    """The union of what the manifests of all loaded bundles exclude (`Context`).
+    """The union of what the manifests of all loaded bundles exclude (`context`).
 
     The rule is the operator's and holds for every call, whichever bundle it names: a client that could choose would
     lift a policy from tokens. `positions`: of a context, from 0, in ascending order. `tokens`: ids.
@@ -30,10 +26,3 @@ class Exclusion:
             return positions
         tokens = (position for position, token in enumerate(prompt_ids) if token in self.tokens)
         return tuple(sorted({*positions, *tokens}))
-
-
-def exclusion_of(contexts: "Iterable[Context]") -> Exclusion:
-    """Return the union of what bundles exclude."""
-    contexts = list(contexts)
-    positions = {position for context in contexts for position in context.excluded_positions}
-    return Exclusion(tuple(sorted(positions)), frozenset(t for context in contexts for t in context.excluded_tokens))

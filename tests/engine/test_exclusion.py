@@ -162,8 +162,9 @@ async def test_gates_do_not_see_excluded_tokens_in_chunks_or_whole(excluding: En
         last = outcome(outputs)
         # 0.5 a counted token: above 10.2 from the 21st on.
         assert (last.moved if stage == "compiled" else last.policy_moved) == (counted - 20,)
-        ((_, open_tokens, statistic),) = last.gates
-        assert (open_tokens, statistic) == (counted - 20, pytest.approx(0.5 * counted, rel=1e-4))
+        (gate,) = last.gates
+        assert gate.open_tokens == counted - 20
+        assert gate.statistic == pytest.approx(0.5 * counted, rel=1e-4)
     assert logprobs_of(results[len(noise)]) == pytest.approx(logprobs_of(whole), abs=1e-3)
 
 

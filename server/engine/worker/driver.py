@@ -66,6 +66,12 @@ class RequestState:
         """Count the uncounted positions before each of start, ..., start + length."""
         return np.searchsorted(self.uncounted, np.arange(start, start + length + 1))
 
+    def counted(self, start: int, length: int) -> Ints | range:
+        """Return which of start, ..., start + length - 1 are counted, from 0."""
+        if not len(self.uncounted) or start > self.uncounted[-1]:
+            return range(length)
+        return np.flatnonzero(np.diff(self.uncounted_before(start, length)) == 0)
+
 
 class Batch:
     """The requests of a step in batch order, None for those without a payload, and what of them does not change.
@@ -311,28 +317,27 @@ class Driver:
     def restore_state(self, state: RequestState, start: int) -> None:
         """Write one request's sequence state as it was before position `start` into its slot."""
         saved_states, state.saved_states = state.saved_states, None
-        if not state.request.counted_before(start):
+        count = state.request.counted_before(start)
+        if not count:
             self.reset(state.lease.slot)
             return
         accepted = start - state.start
         if not 0 < accepted <= state.length:
             raise RuntimeError(f"request {state.handle}: its sequence state does not reach its next token")
-        before = state.uncounted_before(state.start, accepted)
-        counted = np.flatnonzero(np.diff(before) == 0)
+        counted = state.counted(state.start, accepted)
         if not len(counted):
             # The graph writes no state at tokens of entry 0: the slot's is still that before them.
             return
         states, alarms, scores = saved_states or self.last_step_states(state)
-        s, slot, last = self.sequences, state.lease.slot, int(counted[-1])
-        s.state[:, slot] = states[:, last]
-        s.latched[:, slot] = alarms[:, last]
+        s, slot = self.sequences, state.lease.slot
         # Of more tokens than the ring holds, only the last ones: an index that occurs twice has no defined winner.
         scored = counted[-self.layout.window :]
-        count = start - int(before[-1])
+        first, last = int(scored[0]), int(scored[-1])
+        s.state[:, slot] = states[:, last]
+        s.latched[:, slot] = alarms[:, last]
         counts = torch.arange(count - len(scored) + 1, count + 1, device=s.ring.device)
-        first = int(scored[0])
         consecutive = last - first < len(scored)
-        index = slice(first, last + 1) if consecutive else to_device(scored, s.ring.device)
+        index = slice(first, last + 1) if consecutive else to_device(np.asarray(scored), s.ring.device)
         s.ring[:, slot, counts.remainder(self.layout.window)] = scores[:, index]
 
     def reset(self, slot: int) -> None:

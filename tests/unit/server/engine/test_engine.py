@@ -20,6 +20,7 @@ from rudder.server.engine.telemetry.channel import Sender
 from rudder.server.engine.telemetry.frame import Frame, TelemetryLost
 from rudder.server.engine.telemetry.hub import POLL_S, Hub
 from rudder.server.program import wire
+from rudder.server.program.exclusion import Exclusion
 from rudder.server.program.layout import Layout
 from rudder.server.program.rows import Registry
 
@@ -174,6 +175,12 @@ async def test_call_that_enters_while_telemetry_is_lost_fails(rig: Rig, monkeypa
     monkeypatch.setattr(engines, "add_request", lost_meanwhile)
     _, tasks = await rig.start(1)
     assert await errors_of(tasks) == {TelemetryLost}
+
+
+def test_the_exclusion_is_the_union_over_all_bundles() -> None:
+    contexts = (Context(), Context(32, True, (0, 4)), Context(64, None, (2, 4), (9,)), Context(excluded_tokens=(7,)))
+    assert engines.exclusion_of(contexts) == Exclusion((0, 2, 4), frozenset((7, 9)))
+    assert engines.exclusion_of([]) == engines.exclusion_of([Context()]) == Exclusion()
 
 
 async def test_excluded_positions_are_those_of_all_bundles(rig: Rig) -> None:

@@ -1,18 +1,11 @@
-"""Excluded positions of a call: the union of what all bundles exclude, by position and by token of the prompt."""
+"""Excluded positions of a call, by position and by token of the prompt."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rudder.sae_models.bundle.manifest import Context
-from rudder.server.program.exclusion import Exclusion, exclusion_of
+from rudder.server.program.exclusion import Exclusion
 
 numbers = st.lists(st.integers(0, 12), unique=True).map(lambda values: tuple(sorted(values)))
-
-
-def test_the_rule_is_the_union_over_all_bundles() -> None:
-    contexts = (Context(), Context(32, True, (0, 4)), Context(64, None, (2, 4), (9,)), Context(excluded_tokens=(7,)))
-    assert exclusion_of(contexts) == Exclusion((0, 2, 4), frozenset((7, 9)))
-    assert exclusion_of([]) == exclusion_of([Context()]) == Exclusion()
 
 
 @given(numbers, numbers, st.lists(st.integers(0, 12), min_size=1, max_size=12), st.integers(0, 8))
