@@ -124,12 +124,19 @@ def window_mean(u: Tensor, ring: Tensor, token: Tensor, window: Tensor) -> Tenso
     ring [slots, W] holds the scores of earlier steps, each at its token's count modulo W.
     """
     t = by_name(token, TOKEN, 0)
+    tokens, start, count = u.shape[0], t["start"], t["count"]
+    # Scores are numbered by count, not by batch index: tokens of entry 0 are in the batch but are not counted. `first`
+    # is where count 0 would be, if the request's counted tokens of this step stood at `start` without gaps.
+    counted = t["entry"] > 0
+    before = count[start] - counted[start].to(count.dtype)
+    first = start - before - 1
+    # The scores in that order; those of tokens that are not counted fall behind the last one.
+    ordered = u.new_zeros(tokens + 1).scatter(0, torch.where(counted, first + count, tokens), u)
     back = torch.arange(ring.shape[1], device=u.device)
-    index = torch.arange(u.shape[0], device=u.device)[:, None] - back
-    # Scores are numbered by count, not by batch index: BOS is in the batch but is not counted.
-    number = t["count"][:, None] - back
+    number = count[:, None] - back
     earlier = ring[t["slot"][:, None], number.remainder(ring.shape[1])]
-    scores = torch.where(index >= t["start"][:, None], u[index.clamp_min(0)], earlier)
+    here = (first[:, None] + number).clamp(0, tokens)
+    scores = torch.where(number > before[:, None], ordered[here], earlier)
     used = (number > 0) & (back < window[:, None])
     return torch.where(used, scores, 0.0).sum(1) / used.sum(1).clamp_min(1)
 
@@ -148,6 +155,8 @@ def sequence_condition(
     start, count = t["start"], t["count"]
     score = f.double().gather(1, p["score"].long()[:, None])[:, 0]
     score = torch.where(p["binarise"] > 0, (score > p["binary"]).double(), score)
+    # A token of entry 0 must pass the state on, whatever another request's row at place 0 makes of it: 0 * inf is NaN.
+    score = torch.where(p["sequence"] > 0, score, 0.0)
     decay, shift, floor = scan(p["decay"], p["gain"] * score + p["offset"], p["floor"], start, steps)
     state = torch.maximum(floor, decay * state[t["slot"]] + shift)
     statistic = torch.where(p["window"] > 0, window_mean(score, ring, token, p["window"]), state)

@@ -23,7 +23,7 @@ ENTRY = (*DISPLACEMENT, *GATE, *STATISTIC)
 IDENTITY_ENTRY = tuple({"cap": inf, "decay": 1.0, "floor": NO_FLOOR}.get(name, 0.0) for name in ENTRY)
 # Metadata of each token of a step, int32 [len(TOKEN), max tokens]: the entry in force, the slot of its request, the
 # batch index of the request's first token in this step, the count of the request's tokens up to this one (without
-# BOS), and the token's index in the capture buffers (0: it is not captured).
+# BOS and excluded positions, which have entry 0), and the token's index in the capture buffers (0: it is not captured).
 TOKEN = ("entry", "slot", "start", "count", "capture")
 # Parameters of EDIT that an operation sets from its operand. Nothing after this table knows operations by name.
 OPERATIONS: dict[str, Callable[[float], dict[str, float]]] = {

@@ -124,8 +124,8 @@ def alarm_level(material: Material, topic: Topic, fitted: Detector, recipe: Reci
 
 
 def _max_cusum(fitted: Detector, x: Tensor, counted: Tensor, drift: float) -> Tensor:
-    """Return the highest CUSUM value of each window [n]; tokens that do not count reset the sum to 0."""
-    score = torch.where(counted[:, 1:], fitted.score(x[:, 1:]), -1e3)
+    """Return the highest CUSUM value of each window [n]; tokens that do not count pass the sum on."""
+    score = torch.where(counted, fitted.score(x), drift)
     return detector.cusum(score, drift).amax(1)
 
 

@@ -150,10 +150,15 @@ def _share_probes(value: Any, probes: dict[str, Any]) -> Any:
     return probes.setdefault(repr(copied), copied) if "weights" in copied else copied
 
 
-def apply(program: Program, bundle: Bundle, x: Tensor) -> Effect:
-    """Apply a program to residuals x [batch, length, d] of whole texts without BOS."""
+def apply(program: Program, bundle: Bundle, x: Tensor, counted: Tensor | None = None) -> Effect:
+    """Apply a program to residuals x [batch, length, d] of whole texts, as the server does.
+
+    counted [batch, length]: False at BOS, excluded positions and padding, which are neither edited nor evaluated by
+    gates; None: True everywhere.
+    """
     site, flat = program.sites[0], x.reshape(-1, x.shape[-1])
-    is_open = gate_open(program.gate, bundle, x).reshape(-1)
+    counted = torch.ones(x.shape[:-1], dtype=torch.bool) if counted is None else counted
+    is_open = gate_open(program.gate, bundle, x, counted).reshape(-1)
     parts = [row_of(edit.row, bundle) for edit in site.edits]
     if site.blend:
         mean = bundle.statistics.mean[None]
@@ -168,17 +173,18 @@ def apply(program: Program, bundle: Bundle, x: Tensor) -> Effect:
     return Effect((flat + move).reshape(x.shape), moved.any(-1).reshape(x.shape[:-1]))
 
 
-def gate_open(gate: Gate | None, bundle: Bundle, x: Tensor) -> Tensor:
-    """Return where the gate is open [batch, length], for residuals x [batch, length, d] of whole texts without BOS."""
-    is_open = torch.ones(x.shape[:-1], dtype=torch.bool)
+def gate_open(gate: Gate | None, bundle: Bundle, x: Tensor, counted: Tensor) -> Tensor:
+    """Return where the gate is open [batch, length], for residuals x [batch, length, d] and `counted` as in `apply`."""
+    is_open = counted.clone()
     if gate and gate.any_of:
         triggers = [trigger.row for trigger in gate.any_of]
         f = activations(x, concatenate([row_of(row, bundle) for row in triggers]), gain_of(triggers, bundle, x))
         is_open &= (f > torch.tensor([trigger.above for trigger in gate.any_of])).any(-1)
     if gate and gate.sequence:
-        row = gate.sequence.score
+        row, drift = gate.sequence.score, gate.sequence.cusum.drift
         score = activations(x, row_of(row, bundle), gain_of([row], bundle, x))[..., 0]
-        alarm = cusum(score, gate.sequence.cusum.drift) > gate.sequence.level
+        # A score of `drift` passes the sum on as it is.
+        alarm = (cusum(torch.where(counted, score, drift), drift) > gate.sequence.level) & counted
         is_open &= alarm.cummax(-1).values if gate.sequence.latch else alarm
     return is_open
 

@@ -12,7 +12,7 @@ from rudder.sae_models.activations.hooks import parse_site
 from rudder.sae_models.analysis import program as programs
 from rudder.sae_models.analysis.program import Program
 from rudder.sae_models.bundle.bundle import Bundle
-from rudder.sae_models.evaluation.splicing import losses, skip_bos
+from rudder.sae_models.evaluation.splicing import losses
 
 # Nats per token: two models of the same recipe differ by less on data that both have seen (0.13 measured on a book).
 MIN_DEFICIT = 0.2
@@ -59,17 +59,16 @@ def losses_by_book(
     hit = touched.any(1).nonzero().flatten()
     edited = plain.clone()
     if len(hit):
-        edit = skip_bos(lambda x: programs.apply(program, bundle, x).x)
-        edited[hit] = losses(model, windows.take(hit), parse_site(program.sites[0].site), edit)
+        site = parse_site(program.sites[0].site)
+        edited[hit] = losses(model, windows.take(hit), site, lambda x, part: programs.apply(program, bundle, x, part).x)
     books = [_book_loss(book, chosen, plain, edited, touched, twin) for book, chosen in _by_book(windows, documents)]
     return sorted(books, key=lambda book: book.plain - book.edited)
 
 
 def touched_tokens(trunk: Any, bundle: Bundle, program: Program, windows: Windows) -> Tensor:
-    """Return the mask of counted tokens after BOS that the program touches [windows, length - 1]."""
-    site = parse_site(bundle.manifest.site)
-    passes = residuals(trunk, site, windows)
-    return torch.cat([programs.apply(program, bundle, x[:, 1:]).touched & counted[:, 1:] for x, counted in passes])
+    """Return the mask of tokens that the program touches [windows, length]."""
+    passes = residuals(trunk, parse_site(bundle.manifest.site), windows)
+    return torch.cat([programs.apply(program, bundle, x, counted).touched for x, counted in passes])
 
 
 def _by_book(windows: Windows, documents: Sequence[Document]) -> list[tuple[str, Tensor]]:
@@ -83,6 +82,7 @@ def _book_loss(
     nats, count = plain[chosen].double().sum(0).tolist()
     edited_nats, _ = edited[chosen].double().sum(0).tolist()
     twin_nats = None if twin is None else twin[chosen].double().sum(0).tolist()[0]
-    share = float(touched[chosen].sum()) / count
+    # As of the loss, without the first token of a window.
+    share = float(touched[chosen, 1:].sum()) / count
     twin_loss = None if twin_nats is None else twin_nats / count
     return BookLoss(book, int(count), nats / count, edited_nats / count, share, twin_loss)

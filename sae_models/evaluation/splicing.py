@@ -33,12 +33,17 @@ def max_cosines(directions: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def losses(model: Any, windows: Windows, site: Site | None = None, edit: Edit | None = None) -> Tensor:
-    """Return (summed loss in nats, number of counted tokens) of each window [windows, 2], with an optional edit."""
-    edits = [] if site is None or edit is None else [(site, edit)]
+def losses(
+    model: Any, windows: Windows, site: Site | None = None, edit: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Tensor:
+    """Return (summed loss in nats, number of counted tokens) of each window [windows, 2], with an optional edit.
+
+    The edit takes x [n, length, d] and counted [n, length], and returns the edited x.
+    """
     sums = torch.zeros(len(windows), 2)
     for index in tqdm(windows.passes(WINDOWS_PER_PASS), desc="loss", unit="pass"):
         part = windows.take(index).trimmed()
+        edits = [] if site is None or edit is None else [(site, by_position(edit, part.counted.to(model.device)))]
         nats = _nats(_log_probabilities(model, part, edits), part)
         sums[index] = torch.stack([nats.sum(1), part.counted[:, 1:].sum(1)], dim=1)
     return sums
@@ -117,12 +122,27 @@ def at_counted(edit: Callable[[Tensor], Tensor], counted: Tensor) -> Edit:
     return skip_bos(lambda x: torch.where(mask, edit(x), x))
 
 
+def by_position(edit: Callable[[Tensor, Tensor], Tensor], counted: Tensor) -> Edit:
+    """Return the edit of x [windows, length, d] that is given `counted` [windows, length]."""
+
+    def edited(x: Tensor) -> Tensor:
+        require_positions(x)
+        return edit(x, counted)
+
+    return edited
+
+
+def require_positions(x: Tensor) -> None:
+    """Raise UserError if x has no dimension of positions."""
+    if x.ndim != 3:
+        raise UserError("site: its layer flattens the batch, so that BOS cannot be left alone")
+
+
 def skip_bos(edit: Callable[[Tensor], Tensor | None]) -> Edit:
     """Return the edit applied at every position but the first."""
 
     def edited(x: Tensor) -> Tensor | None:
-        if x.ndim != 3:
-            raise UserError("site: its layer flattens the batch, so that BOS cannot be left alone")
+        require_positions(x)
         changed = edit(x[:, 1:])
         return None if changed is None else torch.cat([x[:, :1], changed], dim=1)
 

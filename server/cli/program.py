@@ -65,7 +65,10 @@ def material(options: argparse.Namespace) -> Material:
     trunk = harvest.load_trunk(options.model, parse_site(loaded.manifest.site))
     bundle.check_model(loaded, bundle.model_sha256(options.model), trunk.config.hidden_size)
     documents = corpus.read(options.corpus)
-    windows = corpus.windows(documents, harvest.load_tokenizer(options.model), options.length)
+    context = loaded.manifest.context
+    # Begun as the server begins a text, and without what it leaves out.
+    rule = corpus.ContextRule(excluded_positions=context.excluded_positions, excluded_tokens=context.excluded_tokens)
+    windows = corpus.windows(documents, harvest.load_tokenizer(options.model), options.length, rule)
     return derive.material_of(loaded, trunk, documents, windows)
 
 

@@ -113,14 +113,15 @@ class Output(NamedTuple):
     prompt_logprobs: list[dict[int, Any] | None] | None = None
 
 
-def salt(secret: bytes, call: Call) -> str:
+def salt(secret: bytes, call: Call, *, by_id: bool = False) -> str:
     """Compute the prefix-cache salt: an HMAC over tenant, program, policy and the client's own salt.
 
     Calls share cached keys and values only within a tenant and with the same effective program. Tokens generated under
     a program whose phases differ come back as prompt in the next turn, where they would be edited differently: so the
-    prompt's length is then part of the salt.
+    prompt's length is then part of the salt. The same holds if tokens are excluded from edits `by_id`, which they are
+    in a prompt only.
     """
-    by_phase = any(compiled.by_phase for compiled in programs_of(call))
+    by_phase = any(compiled.by_phase or by_id for compiled in programs_of(call))
     boundary = len(call.prompt_ids) if by_phase else 0
     parts = (call.caller.tenant, digest(call.compiled), digest(call.policy), boundary, call.cache_salt)
     return hmac.new(secret, msgspec.json.encode(parts), hashlib.sha256).hexdigest()

@@ -4,12 +4,14 @@ import asyncio
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import count
 from typing import Any
 
 from rudder.sae_models.bundle.bundle import Bundle
+from rudder.sae_models.bundle.manifest import Context
 from rudder.server.engine.adapter import AsyncLLM, EngineDeadError, ModelFacts, RequestOutputCollector, add_request
 from rudder.server.engine.admission import Admission
 from rudder.server.engine.call import Call, FinishReason, GateOutcome, Outcome, Output, engine_sampling, salt
@@ -20,6 +22,7 @@ from rudder.server.engine.telemetry.hub import Hub, Inbox, wait_for_event
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.program import wire
 from rudder.server.program.compile import Compiled
+from rudder.server.program.exclusion import Exclusion
 from rudder.server.program.named import NamedProgram
 from rudder.server.program.rows import Registry, ReservedRows, check_capacity, check_capture
 from rudder.server.program.watch import merge_watched
@@ -65,6 +68,11 @@ class Engine:
     def tokenizer(self) -> Any:
         """The model's tokenizer. It is not thread-safe."""
         return self.llm.get_tokenizer()
+
+    @cached_property
+    def exclusion(self) -> Exclusion:
+        """What the bundles of this server exclude from reading, statistics and edits."""
+        return exclusion_of(bundle.manifest.context for bundle in self.bundles.values())
 
     @property
     def healthy(self) -> bool:
@@ -115,21 +123,33 @@ class Engine:
             raise ValueError("the bank has no stage for a policy")
         program = call.compiled.sites if call.compiled else ()
         sites, columns = merge_watched(program, (*call.watch, *call.guard))
-        limit = len(call.prompt_ids) + (call.sampling.max_tokens or 0)
         request = wire.Request(
             prompt_tokens=len(call.prompt_ids),
-            max_tokens=min(limit, self.model.max_model_len),
-            bos=call.prompt_ids[0] == self.model.bos_token_id,
+            max_tokens=self.max_tokens(call),
+            bos=self.begins_with_bos(call),
             stages=(sites, call.policy.sites if call.policy else ())[: layout.stages],
             watch_prompt=call.reads_prompt,
             top_k=call.top_k,
             top_k_sites=tuple(layout.sites.index(site) for site in call.top_k_sites),
             capture=call.capture,
+            excluded=self.exclusion.of(call.prompt_ids, self.max_tokens(call)),
         )
         field_at_fault = "report.features" if call.watch else "steering"
         check_capacity(request.stages, self.registry, field_at_fault, self.reserved, self.registry.request_share)
         check_capture(request, self.registry, "report.top_k")
         return request, columns
+
+    def max_tokens(self, call: Call) -> int:
+        """Return the bound on the prompt and generated tokens of a call together."""
+        return min(len(call.prompt_ids) + (call.sampling.max_tokens or 0), self.model.max_model_len)
+
+    def begins_with_bos(self, call: Call) -> bool:
+        """Return whether position 0 of a call holds the BOS token."""
+        return call.prompt_ids[0] == self.model.bos_token_id
+
+    def uncounted(self, call: Call) -> tuple[int, ...]:
+        """Return the positions of a call, in ascending order, that are not edited, evaluated by gates or counted."""
+        return wire.with_bos(self.exclusion.of(call.prompt_ids, self.max_tokens(call)), self.begins_with_bos(call))
 
     def require_alive(self) -> None:
         """Raise TelemetryLost or EngineDeadError if no call can complete any more."""
@@ -156,7 +176,8 @@ class Engine:
         outcome: Outcome | None = None
         try:
             sampling = engine_sampling(call, request)
-            queue = await add_request(self.llm, request_id, call.prompt_ids, salt(self.secret, call), sampling)
+            cache_salt = salt(self.secret, call, by_id=bool(self.exclusion.tokens))
+            queue = await add_request(self.llm, request_id, call.prompt_ids, cache_salt, sampling)
             self.queues[handle] = queue
             if self.hub.closed:
                 raise await self.end_of_telemetry()
@@ -240,6 +261,13 @@ class Engine:
             self.admission.fail(EngineDeadError())
 
 
+def exclusion_of(contexts: Iterable[Context]) -> Exclusion:
+    """Return the union of what bundles exclude."""
+    contexts = list(contexts)
+    positions = {position for context in contexts for position in context.excluded_positions}
+    return Exclusion(tuple(sorted(positions)), frozenset(t for context in contexts for t in context.excluded_tokens))
+
+
 def outcome_before(end: int, call: Call, inbox: Inbox, generated: int, cached: int, queued_s: float) -> Outcome:
     """Build the outcome of an aborted call from its telemetry of positions before `end`."""
     moved, opened = inbox.flagged_before(end)
@@ -263,7 +291,7 @@ def gate_outcomes(
     for (stage, gate), tokens in zip(request.gates(), opened, strict=True):
         statistic = next(remaining) if gate.sequence else None
         if gate.sequence and gate.sequence.binary is not None and statistic:
-            statistic /= end - request.bos
+            statistic /= request.counted_before(end)
         outcomes.append(GateOutcome(stage, tokens, statistic))
     return tuple(outcomes)
 

@@ -9,7 +9,7 @@ as the model's own parts receive it (`worker/witness.py`).
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import repeat
+from itertools import islice, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -32,10 +32,9 @@ from rudder.server.program.rows import Dictionary
 from rudder.server.program.watch import Watched, compile_watch
 from rudder.v1 import program_pb2
 
+# Of a canary's prompt, excluded positions aside.
 TOKENS = 12
 OF_STAGE = ("", " of a policy")
-# The prompt and one decode step; the second generated token does not run.
-COMPUTED = TOKENS + 1
 LATENTS = 4
 # Of the canary's moving average.
 AVERAGE_DECAY = 0.3
@@ -96,27 +95,42 @@ async def check_site(engine: Engine, number: int, site: str, stage: int) -> None
     width = engine.model.hidden_size
     (before, _), (plain_before, plain_after) = residuals(steered, number, width), residuals(plain, number, width)
     require_close(site, "an unsteered neighbour is untouched", plain_after, plain_before, 0.0)
-    require_close(site, "both requests reach the site alike", before[:TOKENS], plain_before[:TOKENS], 0.05)
+    length = canary_length(engine)
+    require_close(site, "both requests reach the site alike", before[:length], plain_before[:length], 0.05)
     check_edits(engine, number, stage, addition, steered)
     check_activations(engine, site, watch, plain)
     check_activations(engine, site, watch, steered)
     if reads_top:
         check_top_k(engine, site, next(d for d in readable if is_read_whole(engine, d.name)), plain, plain_before)
-    canaries = more_canaries(engine, site, plain_before[:TOKENS])
+    canaries = more_canaries(engine, site, plain_before[:length][counted_mask(engine, length)])
     calls = [with_program(short_call(engine), canary.compiled, stage) for canary in canaries]
     for canary, result in zip(canaries, await run_together(engine, calls), strict=True):
         check_edits(engine, number, stage, canary, result)
 
 
 def short_call(engine: Engine) -> Call:
-    """Build a call of TOKENS prompt tokens and one decode step, without a program."""
+    """Build a call of a prompt and one decode step, the second generated token being not run, without a program."""
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
-    return Call(prompt_of(engine, TOKENS), params, capture=True)
+    return Call(prompt_of(engine, canary_length(engine)), params, capture=True)
+
+
+def canary_length(engine: Engine) -> int:
+    """Return the length of a canary's prompt: it has TOKENS positions that are not excluded, and one in decoding."""
+    positions = counted_mask(engine, engine.model.max_model_len - 1).nonzero().flatten()
+    if len(positions) <= TOKENS:
+        raise SelfTestFailed(f"the bundles exclude all but {len(positions)} of the positions of a context")
+    return int(positions[TOKENS])
+
+
+def counted_mask(engine: Engine, tokens: int) -> Tensor:
+    """Return which of the first positions of a canary are not excluded, bool [tokens]."""
+    return ~torch.isin(torch.arange(tokens), torch.tensor(engine.exclusion.positions, dtype=torch.long))
 
 
 def prompt_of(engine: Engine, tokens: int) -> tuple[int, ...]:
-    """Return token ids without BOS, which no program edits."""
-    ids = [i for i in range(3, min(engine.model.vocab_size, 512)) if i != engine.model.bos_token_id]
+    """Return token ids without BOS and excluded tokens, which no program edits."""
+    unedited = {engine.model.bos_token_id, *engine.exclusion.tokens}
+    ids = list(islice((i for i in range(3, engine.model.vocab_size) if i not in unedited), 512))
     return tuple(ids[n % len(ids)] for n in range(tokens))
 
 
@@ -150,8 +164,8 @@ def check_edits(engine: Engine, number: int, stage: int, canary: Canary, result:
     (part,) = (part for part in canary.compiled.sites if part.site == number)
     is_open = gate_reference(engine, part, before)
     expected = reference(engine, part, before, is_open)
-    name = "" if canary.name == "addition" else f" ({canary.name})"
-    for where, tokens in (("", slice(0, TOKENS)), (" in a decode step", slice(TOKENS, None))):
+    name, length = "" if canary.name == "addition" else f" ({canary.name})", canary_length(engine)
+    for where, tokens in (("", slice(0, length)), (" in a decode step", slice(length, None))):
         check = f"the edit{OF_STAGE[stage]} equals the reference{where}{name}"
         require_close(site, check, after[tokens], expected[tokens], TOLERANCE)
     outcome, opened = result.outcome, int(is_open.sum())
@@ -168,12 +182,14 @@ def check_activations(engine: Engine, site: str, watch: Sequence[Watched], resul
     for watched, active in zip(watch, result.activations.T, strict=True):
         before, _ = residuals(result, watched.site, engine.model.hidden_size)
         encoded = engine.bundles[watched.row.bundle].sae.encode(before)[:, watched.row.latent]
+        encoded = torch.where(counted_mask(engine, len(before)), encoded, 0.0)
         require_close(site, f"feature {watched.row.latent} equals the SAE's encode", active, encoded, TOLERANCE)
 
 
 def check_top_k(engine: Engine, site: str, dictionary: Dictionary, result: Result, before: Tensor) -> None:
     """Check the top-k latents of each token against the SAE's encode."""
     encoded = engine.bundles[dictionary.name].sae.encode(before)
+    encoded = torch.where(counted_mask(engine, len(before))[:, None], encoded, 0.0)
     latents, values = result.top_latents[:, 0].long(), result.top_values[:, 0]
     require_close(site, "the top-k activations are the SAE's", values, encoded.topk(LATENTS).values, TOLERANCE)
     require_close(site, "the top-k latents have these activations", values, encoded.gather(1, latents), TOLERANCE)
@@ -240,7 +256,7 @@ def edit_of(vector: program_pb2.Vector, value: float) -> program_pb2.Edit:
 async def check_chunks(engine: Engine, stage: int) -> None:
     """Check the edits at all sites of prompts that are longer than a step, or more than a step holds at once."""
     step, longest = engine.llm.vllm_config.scheduler_config.max_num_batched_tokens, engine.model.max_model_len - 2
-    length = min(step + TOKENS, longest)
+    length = min(step + canary_length(engine), longest)
     layout, width = engine.registry.layout, engine.model.hidden_size
     add = edit_of(canary_vector(engine, 0), 1.0)
     sites = [program_pb2.SiteEdits(site=site, edits=[add]) for site in layout.sites]
@@ -251,13 +267,14 @@ async def check_chunks(engine: Engine, stage: int) -> None:
     for result in await run_together(engine, [with_program(call, compiled, stage)] * number):
         for part in compiled.sites if capture else ():
             before, after = residuals(result, part.site, width)
-            expected = reference(engine, part, before, torch.ones(len(before), dtype=torch.bool))
+            expected = reference(engine, part, before, counted_mask(engine, len(before)))
             check = f"the edit{OF_STAGE[stage]} equals the reference in a prompt in chunks"
             require_close(layout.sites[part.site], check, after, expected, TOLERANCE)
         touched = (result.outcome.moved, result.outcome.policy_moved)[stage]
+        counted = int(counted_mask(engine, length + 1).sum())
         for name, count in zip(compiled.edits, touched, strict=True):
-            if count != length + 1:
-                problem = f"an edit touched {count} of {length + 1} tokens of a prompt in chunks"
+            if count != counted:
+                problem = f"an edit touched {count} of {counted} tokens of a prompt in chunks"
                 raise SelfTestFailed(f"{name.site}: {problem}")
 
 
@@ -285,7 +302,8 @@ async def check_stream(engine: Engine) -> None:
             require_close(site, check, before / scale, x / scale, STREAM_TOLERANCE)
         if point != "resid_pre":
             # The decode steps may run different tokens.
-            x, y, expected = x[:TOKENS], y[:TOKENS], (after - steered_before)[:TOKENS]
+            length = canary_length(engine)
+            x, y, expected = x[:length], y[:length], (after - steered_before)[:length]
             error = y - x - expected
             # A large coordinate of the stream rounds a small displacement away.
             error = error.sign() * (error.abs() - STREAM_TOLERANCE * (x.abs() + y.abs())).clamp_min(0)
@@ -302,7 +320,7 @@ def stream_of(streams: dict[tuple[int, int], bytes], result: Result, boundary: i
     """Return the residual stream [tokens, d] that was recorded of a request in front of layer `boundary`."""
     handle = result.outcome.captures[0].handle
     data = streams.get((handle, boundary), b"")
-    return torch.from_numpy(column(data, "<f4").copy()).reshape(-1, width)[:COMPUTED]
+    return torch.from_numpy(column(data, "<f4").copy()).reshape(-1, width)[: result.outcome.tokens_seen]
 
 
 def canary_program(engine: Engine, site: str) -> program_pb2.Program:
@@ -362,16 +380,18 @@ def reference(engine: Engine, site: wire.Site, x: Tensor, is_open: Tensor) -> Te
 
 
 def gate_reference(engine: Engine, site: wire.Site, x: Tensor) -> Tensor:
-    """Evaluate the site's gate token by token on x [n, d]; open everywhere without one."""
-    is_open = torch.ones(len(x), dtype=torch.bool)
+    """Evaluate the site's gate token by token on x [n, d]; open without one. Excluded positions are left out."""
+    counted = counted_mask(engine, len(x))
+    is_open = counted.clone()
     if site.gate is None:
         return is_open
     f = {row: read_row(engine, site.rows[row], x)[0] for row, _ in site.gate.triggers}
     if site.gate.triggers:
-        is_open = torch.stack([f[row] > above for row, above in site.gate.triggers]).any(0)
+        is_open &= torch.stack([f[row] > above for row, above in site.gate.triggers]).any(0)
     if sequence := site.gate.sequence:
-        state = 0.0
-        for token, score in enumerate(read_row(engine, site.rows[sequence.score], x)[0].tolist()):
+        state, scores = 0.0, read_row(engine, site.rows[sequence.score], x)[0]
+        for token in counted.nonzero().flatten().tolist():
+            score = float(scores[token])
             state = max(sequence.floor, sequence.decay * state + sequence.gain * score + sequence.offset)
             is_open[token] &= state > sequence.level
     return is_open

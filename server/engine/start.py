@@ -24,6 +24,7 @@ from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics, PinnedFeature
 from rudder.server.program import wire
 from rudder.server.program.compile import Compiled, compile_program
+from rudder.server.program.exclusion import Exclusion
 from rudder.server.program.layout import Layout
 from rudder.server.program.named import NamedProgram, load_programs
 from rudder.server.program.rows import Dictionary, Registry, check_capacity
@@ -119,7 +120,11 @@ def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], confi
     metrics.watch_admission(admission.usage)
     hub = Hub(metrics.feature_totals, admission.release)
     default = default_policy(config, policies)
-    return Engine(llm, model, registry, served, programs, policies, default, admission, hub, metrics)
+    engine = Engine(llm, model, registry, served, programs, policies, default, admission, hub, metrics)
+    if engine.exclusion != Exclusion():
+        values = fields(positions=len(engine.exclusion.positions), tokens=len(engine.exclusion.tokens))
+        logger.info("left out of reading, statistics and edits: the SAEs were not trained on them", extra=values)
+    return engine
 
 
 def check_bos(bundle: Bundle, adds_bos: bool) -> None:

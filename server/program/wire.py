@@ -3,6 +3,7 @@
 Operations are resolved to the numbers of the bank's formula; nothing here knows an operation's name.
 """
 
+from bisect import bisect_left
 from math import inf
 
 import msgspec
@@ -100,7 +101,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     """What the worker knows of a request. `stages[0]` is the request's own program, `stages[1]` the policy.
 
     `max_tokens` bounds prompt and generated tokens together. `bos`: position 0 holds the BOS token. `watch_prompt`:
-    watched rows and top_k are reported at prompt tokens too.
+    watched rows and top_k are reported at prompt tokens too. `excluded`: positions, in ascending order, that are not
+    edited, evaluated by gates, counted or read (`program/exclusion.py`).
     """
 
     prompt_tokens: int
@@ -111,6 +113,17 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     top_k: int = 0
     top_k_sites: tuple[int, ...] = ()
     capture: bool = False
+    excluded: tuple[int, ...] = ()
+
+    @property
+    def uncounted(self) -> tuple[int, ...]:
+        """Positions of tokens that are not edited, evaluated by gates or counted: `excluded` and that of BOS."""
+        return with_bos(self.excluded, self.bos)
+
+    def counted_before(self, end: int) -> int:
+        """Count the tokens at positions before `end` that sequence statistics count."""
+        uncounted = self.uncounted
+        return end - bisect_left(uncounted, end)
 
     @property
     def edits(self) -> bool:
@@ -129,6 +142,11 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     def rows(self) -> set[tuple[int, Row]]:
         """Return the distinct (site number, row) pairs that the request holds."""
         return {(site.site, row) for stage in self.stages for site in stage for row in site.rows}
+
+
+def with_bos(excluded: tuple[int, ...], bos: bool) -> tuple[int, ...]:
+    """Return excluded positions and, if position 0 holds BOS, that one, in ascending order."""
+    return (0, *excluded) if bos and excluded[:1] != (0,) else excluded
 
 
 def encode(request: Request) -> bytes:

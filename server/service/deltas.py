@@ -3,11 +3,13 @@
 import asyncio
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from rudder.server.engine.call import Call, FinishReason, Output
 from rudder.server.engine.telemetry.hub import Features
 from rudder.server.service import columns
 from rudder.server.service.attestation import attestation_of
-from rudder.server.service.columns import Activations, PoolingState
+from rudder.server.service.columns import Activations, Ints, PoolingState
 from rudder.server.service.prepare import Job
 from rudder.server.service.record import CallRecord, ChoiceRecord
 from rudder.v1 import inference_pb2
@@ -24,11 +26,14 @@ FINISH_REASONS: dict[str, inference_pb2.FinishReason] = {
 
 @dataclass
 class Choice:
-    """State of one choice between its outputs. `bos`: position 0 holds the BOS token, which is not pooled."""
+    """State of one choice between its outputs.
+
+    `uncounted`: positions that are not pooled, in ascending order: that of BOS, and excluded ones.
+    """
 
     index: int
     call: Call
-    bos: bool
+    uncounted: Ints
     record: ChoiceRecord
     pooling: PoolingState = field(default_factory=PoolingState)
 
@@ -51,7 +56,7 @@ async def delta_of(job: Job, choice: Choice, output: Output) -> inference_pb2.Ch
                 await asyncio.sleep(0)
             activations = columns.activations_of(part, job.features)
             if job.report.pooled:
-                choice.pooling.add(*without_bos(activations, part, choice.bos))
+                choice.pooling.add(*counted_part(activations, part, choice.uncounted))
             if not job.report.no_tokens and len(activations.positions):
                 delta.activations.MergeFrom(columns.feature_columns(activations))
     return delta
@@ -64,14 +69,15 @@ def prompt_logprobs(output: Output, call: Call) -> inference_pb2.Logprobs | None
     return columns.logprobs([entry for entry in output.prompt_logprobs if entry], call.sampling.prompt_logprobs or 0)
 
 
-def without_bos(activations: Activations, features: Features, bos: bool) -> tuple[Activations, int]:
+def counted_part(activations: Activations, features: Features, uncounted: Ints) -> tuple[Activations, int]:
     """Return the activations to pool, and the number of tokens that they are of."""
     tokens = len(features.activations)
-    if not bos or features.first > 0:
+    begin, end = np.searchsorted(uncounted, (features.first, features.end)).tolist()
+    if begin == end:
         return activations, tokens
-    after = activations.positions > 0
+    counted = ~np.isin(activations.positions, uncounted[begin:end])
     positions, numbers, values = activations
-    return Activations(positions[after], numbers[after], values[after]), tokens - 1
+    return Activations(positions[counted], numbers[counted], values[counted]), tokens - (end - begin)
 
 
 def finish(

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 
+import numpy as np
+
 from rudder.server.engine.call import Outcome
 from rudder.server.service.deltas import Choice, delta_of, finish
 from rudder.server.service.pace import Stream
@@ -30,8 +32,8 @@ async def run(serving: Serving, job: Job, record: CallRecord, emit: Emit) -> Non
 
     async with asyncio.TaskGroup() as tasks:
         for index, (call, choice_record) in enumerate(zip(job.calls, record.choices, strict=True)):
-            bos = call.prompt_ids[0] == serving.engine.model.bos_token_id
-            choice = Choice(index, call, bos, choice_record)
+            uncounted = np.array(serving.engine.uncounted(call), np.int64)
+            choice = Choice(index, call, uncounted, choice_record)
             tasks.create_task(run_choice(serving, job, record, choice, emit_alone))
 
 

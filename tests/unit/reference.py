@@ -96,7 +96,7 @@ def by_definition(request: wire.Request, x: Floats, sae: SAE) -> Trace:
     states = [State() for _ in request.stages]
     rows = {row: vectors(row, sae) for _, row in request.rows()}
     for t in range(x.shape[1]):
-        if request.bos and t == 0:
+        if (request.bos and t == 0) or t in request.excluded:
             continue
         for stage, sites in enumerate(request.stages):
             gate_open = True
@@ -297,6 +297,14 @@ def random_stage(rng: Random, layout: Layout, gates: Sequence[str] = ("", "t", "
 def random_request(
     rng: Random, layout: Layout, tokens: int, gates: Iterable[str] = ("", "t", "s", "ts")
 ) -> wire.Request:
-    """Return a request of `tokens` tokens in all, with a program in each stage or none."""
+    """Return a request of `tokens` tokens in all, with a program in each stage or none, and excluded positions."""
     stages = tuple(random_stage(rng, layout, tuple(gates)) if rng.random() < 0.8 else () for _ in range(layout.stages))
-    return wire.Request(rng.randint(1, tokens), tokens, rng.random() < 0.5, stages)
+    return wire.Request(
+        rng.randint(1, tokens), tokens, rng.random() < 0.5, stages, excluded=random_positions(rng, tokens)
+    )
+
+
+def random_positions(rng: Random, tokens: int) -> tuple[int, ...]:
+    """Return excluded positions before `tokens`: none, some at the start, or some anywhere."""
+    anywhere = rng.sample(range(tokens), rng.randint(0, tokens // 2))
+    return tuple(rng.choice(((), range(rng.randint(1, 3)), sorted(anywhere), sorted(anywhere))))

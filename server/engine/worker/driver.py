@@ -6,6 +6,8 @@ Works once per step, not per layer, and vectorised over the batch.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from sys import maxsize
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +38,10 @@ class Captured(IntEnum):
 class RequestState:
     """A request with a payload, from its first step to its end.
 
-    start, length, offset: first position, tokens and batch index of its last step; saved_states: sequence states of
-    that step's tokens, while the request is left out of later steps. All four only for sequence conditions.
-    capture_end: position after the last token whose residuals were captured, up to the last change of the batch.
+    uncounted: positions of tokens that have entry 0: BOS, and excluded ones. start, length, offset: first position,
+    tokens and batch index of its last step; saved_states: sequence states of that step's tokens, while the request is
+    left out of later steps. The last four only for sequence conditions. capture_end: position after the last token
+    whose residuals were captured, up to the last change of the batch.
     """
 
     handle: int
@@ -53,10 +56,21 @@ class RequestState:
     def __post_init__(self) -> None:
         gates = [site.gate for stage in self.request.stages for site in stage if site.gate]
         self.gated, self.in_sequence = bool(gates), any(gate.sequence for gate in gates)
+        self.uncounted = np.array(self.request.uncounted, np.int64)
 
     def places(self, site: wire.Site) -> list[int]:
         """Row places of a site's rows."""
         return [self.lease.places[site.site, row] for row in site.rows]
+
+    def uncounted_before(self, start: int, length: int) -> Ints:
+        """Count the uncounted positions before each of start, ..., start + length."""
+        return np.searchsorted(self.uncounted, np.arange(start, start + length + 1))
+
+    def counted(self, start: int, length: int) -> Ints | range:
+        """Return which of start, ..., start + length - 1 are counted, from 0."""
+        if not len(self.uncounted) or start > self.uncounted[-1]:
+            return range(length)
+        return np.flatnonzero(np.diff(self.uncounted_before(start, length)) == 0)
 
 
 class Batch:
@@ -70,7 +84,8 @@ class Batch:
         self.handles = np.array([r.handle if r else 0 for r in requests], np.int64)
         self.slot = np.array([r.lease.slot if r else 0 for r in requests], np.int64)
         self.prompt = np.array([r.request.prompt_tokens if r else 0 for r in requests], np.int64)
-        self.bos = np.array([bool(r and r.request.bos) for r in requests])
+        self.uncounted = np.array([len(r.uncounted) if r else 0 for r in requests], np.int64)
+        self.last_uncounted = np.array([r.uncounted[-1] if r and len(r.uncounted) else -1 for r in requests], np.int64)
         self.reports_prompt = np.array([bool(r and r.request.watch_prompt) for r in requests])
         self.captured = np.array([captured_tokens(r) for r in requests], np.int64)
         self.captures = bool(self.captured.any())
@@ -92,8 +107,10 @@ class Step:
 
     capture_begin [R]: position of the first token whose residuals have not been captured before: what a preempted
     request computes again was reported. capture [tokens]: each token's index in the capture buffers, 0 for none.
-    decode_steps: steps since this one in which
-    the batch decoded one more token of each request. counts: the COUNT column on the device, [tokens].
+    decode_steps: steps since this one in which the batch decoded one more token of each request. counts: the COUNT
+    column on the device, [tokens]. uncounted [tokens]: BOS and excluded tokens, and uncounted_before [tokens]: how many
+    of them the request has up to each token. excluded: batch indices of excluded tokens. next_uncounted: decode steps
+    until a request decodes such a token, 0 where one does so in this step.
     """
 
     batch: Batch = field(default_factory=lambda: Batch((), ()))
@@ -110,6 +127,29 @@ class Step:
         self.tokens = int(self.lengths.sum())
         # One token of each request, all of them generated.
         self.decodes = bool((self.lengths == 1).all() and (self.starts >= self.batch.prompt).all())
+        self.mark_uncounted()
+
+    def mark_uncounted(self) -> None:
+        """Find the tokens that have entry 0. Only requests that still have such tokens to run are looked at."""
+        batch, excluded = self.batch, [np.zeros(0, np.int64)]
+        self.uncounted, self.next_uncounted = np.zeros(self.tokens, bool), maxsize
+        self.uncounted_before = np.repeat(batch.uncounted, self.lengths)
+        for index in np.flatnonzero(self.starts <= batch.last_uncounted).tolist():
+            state, start, offset = batch.requests[index], int(self.starts[index]), int(self.offsets[index])
+            if state is None:
+                continue
+            before = state.uncounted_before(start, int(self.lengths[index]))
+            tokens = slice(offset, offset + len(before) - 1)
+            self.uncounted_before[tokens] = before[1:]
+            self.uncounted[tokens] = np.diff(before) > 0
+            read_as_0 = self.uncounted[tokens].copy()
+            if start == 0 and state.request.excluded[:1] != (0,):
+                # BOS, which is reported.
+                read_as_0[0] = False
+            excluded.append(offset + np.flatnonzero(read_as_0))
+            self.next_uncounted = min(self.next_uncounted, int(state.uncounted[before[0]]) - start)
+        self.excluded = np.concatenate(excluded)
+        self.all_counted = not self.uncounted.any()
 
     @property
     def requests(self) -> list[RequestState | None]:
@@ -120,6 +160,9 @@ class Step:
         """Whether these are the next tokens of its requests: then only their counts change, by one."""
         if self.computes_again or not self.decodes:
             # Of tokens that were captured before, the next ones may not have been.
+            return False
+        if self.decode_steps + 1 >= self.next_uncounted:
+            # The entry of a token changes.
             return False
         return int(lengths.sum()) == len(lengths) and np.array_equal(starts, self.starts + 1)
 
@@ -274,21 +317,28 @@ class Driver:
     def restore_state(self, state: RequestState, start: int) -> None:
         """Write one request's sequence state as it was before position `start` into its slot."""
         saved_states, state.saved_states = state.saved_states, None
-        # BOS is not counted, so nothing is counted before the token after it either.
-        if start <= state.request.bos:
+        count = state.request.counted_before(start)
+        if not count:
             self.reset(state.lease.slot)
             return
         accepted = start - state.start
         if not 0 < accepted <= state.length:
             raise RuntimeError(f"request {state.handle}: its sequence state does not reach its next token")
+        counted = state.counted(state.start, accepted)
+        if not len(counted):
+            # The graph writes no state at tokens of entry 0: the slot's is still that before them.
+            return
         states, alarms, scores = saved_states or self.last_step_states(state)
         s, slot = self.sequences, state.lease.slot
-        s.state[:, slot] = states[:, accepted - 1]
-        s.latched[:, slot] = alarms[:, accepted - 1]
         # Of more tokens than the ring holds, only the last ones: an index that occurs twice has no defined winner.
-        scored = min(accepted, self.layout.window)
-        counts = torch.arange(start - scored + 1, start + 1, device=s.ring.device) - int(state.request.bos)
-        s.ring[:, slot, counts.remainder(self.layout.window)] = scores[:, accepted - scored : accepted]
+        scored = counted[-self.layout.window :]
+        first, last = int(scored[0]), int(scored[-1])
+        s.state[:, slot] = states[:, last]
+        s.latched[:, slot] = alarms[:, last]
+        counts = torch.arange(count - len(scored) + 1, count + 1, device=s.ring.device)
+        consecutive = last - first < len(scored)
+        index = slice(first, last + 1) if consecutive else to_device(np.asarray(scored), s.ring.device)
+        s.ring[:, slot, counts.remainder(self.layout.window)] = scores[:, index]
 
     def reset(self, slot: int) -> None:
         """Clear a slot's sequence state."""
@@ -300,15 +350,16 @@ class Driver:
 def token_columns(step: Step) -> Ints:
     """Compute the TOKEN columns [len(TOKEN), tokens] of a step."""
     batch, lengths = step.batch, step.lengths
-    per_request = batch.slot, batch.prompt, batch.bos, batch.captured, step.capture_begin, step.starts, step.offsets
-    slot, prompt, bos, captured, capture_begin, first, start = np.repeat(np.stack(per_request), lengths, axis=1)
+    per_request = batch.slot, batch.prompt, batch.captured, step.capture_begin, step.starts, step.offsets
+    slot, prompt, captured, capture_begin, first, start = np.repeat(np.stack(per_request), lengths, axis=1)
     position = np.arange(step.tokens) - start + first
     generated = position >= prompt
-    entry = np.where((bos > 0) & (position == 0), 0, 2 * slot + generated)
+    entry = np.where(step.uncounted, 0, 2 * slot + generated)
     wanted = (captured == Captured.ALL) | ((captured == Captured.GENERATED) & generated)
     is_captured = wanted & (position >= capture_begin)
     capture = np.where(is_captured, np.cumsum(is_captured), 0)
-    columns = {"entry": entry, "slot": slot, "start": start, "count": position + 1 - bos, "capture": capture}
+    count = position + 1 - step.uncounted_before
+    columns = {"entry": entry, "slot": slot, "start": start, "count": count, "capture": capture}
     return np.stack([columns[name] for name in TOKEN])
 
 
@@ -339,7 +390,7 @@ def raw_vector(data: bytes, width: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, "<f4").copy()) if data else torch.zeros(width)
 
 
-def to_device(array: NDArray[np.int32], device: torch.device) -> Tensor:
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """Copy to the device without waiting for it."""
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

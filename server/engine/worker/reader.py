@@ -6,6 +6,7 @@ value of a column is in the buffers depends only on the composition of the batch
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from rudder.sae_models.sae import SAE
 from rudder.sae_models.sparse.screening import ScreeningDictionary, top_k_latents
 from rudder.server.engine.telemetry.frame import PINNED, REJECTED, Array, Capture, Frame
 from rudder.server.engine.worker.bank import SiteBank
-from rudder.server.engine.worker.driver import Ints, RequestState, Step
+from rudder.server.engine.worker.driver import Ints, RequestState, Step, to_device
 from rudder.server.program import wire
 
 # By (site number, stage): (indices into the buffer, indices into the column), one pair of arrays per request.
@@ -49,7 +50,18 @@ class ColumnIndices:
     activations_size: int
     flags: tuple[ColumnIndex, ...]
     flags_size: int
-    statistics: tuple[Array, Array]
+    statistics: "StatisticIndices"
+
+
+class StatisticIndices(NamedTuple):
+    """Where the values of the `statistics` column are: by (stage, token) or, where the step counts none of the
+    request's tokens, by (stage, slot). `unchanged`: places of the latter in the column.
+    """
+
+    stages: Array
+    tokens: Array
+    slots: Array
+    unchanged: Array
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,7 @@ class Reader:
         """Read the frame of a step whose forward pass has run; a step without tokens only releases."""
         if not step.tokens:
             return Frame(sequence, released=packed(released, "<i8"))
+        self.blank_excluded(step)
         indices = self.indices_of(step)
         top_latents, top_values = self.top(step)
         # Compared with the last frame, not with the last step: steps before the channel opens have no frame.
@@ -100,10 +113,17 @@ class Reader:
             rejected=self.rejected(step).tobytes(),
         )
 
+    def blank_excluded(self, step: Step) -> None:
+        """Set the activations of excluded tokens to 0, in a buffer that nothing but this reader reads."""
+        if len(step.excluded):
+            for bank in self.banks:
+                bank.activations[to_device(step.excluded, bank.activations.device)] = 0.0
+
     def indices_of(self, step: Step) -> ColumnIndices:
         """The indices for this composition, computed anew when it changed."""
         # A step that decodes has one token of each request, all of them reported.
-        key = (step.batch, None if step.decodes else (step.lengths.tobytes(), step.unreported().tobytes()))
+        parts = () if step.decodes and step.all_counted else (step.lengths, step.unreported(), step.uncounted)
+        key = (step.batch, *(part.tobytes() for part in parts))
         if key != self.indices.key:
             places = self.banks[0].activations.shape[1]
             self.indices = ColumnIndices(
@@ -121,7 +141,7 @@ class Reader:
 
     def flags(self, indices: ColumnIndices, step: Step) -> Array:
         """The column of edited tokens and open gates, bool."""
-        # Of BOS, at which no gate is evaluated, nothing is written.
+        # Of tokens at which no gate is evaluated, nothing is written.
         column = np.zeros(indices.flags_size, bool)
         for part in indices.flags:
             buffer = self.banks[0].sequences.is_open if part.site == GATES else self.banks[part.site].edited
@@ -159,11 +179,14 @@ class Reader:
 
     def statistics(self, indices: ColumnIndices) -> bytes:
         """The column of sequence conditions' statistics, float64."""
-        stages, tokens = indices.statistics
+        stages, tokens, slots, unchanged = indices.statistics
         if not len(stages):
             return b""
-        state = self.banks[0].sequences.token_state
-        return to_host(state[:, : int(tokens.max()) + 1])[stages, tokens].astype("<f8").tobytes()
+        sequences = self.banks[0].sequences
+        values = to_host(sequences.token_state[:, : int(tokens.max()) + 1])[stages, tokens]
+        if len(unchanged):
+            values[unchanged] = to_host(sequences.state)[stages[unchanged], slots[unchanged]]
+        return values.astype("<f8").tobytes()
 
     def top(self, step: Step) -> tuple[bytes, bytes]:
         """The columns (latents, values) of the top-k latents of each token, over the whole dictionary.
@@ -175,8 +198,8 @@ class Reader:
             return b"", b""
         sites = sorted({site for state, *_ in readers for site in state.request.top_k_sites})
         max_k = max(state.request.top_k for state, *_ in readers)
-        captured = slice(0, 1 + int(step.capture.max()))
-        top = {site: self.strongest(self.dictionaries[site], captured, max_k) for site in sites}
+        captured, unread = slice(0, 1 + int(step.capture.max())), step.capture[step.excluded]
+        top = {site: self.strongest(self.dictionaries[site], captured, max_k, unread) for site in sites}
         parts = [
             [values[indices[unreported:], : state.request.top_k].tobytes() for values in top[site]]
             for state, indices, unreported in readers
@@ -184,16 +207,18 @@ class Reader:
         ]
         return b"".join(latents for latents, _ in parts), b"".join(values for _, values in parts)
 
-    def strongest(self, dictionary: Readable, captured: slice, k: int) -> tuple[Array, Array]:
+    def strongest(self, dictionary: Readable, captured: slice, k: int, unread: Ints) -> tuple[Array, Array]:
         """(latents, values) [n, k] of the captured tokens; a routed dictionary reads several sites at once.
 
-        Index 0, at which tokens are written that nobody captures, has none; nor has a token that is not finite, of
-        which screening would take every latent for a candidate.
+        Index 0, at which tokens are written that nobody captures, has none; nor have the indices `unread`, of excluded
+        tokens, nor a token that is not finite, of which screening would take every latent for a candidate.
         """
         residuals = [self.banks[site].before[captured] for site in dictionary.sites]
         x = residuals[0] if len(residuals) == 1 else torch.stack(residuals, -2)
         known = x.isfinite().flatten(1).all(1)
         known[0] = False
+        if len(unread):
+            known[to_device(unread, known.device)] = False
         latents, values = np.zeros((len(x), k), np.int32), np.zeros((len(x), k), np.float32)
         if known.any():
             index = to_host(known)
@@ -213,12 +238,13 @@ class Reader:
     def totals(self, step: Step) -> NDArray[np.float64]:
         """Totals of the pinned rows over the step [pinned rows, len(PINNED)].
 
-        Without the tokens at position 0, and those whose residuals are not finite.
+        Without the tokens at position 0, excluded ones, and those whose residuals are not finite.
         """
         if not self.pinned:
             return np.zeros((0, len(PINNED)))
         counted = np.ones(step.tokens, bool)
         counted[step.offsets[step.starts == 0]] = False
+        counted[step.excluded] = False
         parts = []
         for site, places in self.pinned.items():
             f = to_host(self.banks[site].activations[: step.tokens])[:, places][counted]
@@ -265,7 +291,7 @@ def flag_indices(step: Step, places_per_bank: int) -> tuple[tuple[ColumnIndex, .
     """
     parts: IndexParts = {}
     size = 0
-    for state, first, start, length in zip(step.requests, step.offsets, step.starts, step.lengths, strict=True):
+    for state, first, length in zip(step.requests, step.offsets, step.lengths, strict=True):
         if state is None:
             continue
         gates = state.request.gates()
@@ -278,8 +304,8 @@ def flag_indices(step: Step, places_per_bank: int) -> tuple[tuple[ColumnIndex, .
             target = size + tokens * width + before + np.arange(len(places))
             parts.setdefault((site.site, stage), []).append((index.reshape(-1), target.reshape(-1)))
             before += len(places)
-        # No gate is evaluated at BOS.
-        evaluated = np.arange(int(bool(state.request.bos and start == 0)), length)
+        # No gate is evaluated at BOS and at excluded positions.
+        evaluated = np.flatnonzero(~step.uncounted[first : first + length])
         for number, (stage, _) in enumerate(gates, before):
             parts.setdefault((GATES, stage), []).append((first + evaluated, size + evaluated * width + number))
         size += length * width
@@ -293,17 +319,17 @@ def edited_places(state: RequestState, site: wire.Site) -> Ints:
     return np.array([places[row] for row in rows], np.int64)
 
 
-def statistic_indices(step: Step) -> tuple[Array, Array]:
-    """(stages, tokens) of the `statistics` column: each gate with a sequence condition at its request's last token."""
-    pairs = [
-        (stage, last)
-        for state, last in zip(step.requests, step.offsets + step.lengths - 1, strict=True)
-        if state
-        for stage, gate in state.request.gates()
-        if gate.sequence
-    ]
-    stages, tokens = np.array(pairs, np.int64).reshape(-1, 2).T
-    return stages, tokens
+def statistic_indices(step: Step) -> StatisticIndices:
+    """Indices of the `statistics` column: each gate with a sequence condition at its request's last counted token."""
+    records = []
+    for index, state in step.batch.in_sequence:
+        first, length = int(step.offsets[index]), int(step.lengths[index])
+        counted = np.flatnonzero(~step.uncounted[first : first + length])
+        last = first + int(counted[-1]) if len(counted) else first
+        gates = [stage for stage, gate in state.request.gates() if gate.sequence]
+        records += [(stage, last, state.lease.slot, not len(counted)) for stage in gates]
+    stages, tokens, slots, unchanged = np.array(records, np.int64).reshape(-1, 4).T
+    return StatisticIndices(stages, tokens, slots, unchanged.nonzero()[0])
 
 
 def joined(parts: IndexParts) -> tuple[ColumnIndex, ...]:

@@ -30,8 +30,11 @@ def strongest_first(x: torch.Tensor, program: offline.Program) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("normalisation", Normalisation)
+@pytest.mark.parametrize("excluded", [(), (5, 10, 20, 90)], ids=["all", "excluded"])
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_bank_moves_x_like_offline_evaluation(path: Path, normalisation: Normalisation) -> None:
+def test_bank_moves_x_like_offline_evaluation(
+    path: Path, excluded: tuple[int, ...], normalisation: Normalisation
+) -> None:
     bundle = bundles.load(PRETRAINED / "textbook-lm-layers.2")
     bundle = replace(bundle, sae=replace(bundle.sae, normalisation=normalisation))
     program = offline.read(path)
@@ -46,9 +49,11 @@ def test_bank_moves_x_like_offline_evaluation(path: Path, normalisation: Normali
         bundle.statistics.max_activation.numpy(), norm, bundle.statistics.mean.numpy(),
     )  # fmt: skip
     compiled = compile_program(read_program(path), Registry(layout, x.shape[1], {known.name: known}))
-    driver.admit("r", 1, wire.Request(200, 200, False, (compiled.sites,)))
+    driver.admit("r", 1, wire.Request(200, 200, False, (compiled.sites,), excluded=excluded))
     driver.write_token_metadata(["r"], np.array([0]), np.array([200]))
     moved = x + driver.banks[0](x)
-    expected = offline.apply(program, bundle, x[None]).x[0]
+    counted = ~torch.isin(torch.arange(len(x)), torch.tensor(excluded, dtype=torch.long))
+    expected = offline.apply(program, bundle, x[None], counted[None]).x[0]
+    assert torch.equal(moved[~counted], x[~counted])
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-3)
     assert not torch.equal(moved, x)

@@ -141,7 +141,8 @@ def test_gate_needs_both_conditions() -> None:
             [False, True, True, True],
         ),
     ):
-        assert p.gate_open(gate, toy_bundle(), torch.tensor([texts]))[0].tolist() == expected
+        counted = torch.ones(1, len(texts), dtype=torch.bool)
+        assert p.gate_open(gate, toy_bundle(), torch.tensor([texts]), counted)[0].tolist() == expected
 
 
 def test_program_survives_write_and_read(tmp_path: Path) -> None:

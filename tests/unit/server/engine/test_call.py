@@ -61,6 +61,17 @@ def test_prompt_length_changes_the_salt_when_phases_differ(of_policy: bool) -> N
     assert salt(SECRET, replace(call, prompt_ids=(1, 2, 3, 4))) != salt(SECRET, call)
 
 
+@pytest.mark.parametrize("of_policy", [False, True])
+def test_prompt_length_changes_the_salt_of_edited_calls_when_tokens_are_excluded_by_id(of_policy: bool) -> None:
+    """A generated token is edited whatever its id, and excluded in the prompt of the next turn."""
+    programs: dict[str, Any] = {"compiled": None, "policy": PROGRAM} if of_policy else {}
+    call = replace(CALL, **programs)
+    longer = replace(call, prompt_ids=(1, 2, 3, 4))
+    assert salt(SECRET, longer, by_id=True) != salt(SECRET, call, by_id=True)
+    plain, longer = (replace(part, compiled=None, policy=None) for part in (call, longer))
+    assert salt(SECRET, longer, by_id=True) == salt(SECRET, plain, by_id=True)
+
+
 IN_SEQUENCE = replace(PROGRAM, in_sequence=True)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from rudder.sae_models.bundle.manifest import Context
 from rudder.server.engine import engine as engines
 from rudder.server.engine.adapter import EngineDeadError, RequestOutputCollector, RequestOutputKind, SamplingParams
 from rudder.server.engine.admission import Admission
@@ -17,6 +19,8 @@ from rudder.server.engine.engine import Engine
 from rudder.server.engine.telemetry.channel import Sender
 from rudder.server.engine.telemetry.frame import Frame, TelemetryLost
 from rudder.server.engine.telemetry.hub import POLL_S, Hub
+from rudder.server.program import wire
+from rudder.server.program.exclusion import Exclusion
 from rudder.server.program.layout import Layout
 from rudder.server.program.rows import Registry
 
@@ -171,3 +175,32 @@ async def test_call_that_enters_while_telemetry_is_lost_fails(rig: Rig, monkeypa
     monkeypatch.setattr(engines, "add_request", lost_meanwhile)
     _, tasks = await rig.start(1)
     assert await errors_of(tasks) == {TelemetryLost}
+
+
+def test_the_exclusion_is_the_union_over_all_bundles() -> None:
+    contexts = (Context(), Context(32, True, (0, 4)), Context(64, None, (2, 4), (9,)), Context(excluded_tokens=(7,)))
+    assert engines.exclusion_of(contexts) == Exclusion((0, 2, 4), frozenset((7, 9)))
+    assert engines.exclusion_of([]) == engines.exclusion_of([Context()]) == Exclusion()
+
+
+async def test_excluded_positions_are_those_of_all_bundles(rig: Rig) -> None:
+    """Whichever bundle a call reads or edits by: no client can lift the operator's rule."""
+    contexts = Context(32, True, (0, 6)), Context(excluded_tokens=(9, 77))
+    manifests = (SimpleNamespace(manifest=SimpleNamespace(context=context)) for context in contexts)
+    bundles: Any = dict(enumerate(manifests))
+    engine = replace(rig.engine, bundles=bundles)
+    call = Call((5, 9, 8, 9), SamplingParams(max_tokens=3))
+    request, _ = engine.compile(call)
+    assert (request.bos, request.excluded, engine.uncounted(call)) == (False, (0, 1, 3, 6), (0, 1, 3, 6))
+    assert engine.compile(replace(call, prompt_ids=(1, 8)))[0].excluded == (0,)
+    assert rig.engine.compile(call)[0].excluded == rig.engine.uncounted(call) == ()
+    assert rig.engine.uncounted(replace(call, prompt_ids=(1, 8))) == (0,)
+
+
+def test_share_is_of_the_counted_tokens() -> None:
+    gate = wire.Gate(sequence=wire.Sequence(0, binary=0.5))
+    stages = ((wire.Site(0, (wire.Row("toy", 0),), gate=gate),),)
+    request = wire.Request(4, 9, True, stages, excluded=(2, 3))
+    for end, statistic, share in ((7, 2.0, 0.5), (1, 0.0, 0.0)):
+        (outcome,) = engines.gate_outcomes(request, (0,), (statistic,), end)
+        assert outcome.statistic == share

@@ -93,6 +93,9 @@ def test_state_equals_a_loop_over_tokens(seed: int) -> None:
     driver = make_driver(LAYOUT, toy_sae(rng))
     requests = {f"r{i}": random_request(rng, LAYOUT, LONGEST, ("s", "ts")) for i in range(5)}
     xs = {name: grid(rng, len(LAYOUT.sites), LONGEST, WIDTH, top=4) for name in requests}
+    for name, request in requests.items():
+        # Whatever is read there: its score, of which state must not become NaN, may be that of another request's row.
+        xs[name][:, list(request.excluded)] = rng.choice((1e3, np.inf))
     schedule = Schedule(rng, driver, requests, xs)
     schedule.run()
     for name, request in requests.items():
@@ -146,6 +149,34 @@ def test_statistics_by_hand(name: str, chunks: list[tuple[int, int]]) -> None:
     driver.admit("other", 2, request)
     opened(driver, [9.0] * 12, [(0, 6)], "other")
     assert opened(driver, SCORES, chunks) == expected
+
+
+EXCLUDED = (2, 4, 5, 9)
+# Where the tokens of SCORES stand if these positions are excluded.
+COUNTED = [0, 1, 3, 6, 7, 8]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(sorted(STATISTICS)))
+def test_excluded_tokens_take_no_part_in_a_statistic(seed: int, name: str) -> None:
+    """Neither in a window nor in a count, however the tokens are cut into steps and whenever they run again."""
+    rng, (sequence, expected) = Random(seed), STATISTICS[name]
+    driver, request = one_gate(sequence)
+    driver.admit("other", 1, request)
+    driver.admit("r", 2, msgspec.structs.replace(request, excluded=EXCLUDED))
+    scores = [9.0] * 10
+    for position, score in zip(COUNTED, SCORES, strict=True):
+        scores[position] = score
+    start, chunks = 0, []
+    while start < len(scores):
+        chunks.append((start, min(rng.randint(1, 4), len(scores) - start)))
+        start += chunks[-1][1]
+    restart = rng.randrange(len(chunks))
+    opened(driver, scores, chunks[:restart])
+    opened(driver, [9.0] * 12, [(0, 6)], "other")
+    result = opened(driver, scores, chunks)
+    assert [result[position] for position in COUNTED] == expected
+    assert not any(result[position] for position in EXCLUDED)
 
 
 def test_the_next_request_in_a_slot_starts_from_zero_state() -> None:

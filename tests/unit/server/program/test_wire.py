@@ -54,6 +54,20 @@ def test_edits_blends_and_gates_need_a_slot() -> None:
     assert not wire.Request(1, 2, True, ((wire.Site(0, rows, watch=(0,)),),)).edits
 
 
+@pytest.mark.parametrize(
+    ("bos", "excluded", "uncounted"),
+    [(False, (), ()), (True, (), (0,)), (True, (0, 3), (0, 3)), (True, (2, 3), (0, 2, 3)), (False, (2, 3), (2, 3))],
+)
+def test_bos_and_excluded_positions_are_not_counted(
+    bos: bool, excluded: tuple[int, ...], uncounted: tuple[int, ...]
+) -> None:
+    request = wire.Request(4, 9, bos, excluded=excluded)
+    assert request.uncounted == uncounted
+    for end in range(9):
+        assert request.counted_before(end) == sum(position not in uncounted for position in range(end))
+    assert wire.decode(wire.encode(request)) == request
+
+
 def test_payload_of_four_edits_is_below_600_bytes() -> None:
     rows = tuple(wire.Row("textbook-lm-layers.2", 1000 + i) for i in range(4))
     site = wire.Site(0, rows, tuple(wire.Edit(i, scale=0.0, shift=-1.5, above=0.0) for i in range(4)))

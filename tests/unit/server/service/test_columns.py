@@ -22,7 +22,7 @@ from rudder.server.service.columns import (
     logprobs,
     slices,
 )
-from rudder.server.service.deltas import Choice, delta_of
+from rudder.server.service.deltas import Choice, counted_part, delta_of
 from rudder.v1 import inference_pb2
 
 SITES = ("layers.1.resid_post", "layers.3.resid_post")
@@ -142,7 +142,7 @@ async def test_features_of_a_long_prompt_let_other_streams_run_and_equal_those_i
     job: Any = SimpleNamespace(features=table, report=inference_pb2.Report(pooled=pooled))
     call: Any = SimpleNamespace(sampling=SimpleNamespace(logprobs=None))
     record: Any = SimpleNamespace()
-    choice = Choice(0, call, bos=True, record=record)
+    choice = Choice(0, call, np.array([0]), record=record)
     output = Output("", [], 0, None, features, nothing, None)
     done = asyncio.Event()
 
@@ -173,3 +173,13 @@ async def test_features_of_a_long_prompt_let_other_streams_run_and_equal_those_i
     if pooled:
         assert choice.pooling.tokens == 499
         assert choice.pooling.sums.sum() == pytest.approx(whole.values[whole.positions > 0].sum(), rel=1e-5)
+
+
+@given(st.integers(0, 9), st.integers(1, 9), st.lists(st.integers(0, 24), unique=True).map(sorted))
+def test_pooling_leaves_out_bos_and_excluded_positions(first: int, tokens: int, uncounted: list[int]) -> None:
+    features = features_of(first, [[1.0, 2.0]] * tokens, np.zeros((tokens, 0, 0)), np.zeros((tokens, 0, 0)))
+    activations = activations_of(features, FeatureTable([info(SITES[0], 1), info(SITES[0], 2)], (), info))
+    part, counted = counted_part(activations, features, np.array(uncounted, np.int64))
+    positions = [position for position in range(first, first + tokens) if position not in uncounted]
+    assert counted == len(positions)
+    assert as_tuples(part) == [(position, i, i + 1.0) for position in positions for i in range(2)]

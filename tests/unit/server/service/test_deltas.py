@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rudder.server.engine.adapter import SamplingParams
@@ -17,7 +18,7 @@ NOTHING = no_features(0, 0, 0)
 
 
 def choice_of(call: Call) -> Choice:
-    return Choice(0, call, False, ChoiceRecord())
+    return Choice(0, call, np.zeros(0, np.int64), ChoiceRecord())
 
 
 async def test_log_probabilities_of_the_prompt_leave_out_its_first_token() -> None:
