@@ -6,7 +6,7 @@ from typing import Any
 
 from rudder.server.cli.arguments import MAX_UINT64, add_prompt, command, integer, program_of, prompt_of, utf8
 from rudder.server.cli.output import out, print_end_of_choice
-from rudder_client import Client, Report
+from rudder_client import Client, Report, Structured
 
 SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_tokens": (integer(), "maximum number of tokens to generate"),
@@ -20,6 +20,7 @@ EXAMPLES = """\
 examples:
   rudder generate "The night sky" --max-tokens 40
   rudder generate "The night sky" --program more-astronomy --temperature 0.7 --top-features 5
+  rudder generate "The capital of France is" --regex " (Paris|London)"
   echo "What is a cell?" | rudder generate - --chat
 """
 
@@ -29,6 +30,8 @@ def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     sampling: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     report = Report(top_k=args.top_features, pooled=True, tokens=False) if args.top_features else None
+    if args.regex or args.json_schema:
+        sampling["structured"] = Structured(regex=args.regex, json_schema=args.json_schema)
     text = prompt_of(args)
     prompt: Any = [{"role": "user", "content": text}] if args.chat else text
     texts: dict[int, str] = {}
@@ -53,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
     for name, (kind, text) in SAMPLING.items():
         generate.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     generate.add_argument("--stop", type=utf8, action="append", default=[], help="stop string; may be repeated")
+    form = generate.add_mutually_exclusive_group()
+    form.add_argument("--regex", type=utf8, help="regular expression that the output must match")
+    form.add_argument("--json-schema", type=utf8, metavar="JSON", help="JSON schema that the output must match")
     help_top = "report the K strongest features of each token, pooled over the output"
     generate.add_argument("--top-features", type=integer(), default=0, metavar="K", help=help_top)
     return generate

@@ -224,6 +224,8 @@ def test_commands_print_their_results(server: Running) -> None:
 
     assert "textbook-lm-layers.2" in rudder("model")
     assert rudder("generate", PROMPT, "--max-tokens", "8", "--temperature", "0").strip()
+    assert rudder("generate", PROMPT, "--regex", "(yes|no)").splitlines()[0] in ("yes", "no")
+    assert json.loads(rudder("generate", PROMPT, "--json-schema", '{"enum": [7]}').splitlines()[0]) == 7
     assert "cells" in rudder("inspect", PROMPT)
     assert "activation" in rudder("features", "7")
 
