@@ -20,6 +20,9 @@ from rudder.sae_models.sae import SAE
 
 # Cap on activations held at a time: 16 MB in float32. Each chunk converts a half-precision dictionary once.
 ACTIVATIONS_PER_CHUNK = 1 << 22
+# Latents active on more than this share of tokens are dense: few of them mean anything.
+DENSE = 0.1
+FREQUENT = 0.01
 
 
 def _zero() -> Tensor:
@@ -59,6 +62,16 @@ class Fidelity:
     def dead_share(self) -> float:
         """Share of latents that are active on no token."""
         return float((self.active == 0).double().mean())
+
+    def dense_latents(self, frequency: float) -> int:
+        """Number of latents that are active on more than this share of all tokens."""
+        return int((self.active > frequency * self.tokens).sum())
+
+    def dense_share(self, frequency: float) -> float:
+        """Share of all activations that latents carry which are active on more than this share of tokens; 0 of none."""
+        active = self.active.double()
+        total = float(active.sum())
+        return float(active[active > frequency * self.tokens].sum()) / total if total else 0.0
 
     @property
     def fvu(self) -> float:

@@ -115,22 +115,27 @@ class Bench:
 
     @torch.no_grad()
     def quality(self, worker: Worker, task: Task) -> dict[str, float]:
-        """Return FVU on held-out activations at an L0 of at most k, and L0 and share of dead latents without that
-        limit.
+        """Return FVU on held-out activations at an L0 of at most k, and without that limit L0, the share of dead
+        latents, the number of dense latents and the share of activations that these carry.
         """
         path = self.data.with_name("weights.safetensors")
         k = worker.send(save=str(path))["k"]
         weights = load_file(path)
         names = "encoder", "bias", "threshold", "decoder", "decoder_bias"
         sae = SAE(*(weights[name] for name in names), selection=None if k is None else TopK(k))
-        fired, counts, outputs = torch.zeros(sae.latents), [], []
+        sums, outputs = fidelity.Fidelity(), []
         for part in self.held_out.split(4096):
             f = sae.encode(part)
-            fired += (f > 0).sum(0)
-            counts.append(fidelity.l0(f))
+            sums.add_latents(f)
             outputs.append(sae.decode(keep_largest(f, task.k)))
         fvu = fidelity.fvu(self.held_out, torch.cat(outputs))
-        return {"fvu": fvu, "l0": statistics.mean(counts), "dead": float((fired == 0).float().mean())}
+        return {
+            "fvu": fvu,
+            "l0": sums.l0,
+            "dead": sums.dead_share,
+            "dense": sums.dense_latents(fidelity.DENSE),
+            "dense_share": sums.dense_share(fidelity.DENSE),
+        }
 
 
 def keep_largest(f: Tensor, k: int) -> Tensor:

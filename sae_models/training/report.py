@@ -28,6 +28,14 @@ COLUMNS = (
     ("ce_recovered", "CE recovered", ".4f", "share of the loss increase of mean ablation that the SAE recovers"),
     ("kl", "KL", ".4f", "divergence of the spliced model from the model, nats a token"),
     ("dead_share", "dead", ".2%", "share of latents that never fired on the held-out tokens"),
+    (
+        "dense_latents",
+        "dense",
+        "d",
+        "latents active on more than 10% of the held-out tokens: few mean anything",
+    ),
+    ("dense_share", "share of dense", ".1%", "share of all activations that these latents carry"),
+    ("frequent_share", "above 1%", ".1%", "share of all activations of latents active on more than 1% of the tokens"),
     ("outlier_share", "sinks", ".2%", "share of tokens left out: norm above 100 times the median (attention sinks)"),
     ("shrinkage", "shrinkage", ".3f", "relative reconstruction bias: below 1 the outputs are too small"),
     (

@@ -52,6 +52,18 @@ def test_fvu_of_a_constant_target_is_infinite() -> None:
     assert fidelity.measure(random_sae(40), torch.ones(5, D)).fvu > 1e6
 
 
+def test_dense_latents_carry_their_share_of_the_activations() -> None:
+    latents = torch.zeros(100, 5)
+    for index, tokens in enumerate((100, 50, 11, 10, 0)):
+        latents[:tokens, index] = 1.0
+    sums = fidelity.Fidelity()
+    for part in latents.split(30):
+        sums.add_latents(part)
+    assert [sums.dense_latents(frequency) for frequency in (0.0, 0.1, 0.5, 1.0)] == [4, 3, 1, 0]
+    assert sums.dense_share(0.1) == pytest.approx(161 / 171)
+    assert fidelity.Fidelity(tokens=4, active=torch.zeros(3)).dense_share(0.1) == 0.0
+
+
 @pytest.mark.parametrize("share", [0.0, 1e-3, 1.0])
 def test_decode_skips_rows_that_no_token_uses(share: float) -> None:
     model = random_sae(2 * BLOCK + 5)
