@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[2]
 # Prints each test with the value of its parameters. Functions and classes are their names; of any other object it takes
 # the type, for its representation may hold an address.
@@ -67,6 +69,8 @@ def differences(folder: Path, *paths: str) -> list[tuple[str, str]]:
     return [pair for pair in zip(first, second, strict=True) if pair[0] != pair[1]]
 
 
+# Each run of xdist compares the test ids of two processes; this compares parameters, too.
+@pytest.mark.long
 def test_all_processes_collect_the_same_tests(tmp_path: Path) -> None:
     assert differences(tmp_path, "tests/unit", "tests/engine", "tests/e2e") == []
 

@@ -182,18 +182,21 @@ async def test_wait_is_bounded_and_says_when_to_retry() -> None:
 async def test_waiter_behind_one_that_gave_up_is_admitted() -> None:
     admission = admission_of(max_wait_s=0.4)
     await admission.acquire(1, needing(4, 0))
+    ended: list[str] = []
     first = begin(admission, 2, needing(8, 10))
-    # So that the first gives up long before the second would.
-    await asyncio.sleep(0.2)
+    first.add_done_callback(lambda _: ended.append("first"))
+    await settle()
     for _ in range(MAX_BYPASSES):
         await admission.acquire(3, needing(1, 60))
         admission.release(3)
+    admission.max_wait_s = 60.0
     barred = begin(admission, 4, needing(1, 70))
-    await settle()
-    assert not barred.done()
+    barred.add_done_callback(lambda _: ended.append("barred"))
     with pytest.raises(QueueFull):
         await first
-    await asyncio.wait_for(barred, 1)
+    await asyncio.wait_for(barred, 10)
+    await settle()
+    assert ended == ["first", "barred"]
 
 
 PLAIN = wire.Request(1, 4, True)

@@ -40,6 +40,10 @@ class ScriptedEngine:
     def require_alive(self) -> None:
         """It never dies."""
 
+    def uncounted(self, _: Call) -> tuple[int, ...]:
+        """Every token is counted."""
+        return ()
+
     async def stream(self, call: Call, on_abandoned: Callable[[Outcome], None]) -> AsyncIterator[Output]:
         generated, last = 0, call.sampling.max_tokens or 0
 
