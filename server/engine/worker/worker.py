@@ -138,11 +138,14 @@ class SteeringWorker:
         """
         witness, self.witness = getattr(self, "witness", None), None
         recorded = witness.detach() if witness else {}
+        if witness:
+            self.resume_cuda_graphs()
         if boundaries:
             model, text = self.model_runner.get_model(), self.vllm_config.model_config.hf_text_config
             layers = decoder_layers(model, text.num_hidden_layers)
             self.witness = Witness(layers, self.driver.banks[0].width, self.batch_spans)
             self.witness.attach(model, boundaries)
+            self.resume_cuda_graphs = runners.without_cuda_graphs(self.model_runner)
         return recorded
 
     def batch_spans(self) -> list[tuple[int, int, int]]:
