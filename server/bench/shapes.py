@@ -50,9 +50,11 @@ def write_model(folder: Path, shape: Shape) -> Path:
     return folder
 
 
-def write_bundle(folder: Path, site: str, width: int, latents: int, seed: int = 0, k: int = 0) -> Bundle:
+def write_bundle(
+    folder: Path, site: str, width: int, latents: int, seed: int = 0, k: int = 0, model: bundles.Model | None = None
+) -> Bundle:
     """Write a bundle of random unit directions: a TopK SAE of `k` active latents, or else an SAE whose thresholds let
-    about 32 latents of a random token be active.
+    about 32 latents of a random token be active. `model`: that of the SAE; None: one of random weights.
     """
     generator = torch.Generator().manual_seed(seed)
     directions = torch.nn.functional.normalize(torch.randn(latents, width, generator=generator), dim=1)
@@ -69,10 +71,14 @@ def write_bundle(folder: Path, site: str, width: int, latents: int, seed: int = 
         ce_recovered=0.0, dead_share=0.0,
         credit="random weights, for benchmarks",
     )  # fmt: skip
-    model = bundles.Model("random", "", width)
     name = f"random-{latents}"
     manifest = bundles.describe(
-        weights, name=name, model=model, sites=(site,), architecture="random", training=training
+        weights,
+        name=name,
+        model=model or bundles.Model("random", "", width),
+        sites=(site,),
+        architecture="random",
+        training=training,
     )
     statistics = bundles.Statistics(
         torch.full((latents,), 4.0),

@@ -99,7 +99,7 @@ def prompt(load: Load, number: int) -> list[int]:
 async def start_plain(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
     """Start unmodified vLLM with the same arguments."""
     args = engine_args(config, Layout(sites_of(load)))
-    llm = start_engine_process(replace(args, worker_cls="auto", additional_config={}))
+    llm = start_engine_process(replace(args, worker_cls="auto", additional_config={}), plain=True)
 
     def generate(_case: str, number: int) -> AsyncIterator[Any]:
         outputs: AsyncIterator[Any] = llm.generate(

@@ -258,9 +258,10 @@ def start_llm(config: Config, layout: Layout) -> AsyncLLM:
     return start_engine_process(engine_args(config, layout))
 
 
-def start_engine_process(args: AsyncEngineArgs) -> AsyncLLM:
+def start_engine_process(args: AsyncEngineArgs, *, plain: bool = False) -> AsyncLLM:
     """Start vLLM; its engine process ends with this one. Raises EngineStartError, with the engine process's own error.
 
+    `plain`: without the steering worker, so that what Rudder does not support is not refused.
     vLLM refuses arguments with a ValueError, and leaves the error of the engine process to its log.
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -269,7 +270,8 @@ def start_engine_process(args: AsyncEngineArgs) -> AsyncLLM:
         with receiver, sender, target_of_engine_process(Target(EngineCoreProc.run_engine_core, sender)):
             try:
                 resolved = resolve(args)
-                check_supported(resolved)
+                if not plain:
+                    check_supported(resolved)
                 return AsyncLLM.from_vllm_config(
                     resolved,
                     enable_log_requests=args.enable_log_requests,

@@ -46,9 +46,14 @@ class SteeringWorker:
         """Load the model, then hook the banks, before anything is compiled."""
         if (parent := parent_process()) and parent.pid:
             end_with_parent(parent.pid)
+        config = self.vllm_config
+        if config.load_config.load_format == "dummy":
+            # Not imported for other models: its parent class brings all of vLLM's loaders.
+            from rudder.server.engine.worker import dummy_weights
+
+            dummy_weights.register()
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         log_like_vllm()
-        config = self.vllm_config
         layout = Layout.from_additional_config(config.additional_config)
         layers = decoder_layers(self.model_runner.get_model(), config.model_config.hf_text_config.num_hidden_layers)
         device = self.model_runner.device

@@ -32,6 +32,8 @@ NAMES_OF_0_26 = {
     "vllm.forward_context": {"set_forward_context"},
     "vllm.inputs": {"TokensPrompt"},
     "vllm.model_executor.layers.attention": {"Attention", "MLAAttention"},
+    "vllm.model_executor.model_loader": {"register_model_loader"},
+    "vllm.model_executor.model_loader.dummy_loader": {"DummyModelLoader"},
     "vllm.platforms": {"current_platform"},
     "vllm.sampling_params": {"RequestOutputKind", "StructuredOutputsParams"},
     "vllm.usage.usage_lib": {"UsageContext"},
