@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from multiprocessing.connection import Connection
@@ -25,8 +25,10 @@ from rudder.server.bench.shapes import SHAPES, write_bundle, write_model
 from rudder.server.engine.parent import Target
 
 
-def run(load: Load, output: Path | None) -> dict[str, Any]:
-    """Run every case and write the result after each start.
+def run(
+    load: Load, output: Path | None, on_result: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """Run every case, and after each pair write the result to `output` and call `on_result` with it.
 
     `pairs` of the result: (plain, Rudder) tokens per second, in the order of the starts.
     """
@@ -57,6 +59,7 @@ def run(load: Load, output: Path | None) -> dict[str, Any]:
                         pairs[case] += [] if pair.warm_up else [(pair.base, pair.ours)]
                         # A run takes half an hour: an interrupted one keeps its results.
                         result = save(load, pairs, output)
+                        on_result(result)
     console.print(table(result["cases"]))
     return result
 

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import torch
 from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 
 from rudder.sae_models.hookpoints import parse
@@ -24,8 +25,9 @@ from rudder.server import config as configuration
 from rudder.server.bench.load import GRPC, WATCHED, Load, Run, kv_cache_bytes, sites_of
 from rudder.server.bench.shapes import SHAPES
 from rudder.server.engine import selftest
-from rudder.server.engine.adapter import engine_args, start_engine_process
+from rudder.server.engine.adapter import AsyncLLM, engine_args, start_engine_process
 from rudder.server.engine.call import Call
+from rudder.server.engine.engine import Engine
 from rudder.server.engine.start import start_engine
 from rudder.server.process import free_port, server_command
 from rudder.server.program.compile import compile_program
@@ -99,7 +101,17 @@ def prompt(load: Load, number: int) -> list[int]:
 async def start_plain(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
     """Start unmodified vLLM with the same arguments."""
     args = engine_args(config, Layout(sites_of(load)))
-    llm = start_engine_process(replace(args, worker_cls="auto", additional_config={}), plain=True)
+    llm = start_engine_process(plain_args(args), plain=True)
+    return plain_requests(llm, load), llm.shutdown
+
+
+def plain_args(args: AsyncEngineArgs) -> AsyncEngineArgs:
+    """Return vLLM's arguments without the steering worker."""
+    return replace(args, worker_cls="auto", additional_config={})
+
+
+def plain_requests(llm: AsyncLLM, load: Load) -> Generate:
+    """Return a function that starts a request, whatever the case."""
 
     def generate(_case: str, number: int) -> AsyncIterator[Any]:
         outputs: AsyncIterator[Any] = llm.generate(
@@ -107,13 +119,18 @@ async def start_plain(config: configuration.Config, load: Load) -> tuple[Generat
         )
         return outputs
 
-    return generate, llm.shutdown
+    return generate
 
 
 async def start_rudder(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
     """Start Rudder's engine and run its self-test."""
     engine = await start_engine(config)
     await selftest.run(engine)
+    return rudder_requests(engine, load), engine.llm.shutdown
+
+
+def rudder_requests(engine: Engine, load: Load) -> Generate:
+    """Return a function that starts request `number` of a case."""
     programs = [compile_program(program_of(load, number), engine.registry) for number in range(load.programs)]
     features = [program_pb2.Row(feature=program_pb2.Feature(index=i)) for i in range(WATCHED)]
     watch = compile_watch([(sites_of(load)[0], row) for row in features], engine.registry, "watch")
@@ -121,7 +138,7 @@ async def start_rudder(config: configuration.Config, load: Load) -> tuple[Genera
     def generate(case: str, number: int) -> AsyncIterator[Any]:
         return engine.stream(call_of(case, number, load, programs, watch))
 
-    return generate, engine.llm.shutdown
+    return generate
 
 
 async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
