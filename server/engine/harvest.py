@@ -70,9 +70,14 @@ async def capture_windows(engine: Engine, sites: Sequence[str], windows: Windows
     if missing:
         raise UserError(f"site: {missing[0]} is not hooked: name it in engine.sites")
     numbers = [hooked.index(site) for site in sites]
-    return list(
-        await asyncio.gather(*(_capture_window(engine, numbers, windows, index) for index in range(len(windows))))
-    )
+    # Admission refuses windows that would wait in vLLM beyond its bound.
+    running = asyncio.Semaphore(min(WINDOWS_PER_PASS, int(engine.admission.running)))
+
+    async def capture(index: int) -> list[Tensor]:
+        async with running:
+            return await _capture_window(engine, numbers, windows, index)
+
+    return list(await asyncio.gather(*map(capture, range(len(windows)))))
 
 
 async def _capture_window(engine: Engine, sites: Sequence[int], windows: Windows, index: int) -> list[Tensor]:

@@ -22,6 +22,7 @@ from rudder.v1 import program_pb2 as pb
 from tests.engine.conftest import SMALL
 from tests.engine.device import ON_GPU
 from tests.engine.test_traps import SITE, greedy, ids, outcome, positions, prompt, push, run, usage
+from tests.engine.workers import use_worker
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ async def overlapping(patch: pytest.MonkeyPatch, engine: Engine) -> AsyncIterato
         assert engine.llm.vllm_config.max_concurrent_batches == 2
         yield engine
         return
-    create, args = AsyncEngineArgs.create_engine_config, adapter.engine_args
+    create = AsyncEngineArgs.create_engine_config
 
     def with_overlap(self: AsyncEngineArgs, *more: Any, **named: Any) -> Any:
         config = create(self, *more, **named)
@@ -62,7 +63,7 @@ async def overlapping(patch: pytest.MonkeyPatch, engine: Engine) -> AsyncIterato
         return config
 
     patch.setattr(AsyncEngineArgs, "create_engine_config", with_overlap)
-    patch.setattr(adapter, "engine_args", lambda *a: replace(args(*a), worker_cls="tests.engine.worker_async.Worker"))
+    use_worker(patch, "tests.engine.worker_async.Worker")
     started = await start_engine(configuration.load(None, SMALL))
     assert started.llm.vllm_config.max_concurrent_batches == 2
     await selftest.run(started)

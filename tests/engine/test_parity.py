@@ -121,6 +121,7 @@ def llm(request: pytest.FixtureRequest, folder: Path, expected: object) -> Itera
     torch.compiler.set_stance("force_eager" if request.param == "eager" else "default")
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.utils.counter import Counter
 
     more = {"gpu_memory_utilization": MEMORY_SHARE} if ON_GPU else {}
     engine = LLM(
@@ -130,6 +131,8 @@ def llm(request: pytest.FixtureRequest, folder: Path, expected: object) -> Itera
         max_model_len=64, max_num_seqs=8, max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 26,
         distributed_executor_backend="uni", max_logprobs=-1, **more,
     )  # fmt: skip
+    # A request id is the request's handle, of which 0 is none.
+    engine.request_counter = Counter(1)
     yield engine
     torch.compiler.set_stance("default")
     engine.llm_engine.engine_core.shutdown()

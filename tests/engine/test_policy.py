@@ -170,15 +170,17 @@ async def test_invalid_policy_stops_the_start(tmp_path: Path) -> None:
         await start_engine(configuration.load(None, SMALL | {"policies.folder": str(tmp_path)}))
 
 
+@pytest.mark.parametrize("checked_early", [True, False])
 async def test_policies_that_do_not_fit_stop_the_start_and_vllm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checked_early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "always-low.yaml").write_text(POLICY)
     (tmp_path / "second.yaml").write_text(second_policy(9))
-    stopped: list[bool] = []
+    started, stopped = list[bool](), list[bool]()
     start_llm = adapter.start_llm
 
     def recorded(*args: Any) -> Any:
+        started.append(True)
         llm = start_llm(*args)
         shutdown = llm.shutdown
 
@@ -190,6 +192,8 @@ async def test_policies_that_do_not_fit_stop_the_start_and_vllm(
         return llm
 
     monkeypatch.setattr(adapter, "start_llm", recorded)
+    if not checked_early:
+        monkeypatch.setattr("rudder.server.engine.start.check_programs", lambda *_: None)
     with pytest.raises(ProgramError, match=r"^policy second: 2 distinct rows at layers\.2\.resid_post, which has 1"):
         await start_engine(configuration.load(None, SMALL | {"policies.folder": str(tmp_path), "engine.rows": "1"}))
-    assert stopped
+    assert len(started) == len(stopped) == int(not checked_early)

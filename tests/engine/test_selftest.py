@@ -2,17 +2,17 @@
 
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from rudder.server import config as configuration
-from rudder.server.engine import adapter, selftest
+from rudder.server.engine import selftest
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.start import start_engine
 from tests.engine.conftest import SMALL
+from tests.engine.workers import use_worker
 
 FAULTS = {
     "decode steps": r"layers\.1\.mlp_out: the edit equals the reference in a decode step: off",
@@ -34,11 +34,8 @@ FAULTS = {
 async def faulty(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
     """Start an engine whose worker can be given a fault, with a stage for policies."""
     folder: Path = tmp_path_factory.mktemp("policies")
-    args = adapter.engine_args
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            adapter, "engine_args", lambda *a: replace(args(*a), worker_cls="tests.engine.worker_faulty.Worker")
-        )
+        use_worker(patch, "tests.engine.worker_faulty.Worker")
         started = await start_engine(configuration.load(None, SMALL | {"policies.folder": str(folder)}))
     yield started
     await started.stop()

@@ -417,7 +417,7 @@ async def test_call_that_fails_before_its_first_token_ends_with_its_reason(
 ) -> None:
     """Such a call may never have run, so there is no telemetry to wait for."""
     choice = SimpleNamespace(text="", token_ids=[], logprobs=None, finish_reason=reason, stop_reason=None)
-    result = SimpleNamespace(outputs=[choice], num_cached_tokens=None)
+    result = SimpleNamespace(outputs=[choice], num_cached_tokens=None, prompt_logprobs=None)
 
     async def failed(*_: Any) -> Any:
         return SimpleNamespace(get_nowait=lambda: result, request_id="failed")

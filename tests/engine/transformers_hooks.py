@@ -78,7 +78,9 @@ def hooked(model: nn.Module, programs: Sequence[wire.Site], sites: Sequence[str]
         factor = factor_of(model, site)
 
         def change(x: Tensor, program: wire.Site = program) -> Tensor:
-            return torch.cat([x[:, :1], edited(program, x[:, 1:], prompt_tokens - 1)], 1)
+            # OPT flattens batch and tokens.
+            tokens = x if x.ndim == 3 else x[None]
+            return torch.cat([tokens[:, :1], edited(program, tokens[:, 1:], prompt_tokens - 1)], 1).view_as(x)
 
         if site.endswith("resid_mid"):
             record, displace = middle_hooks(change, factor)
@@ -130,7 +132,7 @@ def output_hook(change: Any) -> Any:
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
-            return change(output) if output.ndim == 3 else change(output[None])[0]
+            return change(output)
         return (change(output[0]), *output[1:])
 
     return hook

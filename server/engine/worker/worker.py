@@ -109,8 +109,10 @@ class SteeringWorker:
             self.driver.finish(request_id)
         for new in scheduler_output.scheduled_new_reqs:
             payload = ((new.sampling_params and new.sampling_params.extra_args) or {}).get(wire.EXTRA_ARG)
-            handle = handle_of(new.req_id)
-            if payload and handle is not None:
+            if payload:
+                handle = handle_of(new.req_id)
+                if handle is None:
+                    raise RuntimeError(f"request {new.req_id!r} has a program, but not the server's handle")
                 self.driver.admit(new.req_id, handle, wire.decode(payload))
         handles = map(handle_of, scheduler_output.finished_req_ids)
         return [handle for handle in handles if handle is not None]
