@@ -13,7 +13,7 @@ import msgspec
 
 from rudder.sae_models import PRETRAINED
 from rudder.sae_models.hookpoints import FORM, SITE, parse
-from rudder.server.config import Config, ConfigError, WatchedFeature
+from rudder.server.config import Config, ConfigError, Engine, WatchedFeature
 from rudder.server.program.named import load_programs
 
 DEMO = "install rudder-server[demo], or set engine.model, engine.bundles and programs.folder"
@@ -45,7 +45,7 @@ def check(config: Config) -> Config:
     Raises ConfigError, ProgramFileError.
     """
     config = msgspec.structs.replace(
-        config, engine=msgspec.structs.replace(config.engine, model=str(model_folder(config.engine.model)))
+        config, engine=msgspec.structs.replace(config.engine, model=str(model_folder(config.engine)))
     )
     shape = model_shape(Path(config.engine.model), config.engine.load_format)
     bundles = [bundle_facts(path) for path in config.engine.bundles]
@@ -55,16 +55,19 @@ def check(config: Config) -> Config:
     return config
 
 
-def model_folder(model: str) -> Path:
+def model_folder(config: Engine) -> Path:
     """Return the folder of a model: itself, or the snapshot of a Hugging Face name in the local cache."""
+    model = config.model
     if is_folder(model):
+        if config.revision is not None:
+            raise ConfigError("engine.revision", f"{model} is a folder, which has no revisions")
         return Path(model)
     if PRETRAINED in Path(model).parents:
         raise ConfigError("engine.model", f"{model} is not there: {DEMO}")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, local_files_only=True))
+        return Path(snapshot_download(model, revision=config.revision, local_files_only=True))
     except (OSError, ValueError) as error:
         problem = f"{model!r} is neither a folder nor in the local Hugging Face cache"
         raise ConfigError("engine.model", f"{problem}: name a folder, or run `hf download` first") from error

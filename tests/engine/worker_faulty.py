@@ -16,14 +16,14 @@ def without(parameter: str, value: float) -> Fault:
     """A bank that ignores a parameter of its entries."""
 
     def install(patch: Any, _: str) -> None:
-        edit = bank.edit  # type: ignore[attr-defined]
+        edit = bank.bounded_edit
 
         def ignoring(x: Any, f: Any, decoder: Any, edits: Any, entry: Any, *rest: Any) -> Any:
             entry = entry.clone()
             entry[:, ENTRY.index(parameter)] = value
             return edit(x, f, decoder, edits, entry, *rest)
 
-        patch(bank, "edit", ignoring)
+        patch(bank, "bounded_edit", ignoring)
 
     return install
 
@@ -103,18 +103,18 @@ def nothing_counted(patch: Any, _: str) -> None:
 def half_read(patch: Any, _: str) -> None:
     """A hook that reads the hidden states without the residual, as if they were the whole stream."""
     steered = hooks.steered
-    patch(hooks, "steered", lambda one, hidden, _residual=None: steered(one, hidden))
+    patch(hooks, "steered", lambda one, hidden, _residual=None, scaled=False: steered(one, hidden, None, scaled))
 
 
 def multiplied(patch: Any, _: str) -> None:
     """A model that multiplies what a branch adds to the stream, as Granite does."""
     steered = hooks.steered
 
-    def scaled(one: Any, hidden: Any, residual: Any = None) -> Any:
-        edited = steered(one, hidden, residual)
+    def multiplying(one: Any, hidden: Any, residual: Any = None, scaled: bool = False) -> Any:
+        edited = steered(one, hidden, residual, scaled)
         return edited if residual is not None else hidden + 0.22 * (edited - hidden)
 
-    patch(hooks, "steered", scaled)
+    patch(hooks, "steered", multiplying)
 
 
 FAULTS: dict[str, Fault] = {

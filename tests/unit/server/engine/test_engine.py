@@ -42,7 +42,7 @@ def tokens(*ids: int, finish_reason: str | None = None) -> Any:
     choice = SimpleNamespace(
         text="x", token_ids=list(ids), logprobs=None, finish_reason=finish_reason, stop_reason=None
     )
-    return SimpleNamespace(outputs=[choice], num_cached_tokens=0)
+    return SimpleNamespace(outputs=[choice], num_cached_tokens=0, prompt_logprobs=None)
 
 
 class Rig:

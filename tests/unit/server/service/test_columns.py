@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rudder.server.engine.call import Output
 from rudder.server.engine.telemetry.hub import Features, no_features
 from rudder.server.service.columns import (
     MAX_SLICE_VALUES,
@@ -139,10 +140,10 @@ async def test_features_of_a_long_prompt_let_other_streams_run_and_equal_those_i
     nothing = no_features(0, 0, 0)
     table = FeatureTable([info(SITES[0], 1000 + i) for i in range(3)], SITES, info)
     job: Any = SimpleNamespace(features=table, report=inference_pb2.Report(pooled=pooled))
-    call: Any = SimpleNamespace(sampling=SimpleNamespace(logprobs=None, prompt_logprobs=None))
+    call: Any = SimpleNamespace(sampling=SimpleNamespace(logprobs=None))
     record: Any = SimpleNamespace()
     choice = Choice(0, call, bos=True, record=record)
-    output: Any = SimpleNamespace(text="", token_ids=[], logprobs=None, features=features, guard_features=nothing)
+    output = Output("", [], 0, None, features, nothing, None)
     done = asyncio.Event()
 
     async def other_stream() -> None:

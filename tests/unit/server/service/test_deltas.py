@@ -38,7 +38,7 @@ async def test_log_probabilities_of_the_prompt_leave_out_its_first_token() -> No
 
 def job(call: Call) -> Job:
     features: Any = None
-    return Job((call,), None, inference_pb2.Report(), features)
+    return Job((call,), inference_pb2.Report(), features)
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,8 @@ async def test_text_that_may_fit_is_tokenised() -> None:
 
 
 async def test_remembered_reports_have_a_budget_in_bytes() -> None:
-    serving = serving_of(None, {"limits.max_message_bytes": str(1 << 30), "limits.max_name_chars": "1000000"})
+    serving = serving_of(None, {"limits.max_message_bytes": str(1 << 30)})
+    serving.engine.registry = replace(REGISTRY, max_name_chars=1_000_000)
     for number in range(150):
         probe = {"weights": [1.0 + number] * WIDTH, "bias": float(number), "name": "n" * 400_000}
         report = {"features": [{"site": SITE, "row": {"probe": probe}}]}

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from rudder.sae_models.activations.layers import Branch, Reading
 from rudder.sae_models.edit import MAX_VALUE
 from rudder.sae_models.hookpoints import POINTS
 from rudder.server.engine.telemetry.frame import REJECTED
@@ -271,7 +272,7 @@ def test_a_half_precision_mlp_gives_nothing_where_its_products_overflow() -> Non
     driver.admit("a", 1, Case(9e3).request(number))
     steps(driver, ["a", "plain"])
     bank, mlp = driver.banks[number], Gated()
-    hook_mlp_input(mlp, mlp, bank)
+    hook_mlp_input(nn.ModuleDict({"mlp": mlp}), bank, Reading("Layer", mlp=Branch("mlp"), mlp_input="mlp"))
     x = torch.ones(2 * TOKENS, WIDTH, dtype=torch.float16)
     x[-1] = 1e4
     output = mlp(x)
