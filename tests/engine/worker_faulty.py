@@ -16,7 +16,7 @@ def without(parameter: str, value: float) -> Fault:
     """A bank that ignores a parameter of its entries."""
 
     def install(patch: Any, _: str) -> None:
-        edit = bank.bounded_edit
+        edit = bank.bounded_edit  # type: ignore[attr-defined]
 
         def ignoring(x: Any, f: Any, decoder: Any, edits: Any, entry: Any, *rest: Any) -> Any:
             entry = entry.clone()

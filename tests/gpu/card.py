@@ -1,11 +1,13 @@
 """Run the checks and measurements that need a GPU, each step in a process of its own with its own time limit.
 
-Started by `card.sh`. Under OUT: STEP.json of each step, summary.json, summary.md and logs.tar.gz, eight files in all.
+Started by `card.sh`. Under OUT: summary.json, summary.md and logs.tar.gz, and STEP.json of the step that runs. When it
+has ended, summary.json holds its content and logs.tar.gz the file: what is carried back from a GPU is few files.
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from typing import Any
 
 from tests.gpu.report import FAILED, NOT_RUN, PASSED, TIMED_OUT
 
+PACKAGE = "tests.gpu"
 # A step with less time than this would only be killed: starting an engine takes longer.
 MIN_SECONDS = 25.0
 # Steps are killed as one process group; this long the kernel may take to end its last process.
@@ -52,7 +55,7 @@ def run_step(step: Step, seconds: float, out: Path, log: Path, options: Sequence
     """Run a step for at most `seconds`; return its result. Its process group is gone afterwards, engines included."""
     report = out / f"{step.name}.json"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", f"tests.gpu.{step.module}", "--out", str(report), *options, *step.arguments]
+    command = [sys.executable, "-m", f"{PACKAGE}.{step.module}", "--out", str(report), *options, *step.arguments]
     begin = time.monotonic()
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
@@ -62,7 +65,10 @@ def run_step(step: Step, seconds: float, out: Path, log: Path, options: Sequence
             status = TIMED_OUT
         finally:
             kill_group(process)
-    parts = parts_of(report)
+    content = content_of(report)
+    parts = content["parts"]
+    if report.exists():
+        shutil.move(report, log.with_suffix(".json"))
     result: dict[str, Any] = {"step": step.name, "status": status, "seconds": round(time.monotonic() - begin, 1)}
     if status == TIMED_OUT:
         result["reason"] = f"killed after {seconds:.0f} s"
@@ -70,7 +76,7 @@ def run_step(step: Step, seconds: float, out: Path, log: Path, options: Sequence
         result["reason"] = f"exit status {process.returncode}: {last_line(log)}"
     elif status == PASSED and not any(part["status"] == PASSED for part in parts):
         result |= {"status": NOT_RUN, "reason": "; ".join(sorted({part["reason"] for part in parts}))}
-    return result | {"parts": parts}
+    return result | content
 
 
 def kill_group(process: "subprocess.Popen[bytes]") -> None:
@@ -86,13 +92,13 @@ def kill_group(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def parts_of(report: Path) -> list[dict[str, Any]]:
-    """Return the parts that a step has written; none if it wrote none, or died while it wrote."""
+def content_of(report: Path) -> dict[str, Any]:
+    """Return the parts and details that a step has written; none if it wrote none, or died while it wrote."""
     try:
-        parts: list[dict[str, Any]] = json.loads(report.read_bytes())["parts"]
+        content: dict[str, Any] = json.loads(report.read_bytes())
     except (OSError, ValueError):
-        return []
-    return parts
+        return {"parts": [], "details": {}}
+    return content
 
 
 def last_line(log: Path) -> str:

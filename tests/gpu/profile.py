@@ -41,9 +41,10 @@ def slowest_case(folder: Path, load: Load) -> str:
     """Return the case of the benchmark's result with the lowest ratio; that with most programs, where there is none."""
     fallback = f"{load.programs}_programs"
     try:
-        parts = json.loads((folder / "bench.json").read_bytes())["parts"]
+        steps = json.loads((folder / "summary.json").read_bytes())
     except (OSError, ValueError):
         return fallback
+    parts = [part for step in steps for part in step["parts"] if step["step"] == "bench"]
     ratios = {part["name"]: part["figures"]["ratio"] for part in parts if "ratio" in part.get("figures", {})}
     return min((case for case in ratios if case in load.all_cases()), key=lambda case: ratios[case], default=fallback)
 

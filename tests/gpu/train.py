@@ -62,7 +62,8 @@ def activations(size: Size, device: torch.device) -> Tensor:
     mixing = torch.randn(size.d // 4, size.d, generator=generator, device=device)
     coefficients = torch.randn(size.batch, size.d // 4, generator=generator, device=device)
     noise = torch.randn(size.batch, size.d, generator=generator, device=device)
-    return coefficients @ mixing / (size.d // 4) ** 0.5 + 0.1 * noise
+    x: Tensor = coefficients @ mixing / (size.d // 4) ** 0.5 + 0.1 * noise
+    return x
 
 
 def encoder_product(size: Size, device: torch.device) -> Figures:

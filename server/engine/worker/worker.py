@@ -1,7 +1,7 @@
 """vLLM's worker with banks in its model. vLLM loads it by `worker_cls`; none of vLLM's files is changed."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from multiprocessing import parent_process
 from pathlib import Path
@@ -41,6 +41,7 @@ class SteeringWorker:
     vllm_config: Any
     model_runner: Any
     rank: int
+    resume_cuda_graphs: Callable[[], None]
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then hook the banks, before anything is compiled."""

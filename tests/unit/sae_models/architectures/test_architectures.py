@@ -374,12 +374,13 @@ def test_run_starts_with_a_multiple_of_the_target_l0() -> None:
 
 
 def test_penalty_steers_l0_to_its_target() -> None:
-    """After 300 steps a single run is within 1 of the target: it is their mean that the penalty brings there."""
-    reached = []
-    for seed in range(4):
+    """The L0 of single runs of 300 steps scatters by 1 around the target: their mean is held to it."""
+
+    def reached_l0(seed: int) -> float:
         g = torch.Generator().manual_seed(seed)
         directions = unit(64, 32, g)
         trained: Trainer = run("relu", lambda n: planted(n, directions, g), 0, steps=300, k=7)
         sae: SAE = trained.canonical(planted(10, directions, g))
-        reached.append(fidelity.l0(sae.encode(planted(4096, directions, g))))
-    assert sum(reached) / len(reached) == pytest.approx(7, abs=0.6)
+        return fidelity.l0(sae.encode(planted(4096, directions, g)))
+
+    assert sum(map(reached_l0, range(4))) / 4 == pytest.approx(7, abs=0.6)

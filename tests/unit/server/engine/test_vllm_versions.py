@@ -60,7 +60,7 @@ ENGINE_ARGS_OF_0_26 = {
 # By version and runner: parameters of the method that `runners.install` wraps.
 V1, V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
 METHODS = {V1: "_prepare_inputs", V2: "prepare_inputs"}
-PARAMETERS = {
+PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
     "0.26": {
         V1: ("scheduler_output", "num_scheduled_tokens"),
         V2: ("scheduler_output", "batch_desc"),
