@@ -43,7 +43,7 @@ ON_GPU = (
 # What a rehearsal can show is that selections find and run their tests: on a CPU all of them run in `make engine-test`.
 TINY = (
     Selection("parity: llama, every site", ("test_parity.py",), "llama-eager"),
-    Selection("traps, overflow, preemption", TRAPS[:1], "unsteered or overflow or shared_across or preempted"),
+    Selection("traps: neighbours, overflow, prefix cache", TRAPS[:1], "unsteered or overflow or shared_across"),
 )
 
 
