@@ -29,7 +29,6 @@ from rudder.server.engine.adapter import AsyncLLM, engine_args, start_engine_pro
 from rudder.server.engine.call import Call
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.start import start_engine
-from rudder.server.process import free_port, server_command
 from rudder.server.program.compile import compile_program
 from rudder.server.program.layout import Layout
 from rudder.server.program.watch import compile_watch
@@ -143,7 +142,8 @@ def rudder_requests(engine: Engine, load: Load) -> Generate:
 
 async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
     """Start a server process, and a Python client of it in this one."""
-    # The other sides run without a client's packages.
+    # The other sides run without gRPC.
+    from rudder.server.process import free_port, server_command
     from rudder_client import AsyncClient
 
     port = free_port()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -88,6 +90,26 @@ def test_steps_are_those_of_the_package() -> None:
     assert card.arguments(["bench", "--tiny"]).steps == ["bench"]
     with pytest.raises(SystemExit):
         card.arguments(["benches"])
+
+
+WITHOUT_GRPC = """
+import importlib, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("grpc", "grpc_health", "grpc_reflection", "opentelemetry"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+"""
+
+
+def test_steps_run_without_grpc() -> None:
+    """The machine with the GPU has no server's packages, but those of vLLM."""
+    names = sorted({f"tests.gpu.{step.module}" for step in card.STEPS} | {"rudder.server.bench.sides"})
+    subprocess.run([sys.executable, "-c", WITHOUT_GRPC, *names], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_benchmark_runs_the_same_cases_in_a_rehearsal() -> None:
