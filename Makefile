@@ -25,7 +25,7 @@ BUF := $(VENV)/bin/buf
 # CI measures the coverage of the unit tests: see `make coverage`.
 COVERAGE := $(if $(CI),--cov --cov-report=)
 
-.PHONY: help venv demo serve test test-long lint types proto proto-check proto-image unit coverage engine-test e2e conformance architectures \
+.PHONY: help venv demo serve test test-long lint types proto proto-check proto-image unit coverage engine-test e2e conformance gpu gpu-rehearsal architectures \
 	long wheels install-check lock clean
 
 help: ## list the targets
@@ -41,7 +41,7 @@ serve: $(CPU) ## start a server with the shipped model and stay; FLAGS="--listen
 
 test: lint types proto-check unit engine-test e2e conformance ## everything that CI runs
 
-test-long: test long install-check ## the same, the tests marked long, and the demo from installed wheels
+test-long: test long install-check gpu-rehearsal ## the same, the tests marked long, the demo from installed wheels, and a rehearsal of the GPU card
 
 long: $(TEST) ## the tests marked long
 	$(TWO_AT_ONCE) -m long tests
@@ -68,6 +68,12 @@ e2e: $(TEST) ## tests against a server process
 
 conformance: $(CONFORMANCE) ## tests against the libraries whose formats are read
 	.venv-conformance/bin/python -m pytest tests/conformance
+
+gpu: ## run everything that needs a GPU: tests/gpu/card.sh; STEPS="bench train" runs only these
+	tests/gpu/card.sh $(STEPS)
+
+gpu-rehearsal: $(TEST) ## the same command on a CPU, with tiny models
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHON=$(PY) OUT=build/gpu-rehearsal tests/gpu/card.sh --tiny
 
 architectures: $(TEST) ## rewrite docs/architectures.md from the cases of the parity tests
 	$(PY) -m tests.engine.architectures

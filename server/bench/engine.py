@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,8 +25,10 @@ from rudder.server.bench.shapes import SHAPES, write_bundle, write_model
 from rudder.server.engine.parent import Target
 
 
-def run(load: Load, output: Path | None) -> dict[str, Any]:
-    """Run every case and write the result after each start.
+def run(
+    load: Load, output: Path | None, on_result: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """Run every case, and after each pair write the result to `output` and call `on_result` with it.
 
     `pairs` of the result: (plain, Rudder) tokens per second, in the order of the starts.
     """
@@ -39,7 +41,8 @@ def run(load: Load, output: Path | None) -> dict[str, Any]:
     result: dict[str, Any] = {"cases": {}}
     with tempfile.TemporaryDirectory(prefix="rudder-bench-") as folder, Progress(console=console) as progress:
         model, bundle = prepare(Path(folder), load)
-        bar = progress.add_task("pairs", total=load.starts * len(cases) * (load.pairs + 1))
+        rounds = [len(warm_up_cases(group, load)) + load.pairs * len(group) for _, group in groups(cases)]
+        bar = progress.add_task("pairs", total=load.starts * sum(rounds))
 
         def report(line: str) -> None:
             # Above the bar on a terminal; elsewhere there is no bar, and a run takes half an hour.
@@ -47,24 +50,23 @@ def run(load: Load, output: Path | None) -> dict[str, Any]:
 
         for number in range(load.starts):
             for names, group in groups(cases):
-                with ExitStack() as running:
-                    order = names if number % 2 else names[::-1]
-                    report(f"start {number + 1} of {load.starts}: starting {' and '.join(order)}")
-                    sides = {name: running.enter_context(Side(name, model, bundle, load)) for name in order}
-                    for case in group:
-                        for pair in measure(case, load, sides):
-                            report(pair_line(case, pair))
-                            progress.advance(bar)
-                            pairs[case] += [] if pair.warm_up else [(pair.base, pair.ours)]
-            # A run takes half an hour: an interrupted one keeps its results.
-            result = save(load, pairs, output)
+                order = names if number % 2 else names[::-1]
+                report(f"start {number + 1} of {load.starts}: starting {' and '.join(order)}")
+                with started([Side(name, model, bundle, load) for name in order]) as sides:
+                    for case, pair in measure(group, load, sides):
+                        report(pair_line(case, pair))
+                        progress.advance(bar)
+                        pairs[case] += [] if pair.warm_up else [(pair.base, pair.ours)]
+                        # A run takes half an hour: an interrupted one keeps its results.
+                        result = save(load, pairs, output)
+                        on_result(result)
     console.print(table(result["cases"]))
     return result
 
 
 def save(load: Load, pairs: Mapping[str, Sequence["Pair"]], output: Path | None) -> dict[str, Any]:
-    """Summarise the starts so far and write the result to `output`."""
-    cases = {case: summary(results, load) for case, results in pairs.items()}
+    """Summarise the pairs so far and write the result to `output`."""
+    cases = {case: summary(results, load) for case, results in pairs.items() if results}
     result = {"machine": machine(), "load": msgspec.to_builtins(load), "cases": cases}
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -82,12 +84,21 @@ def groups(cases: Sequence[str]) -> list[tuple[tuple[str, str], list[str]]]:
     return [(sides, list(group)) for sides, group in groupby(cases, sides_of)]
 
 
-def measure(case: str, load: Load, sides: Mapping[str, "Side"]) -> Iterator["Measured"]:
-    """Alternate between two sides, and yield each pair as it is measured. The first pair is a warm-up."""
-    base, ours = sides_of(case)
+def warm_up_cases(cases: Sequence[str], load: Load) -> Sequence[str]:
+    """Return the cases that begin with a pair that is not counted, after each start."""
+    return cases if load.warm_up == "case" else cases[:1]
+
+
+def measure(cases: Sequence[str], load: Load, sides: Mapping[str, "Side"]) -> Iterator[tuple[str, "Measured"]]:
+    """Alternate between two sides, and yield each case's pairs as they are measured, one of each case a round.
+
+    An interrupted start then has pairs of every case.
+    """
     for number in range(load.pairs + 1):
-        runs = {name: sides[name].measure(case) for name in ((base, ours) if number % 2 else (ours, base))}
-        yield Measured(runs[base], runs[ours], warm_up=number == 0)
+        for case in cases if number else warm_up_cases(cases, load):
+            base, ours = sides_of(case)
+            runs = {name: sides[name].measure(case) for name in ((base, ours) if number % 2 else (ours, base))}
+            yield case, Measured(runs[base], runs[ours], warm_up=number == 0)
 
 
 def pair_line(case: str, pair: "Measured") -> str:
@@ -109,6 +120,10 @@ def summary(pairs: Sequence["Pair"], load: Load) -> dict[str, Any]:
         "ratio": round(statistics.median(ratios), 4),
         "ratio_of_each_start": [round(statistics.median(part), 4) for part in starts],
         "pairs": [[round(a.tok_s, 1), round(b.tok_s, 1)] for a, b in pairs],
+        "plain_tpot_ms": round(statistics.median(run.tpot_ms for run in base), 3),
+        "tpot_ms": round(statistics.median(run.tpot_ms for run in ours), 3),
+        "plain_first_token_ms": round(statistics.median(run.first_ms for run in base), 1),
+        "first_token_ms": round(statistics.median(run.first_ms for run in ours), 1),
         "first_token_added_ms": round(statistics.median(b.first_ms - a.first_ms for a, b in pairs), 2),
     }
 
@@ -137,7 +152,7 @@ def prepare(folder: Path, load: Load) -> tuple[Path, Path]:
     """Write the model and the bundle; return their folders."""
     shape = SHAPES[load.shape]
     model = write_model(folder / "model", shape)
-    write_bundle(folder / "bundle", sites_of(load)[0], shape.width, load.latents).catalogue.close()
+    write_bundle(folder / "bundle", sites_of(load)[0], shape.width, load.latents, k=load.k).catalogue.close()
     return model, folder / "bundle"
 
 
@@ -152,8 +167,23 @@ class Measured(NamedTuple):
     warm_up: bool
 
 
+@contextmanager
+def started(sides: Sequence["Side"]) -> Iterator[dict[str, "Side"]]:
+    """Start engines, one after the other on a CPU; on a GPU all at once, since most of a start is compilation."""
+    import torch
+
+    with ExitStack() as running:
+        for side in sides:
+            running.enter_context(side)
+            if not torch.cuda.is_available():
+                side.receive()
+        for side in sides if torch.cuda.is_available() else ():
+            side.receive()
+        yield {side.name: side for side in sides}
+
+
 class Side:
-    """One engine in a process of its own, which runs the load on `measure`."""
+    """One engine in a process of its own, which sends a message when it has started, and runs the load on `measure`."""
 
     def __init__(self, name: str, model: Path, bundle: Path, load: Load) -> None:
         self.name = name
@@ -165,7 +195,6 @@ class Side:
     def __enter__(self) -> "Side":
         self.process.start()
         self.theirs.close()
-        self.receive()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -9,6 +9,8 @@ from msgspec import Meta
 from rudder.server.bench.shapes import SHAPES
 
 WATCHED = 64
+# A request may hold more of the KV cache than it has tokens, up to a block.
+BLOCK_TOKENS = 32
 # The server process and a client process, against the engine in one process.
 GRPC = "grpc"
 
@@ -16,17 +18,25 @@ GRPC = "grpc"
 class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The load and the size of the bank."""
 
-    shape: Annotated[Literal["llama-100m", "llama-8b", "tiny"], Meta(description="shape of the random model")] = (
-        "llama-100m"
-    )
+    shape: Annotated[
+        Literal["llama-100m", "llama-8b", "llama-8b-4-layers", "tiny"], Meta(description="shape of the random model")
+    ] = "llama-100m"
     requests: Annotated[int, Meta(ge=1, description="concurrent requests")] = 64
     prompt_tokens: Annotated[int, Meta(ge=1, description="tokens of a prompt")] = 32
     new_tokens: Annotated[int, Meta(ge=1, description="tokens to generate per request")] = 128
     # Starts of each pair of engines: speed varies by some percent with the pages and cores that a start gets.
     starts: Annotated[int, Meta(ge=1, description="number of times that each pair of engines is started")] = 4
     pairs: Annotated[int, Meta(ge=1, description="measured pairs of runs per case and start")] = 2
+    warm_up: Annotated[
+        Literal["case", "start"],
+        Meta(description="what begins with a pair that is not counted: each case, or each start"),
+    ] = "case"
     rows: Annotated[int, Meta(ge=1, description="row places in the bank of each site")] = 256
     latents: Annotated[int, Meta(ge=1, description="latents of the SAE")] = 16384
+    k: Annotated[
+        int,
+        Meta(ge=0, description="active latents of a TopK SAE, encoded whole in each step; 0: an SAE with thresholds"),
+    ] = 0
     sites: Annotated[int, Meta(ge=1, description="hooked sites")] = 1
     programs: Annotated[int, Meta(ge=1, description="distinct programs of the case with several")] = 64
     eager: Annotated[bool, Meta(description="do not compile the model")] = False
@@ -42,10 +52,18 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the load: tokens per second, and the median time to a request's first token."""
+    """One run of the load: tokens per second, and a request's median time to its first token and for each later one."""
 
     tok_s: float
     first_ms: float
+    tpot_ms: float = 0.0
+
+
+def kv_cache_bytes(load: Load) -> int:
+    """Return the size of a KV cache in which all requests have room at once: no run depends on preemption."""
+    shape = SHAPES[load.shape]
+    token_bytes = 2 * 2 * shape.layers * shape.kv_heads * (shape.width // shape.heads)
+    return max(2 << 30, load.requests * (load.prompt_tokens + load.new_tokens + BLOCK_TOKENS) * token_bytes)
 
 
 def sites_of(load: Load) -> tuple[str, ...]:

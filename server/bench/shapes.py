@@ -29,6 +29,7 @@ class Shape:
 SHAPES = {
     "llama-100m": Shape(768, 12, 12, 12, 2048, 32000),
     "llama-8b": Shape(4096, 32, 32, 8, 14336, 128256),
+    "llama-8b-4-layers": Shape(4096, 4, 32, 8, 14336, 128256),
     "tiny": Shape(128, 2, 4, 4, 256, 8192),
 }
 
@@ -49,25 +50,35 @@ def write_model(folder: Path, shape: Shape) -> Path:
     return folder
 
 
-def write_bundle(folder: Path, site: str, width: int, latents: int, seed: int = 0) -> Bundle:
-    """Write a bundle of random unit directions whose thresholds let about 32 latents of a random token be active."""
+def write_bundle(
+    folder: Path, site: str, width: int, latents: int, seed: int = 0, k: int = 0, model: bundles.Model | None = None
+) -> Bundle:
+    """Write a bundle of random unit directions: a TopK SAE of `k` active latents, or else an SAE whose thresholds let
+    about 32 latents of a random token be active. `model`: that of the SAE; None: one of random weights.
+    """
     generator = torch.Generator().manual_seed(seed)
     directions = torch.nn.functional.normalize(torch.randn(latents, width, generator=generator), dim=1)
     inputs = torch.randn(64, width, generator=generator)
     threshold = (inputs @ directions.T).topk(min(32, latents), dim=1).values[:, -1].mean()
+    thresholds = torch.zeros(latents) if k else threshold.expand(latents).clone()
     weights = sae.SAE(
-        directions, torch.zeros(latents), threshold.expand(latents).clone(), directions.clone(), torch.zeros(width)
-    )
+        directions, torch.zeros(latents), thresholds, directions.clone(), torch.zeros(width),
+        selection=sae.TopK(k) if k else None,
+    )  # fmt: skip
     encoded = weights.encode(inputs)
     training = bundles.Training(
         tokens=0, seed=seed, l0=fidelity.l0(encoded), fvu=fidelity.fvu(inputs, weights.decode(encoded)),
         ce_recovered=0.0, dead_share=0.0,
         credit="random weights, for benchmarks",
     )  # fmt: skip
-    model = bundles.Model("random", "", width)
     name = f"random-{latents}"
     manifest = bundles.describe(
-        weights, name=name, model=model, sites=(site,), architecture="random", training=training
+        weights,
+        name=name,
+        model=model or bundles.Model("random", "", width),
+        sites=(site,),
+        architecture="random",
+        training=training,
     )
     statistics = bundles.Statistics(
         torch.full((latents,), 4.0),

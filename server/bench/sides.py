@@ -9,63 +9,77 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 
 from rudder.sae_models.hookpoints import parse
 from rudder.server import config as configuration
-from rudder.server.bench.load import GRPC, WATCHED, Load, Run, sites_of
+from rudder.server.bench.load import GRPC, WATCHED, Load, Run, kv_cache_bytes, sites_of
 from rudder.server.bench.shapes import SHAPES
 from rudder.server.engine import selftest
-from rudder.server.engine.adapter import engine_args, start_engine_process
+from rudder.server.engine.adapter import AsyncLLM, engine_args, start_engine_process
 from rudder.server.engine.call import Call
+from rudder.server.engine.engine import Engine
 from rudder.server.engine.start import start_engine
-from rudder.server.process import free_port, server_command
 from rudder.server.program.compile import compile_program
 from rudder.server.program.layout import Layout
 from rudder.server.program.watch import compile_watch
 from rudder.v1 import program_pb2
-from rudder_client import AsyncClient
 
 PROGRAM_EDITS = 4
 
 
 async def serve(name: str, model: str, bundle: str, load: Load, pipe: Connection) -> None:
     """Start the engine, then run the load for every case received from the pipe."""
-    config = configuration.Config(
-        engine=configuration.Engine(
-            model=model, bundles=(bundle,), sites=sites_of(load)[1:], sequence_sites=sites_of(load)[:1], rows=load.rows,
-            max_num_seqs=load.requests, slots=load.requests, max_model_len=1024, max_num_batched_tokens=2048,
-            kv_cache_memory_bytes=2 << 30, dtype="bfloat16", enforce_eager=load.eager, load_format="dummy",
-        ),
-        programs=configuration.Programs(folder=None),
-    )  # fmt: skip
+    config = config_of(model, bundle, load)
     start = {"plain": start_plain, "rudder": start_rudder, GRPC: start_grpc}[name]
     generate, stop = await start(config, load)
     pipe.send("ready")
     loop = asyncio.get_running_loop()
+    numbers = count()
     while case := await loop.run_in_executor(None, pipe.recv):
         begin = time.perf_counter()
-        first = await asyncio.gather(*(drain(generate(case, number)) for number in range(load.requests)))
+        times = await asyncio.gather(*(drain(generate(case, next(numbers))) for _ in range(load.requests)))
         rate = load.requests * load.new_tokens / (time.perf_counter() - begin)
-        pipe.send(Run(rate, 1e3 * statistics.median(first)))
+        first_ms = 1e3 * statistics.median(first for first, _ in times)
+        decode_s = statistics.median(last - first for first, last in times)
+        pipe.send(Run(rate, first_ms, 1e3 * decode_s / max(load.new_tokens - 1, 1)))
     stop()
+
+
+def config_of(model: str, bundle: str, load: Load) -> configuration.Config:
+    """Configure the engine for a load."""
+    # Two engines share a GPU, whose free memory vLLM compares with a share although it is told the size of the cache.
+    share = 0.1 if torch.cuda.is_available() else None
+    return configuration.Config(
+        engine=configuration.Engine(
+            model=model, bundles=(bundle,), sites=sites_of(load)[1:], sequence_sites=sites_of(load)[:1], rows=load.rows,
+            max_num_seqs=load.requests, slots=load.requests, max_model_len=1024, max_num_batched_tokens=2048,
+            kv_cache_memory_bytes=kv_cache_bytes(load), gpu_memory_utilization=share, dtype="bfloat16",
+            enforce_eager=load.eager, load_format="dummy",
+        ),
+        programs=configuration.Programs(folder=None),
+    )  # fmt: skip
 
 
 Generate = Callable[[str, int], AsyncIterator[Any]]
 
 
-async def drain(outputs: AsyncIterator[Any]) -> float:
-    """Read a stream to its end; return the seconds to its first message."""
-    begin, first = time.perf_counter(), 0.0
+async def drain(outputs: AsyncIterator[Any]) -> tuple[float, float]:
+    """Read a stream to its end; return the seconds to its first message and to its last."""
+    begin, first, last = time.perf_counter(), 0.0, 0.0
     async for _ in outputs:
-        first = first or time.perf_counter() - begin
-    return first
+        last = time.perf_counter() - begin
+        first = first or last
+    return first, last
 
 
 def sampling(load: Load) -> SamplingParams:
@@ -79,14 +93,24 @@ def sampling(load: Load) -> SamplingParams:
 
 
 def prompt(load: Load, number: int) -> list[int]:
-    """Return prompt `number`: BOS and tokens that share no prefix with other prompts."""
+    """Return prompt `number`, counted over all runs: BOS and tokens that share no prefix with other prompts."""
     return [1, *((7 * number + 13 * i) % 8000 + 2 for i in range(load.prompt_tokens - 1))]
 
 
 async def start_plain(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
     """Start unmodified vLLM with the same arguments."""
     args = engine_args(config, Layout(sites_of(load)))
-    llm = start_engine_process(replace(args, worker_cls="auto", additional_config={}))
+    llm = start_engine_process(plain_args(args), plain=True)
+    return plain_requests(llm, load), llm.shutdown
+
+
+def plain_args(args: AsyncEngineArgs) -> AsyncEngineArgs:
+    """Return vLLM's arguments without the steering worker."""
+    return replace(args, worker_cls="auto", additional_config={})
+
+
+def plain_requests(llm: AsyncLLM, load: Load) -> Generate:
+    """Return a function that starts a request, whatever the case."""
 
     def generate(_case: str, number: int) -> AsyncIterator[Any]:
         outputs: AsyncIterator[Any] = llm.generate(
@@ -94,13 +118,18 @@ async def start_plain(config: configuration.Config, load: Load) -> tuple[Generat
         )
         return outputs
 
-    return generate, llm.shutdown
+    return generate
 
 
 async def start_rudder(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
     """Start Rudder's engine and run its self-test."""
     engine = await start_engine(config)
     await selftest.run(engine)
+    return rudder_requests(engine, load), engine.llm.shutdown
+
+
+def rudder_requests(engine: Engine, load: Load) -> Generate:
+    """Return a function that starts request `number` of a case."""
     programs = [compile_program(program_of(load, number), engine.registry) for number in range(load.programs)]
     features = [program_pb2.Row(feature=program_pb2.Feature(index=i)) for i in range(WATCHED)]
     watch = compile_watch([(sites_of(load)[0], row) for row in features], engine.registry, "watch")
@@ -108,11 +137,15 @@ async def start_rudder(config: configuration.Config, load: Load) -> tuple[Genera
     def generate(case: str, number: int) -> AsyncIterator[Any]:
         return engine.stream(call_of(case, number, load, programs, watch))
 
-    return generate, engine.llm.shutdown
+    return generate
 
 
 async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
     """Start a server process, and a Python client of it in this one."""
+    # The other sides run without gRPC.
+    from rudder.server.process import free_port, server_command
+    from rudder_client import AsyncClient
+
     port = free_port()
     listening = msgspec.structs.replace(config, listen=configuration.Listen(port=port, metrics_port=0))
     settings = Path(config.engine.bundles[0]).with_suffix(".yaml")
@@ -147,7 +180,8 @@ def program_of(load: Load, number: int) -> program_pb2.Program:
     """Build a program that edits a few latents at the bundle's site and adds a vector at every other site."""
     edits = [
         program_pb2.Edit(
-            row=program_pb2.Row(feature=program_pb2.Feature(index=(3 * number + i) % (load.rows // 2))), clamp=-1.0
+            row=program_pb2.Row(feature=program_pb2.Feature(index=(3 * number + i) % (load.rows // 2))),
+            clamp=-1.0 - number / 1024,
         )
         for i in range(PROGRAM_EDITS)
     ]

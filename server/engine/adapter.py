@@ -15,11 +15,11 @@ from typing import Any
 
 import vllm
 from tokenizers.decoders import DecodeStream
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.envs import VLLM_MAX_BAD_WORDS_TOTAL_TOKENS, VLLM_MAX_NUM_BAD_WORDS, enable_envs_cache
-from vllm.exceptions import VLLMClientError, VLLMValidationError
+from vllm.envs import enable_envs_cache
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -29,7 +29,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
-from vllm.v1.worker.gpu.sample import logit_bias
+from vllm.v1.worker.gpu.sample import bad_words, logit_bias
 
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.errors import UserError
@@ -64,6 +64,12 @@ __all__ = [
     "start_llm",
 ]
 
+if hasattr(vllm.exceptions, "VLLMClientError"):
+    from vllm.exceptions import VLLMClientError
+else:
+    # vLLM 0.26 has no base class for the errors of a request.
+    from vllm.exceptions import VLLMValidationError as VLLMClientError
+
 VLLM_VERSION: str = vllm.__version__
 # Of /proc/cpuinfo: x86-64, and Arm.
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -71,6 +77,13 @@ logger = logging.getLogger(__name__)
 WORKER_PACKAGE = "rudder.server.engine.worker"
 
 
+def bad_words_bound(name: str) -> int:
+    """Return a bound on bad words: an environment variable of vLLM, up to 0.26 a constant of its sampler."""
+    bound: int = getattr(bad_words, name) if hasattr(bad_words, name) else getattr(envs, f"VLLM_{name}")
+    return bound
+
+
+MAX_BAD_WORDS_TOTAL_TOKENS = bad_words_bound("MAX_BAD_WORDS_TOTAL_TOKENS")
 # vLLM's bounds by the field of `limits` that must not exceed it. A worker of the V2 runner dies of more. Each bad word
 # is forbidden twice, with and without a space before it.
 SAMPLING_BOUNDS = {
@@ -79,7 +92,7 @@ SAMPLING_BOUNDS = {
     "max_logit_bias": logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS,
     "max_stop_strings": logit_bias.MAX_NUM_STOP_TOKEN_IDS,
     "max_allowed_token_ids": logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS,
-    "max_bad_words": VLLM_MAX_NUM_BAD_WORDS // 2,
+    "max_bad_words": bad_words_bound("MAX_NUM_BAD_WORDS") // 2,
 }
 
 
@@ -99,10 +112,8 @@ def check_bad_words(sampling: SamplingParams, tokenizer: Any) -> None:
     probe = copy(sampling)
     probe.update_from_tokenizer(tokenizer)
     tokens = sum(map(len, probe.bad_words_token_ids or ()))
-    if tokens > VLLM_MAX_BAD_WORDS_TOTAL_TOKENS:
-        problem = (
-            f"have {tokens} tokens, with and without a space before them, at most {VLLM_MAX_BAD_WORDS_TOTAL_TOKENS}"
-        )
+    if tokens > MAX_BAD_WORDS_TOTAL_TOKENS:
+        problem = f"have {tokens} tokens, with and without a space before them, at most {MAX_BAD_WORDS_TOTAL_TOKENS}"
         raise VLLMValidationError(problem, parameter="bad_words")
 
 
@@ -247,9 +258,10 @@ def start_llm(config: Config, layout: Layout) -> AsyncLLM:
     return start_engine_process(engine_args(config, layout))
 
 
-def start_engine_process(args: AsyncEngineArgs) -> AsyncLLM:
+def start_engine_process(args: AsyncEngineArgs, *, plain: bool = False) -> AsyncLLM:
     """Start vLLM; its engine process ends with this one. Raises EngineStartError, with the engine process's own error.
 
+    `plain`: without the steering worker, so that what Rudder does not support is not refused.
     vLLM refuses arguments with a ValueError, and leaves the error of the engine process to its log.
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -258,7 +270,8 @@ def start_engine_process(args: AsyncEngineArgs) -> AsyncLLM:
         with receiver, sender, target_of_engine_process(Target(EngineCoreProc.run_engine_core, sender)):
             try:
                 resolved = resolve(args)
-                check_supported(resolved)
+                if not plain:
+                    check_supported(resolved)
                 return AsyncLLM.from_vllm_config(
                     resolved,
                     enable_log_requests=args.enable_log_requests,

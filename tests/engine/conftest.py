@@ -14,6 +14,7 @@ from rudder.server import config as configuration
 from rudder.server.engine import selftest
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.start import start_engine
+from tests.engine.device import MEMORY_SHARE, ON_GPU
 
 # 12 blocks of 128 tokens: a few long requests at once are preempted. Steps of 96 tokens: long prompts come in chunks.
 KV_BLOCK_BYTES = 128 * 6 * 2 * 6 * 32 * 4
@@ -30,6 +31,13 @@ SMALL = {
     "programs.folder": "null",
     "limits.queue": "8",
 }
+if ON_GPU:
+    # With CUDA graphs. Blocks of 16 tokens hold more requests than as many bytes in blocks of 128.
+    SMALL |= {
+        "engine.enforce_eager": "false",
+        "engine.gpu_memory_utilization": str(MEMORY_SHARE),
+        "engine.kv_cache_memory_bytes": str(11 * KV_BLOCK_BYTES),
+    }
 
 
 # vLLM's counter of preemptions in the engine below. An engine that starts later replaces it in the registry.

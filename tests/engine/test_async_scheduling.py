@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest_asyncio
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from rudder.server import config as configuration
-from rudder.server.engine import selftest
+from rudder.server.engine import adapter, selftest
 from rudder.server.engine.call import Call, Output
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.start import start_engine
@@ -19,6 +20,7 @@ from rudder.server.program import wire
 from rudder.server.program.watch import compile_watch
 from rudder.v1 import program_pb2 as pb
 from tests.engine.conftest import SMALL
+from tests.engine.device import ON_GPU
 from tests.engine.test_traps import SITE, greedy, ids, outcome, positions, prompt, push, run, usage
 from tests.engine.workers import use_worker
 
@@ -31,8 +33,28 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def overlapping(patch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
-    """The small engine with two steps in flight, which vLLM's CPU platform would disable."""
+async def sequential(engine: Engine) -> AsyncIterator[Engine]:
+    """The small engine with one step in flight: as vLLM starts it on a CPU."""
+    if not ON_GPU:
+        yield engine
+        return
+    args = adapter.engine_args
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(adapter, "engine_args", lambda *a: replace(args(*a), async_scheduling=False))
+        started = await start_engine(configuration.load(None, SMALL))
+    assert started.llm.vllm_config.max_concurrent_batches == 1
+    await selftest.run(started)
+    yield started
+    await started.stop()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def overlapping(patch: pytest.MonkeyPatch, engine: Engine) -> AsyncIterator[Engine]:
+    """The small engine with two steps in flight: as vLLM starts it on a GPU; its CPU platform would disable them."""
+    if ON_GPU:
+        assert engine.llm.vllm_config.max_concurrent_batches == 2
+        yield engine
+        return
     create = AsyncEngineArgs.create_engine_config
 
     def with_overlap(self: AsyncEngineArgs, *more: Any, **named: Any) -> Any:
@@ -71,10 +93,10 @@ def calls(engine: Engine, stop: list[int]) -> list[Call]:
 
 
 async def test_asynchronous_scheduling_changes_no_answer_and_no_report(
-    engine: Engine, overlapping: Engine, patch: pytest.MonkeyPatch
+    sequential: Engine, overlapping: Engine, patch: pytest.MonkeyPatch
 ) -> None:
-    *_, last = calls(engine, [])
-    stop = [ids(await run(engine, last))[10]]
+    *_, last = calls(sequential, [])
+    stop = [ids(await run(sequential, last))[10]]
     opened: list[Inbox] = []
     open_inbox = overlapping.hub.open
 
@@ -83,7 +105,7 @@ async def test_asynchronous_scheduling_changes_no_answer_and_no_report(
         return opened[-1]
 
     patch.setattr(overlapping.hub, "open", open_and_record)
-    expected = await asyncio.gather(*(run(engine, call) for call in calls(engine, stop)))
+    expected = await asyncio.gather(*(run(sequential, call) for call in calls(sequential, stop)))
     overlapped = await asyncio.gather(*(run(overlapping, call) for call in calls(overlapping, stop)))
     for ours, theirs in zip(overlapped, expected, strict=True):
         assert ids(ours) == ids(theirs)

@@ -15,6 +15,7 @@ from rudder.server.engine.traced import code_digest
 from rudder.server.program import wire
 from rudder.server.program.layout import Layout
 from tests.engine import models, transformers_hooks
+from tests.engine.device import MEMORY_SHARE, ON_GPU, WORKER
 
 SITES = ("layers.0.resid_pre", "layers.1.attn_out", "layers.1.mlp_out", "layers.1.resid_post", "layers.2.resid_pre")
 # Only in models whose MLP reads what the attention branch wrote.
@@ -129,12 +130,13 @@ def llm(request: pytest.FixtureRequest, folder: Path, expected: object) -> Itera
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.utils.counter import Counter
 
+    more = {"gpu_memory_utilization": MEMORY_SHARE} if ON_GPU else {}
     engine = LLM(
-        model=str(folder), dtype="float32", worker_cls="rudder.server.engine.worker.cpu.Worker",
+        model=str(folder), dtype="float32", worker_cls=WORKER,
         skip_tokenizer_init=True,
         additional_config=layout_of(folder).additional_config(code_digest()), enforce_eager=request.param == "eager",
         max_model_len=64, max_num_seqs=8, max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 26,
-        distributed_executor_backend="uni", max_logprobs=-1,
+        distributed_executor_backend="uni", max_logprobs=-1, **more,
     )  # fmt: skip
     # A request id is the request's handle, of which 0 is none.
     engine.request_counter = Counter(1)

@@ -30,22 +30,7 @@ def measure_layers(runner: Any, config: Any, layers: nn.ModuleList, numbers: Seq
             model(input_ids=ids, positions=positions, intermediate_tensors=None, inputs_embeds=None)
 
     with torch.inference_mode(), without_kv_cache(config):
-        if config.load_config.load_format == "dummy":
-            enlarge_dummy_weights(layers)
         return measure(layers, numbers, tokens, model_config.get_hidden_size(), run)
-
-
-def enlarge_dummy_weights(layers: nn.ModuleList) -> None:
-    """Give dummy weights the size of weights at the start of a training run, and those of norms the value 1.
-
-    vLLM draws them below 1e-3, norms included: rounding would hide all that a branch adds to the residual stream.
-    """
-    for name, parameter in layers.named_parameters():
-        quantised = not parameter.is_floating_point() or parameter.element_size() == 1
-        if parameter.dim() >= 2 and not quantised:
-            parameter.mul_(parameter.shape[-1] ** -0.5 / parameter.float().std())
-        elif name.endswith("weight") and not quantised:
-            parameter.fill_(1.0)
 
 
 @contextmanager

@@ -61,6 +61,18 @@ def v2_batch_order(batch: Any) -> BatchOrder:
     return batch.req_ids, starts.astype(np.int64), lengths.astype(np.int64)
 
 
+def without_cuda_graphs(runner: Any) -> Callable[[], None]:
+    """Run the model without CUDA graphs, in whose replay no hook runs; return a function that ends this.
+
+    Of the runner's flags this is the one by which it finds no graph for a batch.
+    """
+    manager = getattr(runner, "cudagraph_manager", None)
+    owner, flag = (manager, "_graphs_captured") if manager else (runner.cudagraph_dispatcher, "keys_initialized")
+    captured = getattr(owner, flag)
+    setattr(owner, flag, False)
+    return lambda: setattr(owner, flag, captured)
+
+
 def padded_tokens(config: Any) -> int:
     """Tokens that a bank's buffers must hold: one more than the largest batch, padding included.
 

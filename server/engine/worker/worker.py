@@ -1,7 +1,7 @@
 """vLLM's worker with banks in its model. vLLM loads it by `worker_cls`; none of vLLM's files is changed."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from multiprocessing import parent_process
 from pathlib import Path
@@ -41,14 +41,20 @@ class SteeringWorker:
     vllm_config: Any
     model_runner: Any
     rank: int
+    resume_cuda_graphs: Callable[[], None]
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then hook the banks, before anything is compiled."""
         if (parent := parent_process()) and parent.pid:
             end_with_parent(parent.pid)
+        config = self.vllm_config
+        if config.load_config.load_format == "dummy":
+            # Not imported for other models: its parent class brings all of vLLM's loaders.
+            from rudder.server.engine.worker import dummy_weights
+
+            dummy_weights.register()
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         log_like_vllm()
-        config = self.vllm_config
         layout = Layout.from_additional_config(config.additional_config)
         layers = decoder_layers(self.model_runner.get_model(), config.model_config.hf_text_config.num_hidden_layers)
         device = self.model_runner.device
@@ -140,11 +146,14 @@ class SteeringWorker:
         """
         witness, self.witness = getattr(self, "witness", None), None
         recorded = witness.detach() if witness else {}
+        if witness:
+            self.resume_cuda_graphs()
         if boundaries:
             model, text = self.model_runner.get_model(), self.vllm_config.model_config.hf_text_config
             layers = decoder_layers(model, text.num_hidden_layers)
             self.witness = Witness(layers, self.driver.banks[0].width, self.batch_spans)
             self.witness.attach(model, boundaries)
+            self.resume_cuda_graphs = runners.without_cuda_graphs(self.model_runner)
         return recorded
 
     def batch_spans(self) -> list[tuple[int, int, int]]:
