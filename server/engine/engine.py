@@ -192,7 +192,7 @@ class Engine:
                 if choice.finish_reason:
                     ended = True
                     await self.wait_covered(inbox, end)
-                    features = inbox.take().between(0, end)
+                    features = inbox.take(end)
                     outcome = replace(
                         outcome_before(end, call, inbox, generated, cached, queued_s),
                         finish_reason=FinishReason(choice.finish_reason),
@@ -202,7 +202,7 @@ class Engine:
                     # A frame holds all requests of a step: the first to receive it does so for the others.
                     if inbox.num_computed_tokens < end:
                         self.hub.receive()
-                    features = inbox.take()
+                    features = inbox.take(end)
                 if self.hub.closed:
                     # No token leaves after the loss is known.
                     outcome = None

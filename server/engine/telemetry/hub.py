@@ -9,7 +9,7 @@ values are read from there only when it takes them.
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -57,6 +57,14 @@ class Features(NamedTuple):
         begin = max(begin, self.first)
         cut = slice(begin - self.first, max(end - self.first, 0))
         return Features(begin, self.activations[cut], self.top_latents[cut], self.top_values[cut])
+
+
+def joined(chunks: Sequence[Features]) -> Features:
+    """Concatenate chunks. Raises TelemetryLost if positions are missing between them."""
+    if any(chunk.first != before.end for before, chunk in pairwise(chunks)):
+        raise TelemetryLost(f"features of positions after {chunks[0].first} are missing")
+    firsts, *columns = zip(*chunks, strict=True)
+    return Features(firsts[0], *map(np.concatenate, columns))
 
 
 def no_features(rows: int, sites: int, k: int) -> Features:
@@ -235,16 +243,21 @@ class Inbox:
             self.chunks.append(features.between(self.delivered, end) if again else features)
             self.delivered = end
 
-    def take(self) -> Features:
-        """Return the features that have arrived since the last take. Raises TelemetryLost if positions are missing."""
+    def take(self, end: int) -> Features:
+        """Return the features of positions before `end` that have arrived since the last take; later ones wait.
+
+        An asynchronous scheduler runs a token before it is known whether the call goes on with it. Raises TelemetryLost
+        if positions are missing.
+        """
         self.read_span()
         chunks, self.chunks = self.chunks, []
-        if len(chunks) < 2:
-            return chunks[0] if chunks else self.empty
-        if any(chunk.first != before.end for before, chunk in pairwise(chunks)):
-            raise TelemetryLost(f"features of positions after {chunks[0].first} are missing")
-        firsts, *columns = zip(*chunks, strict=True)
-        return Features(firsts[0], *map(np.concatenate, columns))
+        if not chunks:
+            return self.empty
+        features = joined(chunks) if len(chunks) > 1 else chunks[0]
+        if features.end <= end:
+            return features
+        self.chunks = [features.between(end, features.end)]
+        return features.between(features.first, end)
 
     def intervals(self) -> list[tuple[int, int]]:
         """Return the intervals (begin, end) of positions that were computed; none overlap."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from sys import maxsize
 from typing import Any
 
 import msgspec
@@ -147,7 +148,7 @@ def shortened(frames: list[Frame], rng: Random) -> list[Frame]:
 
 def read_whole(inbox: Inbox, taken: list[Features], ends: range) -> object:
     """All telemetry of an inbox, its features joined over all takes."""
-    taken = [*taken, inbox.take()]
+    taken = [*taken, inbox.take(maxsize)]
     features = [
         (position, *(column[i].tolist() if len(column) else [] for column in part[1:]))
         for part in taken
@@ -180,7 +181,9 @@ def check_takes(seed: int, requests: int, steps: int) -> None:
         for hub in hubs:
             hub.take(frame)
         for inbox in (*every_step.values(), *(i for i in now_and_then.values() if take_rng.random() < 0.2)):
-            taken[id(inbox)].append(inbox.take())
+            end = take_rng.choice([maxsize, inbox.num_computed_tokens - take_rng.randrange(4)])
+            taken[id(inbox)].append(inbox.take(end))
+            assert not len(taken[id(inbox)][-1].activations) or taken[id(inbox)][-1].end <= end
     for n, last in at_the_end.items():
         expected = read_whole(last, [], range(100))
         assert read_whole(every_step[n], taken[id(every_step[n])], range(100)) == expected
@@ -206,7 +209,7 @@ def test_steady_decoding_is_one_run_until_it_is_taken() -> None:
     assert hub.run is not None
     assert len(hub.run.frames) == 10
     assert not inbox.chunks
-    features = inbox.take()
+    features = inbox.take(maxsize)
     assert (inbox.first, inbox.num_computed_tokens, list(range(features.first, features.end))) == (
         5,
         15,
@@ -225,7 +228,7 @@ def test_frames_of_long_decoding_that_have_been_read_are_freed() -> None:
     rng.random = lambda: 0.0  # type: ignore[method-assign]
     for frame in shortened(frames, rng):
         hub.take(frame)
-        features = inbox.take()
+        features = inbox.take(maxsize)
         positions += range(features.first, features.end)
     assert hub.run is not None
     assert len(hub.run.frames) < MAX_RUN_FRAMES
@@ -268,7 +271,7 @@ def test_features_with_a_gap_between_them_are_an_error() -> None:
     inbox = Inbox(wire.Request(1, 99, False, ((wire.Site(0, (ROW,), (), watch=(0,)),),)))
     inbox.chunks += [inbox.empty._replace(first=first, activations=np.ones((2, 1), np.float32)) for first in (3, 6)]
     with pytest.raises(TelemetryLost, match="after 3"):
-        inbox.take()
+        inbox.take(maxsize)
 
 
 def connected(hub: Hub, folder: Path) -> Sender:
