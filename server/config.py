@@ -109,6 +109,10 @@ class Policies(Section, frozen=True):
         bool,
         Meta(description="requests may edit sites behind the policy's first one, where they can undo its edits"),
     ] = False
+    allow_edits_before_gate: Annotated[
+        bool,
+        Meta(description="requests may edit sites that the gate of a policy depends on, where they can close it"),
+    ] = False
 
 
 class WatchedFeature(Section, frozen=True):

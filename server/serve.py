@@ -128,18 +128,20 @@ async def serve_until_stopped(doors: list[Door], serving: Serving, stop: "asynci
     await asyncio.wait([second_signal], timeout=accept_s)
     serving.draining = True
     grace_s = listen.drain_s if healthy else FAILED_ANSWERS_S
-    await drain(doors, 0 if second_signal.done() else grace_s, second_signal)
+    await drain(doors, serving, 0 if second_signal.done() else grace_s, second_signal)
     for task in (first_signal, second_signal):
         task.cancel()
 
 
-async def drain(doors: list[Door], grace_s: float, abort: "asyncio.Future[signal.Signals]") -> None:
-    """Stop all doors, running calls within `grace_s` or until `abort`."""
+async def drain(doors: list[Door], serving: Serving, grace_s: float, abort: "asyncio.Future[signal.Signals]") -> None:
+    """Stop all doors. Calls may run for `grace_s`, or until `abort`; then they fail with DRAINING."""
     started = time.monotonic()
     logger.info("drain begins", extra=fields(grace_s=grace_s))
-    stopping = asyncio.ensure_future(stop_doors(doors, grace_s))
+    stopping = asyncio.ensure_future(stop_doors(doors, grace_s + FAILED_ANSWERS_S))
     waited: list[asyncio.Future[Any]] = [stopping, abort]
-    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait(waited, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+    serving.abort()
+    await asyncio.wait([stopping], timeout=FAILED_ANSWERS_S)
     await stop_doors(doors, 0)
     await stopping
     logger.info("drain ended", extra=fields(seconds=round(time.monotonic() - started, 3), aborted=abort.done()))

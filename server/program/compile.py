@@ -78,26 +78,52 @@ class Compiled:
         return frozenset((row.bundle, row.latent) for row in edited if row.bundle)
 
     @cached_property
+    def gate_latents(self) -> LockedRows:
+        """The (bundle, latent) pairs that the gate reads."""
+        read = (
+            site.rows[row]
+            for site in self.sites
+            if (gate := site.gate)
+            for row in (*(row for row, _ in gate.triggers), *([gate.sequence.score] if gate.sequence else []))
+        )
+        return frozenset((row.bundle, row.latent) for row in read if row.bundle)
+
+    @cached_property
+    def site_behind_gate(self) -> int:
+        """Number of the first site whose residual the gate does not depend on; 0 without a gate."""
+        return next((site.site + 1 for site in self.sites if site.gate), 0)
+
+    @cached_property
     def first_edited_site(self) -> int | None:
         """Number of the first site, in forward order, whose residual the program changes."""
         return next((site.site for site in self.sites if site.edits or site.blend), None)
 
 
+@dataclass(frozen=True)
+class EditLimits:
+    """What a program may edit: sites number first_site to last_site (None: to the last one), no latents of `locked`."""
+
+    locked: LockedRows = NO_LOCKED_ROWS
+    first_site: int = 0
+    last_site: int | None = None
+
+    def check_site(self, index: int, registry: Registry, field: str) -> None:
+        """Raise ProgramError POLICY_FORBIDS if site number `index` is outside the limits."""
+        sites = registry.layout.sites
+        if self.last_site is not None:
+            behind = f"{sites[index]} comes after {sites[self.last_site]}, the first site that a policy edits"
+            require(index <= self.last_site, field, behind, "POLICY_FORBIDS")
+        before = f"the gate of a policy, at {sites[self.first_site - 1]}, reads what is edited at {sites[index]}"
+        require(index >= self.first_site, field, before, "POLICY_FORBIDS")
+
+
+NO_LIMITS = EditLimits()
+
+
 def compile_program(
-    program: program_pb2.Program,
-    registry: Registry,
-    *,
-    locked: LockedRows = NO_LOCKED_ROWS,
-    last_site: int | None = None,
-    field: str = "program",
+    program: program_pb2.Program, registry: Registry, *, limits: EditLimits = NO_LIMITS, field: str = "program"
 ) -> Compiled:
-    """Resolve and check a program.
-
-    `locked`: (bundle, latent) pairs that it must not edit. `last_site`: number of the last site that it may edit;
-    None: every site.
-
-    Raises ProgramError, which names the field at fault below `field`.
-    """
+    """Resolve and check a program. Raises ProgramError, which names the field at fault below `field`."""
     require(program.sites, f"{field}.sites", "is empty: the program changes nothing")
     count = sum(len(part.edits) + part.HasField("blend") for part in program.sites)
     checked_name(program.name, registry, f"{field}.name")
@@ -106,8 +132,8 @@ def compile_program(
     sites = {} if gate_site is None else {gate_site: wire.Site(gate_site)}
     names: list[EditName] = []
     for index, (part, part_field) in sorted(parts_by_site(program, registry, gate_site, field).items()):
-        check_not_behind(index, last_site, registry, f"{part_field}.site")
-        sites[index], site_names = compile_site(index, part, registry, locked, part_field)
+        limits.check_site(index, registry, f"{part_field}.site")
+        sites[index], site_names = compile_site(index, part, registry, limits.locked, part_field)
         names += site_names
     if gate_site is not None:
         sites[gate_site] = with_gate(sites[gate_site], program.gate, registry, f"{field}.gate")
@@ -135,14 +161,6 @@ def parts_by_site(program: program_pb2.Program, registry: Registry, gate_site: i
         require(gate_site is None or index >= gate_site, f"{part_field}.site", late)
         parts[index] = part, part_field
     return parts
-
-
-def check_not_behind(index: int, last_site: int | None, registry: Registry, field: str) -> None:
-    """Raise ProgramError POLICY_FORBIDS if site number `index` comes after `last_site` in the forward pass."""
-    if last_site is not None:
-        sites = registry.layout.sites
-        problem = f"{sites[index]} comes after {sites[last_site]}, the first site that a policy edits"
-        require(index <= last_site, field, problem, "POLICY_FORBIDS")
 
 
 def compile_site(

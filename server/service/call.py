@@ -22,15 +22,24 @@ async def begin_call(
 ) -> AsyncIterator[CallRecord]:
     """Surround a call. `method`: `Service.Method`; `deadline`: when the client gives up, by `time.monotonic`.
 
-    Raises Refusal, with the request id in it, for every exception of the call and if the server takes no calls. A
-    cancelled call stays cancelled. In each case the call is counted and logged once.
+    Raises Refusal, with the request id in it, for every exception of the call, if the server takes no calls, and if it
+    ends before the call. A call that its client cancelled stays cancelled. In each case it is counted and logged once.
     """
     record = CallRecord(method, caller, correlation)
+    task = asyncio.current_task()
+    assert task
+    serving.calls.add(task)
     try:
         require_open(serving)
         yield record
         record.end("OK")
     except (asyncio.CancelledError, GeneratorExit):
+        if serving.aborted:
+            task.uncancel()
+            refusal = Refusal("DRAINING", "the server shut down before the call ended")
+            refusal.request_id = record.request_id
+            record.end(refusal.reason, refusal)
+            raise refusal from None
         expired = deadline is not None and time.monotonic() >= deadline - DEADLINE_SLACK_S
         record.end("DEADLINE_EXCEEDED" if expired else "CANCELLED")
         raise
@@ -41,6 +50,7 @@ async def begin_call(
         # The log has the cause of an unexpected one.
         raise refusal from None
     finally:
+        serving.calls.discard(task)
         records.export(record, serving.metrics)
         records.log(record)
 

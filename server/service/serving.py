@@ -1,5 +1,6 @@
 """The running engine and the state that all calls share."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -38,7 +39,7 @@ class Serving:
     """A running engine and the state that all calls share.
 
     `labels`: of each bundle's latents; `pending`: bytes of the requests in progress; `draining`: new calls are refused;
-    `watched`: cache of compiled reports.
+    `watched`: cache of compiled reports. `calls`: tasks of the calls in progress; `aborted`: they were cancelled.
     """
 
     config: Config
@@ -51,6 +52,8 @@ class Serving:
     pending: ByteBudget
     draining: bool = False
     watched: ByteCache[tuple[Watched, ...]] = field(default_factory=lambda: ByteCache(WATCH_CACHE_BYTES))
+    calls: set["asyncio.Task[Any]"] = field(default_factory=set)
+    aborted: bool = False
 
     @classmethod
     def around(cls, engine: Engine, config: Config, metrics: Metrics) -> "Serving":
@@ -60,6 +63,12 @@ class Serving:
         pending = ByteBudget(config.limits.max_pending_bytes, metrics.pending_bytes.set)
         tokenizers = Tokenizers(lambda: engine.tokenizer)
         return cls(config, engine, metrics, bounds, Pace(config.stream), labels, tokenizers, pending)
+
+    def abort(self) -> None:
+        """Fail all calls in progress with DRAINING."""
+        self.aborted = True
+        for task in self.calls:
+            task.cancel()
 
     async def in_tokenizer_thread(self, caller: Caller, chars: int, work: Callable[[Any], T]) -> T:
         """Return the result of work with a tokenizer on so many characters, or tokens, of this caller."""

@@ -85,7 +85,7 @@ async def run(monkeypatch: pytest.MonkeyPatch, door: FakeDoor) -> int:
 async def test_signal_drains_doors_then_stops_the_engine(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     door = FakeDoor()
     assert await run(monkeypatch, door) == 0
-    assert door.events[:4] == [True, False, 7, 0]
+    assert door.events[:4] == [True, False, 7 + serve.FAILED_ANSWERS_S, 0]
     assert engine.stops == 1
 
 
@@ -95,7 +95,7 @@ async def test_dead_engine_ends_the_server_with_status_1(engine: FakeEngine, mon
     door = FakeDoor()
     assert await run(monkeypatch, door) == 1
     # Calls fail by themselves, and their answers leave before the door closes.
-    assert door.events[:4] == [False, False, serve.FAILED_ANSWERS_S, 0]
+    assert door.events[:4] == [False, False, 2 * serve.FAILED_ANSWERS_S, 0]
     assert engine.stops == 1
 
 

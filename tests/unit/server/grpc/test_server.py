@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from rudder.server.engine.call import Call, FinishReason, Outcome, Output
 from rudder.server.engine.telemetry.hub import no_features
 from rudder.server.grpc.server import GrpcDoor
 from rudder.server.monitoring.metrics import Metrics
+from rudder.server.serve import drain
 from rudder.server.service.serving import Serving
 from rudder.v1 import inference_pb2, inference_pb2_grpc
 from rudder_client.errors import error_of
@@ -107,6 +109,10 @@ def generate(max_tokens: int) -> inference_pb2.GenerateRequest:
     return inference_pb2.GenerateRequest(prompt=prompt(), sampling=inference_pb2.Sampling(max_tokens=max_tokens))
 
 
+def complete(max_tokens: int) -> inference_pb2.CompleteRequest:
+    return inference_pb2.CompleteRequest(prompt=prompt(), sampling=inference_pb2.Sampling(max_tokens=max_tokens))
+
+
 def access_fields(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     return [record.__dict__["fields"] for record in caplog.records if record.name == "rudder.access"]
 
@@ -183,6 +189,25 @@ async def test_second_stop_aborts_calls_within_the_grace_of_the_first(doors: Fix
         await doors.doors[0].stop(0)
         await first
     assert await call.code() is not grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("second_signal", [False, True])
+async def test_calls_that_the_end_of_a_drain_cuts_off_say_so(doors: Fixture, second_signal: bool) -> None:
+    doors.engine.stall_after = 1
+    stream, unary = doors.stub().Generate(generate(9)), doors.stub(1).Complete(complete(9))
+    await stream.read()
+    signalled = asyncio.get_running_loop().create_future()
+    if second_signal:
+        asyncio.get_running_loop().call_later(0.1, signalled.set_result, signal.SIGTERM)
+    async with asyncio.timeout(5):
+        await drain([*doors.doors], doors.serving, 60 if second_signal else 0.1, signalled)
+    for call in (stream, unary):
+        with pytest.raises(grpc.RpcError) as caught:
+            await (call.read() if call is stream else call)
+        error = error_of(caught.value)
+        assert (error.code, error.reason) == ("UNAVAILABLE", "DRAINING")
+    assert (doors.ended("Generate", "DRAINING"), doors.ended("Complete", "DRAINING")) == (1, 1)
+    assert not doors.serving.calls
 
 
 async def test_port_in_use_is_a_configuration_error() -> None:

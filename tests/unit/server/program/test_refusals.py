@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rudder.server.program import wire
-from rudder.server.program.compile import compile_program
+from rudder.server.program.compile import EditLimits, compile_program
 from rudder.server.program.errors import MAX_MAGNITUDE, ProgramError
 from rudder.v1 import program_pb2
 from tests.unit.programs import (
@@ -152,7 +152,7 @@ REFUSALS += [
 def test_refusal_names_the_field(document: dict[str, Any], field: str, reason: str) -> None:
     message = json_format.ParseDict(document, program_pb2.Program())
     with pytest.raises(ProgramError) as caught:
-        compile_program(message, REGISTRY, locked=LOCKED, field="steering.program")
+        compile_program(message, REGISTRY, limits=EditLimits(LOCKED), field="steering.program")
     assert (caught.value.field, caught.value.reason) == (f"steering.program.{field}", reason)
 
 
@@ -179,13 +179,13 @@ def test_row_is_editable_unless_locked() -> None:
 
 def test_locked_row_is_refused_by_name() -> None:
     with pytest.raises(ProgramError, match=r"sites\[0\]\.edits\[1\]\.row: feature 5 of toy is locked") as caught:
-        compile_program(program(ADD, {"row": feature(5), "ablate": True}), REGISTRY, locked=LOCKED)
+        compile_program(program(ADD, {"row": feature(5), "ablate": True}), REGISTRY, limits=EditLimits(LOCKED))
     assert caught.value.reason == "ROW_LOCKED"
 
 
 def test_locked_row_may_be_read_by_a_gate() -> None:
     message = program(ADD, gate={"site": SITE, "any_of": [{"row": feature(5), "above": 1}]})
-    assert compile_program(message, REGISTRY, locked=LOCKED).sites[0].gate
+    assert compile_program(message, REGISTRY, limits=EditLimits(LOCKED)).sites[0].gate
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -1,4 +1,4 @@
-"""A caller bound by a policy cannot edit behind it, nor the latents that it edits: over every pair of sites."""
+"""A caller bound by a policy cannot edit behind it, before its gate, nor its latents: over every pair of sites."""
 
 from itertools import product
 from typing import Any
@@ -14,7 +14,6 @@ from rudder.server.program.layout import Layout
 from rudder.server.program.rows import Registry
 from rudder.server.safety.binding import compile_bound
 from rudder.v1 import program_pb2
-from tests.unit.programs import REGISTRY as SERVED
 from tests.unit.programs import SITE as DICTIONARY_SITE
 from tests.unit.programs import dictionary
 from tests.unit.reference import BUNDLE, WIDTH
@@ -60,16 +59,26 @@ def test_first_site_of_the_policy_counts_and_the_site_at_fault_is_named() -> Non
     assert refusal(adding(SITES[2], SITES[5], SITES[1]), policy) == ("POLICY_FORBIDS", f"{FIELD}.sites[1].site")
 
 
-def test_site_that_a_policy_only_reads_forbids_nothing() -> None:
-    gate = {"site": SITES[1], "any_of": [{"row": {"probe": {"weights": [1.0] * WIDTH}}, "above": 1.0}]}
-    policy = compile_program(program({"site": SITES[7], "edits": [UP]}, gate=gate), REGISTRY)
-    assert refusal(adding(SITES[7]), policy) is None
-    assert refusal(adding(SITES[8]), policy) == ("POLICY_FORBIDS", f"{FIELD}.sites[0].site")
+GATE = {"any_of": [{"row": {"probe": {"weights": [1.0] * WIDTH}}, "above": 1.0}]}
+
+
+@pytest.mark.parametrize(("gate_site", "policy_site"), list(product(SITES, SITES)))
+def test_edit_that_the_gate_of_the_policy_may_read_is_refused_by_name(gate_site: str, policy_site: str) -> None:
+    gate, edit = SITES.index(gate_site), SITES.index(policy_site)
+    if gate > edit:
+        return
+    message = program({"site": policy_site, "edits": [UP]}, gate=GATE | {"site": gate_site})
+    policy = compile_program(message, REGISTRY)
+    for index, site in enumerate(SITES):
+        fault = ("POLICY_FORBIDS", f"{FIELD}.sites[0].site")
+        assert refusal(adding(site), policy) == (None if gate < index <= edit else fault)
+        assert refusal(adding(site), policy, allow_edits_before_gate=True) == (None if index <= edit else fault)
+        assert refusal(adding(site), policy, allow_edits_before_gate=True, allow_later_edits=True) is None
 
 
 def test_gate_of_a_request_may_read_behind_its_own_last_edit_only() -> None:
     policy = compile_program(program({"site": SITES[7], "blend": BLEND}), REGISTRY)
-    gate = {"site": SITES[2], "any_of": [{"row": {"probe": {"weights": [1.0] * WIDTH}}, "above": 1.0}]}
+    gate = GATE | {"site": SITES[2]}
     assert refusal(program({"site": SITES[3], "edits": [UP]}, gate=gate), policy) is None
 
 
@@ -86,8 +95,18 @@ def test_latents_that_the_policy_edits_are_locked(operation: dict[str, Any], all
     assert refusal(program({"site": DICTIONARY_SITE, "edits": [other]}), policy) is None
 
 
-def test_latents_that_the_policy_only_reads_are_not_locked() -> None:
-    gate = {"site": DICTIONARY_SITE, "any_of": [{"row": {"feature": {"index": 5}}, "above": 1.0}]}
+def test_latents_that_the_gate_of_the_policy_reads_are_locked() -> None:
+    reads = {
+        "any_of": [{"row": {"feature": {"index": 5}}, "above": 1.0}],
+        "sequence": {"score": {"feature": {"index": 2}}, "cusum": {"drift": 1.0}, "level": 3.0},
+    }
     edit = {"row": {"feature": {"index": 3}}, "add": 1.0}
-    policy = compile_program(program({"site": DICTIONARY_SITE, "edits": [edit]}, gate=gate), SERVED)
+    policy = compile_program(
+        program({"site": DICTIONARY_SITE, "edits": [edit]}, gate=reads | {"site": DICTIONARY_SITE}), REGISTRY
+    )
     assert policy.edited_latents == {(BUNDLE, 3)}
+    assert policy.gate_latents == {(BUNDLE, 5), (BUNDLE, 2)}
+    for index in (2, 3, 5, 6):
+        own = program({"site": DICTIONARY_SITE, "edits": [{"row": {"feature": {"index": index}}, "add": 1.0}]})
+        fault = ("ROW_LOCKED", f"{FIELD}.sites[0].edits[0].row") if index != 6 else None
+        assert refusal(own, policy, allow_edits_before_gate=True) == fault
