@@ -161,7 +161,7 @@ class Limits(Section, frozen=True):
     max_allowed_token_ids: Annotated[NonNegative, Meta(description="token ids to which an output is restricted")] = 1024
     max_structured_chars: Annotated[
         Positive, Meta(description="characters of a JSON schema, a regular expression, a grammar or the choices")
-    ] = 16_384
+    ] = 4096
     max_structured_choices: Annotated[Positive, Meta(description="choices of a structured output")] = 256
     max_name_chars: Annotated[Positive, Meta(description="characters of a name: program, vector, probe, bundle")] = 128
     max_edits: Annotated[Positive, Meta(description="edits and triggers of a program")] = 256

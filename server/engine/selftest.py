@@ -110,7 +110,8 @@ async def check_site(engine: Engine, number: int, site: str, stage: int) -> None
 
 def short_call(engine: Engine) -> Call:
     """Build a call of a prompt and one decode step, the second generated token being not run, without a program."""
-    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    # vLLM compiles its ranking of log-probabilities when they are first asked for, which would stall every stream then.
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, logprobs=0)
     return Call(prompt_of(engine, canary_length(engine)), params, capture=True)
 
 

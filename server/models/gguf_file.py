@@ -83,7 +83,7 @@ def read(path: Path) -> GGUFFile:
         reader = Reader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
     # Whatever a damaged file makes the reader stumble over.
-    except (ValueError, LookupError, OverflowError) as error:
+    except (ValueError, LookupError, OverflowError, RecursionError) as error:
         raise ModelFileError(f"{path.name}: cannot be read as GGUF: {error}") from error
     if reader.byte_order != "I":
         raise ModelFileError(f"{path.name}: is in the byte order of another processor")

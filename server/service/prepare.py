@@ -176,7 +176,7 @@ def with_max_tokens(sampling: inference_pb2.Sampling, prompt: int, max_model_len
 
 def require_room_for_logprobs(sampling: inference_pb2.Sampling, prompt: int, max_reply_bytes: int) -> None:
     """Raise Refusal if the log-probabilities of a prompt may not fit into one message."""
-    size = prompt * (sampling.prompt_logprobs + 1) * LOGPROB_BYTES * (sampling.n or 1)
+    size = prompt * (sampling.prompt_logprobs + 1) * LOGPROB_BYTES
     if sampling.HasField("prompt_logprobs") and size > max_reply_bytes:
         problem = f"{sampling.prompt_logprobs} for {prompt} tokens may need {size} bytes, at most {max_reply_bytes}"
         raise invalid("sampling.prompt_logprobs", problem)

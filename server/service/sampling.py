@@ -13,8 +13,14 @@ SHARED_FIELDS = (
 
 
 def sampling_of(sampling: inference_pb2.Sampling, choice: int, stream_interval: int) -> SamplingParams:
-    """Return the parameters of one choice of a request that passed `limits.check`. Choice i has seed + i."""
+    """Return the parameters of one choice of a request that passed `limits.check`. Choice i has seed + i.
+
+    Choice 0 alone has the log-probabilities of the prompt, which all share: computing them once for each would hold up
+    every other stream.
+    """
     values: dict[str, Any] = {name: getattr(sampling, name) for name in SHARED_FIELDS if sampling.HasField(name)}
+    if choice:
+        values.pop("prompt_logprobs", None)
     if sampling.HasField("seed"):
         values["seed"] = sampling.seed + choice
     if sampling.HasField("structured"):

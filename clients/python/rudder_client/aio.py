@@ -119,7 +119,9 @@ class AsyncClient(wire.ForkGuard):
     ) -> AsyncStream:  # fmt: skip
         """Generate and stream chunks; `prompt` is text, token ids or the messages of a chat."""
         request = generate_request(prompt, steer, report, cache_salt, stream_interval, sampling)
-        return AsyncStream(self.inference.Generate(request, timeout=timeout or self.timeout, metadata=self.metadata))
+        return AsyncStream(
+            self.inference.Generate(request, timeout=wire.seconds(timeout, self.timeout), metadata=self.metadata)
+        )
 
     async def complete(
         self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, cache_salt: str = "",
@@ -129,7 +131,9 @@ class AsyncClient(wire.ForkGuard):
         request = complete_request(prompt, steer, report, cache_salt, sampling)
         with translated():
             return completion_of(
-                await self.inference.Complete(request, timeout=timeout or self.timeout, metadata=self.metadata)
+                await self.inference.Complete(
+                    request, timeout=wire.seconds(timeout, self.timeout), metadata=self.metadata
+                )
             )
 
     async def inspect(
@@ -145,14 +149,18 @@ class AsyncClient(wire.ForkGuard):
         request = inspect_request(prompt, steer, report or Report(top_k=5), cache_salt)
         with translated():
             return inspection_of(
-                await self.inference.Inspect(request, timeout=timeout or self.timeout, metadata=self.metadata)
+                await self.inference.Inspect(
+                    request, timeout=wire.seconds(timeout, self.timeout), metadata=self.metadata
+                )
             )
 
     async def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> tuple[Token, ...]:
         """Return the tokens of a prompt as `generate` would read it, without features."""
         request = tokenize_request(prompt)
         with translated():
-            response = await self.inference.Tokenize(request, timeout=timeout or self.timeout, metadata=self.metadata)
+            response = await self.inference.Tokenize(
+                request, timeout=wire.seconds(timeout, self.timeout), metadata=self.metadata
+            )
         return tokens_of(response)
 
     async def feature(self, index: int, bundle: str = "") -> catalogue_pb2.FeatureDetail:

@@ -42,6 +42,11 @@ def options_for(address: str, options: Options) -> list[tuple[str, Any]]:
     return list((dict(OPTIONS) | ({"grpc.enable_http_proxy": 0} if local else {}) | dict(options)).items())
 
 
+def seconds(timeout: float | None, default: float | None) -> float | None:
+    """Return the time for a call; None: no bound."""
+    return default if timeout is None else timeout
+
+
 def metadata_of(metadata: Metadata) -> tuple[tuple[str, Any], ...]:
     """Return the metadata of every call as pairs."""
     return tuple(metadata.items() if isinstance(metadata, Mapping) else metadata)

@@ -113,7 +113,9 @@ class Client(wire.ForkGuard):
     ) -> Stream:  # fmt: skip
         """Generate and stream chunks; `prompt` is text, token ids or the messages of a chat."""
         request = generate_request(prompt, steer, report, cache_salt, stream_interval, sampling)
-        return Stream(self.inference.Generate(request, timeout=timeout or self.timeout, metadata=self.metadata))
+        return Stream(
+            self.inference.Generate(request, timeout=wire.seconds(timeout, self.timeout), metadata=self.metadata)
+        )
 
     def complete(
         self, prompt: Prompt, *, steer: Steer = None, report: Report | None = None, cache_salt: str = "",
@@ -123,7 +125,7 @@ class Client(wire.ForkGuard):
         request = complete_request(prompt, steer, report, cache_salt, sampling)
         with translated():
             return completion_of(
-                self.inference.Complete(request, timeout=timeout or self.timeout, metadata=self.metadata)
+                self.inference.Complete(request, timeout=wire.seconds(timeout, self.timeout), metadata=self.metadata)
             )
 
     def inspect(
@@ -139,14 +141,16 @@ class Client(wire.ForkGuard):
         request = inspect_request(prompt, steer, report or Report(top_k=5), cache_salt)
         with translated():
             return inspection_of(
-                self.inference.Inspect(request, timeout=timeout or self.timeout, metadata=self.metadata)
+                self.inference.Inspect(request, timeout=wire.seconds(timeout, self.timeout), metadata=self.metadata)
             )
 
     def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> tuple[Token, ...]:
         """Return the tokens of a prompt as `generate` would read it, without features."""
         request = tokenize_request(prompt)
         with translated():
-            response = self.inference.Tokenize(request, timeout=timeout or self.timeout, metadata=self.metadata)
+            response = self.inference.Tokenize(
+                request, timeout=wire.seconds(timeout, self.timeout), metadata=self.metadata
+            )
         return tokens_of(response)
 
     def feature(self, index: int, bundle: str = "") -> catalogue_pb2.FeatureDetail:

@@ -1,6 +1,6 @@
 """Programs: edits of SAE latents, control vectors and probes in the residual stream, by site, phase and gate."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -14,6 +14,13 @@ UNITS = {
     "residual": program_pb2.UNIT_RESIDUAL_NORM,
 }
 PHASES = {"both": program_pb2.PHASE_BOTH, "prompt": program_pb2.PHASE_PROMPT, "generated": program_pb2.PHASE_GENERATED}
+
+
+def named(values: Mapping[str, Any], name: str, field: str) -> Any:
+    """Return the value of a name. ValueError: there is no such name."""
+    if name not in values:
+        raise ValueError(f"{field}: {name!r} is none of {', '.join(values)}")
+    return values[name]
 
 
 class Array(Protocol):
@@ -153,7 +160,7 @@ class Program:
         if vector is not None and bundle:
             raise ValueError("blend: give a vector or a bundle")
         blend = program._here().blend
-        blend.weight, blend.phase = weight, PHASES[phase]
+        blend.weight, blend.phase = weight, named(PHASES, phase, "phase")
         if vector is not None:
             blend.vector.CopyFrom(row_message(as_vector(vector)).vector)
         elif bundle:
@@ -218,7 +225,7 @@ class Program:
 
     def _with(self, edit: program_pb2.Edit, unit: Unit, when_above: float | None, phase: Phase) -> "Program":
         program = self._copy()
-        edit.unit, edit.phase = UNITS[unit], PHASES[phase]
+        edit.unit, edit.phase = named(UNITS, unit, "unit"), named(PHASES, phase, "phase")
         if when_above is not None:
             edit.when_above = when_above
         program._here().edits.append(edit)

@@ -109,6 +109,9 @@ def chat_message(message: Message) -> inference_pb2.ChatMessage:
     """Convert a message of a chat. ValueError: it has other keys than role and content."""
     if set(message) != {"role", "content"}:
         raise ValueError(f"prompt: a message has role and content, not {', '.join(map(str, message)) or 'nothing'}")
+    for key, value in message.items():
+        if not isinstance(value, str):
+            raise ValueError(f"prompt: the {key} of a message is text, not {type(value).__name__}")
     return inference_pb2.ChatMessage(role=message["role"], content=message["content"])
 
 
@@ -164,10 +167,19 @@ def sampling_message(sampling: Sampling) -> inference_pb2.Sampling:
     values: dict[str, Any] = dict(sampling)
     structured = values.pop("structured", None)
     values.pop("truncate_prompt_tokens", None)
+    for name in {"stop", "bad_words"} & values.keys():
+        values[name] = texts(name, values[name])
     message = inference_pb2.Sampling(**values)
     if structured is not None:
         message.structured.CopyFrom(structured_message(structured))
     return message
+
+
+def texts(name: str, value: Sequence[str]) -> list[str]:
+    """Return several texts as a list. ValueError: it is one text, whose characters would count as texts."""
+    if isinstance(value, str | bytes):
+        raise ValueError(f"{name}: give a list of texts, not one text")
+    return list(value)
 
 
 def structured_message(structured: Structured) -> inference_pb2.StructuredOutput:
@@ -180,7 +192,7 @@ def structured_message(structured: Structured) -> inference_pb2.StructuredOutput
         case "json_schema" if not isinstance(value, str):
             value = json.dumps(value)
         case "choice":
-            value = inference_pb2.Choices(texts=value)
+            value = inference_pb2.Choices(texts=texts(name, value))
     return inference_pb2.StructuredOutput(**{name: value})
 
 

@@ -15,8 +15,9 @@ from google.protobuf import json_format
 
 import rudder_client
 from rudder.v1 import catalogue_pb2, inference_pb2, program_pb2
-from rudder_client import Feature, Probe, Program, Report, Vector
-from rudder_client.requests import generate_request, prompt_message, report_message, steering_message
+from rudder_client import Feature, Probe, Program, Report, Structured, Vector
+from rudder_client.channel import seconds
+from rudder_client.requests import generate_request, prompt_message, report_message, sampling_message, steering_message
 from rudder_client.results import Names, chunk_of, completion_of, inspection_of
 
 SITE = "layers.2.resid_post"
@@ -212,6 +213,8 @@ def test_second_at_keeps_what_the_first_set() -> None:
         (lambda p: p.blend(0.5).blend(0.25), "layers.2.resid_post has one already"),
         (lambda p: p.blend(0.5, vector=[1.0], bundle="b"), "a vector or a bundle"),
         (lambda p: p.add(1, by=2.0, value=3.0), "former name"),
+        (lambda p: p.add(1, by=2.0, unit="metres"), "unit: 'metres' is none of absolute, max_activation, residual"),
+        (lambda p: p.add(1, by=2.0, phase="later"), "phase: 'later' is none of both, prompt, generated"),
     ],
     ids=[
         "no-statistic",
@@ -221,6 +224,8 @@ def test_second_at_keeps_what_the_first_set() -> None:
         "two-blends",
         "two-means",
         "two-values",
+        "unknown-unit",
+        "unknown-phase",
     ],
 )
 def test_nothing_said_twice_is_dropped_silently(build: Callable[[Program], Program], problem: str) -> None:
@@ -243,12 +248,27 @@ def test_nothing_said_twice_is_dropped_silently(build: Callable[[Program], Progr
         [{"role": "user"}],
         [{"role": "user", "content": "hi", "name": "x"}],
         [{}],
+        [{"role": "user", "content": None}],
     ],
     ids=str,
 )
 def test_prompt_of_another_kind_is_refused(prompt: Any) -> None:
     with pytest.raises(ValueError, match="prompt: "):
         prompt_message(prompt)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"stop": "ab"}, {"bad_words": "ab"}, {"structured": Structured(choice="ab")}],
+    ids=["stop", "bad", "choice"],
+)
+def test_one_text_in_place_of_several_is_refused(sampling: Any) -> None:
+    with pytest.raises(ValueError, match="give a list of texts"):
+        sampling_message(sampling)
+
+
+def test_timeout_of_0_is_no_missing_timeout() -> None:
+    assert (seconds(None, 5.0), seconds(0, 5.0), seconds(None, None)) == (5.0, 0, None)
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint16, np.uint64])

@@ -44,8 +44,12 @@ def test_values_have_their_types(tmp_path: Path) -> None:
         (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 4, 1 << 60), "cannot be read as GGUF: ends at byte"),
         (b"GGUF" + struct.pack("<IQQQ1sIQ", 3, 0, 1, 1, b"a", 8, 1 << 60), "cannot be read as GGUF: ends at byte"),
         (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"a", 77), r"cannot be read as GGUF: .*77\b.* is not a valid"),
+        (
+            b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"a", 9) + struct.pack("<IQ", 9, 1) * 5000,
+            "cannot be read as GGUF: .*recursion",
+        ),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_other_content_is_refused(content: bytes, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"

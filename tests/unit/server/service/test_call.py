@@ -31,7 +31,9 @@ class Server:
         self.registry, self.caplog = CollectorRegistry(), caplog
         engine = SimpleNamespace(healthy=healthy, require_alive=lambda: None)
         metrics = Metrics.create(self.registry)
-        self.serving: Any = SimpleNamespace(engine=engine, draining=draining, metrics=metrics)
+        self.serving: Any = SimpleNamespace(
+            engine=engine, draining=draining, metrics=metrics, calls=set(), aborted=False
+        )
 
     def begin(self, deadline: float | None = None) -> Any:
         return begin_call(self.serving, METHOD, ANONYMOUS, CORRELATION, deadline)

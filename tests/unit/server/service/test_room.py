@@ -32,3 +32,8 @@ def test_log_probabilities_of_a_prompt_that_no_message_holds_are_refused() -> No
     require_room_for_logprobs(inference_pb2.Sampling(), 10**6, 1 << 20)
     with pytest.raises(Refusal, match=r"sampling\.prompt_logprobs"):
         require_room_for_logprobs(sampling, 100_000, 1 << 20)
+
+
+def test_first_choice_alone_has_the_log_probabilities_of_the_prompt() -> None:
+    sampling = inference_pb2.Sampling(prompt_logprobs=3, n=3)
+    assert [sampling_of(sampling, choice, 0).prompt_logprobs for choice in range(3)] == [3, None, None]
