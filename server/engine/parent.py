@@ -73,9 +73,10 @@ class Target:
 def new_target(parent: int) -> Target:
     """Return a target without its attributes, in a process that from now on ends with `parent`.
 
-    A terminal's SIGINT reaches this process too; the parent decides what it means.
+    It has a process group of its own: vLLM's engine would abort all requests at a signal that a terminal or a service
+    manager sends to the parent's group. The parent decides what a signal means.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)
     end_with_parent(parent)
     return Target.__new__(Target)
 

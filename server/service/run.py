@@ -6,8 +6,9 @@ from contextlib import aclosing
 
 import numpy as np
 
-from rudder.server.engine.call import Outcome
+from rudder.server.engine.call import FinishReason, Outcome
 from rudder.server.service.deltas import Choice, delta_of, finish
+from rudder.server.service.errors import Refusal
 from rudder.server.service.pace import Stream
 from rudder.server.service.prepare import Job
 from rudder.server.service.record import CallRecord, ChoiceRecord
@@ -53,12 +54,19 @@ async def run_choice(serving: Serving, job: Job, record: CallRecord, choice: Cho
                 delta = await delta_of(job, choice, output)
                 if output.outcome:
                     end(output.outcome)
+                    require_completed(output.outcome, serving)
                     finish(delta, job, choice, record, output.outcome.stop_reason, serving.engine.epoch)
                 await emit(delta)
                 observe_message(serving, record, stream, len(output.token_ids))
                 await stream.wait_for_turn()
     finally:
         serving.pace.streams -= 1
+
+
+def require_completed(outcome: Outcome, serving: Serving) -> None:
+    """Raise Refusal if the engine aborted a call that is still being read: its answer is cut off."""
+    if outcome.finish_reason is FinishReason.ABORT:
+        raise Refusal("DRAINING" if serving.draining else "ENGINE_DEAD", "the engine aborted the call")
 
 
 def observe_message(serving: Serving, record: CallRecord, stream: Stream, tokens: int) -> None:

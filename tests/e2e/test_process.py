@@ -327,11 +327,14 @@ def test_calls_are_accepted_for_accept_s_after_sigterm(tmp_path: Path) -> None:
         assert draining.process.wait(30) == 0
 
 
-def test_sigterm_lets_streams_finish(tmp_path: Path) -> None:
-    with running(tmp_path, **{"listen.drain_s": "60"}) as draining, Client(draining.address) as client:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_the_process_group_lets_streams_finish(number: signal.Signals, tmp_path: Path) -> None:
+    """As a terminal sends SIGINT: the engine process must not take it for its own."""
+    flags = {"listen.drain_s": "60"}
+    with running(tmp_path, own_group=True, **flags) as draining, Client(draining.address) as client:
         stream = client.generate(PROMPT, max_tokens=300, ignore_eos=True)
         next(stream)
-        draining.process.send_signal(signal.SIGTERM)
+        os.killpg(draining.process.pid, number)
         time.sleep(1)
         with Client(draining.address) as late, pytest.raises(RudderError) as caught:
             late.complete("x", timeout=5)

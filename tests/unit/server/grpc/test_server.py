@@ -38,6 +38,7 @@ class ScriptedEngine:
         self.policies: dict[str, Any] = {}
         self.default_policy, self.tokenizer, self.epoch, self.healthy = None, None, "e1", True
         self.stall_after: int | None = None
+        self.finish_reason = FinishReason.LENGTH
 
     def require_alive(self) -> None:
         """It never dies."""
@@ -57,7 +58,7 @@ class ScriptedEngine:
                 if generated == self.stall_after:
                     await asyncio.Event().wait()
                 generated += 1
-                end = outcome(FinishReason.LENGTH) if generated == last else None
+                end = outcome(self.finish_reason) if generated == last else None
                 position = len(call.prompt_ids) + generated - 1
                 nothing = no_features(0, 0, 0)
                 yield Output("x", [generated], position, None, nothing, nothing, end)
@@ -189,6 +190,14 @@ async def test_second_stop_aborts_calls_within_the_grace_of_the_first(doors: Fix
         await doors.doors[0].stop(0)
         await first
     assert await call.code() is not grpc.StatusCode.OK
+
+
+async def test_answer_that_the_engine_cut_off_is_an_error(doors: Fixture) -> None:
+    doors.engine.finish_reason = FinishReason.ABORT
+    with pytest.raises(grpc.RpcError) as caught:
+        await doors.stub().Complete(complete(2))
+    assert (error_of(caught.value).code, error_of(caught.value).reason) == ("UNAVAILABLE", "ENGINE_DEAD")
+    assert doors.ended("Complete", "ENGINE_DEAD") == 1
 
 
 @pytest.mark.parametrize("second_signal", [False, True])
