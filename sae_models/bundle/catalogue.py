@@ -132,18 +132,22 @@ class Catalogue:
         return [Summary(*record) for record in self._database.execute(query, (after, max(limit, 0)))]
 
     def search(self, words: str, limit: int) -> list[Summary]:
-        """Return up to `limit` latents whose label contains every word, or a word with it as prefix. Accepts any text.
+        """Return up to `limit` latents whose label contains every word, its plural, or a word with it as prefix.
 
-        Ordered by relevance of the label, then by frequency of the latent.
+        Accepts any text. Ordered by how many words of the label are the searched ones, not just begin with them, then
+        by relevance and by frequency; latents that were never active come last.
         """
-        query = " ".join(f'"{word}"*' for word in re.findall(r"[^\W_]+", words)[:MAX_SEARCH_WORDS])
-        if not query:
+        searched = split_words(words)[:MAX_SEARCH_WORDS]
+        if not searched:
             return []
+        query = " ".join(f'"{stem(word).removesuffix("y")}"*' for word in searched)
         matching = 'JOIN labels ON labels.rowid = latents."index" WHERE labels MATCH ?'
         records = self._database.execute(
-            f"{SUMMARY} {matching} ORDER BY labels.rank, frequency DESC, labels.rowid LIMIT ?", (query, max(limit, 0))
+            f"{SUMMARY} {matching} ORDER BY labels.rank, frequency DESC, labels.rowid", (query,)
         )
-        return [Summary(*record) for record in records]
+        scored = [(label_score(searched, summary), summary) for summary in (Summary(*record) for record in records)]
+        matches = sorted((pair for pair in scored if pair[0]), key=lambda pair: pair[0], reverse=True)
+        return [summary for _, summary in matches[: max(limit, 0)]]
 
     def embeddings(self) -> tuple[list[int], Vectors]:
         """Return the latents with an embedded label, and the embeddings as unit vectors [n, e]."""
@@ -154,6 +158,30 @@ class Catalogue:
     def close(self) -> None:
         """Close the file."""
         self._database.close()
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words of a text in lower case."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def stem(word: str) -> str:
+    """Return the singular of an English word."""
+    if len(word) > 4 and word.endswith("ies"):
+        return word[:-3] + "y"
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
+
+
+def label_score(searched: Sequence[str], summary: Summary) -> tuple[bool, int, int] | None:
+    """Return how well a label matches: (ever active, words searched that it has, its words that were searched).
+
+    None: it lacks one of the words.
+    """
+    words, stems = split_words(summary.label), {stem(word) for word in searched}
+    exact = {stem(word) for word in words} & stems
+    if not all(stem(word) in exact or any(other.startswith(word) for other in words) for word in searched):
+        return None
+    return summary.frequency != 0, len(exact), sum(stem(word) in stems for word in words)
 
 
 def write(path: Path, latents: Iterable[Latent]) -> None:

@@ -9,8 +9,8 @@ from rudder.server.cli.output import out, print_end_of_choice
 from rudder_client import Client, Report, Structured
 
 SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
-    "max_tokens": (integer(), "maximum number of tokens to generate"),
-    "temperature": (float, "0: greedy"),
+    "max_tokens": (integer(), "maximum number of tokens to generate (16)"),
+    "temperature": (float, "0: greedy (1.0)"),
     "top_p": (float, "sample from the most probable tokens that make up this probability"),
     "top_k": (integer(), "sample from this number of most probable tokens"),
     "seed": (integer(maximum=MAX_UINT64), "seed of the sampling"),

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from rudder_client import Chunk, Inspection, PooledActivation
 
-POOLED_ROWS = 10
+POOLED_ROWS, ATTESTED_EDITS = 10, 8
 
 # In a pipe, tables are not cut to the width of a terminal.
 out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
@@ -36,10 +36,16 @@ def print_end_of_choice(chunk: Chunk) -> None:
     if chunk.usage:
         tokens = f"{chunk.usage.prompt_tokens} + {chunk.usage.generated_tokens} tokens"
         err.print(f"[dim]{tokens}, finish reason {chunk.finish_reason}[/]")
-    for edit in chunk.attestation.edits if chunk.attestation else ():
-        touched = f"{edit.tokens_touched} tokens" if edit.tokens_touched else "[red]no token[/]"
+    edits = chunk.attestation.edits if chunk.attestation else ()
+    effective = [edit for edit in edits if edit.tokens_touched or edit.tokens_rejected]
+    for edit in effective[:ATTESTED_EDITS]:
         rejected = f", [red]rejected at {edit.tokens_rejected}[/]" if edit.tokens_rejected else ""
-        err.print(f"[dim]{edit.site}: {escape(edit.row)}: {edit.operation} touched {touched}{rejected}[/]")
+        touched = f"touched {edit.tokens_touched} tokens{rejected}"
+        err.print(f"[dim]{edit.site}: {escape(edit.row)}: {edit.operation} {touched}[/]")
+    if len(effective) > ATTESTED_EDITS:
+        err.print(f"[dim]and {len(effective) - ATTESTED_EDITS} more edits[/]")
+    if idle := len(edits) - len(effective):
+        err.print(f"[dim]{idle} of {len(edits)} edits touched [red]no token[/][/]")
 
 
 def inspection_table(inspection: Inspection, top: int) -> Table:

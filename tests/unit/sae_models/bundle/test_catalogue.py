@@ -69,11 +69,27 @@ def test_search_matches_all_words_or_prefixes(opened: Catalogue) -> None:
 
 
 def test_search_orders_equally_relevant_labels_by_frequency(tmp_path: Path) -> None:
-    labels = (("star, foot", 0.1), ("stars, galaxies", 0.3), ("starry, night", 0.2))
+    labels = (("star, foot", 0.1), ("stars, galaxies", 0.3), ("star, night", 0.2))
     path = tmp_path / "c.sqlite"
     catalogue.write(path, (Latent(Summary(i, *label, 1.0), (), ()) for i, label in enumerate(labels)))
     reader = Catalogue(path)
     assert matches(reader, "star") == [1, 2, 0]
+    reader.close()
+
+
+def test_search_prefers_whole_words_and_plurals_to_words_that_begin_alike(tmp_path: Path) -> None:
+    labels = (
+        ("start, started, night", 0.9), ("stars, star, galaxies", 0.1), ("stalin, star, volatile", 0.2),
+        ("star, stars, galaxy", 0.0), ("glass, class", 0.1), ("", 0.5),
+    )  # fmt: skip
+    path = tmp_path / "c.sqlite"
+    catalogue.write(path, (Latent(Summary(i, *label, 1.0), (), ()) for i, label in enumerate(labels)))
+    reader = Catalogue(path)
+    assert matches(reader, "star") == [1, 2, 0, 3]
+    assert matches(reader, "stars") == [1, 2, 3]
+    assert matches(reader, "Stars galaxy") == matches(reader, "galaxies star") == [1, 3]
+    assert (sorted(matches(reader, "sta")), matches(reader, "sta")[-1]) == ([0, 1, 2, 3], 3)
+    assert matches(reader, "glass") == matches(reader, "glas") == [4]
     reader.close()
 
 
