@@ -36,9 +36,10 @@ def main(address: str = ADDRESS, metrics: str = METRICS) -> None:
     print_metrics(metrics)
 
 
-def title(text: str) -> None:
-    """Print a heading."""
-    print(f"\n\033[1m{text}\033[0m")
+def title(text: str, look: str) -> None:
+    """Print a heading, and what to look at."""
+    bold = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    print(f"\n{bold[0]}{text}{bold[1]}\n{look}\n", flush=True)
 
 
 def steer(client: Client, bundle: catalogue_pb2.BundleInfo) -> None:
@@ -47,7 +48,10 @@ def steer(client: Client, bundle: catalogue_pb2.BundleInfo) -> None:
     `up` sets one feature to its maximum activation in the training corpus. `away` clamps it and others: where one is
     active, x is moved against it, here by half of the norm of x.
     """
-    title("1. One prompt: plain, steered up, steered away")
+    title(
+        "1. One prompt: plain, steered up, steered away",
+        "A tiny model writes poorly. Look at its topic: “up” moves it to stars, “away” against them.",
+    )
     star = client.search("star astronomy", limit=1)[0]
     astronomy = client.search("astronomy", limit=30)
     print(f"up: feature {star.index}, “{star.label}”, active on {star.frequency:.2%} of tokens")
@@ -66,7 +70,10 @@ def steer(client: Client, bundle: catalogue_pb2.BundleInfo) -> None:
 
 def unlearn(client: Client) -> None:
     """Use a program of the server by name: it makes the model forget microbiology, and little else."""
-    title("2. Unlearning: a microbiology prompt, then another one")
+    title(
+        "2. Unlearning: a microbiology prompt, then another one",
+        "The program breaks off what the model knew of the first topic. The second pair is equal, letter by letter.",
+    )
     for prompt in ("Bacteria that cause disease", "The American Revolution began"):
         for program in (None, "forget-microbiology"):
             completion = client.complete(prompt, steer=program, max_tokens=25, temperature=0.7, seed=7)
@@ -75,7 +82,10 @@ def unlearn(client: Client) -> None:
 
 def inspect(client: Client) -> None:
     """Show what the model represents: the three strongest of all features, token by token."""
-    title("3. Inspect: the strongest features of each token")
+    title(
+        "3. Inspect: the strongest features of each token",
+        "Each token with features, their labels and activations. Some labels tell (“cells”), many are stop words.",
+    )
     for token in client.inspect("Viruses infect cells.", report=Report(top_k=3)).tokens[1:]:
         names = ", ".join(f"{a.feature.index} “{a.feature.label}” {a.value:.1f}" for a in token.activations)
         print(f"{token.text!r:>12}  {names}")
@@ -83,7 +93,10 @@ def inspect(client: Client) -> None:
 
 def attest(client: Client) -> None:
     """Show what ran, counted inside the engine: an edit that changed no token is reported with 0 tokens."""
-    title("4. Attestation: what the engine counted")
+    title(
+        "4. Attestation: what the engine counted",
+        "Every answer says what ran. The engine counts it at each token: an edit that did nothing says “0 tokens”.",
+    )
     completion = client.complete("Bacteria that cause disease", steer="forget-microbiology", max_tokens=25)
     attestation = completion.choices[0].attestation
     assert attestation is not None
@@ -96,7 +109,10 @@ def attest(client: Client) -> None:
 
 def print_metrics(metrics: str) -> None:
     """Show the same over all requests, as Prometheus reads it."""
-    title("5. Metrics: totals over all requests")
+    title(
+        "5. Metrics: totals over all requests",
+        "The same for Prometheus. Row places and slots are those of the bank inside the model.",
+    )
     # The server is on this machine or in this network: not behind the proxy of http_proxy.
     for line in build_opener(ProxyHandler({})).open(metrics).read().decode().splitlines():
         if line.startswith(SHOWN_METRICS):

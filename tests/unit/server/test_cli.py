@@ -93,7 +93,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ],
             "program: wrong.yaml: while parsing a flow",
         ),
-        (["bench", "engine", "--shape", "x"], "shape: invalid value 'x'; expected llama-100m|llama-8b|llama-8b-4-layers|tiny"),
+        (
+            ["bench", "engine", "--shape", "x"],
+            "shape: invalid value 'x'; expected llama-100m|llama-8b|llama-8b-4-layers|tiny",
+        ),
         (["bench", "engine", "--cases", "x"], "cases: 'x' is not one of idle"),
     ],
 )
