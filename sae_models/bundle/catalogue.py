@@ -145,9 +145,10 @@ class Catalogue:
         records = self._database.execute(
             f"{SUMMARY} {matching} ORDER BY labels.rank, frequency DESC, labels.rowid", (query,)
         )
-        scored = [(label_score(searched, summary), summary) for summary in (Summary(*record) for record in records)]
-        matches = sorted((pair for pair in scored if pair[0]), key=lambda pair: pair[0], reverse=True)
-        return [summary for _, summary in matches[: max(limit, 0)]]
+        summaries = (Summary(*record) for record in records)
+        scored = [(score, summary) for summary in summaries if (score := label_score(searched, summary))]
+        scored.sort(key=lambda pair: pair[0], reverse=True)
+        return [summary for _, summary in scored[: max(limit, 0)]]
 
     def embeddings(self) -> tuple[list[int], Vectors]:
         """Return the latents with an embedded label, and the embeddings as unit vectors [n, e]."""

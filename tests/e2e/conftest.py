@@ -78,17 +78,17 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, module: str = "rudder.server", *, own_group: bool = False, **flags: str) -> Iterator[Running]:
+def running(folder: Path, module: str = "rudder.server", **flags: str) -> Iterator[Running]:
     """Run a server with these flags beside FLAGS, once it serves; stop it on exit.
 
-    `own_group`: in a process group of its own, to which a test can send signals.
+    It has a process group of its own, to which a test can send signals.
     """
     ports = {"listen.port": str(free_port()), "listen.metrics_port": str(free_port())}
     arguments = [f"--{name}={value}" for name, value in {**FLAGS, **ports, **flags}.items()]
     log = folder / "server.log"
     with log.open("wb") as out:
         command = [sys.executable, "-m", module, "serve", *arguments]
-        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=own_group)
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
     server = Running(process, int(ports["listen.port"]), int(ports["listen.metrics_port"]), log)
     try:
         wait_serving(server)

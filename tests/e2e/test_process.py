@@ -331,7 +331,7 @@ def test_calls_are_accepted_for_accept_s_after_sigterm(tmp_path: Path) -> None:
 def test_signal_to_the_process_group_lets_streams_finish(number: signal.Signals, tmp_path: Path) -> None:
     """As a terminal sends SIGINT: the engine process must not take it for its own."""
     flags = {"listen.drain_s": "60"}
-    with running(tmp_path, own_group=True, **flags) as draining, Client(draining.address) as client:
+    with running(tmp_path, **flags) as draining, Client(draining.address) as client:
         stream = client.generate(PROMPT, max_tokens=300, ignore_eos=True)
         next(stream)
         os.killpg(draining.process.pid, number)
