@@ -103,7 +103,7 @@ def test_the_first_program_of_the_readme_runs(
     block = re.search(r"## A first program by hand.*?```python\n(.*?)```", readme, re.DOTALL)
     assert block is not None
     exec(block[1], {})
-    assert capsys.readouterr().out == " is fullViruses [('stars', 1.3)]\n"
+    assert capsys.readouterr().out == " is full\nViruses [('stars', 1.3)]\n"
     (edit,) = client.generate.call_args.kwargs["steer"].message.sites[0].edits
     assert (edit.row.feature.index, edit.add, edit.unit) == (12, 1.0, program_pb2.UNIT_MAX_ACTIVATION)
 
