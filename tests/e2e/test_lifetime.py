@@ -84,6 +84,7 @@ def started(arguments: list[str], folder: Path, environment: dict[str, str] | No
         command.process.wait()
 
 
+@pytest.mark.long
 def test_killed_server_takes_its_engine_and_workers_along(tmp_path: Path) -> None:
     arguments = [*SERVE, "--engine.tensor_parallel_size=2"]
     with started(arguments, tmp_path, TWO_RANKS) as server:
@@ -102,8 +103,17 @@ def test_killed_server_takes_an_engine_along_that_still_starts(tmp_path: Path, p
         server.assert_gone(GONE_S)
 
 
-@pytest.mark.parametrize("pattern", ["starting the engine", "Initializing a V1 LLM engine", "Starting to load model"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "pattern"),
+    [
+        (signal.SIGINT, "starting the engine"),
+        (signal.SIGTERM, "Initializing a V1 LLM engine"),
+        (signal.SIGINT, "Starting to load model"),
+        pytest.param(signal.SIGTERM, "starting the engine", marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, "Initializing a V1 LLM engine", marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, "Starting to load model", marks=pytest.mark.long),
+    ],
+)
 def test_signal_while_the_model_loads_acts_at_once(tmp_path: Path, pattern: str, number: signal.Signals) -> None:
     with started(SERVE, tmp_path) as server:
         server.wait_log(pattern)
