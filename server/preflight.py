@@ -40,13 +40,12 @@ class ModelShape:
 
 
 def check(config: Config) -> Config:
-    """Return the configuration with the folder of a model that it names by its Hugging Face name.
+    """Return the configuration with the folder of a model that it names by its Hugging Face name, and no revision.
 
-    Raises ConfigError, ProgramFileError.
+    To check the result again changes nothing. Raises ConfigError, ProgramFileError.
     """
-    config = msgspec.structs.replace(
-        config, engine=msgspec.structs.replace(config.engine, model=str(model_folder(config.engine)))
-    )
+    engine = msgspec.structs.replace(config.engine, model=str(model_folder(config.engine)), revision=None)
+    config = msgspec.structs.replace(config, engine=engine)
     shape = model_shape(Path(config.engine.model), config.engine.load_format)
     bundles = [bundle_facts(path) for path in config.engine.bundles]
     check_sites(config, bundles, shape)

@@ -284,6 +284,8 @@ def windows(documents: Sequence[Document], tokenizer: Any, length: int, rule: Co
     """
     leading = leading_token(tokenizer, rule)
     prefix = [] if leading is None else [leading]
+    own = bos_token_id(tokenizer)
+    own_prefix = [] if own is None else [own]
     pad, text_length, encoder = tokenizer.eos_token_id or 0, length - len(prefix), text_encoder(tokenizer)
     sequences, sizes, starts, sources = [], [], [], []
     spelling = encoder.bos if leading is None else special_text(tokenizer, leading)
@@ -291,7 +293,7 @@ def windows(documents: Sequence[Document], tokenizer: Any, length: int, rule: Co
         text = document.text.removeprefix(spelling)
         ids, spelled = encoder.encode(text), text != document.text
         if spelled and not prefix:
-            ids = [tokenizer.bos_token_id, *ids]
+            ids = [*own_prefix, *ids]
         for start in range(0, len(ids), text_length):
             piece = ids[start : start + text_length]
             sequences.append(np.array([*prefix, *piece, *[pad] * (text_length - len(piece))], np.int32))

@@ -18,7 +18,7 @@ from rudder.server.engine.call import Call, FinishReason, GateOutcome, Outcome, 
 from rudder.server.engine.report import views_of
 from rudder.server.engine.sockets import socket_folder
 from rudder.server.engine.telemetry.frame import TelemetryLost
-from rudder.server.engine.telemetry.hub import Hub, Inbox, wait_for_event
+from rudder.server.engine.telemetry.hub import Features, Hub, Inbox, wait_for_event
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.program import wire
 from rudder.server.program.compile import Compiled
@@ -188,21 +188,14 @@ class Engine:
                 generated += len(choice.token_ids)
                 cached = max(cached, out.num_cached_tokens or 0)
                 end = end_of_run(call, generated)
-                features = inbox.empty
-                if choice.finish_reason:
-                    ended = True
-                    await self.wait_covered(inbox, end)
-                    features = inbox.take(end)
+                ended = bool(choice.finish_reason)
+                features = await self.features_before(end, inbox, wait=ended)
+                if ended:
                     outcome = replace(
                         outcome_before(end, call, inbox, generated, cached, queued_s),
                         finish_reason=FinishReason(choice.finish_reason),
                         stop_reason=choice.stop_reason,
                     )
-                elif inbox.reports:
-                    # A frame holds all requests of a step: the first to receive it does so for the others.
-                    if inbox.num_computed_tokens < end:
-                        self.hub.receive()
-                    features = inbox.take(end)
                 if self.hub.closed:
                     # No token leaves after the loss is known.
                     outcome = None
@@ -226,6 +219,15 @@ class Engine:
         with self.hub.awaited():
             await self.admission.acquire(handle, request, caller)
         return self.hub.open(handle, request), time.monotonic() - started
+
+    async def features_before(self, end: int, inbox: Inbox, *, wait: bool) -> Features:
+        """Return the new features of positions before `end`: those that are there, or all of them if `wait`."""
+        if wait:
+            await self.wait_covered(inbox, end)
+        elif inbox.reports and inbox.num_computed_tokens < end:
+            # A frame holds all requests of a step: the first to receive it does so for the others.
+            self.hub.receive()
+        return inbox.take(end)
 
     async def wait_covered(self, inbox: Inbox, position: int) -> None:
         """Wait until every token before `position` has been reported.

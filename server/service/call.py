@@ -36,23 +36,24 @@ async def begin_call(
     except (asyncio.CancelledError, GeneratorExit):
         if serving.aborted:
             task.uncancel()
-            refusal = Refusal("DRAINING", "the server shut down before the call ended")
-            refusal.request_id = record.request_id
-            record.end(refusal.reason, refusal)
-            raise refusal from None
+            raise refused(record, Refusal("DRAINING", "the server shut down before the call ended")) from None
         expired = deadline is not None and time.monotonic() >= deadline - DEADLINE_SLACK_S
         record.end("DEADLINE_EXCEEDED" if expired else "CANCELLED")
         raise
     except Exception as error:
-        refusal = refusal_of(error)
-        refusal.request_id = record.request_id
-        record.end(refusal.reason, refusal)
         # The log has the cause of an unexpected one.
-        raise refusal from None
+        raise refused(record, refusal_of(error)) from None
     finally:
         serving.calls.discard(task)
         records.export(record, serving.metrics)
         records.log(record)
+
+
+def refused(record: CallRecord, refusal: Refusal) -> Refusal:
+    """End a call's record with a refusal; return it with the request id."""
+    refusal.request_id = record.request_id
+    record.end(refusal.reason, refusal)
+    return refusal
 
 
 def require_open(serving: Serving) -> None:

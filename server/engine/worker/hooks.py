@@ -79,10 +79,14 @@ def output_hook(bank: SiteBank, is_sum: bool = False, scaled: bool = False) -> C
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         hidden, residual = output_parts(output)
-        edited = steered(bank, hidden, residual if is_sum else None, scaled)
-        return edited if isinstance(output, Tensor) else (edited, *output[1:])
+        return with_hidden(output, steered(bank, hidden, residual if is_sum else None, scaled))
 
     return hook
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """Return a module's output with other hidden states."""
+    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
 def hook_layer_input(layer: nn.Module, bank: SiteBank, reading: Reading) -> None:
@@ -120,10 +124,9 @@ def hook_middle(layer: nn.Module, bank: SiteBank, reading: Reading) -> None:
         bank.layer_input[: x.shape[0]].copy_(x)
 
     def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-        hidden, *rest = (output,) if isinstance(output, Tensor) else output
+        hidden, _ = output_parts(output)
         tokens = hidden.reshape(-1, bank.width).shape[0]
-        edited = steered(bank, hidden, bank.layer_input[:tokens].reshape(hidden.shape), scaled)
-        return edited if isinstance(output, Tensor) else (edited, *rest)
+        return with_hidden(output, steered(bank, hidden, bank.layer_input[:tokens].reshape(hidden.shape), scaled))
 
     layer.add_module("rudder_resid_mid", bank)
     layer.register_forward_pre_hook(before, with_kwargs=True)
@@ -143,14 +146,13 @@ def hook_mlp_input(layer: nn.Module, bank: SiteBank, reading: Reading) -> None:
         return replace_first_tensor(args, kwargs, lambda x: steered(bank, x))
 
     def finite(_module: nn.Module, _args: Any, output: Any) -> Any:
-        hidden, *rest = (output,) if isinstance(output, Tensor) else output
+        hidden, _ = output_parts(output)
         if hidden.dtype != torch.float16:
             return output
         flat = hidden.reshape(-1, bank.width)
         lost = ~flat.isfinite().all(1) & bank.edited[:, : len(flat)].any(0).any(1)
         bank.reject(lost)
-        kept = torch.where(lost[:, None], 0.0, flat).reshape(hidden.shape)
-        return kept if isinstance(output, Tensor) else (kept, *rest)
+        return with_hidden(output, torch.where(lost[:, None], 0.0, flat).reshape(hidden.shape))
 
     module.add_module("rudder_mlp_in", bank)
     module.register_forward_pre_hook(hook, with_kwargs=True)

@@ -124,8 +124,11 @@ def test_hub_name_is_its_local_snapshot(tmp_path: Path, monkeypatch: pytest.Monk
     weights = next((PRETRAINED / "textbook-lm").glob("*.safetensors")).name
     snapshot = hub_cache(tmp_path, "config.json", weights)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    checked = preflight.check(configuration.load(overrides={"engine.model": "org/small-lm"}))
-    assert checked.engine.model == str(snapshot)
+    for revision in ({}, {"engine.revision": "main"}):
+        checked = preflight.check(configuration.load(overrides={"engine.model": "org/small-lm"} | revision))
+        assert checked.engine.model == str(snapshot)
+        # `serve` checks before it imports vLLM, and the start of the engine once more.
+        assert preflight.check(checked) == checked
     from rudder.sae_models.bundle.bundle import model_sha256
     from rudder.server.engine.adapter import model_name
 
