@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run what needs a GPU: tests/gpu/card.sh [--tiny] [STEP...]   (CONTRIBUTING.md, "A GPU")
 #   OUT          folder of the results (build/card)
-#   VLLM_BUNDLE  folder of a vLLM in archives bundle-*.tar.xz, to be used in place of an installed one (build/gpu)
+#   VLLM_BUNDLE  folder of a vLLM in archives bundle-*.tar.xz, to be used in place of an installed one, and of wheels (build/gpu)
 #   PYTHON       interpreter (that of .venv, or python3)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -15,6 +15,10 @@ if compgen -G "$bundle/bundle-*.tar.xz" > /dev/null; then
     mkdir -p "$unpacked"
     for archive in "$bundle"/bundle-*.tar.xz; do
       tar -xJf "$archive" -C "$unpacked" || python3 -m tarfile -e "$archive" "$unpacked"
+    done
+    # Further packages, such as the peer of the trainer.
+    for wheel in "$bundle"/*.whl; do
+      if [ -e "$wheel" ]; then python3 -m zipfile -e "$wheel" "$unpacked"; fi
     done
     touch "$unpacked/complete"
   fi

@@ -29,7 +29,9 @@ class Selection:
         """Return the command line; results are written as JUnit XML."""
         paths = [f"tests/engine/{file}" for file in self.files]
         more = ["-k", self.keyword] if self.keyword else []
-        return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}", *more, *paths]
+        # Also those marked long, as some of the compiled ones are.
+        options = ["-q", "-p", "no:cacheprovider", "-m", "long or not long", f"--junitxml={results}"]
+        return [sys.executable, "-m", "pytest", *options, *more, *paths]
 
 
 TRAPS = ("test_traps.py", "test_async_scheduling.py")

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from math import isfinite
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from rudder.sae_models.architectures import ARCHITECTURES
 from rudder.sae_models.sparse import kernels
 from rudder.sae_models.training import trainer
+from tests.gpu import peer
 from tests.gpu.report import NO_GPU, Figures, Report, arguments
 
 CASES = ("topk", "batch_topk", "jumprelu")
@@ -89,9 +89,23 @@ def training(case: str, size: Size, device: torch.device, product_s: float) -> F
     seconds = seconds_of(lambda: losses.append(float(run.step(x).fvu)), size)
     if not isfinite(losses[-1]):
         raise AssertionError(f"FVU is not finite: {losses}")
-    memory = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}
     share = {"share_of_product": product_s / seconds} if product_s else {}
-    return {"tok_s": size.batch / seconds, "ms": 1e3 * seconds} | share | {"fvu": losses[-1]} | memory
+    return {"tok_s": size.batch / seconds, "ms": 1e3 * seconds, **share, "fvu": losses[-1], **peak_memory(device)}
+
+
+def peer_training(size: Size, device: torch.device) -> Figures:
+    """Measure a training step of sparsify, with its own Triton kernels on a GPU, on the same activations."""
+    step = peer.step(activations(size, device), size.latents, size.k)
+    losses: list[float] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = seconds_of(lambda: losses.append(float(step())), size)
+    return {"tok_s": size.batch / seconds, "ms": 1e3 * seconds, "fvu": losses[-1], **peak_memory(device)}
+
+
+def peak_memory(device: torch.device) -> Figures:
+    """Return the GPU memory allocated at most since the last reset."""
+    return {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}
 
 
 def kernel_errors(size: Size) -> Figures:
@@ -153,8 +167,10 @@ def main() -> int:
         report.not_run("speed and peak memory at 65,536 x 4,096", NO_GPU)
     else:
         report.run("Triton kernels equal the dense path", lambda: kernel_errors(size))
-    reason = "no step is written for it yet" if find_spec("sparsify") else "the package is not installed"
-    report.not_run("sparsify's kernel", reason)
+    if peer.is_installed():
+        report.run(f"{peer.NAME}: topk{suffix}", lambda: peer_training(size, device))
+    else:
+        report.not_run(f"{peer.NAME}: topk", "the package is not installed")
     return report.exit_status()
 
 
