@@ -83,7 +83,7 @@ class LayerProbe:
         """Record the layer's input and replace it."""
         hidden, residual, index = self.read_input(args, kwargs)
         self.seen.calls += 1
-        self.dtype = hidden.dtype
+        self.dtype, self.device = hidden.dtype, hidden.device
         self.seen.arrived = [self.flat(hidden), self.flat(residual)]
         if self.change.hidden is not None:
             value = as_like(self.change.hidden, hidden)
@@ -144,7 +144,7 @@ class LayerProbe:
         """Draw normal vectors [tokens, d]: the same on every rank and device."""
         x = torch.randn(self.tokens, self.width, generator=self.generator) * scale
         # What the layer's data type can hold, so that sums and differences are exact where it matters.
-        return x.to(self.dtype).float()
+        return x.to(self.device, self.dtype).float()
 
 
 def as_like(x: Tensor, other: Tensor) -> Tensor:

@@ -266,6 +266,9 @@ def start_engine_process(args: AsyncEngineArgs, *, plain: bool = False) -> Async
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
     os.environ.setdefault("VLLM_RPC_BASE_PATH", socket_folder())
+    # Fork, vLLM's default on CUDA, takes along the state of OpenMP but not its threads: the first large operation of
+    # the engine process then waits for them for ever, if this process has had one.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     try:
         with receiver, sender, target_of_engine_process(Target(EngineCoreProc.run_engine_core, sender)):
             try:

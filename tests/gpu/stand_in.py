@@ -13,7 +13,8 @@ SITE, WIDTH, LATENTS = "layers.2.resid_post", 192, 4096
 
 def ensure_bundle(folder: Path = SHIPPED) -> bool:
     """Write a bundle of random directions unless there is one; return whether it was written."""
-    if folder.exists():
+    # The folder itself may be there, empty.
+    if (folder / "manifest.json").exists():
         return False
     model = bundles.Model("textbook-lm", bundles.model_sha256(MODEL), WIDTH)
     write_bundle(folder, SITE, WIDTH, LATENTS, model=model).catalogue.close()

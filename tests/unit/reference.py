@@ -25,6 +25,7 @@ WIDTH = 8
 LATENTS = 12
 BUNDLE = "toy"
 TINY = 1e-12
+CPU = torch.device("cpu")
 
 
 def grid(rng: Random, *shape: int, step: float = 0.5, top: int = 2) -> Floats:
@@ -41,10 +42,12 @@ def toy_sae(rng: Random) -> SAE:
     return SAE(*tensors)
 
 
-def make_driver(layout: Layout, sae: SAE, max_tokens: int = 48, width: int = WIDTH) -> Driver:
+def make_driver(
+    layout: Layout, sae: SAE, max_tokens: int = 48, width: int = WIDTH, device: torch.device = CPU
+) -> Driver:
     """Return a driver with banks built like in the worker."""
-    driver = Driver(layout, build_banks(layout, width, max_tokens, torch.device("cpu")))
-    driver.load_sae(BUNDLE, sae)
+    driver = Driver(layout, build_banks(layout, width, max_tokens, device))
+    driver.load_sae(BUNDLE, sae.to(device))
     return driver
 
 
@@ -62,7 +65,7 @@ def run_step(
     for site, bank in enumerate(driver.banks):
         parts = [xs[i][site, start : start + length] for i, start, length in chunks]
         x = torch.tensor(np.concatenate([*parts, np.full((padding, WIDTH), np.nan)]), dtype=torch.float32)
-        move = bank(x).double().numpy()
+        move = bank(x.to(bank.encoder.device)).cpu().double().numpy()
         for (request_id, _, length), offset in zip(chunks, np.cumsum(lengths) - lengths, strict=True):
             moves[request_id].append(move[offset : offset + length])
     return {request_id: np.stack(parts) for request_id, parts in moves.items()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rudder.sae_models.activations.layers import Reading, UnknownLayout
 from rudder.sae_models.activations.measure import measure
 from rudder.sae_models.hookpoints import POINTS
+from tests.unit.pretended_gpu import DEVICE, pretended_gpu
 
 WIDTH, TOKENS, DEPTH = 32, 16, 3
 
@@ -60,18 +61,27 @@ def random_layers(kind: type[nn.Module], *args: Any) -> nn.ModuleList:
     return layers
 
 
-def readings_of(layers: nn.ModuleList, dtype: torch.dtype = torch.float32) -> dict[int, Reading]:
+def readings_of(
+    layers: nn.ModuleList, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> dict[int, Reading]:
     """Measure all layers in a model that passes on what they return."""
-    embedded = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    embedded = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
     def run() -> None:
         hidden: Any = embedded.clone()
         residual = None
         for layer in layers:
-            output = layer(torch.arange(TOKENS), hidden, residual)
+            output = layer(torch.arange(TOKENS, device=device), hidden, residual)
             hidden, residual = (output, None) if isinstance(output, Tensor) else output
 
-    return measure(layers.to(dtype), range(DEPTH), TOKENS, WIDTH, run)
+    return measure(layers.to(device, dtype), range(DEPTH), TOKENS, WIDTH, run)
+
+
+@pytest.mark.parametrize("returns", ["tensor", "pair", "stale"])
+def test_layers_on_another_device_are_measured_there(returns: str) -> None:
+    on_cpu = readings_of(random_layers(Layer, returns, 0.22, True, False))
+    with pretended_gpu():
+        assert readings_of(random_layers(Layer, returns, 0.22, True, False), device=DEVICE) == on_cpu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from vllm.platforms import current_platform
+from vllm.utils.system_utils import get_mp_context
 from vllm.v1.engine.core import EngineCoreProc
 
 from rudder.sae_models.errors import UserError
@@ -99,6 +100,20 @@ def test_engine_process_that_was_killed_is_reported(start: Any) -> None:
 
     with pytest.raises(EngineStartError, match="-9"):
         start(failing)
+
+
+def test_engine_process_is_not_forked(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked process has the state of this one's OpenMP threads, and waits for them for ever."""
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    methods = []
+
+    def look(_: Target) -> None:
+        methods.append(get_mp_context().get_start_method())
+        raise RuntimeError("Engine core initialization failed.")
+
+    with pytest.raises(EngineStartError):
+        start(look)
+    assert methods == ["spawn"]
 
 
 def test_vllm_s_refusal_is_an_error_of_the_user_and_a_bug_is_not(start: Any) -> None:
