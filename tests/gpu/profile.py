@@ -27,7 +27,7 @@ from tests.gpu import trace
 from tests.gpu.report import NO_GPU, Figures, Report, arguments
 
 FULL = Load(
-    shape="llama-8b-4-layers", requests=256, prompt_tokens=64, new_tokens=96, programs=256, sites=4, latents=65536
+    shape="llama-8b-4-layers", requests=256, prompt_tokens=64, new_tokens=96, programs=256, sites=4, latents=4096
 )
 TINY: dict[str, Any] = {
     "shape": "tiny", "requests": 2, "prompt_tokens": 8, "new_tokens": 24, "programs": 2, "sites": 2, "rows": 160,
