@@ -4,6 +4,7 @@ The banks are on PyTorch's `meta` device, whose tensors have no values: to look 
 between the host and the device is counted.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -21,7 +22,7 @@ from rudder.server.engine.worker.reader import PendingFrame, Readable, Reader
 from rudder.server.engine.worker.worker import build_banks
 from rudder.server.program import wire
 from rudder.server.program.layout import Layout
-from tests.gpu.waits import UnpinnedCopies
+from tests.gpu.waits import SYNCHRONISES, UnpinnedCopies, Watch
 from tests.unit.reference import BUNDLE, WIDTH, toy_sae
 
 META = torch.device("meta")
@@ -143,6 +144,32 @@ def test_steady_decoding_copies_each_column_once_and_nothing_to_the_device(devic
     assert len(device.pinned) == 0
     assert set(frame.values.copies) == {(name, 0) for name in ("activations", "flags", "rejected", "statistics")}
     assert len(device.to_host) == 4
+
+
+def test_the_gpu_card_notes_each_place_while_it_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's warnings stand in for CUDA's."""
+    modes: list[object] = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    watch = Watch()
+
+    def step(value: int) -> int:
+        warnings.warn(SYNCHRONISES, stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+        torch.empty(1, device=META).copy_(torch.ones(1))
+        return value
+
+    watched = watch.over(step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert watched(1) == 1
+    assert not watch.places
+    watch.on = True
+    assert watched(2) == 2
+    assert modes == ["warn", 0]
+    copied, synchronised = sorted(watch.places)
+    assert copied.startswith("aten.copy_.default at ")
+    assert synchronised.startswith("test_waits.py:")
 
 
 @pytest.mark.parametrize(
