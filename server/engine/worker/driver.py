@@ -151,6 +151,13 @@ class Step:
         self.excluded = np.concatenate(excluded)
         self.all_counted = not self.uncounted.any()
 
+    def frozen(self) -> "Step":
+        """Return the step as it is now. In steady decoding the driver carries it on."""
+        # `copy.copy` takes as long as a gather.
+        step = object.__new__(Step)
+        vars(step).update(vars(self))
+        return step
+
     @property
     def requests(self) -> list[RequestState | None]:
         """The requests in batch order; None for one without a payload."""

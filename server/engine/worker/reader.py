@@ -6,7 +6,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,9 +186,8 @@ class Reader:
         values: dict[Name, Tensor] = {(name, 0): gather.values() for name, gather in gathers.items()}
         values |= {("pinned", site): self.pinned_activations(site, step) for site in self.pinned}
         captures = self.read_captures(readers, values)
-        # A copy: in steady decoding the driver carries the step on.
         return PendingFrame(
-            packed(released, "<i8"), copy(step), continues, gathers, HostCopy(values), captures, tuple(self.pinned),
+            packed(released, "<i8"), step.frozen(), continues, gathers, HostCopy(values), captures, tuple(self.pinned),
             self.read_top(step, readers),
         )  # fmt: skip
 

@@ -124,6 +124,20 @@ def test_frames_sent_late_equal_those_sent_at_once(channel: tuple[Sender, Receiv
     assert not outbox.pending
 
 
+@pytest.mark.usefixtures("late")
+def test_top_k_latents_alone_wait_for_their_residuals() -> None:
+    """They are computed on a stream of their own, and no other column makes the host wait for them."""
+    driver = make_driver(LAYOUT, toy_sae(Random(0)))
+    driver.admit("all", 1, wire.Request(3, TOKENS, False, ((), ()), True, top_k=2, top_k_sites=(0,)))
+    reader = Reader(driver.banks)
+    reader.dictionaries[0] = Readable(prepare_screening(driver.saes[BUNDLE]), [0])
+    run_step(driver, [("all", 0, 3)], residuals())
+    pending = reader.read(driver.step, ())
+    assert Pending.waits == 0
+    assert pending.frame(0).top_values
+    assert Pending.waits == 1
+
+
 class Tokens(AsyncModelRunnerOutput):
     """The output of a step on its way to the host."""
 
