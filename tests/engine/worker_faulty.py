@@ -86,18 +86,18 @@ def no_policy(patch: Any, _: str) -> None:
 
 
 def wrong_latents(patch: Any, _: str) -> None:
-    strongest = reader.Reader.strongest
+    strongest = reader.strongest
 
     def shifted(*args: Any) -> Any:
         latents, values = strongest(*args)
         return latents[:, ::-1].copy(), values
 
-    patch(reader.Reader, "strongest", shifted)
+    patch(reader, "strongest", shifted)
 
 
 def nothing_counted(patch: Any, _: str) -> None:
-    flags = reader.Reader.flags
-    patch(reader.Reader, "flags", lambda *args: 0 * flags(*args).astype("u1"))
+    filled = reader.Gather.filled
+    patch(reader.Gather, "filled", lambda *args: 0 * values if (values := filled(*args)).dtype == bool else values)
 
 
 def half_read(patch: Any, _: str) -> None:

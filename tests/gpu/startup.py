@@ -2,15 +2,17 @@
 
 import asyncio
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from rudder.server import config as configuration
-from rudder.server.engine import adapter, selftest
+from rudder.server.engine import adapter, selftest, supported
 from rudder.server.engine.adapter import SamplingParams
 from rudder.server.engine.call import Call
 from rudder.server.engine.engine import Engine
@@ -22,6 +24,8 @@ from tests.gpu.stand_in import SITE, ensure_bundle
 
 PROMPT_TOKENS, NEW_TOKENS = 40, 48
 CACHE_BYTES = 1 << 28
+WATCHED_WORKER = "tests.gpu.worker_watched.Worker"
+WAITS = "no step waits for the device"
 
 
 def environment() -> Figures:
@@ -75,6 +79,29 @@ def graphs(engine: Engine) -> Figures:
     return figures
 
 
+@contextmanager
+def watched_worker() -> Iterator[None]:
+    """Within this context, engines start with a worker that notes where its steps wait for the device."""
+    args = adapter.engine_args
+    checks = tuple(check for check in supported.CHECKS if check[0] != "parallel_config.worker_cls")
+    with (
+        patch.object(adapter, "engine_args", lambda *a: replace(args(*a), worker_cls=WATCHED_WORKER)),
+        patch.object(supported, "CHECKS", checks),
+    ):
+        yield
+
+
+async def waits(engine: Engine) -> Figures:
+    """Require that no step waits for the device in all that a site's self-test and a steered stream do."""
+    await engine.llm.collective_rpc("rudder_watch")
+    await selftest.check_site(engine, engine.registry.layout.sites.index(SITE), SITE, 0)
+    await steered_stream(engine)
+    places = sorted({place for places in await engine.llm.collective_rpc("rudder_waits") for place in places})
+    if places:
+        raise AssertionError(f"the host waits for the device at {', '.join(places)}")
+    return {}
+
+
 async def steered_stream(engine: Engine) -> Figures:
     """Compare every token that a program edited in a stream with the formula in plain PyTorch."""
     number = engine.registry.layout.sites.index(SITE)
@@ -110,7 +137,8 @@ def main() -> int:
 
     def start() -> Figures:
         stand_in = ensure_bundle()
-        engines.append(loop.run_until_complete(start_engine(config_of(options.tiny))))
+        with nullcontext() if options.tiny else watched_worker():
+            engines.append(loop.run_until_complete(start_engine(config_of(options.tiny))))
         return {"sites": len(engines[0].registry.layout.sites), "bundle": "random" if stand_in else "shipped"}
 
     def with_engine(part: Callable[[Engine], Any]) -> Callable[[], Figures]:
@@ -122,8 +150,10 @@ def main() -> int:
         report.run(name, with_engine(part))
     if options.tiny:
         report.not_run("CUDA graphs, V2 runner", NO_GPU)
+        report.not_run(WAITS, NO_GPU)
     elif engines:
         report.run("CUDA graphs, V2 runner", lambda: graphs(engines[0]))
+        report.run(WAITS, with_engine(waits))
     for engine in engines:
         loop.run_until_complete(engine.stop())
     return report.exit_status()

@@ -215,8 +215,9 @@ class SiteBank(nn.Module):
         sizes = [sae.latents for sae in self.dictionaries]
         self.first_columns = dict(zip(dictionaries, (sum(sizes[:i]) for i in range(len(sizes))), strict=True))
         self.normalisations = tuple({sae.normalisation for sae in self.dictionaries} - {Normalisation.NONE})
-        self.register_buffer("normalisation", torch.zeros(rows, dtype=torch.int64), persistent=False)
-        self.register_buffer("column", torch.full((rows,), -1), persistent=False)
+        device = self.sequences.state.device
+        self.register_buffer("normalisation", torch.zeros(rows, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("column", torch.full((rows,), -1, device=device), persistent=False)
 
     def allocate_layer_input(self) -> None:
         """Allocate a buffer [max tokens, d] for the layer's input: a site behind the attention branch adds to it."""
@@ -232,17 +233,22 @@ class SiteBank(nn.Module):
         self.sequences.rejections.add_(lost.any())
 
     def fill(self, places: Tensor, rows: Rows, name: str, latents: Tensor) -> None:
-        """Load row places [n] with latents [n] of the bundle `name`, or with a client's own rows if it is empty."""
-        places = places.to(self.encoder.device, non_blocking=True)
+        """Load row places [n] with latents [n] of the bundle `name`, or with a client's own rows if it is empty.
+
+        All tensors are on the bank's device.
+        """
         for buffer, value in zip((self.encoder, self.bias, self.threshold, self.decoder), rows, strict=True):
-            buffer.index_copy_(0, places, value.to(buffer.device, non_blocking=True))
+            buffer.index_copy_(0, places, value)
         if not self.dictionaries:
             return
         sae = dict(zip(self.first_columns, self.dictionaries, strict=True)).get(name)
         kind = sae.normalisation if sae else Normalisation.NONE
-        self.normalisation[places] = 1 + self.normalisations.index(kind) if kind in self.normalisations else 0
-        whole = sae is not None and not sae.exact
-        self.column[places] = self.first_columns[name] + latents.to(places.device) if whole else -1
+        number = 1 + self.normalisations.index(kind) if kind in self.normalisations else 0
+        self.normalisation.index_fill_(0, places, number)
+        if sae is not None and not sae.exact:
+            self.column.index_copy_(0, places, self.first_columns[name] + latents)
+        else:
+            self.column.index_fill_(0, places, -1)
 
     def gain(self, x: Tensor) -> Tensor | None:
         """Factor on each row's input [T, K]; None where it is 1 for all rows."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from sys import maxsize
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from rudder.sae_models.operations import TOKEN
 from rudder.sae_models.sae import SAE, Candidates, Rows
 from rudder.server.engine.ledger import Lease, Ledger
 from rudder.server.engine.worker.bank import SiteBank
+from rudder.server.engine.worker.transfer import to_device
 from rudder.server.program import wire
 from rudder.server.program.layout import Layout
 from rudder.server.program.parameters import edit_parameters, entry_parameters
@@ -151,6 +151,13 @@ class Step:
         self.excluded = np.concatenate(excluded)
         self.all_counted = not self.uncounted.any()
 
+    def frozen(self) -> "Step":
+        """Return the step as it is now. In steady decoding the driver carries it on."""
+        # `copy.copy` takes as long as a gather.
+        step = object.__new__(Step)
+        vars(step).update(vars(self))
+        return step
+
     @property
     def requests(self) -> list[RequestState | None]:
         """The requests in batch order; None for one without a payload."""
@@ -214,21 +221,23 @@ class Driver:
         for site, row in lease.unfilled:
             groups.setdefault((site, row.bundle), []).append(row)
         for (site, bundle), rows in groups.items():
-            places = torch.tensor([lease.places[site, row] for row in rows])
-            latents = torch.tensor([row.latent for row in rows])
-            loaded = self.saes[bundle].rows(latents) if bundle else raw_rows(rows, self.banks[site].width)
+            numbers = np.array([(lease.places[site, row], row.latent) for row in rows], np.int64)
+            places, latents = to_device(numbers.T.copy(), self.token.device)
+            loaded = (
+                self.saes[bundle].rows(latents) if bundle else raw_rows(rows, self.banks[site].width, self.token.device)
+            )
             self.banks[site].fill(places, loaded.rows if isinstance(loaded, Candidates) else loaded, bundle, latents)
 
     def write_entries(self, state: RequestState) -> None:
         """Write the entries of a request's slot, for prompt and generated tokens, at every site that it uses."""
+        device = self.token.device
         for stage, sites in enumerate(state.request.stages):
             for site in sites:
                 bank, places = self.banks[site.site], state.places(site)
                 for entries, prompt in entries_of(state.lease.slot, site):
-                    edits = torch.from_numpy(edit_parameters(site, places, self.layout.rows, prompt))
-                    entry = torch.from_numpy(entry_parameters(site, places, prompt))
-                    bank.edits[stage, entries].copy_(edits, non_blocking=True)
-                    bank.entries[stage, entries].copy_(entry, non_blocking=True)
+                    edits = edit_parameters(site, places, self.layout.rows, prompt)
+                    bank.edits[stage, entries].copy_(to_device(edits, device))
+                    bank.entries[stage, entries].copy_(to_device(entry_parameters(site, places, prompt), device))
 
     def finish(self, request_id: str) -> None:
         """Release all that a finished or aborted request holds."""
@@ -377,20 +386,14 @@ def entries_of(slot: int, site: wire.Site) -> tuple[tuple[slice, bool], ...]:
     return (slice(2 * slot, 2 * slot + 1), True), (slice(2 * slot + 1, 2 * slot + 2), False)
 
 
-def raw_rows(rows: Sequence[wire.Row], width: int) -> Rows:
+def raw_rows(rows: Sequence[wire.Row], width: int, device: torch.device) -> Rows:
     """Return rows that carry their own vectors."""
-    encoder = torch.stack([raw_vector(row.encoder, width) for row in rows])
-    decoder = torch.stack([raw_vector(row.decoder, width) for row in rows])
-    bias, threshold = torch.tensor([row.bias for row in rows]), torch.tensor([row.threshold for row in rows])
-    return Rows(encoder, bias, threshold, decoder)
+    encoder = np.stack([raw_vector(row.encoder, width) for row in rows])
+    decoder = np.stack([raw_vector(row.decoder, width) for row in rows])
+    bias, threshold = np.array([(row.bias, row.threshold) for row in rows], np.float32).T
+    return Rows(*(to_device(values, device) for values in (encoder, bias, threshold, decoder)))
 
 
-def raw_vector(data: bytes, width: int) -> Tensor:
+def raw_vector(data: bytes, width: int) -> NDArray[np.float32]:
     """Decode a little-endian float32 vector; zeros if there are no bytes."""
-    return torch.from_numpy(np.frombuffer(data, "<f4").copy()) if data else torch.zeros(width)
-
-
-def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Copy to the device without waiting for it."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return np.frombuffer(data, "<f4") if data else np.zeros(width, np.float32)

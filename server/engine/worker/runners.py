@@ -61,6 +61,24 @@ def v2_batch_order(batch: Any) -> BatchOrder:
     return batch.req_ids, starts.astype(np.int64), lengths.astype(np.int64)
 
 
+def announced(output: Any, announce: Callable[[], None]) -> Any:
+    """Call `announce` before vLLM has the output of a step: now, or when it collects one that is still computed.
+
+    vLLM collects the outputs of its steps in order, each once. None: a later call of the runner returns the output.
+    """
+    collect = getattr(output, "get_output", None)
+    if collect:
+
+        def get_output() -> Any:
+            announce()
+            return collect()
+
+        output.get_output = get_output
+    elif output is not None:
+        announce()
+    return output
+
+
 def without_cuda_graphs(runner: Any) -> Callable[[], None]:
     """Run the model without CUDA graphs, in whose replay no hook runs; return a function that ends this.
 

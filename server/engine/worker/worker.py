@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from multiprocessing import parent_process
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +23,7 @@ from rudder.server.engine.worker.bank import Sequences, SiteBank
 from rudder.server.engine.worker.driver import Driver, Step
 from rudder.server.engine.worker.dummy import measure_layers
 from rudder.server.engine.worker.hooks import attach, decoder_layers, layer_numbers
+from rudder.server.engine.worker.outbox import Outbox
 from rudder.server.engine.worker.reader import Readable, Reader
 from rudder.server.engine.worker.witness import Witness
 from rudder.server.program import wire
@@ -72,7 +74,7 @@ class SteeringWorker:
         self.driver, self.reader = Driver(layout, banks), Reader(banks)
         for name, bundle in self.bundles.items():
             self.serve_bundle(name, bundle)
-        self.sender: Sender | None = None
+        self.outbox: Outbox | None = None
         self.released: list[int] = []
         runners.install(self.model_runner, self.driver.write_token_metadata)
         logger.info(
@@ -93,15 +95,22 @@ class SteeringWorker:
         )  # fmt: skip
 
     def execute_model(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
-        """Run one step: release and admit requests, run the model, send the step's frame."""
+        """Run one step: release and admit requests, run the model, begin to read the step's frame."""
         self.released += self.update_requests(scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         ran = scheduler_output.total_num_scheduled_tokens > 0
-        if self.sender and (ran or self.released):
-            step = self.driver.step if ran else Step()
-            self.sender.send(self.reader.frame(self.sender.sequence, step, self.released))
+        if self.outbox and (ran or self.released):
+            self.outbox.put(self.reader.read(self.driver.step if ran else Step(), self.released))
             self.released = []
-        return output
+        return self.behind_frames(output)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample the tokens of the step that ran last."""
+        return self.behind_frames(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
+
+    def behind_frames(self, output: Any) -> Any:
+        """Let vLLM have a step's output behind the frames of this step and of those before it."""
+        return runners.announced(output, partial(self.outbox.send, self.outbox.frames)) if self.outbox else output
 
     def update_requests(self, scheduler_output: "SchedulerOutput") -> list[int]:
         """Release finished requests and admit new ones; return the handles released."""
@@ -127,16 +136,18 @@ class SteeringWorker:
         request = wire.decode(payload)
         self.driver.admit(PINNED_REQUEST, PINNED_HANDLE, request)
         state = self.driver.requests[PINNED_REQUEST]
-        self.reader.pinned = {site.site: [state.places(site)[row] for row in site.watch] for site in request.stages[0]}
+        self.reader.pin({site.site: [state.places(site)[row] for row in site.watch] for site in request.stages[0]})
 
     def rudder_connect(self, address: str, key: bytes) -> None:
         """Open the telemetry channel, from rank 0 only, since all ranks see the same. Frames count from 0."""
         if self.rank == 0:
-            self.sender = Sender(address, key)
+            self.outbox = Outbox(Sender(address, key))
             logger.info("telemetry connected")
 
     def rudder_holds(self, handle: int) -> bool:
-        """Whether the worker knows this request."""
+        """Whether the worker knows this request. If not, all frames that name it are sent."""
+        if self.outbox:
+            self.outbox.send(self.outbox.frames)
         return handle in self.driver.ledger.leases
 
     def rudder_witness(self, boundaries: tuple[int, ...]) -> dict[tuple[int, int], bytes]:

@@ -305,7 +305,7 @@ def test_the_frame_names_each_rejected_edit_and_token() -> None:
         for bank in driver.banks:
             bank(torch.ones(len(ids) * TOKENS, WIDTH))
         columns: list[list[int]] = (
-            np.frombuffer(reader.frame(0, driver.step, ()).rejected, "<i8").reshape(-1, len(REJECTED)).tolist()
+            np.frombuffer(reader.read(driver.step, ()).frame(0).rejected, "<i8").reshape(-1, len(REJECTED)).tolist()
         )
         return columns
 

@@ -56,7 +56,7 @@ class Worker:
         x = torch.cat([*(xs[i][start : start + length] for i, start, length in parts), torch.zeros(PADDING, WIDTH)])
         for bank in self.driver.banks:
             bank(x)
-        self.hub.take(self.reader.frame(self.frames, self.driver.step, ()))
+        self.hub.take(self.reader.read(self.driver.step, ()).frame(self.frames))
         self.frames += 1
 
     def features(self) -> dict[str, Features]:

@@ -119,7 +119,7 @@ def test_metadata_reused_in_decode_steps_equals_metadata_written_anew(seed: int)
         assert not driver.token[[TOKEN.index("entry"), TOKEN.index("slot")], driver.step.tokens :].any()
         # A step without a frame, as before the telemetry is connected, is not taken for one that had a frame.
         if rng.random() < 0.9:
-            positions.take(reader.frame(0, driver.step, ()))
+            positions.take(reader.read(driver.step, ()).frame(0))
             assert positions.parts == [(1 + list(requests).index(name), at[name], lengths[name]) for name in running]
         for name in running:
             at[name] += lengths[name]
@@ -234,7 +234,7 @@ def test_the_frame_counts_tokens_edited_by_each_edit() -> None:
     driver = driver_of(a=wire.Request(3, 8, True, ((own,), (policy,))), b=adding(2.0))
     x = {name: grid(Random(3), 2, 8, WIDTH, top=4) for name in ("a", "b")}
     run_step(driver, [("b", 0, 2), ("a", 0, 5)], x)
-    frame = Reader(driver.banks).frame(7, driver.step, [4])
+    frame = Reader(driver.banks).read(driver.step, [4]).frame(7)
     assert np.frombuffer(frame.handles, "<i8").tolist() == [2, 1]
     assert np.frombuffer(frame.starts, "<i4").tolist() == [0, 0]
     assert np.frombuffer(frame.lengths, "<i4").tolist() == [2, 5]
@@ -278,7 +278,7 @@ def test_the_frame_counts_open_gates_and_has_their_statistics(name: str, chunks:
     reader = Reader(driver.banks)
     for length in chunks:
         run_step(driver, [("other", start, length), ("a", start, length), ("free", start, length)], x)
-        frame = reader.frame(start, driver.step, [])
+        frame = reader.read(driver.step, []).frame(start)
         flags = np.frombuffer(frame.flags, "u1")[length:].reshape(length, 4)
         opened += flags[:, 2:].tolist()
         touched += flags[:, :2].tolist()

@@ -75,7 +75,7 @@ def test_reports_leave_out_excluded_tokens(seed: int) -> None:
     for number, (start, length) in enumerate(([(0, rng.randint(1, PROMPT))] if rng.random() < 0.5 else []) + chunks):
         order = rng.choice((("r", "other"), ("other", "r")))
         moved = run_step(driver, [(name, start, length) for name in order], xs)
-        hub.take(reader.frame(number, driver.step, ()))
+        hub.take(reader.read(driver.step, ()).frame(number))
         assert inbox.statistics_at(start + length) == (request.counted_before(start + length),)
         for name, move in moved.items():
             run.setdefault(name, np.zeros((2, TOKENS, WIDTH)))[:, start : start + length] = move
@@ -160,14 +160,14 @@ def test_totals_of_pinned_rows_leave_out_excluded_tokens(chunks: list[tuple[int,
     pinned = wire.Site(0, (ALWAYS, LATENT), watch=(0, 1))
     driver.admit("pinned", 0, wire.Request(0, 0, False, ((pinned,),)))
     reader = Reader(driver.banks)
-    reader.pinned = {0: driver.requests["pinned"].places(pinned)}
+    reader.pin({0: driver.requests["pinned"].places(pinned)})
     driver.admit("r", 1, wire.Request(PROMPT, TOKENS, True, ((),), excluded=(2, 3, 7)))
     x = grid(Random(5), 2, TOKENS, WIDTH, top=4)
     x[:, [2, 3, 7]] = 1e4
     totals = []
     for number, (start, length) in enumerate(chunks):
         run_step(driver, [("r", start, length)], {"r": x})
-        totals.append(totals_of(reader.frame(number, driver.step, ())))
+        totals.append(totals_of(reader.read(driver.step, ()).frame(number)))
     f = driver.saes[BUNDLE].encode(torch.tensor(x[0, [1, 4, 5, 6, 8]], dtype=torch.float32))[:, 2]
     sums = {name: np.sum([total[name] for total in totals], 0).tolist() for name in ("active_tokens", "tokens", "sum")}
     assert sums == {
@@ -187,7 +187,7 @@ def test_chunks_of_equal_length_do_not_share_the_gap_of_bos() -> None:
     inbox = hub.open(1, request)
     for number, start in enumerate((0, 3, 6)):
         run_step(driver, [("r", start, 3)], {"r": np.zeros((2, TOKENS, WIDTH))})
-        hub.take(reader.frame(number, driver.step, ()))
+        hub.take(reader.read(driver.step, ()).frame(number))
     assert inbox.flagged_before(9) == ((8, 8), (8,))
 
 
