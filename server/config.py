@@ -49,6 +49,10 @@ class Engine(Section, frozen=True):
     capture_tokens: Annotated[
         Positive | None, Meta(description="tokens per step whose residuals can be captured; null: all")
     ] = None
+    bank_backend: Annotated[
+        Literal["auto", "torch", "triton"],
+        Meta(description="what computes the bank; auto: Triton kernels on a GPU, PyTorch operations elsewhere"),
+    ] = "auto"
     max_num_seqs: Annotated[Positive, Meta(description="maximum number of sequences in a batch")] = 128
     max_model_len: Annotated[
         Annotated[int, Meta(ge=2, le=MAX_COUNT)] | None,

@@ -217,7 +217,7 @@ def layout_of(config: Config, served: dict[str, Bundle]) -> Layout:
     loaded = [(name, str(bundle.path.resolve()), bundle.sha256) for name, bundle in served.items()]
     return Layout(
         tuple(sites), engine.rows, engine.slots, 2 if config.policies.folder else 1, engine.window,
-        engine.sequence_sites, engine.capture_tokens, tuple(whole), tuple(loaded),
+        engine.sequence_sites, engine.capture_tokens, tuple(whole), tuple(loaded), engine.bank_backend,
     )  # fmt: skip
 
 

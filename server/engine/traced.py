@@ -13,6 +13,7 @@ TRACED = (
     WORKER / "bank.py",
     WORKER / "dummy.py",
     WORKER / "hooks.py",
+    WORKER / "kernels.py",
     SAE_MODELS / "activations" / "layers.py",
     SAE_MODELS / "activations" / "measure.py",
     SAE_MODELS / "activations" / "probe.py",

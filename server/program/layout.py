@@ -15,7 +15,7 @@ class Layout:
     sequence condition. `sequence_sites`: sites with sequence state, None: all. `capture_tokens`: tokens of a step whose
     residual can be read, None: all. `dictionaries`: (site, folder, SHA-256) of the bundles that the bank of their site
     holds whole. `bundles`: (name, folder, SHA-256) of all bundles: the worker loads them with the model, before the KV
-    cache takes the memory that is left.
+    cache takes the memory that is left. `backend`: of the bank's arithmetic, as in the configuration.
     """
 
     sites: tuple[str, ...]
@@ -27,6 +27,7 @@ class Layout:
     capture_tokens: int | None = None
     dictionaries: tuple[tuple[str, str, str], ...] = ()
     bundles: tuple[tuple[str, str, str], ...] = ()
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         unknown = [site for site in self.sites if not SITE.fullmatch(site)]

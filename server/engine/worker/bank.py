@@ -4,7 +4,10 @@ The graph does not depend on how many programs are in the batch, allocates no st
 host; a captured CUDA graph replays on these same buffers. Shapes: T tokens, d width, K row places, E entries, S stages.
 """
 
+import importlib
+import os
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from math import inf
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rudder.sae_models.edit import MAX_VALUE, Product, bounded_edit, by_name, entry_group, sequence_condition
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.hookpoints import parse
 from rudder.sae_models.operations import EDIT, GATE, IDENTITY_EDIT, IDENTITY_ENTRY, TOKEN
 from rudder.sae_models.sae import SAE, Normalisation, Rows, activations
@@ -97,13 +101,29 @@ def value_limit(layout: Layout, site: str, dtype: torch.dtype) -> float:
     return stream / branches if point in BRANCHES else stream
 
 
+def runs_triton(backend: str, device: torch.device) -> bool:
+    """Return whether the bank runs as Triton kernels (`kernels.py`) on a device, rather than as PyTorch operations.
+
+    Registers their operator. UserError: `backend` is "triton", which is not installed or does not run on the device.
+    """
+    installed = find_spec("triton") is not None
+    runs = installed and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    if backend == "triton" and not runs:
+        lacking = f"Triton does not run on {device.type}" if installed else "Triton is not installed"
+        raise UserError(f"engine.bank_backend: {lacking}")
+    if backend == "torch" or not runs:
+        return False
+    importlib.import_module("rudder.server.engine.worker.kernels")
+    return True
+
+
 class Sequences(nn.Module):
     """Sequence state of each stage and slot, for the one gate that a program may have; shared by all sites.
 
     state [S, slots], latched [S, slots] and ring [S, slots, window] are as they were before the step; is_open and the
     token_* buffers [S, max tokens] as they are after each of its tokens. max_length []: most tokens in this step of one
-    request with a sequence condition; 0: there is no such request. rejections []: counts up in every step and at every
-    site at which an edit was rejected.
+    request with a sequence condition; 0: there is no such request. rejections []: rises in every step and at every site
+    at which an edit was rejected.
     """
 
     state: Tensor
@@ -183,6 +203,7 @@ class SiteBank(nn.Module):
         self.limit = value_limit(layout, site, dtype)
         self.site, self.width, self.stages = site, width, layout.stages
         self.on_cpu = token.device.type == "cpu"
+        self.by_kernels = runs_triton(layout.backend, token.device)
         self.keeps_sequences = layout.keeps_sequences(site)
         self.scan_steps = (max_tokens - 1).bit_length()
         self.sequences = sequences
@@ -250,12 +271,11 @@ class SiteBank(nn.Module):
         else:
             self.column.index_fill_(0, places, -1)
 
-    def gain(self, x: Tensor) -> Tensor | None:
-        """Factor on each row's input [T, K]; None where it is 1 for all rows."""
+    def gains(self, x: Tensor) -> Tensor | None:
+        """Factor of each normalisation on its rows' input [T, kinds], the first 1; None where it is 1 for all rows."""
         if not self.normalisations:
             return None
-        gains = [torch.ones_like(x[:, :1]), *(input_gain(x, kind) for kind in self.normalisations)]
-        return torch.cat(gains, 1)[:, self.normalisation]
+        return torch.cat([torch.ones_like(x[:, :1]), *(input_gain(x, kind) for kind in self.normalisations)], 1)
 
     def encode(self, x: Tensor, gain: Tensor | None) -> Tensor:
         """Activations f [T, K] of x [T, d].
@@ -264,11 +284,14 @@ class SiteBank(nn.Module):
         encode of its whole dictionary.
         """
         rows = Rows(self.encoder, self.bias, self.threshold, self.decoder)
-        f = activations(x, rows, gain, self.product(inner=False))
+        f, encoded = activations(x, rows, gain, self.product(inner=False)), self.encoded(x)
+        return f if encoded is None else torch.where(self.column >= 0, encoded[:, self.column.clamp_min(0)], f)
+
+    def encoded(self, x: Tensor) -> Tensor | None:
+        """Activations [T, F] of the site's whole dictionaries; None where no row takes its own from there."""
         if all(sae.exact for sae in self.dictionaries):
-            return f
-        encoded = torch.cat([sae.encode(x) for sae in self.dictionaries], 1)
-        return torch.where(self.column >= 0, encoded[:, self.column.clamp_min(0)], f)
+            return None
+        return torch.cat([sae.encode(x) for sae in self.dictionaries], 1)
 
     def product(self, *, inner: bool) -> Product:
         """The matrix product in which row places are the inner dimension, or else the last."""
@@ -278,29 +301,46 @@ class SiteBank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Displacement x' - x [T, d] of x [T, d], both float32; T includes the padding of the batch."""
+        move_stage = self.move_by_kernels if self.by_kernels else self.move_by_formula
+        displacement = move_stage(0, x)
+        for stage in range(1, self.stages):
+            displacement = displacement + move_stage(stage, x + displacement)
+        return displacement
+
+    def move_by_formula(self, stage: int, x: Tensor) -> Tensor:
+        """Displacement [T, d] by one stage, whose input is x [T, d], as PyTorch operations."""
         tokens = x.shape[0]
         token = self.token[:, :tokens].long()
         columns = by_name(token, TOKEN, 0)
-        y, displacement = x, torch.zeros_like(x)
-        for stage in range(self.stages):
-            gain = self.gain(y)
-            f = self.encode(y, gain)
-            if stage == 0:
-                self.activations[:tokens].copy_(f)
-            entry = self.entries[stage, columns["entry"]]
-            edits = self.edits[stage, columns["entry"]]
-            is_open = self.gate(stage, f, edits, entry, token)
-            move, edited, rejected = bounded_edit(
-                y, f, self.decoder, edits, entry, is_open, gain, self.product(inner=True), self.limit
-            )
-            y = y + move
-            displacement = displacement + move
-            self.edited[stage, :tokens].copy_(edited)
-            self.rejected[stage, :tokens].copy_(rejected)
-            self.sequences.rejections.add_(rejected.any())
-        self.before.index_copy_(0, columns["capture"], x)
-        self.after.index_copy_(0, columns["capture"], y)
-        return displacement
+        gains = self.gains(x)
+        gain = None if gains is None else gains[:, self.normalisation]
+        f = self.encode(x, gain)
+        entry = self.entries[stage, columns["entry"]]
+        edits = self.edits[stage, columns["entry"]]
+        is_open = self.gate(stage, f, edits, entry, token)
+        move, edited, rejected = bounded_edit(
+            x, f, self.decoder, edits, entry, is_open, gain, self.product(inner=True), self.limit
+        )
+        self.edited[stage, :tokens].copy_(edited)
+        self.rejected[stage, :tokens].copy_(rejected)
+        self.sequences.rejections.add_(rejected.any())
+        if stage == 0:
+            self.activations[:tokens].copy_(f)
+            self.before.index_copy_(0, columns["capture"], x)
+        if stage == self.stages - 1:
+            self.after.index_copy_(0, columns["capture"], x + move)
+        return move
+
+    def move_by_kernels(self, stage: int, x: Tensor) -> Tensor:
+        """Displacement [T, d] by one stage, whose input is x [T, d], as Triton kernels."""
+        s = self.sequences
+        move: Tensor = torch.ops.rudder.steer_stage.default(
+            x, self.encoder, self.bias, self.threshold, self.decoder, self.edits, self.entries, self.token,
+            self.extent, self.activations, self.edited, self.rejected, self.before, self.after, s.state, s.latched,
+            s.ring, s.is_open, s.token_state, s.token_alarms, s.token_score, s.max_length, s.rejections,
+            self.normalisation, self.column, self.gains(x), self.encoded(x), self.limit, stage, self.keeps_sequences,
+        )  # fmt: skip
+        return move
 
     def gate(self, stage: int, f: Tensor, edits: Tensor, entry: Tensor, token: Tensor) -> Tensor:
         """Whether the program's gate is open at each token [T].

@@ -9,7 +9,7 @@ from rudder.server.engine.traced import code_digest
 
 
 def test_code_digest_covers_every_traced_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker, measured = {"bank.py", "hooks.py", "dummy.py"}, {"layers.py", "measure.py", "probe.py"}
+    worker, measured = {"bank.py", "hooks.py", "kernels.py", "dummy.py"}, {"layers.py", "measure.py", "probe.py"}
     assert {path.name for path in traced.TRACED} == worker | measured | {"edit.py", "operations.py", "sae.py"}
     copies = tuple(tmp_path / path.name for path in traced.TRACED)
     for copy, path in zip(copies, traced.TRACED, strict=True):
