@@ -21,16 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
-from rudder.sae_models.operations import ENTRY, TOKEN  # noqa: E402
-from rudder.sae_models.sae import SAE, Normalisation, TopK  # noqa: E402
-from rudder.server.engine.worker import kernels  # noqa: E402
-from rudder.server.engine.worker.driver import Driver  # noqa: E402
-from rudder.server.engine.worker.worker import build_banks  # noqa: E402
-from rudder.server.program import wire  # noqa: E402
-from rudder.server.program.layout import Layout  # noqa: E402
-from tests.unit.reference import BUNDLE, LATENTS, WIDTH, Floats, grid, random_request, run_step, toy_sae  # noqa: E402
-from tests.unit.server.engine.worker.test_bounds import program, steps, stream  # noqa: E402
-from tests.unit.server.engine.worker.test_bounds import LAYOUT as ALL_POINTS  # noqa: E402
+from rudder.sae_models.operations import ENTRY, TOKEN
+from rudder.sae_models.sae import SAE, Normalisation, TopK
+from rudder.server.engine.worker import kernels
+from rudder.server.engine.worker.driver import Driver
+from rudder.server.engine.worker.worker import build_banks
+from rudder.server.program import wire
+from rudder.server.program.layout import Layout
+from tests.unit.reference import BUNDLE, LATENTS, WIDTH, Floats, grid, random_request, run_step, toy_sae
+from tests.unit.server.engine.worker.test_bounds import LAYOUT as ALL_POINTS
+from tests.unit.server.engine.worker.test_bounds import program, steps, stream
 
 ROOT = Path(__file__).parents[2]
 SITES = ("layers.0.resid_post", "layers.1.mlp_out")
@@ -157,7 +157,9 @@ def test_edits_that_overflow_and_streams_that_are_not_finite(seed: int, dtype: t
     pair = Pair(layout, dtype=dtype)
     requests = [program(rng) for _ in range(3)]
     hooked = [
-        msgspec.structs.replace(request, stages=tuple(tuple(s for s in st if s.site < len(layout.sites)) for st in request.stages))
+        msgspec.structs.replace(
+            request, stages=tuple(tuple(s for s in st if s.site < len(layout.sites)) for st in request.stages)
+        )
         for request in requests
     ]
     pair.admit(dict(zip("abc", hooked, strict=True)))
@@ -186,7 +188,12 @@ def test_dictionaries_with_a_selection_or_a_normalisation(normalisation: Normali
     site = wire.Site(
         0,
         (*(wire.Row(BUNDLE, i) for i in range(LATENTS)), wire.Row(decoder=np.ones(WIDTH, "<f4").tobytes())),
-        (wire.Edit(0, scale=2.0), wire.Edit(3, shift=1.0, relative=True), wire.Edit(5, scale=0.0), wire.Edit(12, shift=1)),
+        (
+            wire.Edit(0, scale=2.0),
+            wire.Edit(3, shift=1.0, relative=True),
+            wire.Edit(5, scale=0.0),
+            wire.Edit(12, shift=1),
+        ),
         gate=wire.Gate(((4, 0.0), (5, 0.5)), wire.Sequence(4, decay=0.5, gain=0.5, level=0.1)),
     )
     pair.admit({"a": wire.Request(3, 6, False, ((site,), (site,))), "b": wire.Request(2, 6, True, ((site,), ()))})

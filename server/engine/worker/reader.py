@@ -219,7 +219,7 @@ class Reader:
     def gather(self, name: str, column: Column) -> Gather:
         """Copy a column's indices to the device."""
         indices = to_device(column.index, self.device).split([count for _, count in column.buffers])
-        buffers = [self.buffer(name, number).flatten() for number, _ in column.buffers]
+        buffers = [self.buffer(name, number).view(-1) for number, _ in column.buffers]
         complete = np.array_equal(column.target, np.arange(column.size))
         return Gather(column, tuple(zip(buffers, indices, strict=True)), complete)
 

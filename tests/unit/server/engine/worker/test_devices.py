@@ -1,6 +1,7 @@
 """Banks on a device beside the CPU: no operation mixes devices."""
 
 from random import Random
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from msgspec.structs import replace
 
 from rudder.sae_models.sparse.screening import prepare_screening
 from rudder.server.engine.telemetry.frame import Frame
+from rudder.server.engine.worker import transfer
 from rudder.server.engine.worker.reader import Readable, Reader
 from rudder.server.program import wire
 from rudder.server.program.layout import Layout
@@ -37,7 +39,7 @@ def run(seed: int, device: torch.device) -> tuple[list[dict[str, Floats]], list[
     moves, frames = list[dict[str, Floats]](), list[Frame]()
     for start, length in ((0, PROMPT), *((position, 1) for position in range(PROMPT, TOKENS))):
         moves.append(run_step(driver, [(name, start, length) for name in requests], xs))
-        frames.append(reader.frame(len(frames), driver.step, ()))
+        frames.append(reader.read(driver.step, ()).frame(len(frames)))
     for name in requests:
         driver.finish(name)
     return moves, frames
@@ -46,7 +48,7 @@ def run(seed: int, device: torch.device) -> tuple[list[dict[str, Floats]], list[
 @pytest.mark.parametrize("seed", range(4))
 def test_another_device_gives_the_same_displacements_and_frames(seed: int) -> None:
     moves, frames = run(seed, CPU)
-    with pretended_gpu():
+    with pretended_gpu(), patch.object(transfer, "record_event", lambda _: transfer.Reached()):
         moves_there, frames_there = run(seed, DEVICE)
     for here, there in zip(moves, moves_there, strict=True):
         for name, move in here.items():
