@@ -1,5 +1,6 @@
 """Inputs for the libraries and for this project: random ones, and residuals of the shipped model at layer 2."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,8 @@ SHIPPED = Path(__file__).parents[2] / "sae_models" / "pretrained" / "textbook-lm
 collect_ignore_glob = [] if find_spec("sae_lens") else ["test_*.py"]
 
 torch.set_num_threads(1)
+# sparsify would decode with its Triton kernels, which need a GPU.
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
 
 
 @pytest.fixture(scope="session", params=["random", "real"])

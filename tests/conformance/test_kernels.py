@@ -1,4 +1,4 @@
-"""The bank's Triton kernels equal its PyTorch operations, in Triton's interpreter, and compile for a GPU without one."""
+"""The bank's Triton kernels equal its PyTorch operations, in Triton's interpreter, and compile for a GPU."""
 
 import os
 import subprocess
@@ -88,13 +88,13 @@ class Pair:
             assert torch.equal(other.before[captured].nan_to_num(1.5), one.before[captured].nan_to_num(1.5))
             after = [bank.after[captured].nan_to_num(1.5, 1e38, -1e38) for bank in (other, one)]
             torch.testing.assert_close(*after, rtol=1e-5, atol=1e-5)
-        one, other = expected[0].sequences, ours[0].sequences
-        assert torch.equal(other.is_open[:, :tokens], one.is_open[:, :tokens])
+        dense, theirs = expected[0].sequences, ours[0].sequences
+        assert torch.equal(theirs.is_open[:, :tokens], dense.is_open[:, :tokens])
         for stage in range(self.both[0].layout.stages):
             gated = self.in_sequence(stage, tokens)
             for name in ("token_state", "token_alarms", "token_score"):
-                torch.testing.assert_close(getattr(other, name)[stage, gated], getattr(one, name)[stage, gated])
-        assert (int(other.rejections) > 0) == (int(one.rejections) > 0)
+                torch.testing.assert_close(getattr(theirs, name)[stage, gated], getattr(dense, name)[stage, gated])
+        assert (int(theirs.rejections) > 0) == (int(dense.rejections) > 0)
 
     def in_sequence(self, stage: int, tokens: int) -> Tensor:
         """The tokens [n] with a sequence condition."""
@@ -132,7 +132,7 @@ def test_many_row_places_and_a_wide_stream(seed: int) -> None:
     pair = Pair(layout, sae, width)
     chosen = rng.sample(range(latents), 270)
     rows = {name: tuple(wire.Row(BUNDLE, i) for i in chosen[n::3]) for n, name in enumerate("abc")}
-    edits = [wire.Edit(i, **rng.choice(({"shift": 1.0}, {"scale": 2.0}, {"scale": 0.0}))) for i in range(0, 90, 3)]
+    edits = [wire.Edit(i, scale=rng.choice((0.0, 1.0, 2.0)), shift=rng.choice((0.0, 1.0))) for i in range(0, 90, 3)]
     blend = wire.Blend(4, 0.5)
     programs = {
         name: wire.Request(9, 13, False, ((wire.Site(0, own, tuple(edits), blend if name == "b" else None),),))
@@ -203,7 +203,7 @@ def test_dictionaries_with_a_selection_or_a_normalisation(normalisation: Normali
     assert moves["b"].any()
 
 
-@pytest.mark.parametrize("stages, sequence_sites, launches", [(1, (), 2), (1, None, 3), (2, (), 4), (2, None, 6)])
+@pytest.mark.parametrize(("stages", "sequence_sites", "launches"), [(1, (), 2), (1, None, 3), (2, (), 4), (2, None, 6)])
 def test_kernels_that_an_idle_site_launches(
     stages: int, sequence_sites: tuple[str, ...] | None, launches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +234,7 @@ class Calls(TorchDispatchMode):
     """Keeps the arguments of the operator's calls."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.arguments: list[tuple[Any, ...]] = []
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,5 +1,5 @@
-"""The steering formula of `sae_models/edit.py` for one stage of a site as two Triton kernels, three where gates may have
-a sequence condition.
+"""The steering formula of `sae_models/edit.py` for one stage of a site as two Triton kernels, or three where gates may
+have a sequence condition.
 
 `products` computes x . encoder, `conditions` the sequence conditions of the requests that have one, and `edits` all
 else, one program per token: an idle token reads its activations and writes zeros. No kernel waits for the host, and no
@@ -7,7 +7,9 @@ grid depends on values, so that a CUDA graph can capture them. Shapes: T tokens,
 stages.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator"
+# Triton's language has no types; its constants are written in capitals, as in its documentation.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+# ruff: noqa: N803
 
 from collections.abc import Sequence
 
@@ -34,9 +36,7 @@ WEIGHT, BLEND_ROW, RESTORE, CAP, GATED, TRIGGERS, SEQUENCE = positions(
 SCORE, BINARISE, BINARY, DECAY, GAIN, OFFSET, FLOOR = positions(
     ENTRY, "score", "binarise", "binary", "decay", "gain", "offset", "floor"
 )
-WINDOW, LEVEL, LEVEL_RATE, MIN_TOKENS, LATCH = positions(
-    ENTRY, "window", "level", "level_rate", "min_tokens", "latch"
-)
+WINDOW, LEVEL, LEVEL_RATE, MIN_TOKENS, LATCH = positions(ENTRY, "window", "level", "level_rate", "min_tokens", "latch")
 
 # A tile of `products`, and its width in x. Split products fill a GPU where a decode step has few tiles; they are summed
 # in a fixed order.
@@ -319,7 +319,7 @@ def splits_of(tokens: int, rows: int, width: int) -> int:
     """Return the number of parts in which the width of a product is summed: more where there are few tiles."""
     tiles = triton.cdiv(tokens, TILE_TOKENS)
     most = min(MAX_SPLITS, TILES // tiles, MAX_PARTIAL // (tokens * rows), triton.cdiv(width, TILE_WIDTH))
-    return max(1, most)
+    return max(1, int(most))
 
 
 def steer_stage(
