@@ -42,13 +42,15 @@ class Step:
 
 # In order of value: what a first call has no time for is NOT RUN, and a second call can name it.
 STEPS = (
-    Step("startup", "startup", 100),
+    Step("startup", "startup", 100, ("auto",)),
     Step("parity", "parity", 190),
     Step("bench", "bench", 270, ("bench",)),
     Step("profile", "profile", 130),
     Step("train", "train", 70),
     Step("sites", "bench", 180, ("sites",)),
     Step("dictionary", "bench", 180, ("dictionary",)),
+    # The bank as PyTorch operations, in place of its Triton kernels.
+    Step("startup-torch", "startup", 100, ("torch",)),
 )
 KNOWN = {step.name: step for step in STEPS}
 

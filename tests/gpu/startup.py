@@ -48,9 +48,10 @@ def environment() -> Figures:
     }
 
 
-def config_of(tiny: bool) -> configuration.Config:
+def config_of(tiny: bool, backend: str) -> configuration.Config:
     """Configure the shipped model with a site of each kind, compiled and with CUDA graphs unless `tiny`."""
     overrides = {
+        "engine.bank_backend": backend,
         "engine.sites": "[layers.1.mlp_out, layers.3.resid_mid, layers.4.resid_post]",
         "engine.max_model_len": "512",
         "engine.max_num_seqs": "16",
@@ -129,7 +130,7 @@ async def steered_stream(engine: Engine) -> Figures:
 
 def main() -> int:
     """Run the step."""
-    options = arguments(__doc__)
+    options = arguments(__doc__, "backend")
     report = Report(options.out)
     report.run("environment", environment)
     loop = asyncio.new_event_loop()
@@ -138,7 +139,7 @@ def main() -> int:
     def start() -> Figures:
         stand_in = ensure_bundle()
         with nullcontext() if options.tiny else watched_worker():
-            engines.append(loop.run_until_complete(start_engine(config_of(options.tiny))))
+            engines.append(loop.run_until_complete(start_engine(config_of(options.tiny, options.backend))))
         return {"sites": len(engines[0].registry.layout.sites), "bundle": "random" if stand_in else "shipped"}
 
     def with_engine(part: Callable[[Engine], Any]) -> Callable[[], Figures]:
