@@ -103,7 +103,7 @@ class Pair:
         return torch.stack(conditions).any(0).nonzero()[:, 0]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_random_programs_in_chunks(seed: int) -> None:
     """Operations, units, gates, blends, caps and restored norms, in two stages, from the prompt to decode steps."""
     rng, tokens = Random(seed), 6
@@ -121,11 +121,10 @@ def test_random_programs_in_chunks(seed: int) -> None:
     assert not any(step["none"].any() for step in moved)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_many_row_places_and_a_wide_stream(seed: int) -> None:
+def test_many_row_places_and_a_wide_stream() -> None:
     """More than one tile of tokens, rows and width, and more than one block of row places."""
-    rng, width, latents = Random(seed), 150, 310
-    generator = torch.Generator().manual_seed(seed)
+    rng, width, latents = Random(0), 150, 310
+    generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(latents, width, generator=generator) / width**0.5 for _ in range(2)]
     sae = SAE(weights[0], torch.zeros(latents), torch.zeros(latents), weights[1], torch.zeros(width))
     layout = Layout(SITES[:1], rows=300, slots=5)
