@@ -255,7 +255,9 @@ async def test_abort_in_mid_stream_releases_everything(engine: Engine) -> None:
 
 async def test_abandoned_call_reports_what_ran(engine: Engine) -> None:
     ended: list[Outcome] = []
-    stream = engine.stream(Call(prompt(engine, 30), greedy(400), push(engine, 0.5)), on_abandoned=ended.append)
+    # A prompt of its own: what the prefix cache has is not edited again.
+    call = Call(prompt(engine, 30, 7), greedy(400), push(engine, 0.5))
+    stream = engine.stream(call, on_abandoned=ended.append)
     outputs = [await anext(stream) for _ in range(5)]
     await stream.aclose()
     (last,) = ended
