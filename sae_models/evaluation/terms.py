@@ -1,0 +1,218 @@
+"""Terms of a label: a word or token on which a latent is active, words before and after it, or where the text is from.
+
+A label is a few terms that its latent's contexts have much more often than other text; each term has a weight, the log
+of that ratio. The sum of the weights of the terms that a context has says how well it fits the label.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rudder.sae_models.bundle.catalogue import Summary, split_words, stem
+from rudder.sae_models.evaluation.activity import Sample
+from rudder.sae_models.evaluation.examples import Floats, Integers
+from rudder.sae_models.evaluation.function_words import FUNCTION_WORDS
+from rudder.sae_models.tokens import template_text
+
+MAX_TERMS = 5
+# Tokens before a position whose words are near it.
+NEAR_TOKENS = 16
+# Least share of the contexts that a term must have, and that a function word or punctuation must have.
+MIN_SHARE, MIN_SHARE_OF_FUNCTION_WORDS = 0.1, 0.5
+# Least ratio of a term's frequency in the contexts to that in all text.
+MIN_LIFT = 3.0
+# What a context counts for further terms once a term has it.
+DISCOUNT = 0.3
+ABSENT = -1
+EXAMPLE_WORDS = 3
+ORIGIN = "corpus"
+
+
+class Kind(IntEnum):
+    """What a term is about: the token, its whole word, the word before or after, a word nearby, the text's source."""
+
+    TOKEN = 0
+    WORD = 1
+    BEFORE = 2
+    AFTER = 3
+    NEAR = 4
+    SOURCE = 5
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term, its weight, and for a token the words that it was in."""
+
+    kind: Kind
+    text: str
+    weight: float
+    key: int
+    words: tuple[str, ...] = ()
+
+
+class Text:
+    """The terms of every position of a sample.
+
+    Terms are numbered: kind * size + id, with ids of tokens, words or sources. `rate` [kinds * size]: the share of
+    positions that have each.
+    """
+
+    def __init__(self, sample: Sample) -> None:
+        special = np.isin(sample.windows.tokens.numpy(), sample.tokenizer.all_special_ids)
+        self._length = sample.windows.tokens.shape[1]
+        self._token = sample.windows.tokens.numpy().ravel()
+        self._word = np.where(special, 0, sample.word.numpy()).ravel()
+        named = np.array([bool(name) for name in sample.books])
+        self._source = np.where(named[sample.book.numpy()], sample.book.numpy(), ABSENT)
+        self._words, self._sources, self._token_texts = sample.vocabulary, sample.books, sample.texts
+        self.size = max(len(sample.texts), len(sample.vocabulary), len(sample.books))
+        excluded = FUNCTION_WORDS | template_words(sample.tokenizer)
+        content = np.array([len(w) > 1 and w[0].isalpha() and w not in excluded for w in self._words])
+        self._content = content
+        stems: dict[str, int] = {}
+        ids = [stems.setdefault(stem(word), number) for number, word in enumerate(self._words)]
+        self._near = np.where(content, ids, ABSENT)
+        self._first, self._last = run_bounds(self._word, self._length)
+        self.rate = self._rates(sample.windows.counted.numpy().ravel())
+        self.needs_majority = self._function_terms()
+
+    def rows(self, positions: Integers) -> Integers:
+        """Return the terms [n, 5 + NEAR_TOKENS] of positions; ABSENT where there is none."""
+        window_start = positions // self._length * self._length
+        first, last = self._first[positions], self._last[positions]
+        word = self._word[positions]
+        # A token that is a whole word is that word.
+        token = np.where(first == last, ABSENT, self._token[positions])
+        before = self._word[np.maximum(first - 1, 0)]
+        after = self._word[np.minimum(last + 1, len(self._word) - 1)]
+        has_after = last + 1 < window_start + self._length
+        near = positions[:, None] - np.arange(1, NEAR_TOKENS + 1)
+        inside = (near >= window_start[:, None]) & (near < first[:, None])
+        columns = [
+            (Kind.TOKEN, token[:, None]),
+            (Kind.WORD, absent_if_empty(word)[:, None]),
+            (Kind.BEFORE, np.where(first > window_start, absent_if_empty(before), ABSENT)[:, None]),
+            (Kind.AFTER, np.where(has_after, absent_if_empty(after), ABSENT)[:, None]),
+            (Kind.SOURCE, self._source[positions // self._length][:, None]),
+            (Kind.NEAR, np.where(inside, self._near[self._word[np.maximum(near, 0)]], ABSENT)),
+        ]
+        return np.hstack([np.where(ids == ABSENT, ABSENT, ids + kind * self.size) for kind, ids in columns])
+
+    def fit(self, rows: Integers, promoted: Sequence[str] = ()) -> list[Term]:
+        """Return the terms that best tell contexts `rows` from other text, most telling first.
+
+        A word after a position counts only if the latent promotes it: `promoted`.
+        """
+        keys, inverse = np.unique(rows, return_inverse=True)
+        has = np.zeros((len(keys), len(rows)), bool)
+        has[inverse.reshape(rows.shape), np.arange(len(rows))[:, None]] = True
+        count, rate = has.sum(1), self.rate[keys]
+        with np.errstate(divide="ignore"):
+            weight = np.log((count + rate) / (len(rows) + 1) / rate)
+        least = np.where(self.needs_majority[keys], MIN_SHARE_OF_FUNCTION_WORDS, MIN_SHARE) * len(rows)
+        usable = (keys != ABSENT) & (count >= np.maximum(least, 2)) & (weight > np.log(MIN_LIFT))
+        usable &= self._promoted(keys, promoted)
+        keys, has, weight = keys[usable], has[usable], weight[usable]
+        uncovered, chosen = np.ones(len(rows)), list[int]()
+        while len(chosen) < min(MAX_TERMS, len(keys)):
+            covers = has @ uncovered
+            gain = np.where(np.isin(np.arange(len(keys)), chosen), 0, covers * weight)
+            best = int(gain.argmax())
+            if gain[best] <= 0 or covers[best] < MIN_SHARE * len(rows):
+                break
+            chosen.append(best)
+            uncovered[has[best]] *= DISCOUNT
+        return [self._term(int(keys[i]), float(weight[i]), rows[has[i]]) for i in chosen]
+
+    def fits(self, rows: Integers, terms: Sequence[Term]) -> Floats:
+        """Return how well contexts [n] fit a label: the sum of the weights of its terms that each has."""
+        total = np.zeros(len(rows), np.float32)
+        for term in terms:
+            total += term.weight * (rows == term.key).any(1)
+        return total
+
+    def _term(self, key: int, weight: float, rows: Integers) -> Term:
+        kind, number = Kind(key // self.size), key % self.size
+        if kind == Kind.TOKEN:
+            words = rows[:, Kind.WORD]
+            known, count = np.unique(words[words != ABSENT] - Kind.WORD * self.size, return_counts=True)
+            most = known[np.argsort(-count, kind="stable")[:EXAMPLE_WORDS]]
+            text = self._token_texts[number].strip()
+            return Term(kind, text, weight, key, tuple(self._words[word] for word in most))
+        if kind == Kind.SOURCE:
+            return Term(kind, self._sources[number], weight, key)
+        word = self._words[number]
+        return Term(kind, stem(word) if kind == Kind.NEAR else word, weight, key)
+
+    def _rates(self, counted: NDArray[np.bool_]) -> Floats:
+        """Return the share of counted positions that have each term, never 0."""
+        rate = np.zeros((len(Kind), self.size))
+        words = np.bincount(self._word[counted], minlength=self.size)
+        rate[Kind.TOKEN] = np.bincount(self._token[counted], minlength=self.size)
+        rate[[Kind.WORD, Kind.BEFORE, Kind.AFTER]] = words
+        source = np.repeat(self._source, self._length)[counted]
+        rate[Kind.SOURCE] = np.bincount(source[source != ABSENT], minlength=self.size)
+        near = self._near != ABSENT
+        np.add.at(rate[Kind.NEAR], self._near[near], words[: len(near)][near])
+        rate = np.maximum(rate, 1) / max(1, int(counted.sum()))
+        # Of at least one of NEAR_TOKENS, as if words were independent.
+        rate[Kind.NEAR] = 1 - (1 - rate[Kind.NEAR]) ** NEAR_TOKENS
+        return rate.ravel()
+
+    def _function_terms(self) -> NDArray[np.bool_]:
+        """Return which terms need a majority of the contexts: function words, the template's, and punctuation."""
+        mask = np.zeros((len(Kind), self.size), bool)
+        mask[[Kind.WORD, Kind.BEFORE, Kind.AFTER], : len(self._words)] = ~self._content
+        flat: NDArray[np.bool_] = mask.ravel()
+        return flat
+
+    def _promoted(self, keys: Integers, promoted: Sequence[str]) -> NDArray[np.bool_]:
+        """Return which terms are not about the word after, or about one that is promoted."""
+        stems = {stem(word.strip().lower()) for word in promoted}
+        allowed = keys // self.size != Kind.AFTER
+        for i in np.flatnonzero(~allowed):
+            allowed[i] = stem(self._words[keys[i] % self.size]) in stems
+        return allowed
+
+
+def run_bounds(word: Integers, length: int) -> tuple[Integers, Integers]:
+    """Return the first and last position [n] of the run of equal words around each position, within its window."""
+    starts = np.flatnonzero((np.diff(word, prepend=word[0] - 1) != 0) | (np.arange(len(word)) % length == 0))
+    run = np.searchsorted(starts, np.arange(len(word)), side="right") - 1
+    return starts[run], np.append(starts[1:], len(word))[run] - 1
+
+
+def absent_if_empty(word: Integers) -> Integers:
+    """Return word ids with ABSENT for the empty word, 0."""
+    return np.where(word == 0, ABSENT, word)
+
+
+def template_words(tokenizer: Any) -> frozenset[str]:
+    """Return the words that the chat template itself writes, such as roles and a default system prompt."""
+    return frozenset(split_words(template_text(tokenizer)))
+
+
+def label_text(terms: Sequence[Term]) -> str:
+    """Return a label such as `virus, viral; near infection; after the (microbiology)`; empty without terms."""
+    by_kind = {kind: [term for term in terms if term.kind == kind] for kind in Kind}
+    parts = [", ".join(term.text for term in by_kind[Kind.WORD])]
+    parts += [f'"{term.text}" in {", ".join(term.words)}' for term in by_kind[Kind.TOKEN]]
+    for kind, name in ((Kind.NEAR, "near"), (Kind.BEFORE, "after"), (Kind.AFTER, "before")):
+        parts.append(f"{name} {', '.join(term.text for term in by_kind[kind])}" if by_kind[kind] else "")
+    text, sources = "; ".join(filter(None, parts)), ", ".join(term.text for term in by_kind[Kind.SOURCE])
+    return f"{text} ({sources})" if text and sources else text or (f"text of {sources}" if sources else "")
+
+
+def origin(terms: Sequence[Term]) -> str:
+    """Return where the terms of a label are from; empty without terms."""
+    logits = any(term.kind == Kind.AFTER for term in terms)
+    return (f"{ORIGIN}, logit words" if logits else ORIGIN) if terms else ""
+
+
+def is_from_corpus(summary: Summary) -> bool:
+    """Return whether the label of a latent consists of terms."""
+    return summary.origin.partition(",")[0] == ORIGIN
