@@ -131,7 +131,6 @@ def tally_of(passes: Iterable[tuple[Tensor, Tensor]], sae: SAE, sample: Sample) 
                 latents[counted] = vectors
                 _add_vectors(sums, x[counted], vectors)
                 _add_tokens(sums, latents, sample, index)
-                sums.activations.add(latents)
                 _add_peaks(sums, latents, index)
                 start += len(x)
                 progress.update(len(x))
@@ -194,8 +193,9 @@ def _add_vectors(sums: Activity, x: Tensor, latents: Tensor) -> None:
 def _add_tokens(sums: Tally, latents: Tensor, sample: Sample, index: Tensor) -> None:
     window, position, latent = latents.nonzero(as_tuple=True)
     # Squared, because a latent's many weak activations carry little information.
-    energy = latents[window, position, latent].square()
-    _add_pairs(sums.energy_of_token, latent, sample.windows.tokens[index[window], position], energy)
+    activation = latents[window, position, latent]
+    _add_pairs(sums.energy_of_token, latent, sample.windows.tokens[index[window], position], activation.square())
+    sums.activations.add(len(index), latent, index[window] * latents.shape[1] + position, activation)
 
 
 def _add_pairs(pairs: Pairs, latent: Tensor, other: Tensor, energy: Tensor) -> None:

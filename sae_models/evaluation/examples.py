@@ -38,14 +38,12 @@ class Activations:
     entries: int = 0
     parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
-    def add(self, latents: Tensor) -> None:
-        """Add the activations [n, length, F] of the next n windows."""
+    def add(self, windows: int, latent: Tensor, position: Tensor, activation: Tensor) -> None:
+        """Add the activations [n] on the next windows."""
         if self.entries >= MAX_ENTRIES:
             return
-        window, position, latent = latents.nonzero(as_tuple=True)
-        flat = (window + self.windows) * latents.shape[1] + position
-        self.parts.append((latent.int(), flat.int(), latents[window, position, latent]))
-        self.windows += len(latents)
+        self.parts.append((latent.int(), position.int(), activation))
+        self.windows += windows
         self.entries += len(latent)
 
 

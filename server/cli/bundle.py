@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -32,7 +33,9 @@ examples:
   rudder bundle import REPOSITORY --model MODEL --corpus TEXT.jsonl --out BUNDLE
   rudder bundle check BUNDLE --model MODEL --corpus TEXT.jsonl
   rudder bundle label BUNDLE --model MODEL --corpus TEXT.jsonl
+  rudder bundle explain BUNDLE --endpoint http://localhost:8000/v1
 """
+EXPLAIN_KEY = "The key of the endpoint is read from OPENAI_API_KEY. Answers are kept in BUNDLE.explanations.jsonl."
 CHECK_STATUS = "exit status: 0 all holds, 1 something does not, 2 it could not be checked"
 IMPORT_STATUS = "exit status: 0 the bundle is written, 1 it was refused, 2 something could not be read"
 
@@ -51,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add_import(group)
     add_check(group)
     add_label(group)
+    add_explain(group)
     return bundle
 
 
@@ -101,6 +105,18 @@ def add_label(group: Any) -> None:
     action.add_argument(
         "--tokens", type=integer(1), default=1_000_000, help="approximate tokens of the corpus (%(default)s)"
     )
+
+
+def add_explain(group: Any) -> None:
+    """Add `bundle explain`."""
+    text = "label a bundle's latents by a language model behind an OpenAI-compatible endpoint, scored by detection"
+    action = add_subcommand(group, "explain", text, f"{EXAMPLES}\n{EXPLAIN_KEY}")
+    action.set_defaults(run=run_explain)
+    action.add_argument("bundle", type=Path, help="folder of the bundle; written anew in place")
+    action.add_argument("--endpoint", required=True, metavar="URL", help="address, such as http://localhost:8000/v1")
+    action.add_argument("--explainer", default="", help="name of the model there; by default the first that it lists")
+    action.add_argument("--latents", type=integer(), nargs="+", default=[], help="latents to explain; by default all")
+    action.add_argument("--limit", type=integer(1), help="maximum number of latents to explain now")
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -155,6 +171,26 @@ def run_label(args: argparse.Namespace) -> int:
     except BundleError as error:
         print_error(error)
         return FAILS
+    return HOLDS
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """Explain latents of a bundle; FAILS where the bundle is damaged."""
+    from rudder.sae_models.bundle.bundle import BundleError
+    from rudder.sae_models.bundle.catalogue import ALL
+    from rudder.sae_models.evaluation import explanations
+
+    require_bundle(args.bundle)
+    model, ask = explanations.endpoint(args.endpoint, args.explainer, os.environ.get("OPENAI_API_KEY") or "none")
+    request = explanations.Request(tuple(args.latents), args.limit or ALL)
+    try:
+        known = explanations.explain(args.bundle, model, ask, request)
+    except BundleError as error:
+        print_error(error)
+        return FAILS
+    used, useless = sum(entry.holds for entry in known), sum(bool(entry.problem) for entry in known)
+    counts = f"{used} explanations better than chance, which are labels now; {useless} useless answers"
+    out.print(f"{len(known)} latents explained by {escape(model)}: {counts}")
     return HOLDS
 
 
