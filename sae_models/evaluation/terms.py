@@ -43,6 +43,9 @@ class Kind(IntEnum):
     SOURCE = 5
 
 
+PREFIXES = {Kind.BEFORE: "after ", Kind.AFTER: "before ", Kind.NEAR: "near "}
+
+
 @dataclass(frozen=True)
 class Term:
     """A term, its weight, and for a token the words that it was in."""
@@ -197,14 +200,24 @@ def template_words(tokenizer: Any) -> frozenset[str]:
 
 
 def label_text(terms: Sequence[Term]) -> str:
-    """Return a label such as `virus, viral; near infection; after the (microbiology)`; empty without terms."""
-    by_kind = {kind: [term for term in terms if term.kind == kind] for kind in Kind}
-    parts = [", ".join(term.text for term in by_kind[Kind.WORD])]
-    parts += [f'"{term.text}" in {", ".join(term.words)}' for term in by_kind[Kind.TOKEN]]
-    for kind, name in ((Kind.NEAR, "near"), (Kind.BEFORE, "after"), (Kind.AFTER, "before")):
-        parts.append(f"{name} {', '.join(term.text for term in by_kind[kind])}" if by_kind[kind] else "")
-    text, sources = "; ".join(filter(None, parts)), ", ".join(term.text for term in by_kind[Kind.SOURCE])
+    """Return a label such as `virus, viral; near infection; after the (microbiology)`; empty without terms.
+
+    Parts stand in the order of their first terms, sources last.
+    """
+    by_kind: dict[Kind, list[Term]] = {}
+    for term in terms:
+        by_kind.setdefault(term.kind, []).append(term)
+    sources = ", ".join(term.text for term in by_kind.pop(Kind.SOURCE, []))
+    text = "; ".join(_part(kind, part) for kind, part in by_kind.items())
     return f"{text} ({sources})" if text and sources else text or (f"text of {sources}" if sources else "")
+
+
+def _part(kind: Kind, terms: Sequence[Term]) -> str:
+    if kind == Kind.TOKEN:
+        return ", ".join(f'"{term.text}" in {", ".join(term.words)}' for term in terms)
+    # Punctuation reads better in quotes.
+    names = (term.text if term.text[-1:].isalnum() else f'"{term.text}"' for term in terms)
+    return PREFIXES.get(kind, "") + ", ".join(names)
 
 
 def origin(terms: Sequence[Term]) -> str:
