@@ -1,5 +1,6 @@
 """Labels are of what latents are active on, made from one half of the documents and scored on the other."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from rudder.sae_models.bundle.catalogue import Latent
 from rudder.sae_models.evaluation import activity, examples, labelling, logit_lens
 from rudder.sae_models.evaluation.activity import Sample, Tally
 from rudder.sae_models.evaluation.examples import LABELLING, SCORING, Activations
-from rudder.sae_models.evaluation.terms import Kind, Text, label_text
+from rudder.sae_models.evaluation.terms import Kind, Text, label_text, template_words
 from rudder.sae_models.sae import SAE
 
 WORDS = ("water", "people", "light", "money", "law", "war", "mind", "music", "food", "land")
@@ -173,12 +174,12 @@ def test_terms_of_a_position(planted: Planted) -> None:
     words = [sample.vocabulary[word] for word in sample.word[0].tolist()]
     position = next(i for i in range(20, 40) if words[i] != words[i - 1] and words[i + 1] != words[i])
     (row,) = text.rows(np.array([position]))
-    kinds = {Kind(key // text.size): key % text.size for key in row[:5] if key >= 0}
+    kinds = {Kind(key // text.size): key % text.size for key in row[:7] if key >= 0}
     assert sample.vocabulary[kinds[Kind.WORD]] == words[position]
     assert sample.vocabulary[kinds[Kind.BEFORE]] == words[position - 1]
     assert sample.vocabulary[kinds[Kind.AFTER]] == words[position + 1]
     assert sample.books[kinds[Kind.SOURCE]] == "astronomy"
-    near = {key % text.size for key in row[5:] if key >= 0}
+    near = {key % text.size for key in row[7:] if key >= 0}
     assert sample.vocabulary.index("the") not in near, "function words are near everything"
     (first,) = text.rows(np.array([1]))
     assert all(Kind(key // text.size) not in (Kind.BEFORE, Kind.NEAR) for key in first if key >= 0)
@@ -191,6 +192,71 @@ def test_word_after_counts_only_if_the_latent_promotes_it(planted: Planted) -> N
     rows = text.rows(positions[:40])
     assert label_text(text.fit(rows, [" music"])) == "before music"
     assert Kind.AFTER not in {term.kind for term in text.fit(rows, [" food"])}
+
+
+def planted_text(text: str) -> tuple[Sample, Text]:
+    """Return a sample of one document in one window, and its terms."""
+    tokenizer = harvest.load_tokenizer(PRETRAINED / "textbook-lm")
+    documents = [Document("", "1", text)]
+    sample = activity.sample_of(corpus.windows(documents, tokenizer, 512), documents, tokenizer)
+    return sample, Text(sample)
+
+
+def label_where(holds: Callable[[str], bool], text: str) -> str:
+    """Return the label of a latent that is active on the tokens whose text has a property."""
+    sample, terms = planted_text(text)
+    tokens = sample.windows.tokens[0].tolist()[: int(sample.windows.size[0])]
+    positions = np.array([i for i, token in enumerate(tokens) if i and holds(sample.texts[token])])
+    assert len(positions) >= 4
+    return label_text(terms.fit(terms.rows(positions)))
+
+
+PROSE = (
+    "The cell of a Plant has walls in 17 of 250 cases.\nAnd so on, said Tom, with some water for all of us in 1999. "
+    * 8
+)
+
+
+@pytest.mark.parametrize(
+    ("holds", "label"),
+    [
+        (lambda text: text.strip().isdigit(), "a number"),
+        (lambda text: text.strip() in (",", "."), "punctuation"),
+        (lambda text: text == "\n", "line break"),
+    ],
+)
+def test_shapes_are_named(holds: Callable[[str], bool], label: str) -> None:
+    assert label in label_where(holds, PROSE)
+
+
+def test_piece_of_words_is_named_with_words_that_have_it() -> None:
+    sample, terms = planted_text("federalists and populists met strict statisticians on misty days of stone " * 8)
+    words = [sample.vocabulary[word] for word in sample.word[0].tolist()]
+    second = [i for i in range(2, len(words)) if words[i] == words[i - 1] == "statisticians" != words[i - 2]]
+    piece = sample.texts[int(sample.windows.tokens[0, second[0]])]
+    label = label_text(terms.fit(terms.rows(np.array(second))))
+    assert f'"{piece}" in statisticians' in label or '" in statisticians' in label.partition("after")[2]
+
+
+@pytest.mark.parametrize("text", ["a", "\n", "…", "1 2 3"])
+def test_any_text_has_terms(text: str) -> None:
+    _, terms = planted_text(text)
+    assert terms.rows(np.array([0, 1])).shape == (2, 7 + 16)
+    assert np.isfinite(np.log(terms.rate)).all()
+    label_text(terms.fit(terms.rows(np.array([1, 1, 1, 1]))))
+
+
+def test_words_of_the_chat_template_are_no_topic() -> None:
+    tokenizer = harvest.load_tokenizer(PRETRAINED / "textbook-lm")
+    turn = "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% endfor %} You answer as assistant:"
+    tokenizer.chat_template = turn
+    assert {"user", "system", "assistant", "answer"} <= template_words(tokenizer)
+    assert not template_words(tokenizer) & {"messages", "for", "x"}
+    documents = [Document("", str(i), "user system assistant planet " * 9) for i in range(4)]
+    sample = activity.sample_of(corpus.windows(documents, tokenizer, 64), documents, tokenizer)
+    terms = Text(sample)
+    near = terms.rows(np.array([40]))[0, 7:]
+    assert {sample.vocabulary[key % terms.size] for key in near if key >= 0} == {"planet"}
 
 
 def test_label_of_no_contexts_is_empty(planted: Planted) -> None:
