@@ -202,6 +202,9 @@ def require_bundle(folder: Path) -> None:
 
 def print_scores(scores: "LabelScores") -> None:
     """Print a summary of label scores."""
+    if not scores.scored:
+        out.print("no label score: no latent is active in enough documents")
+        return
     low, high = scores.quartiles
     out.print(f"label score: median {scores.median:.3f}, quartiles {low:.3f} to {high:.3f}, of {scores.scored} latents")
     out.print(f"mean by activity {scores.by_activity:.3f}; {scores.labelled:.1%} of active latents have a label")
