@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +67,8 @@ class Word:
     logit: float
 
 
-class Neighbour(NamedTuple):
+@dataclass(frozen=True)
+class Neighbour:
     """A latent whose decoder row is similar, and the cosine."""
 
     index: int
@@ -153,7 +153,7 @@ class Catalogue:
         return Latent(
             Summary(*summary),
             tuple(token for (token,) in tokens),
-            tuple(Context(*context, held_out=bool(held_out)) for *context, held_out in contexts),
+            tuple(Context(*texts, strength, source, bool(chosen)) for *texts, strength, source, chosen in contexts),
             () if quantiles[0] is None else quantiles,
             tuple(Word(*word) for promoted, *word in words if promoted),
             tuple(Word(*word) for promoted, *word in words if not promoted),
@@ -255,7 +255,7 @@ def _insert(database: sqlite3.Connection, latent: Latent) -> None:
         for rank, c in enumerate(latent.contexts)
     )
     database.executemany("INSERT INTO contexts VALUES (?, ?, ?, ?, ?, ?, ?, ?)", contexts)
-    neighbours = ((index, rank, *neighbour) for rank, neighbour in enumerate(latent.neighbours))
+    neighbours = ((index, rank, near.index, near.cosine) for rank, near in enumerate(latent.neighbours))
     database.executemany("INSERT INTO neighbours VALUES (?, ?, ?, ?)", neighbours)
     for promoted, words in ((1, latent.promoted), (0, latent.suppressed)):
         records = ((index, promoted, rank, word.token, word.logit) for rank, word in enumerate(words))

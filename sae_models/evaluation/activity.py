@@ -295,4 +295,5 @@ def context_at(sample: Sample, window: int, position: int, activation: float) ->
         if start <= around + first < position + 1 + TOKENS_AFTER:
             part = "before" if around + last <= position else "after" if around + first > position else "token"
             parts[part] += text
-    return Context(**parts, activation=activation, source=sample.books[int(sample.book[window])])
+    source = sample.books[int(sample.book[window])]
+    return Context(parts["before"], parts["token"], parts["after"], activation, source)

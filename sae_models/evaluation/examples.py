@@ -17,6 +17,7 @@ from rudder.sae_models.activations.corpus import Document, Windows
 # Cap on the activations that are held: 400 MB.
 MAX_ENTRIES = 1 << 25
 LABELLING, SCORING = 0, 1
+POWER = {LABELLING: 2, SCORING: 1}
 NEIGHBOURS = 8
 # Positions drawn for each that a latent must not be active on.
 DRAWS_PER_EXAMPLE = 4
@@ -62,13 +63,15 @@ class Examples:
     scoring: Integers
 
     def active(self, latent: int, half: int, limit: int, rng: np.random.Generator) -> Integers:
-        """Draw up to `limit` positions in one half, each of another window, with probability by activation."""
+        """Draw up to `limit` positions in one half, each of another window, with probability by activation to a power:
+        a label is made mainly from the strongest contexts, and scored on those that carry the activation.
+        """
         span = slice(self.start[latent], self.start[latent + 1])
         position = self.position[span].astype(np.int64)
         within = self.half[position // self.length] == half
         position, activation = position[within], self.activation[span][within]
         # The smallest of exponential variables with these rates are a sample without replacement.
-        position = position[np.argsort(rng.exponential(size=len(position)) / activation)]
+        position = position[np.argsort(rng.exponential(size=len(position)) / activation.astype(float) ** POWER[half])]
         _, first = np.unique(position // self.length, return_index=True)
         drawn: Integers = position[np.sort(first)[:limit]]
         return drawn

@@ -224,9 +224,9 @@ def with_explanation(latent: Latent, by_latent: Mapping[int, Explanation]) -> La
     entry = by_latent.get(latent.summary.index)
     if entry is None:
         return latent
-    scores = {"label_score": entry.area, "label_error": entry.error, "intervention": None}
-    origin = f"explained by {entry.model}"
-    return replace(latent, summary=replace(latent.summary, label=entry.text, origin=origin, **scores))
+    summary = replace(latent.summary, label=entry.text, origin=f"explained by {entry.model}")
+    summary = replace(summary, label_score=entry.area, label_error=entry.error, intervention=None)
+    return replace(latent, summary=summary)
 
 
 def read_journal(path: Path) -> list[Explanation]:

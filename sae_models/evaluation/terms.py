@@ -165,7 +165,7 @@ class Text:
         word = self._words[number]
         return Term(kind, stem(word) if kind == Kind.NEAR else word, weight, key)
 
-    def _rates(self, counted: NDArray[np.bool_]) -> Floats:
+    def _rates(self, counted: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Return the share of counted positions that have each term, never 0."""
         rate = np.zeros((len(Kind), self.size))
         words = np.bincount(self._word[counted], minlength=self.size)
@@ -180,7 +180,8 @@ class Text:
         rate = np.maximum(rate, 1) / max(1, int(counted.sum()))
         # Of at least one of NEAR_TOKENS, as if words were independent.
         rate[Kind.NEAR] = 1 - (1 - rate[Kind.NEAR]) ** NEAR_TOKENS
-        return rate.ravel()
+        flat: NDArray[np.float64] = rate.ravel()
+        return flat
 
     def _function_terms(self) -> NDArray[np.bool_]:
         """Return which terms need a majority of the contexts: function words, the template's, and punctuation."""
@@ -208,7 +209,7 @@ class Text:
     def _promoted(self, keys: Integers, promoted: Sequence[str]) -> NDArray[np.bool_]:
         """Return which terms are not about the word after, or about one that is promoted."""
         stems = {stem(word.strip().lower()) for word in promoted}
-        allowed = keys // self.size != Kind.AFTER
+        allowed: NDArray[np.bool_] = keys // self.size != Kind.AFTER
         for i in np.flatnonzero(~allowed):
             allowed[i] = stem(self._words[keys[i] % self.size]) in stems
         return allowed

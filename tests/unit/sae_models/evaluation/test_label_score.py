@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 
 from rudder.sae_models.bundle import bundle, catalogue
 from rudder.sae_models.bundle.catalogue import Catalogue, Latent, Summary

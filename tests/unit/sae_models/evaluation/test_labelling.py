@@ -137,12 +137,12 @@ def test_examples_are_of_their_half_of_other_windows_and_active_or_not(planted: 
             drawn = found.active(latent, half, 20, rng)
             assert len(np.unique(drawn // found.length)) == len(drawn) == 20
             assert (flat[drawn, latent] > 0).all()
-            assert all(documents[windows.document[w]].fold % 2 == half for w in drawn // found.length)
+            assert all(documents[int(windows.document[w])].fold % 2 == half for w in drawn // found.length)
             assert found.strength(latent, drawn) == pytest.approx(flat[drawn, latent].numpy())
         negative = found.inactive(latent, [THE, AFTER_HOST], 20, rng)
         assert len(negative) == 20
         assert (flat[negative, latent] == 0).all()
-        assert all(documents[windows.document[w]].fold % 2 == SCORING for w in negative // found.length)
+        assert all(documents[int(windows.document[w])].fold % 2 == SCORING for w in negative // found.length)
         hard = (flat[negative][:, [THE, AFTER_HOST]] > 0).any(1)
         assert hard.sum() >= 10
 
@@ -153,10 +153,14 @@ def test_stronger_activations_are_drawn_more_often() -> None:
     windows = corpus.Windows(
         torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), torch.zeros(1).long(), torch.tensor([2])
     )
-    document = next(d for d in (Document("", str(i), "") for i in range(9)) if d.fold % 2 == LABELLING)
-    drawn = examples.examples_of(found, windows, [document], 1)
+    numbered = [Document("", str(i), "") for i in range(9)]
+    labelled, scored = (next(d for d in numbered if d.fold % 2 == half) for half in (LABELLING, SCORING))
+    drawn = examples.examples_of(found, windows, [labelled], 1)
     rng = np.random.default_rng(0)
     share = np.mean([drawn.active(0, LABELLING, 1, rng)[0] for _ in range(2000)])
+    assert share == pytest.approx(81 / 82, abs=0.01)
+    drawn = examples.examples_of(found, windows, [scored], 1)
+    share = np.mean([drawn.active(0, SCORING, 1, rng)[0] for _ in range(2000)])
     assert share == pytest.approx(0.9, abs=0.03)
 
 
