@@ -153,7 +153,7 @@ class Catalogue:
         return Latent(
             Summary(*summary),
             tuple(token for (token,) in tokens),
-            tuple(Context(*texts, strength, source, bool(chosen)) for *texts, strength, source, chosen in contexts),
+            tuple(Context(*context[:5], held_out=bool(context[5])) for context in contexts),
             () if quantiles[0] is None else quantiles,
             tuple(Word(*word) for promoted, *word in words if promoted),
             tuple(Word(*word) for promoted, *word in words if not promoted),

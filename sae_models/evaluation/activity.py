@@ -43,7 +43,6 @@ class Sample:
     texts: list[str]
     vocabulary: list[str]
     word: Tensor
-    documents: Sequence[Document]
     books: list[str]
     book: Tensor
 
@@ -100,7 +99,7 @@ def sample_of(windows: Windows, documents: Sequence[Document], tokenizer: Any) -
             word[window, spans[first].first : spans[last - 1].last] = index.setdefault(text, len(index))
     books = sorted({document.book for document in documents})
     book = torch.tensor([books.index(documents[source].book) for source in windows.document.tolist()])
-    return Sample(windows, tokenizer, texts, list(index), word, documents, books, book)
+    return Sample(windows, tokenizer, texts, list(index), word, books, book)
 
 
 def _word_spans(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rudder.sae_models.activations.corpus import Document, Windows
+from rudder.sae_models.activations.corpus import Windows
 
 # Cap on the activations that are held: 400 MB.
 MAX_ENTRIES = 1 << 25
@@ -96,12 +96,13 @@ class Examples:
         return self.activation[span][np.searchsorted(self.position[span], positions)]
 
 
-def examples_of(found: Activations, windows: Windows, documents: Sequence[Document], latents: int) -> Examples:
-    """Sort the activations on a sample by latent."""
+def examples_of(found: Activations, windows: Windows, latents: int) -> Examples:
+    """Sort the activations on a sample by latent. Its documents are LABELLING and SCORING in turn."""
     latent, position, activation = (torch.cat(part) for part in zip(*found.parts, strict=True))
     order = latent.argsort(stable=True)
     start = np.concatenate([[0], np.bincount(latent.numpy(), minlength=latents).cumsum()])
-    half = np.array([documents[source].fold % 2 for source in windows.document[: found.windows].tolist()])
+    _, document = np.unique(windows.document[: found.windows].numpy(), return_inverse=True)
+    half = document % 2
     counted = windows.counted[: found.windows].numpy()
     scoring = np.flatnonzero(counted & (half == SCORING)[:, None])
     return Examples(start, position[order].numpy(), activation[order].numpy(), half, counted.shape[1], scoring)

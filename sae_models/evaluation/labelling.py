@@ -34,7 +34,7 @@ def describe(sums: Tally, sample: Sample, sae: SAE, unembedded: Tensor | None) -
         words = logit_lens.words(sae.decoder, unembedded, vocabulary, sample.tokenizer)
         pairs = zip(latents, words, strict=True)
         latents = [replace(latent, promoted=raised, suppressed=lowered) for latent, (raised, lowered) in pairs]
-    found = examples.examples_of(sums.activations, sample.windows, sample.documents, sae.latents)
+    found = examples.examples_of(sums.activations, sample.windows, sae.latents)
     labelled = list(_labelled(latents, found, sample))
     latents = [latent for latent, _ in labelled]
     if unembedded is None:

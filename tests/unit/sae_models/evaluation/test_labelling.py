@@ -44,7 +44,7 @@ def planted_activations(sample: Sample) -> Tensor:
     active[..., NOISE] = random[0] < 0.05
     active[..., ASTRONOMY] = book & (random[1] < 0.2)
     # Active on a word in one half of the documents and on another word in the other: no label can hold.
-    half = np.array([sample.documents[source].fold % 2 for source in sample.windows.document.tolist()])[:, None]
+    half = sample.windows.document.numpy()[:, None] % 2
     active[..., OPPOSITE] = np.where(half == LABELLING, words == "water", words == "money")
     active[:, 1:, AFTER_HOST] = (words[:, :-1] == "host") & (words[:, 1:] != "host")
     counted = sample.windows.counted[..., None].float()
@@ -56,7 +56,7 @@ def planted() -> Planted:
     rng = np.random.default_rng(0)
     choices = [*WORDS, "virus", "host", "the"]
     documents = [
-        Document("astronomy" if number % 4 == 0 else "history", str(number), " ".join(rng.choice(choices, 40)))
+        Document("astronomy" if number % 3 == 0 else "history", str(number), " ".join(rng.choice(choices, 40)))
         for number in range(240)
     ]
     tokenizer = harvest.load_tokenizer(PRETRAINED / "textbook-lm")
@@ -106,7 +106,7 @@ def test_contexts_mark_the_active_token_and_say_which_are_held_out(latents: list
     held_out = [context for context in contexts if context.held_out]
     assert len(held_out) == labelling.SHOWN
     assert len(contexts) == labelling.SHOWN + activity.TOP_CONTEXTS
-    assert all("virus" in context.before[-5:] + context.token for context in held_out)
+    assert all("virus" in context.before[-5:] + context.token + context.after[:5] for context in held_out)
     assert all(1 <= context.activation <= 2 for context in contexts)
 
 
@@ -129,39 +129,34 @@ def test_neighbours_in_chunks_and_of_a_single_row(monkeypatch: pytest.MonkeyPatc
 
 
 def test_examples_are_of_their_half_of_other_windows_and_active_or_not(planted: Planted) -> None:
-    windows, documents = planted.sample.windows, planted.sample.documents
-    found = examples.examples_of(planted.sums.activations, windows, documents, LATENTS)
+    windows = planted.sample.windows
+    found = examples.examples_of(planted.sums.activations, windows, LATENTS)
     flat, rng = planted.activations.flatten(0, 1), np.random.default_rng(0)
     for latent in (VIRUS, NOISE, OPPOSITE):
         for half in (LABELLING, SCORING):
             drawn = found.active(latent, half, 20, rng)
             assert len(np.unique(drawn // found.length)) == len(drawn) == 20
             assert (flat[drawn, latent] > 0).all()
-            assert all(documents[int(windows.document[w])].fold % 2 == half for w in drawn // found.length)
+            assert all(int(windows.document[w]) % 2 == half for w in drawn // found.length)
             assert found.strength(latent, drawn) == pytest.approx(flat[drawn, latent].numpy())
         negative = found.inactive(latent, [THE, AFTER_HOST], 20, rng)
         assert len(negative) == 20
         assert (flat[negative, latent] == 0).all()
-        assert all(documents[int(windows.document[w])].fold % 2 == SCORING for w in negative // found.length)
+        assert all(int(windows.document[w]) % 2 == SCORING for w in negative // found.length)
         hard = (flat[negative][:, [THE, AFTER_HOST]] > 0).any(1)
         assert hard.sum() >= 10
 
 
-def test_stronger_activations_are_drawn_more_often() -> None:
+@pytest.mark.parametrize(("half", "share"), [(LABELLING, 81 / 82), (SCORING, 0.9)])
+def test_stronger_activations_are_drawn_more_often(half: int, share: float) -> None:
     found = Activations()
-    found.add(1, torch.zeros(2, dtype=torch.long), torch.arange(2), torch.tensor([1.0, 9.0]))
-    windows = corpus.Windows(
-        torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), torch.zeros(1).long(), torch.tensor([2])
-    )
-    numbered = [Document("", str(i), "") for i in range(9)]
-    labelled, scored = (next(d for d in numbered if d.fold % 2 == half) for half in (LABELLING, SCORING))
-    drawn = examples.examples_of(found, windows, [labelled], 1)
+    found.add(2, torch.zeros(4, dtype=torch.long), torch.arange(4), torch.tensor([1.0, 9.0, 1.0, 9.0]))
+    counted = torch.ones(2, 2, dtype=torch.bool)
+    windows = corpus.Windows(torch.zeros(2, 2), counted, torch.tensor([3, 8]), torch.tensor([2, 2]))
+    drawn = examples.examples_of(found, windows, 1)
     rng = np.random.default_rng(0)
-    share = np.mean([drawn.active(0, LABELLING, 1, rng)[0] for _ in range(2000)])
-    assert share == pytest.approx(81 / 82, abs=0.01)
-    drawn = examples.examples_of(found, windows, [scored], 1)
-    share = np.mean([drawn.active(0, SCORING, 1, rng)[0] for _ in range(2000)])
-    assert share == pytest.approx(0.9, abs=0.03)
+    strongest = [drawn.active(0, half, 1, rng)[0] % 2 for _ in range(2000)]
+    assert np.mean(strongest) == pytest.approx(share, abs=0.025)
 
 
 def test_activations_are_held_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
