@@ -4,7 +4,7 @@ import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +153,7 @@ class Catalogue:
         return Latent(
             Summary(*summary),
             tuple(token for (token,) in tokens),
-            tuple(Context(*context[:5], held_out=bool(context[5])) for context in contexts),
+            tuple(replace(Context(*context), held_out=bool(context[5])) for context in contexts),
             () if quantiles[0] is None else quantiles,
             tuple(Word(*word) for promoted, *word in words if promoted),
             tuple(Word(*word) for promoted, *word in words if not promoted),

@@ -81,7 +81,7 @@ def test_wrong_input_leaves_the_bundle_as_it_is(
 ) -> None:
     path, before = labelled.path, (labelled.path / "manifest.json").read_bytes()
     assert label(path, tmp_path / "none.jsonl") == 2
-    assert "none.jsonl: no such file" in " ".join(capsys.readouterr().err.split())
+    assert "none.jsonl" in capsys.readouterr().err
     assert label(path, corpus, PRETRAINED / "textbook-lm-twin") == command.FAILS
     assert "model.sha256" in capsys.readouterr().err
     assert label(tmp_path / "nothing", corpus) == 2
