@@ -189,12 +189,18 @@ def template_text(tokenizer: Any) -> str:
     if not template:
         return ""
     parts = list(template.values()) if isinstance(template, dict) else [template]
+    return "\n".join([*parts, *rendered_chats(tokenizer)])
+
+
+def rendered_chats(tokenizer: Any, content: str = "x") -> list[str]:
+    """Return what the chat template makes of some conversations, with messages of this content."""
+    rendered = []
     for roles in PROBE_CHATS:
-        messages = [{"role": role, "content": "x"} for role in roles]
+        messages = [{"role": role, "content": content} for role in roles]
         # A template may refuse these roles, with whatever exception.
         with suppress(Exception):
-            parts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    return "\n".join(parts)
+            rendered.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return rendered
 
 
 def added_bos(tokenizer: Any) -> str:

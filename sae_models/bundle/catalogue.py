@@ -2,45 +2,58 @@
 
 import re
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 QUANTILES = (0.25, 0.5, 0.75, 0.9, 0.99)
-SCHEMA = """
-PRAGMA user_version = 2;
+VERSION = 3
+SCHEMA = f"""
+PRAGMA user_version = {VERSION};
 CREATE TABLE latents (
     "index" INTEGER PRIMARY KEY, label TEXT NOT NULL, frequency REAL, max_activation REAL, origin TEXT NOT NULL,
-    q25 REAL, q50 REAL, q75 REAL, q90 REAL, q99 REAL);
+    q25 REAL, q50 REAL, q75 REAL, q90 REAL, q99 REAL, label_score REAL, label_error REAL, intervention REAL);
 CREATE TABLE tokens (
     latent INTEGER NOT NULL, rank INTEGER NOT NULL, token TEXT NOT NULL, PRIMARY KEY (latent, rank)) WITHOUT ROWID;
 CREATE TABLE contexts (
     latent INTEGER NOT NULL, rank INTEGER NOT NULL, before TEXT NOT NULL, token TEXT NOT NULL, after TEXT NOT NULL,
-    activation REAL NOT NULL, source TEXT NOT NULL, PRIMARY KEY (latent, rank)) WITHOUT ROWID;
+    activation REAL NOT NULL, source TEXT NOT NULL, held_out INTEGER NOT NULL,
+    PRIMARY KEY (latent, rank)) WITHOUT ROWID;
+CREATE TABLE neighbours (
+    latent INTEGER NOT NULL, rank INTEGER NOT NULL, neighbour INTEGER NOT NULL, cosine REAL NOT NULL,
+    PRIMARY KEY (latent, rank)) WITHOUT ROWID;
 CREATE TABLE words (
     latent INTEGER NOT NULL, promoted INTEGER NOT NULL, rank INTEGER NOT NULL, token TEXT NOT NULL, logit REAL NOT NULL,
     PRIMARY KEY (latent, promoted, rank)) WITHOUT ROWID;
 CREATE TABLE meanings (latent INTEGER PRIMARY KEY, embedder TEXT NOT NULL, vector BLOB NOT NULL);
-CREATE VIRTUAL TABLE labels USING fts5(label, content='latents', content_rowid='index');
+CREATE VIRTUAL TABLE labels USING fts5(label, content='latents', content_rowid='index', tokenize='porter unicode61');
 """
-SUMMARY = 'SELECT "index", latents.label, frequency, max_activation, origin FROM latents'
+COLUMNS = '"index", latents.label, frequency, max_activation, origin'
+SCORES = "label_score, label_error, intervention"
 MAX_SEARCH_WORDS = 32
+# Limit of a page that holds every latent.
+ALL = 1 << 40
 
 Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Context:
-    """A token on which a latent is active, the text before and after it, and the book it is from."""
+    """A token on which a latent is active, the text before and after it, and the book it is from.
+
+    `held_out`: drawn by activation from documents that the label was not made from. The others are the strongest.
+    """
 
     before: str
     token: str
     after: str
     activation: float
     source: str
+    held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,10 +68,21 @@ class Word:
 
 
 @dataclass(frozen=True)
+class Neighbour:
+    """A latent whose decoder row is similar, and the cosine."""
+
+    index: int
+    cosine: float
+
+
+@dataclass(frozen=True)
 class Summary:
     """A latent in a list. `frequency`: share of tokens on which it is active, None if not measured.
 
-    `origin`: who wrote the label, empty without one.
+    `label` is empty where none is better than chance; `origin`: who wrote it. `label_score`: the area under the ROC
+    curve of the label on held-out contexts, 0.5 at chance, with half the width of its interval, `label_error`.
+    `intervention`: the area under that of its words among the vocabulary, ordered by how much the decoder row raises
+    their logits. All None if not measured.
     """
 
     index: int
@@ -66,6 +90,9 @@ class Summary:
     frequency: float | None
     max_activation: float | None
     origin: str = ""
+    label_score: float | None = None
+    label_error: float | None = None
+    intervention: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +100,8 @@ class Latent:
     """The catalogue entry of a latent; tokens and contexts by activation, strongest first.
 
     `quantiles`: of its non-zero activations at QUANTILES, or empty. `promoted` and `suppressed`: the tokens whose
-    logits its decoder raises and lowers most (logit lens), strongest first.
+    logits its decoder raises and lowers most (logit lens), strongest first. `neighbours`: the latents with the most
+    similar decoder rows, nearest first.
     """
 
     summary: Summary
@@ -82,6 +110,7 @@ class Latent:
     quantiles: tuple[float, ...] = ()
     promoted: tuple[Word, ...] = ()
     suppressed: tuple[Word, ...] = ()
+    neighbours: tuple[Neighbour, ...] = ()
 
 
 class Catalogue:
@@ -92,6 +121,9 @@ class Catalogue:
         self._database = sqlite3.connect(
             f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
         )
+        # Older catalogues have no scores, neighbours and held-out contexts.
+        self._complete = self._database.execute("PRAGMA user_version").fetchone()[0] >= VERSION
+        self._summary = f"SELECT {COLUMNS}, {SCORES if self._complete else 'NULL, NULL, NULL'} FROM latents"
 
     def __len__(self) -> int:
         count: int = self._database.execute("SELECT count(*) FROM latents").fetchone()[0]
@@ -107,48 +139,66 @@ class Catalogue:
         """Return the entry of a latent. LookupError: no latent has this index."""
         # Clamp indices beyond SQLite's 64-bit integers: they match no latent either.
         key = min(max(index, -1), 2**62)
-        summary = self._database.execute(f'{SUMMARY} WHERE "index" = ?', (key,)).fetchone()
+        summary = self._database.execute(f'{self._summary} WHERE "index" = ?', (key,)).fetchone()
         if summary is None:
             raise LookupError(f"index: latent {index} is not in the catalogue")
         select = self._database.execute
         tokens = select("SELECT token FROM tokens WHERE latent = ? ORDER BY rank", (key,))
-        contexts = select(
-            "SELECT before, token, after, activation, source FROM contexts WHERE latent = ? ORDER BY rank", (key,)
-        )
+        columns = f"before, token, after, activation, source, {'held_out' if self._complete else '0'}"
+        contexts = select(f"SELECT {columns} FROM contexts WHERE latent = ? ORDER BY rank", (key,))
+        near = "SELECT neighbour, cosine FROM neighbours WHERE latent = ? ORDER BY rank"
+        neighbours = select(near, (key,)) if self._complete else ()
         quantiles = select('SELECT q25, q50, q75, q90, q99 FROM latents WHERE "index" = ?', (key,)).fetchone()
         words = select("SELECT promoted, token, logit FROM words WHERE latent = ? ORDER BY rank", (key,)).fetchall()
         return Latent(
             Summary(*summary),
             tuple(token for (token,) in tokens),
-            tuple(Context(*context) for context in contexts),
+            tuple(replace(Context(*context), held_out=bool(context[5])) for context in contexts),
             () if quantiles[0] is None else quantiles,
             tuple(Word(*word) for promoted, *word in words if promoted),
             tuple(Word(*word) for promoted, *word in words if not promoted),
+            tuple(Neighbour(*neighbour) for neighbour in neighbours),
         )
 
     def page(self, after: int, limit: int) -> list[Summary]:
         """Return up to `limit` latents with an index above `after` (-1: from the first), in order."""
-        query = f'{SUMMARY} WHERE "index" > ? ORDER BY "index" LIMIT ?'
+        query = f'{self._summary} WHERE "index" > ? ORDER BY "index" LIMIT ?'
         return [Summary(*record) for record in self._database.execute(query, (after, max(limit, 0)))]
 
     def search(self, words: str, limit: int) -> list[Summary]:
-        """Return up to `limit` latents whose label contains every word, its plural, or a word with it as prefix.
+        """Return up to `limit` latents whose label has one of the words, inflected or not, or a word that begins so.
 
-        Accepts any text. Ordered by how many words of the label are the searched ones, not just begin with them, then
-        by relevance and by frequency; latents that were never active come last.
+        Accepts any text. Latents that were ever active come first, then those with the most of the words, then those
+        with the most as whole words; then by relevance and by frequency.
         """
-        searched = split_words(words)[:MAX_SEARCH_WORDS]
-        if not searched:
+        searched = list(dict.fromkeys(split_words(words)))[:MAX_SEARCH_WORDS]
+        matches, whole = Counter[int](), Counter[int]()
+        for word in searched:
+            inflected = self._matching(f'"{word}"')
+            whole.update(inflected)
+            matches.update(inflected | self._beginning(word))
+        if not matches:
             return []
-        query = " ".join(f'"{stem(word).removesuffix("y")}"*' for word in searched)
-        matching = 'JOIN labels ON labels.rowid = latents."index" WHERE labels MATCH ?'
+        query = " OR ".join(f'"{stem(word)}"*' for word in searched)
+        order = "ORDER BY labels.rank, frequency DESC, labels.rowid"
         records = self._database.execute(
-            f"{SUMMARY} {matching} ORDER BY labels.rank, frequency DESC, labels.rowid", (query,)
+            f'{self._summary} JOIN labels ON labels.rowid = latents."index" WHERE labels MATCH ? {order}', (query,)
         )
-        summaries = (Summary(*record) for record in records)
-        scored = [(score, summary) for summary in summaries if (score := label_score(searched, summary))]
-        scored.sort(key=lambda pair: pair[0], reverse=True)
-        return [summary for _, summary in scored[: max(limit, 0)]]
+        summaries = [summary for record in records if (summary := Summary(*record)).index in matches]
+        summaries.sort(key=lambda s: (s.frequency != 0, matches[s.index], whole[s.index]), reverse=True)
+        return summaries[: max(limit, 0)]
+
+    def _matching(self, query: str) -> set[int]:
+        """Return the latents whose labels match a full-text query."""
+        return {index for (index,) in self._database.execute("SELECT rowid FROM labels WHERE labels MATCH ?", (query,))}
+
+    def _beginning(self, word: str) -> set[int]:
+        """Return the latents whose labels have a word that begins with this one."""
+        # The index holds stems, which begin like some words that this one does not begin.
+        candidates = self._database.execute(
+            "SELECT rowid, label FROM labels WHERE labels MATCH ?", (f'"{stem(word)}"*',)
+        )
+        return {index for index, label in candidates if any(other.startswith(word) for other in split_words(label))}
 
     def embeddings(self) -> tuple[list[int], Vectors]:
         """Return the latents with an embedded label, and the embeddings as unit vectors [n, e]."""
@@ -173,18 +223,6 @@ def stem(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
 
 
-def label_score(searched: Sequence[str], summary: Summary) -> tuple[bool, int, int] | None:
-    """Return how well a label matches: (ever active, words searched that it has, its words that were searched).
-
-    None: it lacks one of the words.
-    """
-    words, stems = split_words(summary.label), {stem(word) for word in searched}
-    exact = {stem(word) for word in words} & stems
-    if not all(stem(word) in exact or any(other.startswith(word) for other in words) for word in searched):
-        return None
-    return summary.frequency != 0, len(exact), sum(stem(word) in stems for word in words)
-
-
 def write(path: Path, latents: Iterable[Latent]) -> None:
     """Write a new catalogue from latents in the order of their indices."""
     database = sqlite3.connect(path)
@@ -207,12 +245,18 @@ def write_embeddings(path: Path, embedder: str, indices: Sequence[int], vectors:
 def _insert(database: sqlite3.Connection, latent: Latent) -> None:
     s, index = latent.summary, latent.summary.index
     quantiles = latent.quantiles or (None,) * len(QUANTILES)
-    record = (index, s.label, s.frequency, s.max_activation, s.origin, *quantiles)
-    database.execute("INSERT INTO latents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", record)
+    scores = (s.label_score, s.label_error, s.intervention)
+    record = (index, s.label, s.frequency, s.max_activation, s.origin, *quantiles, *scores)
+    database.execute("INSERT INTO latents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", record)
     tokens = ((index, rank, token) for rank, token in enumerate(latent.tokens))
     database.executemany("INSERT INTO tokens VALUES (?, ?, ?)", tokens)
-    contexts = ((index, r, c.before, c.token, c.after, c.activation, c.source) for r, c in enumerate(latent.contexts))
-    database.executemany("INSERT INTO contexts VALUES (?, ?, ?, ?, ?, ?, ?)", contexts)
+    contexts = (
+        (index, rank, c.before, c.token, c.after, c.activation, c.source, c.held_out)
+        for rank, c in enumerate(latent.contexts)
+    )
+    database.executemany("INSERT INTO contexts VALUES (?, ?, ?, ?, ?, ?, ?, ?)", contexts)
+    neighbours = ((index, rank, near.index, near.cosine) for rank, near in enumerate(latent.neighbours))
+    database.executemany("INSERT INTO neighbours VALUES (?, ?, ?, ?)", neighbours)
     for promoted, words in ((1, latent.promoted), (0, latent.suppressed)):
         records = ((index, promoted, rank, word.token, word.logit) for rank, word in enumerate(words))
         database.executemany("INSERT INTO words VALUES (?, ?, ?, ?, ?)", records)

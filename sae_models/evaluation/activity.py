@@ -1,4 +1,4 @@
-"""Activity of latents over a corpus: frequency, activations, top words and books, and automatic labels from them."""
+"""Activity of latents over a corpus: frequency, activations, top tokens and the strongest contexts."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,16 +13,13 @@ from rudder.sae_models import token_text
 from rudder.sae_models.activations.corpus import Document, Windows
 from rudder.sae_models.bundle.bundle import Statistics
 from rudder.sae_models.bundle.catalogue import QUANTILES, Context, Latent, Summary
+from rudder.sae_models.evaluation.examples import Activations
 from rudder.sae_models.sae import SAE
 
 TOP_TOKENS = 10
-TOP_CONTEXTS = 6
+TOP_CONTEXTS = 4
 TOKENS_BEFORE = 16
 TOKENS_AFTER = 8
-LABEL_WORDS = 3
-BOOK_SHARE = 0.3
-INACTIVE = "(inactive)"
-ORIGIN = "corpus"
 # The histogram of activations is logarithmic: 8 bins per octave, from 2^-20.
 LOWEST_OCTAVE, OCTAVES, BINS_PER_OCTAVE = -20, 40, 8
 BINS = OCTAVES * BINS_PER_OCTAVE
@@ -78,15 +75,13 @@ class Activity:
 
 @dataclass(kw_only=True)
 class Tally(Activity):
-    """Sums over text: also energy per token and word, counts per book [F, books], and each latent's strongest contexts.
+    """Sums over text: also energy per token, non-zero activations, and each latent's strongest contexts.
 
     `peaks`, `peak_window` and `peak_position` [TOP_CONTEXTS, F]: activation, window and position, strongest first.
     """
 
     energy_of_token: Pairs
-    energy_of_word: Pairs
-    fired_in_book: Tensor
-    tokens_of_book: Tensor
+    activations: Activations
     peaks: Tensor
     peak_window: Tensor
     peak_position: Tensor
@@ -134,12 +129,11 @@ def tally_of(passes: Iterable[tuple[Tensor, Tensor]], sae: SAE, sample: Sample) 
                 latents = vectors.new_zeros(*counted.shape, sae.latents)
                 latents[counted] = vectors
                 _add_vectors(sums, x[counted], vectors)
-                _add_words(sums, latents, counted, sample, index)
+                _add_tokens(sums, latents, sample, index)
                 _add_peaks(sums, latents, index)
                 start += len(x)
                 progress.update(len(x))
     _merge(sums.energy_of_token)
-    _merge(sums.energy_of_word)
     return sums
 
 
@@ -166,13 +160,11 @@ def _empty_sums(sae: SAE) -> dict[str, Any]:
 
 
 def _zeros(sae: SAE, sample: Sample) -> Tally:
-    f, books = sae.latents, len(sample.books)
+    f = sae.latents
     return Tally(
         **_empty_sums(sae),
         energy_of_token=_no_pairs(len(sample.tokenizer)),
-        energy_of_word=_no_pairs(len(sample.vocabulary)),
-        fired_in_book=torch.zeros(f, books),
-        tokens_of_book=torch.zeros(books),
+        activations=Activations(),
         peaks=torch.zeros(TOP_CONTEXTS, f),
         peak_window=torch.zeros(TOP_CONTEXTS, f, dtype=torch.long),
         peak_position=torch.zeros(TOP_CONTEXTS, f, dtype=torch.long),
@@ -197,15 +189,12 @@ def _add_vectors(sums: Activity, x: Tensor, latents: Tensor) -> None:
     sums.histogram.view(-1).index_add_(0, latent * BINS + bin_of(latents[token, latent]), increments)
 
 
-def _add_words(sums: Tally, latents: Tensor, counted: Tensor, sample: Sample, index: Tensor) -> None:
+def _add_tokens(sums: Tally, latents: Tensor, sample: Sample, index: Tensor) -> None:
     window, position, latent = latents.nonzero(as_tuple=True)
-    book, at = sample.book[index], (index[window], position)
     # Squared, because a latent's many weak activations carry little information.
-    energy = latents[window, position, latent].square()
-    _add_pairs(sums.energy_of_token, latent, sample.windows.tokens[at], energy)
-    _add_pairs(sums.energy_of_word, latent, sample.word[at], energy)
-    sums.fired_in_book.index_put_((latent, book[window]), torch.ones_like(energy), accumulate=True)
-    sums.tokens_of_book.index_add_(0, book, counted.sum(1).float())
+    activation = latents[window, position, latent]
+    _add_pairs(sums.energy_of_token, latent, sample.windows.tokens[index[window], position], activation.square())
+    sums.activations.add(len(index), latent, index[window] * latents.shape[1] + position, activation)
 
 
 def _add_pairs(pairs: Pairs, latent: Tensor, other: Tensor, energy: Tensor) -> None:
@@ -264,17 +253,12 @@ def unlabelled(sums: Activity) -> Iterator[Latent]:
 
 
 def describe(sums: Tally, sample: Sample) -> Iterator[Latent]:
-    """Yield every latent's catalogue entry, in order."""
-    rate = sums.fired_in_book / sums.tokens_of_book.clamp(min=1)
-    share = (rate / rate.sum(1, keepdim=True).clamp(min=1e-12)).tolist()
+    """Yield every latent's catalogue entry, in order, without labels (labelling.py)."""
     frequency, max_activation = (sums.active / sums.tokens).tolist(), sums.max_activation.tolist()
     tokens = _top_others(sums.energy_of_token, len(frequency), TOP_TOKENS)
-    words = _top_others(sums.energy_of_word, len(frequency), 4 * LABEL_WORDS)
     levels = quantiles(sums.histogram, sums.max_activation).tolist()
     for index in range(len(frequency)):
-        top_words = [sample.vocabulary[word] for word in words[index]]
-        label = label_of(top_words, dict(zip(sample.books, share[index], strict=True)))
-        summary = Summary(index, label, frequency[index], max_activation[index], ORIGIN)
+        summary = Summary(index, "", frequency[index], max_activation[index])
         top = tuple(token_text.token_name(token, sample.tokenizer) for token in tokens[index])
         quantile = tuple(levels[index]) if max_activation[index] > 0 else ()
         yield Latent(summary, top, tuple(_contexts(sums, index, sample)), quantile)
@@ -290,28 +274,15 @@ def _top_others(pairs: Pairs, latents: int, k: int) -> list[list[int]]:
     return [other[start[i] : min(start[i] + k, start[i + 1])].tolist() for i in range(latents)]
 
 
-def label_of(words: Sequence[str], share_of_book: dict[str, float]) -> str:
-    """Return a label such as `virus, viral, viruses (microbiology)`: the top words, and the books with a large share.
-
-    Shares are of the firing rate, so that long books do not win by length.
-    """
-    if not words:
-        return INACTIVE
-    readable = [word for word in dict.fromkeys(words) if any(letter.isalnum() for letter in word)] or list(words)
-    books = sorted(
-        (book for book in share_of_book if share_of_book[book] >= BOOK_SHARE), key=lambda b: -share_of_book[b]
-    )
-    return ", ".join(readable[:LABEL_WORDS]) + (f" ({', '.join(books)})" if books else "")
-
-
 def _contexts(sums: Tally, index: int, sample: Sample) -> Iterator[Context]:
     columns = (sums.peaks[:, index], sums.peak_window[:, index], sums.peak_position[:, index])
     for activation, window, position in zip(*(column.tolist() for column in columns), strict=True):
         if activation > 0:
-            yield _context(sample, window, position, activation)
+            yield context_at(sample, window, position, activation)
 
 
-def _context(sample: Sample, window: int, position: int, activation: float) -> Context:
+def context_at(sample: Sample, window: int, position: int, activation: float) -> Context:
+    """Return the text around a position, TOKENS_BEFORE tokens before it and TOKENS_AFTER after."""
     ids = sample.windows.tokens[window][: int(sample.windows.size[window])].tolist()
     # The leading BOS or CLS is no text.
     leading = 0 if sample.windows.counted[window, 0] else int(ids[0] in sample.tokenizer.all_special_ids)
@@ -323,4 +294,5 @@ def _context(sample: Sample, window: int, position: int, activation: float) -> C
         if start <= around + first < position + 1 + TOKENS_AFTER:
             part = "before" if around + last <= position else "after" if around + first > position else "token"
             parts[part] += text
-    return Context(**parts, activation=activation, source=sample.books[int(sample.book[window])])
+    source = sample.books[int(sample.book[window])]
+    return Context(parts["before"], parts["token"], parts["after"], activation, source)

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from rudder.sae_models.bundle.catalogue import Word
 from rudder.sae_models.errors import UserError
+from rudder.sae_models.evaluation import label_score
 from rudder.sae_models.token_text import token_name
 
 TOP_WORDS = 10
@@ -76,6 +77,31 @@ def words(
             promoted, suppressed = (_words(vocabulary[top.indices], top.values, tokenizer) for top in extremes)
             yield from zip(promoted, suppressed, strict=True)
             progress.update(len(rows))
+
+
+@torch.no_grad()
+def agreement(
+    decoder: Tensor, unembedded: Tensor, vocabulary: Tensor, named: Sequence[Sequence[int]]
+) -> Iterator[float | None]:
+    """Yield for every row of a decoder [F, d] how it raises the logits of named tokens: the area under their ROC curve
+    among the vocabulary [n], 0.5 at chance; None without any.
+
+    `named`: for each row, indices into the vocabulary. What `add` does at one times the decoder row, to first order.
+    """
+    unembedded = unembedded[vocabulary]
+    row = 0
+    for rows in decoder.split(max(1, LOGITS_PER_CHUNK // len(unembedded))):
+        for logits in rows.float() @ unembedded.T:
+            yield _area(logits, named[row])
+            row += 1
+
+
+def _area(logits: Tensor, named: Sequence[int]) -> float | None:
+    if not 0 < len(named) < len(logits):
+        return None
+    is_named = torch.zeros(len(logits), dtype=torch.bool)
+    is_named[list(named)] = True
+    return label_score.area_under_curve(logits[is_named].numpy(), logits[~is_named].numpy())
 
 
 def _words(tokens: Tensor, logits: Tensor, tokenizer: Any) -> list[tuple[Word, ...]]:

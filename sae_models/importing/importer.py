@@ -18,7 +18,7 @@ from rudder.sae_models.bundle.bundle import Bundle, Conformance, Manifest, Model
 from rudder.sae_models.bundle.catalogue import Latent, Summary
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.evaluation import activity as entries
-from rudder.sae_models.evaluation import labels, logit_lens
+from rudder.sae_models.evaluation import labelling, labels, logit_lens
 from rudder.sae_models.evaluation.labels import Labels
 from rudder.sae_models.fidelity import Fidelity
 from rudder.sae_models.formats.folding import fold_decoder_norm, fold_input_scale
@@ -190,8 +190,13 @@ def with_labels(latents: Sequence[Latent], imported: Labels | None) -> Iterator[
     for latent in latents:
         label = imported.by_latent.get(latent.summary.index) if imported else None
         if label:
-            latent = replace(latent, summary=replace(latent.summary, label=label.text, origin=label.origin))
+            latent = replace(latent, summary=with_label(latent.summary, label.text, label.origin))
         yield latent
+
+
+def with_label(summary: Summary, text: str, origin: str) -> Summary:
+    """Return a summary with a label of others: the scores are of the label that it replaces."""
+    return replace(summary, label=text, origin=origin, label_score=None, label_error=None, intervention=None)
 
 
 def measure(sae: SAE, content: Manifest, request: ImportRequest, corpus: Path) -> Measurements:
@@ -213,9 +218,7 @@ def measure(sae: SAE, content: Manifest, request: ImportRequest, corpus: Path) -
     conformance = typical_conformance(sae, x, target, whole)
     outlier_share = 1 - sums.tokens / int(material.windows.counted.sum())
     training = Training(l0=whole.l0, fvu=whole.fvu, dead_share=dead, outlier_share=outlier_share, credit=request.credit)
-    latents = list(entries.describe(sums, sample))
-    if content.output_site.endswith(RESIDUAL_POINTS) and not sae.partial:
-        latents = list(with_logit_lens(latents, sae, material))
+    latents = labelling.describe(sums, sample, sae, unembedding(content, material))
     return Measurements(training, statistics, conformance, latents, verdict)
 
 
@@ -282,12 +285,10 @@ def inputs_and_target(content: Manifest, vectors: dict[str, Tensor]) -> tuple[Te
     return x, vectors[content.output_site] if content.transcodes and not content.partial else None
 
 
-def with_logit_lens(latents: Sequence[Latent], sae: SAE, material: TextSample) -> Iterator[Latent]:
-    """Yield the latents with the tokens that their decoders promote and suppress."""
-    vocabulary = material.windows.tokens[material.windows.counted].unique()
-    words = logit_lens.words(sae.decoder, logit_lens.unembedding(material.trunk), vocabulary, material.tokenizer)
-    for latent, (promoted, suppressed) in zip(latents, words, strict=True):
-        yield replace(latent, promoted=promoted, suppressed=suppressed)
+def unembedding(content: Manifest, material: TextSample) -> Tensor | None:
+    """Return the model's unembedding [V, d] if the SAE writes to the residual stream at one site, else None."""
+    in_residual = content.output_site.endswith(RESIDUAL_POINTS) and not content.partial
+    return logit_lens.unembedding(material.trunk) if in_residual else None
 
 
 def synthetic_inputs(sae: SAE, content: Manifest) -> Tensor:

@@ -2,7 +2,7 @@
 
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rudder.sae_models.bundle import bundle, catalogue
 from rudder.sae_models.bundle.bundle import Manifest, Model, Statistics, Training
 from rudder.sae_models.bundle.catalogue import Latent
 from rudder.sae_models.bundle.manifest import NO_CONTEXT
-from rudder.sae_models.evaluation import activity, probing, splicing
+from rudder.sae_models.evaluation import activity, labelling, logit_lens, probing, splicing
 from rudder.sae_models.evaluation.probing import Labelled
 from rudder.sae_models.fidelity import Fidelity
 from rudder.sae_models.importing import importer
@@ -75,7 +75,7 @@ def build_catalogue(
     sample = activity.sample_of(text.train.first(limit), text.documents, text.tokenizer)
     batches = samples.sae_inputs(text_sample_of(text), spec.sites, sample.windows)
     tally = activity.tally_of(batches, sae, sample)
-    return activity.statistics_of(tally), list(with_promoted_words(spec, sae, text, activity.describe(tally, sample)))
+    return activity.statistics_of(tally), labelling.describe(tally, sample, sae, unembedding(spec, text))
 
 
 def missing_figures(figures: Mapping[str, Any], latents: Sequence[Latent]) -> list[str]:
@@ -96,13 +96,11 @@ def text_sample_of(text: TrainingText) -> TextSample:
     return TextSample(text.trunk, text.tokenizer, text.documents, text.train)
 
 
-def with_promoted_words(spec: SAESpec, sae: SAE, text: TrainingText, latents: Iterable[Latent]) -> Iterable[Latent]:
-    """Add to the latents the words that their decoder vectors promote, if the SAE writes to the residual stream of a
-    causal language model.
-    """
-    if not (harvest.is_causal_lm(text.trunk.config) and spec.all_sites[-1].endswith(importer.RESIDUAL_POINTS)):
-        return latents
-    return importer.with_logit_lens(list(latents), sae, text_sample_of(text))
+def unembedding(spec: SAESpec, text: TrainingText) -> Tensor | None:
+    """Return the unembedding [V, d] if the SAE writes to the residual stream of a causal language model, else None."""
+    if harvest.is_causal_lm(text.trunk.config) and spec.all_sites[-1].endswith(importer.RESIDUAL_POINTS):
+        return logit_lens.unembedding(text.trunk)
+    return None
 
 
 def vector_figures(spec: SAESpec, sae: SAE, measured: Fidelity) -> dict[str, Any]:

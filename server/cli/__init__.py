@@ -17,7 +17,7 @@ COMMANDS = {
     "inspect": "show the features of each token of a text",
     "features": "look up features by index or label",
     "model": "show the served model: sites, bundles, programs, limits; download or convert one",
-    "bundle": "import and check SAE bundles",
+    "bundle": "import, check and label SAE bundles",
     "train": "train SAEs",
     "harvest": "write the activation store of a training run with a vLLM engine",
     "report": "write the HTML report of a training run",

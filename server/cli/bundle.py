@@ -1,10 +1,11 @@
-"""`rudder bundle`: import published SAEs as bundles, and check bundles.
+"""`rudder bundle`: import published SAEs as bundles, check bundles, and label their latents.
 
 Nothing heavy is imported before a command runs.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from rudder.server.cli.arguments import add_subcommand, command, integer
 from rudder.server.cli.output import err, out, print_error
 
 if TYPE_CHECKING:
+    from rudder.sae_models.evaluation.label_score import LabelScores
     from rudder.sae_models.importing.check import Report
     from rudder.sae_models.importing.convention import Comparison
     from rudder.sae_models.importing.importer import ImportRequest, ImportResult
@@ -30,7 +32,10 @@ EXAMPLES = """\
 examples:
   rudder bundle import REPOSITORY --model MODEL --corpus TEXT.jsonl --out BUNDLE
   rudder bundle check BUNDLE --model MODEL --corpus TEXT.jsonl
+  rudder bundle label BUNDLE --model MODEL --corpus TEXT.jsonl
+  rudder bundle explain BUNDLE --endpoint http://localhost:8000/v1
 """
+EXPLAIN_KEY = "The key of the endpoint is read from OPENAI_API_KEY. Answers are kept in BUNDLE.explanations.jsonl."
 CHECK_STATUS = "exit status: 0 all holds, 1 something does not, 2 it could not be checked"
 IMPORT_STATUS = "exit status: 0 the bundle is written, 1 it was refused, 2 something could not be read"
 
@@ -44,10 +49,12 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Build the parser."""
-    bundle = command("bundle", "Import and check SAE bundles.", EXAMPLES)
+    bundle = command("bundle", "Import, check and label SAE bundles.", EXAMPLES)
     group = bundle.add_subparsers(required=True, metavar="command")
     add_import(group)
     add_check(group)
+    add_label(group)
+    add_explain(group)
     return bundle
 
 
@@ -87,6 +94,31 @@ def add_check(group: Any) -> None:
     action.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
+def add_label(group: Any) -> None:
+    """Add `bundle label`."""
+    text = "label a bundle's latents anew from a corpus, and score the labels on text that they were not made from"
+    action = add_subcommand(group, "label", text, EXAMPLES)
+    action.set_defaults(run=run_label)
+    action.add_argument("bundle", type=Path, help="folder of the bundle; written anew in place")
+    action.add_argument("--model", type=Path, required=True, help="folder of its model")
+    action.add_argument("--corpus", type=Path, required=True, help=f"text to label from: {CORPUS}")
+    action.add_argument(
+        "--tokens", type=integer(1), default=1_000_000, help="approximate tokens of the corpus (%(default)s)"
+    )
+
+
+def add_explain(group: Any) -> None:
+    """Add `bundle explain`."""
+    text = "label a bundle's latents by a language model behind an OpenAI-compatible endpoint, scored by detection"
+    action = add_subcommand(group, "explain", text, f"{EXAMPLES}\n{EXPLAIN_KEY}")
+    action.set_defaults(run=run_explain)
+    action.add_argument("bundle", type=Path, help="folder of the bundle; written anew in place")
+    action.add_argument("--endpoint", required=True, metavar="URL", help="address, such as http://localhost:8000/v1")
+    action.add_argument("--explainer", default="", help="name of the model there; by default the first that it lists")
+    action.add_argument("--latents", type=integer(), nargs="+", default=[], help="latents to explain; by default all")
+    action.add_argument("--limit", type=integer(1), help="maximum number of latents to explain now")
+
+
 def run_import(args: argparse.Namespace) -> int:
     """Import an SAE; FAILS where the bundle is refused."""
     from rudder.sae_models.bundle.bundle import BundleError
@@ -118,8 +150,7 @@ def run_check(args: argparse.Namespace) -> int:
 
     if args.corpus and not args.model:
         raise UserError("--corpus: needs --model, to compute the activations that the SAE reads")
-    if not args.bundle.is_dir():
-        raise UserError(f"bundle: {args.bundle} is not a folder")
+    require_bundle(args.bundle)
     try:
         report = check.check_bundle(args.bundle, args.model, args.corpus)
     except BundleError as error:
@@ -127,6 +158,56 @@ def run_check(args: argparse.Namespace) -> int:
         return FAILS
     sys.stdout.write(as_json(report) + "\n") if args.json else print_report(report)
     return HOLDS if report.holds else FAILS
+
+
+def run_label(args: argparse.Namespace) -> int:
+    """Label a bundle; FAILS where the bundle is damaged or of another model."""
+    from rudder.sae_models.bundle.bundle import BundleError
+    from rudder.sae_models.importing.relabel import relabel
+
+    require_bundle(args.bundle)
+    try:
+        print_scores(relabel(args.bundle, args.model, args.corpus, args.tokens))
+    except BundleError as error:
+        print_error(error)
+        return FAILS
+    return HOLDS
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """Explain latents of a bundle; FAILS where the bundle is damaged."""
+    from rudder.sae_models.bundle.bundle import BundleError
+    from rudder.sae_models.bundle.catalogue import ALL
+    from rudder.sae_models.evaluation import explanations
+
+    require_bundle(args.bundle)
+    model, ask = explanations.endpoint(args.endpoint, args.explainer, os.environ.get("OPENAI_API_KEY") or "none")
+    request = explanations.Request(tuple(args.latents), args.limit or ALL)
+    try:
+        known = explanations.explain(args.bundle, model, ask, request)
+    except BundleError as error:
+        print_error(error)
+        return FAILS
+    used, useless = sum(entry.holds for entry in known), sum(bool(entry.problem) for entry in known)
+    counts = f"{used} explanations better than chance, which are labels now; {useless} useless answers"
+    out.print(f"{len(known)} latents explained by {escape(model)}: {counts}")
+    return HOLDS
+
+
+def require_bundle(folder: Path) -> None:
+    """Raise UserError unless a folder is there."""
+    if not folder.is_dir():
+        raise UserError(f"bundle: {folder} is not a folder")
+
+
+def print_scores(scores: "LabelScores") -> None:
+    """Print a summary of label scores."""
+    if not scores.scored:
+        out.print("no label score: no latent is active in enough documents")
+        return
+    low, high = scores.quartiles
+    out.print(f"label score: median {scores.median:.3f}, quartiles {low:.3f} to {high:.3f}, of {scores.scored} latents")
+    out.print(f"mean by activity {scores.by_activity:.3f}; {scores.labelled:.1%} of active latents have a label")
 
 
 def wish_of(args: argparse.Namespace) -> "ImportRequest":

@@ -41,17 +41,36 @@ def main(argv: Sequence[str]) -> None:
 
 def features_table(features: Iterable[catalogue_pb2.FeatureSummary]) -> Table:
     """Build the table of features."""
-    table = Table("feature", "frequency", "maximum", "label")
+    table = Table("feature", "frequency", "maximum", "score", "label")
     for f in features:
         figures = optional(f, "frequency", "{:.3%}"), optional(f, "max_activation", "{:.2f}")
-        table.add_row(str(f.index), *figures, escape(f.label))
+        table.add_row(str(f.index), *figures, optional(f, "label_score", "{:.2f}"), label_of(f.label))
     return table
+
+
+def label_of(label: str) -> str:
+    """Return a label as markup."""
+    return escape(label) if label else "[dim]no label[/]"
+
+
+def score_line(summary: catalogue_pb2.FeatureSummary) -> str:
+    """Say how well the label picks out contexts, what adding the feature does to its words, and who wrote it."""
+    parts = [f"from {escape(summary.label_origin)}"] if summary.label_origin else []
+    if summary.HasField("label_score"):
+        best = "" if summary.label else "the best label "
+        interval = f"{summary.label_score:.2f} ± {summary.label_error:.2f}"
+        parts.append(f"{best}picks out held-out contexts with score {interval} (chance 0.5)")
+    if summary.HasField("intervention"):
+        parts.append(f"adding it raises the label's words above {summary.intervention:.0%} of the vocabulary")
+    return "; ".join(parts)
 
 
 def print_feature(detail: catalogue_pb2.FeatureDetail) -> None:
     """Print label, statistics, tokens and contexts of a feature."""
     summary = detail.summary
-    out.print(f"[bold]{escape(summary.label)}[/]  feature {summary.index} of {summary.bundle}, {summary.site}")
+    out.print(f"[bold]{label_of(summary.label)}[/]  feature {summary.index} of {summary.bundle}, {summary.site}")
+    if line := score_line(summary):
+        out.print(line)
     frequency, maximum = optional(summary, "frequency", "{:.3%}"), optional(summary, "max_activation", "{:.2f}")
     quantiles = "; ".join(f"{q.share:.0%} below {q.activation:.2f}" for q in detail.quantiles)
     out.print(f"active on {frequency} of tokens, maximum {maximum}", quantiles)
@@ -62,8 +81,11 @@ def print_feature(detail: catalogue_pb2.FeatureDetail) -> None:
     ):
         if tokens:
             out.print(f"{title} " + escape(", ".join(repr(token) for token in tokens)))
-    table = Table("activation", "text", "from")
+    for near in detail.neighbours:
+        out.print(f"near feature {near.index}, cosine {near.cosine:.2f}: {label_of(near.label)}")
+    table = Table("activation", "text", "from", "")
     for context in detail.contexts:
-        text = f"{escape(context.before)}[bold reverse]{escape(context.token)}[/]{escape(context.after)}"
-        table.add_row(f"{context.activation:.2f}", " ".join(text.splitlines()), escape(context.source))
+        text = f"{escape(context.before)}[bold]«{escape(context.token)}»[/]{escape(context.after)}"
+        chosen = "held out" if context.held_out else "strongest"
+        table.add_row(f"{context.activation:.2f}", " ".join(text.splitlines()), escape(context.source), chosen)
     out.print(table)

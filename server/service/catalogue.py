@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rudder.sae_models.bundle import semantic
 from rudder.sae_models.bundle.bundle import Bundle
-from rudder.sae_models.bundle.catalogue import QUANTILES, Catalogue, Context, Summary, Word
+from rudder.sae_models.bundle.catalogue import QUANTILES, Catalogue, Context, Latent, Summary, Word
 from rudder.sae_models.bundle.semantic import MeaningUnknown
 from rudder.server.service import limits
 from rudder.server.service.errors import invalid
@@ -24,7 +24,7 @@ async def get_feature(
     if request.index >= bundle.manifest.latents:
         problem = f"{bundle.manifest.name} has latents 0 to {bundle.manifest.latents - 1}, not {request.index}"
         raise invalid("index", problem, "FEATURE_UNKNOWN")
-    latent = await asyncio.to_thread(bundle.catalogue.get, request.index)
+    latent, neighbours = await asyncio.to_thread(with_neighbours, bundle.catalogue, request.index)
     detail = catalogue_pb2.FeatureDetail(
         summary=summary_of(bundle, latent.summary),
         top_tokens=latent.tokens,
@@ -32,8 +32,19 @@ async def get_feature(
         quantiles=map(quantile_of, QUANTILES, latent.quantiles),
         promoted=map(word_of, latent.promoted),
         suppressed=map(word_of, latent.suppressed),
+        neighbours=neighbours,
     )
     return catalogue_pb2.FeatureServiceGetResponse(feature=detail)
+
+
+def with_neighbours(reader: Catalogue, index: int) -> tuple[Latent, list[catalogue_pb2.FeatureNeighbour]]:
+    """Read a latent and the labels of its neighbours."""
+    latent = reader.get(index)
+    labels = (reader.get(near.index).summary.label for near in latent.neighbours)
+    return latent, [
+        catalogue_pb2.FeatureNeighbour(index=near.index, label=label, cosine=near.cosine)
+        for near, label in zip(latent.neighbours, labels, strict=True)
+    ]
 
 
 async def list_features(
@@ -87,6 +98,9 @@ def summary_of(bundle: Bundle, summary: Summary) -> catalogue_pb2.FeatureSummary
         frequency=summary.frequency,
         max_activation=summary.max_activation,
         label_origin=summary.origin,
+        label_score=summary.label_score,
+        label_error=summary.label_error,
+        intervention=summary.intervention,
     )
 
 
@@ -108,4 +122,5 @@ def context_of(context: Context) -> catalogue_pb2.FeatureContext:
         after=context.after,
         activation=context.activation,
         source=context.source,
+        held_out=context.held_out,
     )

@@ -360,7 +360,7 @@ def test_catalogue(client: Client) -> None:
     matches = client.search(word, limit=5)
     assert matches
     assert all(word[:5].lower() in f.label.lower() for f in matches)
-    assert client.search('foo AND (" OR NEAR') == []
+    assert client.search('xyzzy ("* xyzzy*') == []
     with pytest.raises(RudderError, match="FEATURE_UNKNOWN"):
         client.feature(bundle.latents)
 

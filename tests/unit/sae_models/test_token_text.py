@@ -87,7 +87,7 @@ def test_words_and_contexts_of_a_catalogue_hold_whole_characters(name: str) -> N
     assert {"hello", "the", "\u4e16\u754c\u4e16"} <= set(sample.vocabulary)
     first = int(windows.counted[0].nonzero()[0])
     for position in range(first, int(windows.size[0])):
-        context = activity._context(sample, 0, position, 1.0)
+        context = activity.context_at(sample, 0, position, 1.0)
         assert REPLACEMENT not in context.before + context.token + context.after
         assert context.token
         assert (context.before + context.token + context.after).lstrip() in text

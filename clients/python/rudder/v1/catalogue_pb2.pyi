@@ -57,7 +57,7 @@ class FeatureServiceSearchResponse(_message.Message):
     def __init__(self, features: _Optional[_Iterable[_Union[FeatureSummary, _Mapping]]] = ...) -> None: ...
 
 class FeatureSummary(_message.Message):
-    __slots__ = ("bundle", "site", "index", "label", "frequency", "max_activation", "label_origin")
+    __slots__ = ("bundle", "site", "index", "label", "frequency", "max_activation", "label_origin", "label_score", "label_error", "intervention")
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,9 @@ class FeatureSummary(_message.Message):
     FREQUENCY_FIELD_NUMBER: _ClassVar[int]
     MAX_ACTIVATION_FIELD_NUMBER: _ClassVar[int]
     LABEL_ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    LABEL_SCORE_FIELD_NUMBER: _ClassVar[int]
+    LABEL_ERROR_FIELD_NUMBER: _ClassVar[int]
+    INTERVENTION_FIELD_NUMBER: _ClassVar[int]
     bundle: str
     site: str
     index: int
@@ -72,23 +75,38 @@ class FeatureSummary(_message.Message):
     frequency: float
     max_activation: float
     label_origin: str
-    def __init__(self, bundle: _Optional[str] = ..., site: _Optional[str] = ..., index: _Optional[int] = ..., label: _Optional[str] = ..., frequency: _Optional[float] = ..., max_activation: _Optional[float] = ..., label_origin: _Optional[str] = ...) -> None: ...
+    label_score: float
+    label_error: float
+    intervention: float
+    def __init__(self, bundle: _Optional[str] = ..., site: _Optional[str] = ..., index: _Optional[int] = ..., label: _Optional[str] = ..., frequency: _Optional[float] = ..., max_activation: _Optional[float] = ..., label_origin: _Optional[str] = ..., label_score: _Optional[float] = ..., label_error: _Optional[float] = ..., intervention: _Optional[float] = ...) -> None: ...
 
 class FeatureDetail(_message.Message):
-    __slots__ = ("summary", "top_tokens", "contexts", "quantiles", "promoted", "suppressed")
+    __slots__ = ("summary", "top_tokens", "contexts", "quantiles", "promoted", "suppressed", "neighbours")
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     TOP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CONTEXTS_FIELD_NUMBER: _ClassVar[int]
     QUANTILES_FIELD_NUMBER: _ClassVar[int]
     PROMOTED_FIELD_NUMBER: _ClassVar[int]
     SUPPRESSED_FIELD_NUMBER: _ClassVar[int]
+    NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
     summary: FeatureSummary
     top_tokens: _containers.RepeatedScalarFieldContainer[str]
     contexts: _containers.RepeatedCompositeFieldContainer[FeatureContext]
     quantiles: _containers.RepeatedCompositeFieldContainer[ActivationQuantile]
     promoted: _containers.RepeatedCompositeFieldContainer[LogitWord]
     suppressed: _containers.RepeatedCompositeFieldContainer[LogitWord]
-    def __init__(self, summary: _Optional[_Union[FeatureSummary, _Mapping]] = ..., top_tokens: _Optional[_Iterable[str]] = ..., contexts: _Optional[_Iterable[_Union[FeatureContext, _Mapping]]] = ..., quantiles: _Optional[_Iterable[_Union[ActivationQuantile, _Mapping]]] = ..., promoted: _Optional[_Iterable[_Union[LogitWord, _Mapping]]] = ..., suppressed: _Optional[_Iterable[_Union[LogitWord, _Mapping]]] = ...) -> None: ...
+    neighbours: _containers.RepeatedCompositeFieldContainer[FeatureNeighbour]
+    def __init__(self, summary: _Optional[_Union[FeatureSummary, _Mapping]] = ..., top_tokens: _Optional[_Iterable[str]] = ..., contexts: _Optional[_Iterable[_Union[FeatureContext, _Mapping]]] = ..., quantiles: _Optional[_Iterable[_Union[ActivationQuantile, _Mapping]]] = ..., promoted: _Optional[_Iterable[_Union[LogitWord, _Mapping]]] = ..., suppressed: _Optional[_Iterable[_Union[LogitWord, _Mapping]]] = ..., neighbours: _Optional[_Iterable[_Union[FeatureNeighbour, _Mapping]]] = ...) -> None: ...
+
+class FeatureNeighbour(_message.Message):
+    __slots__ = ("index", "label", "cosine")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    COSINE_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    label: str
+    cosine: float
+    def __init__(self, index: _Optional[int] = ..., label: _Optional[str] = ..., cosine: _Optional[float] = ...) -> None: ...
 
 class ActivationQuantile(_message.Message):
     __slots__ = ("share", "activation")
@@ -107,18 +125,20 @@ class LogitWord(_message.Message):
     def __init__(self, token: _Optional[str] = ..., logit: _Optional[float] = ...) -> None: ...
 
 class FeatureContext(_message.Message):
-    __slots__ = ("before", "token", "after", "activation", "source")
+    __slots__ = ("before", "token", "after", "activation", "source", "held_out")
     BEFORE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_FIELD_NUMBER: _ClassVar[int]
     before: str
     token: str
     after: str
     activation: float
     source: str
-    def __init__(self, before: _Optional[str] = ..., token: _Optional[str] = ..., after: _Optional[str] = ..., activation: _Optional[float] = ..., source: _Optional[str] = ...) -> None: ...
+    held_out: bool
+    def __init__(self, before: _Optional[str] = ..., token: _Optional[str] = ..., after: _Optional[str] = ..., activation: _Optional[float] = ..., source: _Optional[str] = ..., held_out: _Optional[bool] = ...) -> None: ...
 
 class ModelServiceGetRequest(_message.Message):
     __slots__ = ()

@@ -14,18 +14,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rudder.sae_models import PRETRAINED
 from rudder.sae_models.bundle import catalogue, semantic
-from rudder.sae_models.bundle.catalogue import Catalogue, Context, Latent, Summary, Vectors, Word
+from rudder.sae_models.bundle.catalogue import Catalogue, Context, Latent, Neighbour, Summary, Vectors, Word
 from rudder.sae_models.bundle.semantic import MeaningUnknown
 
 LABELS = ("virus, viral, viruses (microbiology)", "planet, orbit (astronomy)", "viral, marketing", "(inactive)")
 
 
 def entry(index: int, label: str) -> Latent:
-    """Return a latent with one context."""
-    context = Context("the ", "virus", " spreads", 3.5, "microbiology")
+    """Return a latent with a strongest and a held-out context."""
+    contexts = tuple(Context("the ", "virus", " spreads", 3.5, "microbiology", held_out) for held_out in (False, True))
     words = (Word(" infects", 0.5), Word(" host", 0.25)), (Word(" planet", -0.5),)
-    summary = Summary(index, label, 0.25, 3.5, "corpus")
-    return Latent(summary, ("virus", " viral"), (context,), (0.5, 1.0, 1.5, 2.0, 3.0), *words)
+    summary = Summary(index, label, 0.25, 3.5, "corpus", 0.875, 0.125, 0.75)
+    near = (Neighbour(2, 0.5), Neighbour(0, -0.25))
+    return Latent(summary, ("virus", " viral"), contexts, (0.5, 1.0, 1.5, 2.0, 3.0), *words, near)
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +61,10 @@ def test_pages_follow_each_other(opened: Catalogue) -> None:
     assert opened.page(-1, -1) == []
 
 
-def test_search_matches_all_words_or_prefixes(opened: Catalogue) -> None:
+def test_search_matches_words_or_prefixes(opened: Catalogue) -> None:
     assert sorted(matches(opened, "viral")) == [0, 2]
-    assert matches(opened, "VIR micro") == [0]
-    assert matches(opened, "viral astronomy") == []
+    assert matches(opened, "VIR micro") == [0, 2]
+    assert sorted(matches(opened, "viral astronomy")) == [0, 1, 2]
     assert len(opened.search("viral", 1)) == 1
     assert opened.search("viral", -1) == []
 
@@ -87,14 +88,49 @@ def test_search_prefers_whole_words_and_plurals_to_words_that_begin_alike(tmp_pa
     reader = Catalogue(path)
     assert matches(reader, "star") == [1, 2, 0, 3]
     assert matches(reader, "stars") == [1, 2, 3]
-    assert matches(reader, "Stars galaxy") == matches(reader, "galaxies star") == [1, 3]
+    assert matches(reader, "Stars galaxy") == [1, 2, 3]
+    assert matches(reader, "galaxies star") == [1, 2, 0, 3]
     assert (sorted(matches(reader, "sta")), matches(reader, "sta")[-1]) == ([0, 1, 2, 3], 3)
     assert matches(reader, "glass") == matches(reader, "glas") == [4]
     reader.close()
 
 
+def test_search_matches_inflected_words_and_any_of_several(tmp_path: Path) -> None:
+    labels = ("sun, solar, star", "infected, infection", "galaxies (astronomy)", "universities", "no match")
+    path = tmp_path / "c.sqlite"
+    catalogue.write(path, (Latent(Summary(i, label, 0.1, 1.0), (), ()) for i, label in enumerate(labels)))
+    reader = Catalogue(path)
+    assert sorted(matches(reader, "stars galaxy")) == [0, 2]
+    assert matches(reader, "infecting") == matches(reader, "Infect") == [1]
+    assert matches(reader, "university") == [3]
+    reader.close()
+
+
+def test_older_catalogue_has_no_scores_and_neighbours(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    catalogue.write(path, [entry(0, LABELS[0])])
+    database = sqlite3.connect(path)
+    for change in (
+        "ALTER TABLE latents DROP COLUMN label_score",
+        "ALTER TABLE latents DROP COLUMN label_error",
+        "ALTER TABLE latents DROP COLUMN intervention",
+        "ALTER TABLE contexts DROP COLUMN held_out",
+        "DROP TABLE neighbours",
+        "PRAGMA user_version = 2",
+    ):
+        database.execute(change)
+    database.commit()
+    database.close()
+    reader = Catalogue(path)
+    old = reader.get(0)
+    assert (old.summary.label, old.summary.label_score, old.summary.intervention) == (LABELS[0], None, None)
+    assert (old.neighbours, [context.held_out for context in old.contexts]) == ((), [False, False])
+    assert matches(reader, "virus") == [0]
+    reader.close()
+
+
 @pytest.mark.parametrize(
-    "words", ["foo AND (", '"', "*", "planet OR virus", "NEAR(", "label:virus", "-", "", "\0", "\ud800", "a" * 100_000]
+    "words", ["foo AND (", '"', "*", "foo AND", "NEAR(", "label:", "NOT", "-", "", "\0", "\ud800", "a" * 100_000]
 )
 def test_search_ignores_query_syntax(opened: Catalogue, words: str) -> None:
     assert matches(opened, words) == []

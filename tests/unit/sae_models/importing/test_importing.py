@@ -117,10 +117,10 @@ def test_manifest_records_the_source(imported: ImportResult) -> None:
 
 def test_catalogue_describes_latents(imported: ImportResult) -> None:
     catalogue, statistics = imported.bundle.catalogue, imported.bundle.statistics
-    index = int(statistics.frequency.argmax())
-    latent = catalogue.get(index)
-    assert latent.summary.origin == "corpus"
+    labelled = next(s for s in catalogue.page(-1, len(catalogue)) if s.origin.startswith("corpus"))
+    index, latent = labelled.index, catalogue.get(labelled.index)
     assert latent.summary.label
+    assert len(latent.neighbours) == 8
     assert latent.contexts[0].activation == pytest.approx(float(statistics.max_activation[index]), rel=1e-3)
     assert list(latent.quantiles) == sorted(latent.quantiles)
     assert latent.quantiles[-1] <= latent.summary.max_activation  # type: ignore[operator]

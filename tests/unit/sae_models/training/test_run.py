@@ -19,7 +19,7 @@ from rudder.sae_models.architectures import ARCHITECTURES
 from rudder.sae_models.bundle import bundle
 from rudder.sae_models.bundle.manifest import Context
 from rudder.sae_models.evaluation import splicing
-from rudder.sae_models.evaluation.activity import INACTIVE
+from rudder.sae_models.evaluation.labelling import INACTIVE
 from rudder.sae_models.files import lock_folder
 from rudder.sae_models.sae import AdaptiveK
 from rudder.sae_models.sparse.collectives import Mesh

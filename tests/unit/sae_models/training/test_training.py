@@ -129,17 +129,6 @@ def test_words_are_whole_and_lower_case(windows: Windows) -> None:
     assert spelled[0][5:8] == ["cat"] * 3
 
 
-def test_labels_name_words_and_distinctive_books() -> None:
-    shares = {"microbiology": 0.6, "chemistry": 0.31, "us-history": 0.09}
-    assert (
-        activity.label_of([",", "virus", "viral", "virus", "viruses", "cell"], shares)
-        == "virus, viral, viruses (microbiology, chemistry)"
-    )
-    assert activity.label_of(["the"], {"a": 0.2, "b": 0.2}) == "the"
-    assert activity.label_of([","], {}) == ","
-    assert activity.label_of([], {}) == activity.INACTIVE
-
-
 @pytest.mark.parametrize(
     "text", ["layers.x.resid_post", "layers.1.mlp", "layers.-1.resid_pre", "resid_post", "layers.1.resid_post.", ""]
 )
