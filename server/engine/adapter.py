@@ -33,6 +33,7 @@ from vllm.v1.worker.gpu.sample import bad_words, logit_bias
 
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.errors import UserError
+from rudder.sae_models.precision import CPUINFO, fast_dtype
 from rudder.server.config import Config, ConfigError, Limits
 from rudder.server.engine.parent import Target, text_of
 from rudder.server.engine.sockets import socket_folder
@@ -71,8 +72,6 @@ else:
     from vllm.exceptions import VLLMValidationError as VLLMClientError
 
 VLLM_VERSION: str = vllm.__version__
-# Of /proc/cpuinfo: x86-64, and Arm.
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 logger = logging.getLogger(__name__)
 WORKER_PACKAGE = "rudder.server.engine.worker"
 
@@ -235,14 +234,12 @@ def runs_on_cpu(device: str) -> bool:
     return has_cpu
 
 
-def resolved_dtype(dtype: str, on_cpu: bool, cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, str]:
-    """Return the dtype to give to vLLM, and why. "auto" is the model's own, but where the CPU would emulate it."""
+def resolved_dtype(dtype: str, on_cpu: bool, cpuinfo: Path = CPUINFO) -> tuple[str, str]:
+    """Return the dtype to give to vLLM, and why. "auto" is the model's own, but on a CPU that is faster in float32."""
     if dtype != "auto":
         return dtype, "as configured"
-    words = set(cpuinfo.read_text().split()) if on_cpu and cpuinfo.is_file() else set()
-    if on_cpu and words and not BFLOAT16_FLAGS & words:
-        return "float32", "this CPU has no instructions for bfloat16 (AVX-512 BF16, AMX), which it would emulate"
-    return "auto", "the model's own"
+    fast, reason = fast_dtype(cpuinfo) if on_cpu else ("auto", "")
+    return ("float32", reason) if fast == "float32" else ("auto", "the model's own")
 
 
 class EngineStartError(UserError):
