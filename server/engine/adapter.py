@@ -251,7 +251,9 @@ def start_llm(config: Config, layout: Layout) -> AsyncLLM:
     # `IncrementalDetokenizer.from_new_request` looks the class up there.
     detokenizer.FastIncrementalDetokenizer = Detokenizer
     dtype, reason = resolved_dtype(config.engine.dtype, runs_on_cpu(config.engine.device))
-    logger.info("dtype of the model", extra=fields(dtype=dtype, reason=reason))
+    logger.info(
+        "dtype of the model", extra=fields(dtype=dtype, reason=reason, compiled=not config.engine.enforce_eager)
+    )
     return start_engine_process(engine_args(config, layout))
 
 
