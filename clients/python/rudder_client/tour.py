@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from urllib.request import ProxyHandler, build_opener
 
+from rudder.v1 import catalogue_pb2
 from rudder_client import Client, Feature, Report
 from rudder_client.results import Activation
 from rudder_client.tour_words import WORDS, Words
@@ -40,7 +41,7 @@ def main(address: str = ADDRESS, metrics: str = METRICS) -> None:
         saes = ", ".join(f"{bundle.latents} SAE features at {bundle.site}" for bundle in model.bundles)
         print(f"{model.model} on vLLM {model.engine_version}, with {saes}")
         steer(client, words)
-        watch(client, words)
+        watch(client, words, model.bundles[-1])
         unlearn(client, words)
         attest(client, words)
     print_metrics(metrics)
@@ -78,18 +79,18 @@ def steer(client: Client, words: Words) -> None:
         print()
 
 
-def watch(client: Client, words: Words) -> None:
+def watch(client: Client, words: Words, bundle: catalogue_pb2.BundleInfo) -> None:
     """Show the strongest features of a text, token by token, and one feature while the model answers."""
     title(
         "2. Watching: what the model represents",
         "Each token with its strongest features: number, label, activation. Labels are words in whose company the"
         " feature was active.",
     )
-    for token in client.inspect(words.inspected, report=Report(top_k=32)).tokens:
+    for token in client.inspect(words.inspected, report=Report(top_k=32, sites=[bundle.site])).tokens:
         names = [f"{a.feature.index} “{a.feature.label}” {a.value:.1f}" for a in labelled(token.activations)]
         if names and not token.text.startswith("<|"):
             print(f"{token.text!r:>{INDENT}}  {', '.join(names[:SHOWN_FEATURES])}")
-    feature = client.search(words.rising, limit=1)[0]
+    feature = client.search(words.rising, bundle=bundle.name, limit=1)[0]
     print(f"\nFeature {feature.index}, “{feature.label}”, while the model answers “{words.down}”:\n")
     rise(client, words, Feature(feature.index, feature.bundle), feature.site)
 
