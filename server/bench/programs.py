@@ -233,12 +233,11 @@ def table(trials: Sequence[Trial]) -> Table:
 def strengths(name: str, latents: Sequence[Latent], trial: Trial, description: str) -> dict[str, tuple[Program, str]]:
     """Return the programs of three strengths, each with its description, by name."""
     doses = {"-light": LIGHT * trial.dose, "": trial.dose, "-strong": STRONG * trial.dose}
+    chosen = latents[: trial.latents]
+    texts = {ending: description.format(dose=dose, count=trial.latents) for ending, dose in doses.items()}
     return {
-        f"{name}{ending}": (
-            edited(latents[: trial.latents], trial.name, round(dose, 4)), description.format(dose=dose, count=trial.latents)
-        )
-        for ending, dose in doses.items()
-    }  # fmt: skip
+        f"{name}{ending}": (edited(chosen, trial.name, round(dose, 4)), texts[ending]) for ending, dose in doses.items()
+    }
 
 
 async def choose(address: str) -> dict[str, tuple[Program, str]]:
