@@ -28,20 +28,20 @@ TOPICS = PRETRAINED / "smollm2-135m-topics.yaml"
 # Mean log-probability of a token, in nats, that the model itself gives to a text which is still language.
 LANGUAGE = -2.0
 TOP_K, REPLY_TOKENS, CANDIDATES = 48, 40, 32
-COUNTS, DOSES = (4, 8, 16), (0.03, 0.05, 0.075, 0.1, 0.15)
+COUNTS, DOSES = (4, 8, 16), (0.04, 0.07, 0.1, 0.15)
 LIGHT, STRONG = 0.5, 3.0
 console = Console(stderr=True, highlight=False)
 
 
 class Topics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Texts and questions on a topic. `words`: beginnings of its words. `far`, `on`: questions off it, and on it.
+    """Texts and questions on a topic. `words`: beginnings of its words. `far`, `near`: questions off it, and on it.
     `answers`: pairs of a question and its answer.
     """
 
     texts: tuple[str, ...]
     words: tuple[str, ...] = ()
     far: tuple[str, ...] = ()
-    on: tuple[str, ...] = ()
+    near: tuple[str, ...] = ()
     answers: tuple[tuple[str, str], ...] = ()
 
 
@@ -170,18 +170,17 @@ def grid(latents: Sequence[Latent]) -> Iterator[tuple[Sequence[Latent], float]]:
 
 async def steering(client: AsyncClient, latents: Sequence[Latent], topic: Topics, sign: int) -> list[Trial]:
     """Try to bring a topic into answers (`sign` 1), or to keep it out of them (-1)."""
-    asked = topic.far if sign > 0 else topic.on
+    asked = topic.far if sign > 0 else topic.near
+
+    async def attempt(operation: str, chosen: Sequence[Latent], dose: float) -> Trial:
+        program = edited(chosen, operation, dose)
+        answers = await replies(client, asked, program)
+        gain = sign * words_in(answers, topic.words)
+        return Trial(operation, program, len(chosen), dose, gain, await fluency(client, asked, answers))
+
     operations = ("add",) if sign > 0 else ("add", "clamp")
-    trials = []
-    for chosen, dose in grid(latents):
-        for operation in operations:
-            program = edited(chosen, operation, sign * dose)
-            answers = await replies(client, asked, program)
-            gain = sign * words_in(answers, topic.words)
-            trials.append(
-                Trial(operation, program, len(chosen), sign * dose, gain, await fluency(client, asked, answers))
-            )
-    return trials
+    attempts = [attempt(name, chosen, sign * dose) for chosen, dose in grid(latents) for name in operations]
+    return await asyncio.gather(*attempts)
 
 
 async def forgetting(client: AsyncClient, latents: Sequence[Latent], topic: Topics, other: Topics) -> list[Trial]:
@@ -189,22 +188,20 @@ async def forgetting(client: AsyncClient, latents: Sequence[Latent], topic: Topi
     text, set them all below zero.
     """
     asked, controls = [text for text, _ in topic.answers], [text for text, _ in other.answers]
-    known = [await log_prob(client, *pair) for pair in topic.answers]
+    known = statistics.fmean([await log_prob(client, *pair) for pair in topic.answers])
     before = await replies(client, controls)
-    trials = []
-    for chosen, dose in grid([latent for latent in latents if latent.site == latents[0].site]):
+
+    async def attempt(chosen: Sequence[Latent], dose: float) -> Trial:
         program = gated(edited(chosen, "set", -dose), chosen)
         answers = await replies(client, asked, program)
         left = await asyncio.gather(*(log_prob(client, *pair, steer=program) for pair in topic.answers))
         after = await replies(client, controls, program)
-        trials.append(
-            Trial(
-                "set", program, len(chosen), -dose, statistics.fmean(known) - statistics.fmean(left),
-                await fluency(client, asked, answers),
-                statistics.fmean(a == b for a, b in zip(before, after, strict=True)),
-            )
-        )  # fmt: skip
-    return trials
+        kept = statistics.fmean(a == b for a, b in zip(before, after, strict=True))
+        gain = known - statistics.fmean(left)
+        return Trial("set", program, len(chosen), -dose, gain, await fluency(client, asked, answers), kept)
+
+    at_one_site = [latent for latent in latents if latent.site == latents[0].site]
+    return await asyncio.gather(*(attempt(chosen, dose) for chosen, dose in grid(at_one_site)))
 
 
 def gated(program: Program, latents: Sequence[Latent]) -> Program:
