@@ -27,7 +27,7 @@ from rudder_client.requests import Chat, Prompt
 TOPICS = PRETRAINED / "smollm2-135m-topics.yaml"
 # Mean log-probability of a token, in nats, that the model itself gives to a text which is still language.
 LANGUAGE = -2.0
-TOP_K, REPLY_TOKENS, CANDIDATES = 48, 40, 32
+TOP_K, REPLY_TOKENS, CANDIDATES = 48, 32, 32
 COUNTS, DOSES = (4, 8, 16), (0.04, 0.07, 0.1, 0.15)
 LIGHT, STRONG = 0.5, 3.0
 console = Console(stderr=True, highlight=False)
@@ -227,7 +227,7 @@ def table(trials: Sequence[Trial]) -> Table:
     return shown
 
 
-def strengths(name: str, latents: Sequence[Latent], trial: Trial, description: str) -> dict[str, tuple[Program, str]]:
+def strengths(name: str, latents: Sequence[Latent], trial: Trial, description: str) -> "Programs":
     """Return the programs of three strengths, each with its description, by name."""
     doses = {"-light": LIGHT * trial.dose, "": trial.dose, "-strong": STRONG * trial.dose}
     chosen = latents[: trial.latents]
@@ -237,31 +237,51 @@ def strengths(name: str, latents: Sequence[Latent], trial: Trial, description: s
     }
 
 
-async def choose(address: str) -> dict[str, tuple[Program, str]]:
-    """Return the chosen programs and their descriptions, by name."""
+Programs = dict[str, tuple[Program, str]]
+
+
+async def choose(address: str, names: Sequence[str]) -> Programs:
+    """Return the chosen programs on some of the topics and their descriptions, by name."""
     topics = msgspec.convert(yaml.safe_load(TOPICS.read_text(encoding="utf-8")), dict[str, Topics])
-    sky, germs, other = topics["astronomy"], topics["microbiology"], topics["other"]
-    everyday = [*other.texts, *(question(text) for text, _ in other.answers)]
     async with AsyncClient(address, timeout=300) as client:
-        stars = await by_effect(client, await candidates(client, sky, [*everyday, *germs.texts]), sky)
-        up, down = best(await steering(client, stars, sky, 1)), best(await steering(client, stars, sky, -1))
-        microbes = await candidates(client, germs, [*everyday, *sky.texts])
-        forget = best(await forgetting(client, microbes, germs, other))
+        chosen = [await CHOICES[name](client, topics) for name in names]
+    return {name: program for programs in chosen for name, program in programs.items()}
+
+
+async def astronomy(client: AsyncClient, topics: Mapping[str, Topics]) -> Programs:
+    """Return the programs that bring astronomy into answers, and those that keep it out."""
+    sky = topics["astronomy"]
+    stars = await by_effect(client, await candidates(client, sky, everyday(topics, "microbiology")), sky)
+    up, down = best(await steering(client, stars, sky, 1)), best(await steering(client, stars, sky, -1))
     how = "{{dose:+.3g}} residual norms {what} each of the {{count}} latents that do most for the topic."
     return {
         **strengths("more-astronomy", stars, up, "Speaks of astronomy. " + how.format(what="to")),
         **strengths("less-astronomy", stars, down, "Avoids astronomy. " + how.format(what=f"({down.name}) at")),
-        "forget-microbiology": (
-            forget.program,
-            (
-                f"Microbiology becomes inaccessible: at tokens where one of {forget.latents} latents is more active"
-                f" than in texts on other topics, all of them are set to {forget.dose:g} residual norms."
-            ),
-        ),
     }
 
 
-def write(folder: Path, programs: Mapping[str, tuple[Program, str]]) -> None:
+async def microbiology(client: AsyncClient, topics: Mapping[str, Topics]) -> Programs:
+    """Return the program that forgets microbiology."""
+    germs = topics["microbiology"]
+    microbes = await candidates(client, germs, everyday(topics, "astronomy"))
+    forget = best(await forgetting(client, microbes, germs, topics["other"]))
+    description = (
+        f"Microbiology becomes inaccessible: at tokens where one of {forget.latents} latents is more active than in"
+        f" texts on other topics, all of them are set to {forget.dose:g} residual norms."
+    )
+    return {"forget-microbiology": (forget.program, description)}
+
+
+CHOICES = {"astronomy": astronomy, "microbiology": microbiology}
+
+
+def everyday(topics: Mapping[str, Topics], neighbour: str) -> list[Prompt]:
+    """Return texts and questions that are not of a topic, those of a neighbouring one among them."""
+    other = topics["other"]
+    return [*other.texts, *(question(text) for text, _ in other.answers), *topics[neighbour].texts]
+
+
+def write(folder: Path, programs: Programs) -> None:
     """Write each program as a YAML file."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (program, description) in programs.items():
@@ -277,8 +297,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--address", default="localhost:50051", help="of the server (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the programs")
+    parser.add_argument("--topic", choices=CHOICES, action="append", help="one of the topics alone; may be repeated")
     options = parser.parse_args()
-    write(options.out, asyncio.run(choose(options.address)))
+    write(options.out, asyncio.run(choose(options.address, options.topic or list(CHOICES))))
 
 
 if __name__ == "__main__":

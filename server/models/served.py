@@ -55,8 +55,13 @@ def instruct_fields() -> dict[str, str]:
 
 
 def instruct_bundles() -> list[Path]:
-    """Return the shipped bundles of SmolLM2, from its first site to its last. BundleMissing: there are none."""
+    """Return the shipped bundles of SmolLM2, from its first site to its last.
+
+    BundleMissing: there are none, or no programs on them.
+    """
     folders = sorted(PRETRAINED.glob("smollm2-135m-layers.*"), key=lambda folder: int(folder.name.rpartition(".")[2]))
     if not folders:
         raise BundleMissing(f"no SAE bundle of {INSTRUCT} is installed")
+    if not (PRETRAINED / "programs" / INSTRUCT).is_dir():
+        raise BundleMissing(f"no programs of {INSTRUCT} are installed")
     return folders

@@ -15,8 +15,9 @@ from rudder.server.models.package import DownloadError
 def bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Folders with the names of two bundles, in a place of their own."""
     folders = [tmp_path / f"smollm2-135m-layers.{layer}" for layer in (9, 14)]
-    for folder in folders:
-        folder.mkdir()
+    for folder in (*folders, tmp_path / "programs" / "smollm2-135m-instruct"):
+        folder.mkdir(parents=True)
+    (folder.parent / "programs" / "smollm2-135m-instruct").mkdir(parents=True)
     monkeypatch.setattr(served, "PRETRAINED", tmp_path)
     return folders
 
@@ -56,11 +57,15 @@ def test_without_bundles_nothing_is_downloaded(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(known, "get", lambda _: pytest.fail("downloaded"))
     with pytest.raises(served.BundleMissing, match="no SAE bundle of smollm2-135m-instruct"):
         served.fields_of(served.INSTRUCT, pytest.fail)
+    (tmp_path / "smollm2-135m-layers.9").mkdir()
+    with pytest.raises(served.BundleMissing, match="no programs of smollm2-135m-instruct"):
+        served.fields_of(served.INSTRUCT, pytest.fail)
 
 
 def test_paths_with_commas_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "a,b" / "smollm2-135m-layers.9"
     folder.mkdir(parents=True)
+    (folder.parent / "programs" / "smollm2-135m-instruct").mkdir(parents=True)
     monkeypatch.setattr(served, "PRETRAINED", folder.parent)
     monkeypatch.setattr(known, "get", lambda _: PRETRAINED)
     assert json.loads(served.instruct_fields()["engine.bundles"]) == [str(folder)]
