@@ -33,7 +33,7 @@ from vllm.v1.worker.gpu.sample import bad_words, logit_bias
 
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.errors import UserError
-from rudder.sae_models.precision import CPUINFO, fast_dtype
+from rudder.sae_models.precision import fast_precision
 from rudder.server.config import Config, ConfigError, Limits
 from rudder.server.engine.parent import Target, text_of
 from rudder.server.engine.sockets import socket_folder
@@ -234,12 +234,13 @@ def runs_on_cpu(device: str) -> bool:
     return has_cpu
 
 
-def resolved_dtype(dtype: str, on_cpu: bool, cpuinfo: Path = CPUINFO) -> tuple[str, str]:
+def resolved_dtype(dtype: str, on_cpu: bool) -> tuple[str, str]:
     """Return the dtype to give to vLLM, and why. "auto" is the model's own, but on a CPU that is faster in float32."""
     if dtype != "auto":
         return dtype, "as configured"
-    fast, reason = fast_dtype(cpuinfo) if on_cpu else ("auto", "")
-    return ("float32", reason) if fast == "float32" else ("auto", "the model's own")
+    if on_cpu and fast_precision("cpu") == "float32":
+        return "float32", "this CPU has no matrix unit for bfloat16 (AMX), and is slower in it"
+    return "auto", "the model's own"
 
 
 class EngineStartError(UserError):

@@ -86,11 +86,13 @@ def watch(client: Client, words: Words, bundle: catalogue_pb2.BundleInfo) -> Non
         "Each token with its strongest features: number, label, activation. Labels are words in whose company the"
         " feature was active.",
     )
-    for token in client.inspect(words.inspected, report=Report(top_k=32, sites=[bundle.site])).tokens:
+    # The first token's activations say nothing: its residual is that of an attention sink.
+    for token in client.inspect(words.inspected, report=Report(top_k=32, sites=[bundle.site])).tokens[1:]:
         names = [f"{a.feature.index} “{a.feature.label}” {a.value:.1f}" for a in labelled(token.activations)]
-        if names and not token.text.startswith("<|"):
+        if names:
             print(f"{token.text!r:>{INDENT}}  {', '.join(names[:SHOWN_FEATURES])}")
-    feature = client.search(words.rising, bundle=bundle.name, limit=1)[0]
+    matches = (client.search(word, bundle=bundle.name, limit=1) for word in words.rising)
+    feature = next(found[0] for found in matches if found)
     print(f"\nFeature {feature.index}, “{feature.label}”, while the model answers “{words.down}”:\n")
     rise(client, words, Feature(feature.index, feature.bundle), feature.site)
 

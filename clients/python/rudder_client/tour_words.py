@@ -10,7 +10,8 @@ class Words:
     """Prompts for one model. `chat`: they are messages of a user; otherwise texts to go on with.
 
     `up`, `down`: prompts that are far from the topic of steering, and on it. `inspected`: a text whose features are
-    shown. `rising`: words of the label of the feature that is watched through the answer to `down`. `forgotten`,
+    shown. `rising`: words, the first that a label has names the feature that is watched through the answer
+    to `down`. `forgotten`,
     `kept`: prompts on the unlearned topic, and others. `remark`: what to expect of steered answers.
     """
 
@@ -18,7 +19,7 @@ class Words:
     up: str
     down: str
     inspected: str
-    rising: str
+    rising: tuple[str, ...]
     forgotten: tuple[str, ...]
     kept: tuple[str, ...]
     sampling: Sampling
@@ -35,7 +36,7 @@ WORDS = {
         up="Tell me about your day.",
         down="What can I see in the night sky?",
         inspected="The moon pulls at the sea, and bacteria live in every drop of it.",
-        rising="star planet galaxy",
+        rising=("stars", "star", "moon", "planets", "sun"),
         forgotten=(
             "What causes tuberculosis?",
             "How do antibiotics kill bacteria?",
@@ -50,7 +51,7 @@ WORDS = {
         up="The planet has",
         down="The stars of the galaxy",
         inspected="Viruses infect cells.",
-        rising="star astronomy",
+        rising=("stars", "star"),
         forgotten=("Bacteria that cause disease", "An antibiotic", "A virus infects"),
         kept=("The American Revolution began", "The price of a good", "Language is"),
         sampling={"temperature": 0.7, "max_tokens": 25, "seed": 7},

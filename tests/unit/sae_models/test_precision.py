@@ -1,31 +1,27 @@
-"""The floating-point type that this processor is fast in."""
-
-from pathlib import Path
+"""Products run in the dtype that the processor is fast at, unless a run names another."""
 
 import pytest
+import torch
 
-from rudder.sae_models.precision import fast_dtype
+from rudder.sae_models import precision
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.mark.parametrize(
-    ("flags", "dtype", "reason"),
-    [
-        ("avx2 fma", "float32", "no matrix unit"),
-        ("avx2 avx512f avx512_vnni", "float32", "no matrix unit"),
-        ("avx512f avx512_bf16", "float32", "no matrix unit"),
-        ("avx512f avx512_bf16 amx_bf16 amx_tile", "bfloat16", "AMX"),
-        ("asimd bf16", "bfloat16", "BF16 of Arm"),
-        ("", "bfloat16", "nothing says"),
-    ],
-)
-def test_bfloat16_is_fast_where_there_is_a_matrix_unit_for_it(
-    flags: str, dtype: str, reason: str, tmp_path: Path
+@pytest.mark.parametrize(("has_amx", "expected"), [(False, "float32"), (True, "bfloat16"), (None, "float32")])
+def test_a_cpu_without_amx_computes_in_float32(
+    has_amx: bool | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n" if flags else "")
-    chosen, said = fast_dtype(tmp_path / "cpuinfo")
-    assert chosen == dtype
-    assert reason in said
+    capabilities = {} if has_amx is None else {"amx_bf16": has_amx, "avx512_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    precision.fast_precision.cache_clear()
+    try:
+        assert precision.resolve("auto", CPU) == expected
+    finally:
+        precision.fast_precision.cache_clear()
 
 
-def test_system_without_cpuinfo_keeps_bfloat16(tmp_path: Path) -> None:
-    assert fast_dtype(tmp_path / "nowhere")[0] == "bfloat16"
+def test_a_gpu_computes_in_bfloat16_and_a_named_precision_holds() -> None:
+    assert precision.resolve("auto", CUDA) == "bfloat16"
+    assert precision.resolve("float32", CUDA) == "float32"
+    assert precision.resolve("bfloat16", CPU) == "bfloat16"
