@@ -30,6 +30,7 @@ LANGUAGE = -2.0
 TOP_K, REPLY_TOKENS, CANDIDATES = 48, 32, 32
 COUNTS, DOSES = (4, 8, 16), (0.04, 0.07, 0.1, 0.15)
 LIGHT, STRONG = 0.5, 3.0
+MARGIN, WEAK = 1.2, 0.3
 console = Console(stderr=True, highlight=False)
 
 
@@ -46,11 +47,12 @@ class Topics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Latent(NamedTuple):
-    """A latent by its site. `elsewhere`: its highest activation in texts on other topics."""
+    """A latent by its site. `elsewhere`, `here`: highest activation in texts on other topics, and on the topic."""
 
     site: str
     feature: Feature
     elsewhere: float
+    here: float
 
 
 class Trial(NamedTuple):
@@ -128,13 +130,11 @@ async def activities(
 
 async def candidates(client: AsyncClient, topic: Topics, others: Sequence[Prompt]) -> list[Latent]:
     """Return the latents that are active in most of the topic's texts and in few others, best first."""
-    here, _ = await activities(client, topic.texts)
+    here, peaks = await activities(client, topic.texts)
     there, highest = await activities(client, others)
     shares = {key: here[key] / len(topic.texts) - 2 * there[key] / len(others) for key in here}
     ranked = sorted(shares, key=lambda key: -shares[key])[:CANDIDATES]
-    return [
-        Latent(site, Feature(index, bundle), highest.get((site, bundle, index), 0.0)) for site, bundle, index in ranked
-    ]
+    return [Latent(key[0], Feature(key[2], key[1]), highest.get(key, 0.0), peaks[key]) for key in ranked]
 
 
 async def by_effect(client: AsyncClient, latents: Sequence[Latent], topic: Topics) -> list[Latent]:
@@ -205,9 +205,12 @@ async def forgetting(client: AsyncClient, latents: Sequence[Latent], topic: Topi
 
 
 def gated(program: Program, latents: Sequence[Latent]) -> Program:
-    """Open the program where one of the latents is more active than in texts on other topics."""
+    """Open the program where one of the latents is more active than in texts on other topics, which are few: by a
+    margin, and not where it is much weaker than in the topic's own.
+    """
     for latent in latents:
-        program = program.at(latent.site).gate(latent.feature, above=round(latent.elsewhere * 1.2, 2))
+        above = max(MARGIN * latent.elsewhere, WEAK * latent.here)
+        program = program.at(latent.site).gate(latent.feature, above=round(above, 2))
     return program
 
 

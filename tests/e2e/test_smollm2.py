@@ -145,9 +145,8 @@ def test_topic_leaves_answers(steered: Client) -> None:
 def test_answers_on_microbiology_are_forgotten_and_others_are_not(steered: Client) -> None:
     assert statistics.fmean(difference(steered, MICROBIOLOGY, "forget-microbiology")) < -0.5
     assert statistics.fmean(map(abs, difference(steered, OTHER, "forget-microbiology"))) < 0.1
-    assert [reply(steered, asked, "forget-microbiology") == reply(steered, asked) for asked, _ in OTHER].count(
-        True
-    ) >= 2
+    for asked, _ in (*MICROBIOLOGY, *OTHER):
+        assert log_prob(steered, asked, reply(steered, asked, "forget-microbiology")) > -3
 
 
 def test_labelled_features_are_watched(steered: Client) -> None:

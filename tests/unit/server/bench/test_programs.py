@@ -21,7 +21,10 @@ from rudder.server.bench.programs import (
 from rudder.server.program.named import load_programs
 from rudder_client import Feature, Program
 
-LATENTS = [Latent("layers.9.resid_post", Feature(3, "a"), 2.0), Latent("layers.14.resid_post", Feature(5, "b"), 0.0)]
+LATENTS = [
+    Latent("layers.9.resid_post", Feature(3, "a"), 2.0, 5.0),
+    Latent("layers.14.resid_post", Feature(5, "b"), 0.0, 5.0),
+]
 
 
 def trial(gain: float, fluency: float = 0.0, kept: float = 1.0) -> Trial:
@@ -54,6 +57,11 @@ def test_written_programs_can_be_served(tmp_path: Path) -> None:
     (trigger,) = read["forget"].gate.any_of
     assert (trigger.row.feature.index, trigger.above) == (3, 2.4)
     assert read["forget"].sites[0].edits[0].set == -0.1
+
+
+def test_a_latent_that_is_never_active_elsewhere_does_not_open_the_gate_at_any_activation() -> None:
+    (trigger,) = gated(edited(LATENTS[1:], "set", -0.1), LATENTS[1:]).message.gate.any_of
+    assert trigger.above == 1.5
 
 
 def test_topics_are_complete() -> None:
