@@ -22,6 +22,9 @@ PROTOS := $(wildcard proto/rudder/v1/*.proto)
 PROTOC := $(PY) -m grpc_tools.protoc -Iproto
 BUF := $(VENV)/bin/buf
 
+# What demo and serve serve: small, smollm2-135m-instruct, or the second and the first where that cannot be had.
+MODEL ?= auto
+
 # CI measures the coverage of the unit tests: see `make coverage`.
 COVERAGE := $(if $(CI),--cov --cov-report=)
 
@@ -33,11 +36,11 @@ help: ## list the targets
 
 venv: $(CPU) ## create .venv with the pinned CPU stack
 
-demo: $(CPU) ## start a server, take the tour of it, stop it
-	@$(PY) -m rudder.server demo
+demo: $(CPU) ## start a server, take the tour of it, stop it; MODEL=small: of a toy that needs no download
+	@$(PY) -m rudder.server demo --model $(MODEL)
 
-serve: $(CPU) ## start a server with the shipped model and stay; FLAGS="--listen.port 50052 …"
-	@$(PY) -m rudder.server serve $(FLAGS)
+serve: $(CPU) ## start the same server and stay; MODEL=small, FLAGS="--listen.port 50052 …"
+	@$(PY) -m rudder.server serve --model $(MODEL) $(FLAGS)
 
 test: lint types proto-check unit engine-test e2e conformance ## everything that CI runs
 
@@ -103,7 +106,7 @@ install-check: wheels ## the demo from installed wheels, in an empty folder
 	@$(PY) -m pip --disable-pip-version-check --python build/installed/venv/bin/python install --quiet --no-deps --no-index build/wheels/*.whl
 	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo build/installed/venv/lib/python*/site-packages)/packages.pth"
 	cd build/installed/empty && unset PYTHONPATH && \
-		../venv/bin/python -c 'import rudder.server; print("installed at", rudder.server.__file__)' && ../venv/bin/rudder demo
+		../venv/bin/python -c 'import rudder.server; print("installed at", rudder.server.__file__)' && ../venv/bin/rudder demo --model small
 
 lock: ## refresh the hashes in requirements/
 	@$(PYTHON) -m venv build/lock

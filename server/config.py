@@ -77,7 +77,7 @@ class Engine(Section, frozen=True):
     seed: Annotated[NonNegative, Meta(description="seed of requests that set none, and of dummy weights")] = 0
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        Meta(description="dtype of the model; auto: its own, float32 on a CPU that has no bfloat16"),
+        Meta(description="dtype of the model; auto: its own, but on a CPU float32 where that is faster"),
     ] = "auto"
     load_format: Annotated[Literal["auto", "dummy"], Meta(description="dummy: random weights, for benchmarks")] = "auto"
     enforce_eager: Annotated[bool, Meta(description="do not compile the model: faster start, slower generation")] = (

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
@@ -19,6 +20,7 @@ STARTED_S, STOPPED_S = 600.0, 60.0
 SIGNAL_CHECK_S, CANCEL_S = 0.1, 1.5
 # Exit status of a process that a signal ended, less the signal's number, as shells count it.
 FIRST_SIGNAL_STATUS = 128
+STAT, BUSY_CORES = Path("/proc/stat"), 0.5
 SERVER = """
 import sys
 from rudder.server.engine.parent import end_with_parent
@@ -100,6 +102,32 @@ def require_free(listen: Listen) -> None:
             except OSError as error:
                 problem = f"cannot listen on {listen.address(port)}: {error.strerror}"
                 raise ConfigError(field, problem) from error
+
+
+def busy_message(seconds: float = 0.25) -> str:
+    """Return a line that says how busy other processes keep the processor, "" if they leave it alone.
+
+    The threads of a model wait for each other at every operator: one that shares its core holds up all.
+    """
+    others = other_cores(seconds)
+    if others < BUSY_CORES:
+        return ""
+    return f"other processes keep {others:.1f} of {os.cpu_count()} cores busy: the model may be many times slower"
+
+
+def other_cores(seconds: float) -> float:
+    """Return how many cores other processes take, measured for `seconds`; 0 where /proc/stat does not tell."""
+
+    def busy() -> float:
+        # Ticks of user, nice, system, idle, iowait, irq, softirq, steal.
+        ticks = [int(word) for word in STAT.read_text().split()[1:9]]
+        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+    if not STAT.is_file():
+        return 0.0
+    before = busy()
+    time.sleep(seconds)
+    return max(busy() - before, 0.0) / seconds
 
 
 def wait_serving(process: "subprocess.Popen[bytes]", address: str) -> None:

@@ -13,14 +13,14 @@ from prometheus_client import REGISTRY, start_http_server
 
 from rudder.server import config as configuration
 from rudder.server.config import Config
-from rudder.server.engine import selftest
+from rudder.server.engine import adapter, selftest
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.start import start_engine
 from rudder.server.grpc.server import GrpcDoor
 from rudder.server.monitoring import logs
 from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics
-from rudder.server.process import Interrupted, stop_signals, until_signal
+from rudder.server.process import Interrupted, busy_message, stop_signals, until_signal
 from rudder.server.service.serving import Serving
 
 HEALTH_CHECK_S = 1.0
@@ -163,6 +163,8 @@ def log_start(config: Config) -> None:
     digest = hashlib.sha256(configuration.show(config).encode()).hexdigest()[:16]
     values = fields(config=digest, model=config.engine.model, bundles=config.engine.bundles)
     logger.info("starting the engine", extra=values)
+    if adapter.runs_on_cpu(config.engine.device) and (message := busy_message()):
+        logger.warning(message)
 
 
 def log_engine(engine: Engine) -> None:

@@ -25,6 +25,9 @@ last tenth of the sections was kept for the report."""
 MORE_ASTRONOMY = """\
 Speaks of astronomy. Adds {value:g} residual norms to each of the {latents} latents that are most frequent on \
 astronomy among those {ratio:g} times as frequent there as in any other book."""
+LESS_ASTRONOMY = """\
+Avoids astronomy. Sets each of the {latents} latents that are most frequent on astronomy among those {ratio:g} times \
+as frequent there as in any other book to {value:g} residual norms where it is active."""
 LESS_HISTORY = """\
 Avoids history. Adds {value:g} residual norms to each of the {latents} latents that are most frequent on U.S. and \
 world history among those {ratio:g} times as frequent there as in any other book; books on government were left out."""
@@ -36,10 +39,26 @@ def forget_microbiology(material: Material, name: str) -> Program:
     return forget(material, MICROBIOLOGY, recipe, name, FORGET_MICROBIOLOGY.format(**vars(recipe)))
 
 
+# By the end of a program's name.
+MORE = {"-light": 0.05, "": 0.1, "-strong": 0.2}
+LESS = {"-light": -0.1, "": -0.2, "-strong": -0.5}
+
+
 def more_astronomy(material: Material, name: str) -> Program:
     """Derive a program that adds the latents of astronomy."""
+    return astronomy(material, name, "add", MORE[name.removeprefix("more-astronomy")], MORE_ASTRONOMY)
+
+
+def less_astronomy(material: Material, name: str) -> Program:
+    """Derive a program that turns the latents of astronomy around where they are active."""
+    return astronomy(material, name, "clamp", LESS[name.removeprefix("less-astronomy")], LESS_ASTRONOMY)
+
+
+def astronomy(material: Material, name: str, operation: str, value: float, description: str) -> Program:
+    """Derive a program on the latents of astronomy."""
     recipe = Recipe(latents=8, ratio=3.0, windows_of_topic=80)
-    return steer(material, ASTRONOMY, recipe, "add", 0.1, name, MORE_ASTRONOMY.format(value=0.1, **vars(recipe)))
+    text = description.format(value=value, **vars(recipe))
+    return steer(material, ASTRONOMY, recipe, operation, value, name, text)
 
 
 def less_history(material: Material, name: str) -> Program:
@@ -50,6 +69,7 @@ def less_history(material: Material, name: str) -> Program:
 
 SHIPPED: dict[str, Callable[[Material, str], Program]] = {
     "forget-microbiology": forget_microbiology,
-    "more-astronomy": more_astronomy,
+    **{f"more-astronomy{strength}": more_astronomy for strength in MORE},
+    **{f"less-astronomy{strength}": less_astronomy for strength in LESS},
     "less-history": less_history,
 }

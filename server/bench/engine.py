@@ -19,10 +19,11 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from rudder.sae_models.settings import ConfigError
-from rudder.server.bench.load import GRPC, Run, sites_of
+from rudder.server.bench.load import GRPC, Run, Subject, shipped_subject, sites_of
 from rudder.server.bench.load import Load as Load
 from rudder.server.bench.shapes import SHAPES, write_bundle, write_model
 from rudder.server.engine.parent import Target
+from rudder.server.models import known, served
 
 
 def run(
@@ -40,7 +41,7 @@ def run(
     pairs: dict[str, list[Pair]] = {case: [] for case in cases}
     result: dict[str, Any] = {"cases": {}}
     with tempfile.TemporaryDirectory(prefix="rudder-bench-") as folder, Progress(console=console) as progress:
-        model, bundle = prepare(Path(folder), load)
+        subject = prepare(Path(folder), load)
         rounds = [len(warm_up_cases(group, load)) + load.pairs * len(group) for _, group in groups(cases)]
         bar = progress.add_task("pairs", total=load.starts * sum(rounds))
 
@@ -52,7 +53,7 @@ def run(
             for names, group in groups(cases):
                 order = names if number % 2 else names[::-1]
                 report(f"start {number + 1} of {load.starts}: starting {' and '.join(order)}")
-                with started([Side(name, model, bundle, load) for name in order]) as sides:
+                with started([Side(name, subject, load) for name in order]) as sides:
                     for case, pair in measure(group, load, sides):
                         report(pair_line(case, pair))
                         progress.advance(bar)
@@ -148,12 +149,15 @@ def machine() -> dict[str, Any]:
     return {"device": name, "cores": os.cpu_count(), "torch": torch.__version__, "vllm": vllm.__version__}
 
 
-def prepare(folder: Path, load: Load) -> tuple[Path, Path]:
-    """Write the model and the bundle; return their folders."""
-    shape = SHAPES[load.shape]
-    model = write_model(folder / "model", shape)
-    write_bundle(folder / "bundle", sites_of(load)[0], shape.width, load.latents, k=load.k).catalogue.close()
-    return model, folder / "bundle"
+def prepare(folder: Path, load: Load) -> Subject:
+    """Return what is measured: a model with its bundles, or random ones, which are written into the folder."""
+    if load.model != "random":
+        return shipped_subject(folder, known.get(load.model), tuple(served.instruct_bundles()))
+    shape, sites = SHAPES[load.shape], sites_of(load)
+    model, bundle = write_model(folder / "model", shape), folder / "bundle"
+    write_bundle(bundle, sites[0], shape.width, load.latents, k=load.k).catalogue.close()
+    token_bytes = 2 * 2 * shape.layers * shape.kv_heads * (shape.width // shape.heads)
+    return Subject(folder, model, (bundle,), sites, shape.width, token_bytes)
 
 
 Pair = tuple[Run, Run]
@@ -185,12 +189,11 @@ def started(sides: Sequence["Side"]) -> Iterator[dict[str, "Side"]]:
 class Side:
     """One engine in a process of its own, which sends a message when it has started, and runs the load on `measure`."""
 
-    def __init__(self, name: str, model: Path, bundle: Path, load: Load) -> None:
+    def __init__(self, name: str, subject: Subject, load: Load) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self.pipe, self.theirs = context.Pipe()
-        arguments = (name, str(model), str(bundle), load, self.theirs)
-        self.process = context.Process(target=Target(side_main), args=arguments)
+        self.process = context.Process(target=Target(side_main), args=(name, subject, load, self.theirs))
 
     def __enter__(self) -> "Side":
         self.process.start()
@@ -220,9 +223,9 @@ class Side:
             raise RuntimeError(f"the {self.name} engine stopped with exit code {self.process.exitcode}") from None
 
 
-def side_main(name: str, model: str, bundle: str, load: Load, pipe: Connection) -> None:
+def side_main(name: str, subject: Subject, load: Load, pipe: Connection) -> None:
     """Entry point of the process of one side."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from rudder.server.bench import sides
 
-    asyncio.run(sides.serve(name, model, bundle, load, pipe))
+    asyncio.run(sides.serve(name, subject, load, pipe))

@@ -1,6 +1,8 @@
 """The load of the engine benchmark, shared by the process that measures and those of the engines."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
@@ -18,6 +20,10 @@ GRPC = "grpc"
 class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The load and the size of the bank."""
 
+    model: Annotated[
+        Literal["random", "smollm2-135m-instruct"],
+        Meta(description="random: of `shape`, `latents`, `k` and `sites`; or a model with its shipped bundles"),
+    ] = "random"
     shape: Annotated[
         Literal["llama-100m", "llama-8b", "llama-8b-4-layers", "tiny"], Meta(description="shape of the random model")
     ] = "llama-100m"
@@ -44,9 +50,9 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def all_cases(self) -> tuple[str, ...]:
         """Return the names of the cases to run."""
-        size = f"{self.latents // 1024}k"
+        encode = f"full_encode_{self.latents // 1024}k" if self.model == "random" else "full_encode"
         watch = f"watch_{WATCHED}_features"
-        names = ("idle", "one_program", f"{self.programs}_programs", watch, f"full_encode_{size}", GRPC)
+        names = ("idle", "one_program", f"{self.programs}_programs", watch, encode, GRPC)
         return tuple(name for name in names if not self.cases or name in self.cases)
 
 
@@ -59,11 +65,30 @@ class Run:
     tpot_ms: float = 0.0
 
 
-def kv_cache_bytes(load: Load) -> int:
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a model and its bundles. `sites`: those of the banks, one of each bundle first. `folder`: for
+    files of the run. `kv_token_bytes`: keys and values of a token.
+    """
+
+    folder: Path
+    model: Path
+    bundles: tuple[Path, ...]
+    sites: tuple[str, ...]
+    width: int
+    kv_token_bytes: int
+    random: bool = True
+
+    @property
+    def sae_sites(self) -> tuple[str, ...]:
+        """The sites that have an SAE."""
+        return self.sites[: len(self.bundles)]
+
+
+def kv_cache_bytes(load: Load, subject: Subject) -> int:
     """Return the size of a KV cache in which all requests have room at once: no run depends on preemption."""
-    shape = SHAPES[load.shape]
-    token_bytes = 2 * 2 * shape.layers * shape.kv_heads * (shape.width // shape.heads)
-    return max(2 << 30, load.requests * (load.prompt_tokens + load.new_tokens + BLOCK_TOKENS) * token_bytes)
+    tokens = load.requests * (load.prompt_tokens + load.new_tokens + BLOCK_TOKENS)
+    return max((2 << 30) if subject.random else (1 << 29), tokens * subject.kv_token_bytes)
 
 
 def sites_of(load: Load) -> tuple[str, ...]:
@@ -72,3 +97,12 @@ def sites_of(load: Load) -> tuple[str, ...]:
     middle = layers // 2
     others = [layer for layer in range(layers) if layer != middle]
     return tuple(f"layers.{layer}.resid_post" for layer in [middle, *others][: load.sites])
+
+
+def shipped_subject(folder: Path, model: Path, bundles: tuple[Path, ...]) -> Subject:
+    """Describe a model whose bundles were trained, by their manifests and its configuration."""
+    config = json.loads((model / "config.json").read_bytes())
+    sites = tuple(str(json.loads((bundle / "manifest.json").read_bytes())["sites"][0]) for bundle in bundles)
+    # Up to four bytes a value, as in float32.
+    token_bytes = 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    return Subject(folder, model, bundles, sites, int(config["hidden_size"]), token_bytes, random=False)

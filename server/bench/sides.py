@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from itertools import count
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,8 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from rudder.sae_models.hookpoints import parse
 from rudder.server import config as configuration
-from rudder.server.bench.load import GRPC, WATCHED, Load, Run, kv_cache_bytes, sites_of
-from rudder.server.bench.shapes import SHAPES
+from rudder.server.bench.load import GRPC, WATCHED, Load, Run, Subject, kv_cache_bytes
 from rudder.server.engine import selftest
 from rudder.server.engine.adapter import AsyncLLM, engine_args, start_engine_process
 from rudder.server.engine.call import Call
@@ -37,11 +35,11 @@ from rudder.v1 import program_pb2
 PROGRAM_EDITS = 4
 
 
-async def serve(name: str, model: str, bundle: str, load: Load, pipe: Connection) -> None:
+async def serve(name: str, subject: Subject, load: Load, pipe: Connection) -> None:
     """Start the engine, then run the load for every case received from the pipe."""
-    config = config_of(model, bundle, load)
+    config = config_of(subject, load)
     start = {"plain": start_plain, "rudder": start_rudder, GRPC: start_grpc}[name]
-    generate, stop = await start(config, load)
+    generate, stop = await start(config, subject, load)
     pipe.send("ready")
     loop = asyncio.get_running_loop()
     numbers = count()
@@ -55,16 +53,18 @@ async def serve(name: str, model: str, bundle: str, load: Load, pipe: Connection
     stop()
 
 
-def config_of(model: str, bundle: str, load: Load) -> configuration.Config:
+def config_of(subject: Subject, load: Load) -> configuration.Config:
     """Configure the engine for a load."""
     # Two engines share a GPU, whose free memory vLLM compares with a share although it is told the size of the cache.
     share = 0.1 if torch.cuda.is_available() else None
     return configuration.Config(
         engine=configuration.Engine(
-            model=model, bundles=(bundle,), sites=sites_of(load)[1:], sequence_sites=sites_of(load)[:1], rows=load.rows,
+            model=str(subject.model), bundles=tuple(map(str, subject.bundles)),
+            sites=subject.sites[len(subject.bundles) :], sequence_sites=subject.sites[:1], rows=load.rows,
             max_num_seqs=load.requests, slots=load.requests, max_model_len=1024, max_num_batched_tokens=2048,
-            kv_cache_memory_bytes=kv_cache_bytes(load), gpu_memory_utilization=share, dtype="bfloat16",
-            enforce_eager=load.eager, load_format="dummy",
+            kv_cache_memory_bytes=kv_cache_bytes(load, subject), gpu_memory_utilization=share,
+            dtype="bfloat16" if subject.random else "auto", enforce_eager=load.eager,
+            load_format="dummy" if subject.random else "auto",
         ),
         programs=configuration.Programs(folder=None),
     )  # fmt: skip
@@ -97,9 +97,11 @@ def prompt(load: Load, number: int) -> list[int]:
     return [1, *((7 * number + 13 * i) % 8000 + 2 for i in range(load.prompt_tokens - 1))]
 
 
-async def start_plain(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
+async def start_plain(
+    config: configuration.Config, subject: Subject, load: Load
+) -> tuple[Generate, Callable[[], None]]:
     """Start unmodified vLLM with the same arguments."""
-    args = engine_args(config, Layout(sites_of(load)))
+    args = engine_args(config, Layout(subject.sites))
     llm = start_engine_process(plain_args(args), plain=True)
     return plain_requests(llm, load), llm.shutdown
 
@@ -121,26 +123,30 @@ def plain_requests(llm: AsyncLLM, load: Load) -> Generate:
     return generate
 
 
-async def start_rudder(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
+async def start_rudder(
+    config: configuration.Config, subject: Subject, load: Load
+) -> tuple[Generate, Callable[[], None]]:
     """Start Rudder's engine and run its self-test."""
     engine = await start_engine(config)
     await selftest.run(engine)
-    return rudder_requests(engine, load), engine.llm.shutdown
+    return rudder_requests(engine, subject, load), engine.llm.shutdown
 
 
-def rudder_requests(engine: Engine, load: Load) -> Generate:
+def rudder_requests(engine: Engine, subject: Subject, load: Load) -> Generate:
     """Return a function that starts request `number` of a case."""
-    programs = [compile_program(program_of(load, number), engine.registry) for number in range(load.programs)]
-    features = [program_pb2.Row(feature=program_pb2.Feature(index=i)) for i in range(WATCHED)]
-    watch = compile_watch([(sites_of(load)[0], row) for row in features], engine.registry, "watch")
+    programs = [compile_program(program_of(subject, load, number), engine.registry) for number in range(load.programs)]
+    sites = subject.sae_sites
+    features = [program_pb2.Row(feature=program_pb2.Feature(index=i // len(sites))) for i in range(WATCHED)]
+    rows = [(sites[i % len(sites)], row) for i, row in enumerate(features)]
+    watch = compile_watch(rows, engine.registry, "watch")
 
     def generate(case: str, number: int) -> AsyncIterator[Any]:
-        return engine.stream(call_of(case, number, load, programs, watch))
+        return engine.stream(call_of(case, number, subject, load, programs, watch))
 
     return generate
 
 
-async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate, Callable[[], None]]:
+async def start_grpc(config: configuration.Config, subject: Subject, load: Load) -> tuple[Generate, Callable[[], None]]:
     """Start a server process, and a Python client of it in this one."""
     # The other sides run without gRPC.
     from rudder.server.process import free_port, server_command
@@ -148,7 +154,7 @@ async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate
 
     port = free_port()
     listening = msgspec.structs.replace(config, listen=configuration.Listen(port=port, metrics_port=0))
-    settings = Path(config.engine.bundles[0]).with_suffix(".yaml")
+    settings = subject.folder / "server.yaml"
     settings.write_text(configuration.show(listening))
     server = await asyncio.create_subprocess_exec(*server_command("--config", str(settings)))
     client = AsyncClient(f"127.0.0.1:{port}")
@@ -161,9 +167,8 @@ async def start_grpc(config: configuration.Config, load: Load) -> tuple[Generate
     return generate, server.terminate
 
 
-def call_of(case: str, number: int, load: Load, programs: list[Any], watch: Any) -> Call:
+def call_of(case: str, number: int, subject: Subject, load: Load, programs: list[Any], watch: Any) -> Call:
     """Build request `number` of a case."""
-    site = sites_of(load)[0]
     more: dict[str, Any] = {}
     if case.endswith("program"):
         more = {"compiled": programs[0]}
@@ -172,11 +177,11 @@ def call_of(case: str, number: int, load: Load, programs: list[Any], watch: Any)
     if case.startswith("watch"):
         more = {"watch": watch}
     if case.startswith("full_encode"):
-        more = {"top_k": 8, "top_k_sites": (site,)}
+        more = {"top_k": 8, "top_k_sites": subject.sae_sites}
     return Call(tuple(prompt(load, number)), sampling(load), **more)
 
 
-def program_of(load: Load, number: int) -> program_pb2.Program:
+def program_of(subject: Subject, load: Load, number: int) -> program_pb2.Program:
     """Build a program that edits a few latents at the bundle's site and adds a vector at every other site."""
     edits = [
         program_pb2.Edit(
@@ -185,9 +190,8 @@ def program_of(load: Load, number: int) -> program_pb2.Program:
         )
         for i in range(PROGRAM_EDITS)
     ]
-    width = SHAPES[load.shape].width
-    vector = program_pb2.Vector(name="push", values=[0.01] * width)
+    vector = program_pb2.Vector(name="push", values=[0.01] * subject.width)
     push = program_pb2.Edit(row=program_pb2.Row(vector=vector), add=1.0 + number)
-    first, *others = sorted(sites_of(load), key=lambda site: (site != sites_of(load)[0], parse(site)))
+    first, *others = sorted(subject.sites, key=lambda site: (site != subject.sites[0], parse(site)))
     sites = [program_pb2.SiteEdits(site=first, edits=edits)]
     return program_pb2.Program(sites=[*sites, *(program_pb2.SiteEdits(site=site, edits=[push]) for site in others)])

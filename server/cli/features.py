@@ -26,22 +26,23 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("index", nargs="?", type=integer(), help="index of one feature, to show with its contexts")
     parser.add_argument("--search", type=utf8, metavar="WORDS", help="list features by words of their label")
     parser.add_argument("--by-meaning", action="store_true", help="search by the meaning of labels, not by their words")
-    parser.add_argument("--bundle", type=utf8, default="", help="bundle; required where several are served")
+    parser.add_argument("--bundle", type=utf8, default="", help="bundle; a search without one is of all bundles")
     parser.add_argument("--limit", type=integer(), default=20, help="maximum number of features (%(default)s)")
     args = parser.parse_args(argv)
     with Client(args.address) as client:
         if args.index is not None:
             print_feature(client.feature(args.index, args.bundle))
         elif args.search:
-            matches = client.search(args.search, bundle=args.bundle, limit=args.limit, by_meaning=args.by_meaning)
-            out.print(features_table(matches))
+            for name in [args.bundle] if args.bundle else [bundle.name for bundle in client.model().bundles] or [""]:
+                matches = client.search(args.search, bundle=name, limit=args.limit, by_meaning=args.by_meaning)
+                out.print(features_table(matches, name))
         else:
             out.print(features_table(islice(client.features(args.bundle), args.limit)))
 
 
-def features_table(features: Iterable[catalogue_pb2.FeatureSummary]) -> Table:
+def features_table(features: Iterable[catalogue_pb2.FeatureSummary], title: str | None = None) -> Table:
     """Build the table of features."""
-    table = Table("feature", "frequency", "maximum", "score", "label")
+    table = Table("feature", "frequency", "maximum", "score", "label", title=title)
     for f in features:
         figures = optional(f, "frequency", "{:.3%}"), optional(f, "max_activation", "{:.2f}")
         table.add_row(str(f.index), *figures, optional(f, "label_score", "{:.2f}"), label_of(f.label))

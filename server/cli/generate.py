@@ -9,13 +9,15 @@ from rudder.server.cli.output import out, print_end_of_choice
 from rudder_client import Client, Report, Structured
 
 SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
-    "max_tokens": (integer(), "maximum number of tokens to generate (16)"),
-    "temperature": (float, "0: greedy (1.0)"),
-    "top_p": (float, "sample from the most probable tokens that make up this probability"),
+    "max_tokens": (integer(), "maximum number of tokens to generate (16, of a chat 200)"),
+    "temperature": (float, "0: greedy (1.0, of a chat 0.2)"),
+    "top_p": (float, "sample from the most probable tokens that make up this probability (1.0, of a chat 0.9)"),
     "top_k": (integer(), "sample from this number of most probable tokens"),
     "seed": (integer(maximum=MAX_UINT64), "seed of the sampling"),
     "n": (integer(), "number of choices"),
 }
+# An answer is longer than the engine's default, and small models keep to their point at low temperatures.
+CHAT: dict[str, Any] = {"max_tokens": 200, "temperature": 0.2, "top_p": 0.9}
 EXAMPLES = """\
 examples:
   rudder generate "The night sky" --max-tokens 40
@@ -28,7 +30,7 @@ examples:
 def main(argv: Sequence[str]) -> None:
     """Print the chunks of one choice as they arrive, or each of several choices when it is complete."""
     args = parser().parse_args(argv)
-    sampling: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    sampling = sampling_of(args)
     report = Report(top_k=args.top_features, pooled=True, tokens=False) if args.top_features else None
     if args.regex or args.json_schema:
         sampling["structured"] = Structured(regex=args.regex, json_schema=args.json_schema)
@@ -46,6 +48,12 @@ def main(argv: Sequence[str]) -> None:
             if chunk.finish_reason:
                 out.print()
                 print_end_of_choice(chunk)
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the sampling parameters that were set, and those that are better defaults for a chat."""
+    values = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    return CHAT | values if args.chat else values
 
 
 def parser() -> argparse.ArgumentParser:

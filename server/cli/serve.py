@@ -4,13 +4,18 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.markup import escape
+
 from rudder.sae_models.errors import UserError
 from rudder.server import config as configuration
 from rudder.server.cli.arguments import add_fields, command, parse_fields
+from rudder.server.cli.output import err
+from rudder.server.models import served
 
 EXAMPLES = """\
 examples:
   rudder serve
+  rudder serve --model auto
   rudder serve --config server.yaml --listen.port 50052
   rudder serve --engine.model MODEL --engine.bundles BUNDLE1,BUNDLE2 --engine.dtype=bfloat16
 
@@ -23,8 +28,12 @@ def main(argv: Sequence[str]) -> int:
     """Start a server and run it until SIGTERM or SIGINT."""
     parser = command("serve", "Start a server.", EXAMPLES, "rudder serve [--config FILE] [--section.field VALUE ...]")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the configuration")
+    model_help = "sets engine.model, engine.bundles, engine.enforce_eager and programs.folder"
+    parser.add_argument("--model", choices=served.NAMES, help=f"{model_help}; {served.HELP}")
     add_fields(parser, configuration.Config)
     args, fields = parse_fields(parser, argv)
+    if args.model:
+        fields = served.fields_of(args.model, lambda line: err.print(escape(line))) | fields
     config = configuration.load(args.config, fields)
     try:
         return run(config)

@@ -33,6 +33,7 @@ from vllm.v1.worker.gpu.sample import bad_words, logit_bias
 
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.errors import UserError
+from rudder.sae_models.precision import fast_precision
 from rudder.server.config import Config, ConfigError, Limits
 from rudder.server.engine.parent import Target, text_of
 from rudder.server.engine.sockets import socket_folder
@@ -71,8 +72,6 @@ else:
     from vllm.exceptions import VLLMValidationError as VLLMClientError
 
 VLLM_VERSION: str = vllm.__version__
-# Of /proc/cpuinfo: x86-64, and Arm.
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 logger = logging.getLogger(__name__)
 WORKER_PACKAGE = "rudder.server.engine.worker"
 
@@ -235,13 +234,12 @@ def runs_on_cpu(device: str) -> bool:
     return has_cpu
 
 
-def resolved_dtype(dtype: str, on_cpu: bool, cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, str]:
-    """Return the dtype to give to vLLM, and why. "auto" is the model's own, but where the CPU would emulate it."""
+def resolved_dtype(dtype: str, on_cpu: bool) -> tuple[str, str]:
+    """Return the dtype to give to vLLM, and why. "auto" is the model's own, but on a CPU that is faster in float32."""
     if dtype != "auto":
         return dtype, "as configured"
-    words = set(cpuinfo.read_text().split()) if on_cpu and cpuinfo.is_file() else set()
-    if on_cpu and words and not BFLOAT16_FLAGS & words:
-        return "float32", "this CPU has no instructions for bfloat16 (AVX-512 BF16, AMX), which it would emulate"
+    if on_cpu and fast_precision("cpu") == "float32":
+        return "float32", "this CPU has no matrix unit for bfloat16 (AMX), and is slower in it"
     return "auto", "the model's own"
 
 
@@ -254,7 +252,9 @@ def start_llm(config: Config, layout: Layout) -> AsyncLLM:
     # `IncrementalDetokenizer.from_new_request` looks the class up there.
     detokenizer.FastIncrementalDetokenizer = Detokenizer
     dtype, reason = resolved_dtype(config.engine.dtype, runs_on_cpu(config.engine.device))
-    logger.info("dtype of the model", extra=fields(dtype=dtype, reason=reason))
+    logger.info(
+        "dtype of the model", extra=fields(dtype=dtype, reason=reason, compiled=not config.engine.enforce_eager)
+    )
     return start_engine_process(engine_args(config, layout))
 
 

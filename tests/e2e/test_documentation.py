@@ -5,39 +5,18 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from tests.e2e import published
 from tests.e2e.conftest import Running, running
+from tests.e2e.documents import DOCUMENTS, REPOSITORY, Block, blocks
 
 pytestmark = pytest.mark.e2e
-REPOSITORY = Path(__file__).parents[2]
-DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
-FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Commands of a running server, in running text; `rudder model` alone is one.
 INLINE = re.compile(r"`(?:\.venv/bin/)?rudder ((?:generate|inspect|features|model(?! get| convert| list))\b[^`]*)`")
 # Names in commands of what is the reader's.
 PLACEHOLDERS = re.compile(r"\b(FOLDER_OR_REPO|MODEL|TEXT|BUNDLE)\b")
-
-
-class Block(NamedTuple):
-    """A fenced block: language and other words behind the fence, and its text."""
-
-    document: str
-    number: int
-    words: tuple[str, ...]
-    text: str
-
-
-def blocks() -> list[Block]:
-    """Return all fenced blocks of the documents."""
-    return [
-        Block(path.name, number, tuple(match[1].split()), match[2])
-        for path in DOCUMENTS
-        for number, match in enumerate(FENCE.finditer(path.read_text()))
-    ]
 
 
 def runnable(language: str) -> list[Block]:

@@ -138,7 +138,7 @@ def test_killed_benchmark_takes_its_engines_along(tmp_path: Path) -> None:
 
 
 def test_killed_demo_takes_its_server_along(tmp_path: Path) -> None:
-    with started(["demo"], tmp_path) as demo:
+    with started(["demo", "--model=small"], tmp_path) as demo:
         children = Path(f"/proc/{demo.process.pid}/task/{demo.process.pid}/children")
         deadline = time.monotonic() + 60
         while not children.read_text():

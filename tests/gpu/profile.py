@@ -19,7 +19,7 @@ from vllm.config import ProfilerConfig
 
 from rudder.server.bench import sides
 from rudder.server.bench.engine import prepare
-from rudder.server.bench.load import Load, sites_of
+from rudder.server.bench.load import Load, Subject
 from rudder.server.engine import adapter, selftest
 from rudder.server.engine.start import start_engine
 from rudder.server.program.layout import Layout
@@ -80,20 +80,21 @@ class Side:
     """An engine whose worker writes its profiles to a folder. `name`: plain or rudder."""
 
     name: str
+    subject: Subject
     load: Load
     traces: Path
     llm: Any = None
     generate: sides.Generate | None = None
 
-    async def start(self, model: Path, bundle: Path) -> Figures:
+    async def start(self) -> Figures:
         """Start the engine."""
-        config = sides.config_of(str(model), str(bundle), self.load)
+        config = sides.config_of(self.subject, self.load)
         profiler = ProfilerConfig(
             profiler="torch", torch_profiler_dir=str(self.traces), torch_profiler_with_stack=False, ignore_frontend=True
         )
         original = adapter.engine_args
         if self.name == "plain":
-            args = sides.plain_args(original(config, Layout(sites_of(self.load))))
+            args = sides.plain_args(original(config, Layout(self.subject.sites)))
             self.llm = adapter.start_engine_process(replace(args, profiler_config=profiler), plain=True)
             self.generate = sides.plain_requests(self.llm, self.load)
             return {}
@@ -101,7 +102,7 @@ class Side:
             engine = await start_engine(config)
         self.llm = engine.llm
         await selftest.run(engine)
-        self.generate = sides.rudder_requests(engine, self.load)
+        self.generate = sides.rudder_requests(engine, self.subject, self.load)
         return {}
 
     async def measure(self, case: str) -> dict[str, Any]:
@@ -135,10 +136,10 @@ def main() -> int:
         return headline(summary)
 
     with tempfile.TemporaryDirectory(prefix="rudder-profile-") as folder:
-        model, bundle = prepare(Path(folder), load)
+        subject = prepare(Path(folder), load)
         for name, names in (("plain", cases[:1]), ("rudder", cases)):
-            side = Side(name, load, Path(folder) / name)
-            begin = partial(loop.run_until_complete, side.start(model, bundle))
+            side = Side(name, subject, load, Path(folder) / name)
+            begin = partial(loop.run_until_complete, side.start())
             report.run(f"{name}: start{suffix}", begin)
             for case in names if side.generate else ():
                 report.run(f"{name}: {case}{suffix}", partial(measure, side, case))

@@ -2,24 +2,32 @@
 
     python -m rudder_client.tour localhost:50051 http://localhost:9464/metrics
 
-It needs a running server (`rudder serve`); `rudder demo` starts one for this tour.
+It needs a running server of a model of tour_words.py with its programs (`rudder serve --model auto`); `rudder demo`
+starts one for this tour, and adds a step that compares with plain vLLM.
 """
 
 import sys
+import textwrap
+from collections.abc import Sequence
 from urllib.request import ProxyHandler, build_opener
 
 from rudder.v1 import catalogue_pb2
-from rudder_client import Client, Program, Report
+from rudder_client import Client, Feature, Report
+from rudder_client.results import Activation
+from rudder_client.tour_words import WORDS, Words
 
 ADDRESS, METRICS = "localhost:50051", "http://localhost:9464/metrics"
+WIDTH, INDENT = 110, 24
+TOPIC, STRENGTHS = "astronomy", ("-light", "", "-strong")
+UNLEARNING = "forget-microbiology"
+LEVELS = " ▁▂▃▄▅▆▇█"
 SHOWN_METRICS = (
     "rudder_requests_total",
     "rudder_stream_tokens_total",
     "rudder_edits_applied_tokens_total",
     "rudder_bank",
-    "rudder_feature",
 )
-SHOWN_EDITS = 5
+SHOWN_EDITS, SHOWN_FEATURES = 5, 3
 
 
 def main(address: str = ADDRESS, metrics: str = METRICS) -> None:
@@ -27,80 +35,113 @@ def main(address: str = ADDRESS, metrics: str = METRICS) -> None:
     with Client(address) as client:
         client.wait_ready(timeout=300)
         model = client.model()
-        (bundle,) = model.bundles
-        print(f"{model.model} on vLLM {model.engine_version}, with {bundle.latents} SAE features at {bundle.site}")
-        steer(client, bundle)
-        unlearn(client)
-        inspect(client)
-        attest(client)
+        if model.model not in WORDS:
+            sys.exit(f"the tour has no prompts for {model.model}, only for {', '.join(WORDS)}")
+        words = WORDS[model.model]
+        saes = ", ".join(f"{bundle.latents} SAE features at {bundle.site}" for bundle in model.bundles)
+        print(f"{model.model} on vLLM {model.engine_version}, with {saes}")
+        steer(client, words)
+        watch(client, words, model.bundles[-1])
+        unlearn(client, words)
+        attest(client, words)
     print_metrics(metrics)
 
 
 def title(text: str, look: str) -> None:
     """Print a heading, and what to look at."""
     bold = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    print(f"\n{bold[0]}{text}{bold[1]}\n{look}\n", flush=True)
+    print(f"\n{bold[0]}{text}{bold[1]}\n{textwrap.fill(look, WIDTH)}\n", flush=True)
 
 
-def steer(client: Client, bundle: catalogue_pb2.BundleInfo) -> None:
-    """Search features by the words of their labels, and steer with them.
+def show(name: str, text: str) -> None:
+    """Print a text behind its name, in lines of the same indentation."""
+    indent = " " * (INDENT + 2)
+    print(textwrap.fill(" ".join(text.split()), WIDTH, initial_indent=f"{name:>{INDENT}}: ", subsequent_indent=indent))
+    sys.stdout.flush()
 
-    `up` sets one feature to its maximum activation in the training corpus. `away` clamps it and others: where one is
-    active, x is moved against it, here by half of the norm of x.
-    """
+
+def answer(client: Client, words: Words, prompt: str, program: str | None) -> str:
+    """Return what the model says, with a program of the server or without one."""
+    return client.complete(words.prompt(prompt), steer=program, **words.sampling).choices[0].text
+
+
+def steer(client: Client, words: Words) -> None:
+    """Ask two questions, plain and with programs that add to the features of a topic, or subtract from them."""
     title(
-        "1. One prompt: plain, steered up, steered away",
-        "A tiny model writes poorly. Look at its topic: “up” moves it to stars, “away” against them.",
+        "1. Steering: a topic turned up, and down",
+        f"Look for {TOPIC} in the answers. Up, it comes into one that has nothing to do with it; down, it goes from one"
+        f" that is about it. {words.remark}",
     )
-    star = client.search("star astronomy", limit=1)[0]
-    astronomy = client.search("astronomy", limit=30)
-    print(f"up: feature {star.index}, “{star.label}”, active on {star.frequency:.2%} of tokens")
-    print(f"away: it and {len(astronomy)} others, such as “{astronomy[0].label}”")
-    up = Program().at(bundle.site).set(star.index, to=1.0, unit="max_activation", phase="generated")
-    away = Program().at(bundle.site)
-    for index in {feature.index for feature in [star, *astronomy]}:
-        away = away.clamp(index, to=-0.5, unit="residual")
-    prompt = "The planet has"
-    for name, program in {"plain": None, "up": up, "away": away}.items():
-        print(f"\n{name}: {prompt}", end="")
-        for chunk in client.generate(prompt, steer=program, max_tokens=40, temperature=0.7, seed=3):
-            print(chunk.text, end="", flush=True)
+    for direction, prompt in (("more", words.up), ("less", words.down)):
+        show("prompt", prompt)
+        for program in (None, *(f"{direction}-{TOPIC}{strength}" for strength in STRENGTHS)):
+            show(program or "plain", answer(client, words, prompt, program))
         print()
 
 
-def unlearn(client: Client) -> None:
+def watch(client: Client, words: Words, bundle: catalogue_pb2.BundleInfo) -> None:
+    """Show the strongest features of a text, token by token, and one feature while the model answers."""
+    title(
+        "2. Watching: what the model represents",
+        "Each token with its strongest features: number, label, activation. Labels are words in whose company the"
+        " feature was active.",
+    )
+    # The first token's activations say nothing: its residual is that of an attention sink.
+    for token in client.inspect(words.inspected, report=Report(top_k=32, sites=[bundle.site])).tokens[1:]:
+        names = [f"{a.feature.index} “{a.feature.label}” {a.value:.1f}" for a in labelled(token.activations)]
+        if names:
+            print(f"{token.text!r:>{INDENT}}  {', '.join(names[:SHOWN_FEATURES])}")
+    matches = (client.search(word, bundle=bundle.name, limit=1) for word in words.rising)
+    feature = next(found[0] for found in matches if found)
+    print(f"\nFeature {feature.index}, “{feature.label}”, while the model answers “{words.down}”:\n")
+    rise(client, words, Feature(feature.index, feature.bundle), feature.site)
+
+
+def labelled(activations: Sequence[Activation]) -> list[Activation]:
+    """Return the activations of features that have a label."""
+    return [a for a in activations if a.feature.label and a.feature.label != "no label"]
+
+
+def rise(client: Client, words: Words, feature: Feature, site: str) -> None:
+    """Stream an answer, and print the feature's activation as a bar below each piece of text."""
+    report = Report(features={site: [feature]})
+    pieces = [
+        (chunk.text.replace("\n", " "), max((a.value for a in chunk.activations), default=0.0))
+        for chunk in client.generate(words.prompt(words.down), report=report, stream_interval=1, **words.sampling)
+    ]
+    highest = max((value for _, value in pieces), default=0.0) or 1.0
+    text = "".join(piece for piece, _ in pieces)
+    bars = "".join(LEVELS[round(value / highest * (len(LEVELS) - 1))] * len(piece) for piece, value in pieces)
+    for start in range(0, len(text), WIDTH):
+        print(f"  {text[start : start + WIDTH]}\n  {bars[start : start + WIDTH]}")
+
+
+def unlearn(client: Client, words: Words) -> None:
     """Use a program of the server by name: it makes the model forget microbiology, and little else."""
     title(
-        "2. Unlearning: a microbiology prompt, then another one",
-        "The program breaks off what the model knew of the first topic. The second pair is equal, letter by letter.",
+        "3. Unlearning: three prompts on microbiology, and three others",
+        "With the program the model has no answer to the first three any more. It answers the others as before: where"
+        " not one letter differs, the line says so.",
     )
-    for prompt in ("Bacteria that cause disease", "The American Revolution began"):
-        for program in (None, "forget-microbiology"):
-            completion = client.complete(prompt, steer=program, max_tokens=25, temperature=0.7, seed=7)
-            print(f"{program or 'plain':>20}: {prompt}{completion.text!r}")
+    for prompt in (*words.forgotten, *words.kept):
+        plain, forgetting = (answer(client, words, prompt, program) for program in (None, UNLEARNING))
+        show("prompt", prompt)
+        show("plain", plain)
+        show(UNLEARNING, "the same, letter by letter" if plain == forgetting else forgetting)
 
 
-def inspect(client: Client) -> None:
-    """Show what the model represents: the three strongest of all features, token by token."""
-    title(
-        "3. Inspect: the strongest features of each token",
-        "Each token with features, their labels and activations. Some labels tell (“cells”), many are stop words.",
-    )
-    for token in client.inspect("Viruses infect cells.", report=Report(top_k=3)).tokens[1:]:
-        names = ", ".join(f"{a.feature.index} “{a.feature.label}” {a.value:.1f}" for a in token.activations)
-        print(f"{token.text!r:>12}  {names}")
-
-
-def attest(client: Client) -> None:
+def attest(client: Client, words: Words) -> None:
     """Show what ran, counted inside the engine: an edit that changed no token is reported with 0 tokens."""
     title(
         "4. Attestation: what the engine counted",
         "Every answer says what ran. The engine counts it at each token: an edit that did nothing says “0 tokens”.",
     )
-    completion = client.complete("Bacteria that cause disease", steer="forget-microbiology", max_tokens=25)
+    completion = client.complete(words.prompt(words.forgotten[0]), steer=UNLEARNING, **words.sampling)
     attestation = completion.choices[0].attestation
     assert attestation is not None
     print(f"program {attestation.program_digest[:16]}, {attestation.tokens_seen} tokens went through the model")
+    for gate in attestation.gates:
+        print(f"  {gate.site}: the gate was open at {gate.open_tokens} tokens")
     for edit in attestation.edits[:SHOWN_EDITS]:
         print(f"  {edit.site}: {edit.row}: {edit.operation}: touched {edit.tokens_touched} tokens")
     if len(attestation.edits) > SHOWN_EDITS:

@@ -94,7 +94,7 @@ def test_the_first_program_of_the_readme_runs(
 ) -> None:
     client = MagicMock()
     client.__enter__.return_value = client
-    client.search.return_value = [catalogue_pb2.FeatureSummary(index=12, label="stars")]
+    client.search.return_value = [catalogue_pb2.FeatureSummary(index=12, site=SITE, label="stars")]
     client.generate.return_value = [SimpleNamespace(text=" is full")]
     star = SimpleNamespace(feature=SimpleNamespace(label="stars"), value=1.26)
     client.inspect.return_value = SimpleNamespace(tokens=[SimpleNamespace(text="Viruses", activations=[star])])

@@ -13,6 +13,7 @@ from rudder.sae_models.training import config as training
 from rudder.sae_models.training import report
 from rudder.server import cli
 from rudder.server import config as configuration
+from rudder.server.cli import generate
 
 MODEL, BUNDLE = str(PRETRAINED / "textbook-lm"), str(PRETRAINED / "textbook-lm-layers.2")
 CLOSED = "--address=localhost:1"
@@ -215,3 +216,12 @@ def test_config_show_applies_both_forms_of_overrides(tmp_path: Path, capsys: pyt
     (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
     loaded = configuration.load(tmp_path / "shown.yaml")
     assert (loaded.engine.rows, loaded.engine.slots, loaded.watch[0].index) == (8, 10, 3)
+
+
+def test_a_chat_has_defaults_of_its_own() -> None:
+    def sampling(*arguments: str) -> dict[str, object]:
+        return generate.sampling_of(generate.parser().parse_args(["x", *arguments]))
+
+    assert sampling() == {}
+    assert sampling("--chat") == generate.CHAT
+    assert sampling("--chat", "--temperature", "0", "--seed", "1") == {**generate.CHAT, "temperature": 0.0, "seed": 1}

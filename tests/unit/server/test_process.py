@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rudder.server import process
 from rudder.server.process import CANCEL_S, Interrupted, server_command, until_signal
 
 
@@ -102,3 +103,25 @@ def test_server_of_a_command_is_a_command_line_that_ends_with_it() -> None:
     assert (result.returncode, result.stderr.splitlines()) == (
         2, ["rudder: engine.rowz: there is no such field; did you mean engine.rows?"],
     )  # fmt: skip
+
+
+def test_a_processor_that_others_keep_busy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ticks(busy: int) -> str:
+        return f"cpu  {busy} 0 0 1000 500 0 0 0 0 0\n"
+
+    texts = iter([ticks(0), ticks(os.sysconf("SC_CLK_TCK"))])
+    stat = tmp_path / "stat"
+    stat.touch()
+    monkeypatch.setattr(process, "STAT", stat)
+    monkeypatch.setattr(Path, "read_text", lambda _: next(texts))
+    # One second of the processor in half a second, less what this process took.
+    monkeypatch.setattr(time, "process_time", lambda: 0.0)
+    assert process.busy_message(0.5).startswith("other processes keep 2.0 of ")
+
+
+def test_an_idle_processor_is_not_mentioned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stat").write_text("cpu  7 0 0 1000 500 0 0 0 0 0\n")
+    monkeypatch.setattr(process, "STAT", tmp_path / "stat")
+    assert process.busy_message(0.0001) == ""
+    monkeypatch.setattr(process, "STAT", tmp_path / "nowhere")
+    assert process.busy_message(0.0001) == ""

@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 
 from rudder.server.bench.engine import Side, groups, measure, pair_line, save, summary
-from rudder.server.bench.load import Load, Run, kv_cache_bytes
+from rudder.server.bench.load import Load, Run, Subject, kv_cache_bytes, shipped_subject
+
+
+def subject(kv_token_bytes: int = 1, random: bool = True) -> Subject:
+    return Subject(Path(), Path(), (Path(),), ("layers.1.resid_post",), 8, kv_token_bytes, random)
 
 
 def test_dead_side_is_reported_with_its_exit_code() -> None:
-    side = Side("plain", Path(), Path(), Load())
+    side = Side("plain", subject(), Load())
     side.process = multiprocessing.get_context("spawn").Process(target=sys.exit, args=(3,))
     with pytest.raises(RuntimeError, match="the plain engine stopped with exit code 3"):
         side.__enter__().receive()
@@ -61,8 +65,25 @@ def test_result_has_every_pair_measured_so_far(tmp_path: Path) -> None:
 
 
 def test_cache_has_room_for_all_requests() -> None:
-    assert kv_cache_bytes(Load()) == 2 << 30
-    # Keys and values of 8 heads of 128 in 32 layers, two bytes each.
-    token_bytes = 2 * 8 * 128 * 32 * 2
-    load = Load(shape="llama-8b", requests=256, prompt_tokens=256, new_tokens=256)
-    assert kv_cache_bytes(load) == 256 * (512 + 32) * token_bytes
+    assert kv_cache_bytes(Load(), subject()) == 2 << 30
+    assert kv_cache_bytes(Load(), subject(random=False)) == 1 << 29
+    load = Load(requests=256, prompt_tokens=256, new_tokens=256)
+    assert kv_cache_bytes(load, subject(1 << 16)) == 256 * (512 + 32) << 16
+
+
+def test_model_with_bundles_is_described_by_its_files(tmp_path: Path) -> None:
+    config = {"num_hidden_layers": 30, "num_key_value_heads": 3, "head_dim": 64, "hidden_size": 576}
+    bundles = tuple(tmp_path / name for name in ("a", "b"))
+    for number, folder in enumerate((tmp_path / "model", *bundles)):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "manifest.json").write_text(json.dumps({"sites": [f"layers.{number}.resid_post"]}))
+    described = shipped_subject(tmp_path, tmp_path / "model", bundles)
+    assert described.sites == described.sae_sites == ("layers.1.resid_post", "layers.2.resid_post")
+    # Keys and values of three heads of 64 in 30 layers, four bytes each.
+    assert (described.width, described.kv_token_bytes, described.random) == (576, 2 * 3 * 64 * 30 * 4, False)
+
+
+def test_only_a_random_dictionary_has_its_size_in_the_name_of_the_case() -> None:
+    assert "full_encode_16k" in Load().all_cases()
+    assert "full_encode" in Load(model="smollm2-135m-instruct").all_cases()

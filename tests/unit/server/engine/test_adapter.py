@@ -1,6 +1,5 @@
 """What the server process tells vLLM: the dtype that is fast, the device; and how a failed start is reported."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,34 +18,24 @@ from rudder.server.program.layout import Layout
 LAYOUT = Layout(("layers.1.resid_post",))
 
 
-@pytest.mark.parametrize(
-    ("flags", "dtype"),
-    [
-        ("avx2 fma", "float32"),
-        ("avx2 avx512f avx512_vnni", "float32"),
-        ("avx512f avx512_bf16", "auto"),
-        ("avx512f amx_bf16", "auto"),
-        ("asimd bf16", "auto"),
-        ("", "auto"),
-    ],
-)
-def test_automatic_dtype_is_one_that_the_cpu_does_not_emulate(flags: str, dtype: str, tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n" if flags else "")
-    resolved, reason = resolved_dtype("auto", True, tmp_path / "cpuinfo")
+@pytest.mark.parametrize(("fast", "dtype"), [("float32", "float32"), ("bfloat16", "auto")])
+def test_automatic_dtype_is_the_one_that_is_fast_on_the_cpu(
+    fast: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "fast_precision", lambda _: fast)
+    resolved, reason = resolved_dtype("auto", on_cpu=True)
     assert resolved == dtype
-    assert ("no instructions for bfloat16" in reason) == (dtype == "float32")
+    assert ("no matrix unit for bfloat16" in reason) == (dtype == "float32")
+    assert resolved_dtype("auto", on_cpu=False)[0] == "auto"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_configured_dtype_is_kept(dtype: str, tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text("flags: avx2\n")
-    assert resolved_dtype(dtype, True, tmp_path / "cpuinfo") == (dtype, "as configured")
-    assert resolved_dtype("auto", False, tmp_path / "cpuinfo")[0] == "auto"
-    assert resolved_dtype("auto", True, tmp_path / "nowhere")[0] == "auto"
+def test_configured_dtype_is_kept(dtype: str) -> None:
+    assert resolved_dtype(dtype, on_cpu=True) == (dtype, "as configured")
 
 
 def test_vllm_gets_the_resolved_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter, "BFLOAT16_FLAGS", set[str]())
+    monkeypatch.setattr(adapter, "fast_precision", lambda _: "float32")
     monkeypatch.setattr(adapter, "runs_on_cpu", lambda _: True)
     assert engine_args(Config(), LAYOUT).dtype == "float32"
 
