@@ -52,6 +52,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     corpus: Annotated[
         str | None, Meta(description="text, JSON lines, Parquet, a saved dataset, or a folder of such files")
     ] = None
+    chats: Annotated[
+        str | None, Meta(description="beside corpus: chats with a model's own answers, which `rudder answer` writes")
+    ] = None
+    chat_share: Annotated[
+        float, Meta(gt=0, lt=1, description="share of chats among the tokens of every part of the data")
+    ] = 0.2
     images: Annotated[str | None, Meta(description="instead of corpus: folder of images, for a vision model")] = None
     vectors: Annotated[str | None, Meta(description="instead of corpus: an activation store of any model")] = None
     out: Annotated[str, Meta(description="folder of the run; the same command resumes from its last checkpoint")]
@@ -152,6 +158,8 @@ def check(config: Config) -> Config:
         raise ConfigError("corpus", f"set one of {', '.join(ORIGINS)}; set: {' and '.join(origins) or 'none'}")
     if not config.model and not config.vectors:
         raise ConfigError("model", "is missing")
+    if config.chats and not config.corpus:
+        raise ConfigError("chats", "need a corpus beside them")
     if config.vectors and config.data.store:
         raise ConfigError("data.store", "vectors are a store already")
     if len(set(config.excluded_positions) & set(range(config.window))) == config.window:
@@ -168,7 +176,9 @@ def sae_specs(config: Config) -> list[SAESpec]:
     specs = []
     for values in itertools.product(*config.sweep.values()):
         combination = dict(zip(keys, values, strict=True))
-        suffix = "".join(f"-{name_suffix(key, value)}" for key, value in combination.items() if key != "site")
+        # The name that follows from the model has the site in it.
+        parts = {key: value for key, value in combination.items() if key != "site" or config.sae.get("name")}
+        suffix = "".join(f"-{name_suffix(key, value)}" for key, value in parts.items())
         specs.append(sae_spec(config, config.sae | combination, suffix))
     if not specs or len({spec.name for spec in specs}) < len(specs):
         raise ConfigError("sweep", "a field without values, or a value twice")
@@ -177,7 +187,7 @@ def sae_specs(config: Config) -> list[SAESpec]:
 
 def name_suffix(key: str, value: Any) -> str:
     """Name a sweep's value in the name of a bundle: text by itself, a number after its field, as in `k32`."""
-    return value if isinstance(value, str) else f"{key}{value}"
+    return value.removesuffix(".resid_post") if isinstance(value, str) else f"{key}{value}"
 
 
 def sae_spec(config: Config, sae: Mapping[str, Any], suffix: str) -> SAESpec:
