@@ -1,7 +1,8 @@
 """Read, verify and write bundles: folders with one SAE and everything needed to trust it.
 
 manifest.json             model, sites, shapes, training figures; the SHA-256 of every other file (manifest.Manifest)
-sae.safetensors           the canonical form (sae.SAE); matrices in the manifest's dtype, read memory-mapped
+sae.safetensors           the canonical form (sae.SAE); matrices in the manifest's dtype, read memory-mapped; or else
+                          shards of whole tensors, sae-00001-of-00002.safetensors
 statistics.safetensors    max_activation [F], frequency [F], mean [d] (mean residual), residual_norm [] (mean ||x||);
                           absent if the SAE was imported without a corpus
 conformance.safetensors   inputs [n, d], with a router [n, L, d]; expected activations [m, F] of the first m inputs;
@@ -10,6 +11,7 @@ catalogue.sqlite          labels and contexts (catalogue.Catalogue)
 """
 
 import hashlib
+import re
 import shutil
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -56,7 +58,8 @@ WEIGHTS = "sae.safetensors"
 STATISTICS = "statistics.safetensors"
 CONFORMANCE = "conformance.safetensors"
 CATALOGUE = "catalogue.sqlite"
-FILES = frozenset({WEIGHTS, STATISTICS, CONFORMANCE, CATALOGUE})
+FILES = frozenset({STATISTICS, CONFORMANCE, CATALOGUE})
+SHARD = re.compile(r"sae-(\d{5})-of-(\d{5})\.safetensors")
 MATRICES = frozenset({"encoder", "decoder", "skip"})
 
 MANIFEST_LIMIT = 1 << 20
@@ -130,12 +133,12 @@ def open_unverified(path: Path) -> Bundle:
     For processes that share a bundle which `load` has verified.
     """
     content, sha256 = read_manifest(path)
-    weights = manifest.sae_of(content, _tensors(path, WEIGHTS, manifest.weight_shapes(content)))
+    weights = manifest.sae_of(content, _tensors(path, weight_files(content), manifest.weight_shapes(content)))
     check_dtype(content, weights)
     shapes = _statistics_shapes(content)
     known = STATISTICS in content.files
-    statistics = _tensors(path, STATISTICS, shapes) if known else {k: torch.zeros(s) for k, s in shapes.items()}
-    conformance = _tensors(path, CONFORMANCE, _conformance_shapes(content))
+    statistics = _tensors(path, [STATISTICS], shapes) if known else {k: torch.zeros(s) for k, s in shapes.items()}
+    conformance = _tensors(path, [CONFORMANCE], _conformance_shapes(content))
     catalogue = _opened_catalogue(path)
     return Bundle(path, content, sha256, weights, Statistics(**statistics), Conformance(**conformance), catalogue)
 
@@ -192,14 +195,17 @@ def write(
     statistics: Statistics | None,
     conformance: Conformance,
     catalogue: Path,
+    shard_bytes: int | None = None,
 ) -> Bundle:
     """Write a bundle atomically, in place of an older one; fill in the manifest's `files` and verify the result.
 
+    `shard_bytes`: of the tensors in a file of weights, of which each holds one tensor at least; None: one file.
     BundleError: the content is inconsistent, or `path` exists and is no bundle.
     """
     check_replaceable(path)
     with replacing_folder(path) as folder:
-        _save(folder / WEIGHTS, manifest.tensors_of(weights))
+        for name, tensors in shards_of(manifest.tensors_of(weights), shard_bytes).items():
+            _save(folder / name, tensors)
         _save(folder / CONFORMANCE, _fields(conformance))
         if statistics is not None:
             _save(folder / STATISTICS, _fields(statistics))
@@ -213,6 +219,29 @@ def write(
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(hashed), indent=2) + b"\n")
         verified = load(folder)
     return replace(verified, path=path)
+
+
+def shards_of(tensors: Mapping[str, Tensor], shard_bytes: int | None) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each file of weights, by its name."""
+    shards: list[dict[str, Tensor]] = [{}]
+    for key, tensor in tensors.items():
+        size = sum(t.nbytes for t in (*shards[-1].values(), tensor))
+        if shard_bytes and shards[-1] and size > shard_bytes:
+            shards.append({})
+        shards[-1][key] = tensor
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {f"sae-{n:05}-of-{len(shards):05}.safetensors": shard for n, shard in enumerate(shards, 1)}
+
+
+def weight_files(content: Manifest) -> list[str]:
+    """Return the names of the files of weights. BundleError: a shard is missing."""
+    shards = sorted(name for name in content.files if SHARD.fullmatch(name))
+    if not shards:
+        return [WEIGHTS]
+    expected = [f"sae-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    require(shards == expected, "files", f"shards {', '.join(shards)}, not {', '.join(expected)}")
+    return shards
 
 
 def check_replaceable(path: Path) -> None:
@@ -230,8 +259,9 @@ def conformance_of(
 
 def check_files(path: Path, content: Manifest) -> None:
     """Raise BundleError unless the folder has the manifest's files with the manifest's hashes."""
-    needed = FILES - {STATISTICS}
-    require(needed <= content.files.keys() <= FILES, "files", f"{sorted(content.files)} instead of {sorted(FILES)}")
+    known = FILES | set(weight_files(content))
+    needed = known - {STATISTICS}
+    require(needed <= content.files.keys() <= known, "files", f"{sorted(content.files)} instead of {sorted(known)}")
     for name in content.files:
         require((path / name).is_file(), name, f"not a file in {path}")
     for name, digest in _sha256s(path, content.files).items():
@@ -335,13 +365,16 @@ def _conformance_shapes(content: Manifest) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _tensors(path: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Read a file's tensors, all but the matrices as float32; -1 in a shape matches any length."""
-    require((path / name).is_file(), name, f"not a file in {path}")
-    try:
-        tensors = read_safetensors(path / name)
-    except FormatError as error:
-        raise BundleError(str(error)) from error
+def _tensors(path: Path, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Read the tensors of files, all but the matrices as float32; -1 in a shape matches any length."""
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        require((path / name).is_file(), name, f"not a file in {path}")
+        try:
+            tensors |= read_safetensors(path / name)
+        except FormatError as error:
+            raise BundleError(str(error)) from error
+    name = names[0]
     require(tensors.keys() == shapes.keys(), name, f"holds {sorted(tensors)} instead of {sorted(shapes)}")
     for key, tensor in tensors.items():
         require(

@@ -45,6 +45,17 @@ class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     catalogue_tokens: Annotated[Count, Meta(description="training tokens for the catalogue")] = 1_000_000
 
 
+class Export(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The files of a bundle."""
+
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], Meta(description="dtype of the SAE's matrices, rounded before the evaluation")
+    ] = "float32"
+    shard_bytes: Annotated[
+        Count | None, Meta(description="bytes of the tensors in a file of weights; null: one file")
+    ] = None
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Configuration of a training run."""
 
@@ -93,6 +104,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     credit: Annotated[str, Meta(description="attribution of the corpus, written into the bundle")] = ""
     data: Data = Data()
     evaluation: Evaluation = Evaluation()
+    export: Export = Export()
 
 
 class SAESpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -169,11 +169,9 @@ def with_store(config: Config, inputs: TrainingInputs, mesh: Mesh) -> TrainingIn
 def harvest_stores(config: Config, inputs: TrainingInputs) -> tuple[Store, Store]:
     """Write the training and the held-out part of the run's store, as far as they are not there."""
     folder = Path(config.data.store or "")
-    held_out = store_content(config, inputs.held_out, "held out")
-    return (
-        store.write(folder, store_content(config, inputs.train), inputs.train),
-        store.write(folder / HELD_OUT, held_out, inputs.held_out),
-    )
+    # The smaller part first: training may begin before the other is complete.
+    held_out = store.write(folder / HELD_OUT, store_content(config, inputs.held_out, "held out"), inputs.held_out)
+    return store.write(folder, store_content(config, inputs.train), inputs.train), held_out
 
 
 def text_vectors(inputs: TrainingInputs, source: VectorSource, windows: Windows) -> Iterator[tuple[Vectors, Tensor]]:

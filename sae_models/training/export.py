@@ -4,6 +4,7 @@ import itertools
 import sqlite3
 import tempfile
 from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ COSINE = (0.0, 1.0, 20)
 
 def evaluate_and_export(run_config: Config, spec: SAESpec, sae: SAE, inputs: TrainingInputs, folder: Path) -> None:
     """Evaluate an SAE, add the figures to the record, and write its bundle into the run's folder."""
+    dtype = precision.DTYPES[run_config.export.dtype]
+    # Evaluated as rounded; products of float32 matrices are faster.
+    sae = with_dtype(with_dtype(sae, dtype), torch.float32)
     statistics, latents = build_catalogue(run_config, spec, sae, inputs)
     vectors, outlier_share = data.sample(inputs.held_out, run_config.evaluation.tokens)
     x, target = data.sae_inputs(spec, vectors), data.reconstruction_target(spec, vectors)
@@ -54,14 +58,22 @@ def evaluate_and_export(run_config: Config, spec: SAESpec, sae: SAE, inputs: Tra
     with Record(folder, steps) as record:
         record.add("evaluation", steps, steps * run_config.batch, {spec.name: figures})
     conformance = importer.typical_conformance(sae, x, target, Claims(figures["l0"], figures["fvu"]))
+    sae, shard_bytes = with_dtype(sae, dtype), run_config.export.shard_bytes
     content = build_manifest(run_config, spec, sae, inputs, figures)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".catalogue.") as scratch:
             database = Path(scratch) / bundle.CATALOGUE
             catalogue.write(database, latents)
-            bundle.write(folder / spec.name, content, sae, statistics, conformance, database).catalogue.close()
+            written = bundle.write(folder / spec.name, content, sae, statistics, conformance, database, shard_bytes)
+            written.catalogue.close()
     except (OSError, sqlite3.Error, SafetensorError) as error:
         raise OSError(f"bundle: {folder / spec.name}: {error}; the checkpoint is complete, run it again") from error
+
+
+def with_dtype(sae: SAE, dtype: torch.dtype) -> SAE:
+    """Return an SAE with its matrices in a dtype."""
+    skip = None if sae.skip is None else sae.skip.to(dtype)
+    return replace(sae, encoder=sae.encoder.to(dtype), decoder=sae.decoder.to(dtype), skip=skip)
 
 
 def build_catalogue(
