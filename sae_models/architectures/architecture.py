@@ -190,9 +190,11 @@ class Architecture(nn.Module):
     def density(self, values: Tensor, active: Active) -> Tensor:
         """Return the penalty of dense latents: the sum of activations, each weighted by how far its latent's share of
         the batch's tokens is above DENSE, relative to the sum of all activations.
+
+        In a dictionary so small that the mean latent is half as dense as that, the limit is twice the mean.
         """
         fired = self.mesh.batch_all_reduce_mean(active.sum_over_tokens((values > 0).float()) / active.tokens)
-        excess = (fired / fidelity.DENSE - 1).clamp(min=0)
+        excess = (fired / max(fidelity.DENSE, 2 * self.config.k / self.config.latents) - 1).clamp(min=0)
         weighted, total = (active.expand(excess.to(values)) * values).sum(), values.detach().sum()
         return self.mesh.latent_all_reduce_sum(weighted) / self.mesh.latent_all_reduce_sum(total).clamp(min=1e-6)
 
