@@ -14,7 +14,9 @@ from torch import Tensor
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.hookpoints import SITE
 
-NORM_LIMIT = 100.0
+# Of 279,000 tokens of a 135M model at half of its depth five exceed 140 times the median, two are at 10 and 7, and all
+# others are below 2. Among 12,000 others, one at 28 times was enough for an FVU of 3.3 instead of 0.2.
+NORM_LIMIT = 20.0
 
 
 def median_norm(x: Tensor) -> Tensor:
