@@ -54,6 +54,7 @@ class Export(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     shard_bytes: Annotated[
         Count | None, Meta(description="bytes of the tensors in a file of weights; null: one file")
     ] = None
+    compressed: Annotated[bool, Meta(description="compress the catalogue, to a quarter of its size")] = False
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -116,10 +116,10 @@ def load_windows(config: Config) -> TextWindows:
     if config.chats:
         documents += corpus.read(Path(config.chats))
     windows = corpus.windows(documents, tokenizer, config.window, context_rule(config, tokenizer))
-    parts = split(windows, documents, config.seed)
+    train, held_out = split(windows, documents, config.seed)
     if config.chats:
-        parts = tuple(with_chats_spread(part, documents, config.chat_share) for part in parts)
-    return TextWindows(documents, tokenizer, *parts)
+        train, held_out = (with_chats_spread(part, documents, config.chat_share) for part in (train, held_out))
+    return TextWindows(documents, tokenizer, train, held_out)
 
 
 def with_chats_spread(windows: Windows, documents: Sequence[Document], share: float) -> Windows:

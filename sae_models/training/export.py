@@ -17,8 +17,9 @@ from rudder.sae_models import fidelity, precision
 from rudder.sae_models.activations import corpus, harvest
 from rudder.sae_models.activations.hooks import parse_site
 from rudder.sae_models.activations.samples import TextSample
+from rudder.sae_models.activations.stream import Vectors
 from rudder.sae_models.bundle import bundle, catalogue
-from rudder.sae_models.bundle.bundle import Manifest, Model, Statistics, Training
+from rudder.sae_models.bundle.bundle import Form, Manifest, Model, Statistics, Training
 from rudder.sae_models.bundle.catalogue import Latent
 from rudder.sae_models.bundle.manifest import NO_CONTEXT
 from rudder.sae_models.evaluation import activity, probing, splicing
@@ -58,13 +59,13 @@ def evaluate_and_export(run_config: Config, spec: SAESpec, sae: SAE, inputs: Tra
     with Record(folder, steps) as record:
         record.add("evaluation", steps, steps * run_config.batch, {spec.name: figures})
     conformance = importer.typical_conformance(sae, x, target, Claims(figures["l0"], figures["fvu"]))
-    sae, shard_bytes = with_dtype(sae, dtype), run_config.export.shard_bytes
+    sae, form = with_dtype(sae, dtype), Form(run_config.export.shard_bytes, run_config.export.compressed)
     content = build_manifest(run_config, spec, sae, inputs, figures)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".catalogue.") as scratch:
             database = Path(scratch) / bundle.CATALOGUE
             catalogue.write(database, latents)
-            written = bundle.write(folder / spec.name, content, sae, statistics, conformance, database, shard_bytes)
+            written = bundle.write(folder / spec.name, content, sae, statistics, conformance, database, form)
             written.catalogue.close()
     except (OSError, sqlite3.Error, SafetensorError) as error:
         raise OSError(f"bundle: {folder / spec.name}: {error}; the checkpoint is complete, run it again") from error
@@ -183,7 +184,7 @@ def probing_figures(run_config: Config, spec: SAESpec, sae: SAE, inputs: Trainin
 
 
 def window_means(
-    spec: SAESpec, sae: SAE, chunks: Iterable[tuple[data.Vectors, Tensor]], selected: Container[int]
+    spec: SAESpec, sae: SAE, chunks: Iterable[tuple[Vectors, Tensor]], selected: Container[int]
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Return mean activations [F] and inputs [d] of each selected window that has counted tokens, by its number."""
     means, number = {}, 0

@@ -262,7 +262,7 @@ def test_density_penalty_is_on_the_activations_of_dense_latents_alone() -> None:
 
 @pytest.mark.parametrize("name", ["topk", "batch_topk", "matryoshka"])
 def test_density_penalty_leaves_fewer_dense_latents(name: str) -> None:
-    settings = {"latents": 64, "k": 2, "learning_rate": 1e-2, "precision": "float32"}
+    settings: dict[str, Any] = {"latents": 64, "k": 2, "learning_rate": 1e-2, "precision": "float32"}
     g = torch.Generator().manual_seed(0)
     # Two directions that nearly every token has, and others that few have.
     strength = torch.rand(8192, 40, generator=g) * (torch.rand(8192, 40, generator=g) < 0.03)

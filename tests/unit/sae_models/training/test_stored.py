@@ -53,8 +53,8 @@ def test_evaluation_and_catalogue_read_the_store_instead_of_running_the_model(
     from_store, from_model = figures_of(tmp_path / "again"), figures_of(tmp_path / "live")
     for name in ("fvu", "l0", "probe_5", "ce_recovered"):
         assert from_store[name] == pytest.approx(from_model[name], rel=0.05), name
-    frequencies = [bundle.load(path).statistics.frequency for path in (stored, live)]
-    assert torch.allclose(*frequencies, atol=0.02)
+    read, run_again = (bundle.load(path).statistics.frequency for path in (stored, live))
+    assert torch.allclose(read, run_again, atol=0.02)
 
 
 def test_evaluation_runs_the_windows_that_it_was_asked_for(tmp_path: Path, windows_run: list[int]) -> None:
