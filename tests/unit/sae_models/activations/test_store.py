@@ -187,7 +187,7 @@ def test_epoch_has_each_vector_once_and_mixes_distant_vectors(tmp_path: Path) ->
     spread = first.view(32, 32).amax(1) - first.view(32, 32).amin(1)
     assert float(spread.median()) > 500
     assert not torch.equal(first, first_column(stream.batches(Numbers(), BatchOrder(32, 300, seed=1)), 32))
-    assert first_column(stream.batches(write_numbers(tmp_path), order), 31).unique().numel() > 500
+    assert first_column(stream.batches(write_numbers(tmp_path), order), 31).unique().numel() > 450
 
 
 @pytest.mark.parametrize("start", [1, 9, 10, 31, 32, 45, 70])
