@@ -10,9 +10,10 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from rudder.sae_models.errors import UserError
 
@@ -102,7 +103,39 @@ class TextEncoder:
         tell that they spell a control token. `flags`: those of `apply_chat_template`. Raises SpecialTokenError, and
         whatever the template raises.
         """
-        arguments = arguments or {}
+        text, count = self.render_chat(messages, arguments or {}, flags)
+        if self.backend is None:
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return self.chat_ids(self.backend.encode(text, add_special_tokens=False), count)
+
+    def encode_chat_contents(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
+        """Return the ids of messages in the chat template, and whether each token is of a message's content alone.
+
+        Raises what `encode_chat` raises, and UserError if the tokenizer does not tell of which characters a token is,
+        or the template changes contents.
+        """
+        if self.backend is None:
+            raise UserError("messages: this tokenizer does not tell of which characters a token is")
+        bracket = next(spare_characters([message["content"] for message in messages]), "")
+        bracketed = [{**message, "content": f"{bracket}{message['content']}{bracket}"} for message in messages]
+        rendered, count = self.render_chat(bracketed, {}, {})
+        # Every second part is the content of a message.
+        parts = rendered.split(bracket)
+        ends = list(accumulate(map(len, parts)))
+        encoding = self.backend.encode("".join(parts), add_special_tokens=False)
+        ids = self.chat_ids(encoding, count)
+        if parts[1::2] != [message["content"] for message in messages] or ids != self.encode_chat(messages):
+            raise UserError("messages: the chat template changes their contents")
+        spans = list(zip(ends[0::2], ends[1::2], strict=False))
+        return ids, [any(a <= first < last <= b for a, b in spans) for first, last in encoding.offsets]
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any], flags: Mapping[str, bool]
+    ) -> tuple[str, int]:
+        """Return the text of messages in the chat template, and the number of markers in it.
+
+        With a backend, a marker stands for each control token that the template writes.
+        """
         others = list(strings([*(message["content"] for message in messages), *arguments.values()]))
         for message in messages:
             self.require_role(message["role"])
@@ -117,17 +150,17 @@ class TextEncoder:
             **{name: substituted(value, table) for name, value in arguments.items()},
         )
         if self.backend is None:
-            return list(self.tokenizer.encode(rendered, add_special_tokens=False))
+            return rendered, 0
         # What spells a control token now was written by the template.
         rendered, count = self.spelled.subn(lambda match: self.markers[match.group()], rendered)
-        marked = self.backend.encode(
-            rendered.translate({ord(substitute): character for character, substitute in chosen.items()}),
-            add_special_tokens=False,
-        ).ids
-        self.require_text(token for token in marked if token not in self.marker_ids)
-        if sum(token in self.marker_ids for token in marked) != count:
+        return rendered.translate({ord(substitute): character for character, substitute in chosen.items()}), count
+
+    def chat_ids(self, encoding: Encoding, count: int) -> list[int]:
+        """Return the ids of a rendered chat that has `count` markers. Raises SpecialTokenError if it has others."""
+        self.require_text(token for token in encoding.ids if token not in self.marker_ids)
+        if sum(token in self.marker_ids for token in encoding.ids) != count:
             raise SpecialTokenError("a marker of the chat template")
-        return [self.marker_ids.get(token, token) for token in marked]
+        return [self.marker_ids.get(token, token) for token in encoding.ids]
 
     def substitutes(self, texts: Iterable[str]) -> dict[str, str]:
         """Return, for each first character of a control token that a text has, a character that no text has.
@@ -135,7 +168,7 @@ class TextEncoder:
         A text without first characters spells no control token, not even together with the text behind it.
         """
         characters: set[str] = set().union(*texts)
-        spare = (chr(code) for code in SUBSTITUTES if chr(code) not in characters)
+        spare = spare_characters(texts)
         chosen = {character: next(spare, "") for character in sorted(characters & self.first_characters)}
         for character, substitute in chosen.items():
             if not substitute:
@@ -225,6 +258,12 @@ def bos_token_id(tokenizer: Any) -> int | None:
     wrapped, plain = (list(tokenizer.encode("a", add_special_tokens=added)) for added in (True, False))
     # Some tokenizers append EOS, which may be the same token.
     return wrapped[0] if wrapped[:1] != plain[:1] and wrapped[0] in known else None
+
+
+def spare_characters(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the SUBSTITUTES that no text has."""
+    characters: set[str] = set().union(*texts)
+    return (chr(code) for code in SUBSTITUTES if chr(code) not in characters)
 
 
 def new_markers(control: Iterable[str]) -> dict[str, str]:

@@ -9,7 +9,8 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ FOLDS = 20
 HELD_OUT_FOLDS = (0, 1)
 TUNING_FOLDS = (2, 3)
 
-COLUMNS = ("text", "book", "module", "title", "complexity")
+COLUMNS = ("text", "messages", "book", "module", "title", "complexity", "glossary")
 OPENERS: Mapping[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 JSON_LINES = (".jsonl", *(f".jsonl{suffix}" for suffix in OPENERS))
 MAX_LINE_CHARACTERS = 1 << 26
@@ -41,12 +42,17 @@ class CorpusError(UserError):
 
 @dataclass(frozen=True)
 class Document:
-    """One section of a book. `complexity`, from 0 to 10, is the regression target of the AdaptiveK probe."""
+    """One section of a book, or a chat. `complexity`, from 0 to 10, is the regression target of the AdaptiveK probe.
+    `terms`: those of the section's glossary. `messages`: (role, content) of each message of a chat, whose `text` is the
+    contents alone.
+    """
 
     book: str
     module: str
     text: str
     complexity: float | None = None
+    terms: tuple[str, ...] = ()
+    messages: tuple[tuple[str, str], ...] = ()
 
     @property
     def fold(self) -> int:
@@ -203,13 +209,39 @@ def _documents_of_records(path: Path, records: Iterator[Any]) -> Iterator[Docume
 
 
 def _parse_record(record: Any, number: int) -> Document:
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError(f"line {number}: not an object with a `text`")
-    text = "\n".join(part for part in (record.get("title"), record["text"]) if part) if record["text"] else ""
+    if not isinstance(record, dict) or (not isinstance(record.get("text"), str) and not record.get("messages")):
+        raise ValueError(f"line {number}: not an object with a `text` or `messages`")
+    messages = tuple(_messages(record.get("messages"), number))
+    text = "\n".join(content for _, content in messages) or record["text"]
+    if record.get("title") and text:
+        text = f"{record['title']}\n{text}"
     complexity = record.get("complexity")
     if complexity is not None and not (isinstance(complexity, int | float) and 0 <= complexity <= 10):
         raise ValueError(f"line {number}: complexity {complexity!r} is not a number from 0 to 10")
-    return Document(str(record.get("book") or ""), str(record.get("module") or number), text, complexity)
+    source = str(record.get("book") or ""), str(record.get("module") or number)
+    return Document(*source, text, complexity, tuple(_terms(record.get("glossary"), number)), messages)
+
+
+def _messages(messages: Any, number: int) -> Iterator[tuple[str, str]]:
+    """Yield (role, content) of the messages of a chat, which a record need not have."""
+    if not isinstance(messages, list | NoneType):
+        raise ValueError(f"line {number}: `messages` is not a list")
+    for message in messages or ():
+        match message:
+            case {"role": str(role), "content": str(content)}:
+                yield role, content
+            case _:
+                raise ValueError(f"line {number}: a message is not an object with a `role` and a `content`")
+
+
+def _terms(glossary: Any, number: int) -> Iterator[str]:
+    """Yield the terms of a glossary [[term, meaning], ...], which a record need not have."""
+    if not isinstance(glossary, list | NoneType):
+        raise ValueError(f"line {number}: `glossary` is not a list")
+    for entry in glossary or ():
+        if not isinstance(entry, list) or not entry or not isinstance(entry[0], str):
+            raise ValueError(f"line {number}: `glossary` is not a list of [term, meaning]")
+        yield entry[0]
 
 
 def _json_records(path: Path) -> Iterator[Any]:
@@ -280,33 +312,58 @@ def windows(documents: Sequence[Document], tokenizer: Any, length: int, rule: Co
     window of a document is padded. Raise CorpusError if the corpus has no tokens.
 
     A text that spells the BOS token at its start, such as a rendered chat, does not get a second one, and that BOS is
-    never counted. Other special tokens that a document spells are text.
+    never counted. Other special tokens that a document spells are text. A chat stands in the tokenizer's chat template,
+    without a leading token; only tokens of its messages' contents are counted.
     """
     leading = leading_token(tokenizer, rule)
-    prefix = [] if leading is None else [leading]
-    own = bos_token_id(tokenizer)
-    own_prefix = [] if own is None else [own]
-    pad, text_length, encoder = tokenizer.eos_token_id or 0, length - len(prefix), text_encoder(tokenizer)
-    sequences, sizes, starts, sources = [], [], [], []
-    spelling = encoder.bos if leading is None else special_text(tokenizer, leading)
+    pad, pieces = tokenizer.eos_token_id or 0, list[Piece]()
     for source, document in enumerate(tqdm(documents, desc="tokenise", unit="doc")):
-        text = document.text.removeprefix(spelling)
-        ids, spelled = encoder.encode(text), text != document.text
-        if spelled and not prefix:
-            ids = [*own_prefix, *ids]
-        for start in range(0, len(ids), text_length):
-            piece = ids[start : start + text_length]
-            sequences.append(np.array([*prefix, *piece, *[pad] * (text_length - len(piece))], np.int32))
-            sizes.append(len(prefix) + len(piece))
-            starts.append(1 if prefix or (spelled and start == 0) else 0)
-            sources.append(source)
-    if not sequences:
+        if document.messages:
+            pieces += _chat_pieces(source, document, tokenizer, length)
+        else:
+            pieces += _text_pieces(source, document, tokenizer, length, leading)
+    if not pieces:
         raise CorpusError("corpus: the tokenizer returns no tokens")
-    tokens, size = torch.from_numpy(np.stack(sequences)).long(), torch.tensor(sizes)
-    counted = counted_positions(tokens, size, torch.tensor(starts), rule)
+    rows = [np.array([*piece.ids, *[pad] * (length - len(piece.ids))], np.int32) for piece in pieces]
+    tokens, size = torch.from_numpy(np.stack(rows)).long(), torch.tensor([len(piece.ids) for piece in pieces])
+    counted = counted_positions(tokens, size, torch.tensor([piece.start for piece in pieces]), rule)
+    for row, piece in zip(counted, pieces, strict=True):
+        if piece.contents:
+            row[: len(piece.contents)] &= torch.tensor(piece.contents)
     if not counted.any():
         raise CorpusError("corpus: every token is at an excluded position or is an excluded token")
-    return Windows(tokens, counted, torch.tensor(sources), size)
+    return Windows(tokens, counted, torch.tensor([piece.source for piece in pieces]), size)
+
+
+class Piece(NamedTuple):
+    """The tokens of a window of the document number `source`, counted from position `start`, and in a chat where
+    `contents` is True.
+    """
+
+    ids: Sequence[int]
+    start: int
+    source: int
+    contents: Sequence[bool] = ()
+
+
+def _text_pieces(source: int, document: Document, tokenizer: Any, length: int, leading: int | None) -> Iterator[Piece]:
+    encoder, own = text_encoder(tokenizer), bos_token_id(tokenizer)
+    prefix = [] if leading is None else [leading]
+    text = document.text.removeprefix(encoder.bos if leading is None else special_text(tokenizer, leading))
+    ids, spelled = encoder.encode(text), text != document.text
+    if spelled and not prefix and own is not None:
+        ids = [own, *ids]
+    size = length - len(prefix)
+    for start in range(0, len(ids), size):
+        yield Piece([*prefix, *ids[start : start + size]], int(bool(prefix) or (spelled and start == 0)), source)
+
+
+def _chat_pieces(source: int, document: Document, tokenizer: Any, length: int) -> Iterator[Piece]:
+    messages = [{"role": role, "content": content} for role, content in document.messages]
+    ids, contents = text_encoder(tokenizer).encode_chat_contents(messages)
+    for start in range(0, len(ids), length):
+        part = slice(start, start + length)
+        yield Piece(ids[part], 0, source, contents[part])
 
 
 def counted_positions(tokens: Tensor, size: Tensor, start: Tensor, rule: ContextRule) -> Tensor:

@@ -14,7 +14,11 @@ from torch import Tensor
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.hookpoints import SITE
 
-NORM_LIMIT = 100.0
+# Of 279,000 tokens of a 135M model at half of its depth five exceed 140 times the median, two are at 10 and 7, and all
+# others are below 2; at a third of its depth all are below 4. On a token of 10 times the norm 2,400 of 8,192 latents
+# were active instead of 48, with an error of 4,900 median squared norms; one at 28 times among 12,000 held out was an
+# FVU of 3.3 instead of 0.2.
+NORM_LIMIT = 5.0
 
 
 def median_norm(x: Tensor) -> Tensor:

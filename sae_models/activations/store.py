@@ -4,7 +4,8 @@ store.json                manifest: model, corpus, sites, window, and each shard
 00000.safetensors         `layers.L.POINT` [n, d], bfloat16, or int8 with `layers.L.POINT.scale` [n], float32
 
 The manifest lists a shard only once the shard is on disk, so an interrupted harvest resumes after the last complete
-one.
+one. A store that holds more vectors than a run needs serves it too, even while the rest is being written, and one that
+holds fewer is extended.
 """
 
 import hashlib
@@ -29,9 +30,10 @@ from rudder.sae_models.files import PARTIAL, lock_folder, write_atomically
 FORMAT_VERSION = 2
 MANIFEST = "store.json"
 SCALE = ".scale"
-SHARD_TOKENS = 131_072
+SHARD_TOKENS = 32_768
 
 Precision = Literal["bfloat16", "int8"]
+Part = Literal["training", "held out"]
 
 
 class StoreError(UserError):
@@ -39,7 +41,10 @@ class StoreError(UserError):
 
 
 class Content(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Identity of a store: two stores with equal content hold the same vectors in the same order."""
+    """Identity of a store: two stores with equal content hold the same vectors in the same order.
+
+    `tokens`: when it is complete. `part`: of the documents.
+    """
 
     model: str
     model_sha256: str
@@ -52,6 +57,9 @@ class Content(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prepend_bos: bool | None = None
     excluded_positions: tuple[int, ...] = ()
     exclude_special_tokens: bool = False
+    chats_sha256: str = ""
+    chat_share: float = 0.0
+    part: Part = "training"
 
 
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -165,11 +173,38 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def load_part(folder: Path, content: Content) -> Store | None:
+    """Open the first shards of a store that hold `content.tokens` vectors; None if there are fewer or it is not there.
+
+    Raise StoreError if the folder holds other content.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = read_manifest(folder)
+    require_content(folder, manifest, content)
+    ends = list(accumulate(shard.tokens for shard in manifest.shards))
+    count = sum(end < content.tokens for end in ends) + 1
+    if count > len(ends):
+        return None
+    return Store(folder, msgspec.structs.replace(manifest, shards=manifest.shards[:count]))
+
+
+def require_content(folder: Path, manifest: Manifest, content: Content) -> None:
+    """Raise StoreError unless a store has this content, whatever the number of its vectors."""
+    for name in Content.__struct_fields__:
+        stored, requested = getattr(manifest.content, name), getattr(content, name)
+        if name != "tokens" and stored != requested:
+            raise StoreError(f"store: {folder} has {name} {stored}, this run needs {requested}")
+
+
 def write(folder: Path, content: Content, source: VectorSource, shard_tokens: int = SHARD_TOKENS) -> Store:
     """Harvest a source into a folder until it holds `content.tokens` vectors; resume an interrupted harvest.
 
     Raise StoreError if the folder holds other content, the source is too small, or the disk is full.
     """
+    stored = load_part(folder, content)
+    if stored is not None:
+        return stored
     try:
         with lock_folder(folder):
             manifest = _open_manifest(folder, content)
@@ -186,11 +221,10 @@ def _open_manifest(folder: Path, content: Content) -> Manifest:
     if not (folder / MANIFEST).exists():
         return Manifest(FORMAT_VERSION, content, False, ())
     manifest = read_manifest(folder)
-    for name in Content.__struct_fields__:
-        stored, requested = getattr(manifest.content, name), getattr(content, name)
-        if stored != requested:
-            raise StoreError(f"store: {folder} has {name} {stored}, this run needs {requested}")
-    return manifest
+    require_content(folder, manifest, content)
+    # The last shard of a complete store may end within a chunk.
+    shards = manifest.shards[:-1] if manifest.complete else manifest.shards
+    return Manifest(FORMAT_VERSION, content, False, shards)
 
 
 def _missing_shards(

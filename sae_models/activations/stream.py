@@ -75,6 +75,25 @@ class TextSource:
         return [x[counted] for x in chunk_activations(self.trunk, self.sites, chunk)]
 
 
+def by_window(source: VectorSource, sites: Sequence[str], windows: Windows) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Yield what `harvest.text_activations` yields, without the model: from a source of vectors of the same windows, or
+    of more windows after them. Tokens that the source lacks are not counted.
+    """
+    for number, index in enumerate(windows.chunks(WINDOWS_PER_PASS)):
+        chunk = windows.take(index).trimmed()
+        loaded = source.load([number]) if number < len(source.chunk_sizes) else {}
+        vectors = [loaded[site] for site in sites] if loaded else [torch.zeros(0, 0) for _ in sites]
+        # The last chunk of the windows, or of the source, may be cut.
+        window, position = (at[: len(vectors[0])] for at in chunk.counted.nonzero(as_tuple=True))
+        vectors = [x[: len(window)].float() for x in vectors]
+        counted = torch.zeros_like(chunk.counted)
+        counted[window, position] = norms.within_limit(vectors)
+        results = [x.new_zeros(*counted.shape, x.shape[1]) for x in vectors]
+        for result, x in zip(results, vectors, strict=True):
+            result[window, position] = x
+        yield results, counted
+
+
 @dataclass(frozen=True)
 class LabelledSource:
     """A text source that also returns one label per window [n], repeated for each of its tokens, as [tokens, 1] under

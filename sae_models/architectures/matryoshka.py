@@ -45,9 +45,11 @@ class Matryoshka(BatchTopK):
         full_error = error[:, -1]
         auxiliary = self.config.auxiliary_weight * self.auxiliary(centred, full_error, state.dead)
         parts = {f"fvu_{end}": part for end, part in zip(self.ends.tolist(), fvu.detach(), strict=True)}
-        return Loss(
-            fvu.mean() + auxiliary, parts | {"auxiliary": auxiliary.detach()}, fvu[-1].detach(), z.detach(), active
-        )
+        loss, parts["auxiliary"] = fvu.mean() + auxiliary, auxiliary.detach()
+        if self.config.density_weight:
+            density = self.config.density_weight * self.density(z, active)
+            loss, parts["density"] = loss + density, density.detach()
+        return Loss(loss, parts, fvu[-1].detach(), z.detach(), active)
 
     def prefixes(self, z: Tensor, active: Pairs) -> Tensor:
         """Return the reconstructions [n, prefixes, d] from each prefix of the latents."""

@@ -5,7 +5,7 @@ Libraries are imported inside functions: each process uses only one of them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -93,7 +93,8 @@ def ours(mode: str, task: Task, sample: Tensor) -> Learner:
     memory.keep_freed()
     kind = ARCHITECTURES[task.case]
     rate: dict[str, Any] = {} if task.rate is None else {"learning_rate": task.rate}
-    config = kind.config_type(latents=task.latents, k=task.k, precision=mode, **rate)
+    precision: Literal["float32", "bfloat16"] = "bfloat16" if mode == "bfloat16" else "float32"
+    config = kind.config_type(latents=task.latents, k=task.k, precision=precision, **rate)
     architecture = kind(task.d, config, torch.Generator().manual_seed(task.seed))
     run = trainer.Trainer(architecture, trainer.Config(task.steps * task.batch, warm_up=0.05, decay=0.2))
     run.initialise(sample)

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from rudder.sae_models import fidelity
+from rudder.sae_models import fidelity, precision
 from rudder.sae_models.bench import activations
 from rudder.sae_models.bench.learners import Task
 from rudder.sae_models.sae import SAE, TopK
@@ -36,7 +36,7 @@ from rudder.sae_models.sae import SAE, TopK
 CASES = ("topk", "batch_topk", "jumprelu", "gated")
 # Modes that each library itself offers on a CPU.
 MODES = {
-    "ours": ("bfloat16",),
+    "ours": (precision.fast_precision("cpu"),),
     "sae-lens": ("float32", "autocast"),
     "dictionary-learning": ("float32",),
     "eai-sparsify": ("float32",),

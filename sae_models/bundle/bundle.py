@@ -1,17 +1,21 @@
 """Read, verify and write bundles: folders with one SAE and everything needed to trust it.
 
 manifest.json             model, sites, shapes, training figures; the SHA-256 of every other file (manifest.Manifest)
-sae.safetensors           the canonical form (sae.SAE); matrices in the manifest's dtype, read memory-mapped
+sae.safetensors           the canonical form (sae.SAE); matrices in the manifest's dtype, read memory-mapped; or else
+                          shards of whole tensors, sae-00001-of-00002.safetensors
 statistics.safetensors    max_activation [F], frequency [F], mean [d] (mean residual), residual_norm [] (mean ||x||);
                           absent if the SAE was imported without a corpus
 conformance.safetensors   inputs [n, d], with a router [n, L, d]; expected activations [m, F] of the first m inputs;
                           targets [n, d_out] of a transcoder
-catalogue.sqlite          labels and contexts (catalogue.Catalogue)
+catalogue.sqlite          labels and contexts (catalogue.Catalogue); or else catalogue.sqlite.xz, a quarter of its size
 """
 
 import hashlib
+import lzma
+import re
 import shutil
 import sqlite3
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -46,8 +50,8 @@ from rudder.sae_models.formats.tensors import all_finite, has_shape, read_safete
 from rudder.sae_models.sae import SAE
 
 __all__ = [
-    "FORMAT_VERSION", "Bundle", "BundleError", "Conformance", "Context", "InputNormalisation", "Manifest", "Model",
-    "Source", "Statistics", "Training", "check_model", "conformance_of", "describe", "load", "model_sha256",
+    "FORMAT_VERSION", "Bundle", "BundleError", "Conformance", "Context", "Form", "InputNormalisation", "Manifest",
+    "Model", "Source", "Statistics", "Training", "check_model", "conformance_of", "describe", "load", "model_sha256",
     "open_unverified", "write",
 ]  # fmt: skip
 
@@ -56,10 +60,15 @@ WEIGHTS = "sae.safetensors"
 STATISTICS = "statistics.safetensors"
 CONFORMANCE = "conformance.safetensors"
 CATALOGUE = "catalogue.sqlite"
+COMPRESSED_CATALOGUE = "catalogue.sqlite.xz"
+# The files of a bundle that is neither in shards nor compressed.
 FILES = frozenset({WEIGHTS, STATISTICS, CONFORMANCE, CATALOGUE})
+SHARD = re.compile(r"sae-(\d{5})-of-(\d{5})\.safetensors")
 MATRICES = frozenset({"encoder", "decoder", "skip"})
 
 MANIFEST_LIMIT = 1 << 20
+# Of a catalogue that is unpacked; that of a million latents has 2 GB.
+CATALOGUE_LIMIT = 1 << 32
 # Seconds before a progress bar appears.
 PROGRESS_DELAY_S = 2.0
 ACTIVATION_TOLERANCE = 1e-3
@@ -91,6 +100,16 @@ class Conformance:
     inputs: Tensor
     activations: Tensor
     targets: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """The files of a bundle. `shard_bytes`: of the tensors in a file of weights, of which each holds one tensor at
+    least; None: one file. `compressed`: the catalogue.
+    """
+
+    shard_bytes: int | None = None
+    compressed: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,13 +149,13 @@ def open_unverified(path: Path) -> Bundle:
     For processes that share a bundle which `load` has verified.
     """
     content, sha256 = read_manifest(path)
-    weights = manifest.sae_of(content, _tensors(path, WEIGHTS, manifest.weight_shapes(content)))
+    weights = manifest.sae_of(content, _tensors(path, weight_files(content), manifest.weight_shapes(content)))
     check_dtype(content, weights)
     shapes = _statistics_shapes(content)
     known = STATISTICS in content.files
-    statistics = _tensors(path, STATISTICS, shapes) if known else {k: torch.zeros(s) for k, s in shapes.items()}
-    conformance = _tensors(path, CONFORMANCE, _conformance_shapes(content))
-    catalogue = _opened_catalogue(path)
+    statistics = _tensors(path, [STATISTICS], shapes) if known else {k: torch.zeros(s) for k, s in shapes.items()}
+    conformance = _tensors(path, [CONFORMANCE], _conformance_shapes(content))
+    catalogue = _opened_catalogue(path / catalogue_file(content))
     return Bundle(path, content, sha256, weights, Statistics(**statistics), Conformance(**conformance), catalogue)
 
 
@@ -192,27 +211,72 @@ def write(
     statistics: Statistics | None,
     conformance: Conformance,
     catalogue: Path,
+    form: Form | None = None,
 ) -> Bundle:
     """Write a bundle atomically, in place of an older one; fill in the manifest's `files` and verify the result.
 
+    `form`: of the files; None: that of the older one, or else one file of weights and a plain catalogue.
     BundleError: the content is inconsistent, or `path` exists and is no bundle.
     """
     check_replaceable(path)
+    form = form or form_of(path)
     with replacing_folder(path) as folder:
-        _save(folder / WEIGHTS, manifest.tensors_of(weights))
+        for name, tensors in shards_of(manifest.tensors_of(weights), form.shard_bytes).items():
+            _save(folder / name, tensors)
         _save(folder / CONFORMANCE, _fields(conformance))
         if statistics is not None:
             _save(folder / STATISTICS, _fields(statistics))
-        shutil.copyfile(catalogue, folder / CATALOGUE)
+        if form.compressed:
+            with catalogue.open("rb") as source, lzma.open(folder / COMPRESSED_CATALOGUE, "wb") as target:
+                shutil.copyfileobj(source, target)
+        else:
+            shutil.copyfile(catalogue, folder / CATALOGUE)
         hashed = msgspec.structs.replace(
             content, files=_sha256s(folder, sorted(file.name for file in folder.iterdir()))
         )
         for name in hashed.files:
             # safetensors creates files that only their owner may read.
-            shutil.copymode(folder / CATALOGUE, folder / name)
+            shutil.copymode(catalogue, folder / name)
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(hashed), indent=2) + b"\n")
         verified = load(folder)
     return replace(verified, path=path)
+
+
+def form_of(path: Path) -> Form:
+    """Return the form of the files of a bundle, or of a new one if there is none."""
+    if not (path / MANIFEST).is_file():
+        return Form()
+    content, _ = read_manifest(path)
+    sizes = [(path / name).stat().st_size for name in content.files if SHARD.fullmatch(name)]
+    return Form(max(sizes, default=None), COMPRESSED_CATALOGUE in content.files)
+
+
+def catalogue_file(content: Manifest) -> str:
+    """Return the name of the catalogue's file."""
+    return COMPRESSED_CATALOGUE if COMPRESSED_CATALOGUE in content.files else CATALOGUE
+
+
+def shards_of(tensors: Mapping[str, Tensor], shard_bytes: int | None) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each file of weights, by its name."""
+    shards: list[dict[str, Tensor]] = [{}]
+    for key, tensor in tensors.items():
+        size = sum(t.nbytes for t in (*shards[-1].values(), tensor))
+        if shard_bytes and shards[-1] and size > shard_bytes:
+            shards.append({})
+        shards[-1][key] = tensor
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {f"sae-{n:05}-of-{len(shards):05}.safetensors": shard for n, shard in enumerate(shards, 1)}
+
+
+def weight_files(content: Manifest) -> list[str]:
+    """Return the names of the files of weights. BundleError: a shard is missing."""
+    shards = sorted(name for name in content.files if SHARD.fullmatch(name))
+    if not shards:
+        return [WEIGHTS]
+    expected = [f"sae-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    require(shards == expected, "files", f"shards {', '.join(shards)}, not {', '.join(expected)}")
+    return shards
 
 
 def check_replaceable(path: Path) -> None:
@@ -230,8 +294,9 @@ def conformance_of(
 
 def check_files(path: Path, content: Manifest) -> None:
     """Raise BundleError unless the folder has the manifest's files with the manifest's hashes."""
-    needed = FILES - {STATISTICS}
-    require(needed <= content.files.keys() <= FILES, "files", f"{sorted(content.files)} instead of {sorted(FILES)}")
+    needed = {CONFORMANCE, catalogue_file(content), *weight_files(content)}
+    known = needed | {STATISTICS}
+    require(needed <= content.files.keys() <= known, "files", f"{sorted(content.files)} instead of {sorted(known)}")
     for name in content.files:
         require((path / name).is_file(), name, f"not a file in {path}")
     for name, digest in _sha256s(path, content.files).items():
@@ -295,10 +360,26 @@ def check_catalogue(bundle: Bundle) -> None:
 
 
 def _opened_catalogue(path: Path) -> Catalogue:
+    require(path.is_file(), path.name, f"not a file in {path.parent}")
     try:
-        return Catalogue(path / CATALOGUE)
-    except sqlite3.DatabaseError as error:
-        raise BundleError(f"{CATALOGUE}: {error}") from error
+        if path.name == CATALOGUE:
+            return Catalogue(path)
+        # The file is removed at once: the connection keeps it open, and nothing is left behind by a process that ends.
+        with tempfile.TemporaryDirectory() as scratch:
+            unpacked = Path(scratch) / CATALOGUE
+            _unpack(path, unpacked)
+            catalogue = Catalogue(unpacked)
+            len(catalogue)
+            return catalogue
+    except (sqlite3.DatabaseError, lzma.LZMAError, EOFError) as error:
+        raise BundleError(f"{path.name}: {error}") from error
+
+
+def _unpack(path: Path, target: Path) -> None:
+    with lzma.open(path) as source, target.open("wb") as file:
+        while block := source.read(1 << 20):
+            file.write(block)
+            require(file.tell() <= CATALOGUE_LIMIT, path.name, f"more than {CATALOGUE_LIMIT} bytes")
 
 
 def _sha256s(path: Path, names: Mapping[str, str] | list[str]) -> dict[str, str]:
@@ -335,13 +416,16 @@ def _conformance_shapes(content: Manifest) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _tensors(path: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Read a file's tensors, all but the matrices as float32; -1 in a shape matches any length."""
-    require((path / name).is_file(), name, f"not a file in {path}")
-    try:
-        tensors = read_safetensors(path / name)
-    except FormatError as error:
-        raise BundleError(str(error)) from error
+def _tensors(path: Path, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Read the tensors of files, all but the matrices as float32; -1 in a shape matches any length."""
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        require((path / name).is_file(), name, f"not a file in {path}")
+        try:
+            tensors |= read_safetensors(path / name)
+        except FormatError as error:
+            raise BundleError(str(error)) from error
+    name = names[0]
     require(tensors.keys() == shapes.keys(), name, f"holds {sorted(tensors)} instead of {sorted(shapes)}")
     for key, tensor in tensors.items():
         require(

@@ -182,11 +182,12 @@ def _add_vectors(sums: Activity, x: Tensor, latents: Tensor) -> None:
     per_site = x.float().reshape(len(x), -1, x.shape[-1])
     sums.total += per_site.mean(1).sum(0)
     sums.norm += per_site.norm(dim=-1).mean(1).sum()
-    sums.active += (latents > 0).sum(0)
-    sums.max_activation = torch.cat([sums.max_activation[None], latents]).amax(0)
+    # Few activations are not zero: the one pass over all of them finds these.
     token, latent = latents.nonzero(as_tuple=True)
-    increments = torch.ones_like(latent, dtype=torch.int32)
-    sums.histogram.view(-1).index_add_(0, latent * BINS + bin_of(latents[token, latent]), increments)
+    activation = latents[token, latent]
+    sums.active += torch.bincount(latent, minlength=len(sums.active))
+    sums.max_activation.scatter_reduce_(0, latent, activation, "amax")
+    sums.histogram.view(-1).index_add_(0, latent * BINS + bin_of(activation), torch.ones_like(latent).int())
 
 
 def _add_tokens(sums: Tally, latents: Tensor, sample: Sample, index: Tensor) -> None:

@@ -45,6 +45,18 @@ class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     catalogue_tokens: Annotated[Count, Meta(description="training tokens for the catalogue")] = 1_000_000
 
 
+class Export(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The files of a bundle."""
+
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], Meta(description="dtype of the SAE's matrices, rounded before the evaluation")
+    ] = "float32"
+    shard_bytes: Annotated[
+        Count | None, Meta(description="bytes of the tensors in a file of weights; null: one file")
+    ] = None
+    compressed: Annotated[bool, Meta(description="compress the catalogue, to a quarter of its size")] = False
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Configuration of a training run."""
 
@@ -52,6 +64,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     corpus: Annotated[
         str | None, Meta(description="text, JSON lines, Parquet, a saved dataset, or a folder of such files")
     ] = None
+    chats: Annotated[
+        str | None, Meta(description="beside corpus: chats with a model's own answers, which `rudder answer` writes")
+    ] = None
+    chat_share: Annotated[
+        float, Meta(gt=0, lt=1, description="share of chats among the tokens of every part of the data")
+    ] = 0.2
     images: Annotated[str | None, Meta(description="instead of corpus: folder of images, for a vision model")] = None
     vectors: Annotated[str | None, Meta(description="instead of corpus: an activation store of any model")] = None
     out: Annotated[str, Meta(description="folder of the run; the same command resumes from its last checkpoint")]
@@ -87,6 +105,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     credit: Annotated[str, Meta(description="attribution of the corpus, written into the bundle")] = ""
     data: Data = Data()
     evaluation: Evaluation = Evaluation()
+    export: Export = Export()
 
 
 class SAESpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,6 +171,8 @@ def check(config: Config) -> Config:
         raise ConfigError("corpus", f"set one of {', '.join(ORIGINS)}; set: {' and '.join(origins) or 'none'}")
     if not config.model and not config.vectors:
         raise ConfigError("model", "is missing")
+    if config.chats and not config.corpus:
+        raise ConfigError("chats", "need a corpus beside them")
     if config.vectors and config.data.store:
         raise ConfigError("data.store", "vectors are a store already")
     if len(set(config.excluded_positions) & set(range(config.window))) == config.window:
@@ -168,7 +189,9 @@ def sae_specs(config: Config) -> list[SAESpec]:
     specs = []
     for values in itertools.product(*config.sweep.values()):
         combination = dict(zip(keys, values, strict=True))
-        suffix = "".join(f"-{name_suffix(key, value)}" for key, value in combination.items() if key != "site")
+        # The name that follows from the model has the site in it.
+        parts = {key: value for key, value in combination.items() if key != "site" or config.sae.get("name")}
+        suffix = "".join(f"-{name_suffix(key, value)}" for key, value in parts.items())
         specs.append(sae_spec(config, config.sae | combination, suffix))
     if not specs or len({spec.name for spec in specs}) < len(specs):
         raise ConfigError("sweep", "a field without values, or a value twice")
@@ -177,7 +200,7 @@ def sae_specs(config: Config) -> list[SAESpec]:
 
 def name_suffix(key: str, value: Any) -> str:
     """Name a sweep's value in the name of a bundle: text by itself, a number after its field, as in `k32`."""
-    return value if isinstance(value, str) else f"{key}{value}"
+    return value.removesuffix(".resid_post") if isinstance(value, str) else f"{key}{value}"
 
 
 def sae_spec(config: Config, sae: Mapping[str, Any], suffix: str) -> SAESpec:

@@ -1,6 +1,7 @@
 """Inputs of a run: a corpus cut into windows, a model, and the activations of the model."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,16 +9,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rudder.sae_models.activations import corpus, harvest, images, norms, store
+from rudder.sae_models.activations import corpus, harvest, images, norms, store, stream
 from rudder.sae_models.activations.corpus import ContextRule, CorpusError, Document, Windows
 from rudder.sae_models.activations.hooks import Site, parse_site
-from rudder.sae_models.activations.store import StoreError
+from rudder.sae_models.activations.store import Store, StoreError
 from rudder.sae_models.activations.stream import LabelledSource, SourceSubset, TextSource, Vectors, VectorSource
 from rudder.sae_models.bundle import bundle
 from rudder.sae_models.bundle.manifest import Context
 from rudder.sae_models.sparse.collectives import Mesh
 from rudder.sae_models.training import complexity
 from rudder.sae_models.training.config import Config, ConfigError, SAESpec, sae_specs
+
+# Folder of the held-out part, within the store.
+HELD_OUT = "held-out"
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def load_inputs(config: Config) -> TrainingInputs:
         return load_stored_inputs(config, Path(config.vectors))
     folder, sites = Path(config.model), run_sites(config)
     trunk = harvest.load_trunk(folder, *sites, device=device_of(config))
-    model = folder.resolve().name, bundle.model_sha256(folder)
+    model = model_of(config)
     if config.images and adaptive_k_specs(config):
         raise ConfigError(
             "sae.architecture", "adaptive_k is trained on the complexity of text, which images do not have"
@@ -71,8 +75,15 @@ def load_inputs(config: Config) -> TrainingInputs:
         return TrainingInputs(*images.read(Path(config.images), folder, trunk, sites, config.seed), *model)
     text = load_windows(config)
     training_text = TrainingText(text.documents, text.tokenizer, text.train, text.held_out, trunk, sites)
-    source, held_out = (TextSource(trunk, sites, windows) for windows in (text.train, text.held_out))
+    source = TextSource(trunk, sites, text.train)
+    held_out = TextSource(trunk, sites, text.held_out.first(config.evaluation.tokens))
     return TrainingInputs(with_complexities(config, text, source), held_out, *model, training_text)
+
+
+def model_of(config: Config) -> tuple[str, str]:
+    """Return the name and the SHA-256 of a run's model."""
+    folder = Path(config.model)
+    return folder.resolve().name, bundle.model_sha256(folder)
 
 
 def load_stored_inputs(config: Config, folder: Path) -> TrainingInputs:
@@ -102,8 +113,24 @@ def load_windows(config: Config) -> TextWindows:
     """Read the corpus and cut it into windows."""
     tokenizer = harvest.load_tokenizer(Path(config.model))
     documents = corpus.read(Path(config.corpus or ""))
+    if config.chats:
+        documents += corpus.read(Path(config.chats))
     windows = corpus.windows(documents, tokenizer, config.window, context_rule(config, tokenizer))
-    return TextWindows(documents, tokenizer, *split(windows, documents, config.seed))
+    train, held_out = split(windows, documents, config.seed)
+    if config.chats:
+        train, held_out = (with_chats_spread(part, documents, config.chat_share) for part in (train, held_out))
+    return TextWindows(documents, tokenizer, train, held_out)
+
+
+def with_chats_spread(windows: Windows, documents: Sequence[Document], share: float) -> Windows:
+    """Order windows so that chats are `share` of the counted tokens of every prefix, until there are no more chats.
+
+    Chats and other windows keep their order. A prefix is then the same however many tokens a run takes.
+    """
+    is_chat = torch.tensor([bool(document.messages) for document in documents])[windows.document]
+    tokens = windows.counted.sum(1)
+    chats, others = tokens.where(is_chat, 0).cumsum(0) / share, tokens.where(~is_chat, 0).cumsum(0) / (1 - share)
+    return windows.take(chats.where(is_chat, others).argsort(stable=True))
 
 
 def context_rule(config: Config, tokenizer: Any) -> ContextRule:
@@ -128,15 +155,38 @@ def split(windows: Windows, documents: list[Document], seed: int) -> tuple[Windo
     return windows.where(~is_held_out).shuffled(seed), windows.where(is_held_out).shuffled(seed)
 
 
-def training_source(config: Config, inputs: TrainingInputs, mesh: Mesh) -> VectorSource:
-    """Return the training source: a store, which the leader harvests first, or the model on the fly."""
+def with_store(config: Config, inputs: TrainingInputs, mesh: Mesh) -> TrainingInputs:
+    """Return inputs that are read from the run's store, which the leader harvests first; without a store, the same."""
     if config.data.store is None:
-        return inputs.train
-    folder = Path(config.data.store)
+        return inputs
     if mesh.is_leader:
-        store.write(folder, store_content(config, inputs.train), inputs.train)
+        harvest_stores(config, inputs)
     mesh.barrier()
-    return store.load(folder)
+    train, held_out = harvest_stores(config, inputs)
+    return replace(inputs, train=train, held_out=held_out)
+
+
+def harvest_stores(config: Config, inputs: TrainingInputs) -> tuple[Store, Store]:
+    """Write the training and the held-out part of the run's store, as far as they are not there."""
+    folder = Path(config.data.store or "")
+    # The smaller part first: training may begin before the other is complete.
+    held_out = store.write(folder / HELD_OUT, store_content(config, inputs.held_out, "held out"), inputs.held_out)
+    return store.write(folder, store_content(config, inputs.train), inputs.train), held_out
+
+
+def text_vectors(inputs: TrainingInputs, source: VectorSource, windows: Windows) -> Iterator[tuple[Vectors, Tensor]]:
+    """Yield, chunk by chunk, the vectors [windows, length, d] at each site, and the mask of counted positions.
+
+    `windows`: the first ones of the source, the training or the held-out one. A store saves running the model.
+    """
+    assert inputs.text is not None
+    sites = [str(site) for site in inputs.text.sites]
+    if isinstance(source, Store):
+        chunks = stream.by_window(source, sites, windows)
+    else:
+        chunks = harvest.text_activations(inputs.text.trunk, inputs.text.sites, windows)
+    for vectors, counted in chunks:
+        yield dict(zip(sites, vectors, strict=True)), counted
 
 
 def with_complexities(config: Config, text: TextWindows, source: VectorSource) -> VectorSource:
@@ -159,21 +209,25 @@ def source_names(config: Config) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*map(str, run_sites(config)), *labels]))
 
 
-def store_content(config: Config, source: VectorSource) -> store.Content:
-    """Return the content that the run's store must have for a source."""
-    available = sum(source.chunk_sizes)
+def store_content(config: Config, source: VectorSource, part: store.Part = "training") -> store.Content:
+    """Return the content that a part of the run's store must have for a source."""
+    (name, digest), available = model_of(config), sum(source.chunk_sizes)
+    limit = config.data.tokens if part == "training" else config.evaluation.tokens
     return store.Content(
-        model=Path(config.model).resolve().name,
-        model_sha256=bundle.model_sha256(Path(config.model)),
+        model=name,
+        model_sha256=digest,
         corpus_sha256=corpus.sha256(Path(config.corpus or config.images or "")),
-        sites=source_names(config),
+        sites=source_names(config) if part == "training" else tuple(map(str, run_sites(config))),
         window=config.window,
         seed=config.seed,
-        tokens=min(config.data.tokens or available, available),
+        tokens=min(limit or available, available),
         precision=config.data.precision,
         prepend_bos=config.prepend_bos,
         excluded_positions=config.excluded_positions,
         exclude_special_tokens=config.exclude_special_tokens,
+        chats_sha256=corpus.sha256(Path(config.chats)) if config.chats else "",
+        chat_share=config.chat_share if config.chats else 0.0,
+        part=part,
     )
 
 
@@ -201,9 +255,9 @@ def sample(source: VectorSource, tokens: int) -> VectorSample:
 
 
 def sae_inputs(spec: SAESpec, vectors: Vectors) -> Tensor:
-    """Return the inputs of an SAE: [n, d], or [n, L, d] for L sites."""
+    """Return the inputs of an SAE: [..., d], or [..., L, d] for L sites."""
     parts = [vectors[site] for site in spec.sites]
-    return parts[0] if len(parts) == 1 else torch.stack(parts, 1)
+    return parts[0] if len(parts) == 1 else torch.stack(parts, -2)
 
 
 def target(spec: SAESpec, vectors: Vectors) -> Tensor | None:

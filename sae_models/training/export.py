@@ -1,8 +1,10 @@
 """Export of a trained SAE: evaluation on held-out data, catalogue, and bundle."""
 
+import itertools
 import sqlite3
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from rudder.sae_models import fidelity
-from rudder.sae_models.activations import corpus, harvest, samples
-from rudder.sae_models.activations.corpus import Windows
+from rudder.sae_models import fidelity, precision
+from rudder.sae_models.activations import corpus, harvest
 from rudder.sae_models.activations.hooks import parse_site
 from rudder.sae_models.activations.samples import TextSample
+from rudder.sae_models.activations.stream import Vectors
 from rudder.sae_models.bundle import bundle, catalogue
-from rudder.sae_models.bundle.bundle import Manifest, Model, Statistics, Training
+from rudder.sae_models.bundle.bundle import Form, Manifest, Model, Statistics, Training
 from rudder.sae_models.bundle.catalogue import Latent
 from rudder.sae_models.bundle.manifest import NO_CONTEXT
 from rudder.sae_models.evaluation import activity, labelling, logit_lens, probing, splicing
@@ -39,28 +41,40 @@ COSINE = (0.0, 1.0, 20)
 
 def evaluate_and_export(run_config: Config, spec: SAESpec, sae: SAE, inputs: TrainingInputs, folder: Path) -> None:
     """Evaluate an SAE, add the figures to the record, and write its bundle into the run's folder."""
+    dtype = precision.DTYPES[run_config.export.dtype]
+    # Evaluated as rounded; products of float32 matrices are faster.
+    sae = with_dtype(with_dtype(sae, dtype), torch.float32)
     statistics, latents = build_catalogue(run_config, spec, sae, inputs)
     vectors, outlier_share = data.sample(inputs.held_out, run_config.evaluation.tokens)
     x, target = data.sae_inputs(spec, vectors), data.reconstruction_target(spec, vectors)
     reconstructed = x if target is None else target
     figures = vector_figures(spec, sae, fidelity.measure(sae, x, target, progress=True))
     figures["outlier_share"] = outlier_share
+    figures["precision"] = precision.resolve(spec.settings.precision, data.device_of(run_config))
     if inputs.text is not None:
         figures |= splicing_figures(run_config, spec, sae, inputs.text, reconstructed.flatten(0, -2).mean(0))
-        figures |= probing_figures(run_config, spec, sae, inputs.text)
+        figures |= probing_figures(run_config, spec, sae, inputs)
     figures["left_out"] = missing_figures(figures, latents)
     steps = run_config.tokens // run_config.batch
     with Record(folder, steps) as record:
         record.add("evaluation", steps, steps * run_config.batch, {spec.name: figures})
     conformance = importer.typical_conformance(sae, x, target, Claims(figures["l0"], figures["fvu"]))
+    sae, form = with_dtype(sae, dtype), Form(run_config.export.shard_bytes, run_config.export.compressed)
     content = build_manifest(run_config, spec, sae, inputs, figures)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".catalogue.") as scratch:
             database = Path(scratch) / bundle.CATALOGUE
             catalogue.write(database, latents)
-            bundle.write(folder / spec.name, content, sae, statistics, conformance, database).catalogue.close()
+            written = bundle.write(folder / spec.name, content, sae, statistics, conformance, database, form)
+            written.catalogue.close()
     except (OSError, sqlite3.Error, SafetensorError) as error:
         raise OSError(f"bundle: {folder / spec.name}: {error}; the checkpoint is complete, run it again") from error
+
+
+def with_dtype(sae: SAE, dtype: torch.dtype) -> SAE:
+    """Return an SAE with its matrices in a dtype."""
+    skip = None if sae.skip is None else sae.skip.to(dtype)
+    return replace(sae, encoder=sae.encoder.to(dtype), decoder=sae.decoder.to(dtype), skip=skip)
 
 
 def build_catalogue(
@@ -73,7 +87,8 @@ def build_catalogue(
         return activity.statistics_of(sums), list(activity.unlabelled(sums))
     text = inputs.text
     sample = activity.sample_of(text.train.first(limit), text.documents, text.tokenizer)
-    batches = samples.sae_inputs(text_sample_of(text), spec.sites, sample.windows)
+    chunks = data.text_vectors(inputs, inputs.train, sample.windows)
+    batches = ((data.sae_inputs(spec, vectors), counted) for vectors, counted in chunks)
     tally = activity.tally_of(batches, sae, sample)
     return activity.statistics_of(tally), labelling.describe(tally, sample, sae, unembedding(spec, text))
 
@@ -146,43 +161,48 @@ def splicing_figures(run_config: Config, spec: SAESpec, sae: SAE, text: Training
     }
 
 
-def probing_figures(run_config: Config, spec: SAESpec, sae: SAE, text: TrainingText) -> dict[str, float]:
+def probing_figures(run_config: Config, spec: SAESpec, sae: SAE, inputs: TrainingInputs) -> dict[str, float]:
     """Return balanced accuracies of sparse probes for the book of a window, on latents and on as many plain dimensions.
     Empty without labels.
     """
-    limit = run_config.evaluation.probe_windows // 2
-    folds = [text.held_out.where(corpus.in_folds(text.held_out, text.documents, [f])) for f in corpus.HELD_OUT_FOLDS]
-    parts = [fold.take(torch.arange(min(limit, len(fold)))) for fold in folds]
-    books = [[text.documents[source].book for source in part.document.tolist()] for part in parts]
-    shared = sorted(set.intersection(*map(set, books)))
+    text, limit = inputs.text, run_config.evaluation.probe_windows // 2
+    assert text is not None
+    windows = text.held_out.first(run_config.evaluation.tokens)
+    folds = torch.tensor([text.documents[source].fold for source in windows.document.tolist()])
+    books = [text.documents[source].book for source in windows.document.tolist()]
+    parts = [(folds == fold).nonzero().flatten()[:limit].tolist() for fold in corpus.HELD_OUT_FOLDS]
+    shared = sorted(set.intersection(*({books[window] for window in part} for part in parts)))
     if len(shared) < 2:
         return {}
-    pairs = [pool_windows(spec, sae, text, part, names, shared) for part, names in zip(parts, books, strict=True)]
+    means = window_means(spec, sae, data.text_vectors(inputs, inputs.held_out, windows), set(itertools.chain(*parts)))
+    pairs = [label_means(means, part, books, shared) for part in parts]
     latents, plain = zip(*pairs, strict=True)
     figures = {f"probe_{k}": probing.balanced_accuracy(latents[0], latents[1], k) for k in PROBE_LATENTS}
     return figures | {f"probe_{k}_of_inputs": probing.balanced_accuracy(plain[0], plain[1], k) for k in PROBE_LATENTS}
 
 
-def pool_windows(
-    spec: SAESpec, sae: SAE, text: TrainingText, windows: Windows, books: list[str], shared: list[str]
-) -> tuple[Labelled, Labelled]:
-    """Return mean activations and mean inputs of each window of one of the shared books, labelled by book."""
-    windows = windows.where(torch.tensor([book in shared for book in books]))
-    label = torch.tensor([shared.index(book) for book in books if book in shared])
-    latents, plain, measured = [], [], list[bool]()
-    batches = harvest.text_activations(text.trunk, text.sites, windows)
-    total = len(windows.chunks(harvest.WINDOWS_PER_PASS))
-    for vectors, counted in tqdm(batches, total=total, desc="probe", unit="chunk"):
-        by_site = {str(site): x for site, x in zip(text.sites, vectors, strict=True)}
-        measured += counted.any(1).tolist()
+def window_means(
+    spec: SAESpec, sae: SAE, chunks: Iterable[tuple[Vectors, Tensor]], selected: Container[int]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return mean activations [F] and inputs [d] of each selected window that has counted tokens, by its number."""
+    means, number = {}, 0
+    for vectors, counted in tqdm(chunks, desc="probe", unit="chunk"):
         for window, positions in enumerate(counted):
-            if not positions.any():
-                continue
-            x = data.sae_inputs(spec, {site: x[window][positions] for site, x in by_site.items()})
-            latents.append(sae.encode(x).mean(0))
-            plain.append(x.flatten(0, -2).mean(0))
-    label = label[torch.tensor(measured)]
-    return Labelled(torch.stack(latents).cpu(), label), Labelled(torch.stack(plain).cpu(), label)
+            if number + window in selected and positions.any():
+                x = data.sae_inputs(spec, {site: x[window][positions] for site, x in vectors.items()})
+                means[number + window] = sae.encode(x).mean(0).cpu(), x.flatten(0, -2).mean(0).cpu()
+        number += len(counted)
+    return means
+
+
+def label_means(
+    means: Mapping[int, tuple[Tensor, Tensor]], windows: Sequence[int], books: Sequence[str], shared: Sequence[str]
+) -> tuple[Labelled, Labelled]:
+    """Return the means of latents and inputs of windows from one of the shared books, labelled by book."""
+    chosen = [window for window in windows if books[window] in shared and window in means]
+    label = torch.tensor([shared.index(books[window]) for window in chosen])
+    latents, plain = (torch.stack([means[window][kind] for window in chosen]) for kind in (0, 1))
+    return Labelled(latents, label), Labelled(plain, label)
 
 
 def build_manifest(

@@ -36,7 +36,7 @@ COLUMNS = (
     ),
     ("dense_share", "share of dense", ".1%", "share of all activations that these latents carry"),
     ("frequent_share", "above 1%", ".1%", "share of all activations of latents active on more than 1% of the tokens"),
-    ("outlier_share", "sinks", ".2%", "share of tokens left out: norm above 100 times the median (attention sinks)"),
+    ("outlier_share", "sinks", ".2%", "share of tokens left out: norm above 5 times the median (attention sinks)"),
     ("shrinkage", "shrinkage", ".3f", "relative reconstruction bias: below 1 the outputs are too small"),
     (
         "probe_1",

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from rudder.sae_models import fidelity
 from rudder.sae_models.activations import stream
 from rudder.sae_models.activations.stream import Vectors, VectorSource
 from rudder.sae_models.architectures import ARCHITECTURES, shards
@@ -71,10 +73,10 @@ def run(run_config: Config) -> list[Path]:
                     write_report(folder)
                 return bundles
             inputs = data.load_inputs(run_config)
-            source = data.training_source(run_config, inputs, mesh)
-            sample, outlier_share = data.sample(source, SAMPLE_TOKENS)
+            inputs = data.with_store(run_config, inputs, mesh)
+            sample, outlier_share = data.sample(inputs.train, SAMPLE_TOKENS)
             learners = [init_learner(spec, run_config, sample, data.device_of(run_config), mesh) for spec in specs]
-            train(run_config, learners, source, mesh, folder, outlier_share)
+            train(run_config, learners, inputs.train, mesh, folder, outlier_share)
             saes = [canonical(learner, sample) for learner in learners]
             if mesh.is_leader:
                 export_bundles(run_config, learners, saes, inputs, folder)
@@ -193,12 +195,29 @@ class MeanMetrics:
         """Return the means over steps and batch parts, and the state at the last step; start over."""
         last, steps = self._steps[-1], self._steps
         self._steps = []
+        density = density_figures(torch.stack([step.frequency for step in steps]).mean(0), mesh)
         means = torch.stack([torch.stack([getattr(step, name) for step in steps]).mean() for name in MEANS])
         names = [name for name in last.parts if name not in MEANS]
         values = torch.cat([means, *(last.parts[name].reshape(1).to(means) for name in names)])
         mesh.batch_all_reduce_mean_([values])
         figures = dict(zip([*MEANS, *names], values.tolist(), strict=True))
-        return figures | {"dead_share": float(last.dead), "learning_rate": last.learning_rate}
+        return figures | density | {"dead_share": float(last.dead), "learning_rate": last.learning_rate}
+
+
+def density_figures(frequency: Tensor, mesh: Mesh) -> dict[str, float]:
+    """Return the number of dense and of frequent latents, and the shares of all activations that they carry, from the
+    share of tokens on which each latent of this rank is active [F].
+    """
+    above = [frequency > fidelity.DENSE, frequency > fidelity.FREQUENT]
+    sums = [frequency, *above, *(frequency.where(mask, 0.0) for mask in above)]
+    total, dense, frequent, *carried = mesh.latent_all_reduce_sum(torch.stack([x.float().sum() for x in sums])).tolist()
+    shares = [share / total if total else 0.0 for share in carried]
+    return {
+        "dense_latents": int(dense),
+        "dense_share": shares[0],
+        "frequent_latents": int(frequent),
+        "frequent_share": shares[1],
+    }
 
 
 def state_dict_of(learners: Sequence[Learner]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Config:
 
 class Metrics(NamedTuple):
     """Metrics of one step: loss and its terms, FVU, mean number of active latents per token (L0), share of dead
-    latents, learning rate.
+    latents, learning rate, and the share of tokens on which each latent of this rank's shard is active [F].
     """
 
     loss: Tensor
@@ -35,6 +35,7 @@ class Metrics(NamedTuple):
     l0: Tensor
     dead: Tensor
     learning_rate: float
+    frequency: Tensor
 
 
 class Trainer:
@@ -70,9 +71,10 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         loss.total.backward()
         rate = self._update(progress)
-        l0 = self._count_firings(loss.active.sum_over_tokens((loss.values > 0).float()), len(x))
+        frequency = self._count_firings(loss.active.sum_over_tokens((loss.values > 0).float()), len(x))
+        l0 = self.architecture.mesh.latent_all_reduce_sum(frequency.sum())
         dead = self.architecture.mesh.latent_all_reduce_sum(state.dead.sum()) / self.architecture.config.latents
-        return Metrics(loss.total.detach(), loss.parts, loss.fvu, l0, dead, rate)
+        return Metrics(loss.total.detach(), loss.parts, loss.fvu, l0, dead, rate, frequency)
 
     def _update(self, progress: float) -> float:
         settings = self.architecture.config
@@ -88,14 +90,16 @@ class Trainer:
         return rate
 
     def _count_firings(self, fired: Tensor, tokens: int) -> Tensor:
-        """Return L0 from how often each latent fired [F]; update the token count and tokens_since_fired."""
+        """Return the share of tokens on which each latent fired, from the number of these tokens [F]; update the token
+        count and tokens_since_fired.
+        """
         mesh = self.architecture.mesh
         mesh.batch_all_reduce_mean_([fired])
         self.tokens_since_fired += tokens * mesh.batch_parts
         self.tokens_since_fired[fired > 0] = 0
         self.tokens += tokens * mesh.batch_parts
         self.steps += 1
-        return mesh.latent_all_reduce_sum(fired.sum() / tokens)
+        return fired / tokens
 
     def canonical(self, sample: Tensor) -> SAE:
         """Return the inference form; raw inputs [n, d] set data-dependent thresholds."""

@@ -19,6 +19,7 @@ COMMANDS = {
     "model": "show the served model: sites, bundles, programs, limits; download or convert one",
     "bundle": "import, check and label SAE bundles",
     "train": "train SAEs",
+    "answer": "write a chat corpus with a model's own answers",
     "harvest": "write the activation store of a training run with a vLLM engine",
     "report": "write the HTML report of a training run",
     "sae": "compare SAEs",

@@ -10,20 +10,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rudder.sae_models.activations import store
 from rudder.sae_models.activations.corpus import Windows
 from rudder.sae_models.activations.harvest import WINDOWS_PER_PASS
 from rudder.sae_models.activations.store import Store
 from rudder.sae_models.activations.stream import Vectors
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.training import data
-from rudder.sae_models.training.config import Config, ConfigError
+from rudder.sae_models.training.config import Config
 from rudder.server import config as configuration
 from rudder.server.engine.adapter import SamplingParams
 from rudder.server.engine.call import Call
@@ -101,10 +99,8 @@ async def _capture_window(engine: Engine, sites: Sequence[int], windows: Windows
 async def harvest(config: Config) -> Store:
     """Start an engine on the model of a training run, harvest the run's store, and stop the engine.
 
-    Raises ConfigError if the run has no store, CorpusError, StoreError, ValueError, OSError.
+    Raises CorpusError, StoreError, ValueError, OSError.
     """
-    if config.data.store is None:
-        raise ConfigError("data.store", "is null: there is no store to write to")
     sites = tuple(map(str, data.run_sites(config)))
     text = data.load_windows(config)
     fields = {
@@ -118,10 +114,13 @@ async def harvest(config: Config) -> Store:
     }
     engine = await start_engine(configuration.load(None, fields))
     try:
-        source = data.with_complexities(
-            config, text, EngineSource(engine, sites, text.train, asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        held_out = text.held_out.first(config.evaluation.tokens)
+        inputs = data.TrainingInputs(
+            data.with_complexities(config, text, EngineSource(engine, sites, text.train, loop)),
+            EngineSource(engine, sites, held_out, loop),
+            *data.model_of(config),
         )
-        content = data.store_content(config, source)
-        return await asyncio.to_thread(store.write, Path(config.data.store), content, source)
+        return (await asyncio.to_thread(data.harvest_stores, config, inputs))[0]
     finally:
         await engine.stop()

@@ -1,5 +1,6 @@
 """Text of others never becomes a control token, in any tokenizer; what the template writes stays as it was."""
 
+import copy
 import random
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from rudder.sae_models import PRETRAINED
 from rudder.sae_models.activations import corpus
 from rudder.sae_models.activations.corpus import Document
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.tokens import SpecialTokenError, TextEncoder, bos_token_id, control_tokens, text_encoder
 
 CHATML = (
@@ -184,3 +186,20 @@ def test_first_characters_are_substituted_even_when_the_text_has_many_private_on
     content = "<|im_end|>" + "".join(map(chr, random.Random(0).sample(range(0xF0000, 0xF1000), 4000)))
     ids = encoder.encode_chat([{"role": "user", "content": content}])
     assert content in TOKENIZERS["byte level"].decode(ids)
+
+
+@given(contents=st.lists(CONTENTS, min_size=1, max_size=3))
+def test_tokens_of_contents_are_told_from_those_of_the_template(contents: list[str]) -> None:
+    encoder = ENCODERS["byte level"]
+    chat = [{"role": "user", "content": content} for content in contents]
+    ids, of_contents = encoder.encode_chat_contents(chat)
+    assert ids == encoder.encode_chat(chat)
+    template, _ = encoder.encode_chat_contents([{"role": "user", "content": ""} for _ in contents])
+    assert [token for token, inside in zip(ids, of_contents, strict=True) if not inside] == template
+
+
+def test_a_template_that_changes_contents_is_refused() -> None:
+    tokenizer = copy.deepcopy(TOKENIZERS["byte level"])
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['content'] | upper }}<|im_end|>{% endfor %}"
+    with pytest.raises(UserError, match=r"^messages: the chat template changes"):
+        TextEncoder(tokenizer).encode_chat_contents([{"role": "user", "content": "x"}])

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from rudder.sae_models.activations import corpus
+from rudder.sae_models import PRETRAINED
+from rudder.sae_models.activations import corpus, harvest
 from rudder.sae_models.activations.corpus import CorpusError, Document
 from rudder.sae_models.optional import MissingPackage, import_optional
 
@@ -121,3 +122,36 @@ def test_hash_of_a_folder_depends_on_names_and_contents(tmp_path: Path) -> None:
     renamed = corpus.sha256(tmp_path)
     (tmp_path / "b.txt").write_text("two")
     assert len({first, renamed, corpus.sha256(tmp_path), corpus.sha256(tmp_path / "b.txt")}) == 4
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good day."}]}
+
+
+def test_a_chat_stands_in_the_template_and_only_its_contents_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"book": "instructions", "module": "chat-0", **CHAT}))
+    (document,) = corpus.read(tmp_path / "chats.jsonl")
+    assert document.text == "Hello.\nGood day."
+    tokenizer = harvest.load_tokenizer(PRETRAINED / "textbook-lm")
+    windows = corpus.windows([document], tokenizer, 32)
+    ids = windows.tokens[0][: windows.size[0]]
+    rendered = tokenizer.apply_chat_template(CHAT["messages"], tokenize=False)
+    assert tokenizer.decode(ids) == rendered
+    assert tokenizer.decode(windows.tokens[0][windows.counted[0]]) == "Hello.Good day."
+    assert len(corpus.windows([document], tokenizer, 5)) == -(-len(ids) // 5)
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"messages": "Hello."}, "`messages` is not a list"),
+        ({"messages": [{"role": "user"}]}, "a message is not an object with a `role` and a `content`"),
+        ({"text": "x", "glossary": {"cell": "a unit"}}, "`glossary` is not a list"),
+        ({"text": "x", "glossary": ["cell"]}, r"`glossary` is not a list of \[term, meaning\]"),
+    ],
+)
+def test_bad_chats_and_glossaries_are_refused_with_their_line(
+    tmp_path: Path, record: dict[str, Any], problem: str
+) -> None:
+    (tmp_path / "c.jsonl").write_text(json.dumps(record))
+    with pytest.raises(CorpusError, match=f"line 1: {problem}$"):
+        corpus.read(tmp_path / "c.jsonl")

@@ -23,9 +23,10 @@ from transformers import (
     ViTConfig,
 )
 
-from rudder.sae_models.activations import corpus, harvest, hooks, stream
+from rudder.sae_models.activations import corpus, harvest, hooks, store, stream
 from rudder.sae_models.activations.corpus import ContextRule, Document, Windows
 from rudder.sae_models.activations.hooks import Site, hooked, parse_site
+from rudder.sae_models.activations.store import Content
 from rudder.sae_models.hookpoints import POINTS
 from tests.unit import tiny
 
@@ -302,6 +303,25 @@ def test_text_source_yields_each_token_once_at_every_site(tmp_path: Path) -> Non
     assert [x.shape for x in whole.values()] == [(sum(live.chunk_sizes), 16)] * 2
     for site, x in apart.items():
         assert torch.equal(x, whole[site][live.chunk_sizes[0] : live.chunk_sizes[0] + live.chunk_sizes[1]])
+
+
+def test_stored_vectors_come_back_window_by_window(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path)
+    tokenizer, site = harvest.load_tokenizer(tmp_path), parse_site("layers.0.resid_post")
+    documents = [Document("a", f"m{number}", "cells divide and rule " * (1 + number % 5)) for number in range(70)]
+    windows = corpus.windows(documents, tokenizer, 8).shuffled(0)
+    trunk = harvest.load_trunk(tmp_path, site)
+    live = stream.TextSource(trunk, (site,), windows)
+    content = Content("m", "0", "1", (str(site),), 8, 0, sum(live.chunk_sizes) - 3, "bfloat16")
+    stored = store.write(tmp_path / "store", content, live)
+    for part in (windows, windows.first(300), windows.first(40)):
+        expected = harvest.text_activations(trunk, [site], part)
+        stored_chunks = stream.by_window(stored, [str(site)], part)
+        for (xs, counted), (ys, also_counted) in zip(expected, stored_chunks, strict=True):
+            missing = int((counted & ~also_counted).sum())
+            assert missing == (3 if part is windows and len(counted) < 32 else 0) or missing == 0
+            assert not (also_counted & ~counted).any()
+            assert torch.allclose(xs[0][also_counted], ys[0][also_counted], rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from rudder.sae_models.architectures.matryoshka import Matryoshka
 from rudder.sae_models.sae import SAE, Router
 from rudder.sae_models.sparse import operations as sparse
 from rudder.sae_models.sparse.operations import Pairs
+from rudder.sae_models.training.trainer import Config as TrainerConfig
 from rudder.sae_models.training.trainer import Trainer
 from tests.unit.rigs import planted, recovered, run, strengths, unit
 
@@ -239,6 +240,45 @@ def test_matryoshka_prefix_explains_more_than_batch_topk_prefix() -> None:
         f[:, 24:] = 0
         explained[name] = fidelity.fvu(x, sae.decode(f))
     assert explained["matryoshka"] < explained["batch_topk"] - 0.05
+
+
+def test_density_penalty_is_on_the_activations_of_dense_latents_alone() -> None:
+    module = build("topk", latents=100, k=1, density_weight=0.5)
+    # Latent 0 is active on 4 of 10 tokens, four times the limit; six others on one token each.
+    active = Pairs(torch.arange(10), torch.tensor([0, 0, 0, 0, 1, 2, 3, 4, 5, 6]), 10, 100)
+    values = torch.full((10,), 2.0, requires_grad=True)
+    penalty = module.density(values, active)
+    assert penalty.item() == pytest.approx(4 * 3 * 2.0 / 20)
+    (gradient,) = torch.autograd.grad(penalty, values)
+    assert gradient.tolist() == pytest.approx([3 / 20] * 4 + [0.0] * 6)
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    loss = module.loss(x, state_without_dead_latents(100))
+    assert float(loss.total) == pytest.approx(float(loss.parts["fvu"] + loss.parts["density"]))
+    # The mean density of a small dictionary is no reason for a penalty.
+    small = build("topk", latents=10, k=2, density_weight=0.5)
+    spread = Pairs(torch.arange(10).repeat_interleave(2), torch.arange(20) % 10, 10, 10)
+    assert float(small.density(torch.ones(20), spread)) == 0
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk", "matryoshka"])
+def test_density_penalty_leaves_fewer_dense_latents(name: str) -> None:
+    settings: dict[str, Any] = {"latents": 64, "k": 2, "learning_rate": 1e-2, "precision": "float32"}
+    g = torch.Generator().manual_seed(0)
+    # Two directions that nearly every token has, and others that few have.
+    strength = torch.rand(8192, 40, generator=g) * (torch.rand(8192, 40, generator=g) < 0.03)
+    strength[:, :2] = torch.rand(8192, 2, generator=g)
+    x = strength @ torch.nn.functional.normalize(torch.randn(40, 16, generator=g), dim=1)
+    shares = []
+    for weight in (0.0, 1.0):
+        kind = ARCHITECTURES[name]
+        config = kind.config_type(**settings, density_weight=weight)
+        trainer = Trainer(kind(16, config, torch.Generator().manual_seed(0)), TrainerConfig(8192 * 4))
+        trainer.initialise(x)
+        for _ in range(4):
+            for part in x.split(128):
+                trainer.step(part)
+        shares.append(fidelity.measure(trainer.canonical(x), x).dense_share(fidelity.DENSE))
+    assert shares[1] < 0.6 * shares[0]
 
 
 def test_k_of_complexity_has_reference_values() -> None:

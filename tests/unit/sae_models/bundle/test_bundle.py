@@ -34,7 +34,7 @@ def described(
     )
 
 
-def write_bundle(path: Path) -> bundle.Bundle:
+def write_bundle(path: Path, form: bundle.Form | None = None) -> bundle.Bundle:
     """Write a small bundle with true claims."""
     g = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(F, D, generator=g), dim=1)
@@ -47,7 +47,8 @@ def write_bundle(path: Path) -> bundle.Bundle:
     database = path.parent / "entries.sqlite"
     database.unlink(missing_ok=True)
     catalogue.write(database, (Latent(Summary(i, f"word{i}", 0.5, 1.0), (), ()) for i in range(F)))
-    return bundle.write(path, manifest, sae, statistics, bundle.conformance_of(sae, inputs, 16), database)
+    conformance = bundle.conformance_of(sae, inputs, 16)
+    return bundle.write(path, manifest, sae, statistics, conformance, database, form)
 
 
 @pytest.fixture
@@ -85,6 +86,42 @@ def test_load_returns_what_was_written(path: Path) -> None:
     assert read.catalogue.get(3).summary.label == "word3"
     assert read.sha256 == hashlib.sha256((path / bundle.MANIFEST).read_bytes()).hexdigest()
     bundle.check_model(read, "ab" * 32, D)
+
+
+def test_shards_of_weights_hold_what_one_file_holds(path: Path, tmp_path: Path) -> None:
+    sharded = tmp_path / "sharded"
+    shard_bytes = 4 * (F * D + 2 * F + D)
+    write_bundle(sharded, bundle.Form(shard_bytes)).catalogue.close()
+    names = [f"sae-{number:05}-of-00002.safetensors" for number in (1, 2)]
+    assert sorted(file.name for file in sharded.glob("sae*")) == names
+    assert max(sum(t.nbytes for t in load_file(sharded / name).values()) for name in names) == shard_bytes
+    one, several = bundle.load(path).sae, bundle.load(sharded).sae
+    for name in ("encoder", "bias", "threshold", "decoder", "decoder_bias"):
+        assert torch.equal(getattr(one, name), getattr(several, name))
+    edit_tensors(sharded, names[1], lambda tensors: tensors.pop("bias"))
+    with pytest.raises(BundleError, match=r"^sae-00001-of-00002.safetensors: holds"):
+        bundle.load(sharded)
+    edit_manifest(sharded, lambda content: content["files"].pop(names[0]))
+    with pytest.raises(BundleError, match=r"^files: shards sae-00002-of-00002.safetensors, not sae-00001-of-00001"):
+        bundle.load(sharded)
+
+
+def test_a_compressed_catalogue_reads_as_a_plain_one_and_stays_compressed(path: Path, tmp_path: Path) -> None:
+    compressed = tmp_path / "compressed"
+    write_bundle(compressed, bundle.Form(4 * F * D, compressed=True)).catalogue.close()
+    names = sorted(file.name for file in compressed.iterdir())
+    assert "catalogue.sqlite.xz" in names
+    assert bundle.CATALOGUE not in names
+    plain, read = bundle.load(path).catalogue, bundle.load(compressed).catalogue
+    assert read.get(3) == plain.get(3)
+    assert read.search("word3", 5) == plain.search("word3", 5)
+    # In the form of the older one.
+    write_bundle(compressed).catalogue.close()
+    assert sorted(file.name for file in compressed.iterdir()) == names
+    (compressed / "catalogue.sqlite.xz").write_bytes((compressed / "catalogue.sqlite.xz").read_bytes()[:-40])
+    rehash(compressed, "catalogue.sqlite.xz")
+    with pytest.raises(BundleError, match=r"^catalogue.sqlite.xz: "):
+        bundle.load(compressed)
 
 
 @pytest.mark.parametrize(

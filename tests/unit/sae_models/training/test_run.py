@@ -290,7 +290,7 @@ def test_full_disk_leaves_no_partial_bundle_and_the_run_resumes(
 def test_full_disk_is_one_error_with_the_file_and_the_run_resumes(
     size: int, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path, tokens=1280, log_every=1)))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.plain(tmp_path, tokens=1280, log_every=2)))
     command = [str(tmp_path / "run.yaml"), *([f"--data.store={tmp_path / 'store'}"] if "store" in problem else [])]
     with full_beyond(size):
         assert main(command) == 2
