@@ -195,7 +195,7 @@ def _add_tokens(sums: Tally, latents: Tensor, sample: Sample, index: Tensor) -> 
     # Squared, because a latent's many weak activations carry little information.
     activation = latents[window, position, latent]
     _add_pairs(sums.energy_of_token, latent, sample.windows.tokens[index[window], position], activation.square())
-    sums.activations.add(len(index), latent, index[window] * latents.shape[1] + position, activation)
+    sums.activations.add(len(index), latent, index[window] * sample.windows.tokens.shape[1] + position, activation)
 
 
 def _add_pairs(pairs: Pairs, latent: Tensor, other: Tensor, energy: Tensor) -> None:
