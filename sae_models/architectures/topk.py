@@ -24,7 +24,7 @@ class Config(Common):
     """
 
     encoder_norm: float = 0.5
-    density_weight: float = 0.3
+    density_weight: float = 1.0
 
 
 class TopK(Architecture):
