@@ -195,8 +195,10 @@ class Architecture(nn.Module):
         """
         fired = self.mesh.batch_all_reduce_mean(active.sum_over_tokens((values > 0).float()) / active.tokens)
         excess = (fired / max(fidelity.DENSE, 2 * self.config.k / self.config.latents) - 1).clamp(min=0)
-        weighted, total = (active.expand(excess.to(values)) * values).sum(), values.detach().sum()
-        return self.mesh.latent_all_reduce_sum(weighted) / self.mesh.latent_all_reduce_sum(total).clamp(min=1e-6)
+        weighted = self.mesh.latent_all_reduce_sum((active.expand(excess.to(values)) * values).sum())
+        total = self.mesh.latent_all_reduce_sum(values.detach().sum())
+        # As in `auxiliary`: the mean of the ranks' penalties is then that of the whole batch.
+        return weighted / self.mesh.batch_all_reduce_mean(total).clamp(min=1e-6)
 
     @torch.no_grad()
     def constrain(self) -> None:

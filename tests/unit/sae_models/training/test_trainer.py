@@ -72,7 +72,7 @@ def test_metrics_count_active_latents() -> None:
     trained = new_trainer("topk")
     metrics = trained.step(next(iter(batches(1))))
     assert 3 < float(metrics.l0) <= 4
-    assert set(metrics.parts) == {"fvu", "auxiliary"}
+    assert set(metrics.parts) == {"fvu", "auxiliary", "density"}
     assert 0 < metrics.learning_rate < 3e-3
 
 
