@@ -69,7 +69,7 @@ def test_pretrained_wheel_has_the_model_the_bundles_and_the_programs(wheels: dic
     data = sources("sae_models/pretrained", "*") - {"pyproject.toml", "LICENSE"}
     assert contents(wheels["rudder-pretrained"]) == {PRETRAINED + file for file in data}
     assert PRETRAINED + "textbook-lm/model.safetensors" in contents(wheels["rudder-pretrained"])
-    assert PRETRAINED + "textbook-lm-layers.2/catalogue.sqlite" in contents(wheels["rudder-pretrained"])
+    assert PRETRAINED + "textbook-lm-layers.2/catalogue.sqlite.xz" in contents(wheels["rudder-pretrained"])
     for layer in (9, 14):
         assert PRETRAINED + f"smollm2-135m-layers.{layer}/manifest.json" in contents(wheels["rudder-pretrained"])
     assert PRETRAINED + "programs/forget-microbiology.yaml" in contents(wheels["rudder-pretrained"])

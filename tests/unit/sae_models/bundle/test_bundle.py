@@ -456,7 +456,8 @@ def test_shipped_bundle_is_complete_and_small_enough_for_a_repository() -> None:
     assert shipped.measured
     for index in (0, 7, 4000):
         latent, maximum = shipped.catalogue.get(index), float(shipped.statistics.max_activation[index])
-        assert latent.summary.origin == "corpus"
+        assert latent.summary.origin == ("corpus" if latent.summary.label else "")
+        assert latent.summary.label_score is not None
         assert maximum == pytest.approx(latent.summary.max_activation)
         assert list(latent.quantiles) == sorted(latent.quantiles)
         assert 0 < latent.quantiles[0] < latent.quantiles[-1] <= maximum
