@@ -22,6 +22,8 @@ def main(argv: Sequence[str]) -> int:
     parser = command("demo", "Start a server on free ports, take the tour of it, stop it.")
     parser.add_argument("--model", choices=served.NAMES, default=served.AUTO, help=f"{served.HELP} (%(default)s)")
     fields = served.fields_of(parser.parse_args(argv).model, say)
+    if fields["programs.folder"] == "null":
+        raise served.BundleMissing(f"no programs of {served.INSTRUCT} are installed, which the tour shows")
     if message := busy_message():
         say(message)
     port, metrics_port = free_port(), free_port()

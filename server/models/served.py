@@ -22,6 +22,8 @@ def fields_of(name: str, say: Callable[[str], None]) -> dict[str, str]:
     if name == SMALL:
         return small_fields()
     try:
+        if name == AUTO and not (PRETRAINED / "programs" / INSTRUCT).is_dir():
+            raise BundleMissing(f"no programs of {INSTRUCT} are installed")
         return instruct_fields()
     except (DownloadError, BundleMissing) as error:
         if name != AUTO:
@@ -31,7 +33,7 @@ def fields_of(name: str, say: Callable[[str], None]) -> dict[str, str]:
 
 
 class BundleMissing(UserError):
-    """The SAE bundles of a model are not installed."""
+    """The SAE bundles of a model are not installed, or the programs on them that the demo shows."""
 
 
 def small_fields() -> dict[str, str]:
@@ -44,24 +46,24 @@ def small_fields() -> dict[str, str]:
 
 
 def instruct_fields() -> dict[str, str]:
-    """Return the fields for SmolLM2. Eager: it starts in a tenth of the time that compiling it takes."""
+    """Return the fields for SmolLM2, with its programs if there are any. Eager: it starts in a tenth of the time that
+    compiling it takes.
+    """
     bundles = instruct_bundles()
     return {
         "engine.model": str(known.get(INSTRUCT)),
         "engine.bundles": json.dumps([str(folder) for folder in bundles]),
         "engine.enforce_eager": "true",
-        "programs.folder": str(PRETRAINED / "programs" / INSTRUCT),
+        "programs.folder": str(programs) if (programs := PRETRAINED / "programs" / INSTRUCT).is_dir() else "null",
     }
 
 
 def instruct_bundles() -> list[Path]:
     """Return the shipped bundles of SmolLM2, from its first site to its last.
 
-    BundleMissing: there are none, or no programs on them.
+    BundleMissing: there are none.
     """
     folders = sorted(PRETRAINED.glob("smollm2-135m-layers.*"), key=lambda folder: int(folder.name.rpartition(".")[2]))
     if not folders:
         raise BundleMissing(f"no SAE bundle of {INSTRUCT} is installed")
-    if not (PRETRAINED / "programs" / INSTRUCT).is_dir():
-        raise BundleMissing(f"no programs of {INSTRUCT} are installed")
     return folders

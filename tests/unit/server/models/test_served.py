@@ -17,7 +17,6 @@ def bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     folders = [tmp_path / f"smollm2-135m-layers.{layer}" for layer in (9, 14)]
     for folder in (*folders, tmp_path / "programs" / "smollm2-135m-instruct"):
         folder.mkdir(parents=True)
-    (folder.parent / "programs" / "smollm2-135m-instruct").mkdir(parents=True)
     monkeypatch.setattr(served, "PRETRAINED", tmp_path)
     return folders
 
@@ -57,9 +56,16 @@ def test_without_bundles_nothing_is_downloaded(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(known, "get", lambda _: pytest.fail("downloaded"))
     with pytest.raises(served.BundleMissing, match="no SAE bundle of smollm2-135m-instruct"):
         served.fields_of(served.INSTRUCT, pytest.fail)
+
+
+def test_without_programs_the_demo_is_the_small_model_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "smollm2-135m-layers.9").mkdir()
-    with pytest.raises(served.BundleMissing, match="no programs of smollm2-135m-instruct"):
-        served.fields_of(served.INSTRUCT, pytest.fail)
+    monkeypatch.setattr(served, "PRETRAINED", tmp_path)
+    monkeypatch.setattr(known, "get", lambda _: PRETRAINED / "textbook-lm")
+    lines: list[str] = []
+    assert served.fields_of(served.AUTO, lines.append) == served.small_fields()
+    assert lines == ["serving the small model instead: no programs of smollm2-135m-instruct are installed"]
+    assert configuration.load(None, served.fields_of(served.INSTRUCT, pytest.fail)).programs.folder is None
 
 
 def test_paths_with_commas_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
