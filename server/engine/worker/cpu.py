@@ -32,9 +32,9 @@ class RewindingGenerator(torch.Generator):
         """Return a number; only the difference to it is used."""
         return 0
 
-    def set_offset(self, _offset: int) -> None:
+    def set_offset(self, _offset: int) -> torch.Generator:
         """Take back what was drawn in this step."""
-        self.set_state(self.before)
+        return self.set_state(self.before)
 
 
 def rewind_generators(runner: Any) -> None:
