@@ -221,7 +221,7 @@ def test_latents_that_cannot_be_explained_are_named(
 def test_bundle_that_is_missing_or_damaged_is_refused(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(perfect) as served:
         assert explain(toy / "nothing", served.url) == 2
-        (toy / "catalogue.sqlite").write_bytes(b"")
+        (toy / "catalogue.sqlite.xz").write_bytes(b"")
         assert explain(toy, served.url) == command.FAILS
         assert "catalogue.sqlite" in capsys.readouterr().err
         assert not served.requests

@@ -85,7 +85,7 @@ def test_import_and_check_measure_with_the_context_of_the_sae(tmp_path: Path, mo
 
 def test_manifest_without_a_context_is_read_and_an_invalid_one_is_refused() -> None:
     raw = json.loads((PRETRAINED / "textbook-lm-layers.2" / "manifest.json").read_bytes())
-    assert "context" not in raw
+    raw.pop("context", None)
     assert manifests.parse(json.dumps(raw).encode()).context == Context()
     for context, field in (
         ({"size": 1}, "size"),

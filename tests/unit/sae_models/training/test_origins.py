@@ -86,7 +86,9 @@ def test_encoder_is_trained_on_text_and_its_latents_have_labels(tmp_path: Path) 
     assert cli.main(["train", str(config_file)]) == 0
     loaded = bundle.load(tmp_path / "run" / "model-layers.0")
     assert loaded.manifest.training.ce_recovered is None
-    assert any("book" in summary.label for summary in loaded.catalogue.page(-1, 32))
+    labelled = [summary for summary in loaded.catalogue.page(-1, 32) if summary.label]
+    assert labelled
+    assert all(summary.origin == "corpus" and (summary.label_score or 0) > 0.5 for summary in labelled)
     evaluation = evaluation_of(tmp_path)
     assert "probe_1" in evaluation
     assert [cause.split(":")[0] for cause in evaluation["left_out"]] == [
