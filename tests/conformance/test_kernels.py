@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Before Triton is imported.
-os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 from rudder.sae_models.operations import ENTRY, TOKEN
