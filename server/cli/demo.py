@@ -21,9 +21,10 @@ def main(argv: Sequence[str]) -> int:
     """Take the tour; the server is stopped however it ends, and its log is shown after a failure."""
     parser = command("demo", "Start a server on free ports, take the tour of it, stop it.")
     parser.add_argument("--model", choices=served.NAMES, default=served.AUTO, help=f"{served.HELP} (%(default)s)")
-    fields = served.fields_of(parser.parse_args(argv).model, say)
-    if fields["programs.folder"] == "null":
-        raise served.BundleMissing(f"no programs of {served.INSTRUCT} are installed, which the tour shows")
+    model = parser.parse_args(argv).model
+    if model == served.INSTRUCT:
+        served.require_programs()
+    fields = served.fields_of(model, say)
     if message := busy_message():
         say(message)
     port, metrics_port = free_port(), free_port()

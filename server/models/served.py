@@ -22,8 +22,8 @@ def fields_of(name: str, say: Callable[[str], None]) -> dict[str, str]:
     if name == SMALL:
         return small_fields()
     try:
-        if name == AUTO and not (PRETRAINED / "programs" / INSTRUCT).is_dir():
-            raise BundleMissing(f"no programs of {INSTRUCT} are installed")
+        if name == AUTO:
+            require_programs()
         return instruct_fields()
     except (DownloadError, BundleMissing) as error:
         if name != AUTO:
@@ -45,6 +45,17 @@ def small_fields() -> dict[str, str]:
     }
 
 
+def instruct_programs() -> Path:
+    """Return the folder of SmolLM2's programs, which may be missing."""
+    return PRETRAINED / "programs" / INSTRUCT
+
+
+def require_programs() -> None:
+    """Raise BundleMissing if SmolLM2 has no programs, which the demo shows."""
+    if not instruct_programs().is_dir():
+        raise BundleMissing(f"no programs of {INSTRUCT} are installed")
+
+
 def instruct_fields() -> dict[str, str]:
     """Return the fields for SmolLM2, with its programs if there are any. Eager: it starts in a tenth of the time that
     compiling it takes.
@@ -54,7 +65,7 @@ def instruct_fields() -> dict[str, str]:
         "engine.model": str(known.get(INSTRUCT)),
         "engine.bundles": json.dumps([str(folder) for folder in bundles]),
         "engine.enforce_eager": "true",
-        "programs.folder": str(programs) if (programs := PRETRAINED / "programs" / INSTRUCT).is_dir() else "null",
+        "programs.folder": str(programs) if (programs := instruct_programs()).is_dir() else "null",
     }
 
 
