@@ -77,7 +77,8 @@ class Pair:
         expected, ours = (driver.banks for driver in self.both)
         for one, other in zip(expected, ours, strict=True):
             used = int(one.extent)
-            torch.testing.assert_close(other.activations[:tokens, :used], one.activations[:tokens, :used])
+            f = [bank.activations[:tokens, :used] for bank in (other, one)]
+            torch.testing.assert_close(*f, rtol=1e-5, atol=1e-5)
             assert not other.activations[:, used:].any()
             for flags in ("edited", "rejected"):
                 assert torch.equal(getattr(other, flags)[:, :tokens], getattr(one, flags)[:, :tokens]), flags
@@ -92,7 +93,6 @@ class Pair:
             gated = self.in_sequence(stage, tokens)
             for name in ("token_state", "token_alarms", "token_score"):
                 torch.testing.assert_close(getattr(theirs, name)[stage, gated], getattr(dense, name)[stage, gated])
-        assert (int(theirs.rejections) > 0) == (int(dense.rejections) > 0)
 
     def in_sequence(self, stage: int, tokens: int) -> Tensor:
         """The tokens [n] with a sequence condition."""
@@ -172,8 +172,6 @@ def test_edits_that_overflow_and_streams_that_are_not_finite(seed: int, dtype: t
         rejected += int(expected.rejected.sum())
     pair.compare(20)
     assert rejected
-    for driver in pair.both:
-        assert int(driver.sequences.rejections)
 
 
 @pytest.mark.parametrize("normalisation", list(Normalisation))
@@ -224,7 +222,7 @@ def test_kernels_that_an_idle_site_launches(
     x[2] = nan
     assert not bank(x).any()
     assert len(launched) == launches
-    assert not bank.sequences.rejections
+    assert not bank.rejected.any()
 
 
 class Calls(TorchDispatchMode):
