@@ -119,6 +119,25 @@ def test_random_programs_in_chunks(seed: int) -> None:
     assert not any(step["none"].any() for step in moved)
 
 
+def test_comparisons_are_strict() -> None:
+    """At its bound a row is not active, not edited, and opens no gate; and an inactive one is not clamped."""
+    axes = np.eye(WIDTH, dtype="<f4")
+    rows = tuple(wire.Row(encoder=axes[i].tobytes(), decoder=axes[i].tobytes(), threshold=0.5) for i in range(3))
+    clamps = tuple(wire.Edit(i, scale=0.0, shift=-1.0, above=above) for i, above in enumerate((0.0, 2.0, 0.0)))
+    pair = Pair()
+    stages = {
+        "clamped": ((wire.Site(0, rows, clamps),), ()),
+        "gated": ((wire.Site(0, rows, clamps, gate=wire.Gate(((1, 2.0),))),), ()),
+    }
+    pair.admit({name: wire.Request(3, 3, False, stage) for name, stage in stages.items()})
+    # Row 0 is at its threshold, row 1 at the bound of its edit and of the trigger, row 2 active, until the last token.
+    x = np.zeros((len(SITES), 3, WIDTH))
+    x[0, :, :3] = [(0.5, 2.0, 3.0), (0.5, 2.25, 3.0), (0.75, 2.0, 0.5)]
+    moves = pair.run([("clamped", 0, 3), ("gated", 0, 3)], dict.fromkeys(stages, x))
+    assert moves["clamped"][0, :, :3].tolist() == [[0, 0, -4.0], [0, -3.25, -4.0], [-1.75, 0, 0]]
+    assert moves["gated"][0, :, :3].tolist() == [[0, 0, 0], [0, -3.25, -4.0], [0, 0, 0]]
+
+
 def test_many_row_places_and_a_wide_stream() -> None:
     """More than one tile of tokens, rows and width, and more than one block of row places."""
     rng, width, latents = Random(0), 150, 310
