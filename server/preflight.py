@@ -6,6 +6,7 @@ What needs the weights is checked where they are loaded: `engine.start`, `bundle
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import msgspec
 from rudder.sae_models import PRETRAINED
 from rudder.sae_models.hookpoints import FORM, SITE, parse
 from rudder.server.config import Config, ConfigError, Engine, WatchedFeature
+from rudder.server.identity.authenticator import authenticator_of
 from rudder.server.program.named import load_programs
 
 DEMO = "install rudder-server[demo], or set engine.model, engine.bundles and programs.folder"
@@ -51,7 +53,35 @@ def check(config: Config) -> Config:
     check_sites(config, bundles, shape)
     check_watched(config.watch, {bundle.name: bundle for bundle in bundles})
     check_folders(config)
+    check_door(config)
     return config
+
+
+def check_door(config: Config) -> None:
+    """Raise ConfigError if the services would be open to others than this machine by oversight, or a file is wrong."""
+    for field, path in (("tls.key", config.tls.key), ("tls.client_ca", config.tls.client_ca)):
+        if path and not config.tls.certificate:
+            raise ConfigError("tls.certificate", f"is missing: {field} belongs to it")
+    if config.identity.certificates and not config.tls.client_ca:
+        raise ConfigError("tls.client_ca", "is missing: identity.certificates needs verified client certificates")
+    authenticator_of(config.identity, lambda _: None)
+    host = config.listen.host
+    if is_loopback(host):
+        return
+    if not (config.tls.certificate or config.listen.allow_plaintext):
+        problem = f"{host} is reached from other machines: name a certificate, or set listen.allow_plaintext"
+        raise ConfigError("tls.certificate", problem)
+    if not (config.identity.required or config.identity.allow_anonymous):
+        problem = f"{host} is reached from other machines: name a file of tokens, or set identity.allow_anonymous"
+        raise ConfigError("identity.tokens", problem)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address is reached from this machine alone. A name other than localhost may be any."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def model_folder(config: Engine) -> Path:

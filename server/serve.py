@@ -76,7 +76,7 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     # Everything so far lives as long as the process: keep the garbage collector from walking it again and again.
     gc.freeze()
     stack.callback(gc.unfreeze)
-    metrics_server, _ = start_http_server(config.listen.metrics_port, config.listen.host)
+    metrics_server, _ = start_http_server(config.listen.metrics_port, config.listen.metrics_host or config.listen.host)
     stack.callback(metrics_server.shutdown)
     doors: list[Door] = [GrpcDoor(serving)]
     addresses = {}
@@ -84,7 +84,7 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
         stack.push_async_callback(door.stop, 0)
         addresses[door.name] = await door.start()
     await set_serving(doors, engine.healthy)
-    metrics_address = config.listen.address(metrics_server.server_port)
+    metrics_address = config.listen.metrics_address(metrics_server.server_port)
     logger.info("serving", extra=fields(model=engine.model.name, **addresses, metrics=metrics_address))
     await serve_until_stopped(doors, serving, stop)
     return not engine.healthy

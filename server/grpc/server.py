@@ -6,6 +6,7 @@ from grpc_reflection.v1alpha import reflection
 
 from rudder.server import config as configuration
 from rudder.server.config import ConfigError
+from rudder.server.grpc.credentials import server_credentials
 from rudder.server.grpc.interceptors import CallInterceptor
 from rudder.server.grpc.servicers import FeatureServicer, InferenceServicer, ModelServicer
 from rudder.server.service.serving import Serving
@@ -30,6 +31,7 @@ class GrpcDoor:
     def __init__(self, serving: Serving) -> None:
         config = serving.config
         self.listen = config.listen
+        self.credentials = server_credentials(config.tls, serving.metrics.reload_failed)
         self.server = grpc.aio.server(
             interceptors=[CallInterceptor(serving)],
             options=options(config.limits),
@@ -47,7 +49,11 @@ class GrpcDoor:
         await self.set_serving(False)
         address = self.listen.address(self.listen.port)
         try:
-            port = self.server.add_insecure_port(address)
+            port = (
+                self.server.add_secure_port(address, self.credentials)
+                if self.credentials
+                else self.server.add_insecure_port(address)
+            )
         except RuntimeError as error:
             raise ConfigError("listen.port", f"cannot listen on {address}") from error
         await self.server.start()

@@ -157,6 +157,7 @@ class Metrics:
     rejected_edits: Counter
     self_test_failures: Counter
     pending_bytes: Gauge
+    reload_failures: Counter
     bank: BankCollector
 
     @classmethod
@@ -200,6 +201,10 @@ class Metrics:
             pending_bytes=Gauge(
                 "rudder_pending_request_bytes", "Bytes of the request messages of calls in progress.", registry=registry
             ),
+            reload_failures=Counter(
+                "rudder_reload_failures", "Changed files that are not in force, since they cannot be read.",
+                ["what"], registry=registry,
+            ),
             bank=bank,
         )  # fmt: skip
 
@@ -232,6 +237,10 @@ class Metrics:
     def edit_rejected(self, site: str, origin: str, tokens: int) -> None:
         """Count tokens at which an edit was rejected."""
         self.rejected_edits.labels(site, origin).inc(tokens)
+
+    def reload_failed(self, what: str) -> None:
+        """Count a changed file, named by its field of the configuration, that is not in force."""
+        self.reload_failures.labels(what).inc()
 
     def self_test_failed(self) -> None:
         """Count a failed self-test."""

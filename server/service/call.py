@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from rudder.server.caller import Caller
+from rudder.server.identity.authenticator import Credentials
+from rudder.server.identity.roles import require_method
 from rudder.server.monitoring.traces import Correlation
 from rudder.server.service import record as records
 from rudder.server.service.errors import Refusal, refusal_of
@@ -47,6 +49,18 @@ async def begin_call(
         serving.calls.discard(task)
         records.export(record, serving.metrics)
         records.log(record)
+
+
+def admit(serving: Serving, record: CallRecord, credentials: Credentials, request_bytes: int) -> None:
+    """Find out who calls, and whether the caller may call this method and send so much. The first step of every call.
+
+    Raises CredentialError, Refusal.
+    """
+    caller = record.caller = serving.authenticator.caller(credentials)
+    require_method(caller, record.method)
+    for quota, amount in (("requests", 1), ("request_bytes", request_bytes)):
+        serving.quotas.require(caller, quota, "QUOTA_REQUESTS")
+        serving.quotas.charge(caller, quota, amount)
 
 
 def refused(record: CallRecord, refusal: Refusal) -> Refusal:

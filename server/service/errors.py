@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 from rudder.server.engine.adapter import EngineDeadError, VLLMClientError
 from rudder.server.engine.admission import QueueFull
 from rudder.server.engine.telemetry.frame import TelemetryLost
+from rudder.server.identity.errors import CredentialError
 from rudder.server.program.errors import ProgramError
 from rudder.v1 import inference_pb2
 
@@ -23,6 +24,12 @@ class Reason:
 
 
 REASONS: dict[str, Reason] = {
+    "UNAUTHENTICATED": Reason("UNAUTHENTICATED", 401),
+    "TOKEN_EXPIRED": Reason("UNAUTHENTICATED", 401),
+    "ROLE_MISSING": Reason("PERMISSION_DENIED", 403),
+    "QUOTA_REQUESTS": Reason("RESOURCE_EXHAUSTED", 429),
+    "QUOTA_TOKENS": Reason("RESOURCE_EXHAUSTED", 429),
+    "QUOTA_STREAMS": Reason("RESOURCE_EXHAUSTED", 429),
     "FIELD_INVALID": Reason("INVALID_ARGUMENT", 400),
     "FEATURE_UNKNOWN": Reason("NOT_FOUND", 404),
     "SITE_UNKNOWN": Reason("NOT_FOUND", 404),
@@ -115,6 +122,8 @@ def refusal_of(error: BaseException) -> Refusal:
             return refusal_of(error.exceptions[0])
         case DecodeError():
             return Refusal("FIELD_INVALID", "the bytes are not a request of this method")
+        case CredentialError():
+            return Refusal(error.reason, str(error))
         case ProgramError():
             return invalid(error.field, error.message, error.reason)
         case VLLMClientError():

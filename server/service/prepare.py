@@ -12,6 +12,7 @@ from rudder.server.program.compile import Compiled
 from rudder.server.program.watch import Watched, compile_watch
 from rudder.server.safety.binding import binding_policy, compile_bound
 from rudder.server.service import limits
+from rudder.server.service.authorisation import authorise_fields
 from rudder.server.service.columns import FeatureTable
 from rudder.server.service.errors import invalid
 from rudder.server.service.prompt import prompt_ids
@@ -48,6 +49,9 @@ class Job:
 async def prepare(serving: Serving, caller: Caller, request: Request) -> Job:
     """Check a request of `caller` and compile it. Raises Refusal or ProgramError if a field is wrong."""
     limits.check(request, serving.bounds)
+    authorise_fields(caller, request)
+    serving.quotas.require(caller, "prompt_tokens", "QUOTA_TOKENS")
+    serving.quotas.require(caller, "generated_tokens", "QUOTA_TOKENS")
     policy = binding_policy(serving.engine, caller)
     program = requested_program(serving, request.steering, policy)
     sites = top_k_sites(serving, request.report)
@@ -55,6 +59,7 @@ async def prepare(serving: Serving, caller: Caller, request: Request) -> Job:
     ids = await serving.in_tokenizer_thread(
         caller, chars, lambda tokenizer: prompt_ids(request.prompt, tokenizer, serving.bounds, serving.config.prompt)
     )
+    serving.quotas.charge(caller, "prompt_tokens", len(ids))
     report = request.report
     reads_prompt = report.prompt or isinstance(request, inference_pb2.InspectRequest)
     call = Call(

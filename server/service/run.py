@@ -31,11 +31,17 @@ async def run(serving: Serving, job: Job, record: CallRecord, emit: Emit) -> Non
             serving.engine.require_alive()
             await emit(delta)
 
+    with serving.quotas.streaming(record.caller, len(job.calls)):
+        await run_choices(serving, job, record, emit_alone)
+
+
+async def run_choices(serving: Serving, job: Job, record: CallRecord, emit: Emit) -> None:
+    """Run all choices of a job at once; one that fails ends the others."""
     async with asyncio.TaskGroup() as tasks:
         for index, (call, choice_record) in enumerate(zip(job.calls, record.choices, strict=True)):
             uncounted = np.array(serving.engine.uncounted(call), np.int64)
             choice = Choice(index, call, uncounted, choice_record)
-            tasks.create_task(run_choice(serving, job, record, choice, emit_alone))
+            tasks.create_task(run_choice(serving, job, record, choice, emit))
 
 
 async def run_choice(serving: Serving, job: Job, record: CallRecord, choice: Choice, emit: Emit) -> None:
@@ -51,6 +57,7 @@ async def run_choice(serving: Serving, job: Job, record: CallRecord, choice: Cho
         async with aclosing(serving.engine.stream(choice.call, on_abandoned=end)) as outputs:
             async for output in outputs:
                 choice.record.generated_tokens += len(output.token_ids)
+                serving.quotas.charge(record.caller, "generated_tokens", len(output.token_ids))
                 delta = await delta_of(job, choice, output)
                 if output.outcome:
                     end(output.outcome)

@@ -10,6 +10,7 @@ from rudder.server import config as configuration
 from rudder.server.caller import Caller
 from rudder.server.config import Config
 from rudder.server.engine.engine import Engine
+from rudder.server.identity.authenticator import Authenticator, authenticator_of
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.program.cache import ByteCache
 from rudder.server.program.watch import Watched
@@ -17,6 +18,7 @@ from rudder.server.service.budget import ByteBudget
 from rudder.server.service.errors import invalid
 from rudder.server.service.limits import Bounds, bounds_of
 from rudder.server.service.pace import Pace
+from rudder.server.service.quotas import QuotaLedger
 from rudder.server.service.tokenizing import Tokenizers
 from rudder.v1 import inference_pb2
 
@@ -39,7 +41,8 @@ class Serving:
     """A running engine and the state that all calls share.
 
     `labels`: of each bundle's latents; `pending`: bytes of the requests in progress; `draining`: new calls are refused;
-    `watched`: cache of compiled reports. `calls`: tasks of the calls in progress; `aborted`: they were cancelled.
+    `authenticator`: makes callers of credentials. `watched`: cache of compiled reports. `calls`: tasks of the calls in
+    progress; `aborted`: they were cancelled.
     """
 
     config: Config
@@ -50,6 +53,8 @@ class Serving:
     labels: dict[str, list[str]]
     tokenizers: Tokenizers
     pending: ByteBudget
+    authenticator: Authenticator = field(default_factory=Authenticator)
+    quotas: QuotaLedger = field(default_factory=QuotaLedger)
     draining: bool = False
     watched: ByteCache[tuple[Watched, ...]] = field(default_factory=lambda: ByteCache(WATCH_CACHE_BYTES))
     calls: set["asyncio.Task[Any]"] = field(default_factory=set)
@@ -62,7 +67,8 @@ class Serving:
         labels = {name: latent_labels(bundle) for name, bundle in engine.bundles.items()}
         pending = ByteBudget(config.limits.max_pending_bytes, metrics.pending_bytes.set)
         tokenizers = Tokenizers(lambda: engine.tokenizer)
-        return cls(config, engine, metrics, bounds, Pace(config.stream), labels, tokenizers, pending)
+        authenticator = authenticator_of(config.identity, metrics.reload_failed)
+        return cls(config, engine, metrics, bounds, Pace(config.stream), labels, tokenizers, pending, authenticator)
 
     def abort(self) -> None:
         """Fail all calls in progress with DRAINING."""
