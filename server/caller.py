@@ -1,5 +1,6 @@
 """The caller of a request: created by a door, read by limits, admission, cache salts, logs and audit."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
@@ -24,7 +25,8 @@ class Quotas(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 NO_QUOTAS = Quotas()
 
 
-class Caller(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class Caller:
     """Who sent a request. Callers of one tenant share prefix-cache entries; callers of different tenants never do.
 
     `origin`: the connection of a caller that did not authenticate, which tells it from others for fair shares alone.

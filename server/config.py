@@ -21,6 +21,8 @@ Positive = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Seconds = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Share = Annotated[float, Meta(gt=0, le=1)]
+# Name of a claim of a JSON web token.
+CLAIM = r"^[A-Za-z][A-Za-z0-9_.:/-]*$"
 BankSize = Annotated[int, Meta(ge=1, le=1 << 16)]
 
 
@@ -187,8 +189,12 @@ class Identity(Section, frozen=True):
     algorithms: Annotated[
         tuple[Literal["RS256", "ES256", "EdDSA"], ...], Meta(min_length=1, description="accepted signatures")
     ] = ("RS256", "ES256", "EdDSA")
-    roles_claim: Annotated[str, Meta(description="claim with the caller's roles: a list, or words")] = "roles"
-    tenant_claim: Annotated[str, Meta(description="claim with the caller's tenant; without it, sub")] = "tenant"
+    roles_claim: Annotated[str, Meta(pattern=CLAIM, description="claim with the caller's roles: a list, or words")] = (
+        "roles"
+    )
+    tenant_claim: Annotated[str, Meta(pattern=CLAIM, description="claim with the caller's tenant; without it, sub")] = (
+        "tenant"
+    )
     allow_anonymous: Annotated[
         bool, Meta(description="serve without credentials on an address that is not this machine alone")
     ] = False

@@ -59,9 +59,13 @@ def check(config: Config) -> Config:
 
 def check_door(config: Config) -> None:
     """Raise ConfigError if the services would be open to others than this machine by oversight, or a file is wrong."""
-    for field, path in (("tls.key", config.tls.key), ("tls.client_ca", config.tls.client_ca)):
+    for field, path in msgspec.structs.asdict(config.tls).items():
         if path and not config.tls.certificate:
-            raise ConfigError("tls.certificate", f"is missing: {field} belongs to it")
+            raise ConfigError("tls.certificate", f"is missing: tls.{field} belongs to it")
+        if path and not is_file(path):
+            raise ConfigError(f"tls.{field}", f"{path!r} is not a file")
+    if config.tls.certificate and not config.tls.key:
+        raise ConfigError("tls.key", "is missing: it belongs to tls.certificate")
     if config.identity.certificates and not config.tls.client_ca:
         raise ConfigError("tls.client_ca", "is missing: identity.certificates needs verified client certificates")
     authenticator_of(config.identity, lambda _: None)
@@ -100,6 +104,14 @@ def model_folder(config: Engine) -> Path:
     except (OSError, ValueError) as error:
         problem = f"{model!r} is neither a folder nor in the local Hugging Face cache"
         raise ConfigError("engine.model", f"{problem}: name a folder, or run `hf download` first") from error
+
+
+def is_file(path: str) -> bool:
+    """Return whether a path is a file; False for one that no file system can have."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def is_folder(path: str) -> bool:

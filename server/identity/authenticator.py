@@ -1,11 +1,9 @@
 """From the credentials of a call to its caller, whatever the door."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
-
-import msgspec
 
 from rudder.server.caller import ANONYMOUS, Caller
 from rudder.server.config import ConfigError, Identity
@@ -50,7 +48,7 @@ class Authenticator:
     def caller(self, credentials: Credentials) -> Caller:
         """Return the caller. Raises CredentialError."""
         if not self.required:
-            return msgspec.structs.replace(ANONYMOUS, origin=credentials.origin)
+            return replace(ANONYMOUS, origin=credentials.origin)
         if credentials.authorization:
             return self.bearer(credentials.authorization)
         if credentials.certificate_names and self.certificates:
@@ -77,10 +75,12 @@ def authenticator_of(config: Identity, failed: Callable[[str], None]) -> Authent
     Raises ConfigError.
     """
     web = None
+    for name in ("issuer", "audience"):
+        if config.jwks and not getattr(config, name):
+            raise ConfigError(f"identity.{name}", "is empty: with identity.jwks it must name whose tokens count")
+        if getattr(config, name) and not config.jwks:
+            raise ConfigError(f"identity.{name}", "belongs to identity.jwks, which names no file")
     if config.jwks:
-        for name in ("issuer", "audience"):
-            if not getattr(config, name):
-                raise ConfigError(f"identity.{name}", "is empty: with identity.jwks it must name whose tokens count")
         provider = Provider(config.issuer, config.audience, config.algorithms, config.roles_claim, config.tenant_claim)
         web = WebTokens(provider)
     return Authenticator(
@@ -98,6 +98,9 @@ def watched(
     if path is None:
         return None
     try:
+        # A device or a pipe would never end.
+        if not Path(path).is_file():
+            raise ConfigError(field, f"{path!r} is not a file")
         return WatchedFile(field, (Path(path),), parse, failed)
     except (OSError, ValueError) as error:
         raise ConfigError(field, f"{path}: {error}") from error

@@ -59,7 +59,7 @@ def admit(serving: Serving, record: CallRecord, credentials: Credentials, reques
     caller = record.caller = serving.authenticator.caller(credentials)
     require_method(caller, record.method)
     for quota, amount in (("requests", 1), ("request_bytes", request_bytes)):
-        serving.quotas.require(caller, quota, "QUOTA_REQUESTS")
+        serving.quotas.require(caller, quota, "QUOTA_REQUESTS", amount)
         serving.quotas.charge(caller, quota, amount)
 
 

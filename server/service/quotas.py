@@ -30,9 +30,9 @@ class Bucket:
         self.left = min(self.rate, self.left + (now - self.since) * self.rate / MINUTE_S)
         self.since = now
 
-    def wait_s(self) -> float:
-        """Return the seconds until something is left; 0 now."""
-        return 0.0 if self.left > 0 else (-self.left + 1e-9) * MINUTE_S / self.rate
+    def wait_s(self, amount: float) -> float:
+        """Return the seconds until `amount`, or a whole minute's rate, is left; 0 now."""
+        return max(0.0, min(amount, self.rate) - self.left) * MINUTE_S / self.rate
 
 
 @dataclass
@@ -56,10 +56,10 @@ class QuotaLedger:
         if bucket:
             bucket.left -= amount
 
-    def require(self, caller: Caller, name: str, reason: str) -> None:
-        """Raise Refusal `reason`, with the time to wait, if nothing is left of the caller's quota."""
+    def require(self, caller: Caller, name: str, reason: str, amount: float = 1.0) -> None:
+        """Raise Refusal `reason`, with the time to wait, if less than `amount` is left of the caller's quota."""
         bucket = self.bucket(caller, name)
-        wait_s = bucket.wait_s() if bucket else 0.0
+        wait_s = bucket.wait_s(amount) if bucket else 0.0
         if bucket and wait_s:
             problem = f"{caller.id} has used its {bucket.rate:g} {name.replace('_', ' ')} a minute"
             raise Refusal(reason, problem, retry_after_s=wait_s)

@@ -211,7 +211,7 @@ async def test_client_with_a_token_generates_and_its_name_is_logged(
     caplog.set_level("INFO", "rudder")
     async with door.client(door.tokens["generate"]) as client:
         completion = await client.complete([5, 6], max_tokens=3)
-    assert completion.token_ids == (1, 2, 3)
+    assert completion.choices[0].token_ids == (1, 2, 3)
     (line,) = access_fields(caplog)
     assert line["caller"] == "caller-generate"
 
@@ -242,14 +242,14 @@ async def test_revoked_token_and_new_one_take_effect_without_a_restart(
     new, entry = tokens.create("late", ["generate"])
     (door.folder / "tokens.yaml").write_bytes(tokens.write(TokenFile((entry,))))
     async with door.client(new) as client:
-        assert (await client.complete([5], max_tokens=1)).token_ids == (1,)
+        assert (await client.complete([5], max_tokens=1)).choices[0].token_ids == (1,)
     async with door.client(door.tokens["generate"]) as client:
         with pytest.raises(RudderError) as caught:
             await client.complete([5], max_tokens=1)
     assert caught.value.reason == "UNAUTHENTICATED"
     (door.folder / "tokens.yaml").write_text("tokens: [")
     async with door.client(new) as client:
-        assert (await client.complete([5], max_tokens=1)).token_ids == (1,)
+        assert (await client.complete([5], max_tokens=1)).choices[0].token_ids == (1,)
     failures = door.fixture.registry.get_sample_value("rudder_reload_failures_total", {"what": "identity.tokens"})
     assert failures
 
@@ -291,7 +291,7 @@ async def test_client_certificate_is_the_caller(tmp_path: Path) -> None:
     await door.start()
     known = door.authority.issue("x", "spiffe://acme/app")
     async with door.client(pair=known) as client:
-        assert (await client.complete([5], max_tokens=1)).token_ids == (1,)
+        assert (await client.complete([5], max_tokens=1)).choices[0].token_ids == (1,)
         with pytest.raises(RudderError) as caught:
             await client.inspect([5])
         assert caught.value.reason == "ROLE_MISSING"

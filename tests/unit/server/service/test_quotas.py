@@ -30,7 +30,8 @@ def test_rate_is_used_up_and_comes_back() -> None:
     with pytest.raises(Refusal) as caught:
         ledger.require(limited, "requests", "QUOTA_REQUESTS")
     assert caught.value.reason == "QUOTA_REQUESTS"
-    clock.now += caught.value.retry_after_s or 0.0
+    assert caught.value.retry_after_s == pytest.approx(30)
+    clock.now += 30
     ledger.require(limited, "requests", "QUOTA_REQUESTS")
 
 
@@ -40,8 +41,8 @@ def test_debt_is_paid_before_the_next_call() -> None:
     ledger.charge(limited, "generated_tokens", 180)
     with pytest.raises(Refusal) as caught:
         ledger.require(limited, "generated_tokens", "QUOTA_TOKENS")
-    assert caught.value.retry_after_s == pytest.approx(120)
-    clock.now += 119
+    assert caught.value.retry_after_s == pytest.approx(121)
+    clock.now += 120
     with pytest.raises(Refusal):
         ledger.require(limited, "generated_tokens", "QUOTA_TOKENS")
     clock.now += 2
