@@ -24,6 +24,8 @@ COMMANDS = {
     "report": "write the HTML report of a training run",
     "sae": "compare SAEs",
     "program": "derive and evaluate the programs of a bundle",
+    "policy": "write, check and apply policies",
+    "eval": "measure what steering, policies and guards do",
     "bench": "run benchmarks",
     "demo": "start a server, run the client's tour, stop the server",
 }

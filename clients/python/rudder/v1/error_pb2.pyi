@@ -30,6 +30,9 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_INTERNAL: _ClassVar[Reason]
     REASON_POLICY_FORBIDS: _ClassVar[Reason]
     REASON_MESSAGE_TOO_LARGE: _ClassVar[Reason]
+    REASON_POLICY_UNKNOWN: _ClassVar[Reason]
+    REASON_POLICY_INVALID: _ClassVar[Reason]
+    REASON_POLICY_REFUSED: _ClassVar[Reason]
 REASON_UNSPECIFIED: Reason
 REASON_FIELD_INVALID: Reason
 REASON_FEATURE_UNKNOWN: Reason
@@ -47,6 +50,9 @@ REASON_VERDICT_LOST: Reason
 REASON_INTERNAL: Reason
 REASON_POLICY_FORBIDS: Reason
 REASON_MESSAGE_TOO_LARGE: Reason
+REASON_POLICY_UNKNOWN: Reason
+REASON_POLICY_INVALID: Reason
+REASON_POLICY_REFUSED: Reason
 
 class ErrorStatus(_message.Message):
     __slots__ = ("code", "message", "details")

@@ -303,7 +303,7 @@ class PooledFeature(_message.Message):
     def __init__(self, feature: _Optional[int] = ..., sum: _Optional[float] = ..., max: _Optional[float] = ..., active_tokens: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class ChoiceDelta(_message.Message):
-    __slots__ = ("index", "text", "token_ids", "logprobs", "activations", "finish_reason", "stop_reason", "pooled", "usage", "attestation", "stop_string", "stop_token_id", "prompt_logprobs")
+    __slots__ = ("index", "text", "token_ids", "logprobs", "activations", "finish_reason", "stop_reason", "pooled", "usage", "attestation", "stop_string", "stop_token_id", "prompt_logprobs", "refusal")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -317,6 +317,7 @@ class ChoiceDelta(_message.Message):
     STOP_STRING_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     index: int
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -330,10 +331,11 @@ class ChoiceDelta(_message.Message):
     stop_string: str
     stop_token_id: int
     prompt_logprobs: Logprobs
-    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., activations: _Optional[_Union[FeatureColumns, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., pooled: _Optional[_Iterable[_Union[PooledFeature, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., attestation: _Optional[_Union[Attestation, _Mapping]] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ...) -> None: ...
+    refusal: PolicyRefusal
+    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., activations: _Optional[_Union[FeatureColumns, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., pooled: _Optional[_Iterable[_Union[PooledFeature, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., attestation: _Optional[_Union[Attestation, _Mapping]] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., refusal: _Optional[_Union[PolicyRefusal, _Mapping]] = ...) -> None: ...
 
 class Choice(_message.Message):
-    __slots__ = ("index", "text", "token_ids", "logprobs", "activations", "finish_reason", "stop_reason", "pooled", "usage", "attestation", "stop_string", "stop_token_id", "prompt_logprobs")
+    __slots__ = ("index", "text", "token_ids", "logprobs", "activations", "finish_reason", "stop_reason", "pooled", "usage", "attestation", "stop_string", "stop_token_id", "prompt_logprobs", "refusal")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -347,6 +349,7 @@ class Choice(_message.Message):
     STOP_STRING_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     index: int
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -360,7 +363,22 @@ class Choice(_message.Message):
     stop_string: str
     stop_token_id: int
     prompt_logprobs: Logprobs
-    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., activations: _Optional[_Union[FeatureColumns, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., pooled: _Optional[_Iterable[_Union[PooledFeature, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., attestation: _Optional[_Union[Attestation, _Mapping]] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ...) -> None: ...
+    refusal: PolicyRefusal
+    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., activations: _Optional[_Union[FeatureColumns, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., pooled: _Optional[_Iterable[_Union[PooledFeature, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., attestation: _Optional[_Union[Attestation, _Mapping]] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., refusal: _Optional[_Union[PolicyRefusal, _Mapping]] = ...) -> None: ...
+
+class PolicyRefusal(_message.Message):
+    __slots__ = ("policy", "rule", "text", "position", "score")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    policy: str
+    rule: str
+    text: str
+    position: int
+    score: float
+    def __init__(self, policy: _Optional[str] = ..., rule: _Optional[str] = ..., text: _Optional[str] = ..., position: _Optional[int] = ..., score: _Optional[float] = ...) -> None: ...
 
 class Logprobs(_message.Message):
     __slots__ = ("chosen", "width", "alternative_ids", "alternatives")
@@ -385,7 +403,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Attestation(_message.Message):
-    __slots__ = ("program_digest", "policy_digest", "edits", "tokens_seen", "engine_epoch", "gates", "request_id")
+    __slots__ = ("program_digest", "policy_digest", "edits", "tokens_seen", "engine_epoch", "gates", "request_id", "policies")
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     POLICY_DIGEST_FIELD_NUMBER: _ClassVar[int]
     EDITS_FIELD_NUMBER: _ClassVar[int]
@@ -393,6 +411,7 @@ class Attestation(_message.Message):
     ENGINE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     GATES_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    POLICIES_FIELD_NUMBER: _ClassVar[int]
     program_digest: str
     policy_digest: str
     edits: _containers.RepeatedCompositeFieldContainer[EditCount]
@@ -400,32 +419,61 @@ class Attestation(_message.Message):
     engine_epoch: str
     gates: _containers.RepeatedCompositeFieldContainer[GateCount]
     request_id: str
-    def __init__(self, program_digest: _Optional[str] = ..., policy_digest: _Optional[str] = ..., edits: _Optional[_Iterable[_Union[EditCount, _Mapping]]] = ..., tokens_seen: _Optional[int] = ..., engine_epoch: _Optional[str] = ..., gates: _Optional[_Iterable[_Union[GateCount, _Mapping]]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    policies: _containers.RepeatedCompositeFieldContainer[AppliedPolicy]
+    def __init__(self, program_digest: _Optional[str] = ..., policy_digest: _Optional[str] = ..., edits: _Optional[_Iterable[_Union[EditCount, _Mapping]]] = ..., tokens_seen: _Optional[int] = ..., engine_epoch: _Optional[str] = ..., gates: _Optional[_Iterable[_Union[GateCount, _Mapping]]] = ..., request_id: _Optional[str] = ..., policies: _Optional[_Iterable[_Union[AppliedPolicy, _Mapping]]] = ...) -> None: ...
+
+class AppliedPolicy(_message.Message):
+    __slots__ = ("name", "version", "digest", "shadow", "verdicts")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FIELD_NUMBER: _ClassVar[int]
+    VERDICTS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    digest: str
+    shadow: bool
+    verdicts: _containers.RepeatedCompositeFieldContainer[Verdict]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., shadow: _Optional[bool] = ..., verdicts: _Optional[_Iterable[_Union[Verdict, _Mapping]]] = ...) -> None: ...
+
+class Verdict(_message.Message):
+    __slots__ = ("rule", "position", "score")
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    rule: str
+    position: int
+    score: float
+    def __init__(self, rule: _Optional[str] = ..., position: _Optional[int] = ..., score: _Optional[float] = ...) -> None: ...
 
 class GateCount(_message.Message):
-    __slots__ = ("origin", "site", "open_tokens", "statistic")
+    __slots__ = ("origin", "site", "open_tokens", "statistic", "policy")
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     OPEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STATISTIC_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
     origin: str
     site: str
     open_tokens: int
     statistic: float
-    def __init__(self, origin: _Optional[str] = ..., site: _Optional[str] = ..., open_tokens: _Optional[int] = ..., statistic: _Optional[float] = ...) -> None: ...
+    policy: str
+    def __init__(self, origin: _Optional[str] = ..., site: _Optional[str] = ..., open_tokens: _Optional[int] = ..., statistic: _Optional[float] = ..., policy: _Optional[str] = ...) -> None: ...
 
 class EditCount(_message.Message):
-    __slots__ = ("origin", "site", "row", "operation", "tokens_touched", "tokens_rejected")
+    __slots__ = ("origin", "site", "row", "operation", "tokens_touched", "tokens_rejected", "policy")
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     ROW_FIELD_NUMBER: _ClassVar[int]
     OPERATION_FIELD_NUMBER: _ClassVar[int]
     TOKENS_TOUCHED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_REJECTED_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
     origin: str
     site: str
     row: str
     operation: str
     tokens_touched: int
     tokens_rejected: int
-    def __init__(self, origin: _Optional[str] = ..., site: _Optional[str] = ..., row: _Optional[str] = ..., operation: _Optional[str] = ..., tokens_touched: _Optional[int] = ..., tokens_rejected: _Optional[int] = ...) -> None: ...
+    policy: str
+    def __init__(self, origin: _Optional[str] = ..., site: _Optional[str] = ..., row: _Optional[str] = ..., operation: _Optional[str] = ..., tokens_touched: _Optional[int] = ..., tokens_rejected: _Optional[int] = ..., policy: _Optional[str] = ...) -> None: ...

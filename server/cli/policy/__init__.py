@@ -1,0 +1,31 @@
+"""`rudder policy`: the policies of a server and their files. One module of this package per command."""
+
+import importlib
+from collections.abc import Sequence
+
+from rudder.server.cli.arguments import command
+
+POLICY_COMMANDS = {
+    "list": "policies in force on a server",
+    "get": "print a policy of a server",
+    "validate": "check a file, against a server if one is named",
+    "apply": "put a file in force on a server",
+    "explain": "say which policies bind a caller, and what they lock",
+    "schema": "print the JSON schema of a policy file",
+    "derive": "derive a policy that forgets a topic of a labelled corpus",
+    "certify": "rerun a policy's stored evaluation against the engine as it is configured now",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command."""
+    if argv and argv[0] in POLICY_COMMANDS:
+        module = importlib.import_module(f"rudder.server.cli.policy.{argv[0]}")
+        status: int | None = module.main(argv[1:])
+        return status or 0
+    parser = command("policy", "Write, check and apply policies.")
+    group = parser.add_subparsers(required=True, metavar="command")
+    for name, text in POLICY_COMMANDS.items():
+        group.add_parser(name, help=text, add_help=False)
+    parser.parse_args(argv)
+    return 0
