@@ -15,7 +15,7 @@ from rudder.sae_models.operations import ENTRY, IDENTITY_ENTRY, TOKEN
 from rudder.sae_models.statistics import GUARD_STATISTICS, Floats, Statistic, exceeds
 
 RING = 8
-OPERANDS = {
+OPERANDS: dict[str, tuple[float, ...]] = {
     "share": (0.2,), "moving_average": (0.12,), "window": (5,), "cusum": (0.3,), "agreement": (0.2, 6), "none": ()
 }  # fmt: skip
 NAMES = st.sampled_from(sorted(OPERANDS))
@@ -86,20 +86,20 @@ def test_a_copy_goes_on_by_itself(seed: int, name: str) -> None:
     assert np.array_equal(before.update(scores[13:]), whole[13:])
 
 
-BY_HAND = {
-    "share": (("share", 0.5), [1, 1 / 2, 2 / 3, 2 / 4]),
-    "moving_average": (("moving_average", 0.5), [0.5, 0.25, 1.125, 0.0625]),
-    "window": (("window", 2), [1, 0.5, 1, 0.5]),
-    "cusum": (("cusum", 0.5), [0.5, 0, 1.5, 0]),
-    "agreement": (("agreement", 0.5, 2), [1, 0.5, 0.5, 0.5]),
-    "none": (("none",), [1, 0, 2, -1]),
+BY_HAND: dict[str, tuple[tuple[float, ...], list[float]]] = {
+    "share": ((0.5,), [1, 1 / 2, 2 / 3, 2 / 4]),
+    "moving_average": ((0.5,), [0.5, 0.25, 1.125, 0.0625]),
+    "window": ((2,), [1, 0.5, 1, 0.5]),
+    "cusum": ((0.5,), [0.5, 0, 1.5, 0]),
+    "agreement": ((0.5, 2), [1, 0.5, 0.5, 0.5]),
+    "none": ((), [1, 0, 2, -1]),
 }
 
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_by_hand(name: str) -> None:
-    arguments, expected = BY_HAND[name]
-    assert Statistic(*arguments).update(np.array([1.0, 0.0, 2.0, -1.0])).tolist() == expected
+    operands, expected = BY_HAND[name]
+    assert Statistic(name, *operands).update(np.array([1.0, 0.0, 2.0, -1.0])).tolist() == expected
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
