@@ -12,7 +12,15 @@ from typing import Any
 
 from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.bundle.manifest import Context
-from rudder.server.engine.adapter import AsyncLLM, EngineDeadError, ModelFacts, RequestOutputCollector, add_request
+from rudder.server.engine.adapter import (
+    AsyncLLM,
+    EngineDeadError,
+    ModelFacts,
+    RequestOutputCollector,
+    add_request,
+    answer_text,
+    eos_token_ids,
+)
 from rudder.server.engine.admission import Admission
 from rudder.server.engine.call import Call, FinishReason, GateOutcome, Outcome, Output, engine_sampling, salt
 from rudder.server.engine.report import views_of
@@ -74,6 +82,15 @@ class Engine:
         """What the bundles of this server exclude from reading, statistics and edits."""
         return exclusion_of(bundle.manifest.context for bundle in self.bundles.values())
 
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The ids of the tokens with which the model ends an answer."""
+        return frozenset(eos_token_ids(self.llm))
+
+    def text_of(self, call: Call, ids: Sequence[int]) -> str:
+        """Return the text of an answer of these tokens, as it would have been streamed to its end."""
+        return answer_text(self.tokenizer, call.prompt_ids, call.sampling, ids)
+
     @property
     def healthy(self) -> bool:
         """Whether the engine is self-tested and alive and no telemetry was lost."""
@@ -124,7 +141,7 @@ class Engine:
         program = call.compiled.sites if call.compiled else ()
         sites, columns = merge_watched(program, (*call.watch, *call.guard))
         request = wire.Request(
-            prompt_tokens=len(call.prompt_ids),
+            prompt_tokens=call.prompt_tokens,
             max_tokens=self.max_tokens(call),
             bos=self.begins_with_bos(call),
             stages=(sites, call.policy.sites if call.policy else ())[: layout.stages],
@@ -132,7 +149,7 @@ class Engine:
             top_k=call.top_k,
             top_k_sites=tuple(layout.sites.index(site) for site in call.top_k_sites),
             capture=call.capture,
-            excluded=self.exclusion.of(call.prompt_ids, self.max_tokens(call)),
+            excluded=self.excluded(call),
         )
         field_at_fault = "report.features" if call.watch else "steering"
         check_capacity(request.stages, self.registry, field_at_fault, self.reserved, self.registry.request_share)
@@ -147,9 +164,13 @@ class Engine:
         """Return whether position 0 of a call holds the BOS token."""
         return call.prompt_ids[0] == self.model.bos_token_id
 
+    def excluded(self, call: Call) -> tuple[int, ...]:
+        """Return the positions of a call, in ascending order, that the SAEs were not trained on."""
+        return self.exclusion.of(call.prompt_ids[: call.prompt_tokens], self.max_tokens(call))
+
     def uncounted(self, call: Call) -> tuple[int, ...]:
         """Return the positions of a call, in ascending order, that are not edited, evaluated by gates or counted."""
-        return wire.with_bos(self.exclusion.of(call.prompt_ids, self.max_tokens(call)), self.begins_with_bos(call))
+        return wire.with_bos(self.excluded(call), self.begins_with_bos(call))
 
     def require_alive(self) -> None:
         """Raise TelemetryLost or EngineDeadError if no call can complete any more."""
@@ -189,7 +210,8 @@ class Engine:
                 cached = max(cached, out.num_cached_tokens or 0)
                 end = end_of_run(call, generated)
                 ended = bool(choice.finish_reason)
-                features = await self.features_before(end, inbox, wait=ended)
+                # What guards read decides whether these tokens leave.
+                features = await self.features_before(end, inbox, wait=ended or bool(call.guard))
                 if ended:
                     outcome = replace(
                         outcome_before(end, call, inbox, generated, cached, queued_s),
@@ -234,6 +256,8 @@ class Engine:
 
         Raises TelemetryLost after TELEMETRY_TIMEOUT_S, or what `require_alive` raises.
         """
+        if inbox.num_computed_tokens >= position:
+            return
         deadline = time.monotonic() + TELEMETRY_TIMEOUT_S
         self.hub.receive()
         with self.hub.awaited():
