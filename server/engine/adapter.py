@@ -233,7 +233,8 @@ def answer_text(tokenizer: Any, prompt_ids: Sequence[int], sampling: SamplingPar
     )
     stream = detokenizer.IncrementalDetokenizer.from_new_request(tokenizer, request)
     stream.update(list(ids), False)
-    return stream.get_next_output_text(finished=True, delta=False)
+    text: str = stream.get_next_output_text(finished=True, delta=False)
+    return text
 
 
 def resolve(args: AsyncEngineArgs) -> VllmConfig:

@@ -256,10 +256,10 @@ class Engine:
 
         Raises TelemetryLost after TELEMETRY_TIMEOUT_S, or what `require_alive` raises.
         """
-        if inbox.num_computed_tokens >= position:
-            return
         deadline = time.monotonic() + TELEMETRY_TIMEOUT_S
         self.hub.receive()
+        if inbox.num_computed_tokens >= position:
+            return
         with self.hub.awaited():
             while inbox.num_computed_tokens < position:
                 self.hub.arrived.clear()
