@@ -158,9 +158,7 @@ def check_fields(message: policy_pb2.Policy, registry: Registry, problems: Probl
     problems.require(message.version >= 1, "version", "must be at least 1")
     problems.require(message.mode in policy_pb2.PolicyMode.values(), "mode", f"{message.mode} is no mode")
     for number, path in enumerate(message.forbidden_fields):
-        problems.require(
-            is_request_field(path), f"forbidden_fields[{number}]", f"{path!r} is not a field of a request"
-        )
+        problems.require(is_request_field(path), f"forbidden_fields[{number}]", f"{path!r} is not a field of a request")
     cap = message.max_displacement
     bounded = not message.HasField("max_displacement") or 0 < cap < inf
     problems.require(bounded, "max_displacement", f"{cap:g} is not a finite number above 0")
