@@ -15,17 +15,15 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from rudder.server.program import wire
-from rudder.server.program.compile import Compiled, compile_program, compile_site, digest_of
-from rudder.server.program.errors import ProgramError
+from rudder.server.program.compile import NO_LIMITS, Compiled, compile_program, compile_site, digest_of
 from rudder.server.program.gates import with_gate
 from rudder.server.program.rows import NO_LOCKED_ROWS, LockedRows, Registry, resolve, row_directions, site_number
 from rudder.server.program.watch import Watched, compile_watch
 from rudder.server.safety.forbidden import is_request_field
-from rudder.server.safety.guards import Guard, compile_guard
+from rudder.server.safety.guards import CLAMP, CLAMP_FROM_START, Guard, compile_guard
 from rudder.server.safety.problems import PolicyInvalid, Problem, Problems
-from rudder.v1 import inference_pb2, policy_pb2, program_pb2
+from rudder.v1 import policy_pb2, program_pb2
 
-CLAMP, CLAMP_FROM_START = policy_pb2.GUARD_ACTION_CLAMP, policy_pb2.GUARD_ACTION_CLAMP_FROM_START
 SHADOW = policy_pb2.POLICY_MODE_SHADOW
 
 
@@ -348,7 +346,7 @@ def program_problems(program: program_pb2.Program, registry: Registry, problems:
             for field, path, single in alone:
                 single.site = part.site
                 with problems.collected(f"s.{path}", field):
-                    compile_site(number, single, registry, NO_LOCKED_ROWS, "s")
+                    compile_site(number, single, registry, NO_LIMITS, "s")
     if program.HasField("gate"):
         gate_problems(program.gate, registry, problems)
 
