@@ -248,6 +248,11 @@ class Engine:
             if queue and not ended:
                 await self.llm.abort(queue.request_id, internal=True)
 
+    def outcome_without_run(self, call: Call) -> Outcome:
+        """Return the outcome of a call that never reached the engine."""
+        request, _ = self.compile(call)
+        return outcome_before(0, call, Inbox(request), 0, 0, 0.0)
+
     async def enter(self, handle: int, request: wire.Request, caller: str) -> tuple[Inbox, float]:
         """Wait for room in the bank; return the request's inbox and the seconds waited. Raises QueueFull."""
         started = time.monotonic()
