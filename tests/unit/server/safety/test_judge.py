@@ -39,7 +39,9 @@ def offline(one: Guard, activations: Any, prompt: int, uncounted: set[int]) -> H
     """Judge the whole text at once, from the definition."""
     first, last = (0 if one.prompt else prompt), (len(activations) if one.generated else prompt)
     positions = [p for p in range(first, last) if p not in uncounted]
-    scores = [sum((w * float(a) for w, a in zip(one.weights, activations[p], strict=True)), one.bias) for p in positions]
+    scores = [
+        sum((w * float(a) for w, a in zip(one.weights, activations[p], strict=True)), one.bias) for p in positions
+    ]
     values = Statistic(*one.statistic).update(np.array(scores, np.float64))
     for n, (position, value) in enumerate(zip(positions, values, strict=True), 1):
         if n >= one.min_tokens and exceeds(np.array([value]), one.level)[0]:
