@@ -23,10 +23,17 @@ class Call:
     """One choice of one request, checked and compiled.
 
     `policies`: programs that run behind the request's own, in this order, each on what those before it leave.
+<<<<<<< HEAD
     `watch`: rows reported to the client. `guard`: rows reported to guards and never to the client. `hidden`: latents
     that are left out of the top k, for each of `top_k_sites`. `top_k_prompt`: report the top-k latents of prompt tokens
     too; with top_k 0 it only makes the prompt run whole, whatever the prefix cache holds, so that its edits are
     counted. `capture`: return the residuals of all tokens at all sites.
+=======
+    `watch`: rows reported to the client. `guard`: rows reported to guards and never to the client. `top_k_prompt`:
+    report the top-k latents of prompt tokens too; with top_k 0 it only makes the prompt run whole, whatever the prefix
+    cache holds, so that its edits are counted. `capture`: return the residuals of all tokens at all sites. `answer`:
+    the last so many of `prompt_ids` are no prompt but the answer so far: tokens of the phase of generated tokens.
+>>>>>>> s2
     """
 
     prompt_ids: tuple[int, ...]
@@ -42,6 +49,12 @@ class Call:
     caller: Caller = ANONYMOUS
     cache_salt: str = ""
     capture: bool = False
+    answer: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of tokens of the prompt."""
+        return len(self.prompt_ids) - self.answer
 
     @property
     def ranked(self) -> int:
@@ -131,7 +144,7 @@ def salt(secret: bytes, call: Call, *, by_id: bool = False) -> str:
     in a prompt only.
     """
     by_phase = any(compiled.by_phase or by_id for compiled in programs_of(call))
-    boundary = len(call.prompt_ids) if by_phase else 0
+    boundary = call.prompt_tokens if by_phase else 0
     own, policies = digest(call.compiled), [digest(policy) for policy in call.policies]
     parts = (call.caller.tenant, own, policies, boundary, call.cache_salt)
     return hmac.new(secret, msgspec.json.encode(parts), hashlib.sha256).hexdigest()

@@ -18,6 +18,12 @@ from rudder.server.engine.adapter import (
     ModelFacts,
     RequestOutputCollector,
     add_request,
+<<<<<<< HEAD
+=======
+    answer_text,
+    call_workers,
+    eos_token_ids,
+>>>>>>> s2
 )
 from rudder.server.engine.admission import Admission
 from rudder.server.engine.call import Call, FinishReason, GateOutcome, Outcome, Output, engine_sampling, salt
@@ -76,6 +82,15 @@ class Engine:
     def exclusion(self) -> Exclusion:
         """What the bundles of this server exclude from reading, statistics and edits."""
         return exclusion_of(bundle.manifest.context for bundle in self.bundles.values())
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The ids of the tokens with which the model ends an answer."""
+        return frozenset(eos_token_ids(self.llm))
+
+    def text_of(self, call: Call, ids: Sequence[int]) -> str:
+        """Return the text of an answer of these tokens, as it would have been streamed to its end."""
+        return answer_text(self.tokenizer, call.prompt_ids, call.sampling, ids)
 
     @property
     def healthy(self) -> bool:
@@ -141,7 +156,7 @@ class Engine:
         program = call.compiled.sites if call.compiled else ()
         sites, columns = merge_watched(program, (*call.watch, *call.guard))
         request = wire.Request(
-            prompt_tokens=len(call.prompt_ids),
+            prompt_tokens=call.prompt_tokens,
             max_tokens=self.max_tokens(call),
             bos=self.begins_with_bos(call),
             stages=(sites, *(policy.sites for policy in call.policies)),
@@ -149,7 +164,7 @@ class Engine:
             top_k=call.ranked,
             top_k_sites=tuple(layout.sites.index(site) for site in call.top_k_sites),
             capture=call.capture,
-            excluded=self.exclusion.of(call.prompt_ids, self.max_tokens(call)),
+            excluded=self.excluded(call),
         )
         field_at_fault = "report.features" if call.watch else "steering"
         reserved = self.admission.reserved_rows
@@ -165,9 +180,13 @@ class Engine:
         """Return whether position 0 of a call holds the BOS token."""
         return call.prompt_ids[0] == self.model.bos_token_id
 
+    def excluded(self, call: Call) -> tuple[int, ...]:
+        """Return the positions of a call, in ascending order, that the SAEs were not trained on."""
+        return self.exclusion.of(call.prompt_ids[: call.prompt_tokens], self.max_tokens(call))
+
     def uncounted(self, call: Call) -> tuple[int, ...]:
         """Return the positions of a call, in ascending order, that are not edited, evaluated by gates or counted."""
-        return wire.with_bos(self.exclusion.of(call.prompt_ids, self.max_tokens(call)), self.begins_with_bos(call))
+        return wire.with_bos(self.excluded(call), self.begins_with_bos(call))
 
     def require_alive(self) -> None:
         """Raise TelemetryLost or EngineDeadError if no call can complete any more."""
@@ -207,7 +226,8 @@ class Engine:
                 cached = max(cached, out.num_cached_tokens or 0)
                 end = end_of_run(call, generated)
                 ended = bool(choice.finish_reason)
-                features = await self.features_before(end, inbox, wait=ended)
+                # What guards read decides whether these tokens leave.
+                features = await self.features_before(end, inbox, wait=ended or bool(call.guard))
                 if ended:
                     outcome = replace(
                         outcome_before(end, call, inbox, generated, cached, queued_s),
@@ -230,6 +250,11 @@ class Engine:
                 on_abandoned(outcome_before(inbox.num_computed_tokens, call, inbox, generated, cached, queued_s))
             if queue and not ended:
                 await self.llm.abort(queue.request_id, internal=True)
+
+    def outcome_without_run(self, call: Call) -> Outcome:
+        """Return the outcome of a call that never reached the engine."""
+        request, _ = self.compile(call)
+        return outcome_before(0, call, Inbox(request), 0, 0, 0.0)
 
     async def enter(self, handle: int, request: wire.Request, caller: str) -> tuple[Inbox, float]:
         """Wait for room in the bank; return the request's inbox and the seconds waited. Raises QueueFull."""
@@ -254,6 +279,8 @@ class Engine:
         """
         deadline = time.monotonic() + TELEMETRY_TIMEOUT_S
         self.hub.receive()
+        if inbox.num_computed_tokens >= position:
+            return
         with self.hub.awaited():
             while inbox.num_computed_tokens < position:
                 self.hub.arrived.clear()

@@ -51,6 +51,7 @@ class Registry:
 
     `step_tokens`: most tokens of one step, as the engine is configured.
     `request_share`: share of a site's row places, beside the reserved ones, that one request may hold.
+    `vocabulary`: `token_model.vocabulary_sha256` of the served tokenizer; empty while it is not known.
     """
 
     layout: Layout
@@ -60,6 +61,7 @@ class Registry:
     step_tokens: int = 2**31
     request_share: float = 1.0
     max_name_chars: int = 128
+    vocabulary: str = ""
 
 
 @dataclass(frozen=True)

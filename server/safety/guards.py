@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from rudder.sae_models import token_model
+from rudder.sae_models.errors import UserError
+from rudder.sae_models.token_model import TokenModel
 from rudder.server.program.compile import phases
-from rudder.server.program.errors import number, require
+from rudder.server.program.errors import ProgramError, number, require
 from rudder.server.program.gates import checked_parameter
 from rudder.server.program.rows import Registry, checked_name
 from rudder.server.program.watch import Watched, compile_watch
@@ -34,9 +37,10 @@ MAX_WINDOW = MAX_HOLD_BACK = 4096
 class Guard:
     """A compiled guard.
 
-    The score of a token is `bias` plus the sum of `weights` [n] times the activations of `rows` [n]. `statistic`: name
-    and operands of a `sae_models.statistics.Statistic`, which must exceed `level` after at least `min_tokens` tokens.
-    `prompt`, `generated`: the tokens that it judges. `hold_back`: tokens behind one that are judged before it leaves.
+    The score of a token is `bias` plus the sum of `weights` [n] times the activations of `rows` [n]; or that of
+    `token_model`, and then there are no rows. `statistic`: name and operands of a `sae_models.statistics.Statistic`,
+    which must exceed `level` after at least `min_tokens` tokens. `prompt`, `generated`: the tokens that it judges.
+    `hold_back`: tokens behind one that are judged before it leaves.
     """
 
     name: str
@@ -52,17 +56,17 @@ class Guard:
     hold_back: int = 0
     refusal: str = ""
     spare_other_choices: bool = False
+    token_model: TokenModel | None = None
 
 
-def compile_guard(message: policy_pb2.Guard, registry: Registry, folder: Path, field: str) -> Guard:  # noqa: ARG001
+def compile_guard(message: policy_pb2.Guard, registry: Registry, folder: Path, field: str) -> Guard:
     """Compile a guard; `folder` has the file of its token model. Raises ProgramError, naming the field at fault."""
     require(message.name, f"{field}.name", "is empty")
     checked_name(message.name, registry, f"{field}.name")
     require(message.action in ACTIONS, f"{field}.action", "names no action")
     prompt, generated = judged_phases(message, f"{field}.phase")
     check_options(message, field)
-    terms = message.score.terms
-    require(terms, f"{field}.score", "has no terms")
+    terms, model = message.score.terms, model_of(message.score, registry, folder, f"{field}.score")
     if message.action == CLAMP:
         require(len(terms) == 1, f"{field}.score.terms", "the gate of a program reads one row")
     rows = [(term.site, term.row) for term in terms]
@@ -80,7 +84,29 @@ def compile_guard(message: policy_pb2.Guard, registry: Registry, folder: Path, f
         hold_back=hold_back_of(message),
         refusal=message.refusal,
         spare_other_choices=message.spare_other_choices,
+        token_model=model,
     )
+
+
+def model_of(score: policy_pb2.Score, registry: Registry, folder: Path, field: str) -> TokenModel | None:
+    """Load the token model of a score, which has either terms or a model. Raises ProgramError."""
+    if not score.HasField("token_model"):
+        require(score.terms, field, "has neither terms nor a token model")
+        return None
+    require(not score.terms and not score.bias, field, "has both a token model and terms or a bias")
+    file, field = score.token_model.file, f"{field}.token_model"
+    require(
+        file and Path(file).name == file, f"{field}.file", f"{file!r} is not the name of a file beside the policy's"
+    )
+    require((folder / file).is_file(), f"{field}.file", f"{file!r} is not in the policy's folder")
+    require(score.token_model.sha256, f"{field}.sha256", "is empty: a policy pins its token model")
+    try:
+        model = token_model.load(folder / file, score.token_model.sha256)
+    except UserError as error:
+        raise ProgramError(field, str(error)) from error
+    known = not registry.vocabulary or model.vocabulary == registry.vocabulary
+    require(known, f"{field}.file", "was trained on the ids of another tokenizer than the served model's")
+    return model
 
 
 def weight_of(weight: float, field: str) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rudder.sae_models.statistics import Statistic, exceeds
+from rudder.sae_models.token_model import MAX_ORDER
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.engine.telemetry.hub import Features
 from rudder.server.safety.guards import Guard
@@ -58,7 +59,7 @@ class Judge:
     """All guards over the tokens of one choice, whose features come in the columns of all guards' rows, in their order.
 
     `uncounted`: positions that no guard judges, in ascending order: that of BOS, and excluded ones. `next_features`:
-    position of the next features, None before the first; `next_token`: of the next token.
+    position of the next features; `next_token`: of the next token. `context`: the last tokens that were counted.
     """
 
     def __init__(self, guards: Sequence[Guard], prompt_tokens: int, uncounted: Sequence[int] = ()) -> None:
@@ -66,6 +67,8 @@ class Judge:
         self.uncounted = np.array(uncounted, np.int64)
         reading = [track for track in self.tracks if track.guard.rows]
         self.next_features = min((track.begin for track in reading), default=0)
+        self.next_token = 0
+        self.context: list[int] = []
         widths = np.cumsum([0, *(len(track.guard.rows) for track in self.tracks)]).tolist()
         self.columns = [slice(*span) for span in pairwise(widths)]
 
@@ -82,6 +85,21 @@ class Judge:
                 scores = score(track.guard, features.activations[:, columns])
                 track.take(features.first, scores, counted)
 
+    def take_tokens(self, ids: Sequence[int]) -> None:
+        """Take in the ids of the next tokens, which token models judge before they run."""
+        first, self.next_token = self.next_token, self.next_token + len(ids)
+        models = [track for track in self.tracks if track.guard.token_model]
+        if not models or not len(ids):
+            return
+        counted = self.counted(first, self.next_token)
+        kept = [token for token, counts in zip(ids, counted.tolist(), strict=True) if counts]
+        for track in models:
+            scores = np.zeros(len(ids))
+            assert track.guard.token_model
+            scores[counted] = track.guard.token_model.scores(kept, self.context)
+            track.take(first, scores, counted)
+        self.context = [*self.context, *kept][-MAX_ORDER:]
+
     def counted(self, first: int, end: int) -> Bools:
         """Return whether guards judge each of the positions from `first` to before `end`."""
         counted = np.ones(end - first, bool)
@@ -92,7 +110,8 @@ class Judge:
     def judged(self, number: int) -> float:
         """Return the position before which guard `number` has judged all tokens; inf once it judges no more."""
         track = self.tracks[number]
-        return inf if self.next_features >= track.end else self.next_features
+        seen = self.next_token if track.guard.token_model else self.next_features
+        return inf if seen >= track.end else seen
 
 
 def score(guard: Guard, activations: NDArray[np.float32]) -> Floats:

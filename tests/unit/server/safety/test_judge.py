@@ -1,5 +1,6 @@
 """A judge gives the same verdicts for every chunking of a choice's telemetry, and those of the offline evaluation."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rudder.sae_models.statistics import Statistic, exceeds
+from rudder.sae_models.token_model import TokenModel
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.engine.telemetry.hub import Features
 from rudder.server.program import wire
@@ -39,9 +41,8 @@ def offline(one: Guard, activations: Any, prompt: int, uncounted: set[int]) -> H
     """Judge the whole text at once, from the definition."""
     first, last = (0 if one.prompt else prompt), (len(activations) if one.generated else prompt)
     positions = [p for p in range(first, last) if p not in uncounted]
-    scores = [
-        sum((w * float(a) for w, a in zip(one.weights, activations[p], strict=True)), one.bias) for p in positions
-    ]
+    terms = [[w * float(a) for w, a in zip(one.weights, activations[p], strict=True)] for p in positions]
+    scores = [sum(products, one.bias) for products in terms]
     values = Statistic(*one.statistic).update(np.array(scores, np.float64))
     for n, (position, value) in enumerate(zip(positions, values, strict=True), 1):
         if n >= one.min_tokens and exceeds(np.array([value]), one.level)[0]:
@@ -94,7 +95,9 @@ def test_uncounted_tokens_pass_no_score_and_do_not_count_as_tokens() -> None:
 def test_guard_that_judges_the_answer_begins_with_it() -> None:
     judge = Judge([guard("cusum", 0.0, level=2.5, prompt=False), guard("none", level=99)], 2)
     judge.take(features(0, *[[2.0, 0.0]] * 4))
-    assert judge.tracks[0].held == Held(3, pytest.approx(4.1))
+    held = judge.tracks[0].held
+    assert held
+    assert (held.position, held.statistic) == (3, pytest.approx(4.1))
 
 
 def test_score_that_is_not_finite_holds() -> None:
@@ -119,3 +122,33 @@ def test_a_guard_of_the_prompt_has_judged_all_once_the_prompt_is_in() -> None:
     assert (judge.judged(0), judge.judged(1)) == (1, 1)
     judge.take(features(1, [0.0, 0.0]))
     assert (judge.judged(0), judge.judged(1)) == (float("inf"), 2)
+
+
+def token_guard(rng: np.random.Generator, **fields: Any) -> Guard:
+    """Return a guard with a token model of random weights."""
+    model = TokenModel(rng.normal(size=1 << 10).astype(np.float32), 0.0, 3, "")
+    return replace(guard("moving_average", 0.3, rows=0, level=0.8, **fields), rows=(), weights=(), token_model=model)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), tokens=st.integers(1, 40), seed=st.integers(0, 99))
+def test_token_models_judge_ids_in_any_chunks_and_pass_over_uncounted_ones(
+    data: st.DataObject, tokens: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    prompt, uncounted = data.draw(st.integers(0, tokens)), sorted(data.draw(st.sets(st.integers(0, tokens))))
+    one = token_guard(rng, prompt=data.draw(st.booleans()))
+    ids = rng.integers(0, 50, tokens).tolist()
+    judge = Judge([one], prompt, uncounted)
+    cuts = sorted({0, tokens, *data.draw(st.lists(st.integers(0, tokens), max_size=6))})
+    for first, end in pairwise(cuts):
+        judge.take_tokens(ids[first:end])
+    positions = [p for p in range(tokens) if p not in uncounted]
+    assert one.token_model
+    scores = one.token_model.scores([ids[p] for p in positions])
+    judged = [i for i, p in enumerate(positions) if one.prompt or p >= prompt]
+    values = Statistic(*one.statistic).update(scores[judged])
+    holds = np.flatnonzero(exceeds(values, one.level))
+    expected = Held(positions[judged[holds[0]]], float(values[holds[0]])) if len(holds) else None
+    assert judge.tracks[0].held == expected
+    assert judge.judged(0) == tokens
