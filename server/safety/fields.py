@@ -1,8 +1,8 @@
 """Fields of messages by their paths, generic over the contract: what a policy forbids, and the rows that it names."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from rudder.v1 import inference_pb2
@@ -19,7 +19,7 @@ def is_request_field(path: str) -> bool:
     return any(has_field(request, path.split(".")) for request in REQUESTS)
 
 
-def has_field(descriptor: Descriptor | None, names: list[str]) -> bool:
+def has_field(descriptor: Any, names: list[str]) -> bool:
     """Return whether a message, and the messages in its fields, have fields of these names one below the other."""
     name, *rest = names
     if descriptor is None or name not in descriptor.fields_by_name:

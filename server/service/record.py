@@ -104,7 +104,7 @@ def stages_run(call: Call, policies: Sequence[Policy]) -> list[StageRun]:
 class CallRecord:
     """One call. Times are of `time.monotonic`, durations in seconds.
 
-    `binding`: the policies that bind it, as they were when it began. `outcome`: OK, a key of `errors.REASONS`, CANCELLED
+    `binding`: the policies that bind it, as when it began. `outcome`: OK, a key of `errors.REASONS`, CANCELLED
     or DEADLINE_EXCEEDED; empty while the call runs.
     """
 
