@@ -22,18 +22,12 @@ from rudder.server.program.watch import Watched
 class Call:
     """One choice of one request, checked and compiled.
 
-        `policies`: programs that run behind the request's own, in this order, each on what those before it leave.
-    <<<<<<< HEAD
-        `watch`: rows reported to the client. `guard`: rows reported to guards and never to the client. `hidden`: latents
-        that are left out of the top k, for each of `top_k_sites`. `top_k_prompt`: report the top-k latents of prompt tokens
-        too; with top_k 0 it only makes the prompt run whole, whatever the prefix cache holds, so that its edits are
-        counted. `capture`: return the residuals of all tokens at all sites.
-    =======
-        `watch`: rows reported to the client. `guard`: rows reported to guards and never to the client. `top_k_prompt`:
-        report the top-k latents of prompt tokens too; with top_k 0 it only makes the prompt run whole, whatever the prefix
-        cache holds, so that its edits are counted. `capture`: return the residuals of all tokens at all sites. `answer`:
-        the last so many of `prompt_ids` are no prompt but the answer so far: tokens of the phase of generated tokens.
-    >>>>>>> s2
+    `policies`: programs that run behind the request's own, in this order, each on what those before it leave.
+    `watch`: rows reported to the client. `guard`: rows reported to guards and never to the client. `hidden`: latents
+    that are left out of the top k, for each of `top_k_sites`. `top_k_prompt`: report the top-k latents of prompt tokens
+    too; with top_k 0 it only makes the prompt run whole, whatever the prefix cache holds, so that its edits are
+    counted. `capture`: return the residuals of all tokens at all sites. `answer`: the last so many of `prompt_ids` are
+    no prompt but the answer so far: tokens of the phase of generated tokens.
     """
 
     prompt_ids: tuple[int, ...]

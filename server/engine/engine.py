@@ -18,12 +18,8 @@ from rudder.server.engine.adapter import (
     ModelFacts,
     RequestOutputCollector,
     add_request,
-<<<<<<< HEAD
-=======
     answer_text,
-    call_workers,
     eos_token_ids,
->>>>>>> s2
 )
 from rudder.server.engine.admission import Admission
 from rudder.server.engine.call import Call, FinishReason, GateOutcome, Outcome, Output, engine_sampling, salt

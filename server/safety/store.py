@@ -15,7 +15,7 @@ from rudder.server.engine.ledger import PINNED_HANDLE, BankFull
 from rudder.server.monitoring.logs import fields
 from rudder.server.program.named import program_files, read_policy
 from rudder.server.safety.binding import Binding, binding_policies, stages_needed
-from rudder.server.safety.policy import Policy, compile_policy
+from rudder.server.safety.policy import Policy, compile_policy, digest_of_message
 from rudder.server.safety.problems import PolicyInvalid, Problem
 from rudder.v1 import policy_pb2
 
@@ -99,7 +99,7 @@ class PolicyStore:
             old = self.in_force.get(policy.name)
             if old and old.digest == policy.digest:
                 return old
-            if problems := self.problems_in_force(policy):
+            if problems := [*self.conflicts(message), *self.uncounted(policy)]:
                 raise PolicyInvalid(source, problems)
             await self.hold(policy, source)
             self.set_in_force({**self.in_force, policy.name: policy})
@@ -130,24 +130,27 @@ class PolicyStore:
         self.bindings.clear()
         self.engine.metrics.policies_in_force((p.name, p.version, mode_of(p)) for p in policies.values())
 
-    def problems_in_force(self, policy: Policy) -> list[Problem]:
+    def conflicts(self, message: policy_pb2.Policy) -> list[Problem]:
         """Return why a policy cannot follow the one of its name, or stand beside the others on this engine."""
-        problems, old = [], self.in_force.get(policy.name)
-        if old and policy.version <= old.version:
-            problem = f"is {policy.version}, and version {old.version} with another content is in force: raise it"
+        problems, old = [], self.in_force.get(message.name)
+        if old and message.version <= old.version and digest_of_message(message) != old.digest:
+            problem = f"is {message.version}, and version {old.version} with another content is in force: raise it"
             problems.append(Problem("version", problem))
-        others = [other.message for name, other in self.in_force.items() if name != policy.name]
-        stages, needed = self.engine.registry.layout.stages - 1, stages_needed([*others, policy.message])
+        others = [other.message for name, other in self.in_force.items() if name != message.name]
+        stages, needed = self.engine.registry.layout.stages - 1, stages_needed([*others, message])
         if needed > stages:
             problem = f"{needed} policies with a program could bind one caller, and the server has room for {stages}"
             problems.append(Problem("program", f"{problem}: raise policies.stages and start it again"))
+        return problems
+
+    def uncounted(self, policy: Policy) -> list[Problem]:
+        """Return which of the rows that a policy watches are not counted: they are chosen when the engine starts."""
         pinned = self.engine.admission.reservations.get(PINNED_HANDLE, frozenset())
-        problems += [
+        return [
             Problem(f"watch[{number}]", "is not counted since the start: start the server again")
             for number, row in enumerate(policy.watch)
             if (row.site, row.row) not in pinned
         ]
-        return problems
 
     async def reload(self) -> None:
         """Read the folder again. A file that is wrong is refused by name, and what it put in force before stays."""
