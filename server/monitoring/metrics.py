@@ -192,6 +192,8 @@ class Metrics:
     edited_tokens: Counter
     rejected_edits: Counter
     self_test_failures: Counter
+    policies: Gauge
+    policy_changes: Counter
     pending_bytes: Gauge
     verdicts: Counter
     hold_back_seconds: BulkHistogram
@@ -227,15 +229,23 @@ class Metrics:
             stream_messages=Counter("rudder_stream_messages", "Messages of token streams.", registry=registry),
             stream_tokens=Counter("rudder_stream_tokens", "Tokens of token streams.", registry=registry),
             edited_tokens=Counter(
-                "rudder_edits_applied_tokens", "Tokens that an edit touched.",
-                ["site", "operation", "origin"], registry=registry,
+                "rudder_edits_applied_tokens",
+                "Tokens that an edit touched; of origin shadow: that it would have touched.",
+                ["site", "operation", "origin", "policy"], registry=registry,
             ),
             rejected_edits=Counter(
                 "rudder_edits_rejected", "Edits of a token that were rejected, since x would not have stayed finite.",
-                ["site", "origin"], registry=registry,
+                ["site", "origin", "policy"], registry=registry,
             ),
             self_test_failures=Counter(
                 "rudder_selftest_failures", "Self-tests that a site's bank did not pass.", registry=registry
+            ),
+            policies=Gauge(
+                "rudder_policy", "Always 1; a policy in force.", ["policy", "version", "mode"], registry=registry
+            ),
+            policy_changes=Counter(
+                "rudder_policy_changes", "Policies applied, unchanged, removed or refused.",
+                ["outcome"], registry=registry,
             ),
             pending_bytes=Gauge(
                 "rudder_pending_request_bytes", "Bytes of the request messages of calls in progress.", registry=registry
@@ -273,13 +283,23 @@ class Metrics:
         """Observe later tokens, each `seconds` after the one before."""
         self.inter_token_seconds.observe(seconds, tokens)
 
-    def edit_applied(self, site: str, operation: str, origin: str, tokens: int) -> None:
+    def edit_applied(self, site: str, operation: str, origin: str, policy: str, tokens: int) -> None:
         """Count tokens that an edit touched. Its label is the first word of `operation`: the kind, not the numbers."""
-        self.edited_tokens.labels(site, operation.split(" ", 1)[0], origin).inc(tokens)
+        self.edited_tokens.labels(site, operation.split(" ", 1)[0], origin, policy).inc(tokens)
 
-    def edit_rejected(self, site: str, origin: str, tokens: int) -> None:
+    def edit_rejected(self, site: str, origin: str, policy: str, tokens: int) -> None:
         """Count tokens at which an edit was rejected."""
-        self.rejected_edits.labels(site, origin).inc(tokens)
+        self.rejected_edits.labels(site, origin, policy).inc(tokens)
+
+    def policies_in_force(self, policies: Iterable[tuple[str, int, str]]) -> None:
+        """Export the policies in force, each by name, version and mode."""
+        self.policies.clear()
+        for name, version, mode in policies:
+            self.policies.labels(name, str(version), mode).set(1)
+
+    def policy_changed(self, outcome: str) -> None:
+        """Count what became of a policy that was read or applied."""
+        self.policy_changes.labels(outcome).inc()
 
     def guard_held(self, policy: str, rule: str, action: str, mode: str) -> None:
         """Count a choice in which a guard held."""
