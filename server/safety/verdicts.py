@@ -1,9 +1,10 @@
 """What the guards of a call's policies found: source of refusals, attestation, metrics, log line and audit entry."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from rudder.server.engine.call import Call
 from rudder.server.program.compile import Compiled
 
 
@@ -50,6 +51,10 @@ class Findings:
     refusing: Refusing | None = None
     benign: Sequence[Benign] = ()
     programs: tuple[Compiled, ...] | None = None
+
+    def as_run(self, call: Call) -> Call:
+        """Return a call with the programs of its policies as they ran."""
+        return call if self.programs is None else replace(call, policies=self.programs)
 
 
 @dataclass

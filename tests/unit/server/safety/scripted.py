@@ -58,7 +58,7 @@ class Script:
 @dataclass
 class Engine:
     """Stands in for `Engine`. `delivered`: position before which guards have got features, of the run in progress;
-    `finished`: it has given its last output. `calls`: those that it was given. `lose_at`: number of the output at
+    `finished`: the answer is over, and its last token has run or is EOS. `calls`: those that it was given. `lose_at`: number of the output at
     which telemetry is lost.
     """
 
@@ -106,8 +106,8 @@ class Engine:
                 end = first + made - 1
                 read = self.features(call, end)
                 self.delivered, ended = end, made == len(ids)
-                self.finished = ended and not call.answer
                 stop_reason = None if by_length else script.stop_reason
+                self.finished = ended and stop_reason is None
                 outcome = replace(OUTCOME, finish_reason=reason, stop_reason=stop_reason, generated_tokens=made)
                 client = read._replace(
                     activations=read.activations[:, :1] * 0 + np.arange(read.first, read.end)[:, None]

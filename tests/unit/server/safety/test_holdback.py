@@ -163,7 +163,7 @@ async def test_lost_telemetry_ends_the_call_and_what_waits_never_leaves() -> Non
 @pytest.mark.parametrize("reason", [FinishReason.ABORT, FinishReason.ERROR])
 async def test_what_waits_of_a_broken_answer_never_leaves(reason: FinishReason) -> None:
     engine = Engine(Script(PROMPT, range(10, 20), trips_at(99), reason))
-    result = await run(engine, policy(guard(0, hold_back=8)), max_tokens=LENGTH)
+    result = await run(engine, policy(guard(0, hold_back=7)), max_tokens=LENGTH)
     assert result.outcome.finish_reason == reason
     # Tokens behind it are judged as far as there are any.
     assert result.ids == [10]
