@@ -30,6 +30,11 @@ class Refusing(NamedTuple):
     text: str
     others: bool = False
 
+    @property
+    def rule(self) -> str:
+        """The guard with its policy."""
+        return f"{self.verdict.policy}/{self.verdict.rule}"
+
 
 class Benign(NamedTuple):
     """The largest statistic of a guard that did not hold in a choice, and the level that it did not exceed."""

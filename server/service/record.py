@@ -199,8 +199,7 @@ def log(record: CallRecord) -> None:
             error_id=record.error_id,
             program=record.program_digest,
             policies=[f"{policy.name}@{policy.version}" for policy in record.policies] or None,
-            refused_by=[f"{c.refusing.verdict.policy}/{c.refusing.verdict.rule}" for c in choices if c.refusing]
-            or None,
+            refused_by=[choice.refusing.rule for choice in choices if choice.refusing] or None,
             **tokens if choices else {},
             queued_s=rounded(max((c.queued_s for c in choices if c.queued_s is not None), default=None)),
             first_token_s=rounded(record.first_token_s),

@@ -48,7 +48,7 @@ class Script:
     """
 
     prompt: int
-    ids: Sequence[int]
+    ids: list[int]
     values: Any
     ends: FinishReason = FinishReason.LENGTH
     stop_reason: str | int | None = None
@@ -57,9 +57,11 @@ class Script:
 
 @dataclass
 class Engine:
-    """Stands in for `Engine`. `delivered`: position before which guards have got features, of the run in progress;
-    `finished`: the answer is over, and its last token has run or is EOS. `calls`: those that it was given. `lose_at`: number of the output at
-    which telemetry is lost.
+    """Stands in for `Engine`.
+
+    `calls`: those that it was given; `waits`: (seconds, tokens) held back. Of the run in progress, `delivered`: the
+    position before which guards have got features; `finished`: the answer is over, and its last token has run or is EOS.
+    `aborted`: runs that were. `lose_at`: number of the token at which telemetry is lost.
     """
 
     script: Script
