@@ -236,10 +236,12 @@ def test_rights_to_rows(rights: str) -> None:
     for kind, fault in faults.items():
         assert refusal(asked[kind], low) == (("POLICY_FORBIDS", fault) if fault else None)
     # A program of the operator needs none of these rights, and obeys every bound.
-    for named in asked.values():
-        assert Binding((low,)).compile_named(named, REGISTRY, "steering.name")
+    binding = Binding((low,))
+    for name, named in asked.items():
+        compiled = binding.compile_named(name, named, REGISTRY, "steering.name")
+        assert binding.compile_named(name, named, REGISTRY, "steering.name") is compiled
     with pytest.raises(ProgramError, match="locked"):
-        Binding((low,)).compile_named(along(latent(5)), REGISTRY, "steering.name")
+        Binding((low,)).compile_named("locked", along(latent(5)), REGISTRY, "steering.name")
 
 
 def test_probe_of_a_report_needs_the_right_to_raw_vectors() -> None:
