@@ -8,13 +8,12 @@ from typing import Any
 
 import grpc
 
-from rudder.server.caller import ANONYMOUS
 from rudder.server.grpc.credentials import credentials_of
 from rudder.server.grpc.status import Context, abort
 from rudder.server.identity.errors import CredentialError
 from rudder.server.identity.roles import require_method
 from rudder.server.monitoring.traces import correlation_of
-from rudder.server.service.call import admit, begin_call
+from rudder.server.service.call import begin_call
 from rudder.server.service.errors import Refusal, refusal_of
 from rudder.server.service.record import CallRecord
 from rudder.server.service.serving import Serving
@@ -81,9 +80,9 @@ def surrounded(behaviour: Behaviour, method: str, deserialize: Callable[[bytes],
             serving.metrics.request_retried(method)
         try:
             correlation, deadline = correlation_of(metadata), deadline_of(context)
-            async with begin_call(serving, method, ANONYMOUS, correlation, deadline) as record:
+            credentials = credentials_of(context)
+            async with begin_call(serving, method, credentials, len(request), correlation, deadline) as record:
                 RECORD.set(record)
-                admit(serving, record, credentials_of(context), len(request))
                 require_size(request, serving.config.limits.max_message_bytes)
                 with serving.pending.held(len(request)):
                     response = await behaviour(deserialize(request), context)

@@ -19,8 +19,9 @@ METHODS: Mapping[str, frozenset[str]] = {
     "ModelService.Get": ANY,
     "ModelService.ListPrograms": ANY,
     "PolicyService.List": READS_POLICIES,
-    "PolicyService.Get": READS_POLICIES,
-    "PolicyService.Validate": frozenset({"operate", "administer"}),
+    # The definition of a guard would tell how to stay below it.
+    "PolicyService.Get": frozenset({"administer"}),
+    "PolicyService.Validate": frozenset({"administer"}),
     "PolicyService.Apply": frozenset({"administer"}),
     "PolicyService.Explain": ANY,
     "ServerReflection.ServerReflectionInfo": frozenset({"observe"}),

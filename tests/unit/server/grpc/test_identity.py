@@ -195,7 +195,7 @@ async def test_reflection_needs_a_role_and_health_needs_none(door: SafeDoor) -> 
     async with grpc.aio.secure_channel(door.address, door.credentials()) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
         assert (await health.Check(health_pb2.HealthCheckRequest())).status
-        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[arg-type]
         for token, answers in ((None, False), (door.tokens["generate"], False), (door.tokens["observe"], True)):
             metadata = (("authorization", f"Bearer {token}"),) if token else ()
             call = stub.ServerReflectionInfo(iter([request]), metadata=metadata, timeout=10)

@@ -21,7 +21,7 @@ def file_of(*entries: TokenEntry) -> tokens.Tokens:
 def test_token_stands_for_its_caller_and_its_secret_is_not_stored() -> None:
     token, entry = tokens.create("dashboard", ["observe", "generate"], "acme", quotas=Quotas(streams=3))
     caller = file_of(entry).caller(token)
-    assert (caller.id, caller.tenant, caller.roles) == ("dashboard", "acme", {"observe", "generate"})
+    assert (caller.id, caller.tenant, caller.roles) == ("dashboard", "acme", frozenset({"observe", "generate"}))
     assert caller.quotas == Quotas(streams=3)
     assert token.rpartition(".")[2].encode() not in tokens.write(TokenFile((entry,)))
 

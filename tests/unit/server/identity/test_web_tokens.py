@@ -62,7 +62,7 @@ def without_kid() -> str:
 
 def test_right_token_is_the_caller_with_the_roles_that_are_known() -> None:
     caller = WebTokens(PROVIDER).caller(signed(tenant="acme"), KEYS)
-    assert (caller.id, caller.tenant, caller.roles) == ("jwt:alice", "jwt:acme", {"generate"})
+    assert (caller.id, caller.tenant, caller.roles) == ("jwt:alice", "jwt:acme", frozenset({"generate"}))
     assert WebTokens(PROVIDER).caller(signed(roles="steer observe"), KEYS).roles == {"steer", "observe"}
     assert WebTokens(PROVIDER).caller(signed(roles=None), KEYS).roles == frozenset()
 
