@@ -1,16 +1,28 @@
 """The caller of a request: created by a door, read by limits, admission, cache salts, logs and audit."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-ROLES = frozenset({"generate", "observe", "admin"})
+import msgspec
+from msgspec import Meta
+
+# What each role may do is in `identity/roles.py` and `service/authorisation.py`.
+ROLES = frozenset({"generate", "steer", "raw", "observe", "operate", "administer"})
+MAX_RATE = 1e12
+Rate = Annotated[float, Meta(gt=0, le=MAX_RATE)]
 
 
-@dataclass(frozen=True)
-class Quotas:
-    """Caps on what one caller uses; None: no cap."""
+class Quotas(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Caps on what one caller uses of one server, per minute but for `streams`, which run at once; None: no cap."""
 
-    concurrent_requests: int | None = None
-    tokens_per_minute: int | None = None
+    requests: Rate | None = None
+    request_bytes: Rate | None = None
+    prompt_tokens: Rate | None = None
+    generated_tokens: Rate | None = None
+    streams: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
+
+
+NO_QUOTAS = Quotas()
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,7 @@ class Caller:
     id: str
     tenant: str
     roles: frozenset[str]
-    quotas: Quotas | None = None
+    quotas: Quotas = NO_QUOTAS
     origin: str = ""
 
     @property
@@ -37,5 +49,5 @@ class Caller:
         return f"{self.tenant} {self.id} {self.origin}"
 
 
-# Every request until doors authenticate.
+# A caller without credentials, where the server asks for none.
 ANONYMOUS = Caller("anonymous", "anonymous", ROLES)

@@ -21,6 +21,8 @@ Positive = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Seconds = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Share = Annotated[float, Meta(gt=0, le=1)]
+# Name of a claim of a JSON web token.
+CLAIM = r"^[A-Za-z][A-Za-z0-9_.:/-]*$"
 BankSize = Annotated[int, Meta(ge=1, le=1 << 16)]
 
 
@@ -103,19 +105,18 @@ class Programs(Section, frozen=True):
 
 
 class Policies(Section, frozen=True):
-    """Policies of the operator: programs that run after a request's own and may edit locked rows."""
+    """Policies of the operator, which bind callers whatever their requests ask for."""
 
-    folder: Annotated[
-        str | None, Meta(description="folder of policies, YAML files in the form of programs; null: none")
-    ] = None
-    default: Annotated[str | None, Meta(description="policy that binds every caller; null: none")] = None
-    allow_later_edits: Annotated[
-        bool,
-        Meta(description="requests may edit sites behind the policy's first one, where they can undo its edits"),
-    ] = False
-    allow_edits_before_gate: Annotated[
-        bool,
-        Meta(description="requests may edit sites that the gate of a policy depends on, where they can close it"),
+    folder: Annotated[str | None, Meta(description="folder of policies, one YAML file each; null: none")] = None
+    stages: Annotated[
+        Annotated[int, Meta(ge=0, le=16)],
+        Meta(description="policies with a program that can run in one call, at least; more, if those of the folder do"),
+    ] = 0
+    reload_s: Annotated[
+        Seconds, Meta(description="seconds between two looks for changed files; 0: reload on SIGHUP alone")
+    ] = 0.0
+    allow_apply: Annotated[
+        bool, Meta(description="PolicyService.Apply may change policies over a door that authenticates nobody")
     ] = False
 
 
@@ -132,7 +133,14 @@ class Listen(Section, frozen=True):
 
     host: Annotated[str, Meta(min_length=1, description="address to listen on")] = "127.0.0.1"
     port: Annotated[Port, Meta(description="port of the gRPC services; 0: any free port")] = 50051
+    metrics_host: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(description="address of the Prometheus endpoint, which has neither TLS nor credentials; null: host"),
+    ] = None
     metrics_port: Annotated[Port, Meta(description="port of the Prometheus endpoint; 0: any free port")] = 9464
+    allow_plaintext: Annotated[
+        bool, Meta(description="listen without TLS on an address that is not this machine alone")
+    ] = False
     accept_s: Annotated[
         Seconds,
         Meta(description="seconds after SIGTERM in which calls are still accepted, until load balancers know"),
@@ -140,8 +148,60 @@ class Listen(Section, frozen=True):
     drain_s: Annotated[Seconds, Meta(description="seconds after that in which running requests may finish")] = 30.0
 
     def address(self, port: int) -> str:
-        """Return `host:port`, with an IPv6 host in brackets."""
-        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
+        """Return `host:port` of the services, with an IPv6 host in brackets."""
+        return address_of(self.host, port)
+
+    def metrics_address(self, port: int) -> str:
+        """Return `host:port` of the Prometheus endpoint."""
+        return address_of(self.metrics_host or self.host, port)
+
+
+def address_of(host: str, port: int) -> str:
+    """Return `host:port`, with an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Tls(Section, frozen=True):
+    """TLS of the services. Files that change are read again; one that cannot be read leaves the last good ones."""
+
+    certificate: Annotated[str | None, Meta(description="PEM file of the server's certificate chain; null: no TLS")] = (
+        None
+    )
+    key: Annotated[str | None, Meta(description="PEM file of its private key")] = None
+    client_ca: Annotated[
+        str | None, Meta(description="PEM file of the authorities of clients, who must then have a certificate")
+    ] = None
+
+
+class Identity(Section, frozen=True):
+    """Who may call. With any source of callers every call needs credentials; without one, every caller may do all."""
+
+    tokens: Annotated[str | None, Meta(description="file of tokens, written by `rudder token create`; null: none")] = (
+        None
+    )
+    certificates: Annotated[
+        str | None, Meta(description="file of callers by the name in their client certificate; null: none")
+    ] = None
+    jwks: Annotated[str | None, Meta(description="JWKS file of an identity provider's public keys; null: none")] = None
+    issuer: Annotated[str, Meta(description="issuer (iss) of accepted JSON web tokens")] = ""
+    audience: Annotated[str, Meta(description="audience (aud) of accepted JSON web tokens")] = ""
+    algorithms: Annotated[
+        tuple[Literal["RS256", "ES256", "EdDSA"], ...], Meta(min_length=1, description="accepted signatures")
+    ] = ("RS256", "ES256", "EdDSA")
+    roles_claim: Annotated[str, Meta(pattern=CLAIM, description="claim with the caller's roles: a list, or words")] = (
+        "roles"
+    )
+    tenant_claim: Annotated[str, Meta(pattern=CLAIM, description="claim with the caller's tenant; without it, sub")] = (
+        "tenant"
+    )
+    allow_anonymous: Annotated[
+        bool, Meta(description="serve without credentials on an address that is not this machine alone")
+    ] = False
+
+    @property
+    def required(self) -> bool:
+        """Whether calls need credentials."""
+        return bool(self.tokens or self.certificates or self.jwks)
 
 
 class Limits(Section, frozen=True):
@@ -233,6 +293,8 @@ class Config(Section, frozen=True):
         tuple[WatchedFeature, ...], Meta(description="latents counted in Prometheus over all requests")
     ] = ()
     listen: Listen = Listen()
+    tls: Tls = Tls()
+    identity: Identity = Identity()
     limits: Limits = Limits()
     prompt: Prompt = Prompt()
     stream: Stream = Stream()

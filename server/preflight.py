@@ -4,8 +4,9 @@ What needs the weights is checked where they are loaded: `engine.start`, `bundle
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import msgspec
 from rudder.sae_models import PRETRAINED
 from rudder.sae_models.hookpoints import FORM, SITE, parse
 from rudder.server.config import Config, ConfigError, Engine, WatchedFeature
-from rudder.server.program.named import load_programs
+from rudder.server.identity.authenticator import authenticator_of
+from rudder.server.program.named import load_policies, load_programs
 
 DEMO = "install rudder-server[demo], or set engine.model, engine.bundles and programs.folder"
 # Names of one figure in the config.json of different architectures.
@@ -51,7 +53,39 @@ def check(config: Config) -> Config:
     check_sites(config, bundles, shape)
     check_watched(config.watch, {bundle.name: bundle for bundle in bundles})
     check_folders(config)
+    check_door(config)
     return config
+
+
+def check_door(config: Config) -> None:
+    """Raise ConfigError if the services would be open to others than this machine by oversight, or a file is wrong."""
+    for field, path in msgspec.structs.asdict(config.tls).items():
+        if path and not config.tls.certificate:
+            raise ConfigError("tls.certificate", f"is missing: tls.{field} belongs to it")
+        if path and not is_file(path):
+            raise ConfigError(f"tls.{field}", f"{path!r} is not a file")
+    if config.tls.certificate and not config.tls.key:
+        raise ConfigError("tls.key", "is missing: it belongs to tls.certificate")
+    if config.identity.certificates and not config.tls.client_ca:
+        raise ConfigError("tls.client_ca", "is missing: identity.certificates needs verified client certificates")
+    authenticator_of(config.identity, lambda _: None)
+    host = config.listen.host
+    if is_loopback(host):
+        return
+    if not (config.tls.certificate or config.listen.allow_plaintext):
+        problem = f"{host} is reached from other machines: name a certificate, or set listen.allow_plaintext"
+        raise ConfigError("tls.certificate", problem)
+    if not (config.identity.required or config.identity.allow_anonymous):
+        problem = f"{host} is reached from other machines: name a file of tokens, or set identity.allow_anonymous"
+        raise ConfigError("identity.tokens", problem)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address is reached from this machine alone. A name other than localhost may be any."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def model_folder(config: Engine) -> Path:
@@ -70,6 +104,14 @@ def model_folder(config: Engine) -> Path:
     except (OSError, ValueError) as error:
         problem = f"{model!r} is neither a folder nor in the local Hugging Face cache"
         raise ConfigError("engine.model", f"{problem}: name a folder, or run `hf download` first") from error
+
+
+def is_file(path: str) -> bool:
+    """Return whether a path is a file; False for one that no file system can have."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def is_folder(path: str) -> bool:
@@ -178,14 +220,16 @@ def watched_bundle(watched: WatchedFeature, served: Sequence[str], number: int) 
 
 
 def check_folders(config: Config) -> None:
-    """Raise ConfigError or ProgramFileError unless programs and policies can be read and include the default policy."""
-    for field, folder in (("programs.folder", config.programs.folder), ("policies.folder", config.policies.folder)):
-        if folder is None:
-            continue
-        if not is_folder(folder):
-            hint = f": {DEMO}" if PRETRAINED in Path(folder).parents else ""
-            raise ConfigError(field, f"{folder!r} is not a folder{hint}")
-        load_programs(Path(folder))
-    name, folder = config.policies.default, config.policies.folder
-    if name is not None and name not in (load_programs(Path(folder)) if folder else {}):
-        raise ConfigError("policies.default", f"{name!r} is not in {folder or 'policies.folder'}")
+    """Raise ConfigError or ProgramFileError unless the files of programs and policies can be read."""
+    read_program_folder("programs.folder", config.programs.folder, load_programs)
+    read_program_folder("policies.folder", config.policies.folder, load_policies)
+
+
+def read_program_folder(field: str, folder: str | None, load: Callable[[Path], object]) -> None:
+    """Read all files of a folder that a field of the configuration names."""
+    if folder is None:
+        return
+    if not is_folder(folder):
+        hint = f": {DEMO}" if PRETRAINED in Path(folder).parents else ""
+        raise ConfigError(field, f"{folder!r} is not a folder{hint}")
+    load(Path(folder))

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 
-from rudder.server.config import ConfigError, Listen
+from rudder.server.config import ConfigError, Listen, address_of
 from rudder_client import Client, RudderError
 
 STARTED_S, STOPPED_S = 600.0, 60.0
@@ -88,20 +88,27 @@ def free_port() -> int:
 
 def require_free(listen: Listen) -> None:
     """Raise ConfigError if the server cannot listen on its ports: better now than after the engine's start."""
-    if listen.port == listen.metrics_port != 0:
+    metrics_host = listen.metrics_host or listen.host
+    if listen.port == listen.metrics_port != 0 and metrics_host == listen.host:
         raise ConfigError("listen.metrics_port", f"{listen.port} is listen.port too")
-    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
-    for field, port in (("listen.port", listen.port), ("listen.metrics_port", listen.metrics_port)):
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((listen.host, port))
-            # A name that is no host name, or cannot be encoded.
-            except (socket.gaierror, TypeError, ValueError) as error:
-                raise ConfigError("listen.host", f"{listen.host!r}: {error}") from error
-            except OSError as error:
-                problem = f"cannot listen on {listen.address(port)}: {error.strerror}"
-                raise ConfigError(field, problem) from error
+    metrics_name = "metrics_host" if listen.metrics_host else "host"
+    require_bindable(f"listen.{metrics_name}", metrics_host, "listen.metrics_port", listen.metrics_port)
+    require_bindable("listen.host", listen.host, "listen.port", listen.port)
+
+
+def require_bindable(host_field: str, host: str, port_field: str, port: int) -> None:
+    """Raise ConfigError, which names one of the fields, if nothing can listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        # A name that is no host name, or cannot be encoded.
+        except (socket.gaierror, TypeError, ValueError) as error:
+            raise ConfigError(host_field, f"{host!r}: {error}") from error
+        except OSError as error:
+            problem = f"cannot listen on {address_of(host, port)}: {error.strerror}"
+            raise ConfigError(port_field, problem) from error
 
 
 def busy_message(seconds: float = 0.25) -> str:

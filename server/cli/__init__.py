@@ -24,6 +24,7 @@ COMMANDS = {
     "report": "write the HTML report of a training run",
     "sae": "compare SAEs",
     "program": "derive and evaluate the programs of a bundle",
+    "token": "create, list and revoke the tokens of callers",
     "policy": "write, check and apply policies",
     "eval": "measure what steering, policies and guards do",
     "bench": "run benchmarks",

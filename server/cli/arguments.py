@@ -7,12 +7,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import grpc
 import msgspec
 
 from rudder.sae_models import settings
 from rudder.sae_models.errors import UserError
+from rudder_client import Client
 from rudder_client.requests import Steer
 
+# In the order in which `connect` reads them.
+CREDENTIAL_FILES = {
+    "token-file": "file of the token of `rudder token create`",
+    "ca": "PEM file of the authorities that signed the server's certificate; implies --tls",
+    "client-certificate": "PEM file of this client's certificate; implies --tls",
+    "client-key": "PEM file of its private key",
+}
 MAX_UINT32, MAX_UINT64 = (1 << 32) - 1, (1 << 64) - 1
 # More than those of any bound; Python refuses to convert thousands of digits.
 MAX_DIGITS = 100
@@ -84,8 +93,27 @@ def parse_fields(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[
 
 
 def add_address(parser: argparse.ArgumentParser) -> None:
-    """Add the address of a running server."""
+    """Add the address of a running server, and the files of the credentials that it asks for."""
     parser.add_argument("--address", type=utf8, default="localhost:50051", help="of the server (%(default)s)")
+    files = parser.add_argument_group("credentials")
+    for name, text in CREDENTIAL_FILES.items():
+        files.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
+    files.add_argument("--tls", action="store_true", help="use TLS with the authorities that this machine trusts")
+
+
+def connect(args: argparse.Namespace) -> Client:
+    """Return a client of the server that a command line names. Raises UserError."""
+    token, ca, certificate, key = (
+        file.read_bytes() if (file := getattr(args, name.replace("-", "_"))) else None for name in CREDENTIAL_FILES
+    )
+    if bool(certificate) != bool(key):
+        raise UserError("--client-certificate and --client-key belong together")
+    secure = ca or certificate or args.tls
+    credentials = grpc.ssl_channel_credentials(ca, key, certificate) if secure else None
+    try:
+        return Client(args.address, credentials=credentials, token=token.decode("ascii").strip() if token else "")
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:

@@ -6,10 +6,9 @@ from itertools import islice
 from rich.markup import escape
 from rich.table import Table
 
-from rudder.server.cli.arguments import add_address, command, integer, utf8
+from rudder.server.cli.arguments import add_address, command, connect, integer, utf8
 from rudder.server.cli.output import optional, out
 from rudder.v1 import catalogue_pb2
-from rudder_client import Client
 
 EXAMPLES = """\
 examples:
@@ -29,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--bundle", type=utf8, default="", help="bundle; a search without one is of all bundles")
     parser.add_argument("--limit", type=integer(), default=20, help="maximum number of features (%(default)s)")
     args = parser.parse_args(argv)
-    with Client(args.address) as client:
+    with connect(args) as client:
         if args.index is not None:
             print_feature(client.feature(args.index, args.bundle))
         elif args.search:

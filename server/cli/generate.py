@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rudder.server.cli.arguments import MAX_UINT64, add_prompt, command, integer, program_of, prompt_of, utf8
+from rudder.server.cli.arguments import MAX_UINT64, add_prompt, command, connect, integer, program_of, prompt_of, utf8
 from rudder.server.cli.output import out, print_end_of_choice
-from rudder_client import Client, Report, Structured
+from rudder_client import Report, Structured
 
 SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_tokens": (integer(), "maximum number of tokens to generate (16, of a chat 200)"),
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     text = prompt_of(args)
     prompt: Any = [{"role": "user", "content": text}] if args.chat else text
     texts: dict[int, str] = {}
-    with Client(args.address) as client:
+    with connect(args) as client:
         for chunk in client.generate(prompt, steer=program_of(args), report=report, stop=args.stop, **sampling):
             texts[chunk.choice] = texts.get(chunk.choice, "") + chunk.text
             if (args.n or 1) == 1:

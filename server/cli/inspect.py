@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from rudder.server.cli.arguments import add_prompt, command, integer, program_of, prompt_of
+from rudder.server.cli.arguments import add_prompt, command, connect, integer, program_of, prompt_of
 from rudder.server.cli.output import inspection_table, out, pooled_table
-from rudder_client import Client, Report
+from rudder_client import Report
 
 EXAMPLES = """\
 examples:
@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     add_prompt(parser)
     parser.add_argument("--top", type=integer(), default=3, metavar="K", help="features per token (%(default)s)")
     args = parser.parse_args(argv)
-    with Client(args.address) as client:
+    with connect(args) as client:
         report = Report(top_k=args.top, pooled=True)
         inspection = client.inspect(prompt_of(args), steer=program_of(args), report=report)
     out.print(inspection_table(inspection, args.top))

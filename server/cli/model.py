@@ -11,9 +11,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from rudder.server.cli.arguments import add_address, add_subcommand, command
+from rudder.server.cli.arguments import add_address, add_subcommand, command, connect
 from rudder.server.cli.output import optional, out
-from rudder_client import Client
 
 DESCRIPTION = """\
 Show the served model: sites, bundles, programs, limits. Or download a model, or convert one.
@@ -90,7 +89,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
 def run_show(args: argparse.Namespace) -> None:
     """Print the model, the bundles, the programs and the limits of a server."""
-    with Client(args.address) as client:
+    with connect(args) as client:
         model, programs = client.model(), client.programs()
     out.print(f"[bold]{model.model}[/], {model.layers} layers of {model.hidden_size}, {model.max_model_len} tokens")
     out.print(f"server {model.server_version}, vLLM {model.engine_version}, engine {model.engine_epoch}")

@@ -4,20 +4,22 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any
 
 import grpc
 
-from rudder.server.caller import ANONYMOUS, Caller
+from rudder.server.grpc.credentials import credentials_of
 from rudder.server.grpc.status import Context, abort
+from rudder.server.identity.errors import CredentialError
+from rudder.server.identity.roles import require_method
 from rudder.server.monitoring.traces import correlation_of
 from rudder.server.service.call import begin_call
-from rudder.server.service.errors import Refusal
+from rudder.server.service.errors import Refusal, refusal_of
 from rudder.server.service.record import CallRecord
 from rudder.server.service.serving import Serving
 
 OWN_SERVICES = "/rudder."
+REFLECTION = "/grpc.reflection."
 # gRPC clients add it to a call that they retry by themselves.
 PREVIOUS_ATTEMPTS = "grpc-previous-rpc-attempts"
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
@@ -26,7 +28,7 @@ RECORD: ContextVar[CallRecord] = ContextVar("record")
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the behaviours of Rudder's own services; health and reflection stay as they are."""
+    """Wraps the behaviours of Rudder's own services. Reflection is for authenticated callers; health is for all."""
 
     def __init__(self, serving: Serving) -> None:
         self.serving = serving
@@ -37,16 +39,36 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Return the method's handler with its behaviour wrapped."""
         handler = await continuation(details)
         method: str = details.method
+        if handler is not None and method.startswith(REFLECTION):
+            return authenticated(handler, method_name(method), self.serving)
         if handler is None or not method.startswith(OWN_SERVICES):
             return handler
         make_handler = (
             grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
         )
         behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
-        name = method.rpartition(".")[2].replace("/", ".")
-        call = surrounded(behaviour, name, handler.request_deserializer, self.serving)
+        call = surrounded(behaviour, method_name(method), handler.request_deserializer, self.serving)
         # Without a deserialiser of its own: gRPC's error about bytes that it cannot parse would carry no reason.
         return make_handler(call, None, handler.response_serializer)
+
+
+def method_name(path: str) -> str:
+    """Return `Service.Method` of a gRPC path."""
+    return path.rpartition(".")[2].replace("/", ".")
+
+
+def authenticated(handler: Any, method: str, serving: Serving) -> Any:
+    """Return a bidirectional handler whose callers must authenticate and have a role for `method`."""
+
+    async def call(requests: Any, context: Context) -> Any:
+        try:
+            require_method(serving.authenticator.caller(credentials_of(context)), method)
+        except CredentialError as error:
+            await abort(context, refusal_of(error))
+        async for response in handler.stream_stream(requests, context):
+            yield response
+
+    return grpc.stream_stream_rpc_method_handler(call, handler.request_deserializer, handler.response_serializer)
 
 
 def surrounded(behaviour: Behaviour, method: str, deserialize: Callable[[bytes], Any], serving: Serving) -> Behaviour:
@@ -58,7 +80,8 @@ def surrounded(behaviour: Behaviour, method: str, deserialize: Callable[[bytes],
             serving.metrics.request_retried(method)
         try:
             correlation, deadline = correlation_of(metadata), deadline_of(context)
-            async with begin_call(serving, method, caller_of(context), correlation, deadline) as record:
+            credentials = credentials_of(context)
+            async with begin_call(serving, method, credentials, len(request), correlation, deadline) as record:
                 RECORD.set(record)
                 require_size(request, serving.config.limits.max_message_bytes)
                 with serving.pending.held(len(request)):
@@ -71,11 +94,6 @@ def surrounded(behaviour: Behaviour, method: str, deserialize: Callable[[bytes],
                 await abort(context, refusal)
 
     return call
-
-
-def caller_of(context: Context) -> Caller:
-    """Return the caller: anonymous, until this door authenticates; shares are per connection."""
-    return replace(ANONYMOUS, origin=context.peer())
 
 
 def require_size(request: bytes, maximum: int) -> None:

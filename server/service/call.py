@@ -5,7 +5,9 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from rudder.server.caller import Caller
+from rudder.server.caller import ANONYMOUS
+from rudder.server.identity.authenticator import Credentials
+from rudder.server.identity.roles import require_method
 from rudder.server.monitoring.traces import Correlation
 from rudder.server.service import record as records
 from rudder.server.service.errors import Refusal, refusal_of
@@ -14,23 +16,31 @@ from rudder.server.service.serving import Serving
 
 # The client's own timer cancels the call a moment before this process would.
 DEADLINE_SLACK_S = 0.05
+# Calls that policies bind.
+BOUND_METHODS = "InferenceService."
 
 
 @asynccontextmanager
 async def begin_call(
-    serving: Serving, method: str, caller: Caller, correlation: Correlation, deadline: float | None = None
+    serving: Serving,
+    method: str,
+    credentials: Credentials,
+    request_bytes: int,
+    correlation: Correlation,
+    deadline: float | None = None,
 ) -> AsyncIterator[CallRecord]:
     """Surround a call. `method`: `Service.Method`; `deadline`: when the client gives up, by `time.monotonic`.
 
     Raises Refusal, with the request id in it, for every exception of the call, if the server takes no calls, and if it
     ends before the call. A call that its client cancelled stays cancelled. In each case it is counted and logged once.
     """
-    record = CallRecord(method, caller, correlation)
+    record = CallRecord(method, ANONYMOUS, correlation)
     task = asyncio.current_task()
     assert task
     serving.calls.add(task)
     try:
         require_open(serving)
+        admit(serving, record, credentials, request_bytes)
         yield record
         record.end("OK")
     except (asyncio.CancelledError, GeneratorExit):
@@ -45,8 +55,24 @@ async def begin_call(
         raise refused(record, refusal_of(error)) from None
     finally:
         serving.calls.discard(task)
+        serving.policies.release(record.policies)
         records.export(record, serving.metrics)
         records.log(record)
+
+
+def admit(serving: Serving, record: CallRecord, credentials: Credentials, request_bytes: int) -> None:
+    """Find out who calls, whether the caller may call this method and send so much, and which policies bind the call.
+
+    Raises CredentialError, Refusal.
+    """
+    caller = record.caller = serving.authenticator.caller(credentials)
+    require_method(caller, record.method)
+    if record.method.startswith(BOUND_METHODS):
+        record.binding = serving.policies.binding(caller)
+        serving.policies.acquire(record.policies)
+    for quota, amount in (("requests", 1), ("request_bytes", request_bytes)):
+        serving.quotas.require(caller, quota, "QUOTA_REQUESTS", amount)
+        serving.quotas.charge(caller, quota, amount)
 
 
 def refused(record: CallRecord, refusal: Refusal) -> Refusal:

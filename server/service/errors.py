@@ -10,7 +10,9 @@ from google.protobuf.message import DecodeError
 from rudder.server.engine.adapter import EngineDeadError, VLLMClientError
 from rudder.server.engine.admission import QueueFull
 from rudder.server.engine.telemetry.frame import TelemetryLost
+from rudder.server.identity.errors import CredentialError
 from rudder.server.program.errors import ProgramError
+from rudder.server.safety.problems import PolicyInvalid
 from rudder.v1 import inference_pb2
 
 
@@ -23,6 +25,12 @@ class Reason:
 
 
 REASONS: dict[str, Reason] = {
+    "UNAUTHENTICATED": Reason("UNAUTHENTICATED", 401),
+    "TOKEN_EXPIRED": Reason("UNAUTHENTICATED", 401),
+    "ROLE_MISSING": Reason("PERMISSION_DENIED", 403),
+    "QUOTA_REQUESTS": Reason("RESOURCE_EXHAUSTED", 429),
+    "QUOTA_TOKENS": Reason("RESOURCE_EXHAUSTED", 429),
+    "QUOTA_STREAMS": Reason("RESOURCE_EXHAUSTED", 429),
     "FIELD_INVALID": Reason("INVALID_ARGUMENT", 400),
     "FEATURE_UNKNOWN": Reason("NOT_FOUND", 404),
     "SITE_UNKNOWN": Reason("NOT_FOUND", 404),
@@ -37,6 +45,10 @@ REASONS: dict[str, Reason] = {
     "DRAINING": Reason("UNAVAILABLE", 503),
     "ENGINE_DEAD": Reason("UNAVAILABLE", 503),
     "CLIENT_TOO_SLOW": Reason("DEADLINE_EXCEEDED", 408),
+    "POLICY_UNKNOWN": Reason("NOT_FOUND", 404),
+    "POLICY_INVALID": Reason("FAILED_PRECONDITION", 400),
+    "POLICY_REFUSED": Reason("PERMISSION_DENIED", 403),
+    "NOT_ALLOWED": Reason("PERMISSION_DENIED", 403),
     "VERDICT_LOST": Reason("UNAVAILABLE", 503),
     "INTERNAL": Reason("INTERNAL", 500),
 }
@@ -115,8 +127,12 @@ def refusal_of(error: BaseException) -> Refusal:
             return refusal_of(error.exceptions[0])
         case DecodeError():
             return Refusal("FIELD_INVALID", "the bytes are not a request of this method")
+        case CredentialError():
+            return Refusal(error.reason, str(error))
         case ProgramError():
             return invalid(error.field, error.message, error.reason)
+        case PolicyInvalid():
+            return Refusal("POLICY_INVALID", str(error), [Violation(*problem) for problem in error.problems])
         case VLLMClientError():
             return invalid(sampling_field(error), str(error.args[0]) if error.args else type(error).__name__)
         case QueueFull():

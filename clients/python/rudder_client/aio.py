@@ -84,14 +84,19 @@ class AsyncClient(wire.ForkGuard):
 
     def __init__(
         self, address: str = "localhost:50051", *, timeout: float | None = None,
-        credentials: grpc.ChannelCredentials | None = None, metadata: wire.Metadata = (), options: wire.Options = (),
+        credentials: grpc.ChannelCredentials | None = None, token: str = "", metadata: wire.Metadata = (),
+        options: wire.Options = (),
     ) -> None:  # fmt: skip
         settings = wire.options_for(address, options)
         if credentials is None:
             self.channel = grpc.aio.insecure_channel(address, settings)
         else:
             self.channel = grpc.aio.secure_channel(address, credentials, settings)
-        self.timeout, self.metadata = timeout, wire.metadata_of(metadata)
+        self.timeout = timeout
+        self.metadata = (
+            *wire.metadata_of(metadata),
+            *wire.authorization(token, address, secure=credentials is not None),
+        )
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.catalogue = catalogue_pb2_grpc.FeatureServiceStub(self.channel)
         self.models = catalogue_pb2_grpc.ModelServiceStub(self.channel)

@@ -33,12 +33,17 @@ LOOPBACK = re.compile(
 )
 
 
+def is_local(address: str) -> bool:
+    """Return whether an address is on this machine."""
+    return bool(LOOPBACK.fullmatch(address)) or address.startswith("unix")
+
+
 def options_for(address: str, options: Options) -> list[tuple[str, Any]]:
     """Return the options of a channel; those of the caller take precedence.
 
     A server on this machine is reached without the proxy that http_proxy, https_proxy or all_proxy name.
     """
-    local = LOOPBACK.fullmatch(address) or address.startswith("unix")
+    local = is_local(address)
     return list((dict(OPTIONS) | ({"grpc.enable_http_proxy": 0} if local else {}) | dict(options)).items())
 
 
@@ -50,6 +55,15 @@ def seconds(timeout: float | None, default: float | None) -> float | None:
 def metadata_of(metadata: Metadata) -> tuple[tuple[str, Any], ...]:
     """Return the metadata of every call as pairs."""
     return tuple(metadata.items() if isinstance(metadata, Mapping) else metadata)
+
+
+def authorization(token: str, address: str, *, secure: bool) -> tuple[tuple[str, str], ...]:
+    """Return the metadata of a bearer token. ValueError: it would cross a network without TLS."""
+    if not token:
+        return ()
+    if not secure and not is_local(address):
+        raise ValueError(f"token: {address} is another machine: name the credentials of TLS")
+    return (("authorization", f"Bearer {token}"),)
 
 
 class Forked:

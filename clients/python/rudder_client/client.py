@@ -74,21 +74,27 @@ class Client(wire.ForkGuard):
     """A connection to a server. A process that is forked must create its own.
 
     `timeout`: default deadline of a call, in seconds. `credentials`: of TLS, such as `grpc.ssl_channel_credentials()`;
-    None: without TLS. `metadata`: sent with every call, names in lower case. `options`: channel options of gRPC.
+    None: without TLS. `token`: given by the server's operator; without TLS it is sent to this machine alone, and for
+    another ValueError is raised. `metadata`: sent with every call, names in lower case. `options`: of gRPC's channel.
     """
 
     FORK_ATTRIBUTES = ("channel", "inference", "catalogue", "models", "health")
 
     def __init__(
         self, address: str = "localhost:50051", *, timeout: float | None = None,
-        credentials: grpc.ChannelCredentials | None = None, metadata: wire.Metadata = (), options: wire.Options = (),
+        credentials: grpc.ChannelCredentials | None = None, token: str = "", metadata: wire.Metadata = (),
+        options: wire.Options = (),
     ) -> None:  # fmt: skip
         settings = wire.options_for(address, options)
         if credentials is None:
             self.channel = grpc.insecure_channel(address, settings)
         else:
             self.channel = grpc.secure_channel(address, credentials, settings)
-        self.timeout, self.metadata = timeout, wire.metadata_of(metadata)
+        self.timeout = timeout
+        self.metadata = (
+            *wire.metadata_of(metadata),
+            *wire.authorization(token, address, secure=credentials is not None),
+        )
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.catalogue = catalogue_pb2_grpc.FeatureServiceStub(self.channel)
         self.models = catalogue_pb2_grpc.ModelServiceStub(self.channel)

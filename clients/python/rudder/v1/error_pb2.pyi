@@ -33,6 +33,13 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_POLICY_UNKNOWN: _ClassVar[Reason]
     REASON_POLICY_INVALID: _ClassVar[Reason]
     REASON_POLICY_REFUSED: _ClassVar[Reason]
+    REASON_NOT_ALLOWED: _ClassVar[Reason]
+    REASON_UNAUTHENTICATED: _ClassVar[Reason]
+    REASON_TOKEN_EXPIRED: _ClassVar[Reason]
+    REASON_ROLE_MISSING: _ClassVar[Reason]
+    REASON_QUOTA_REQUESTS: _ClassVar[Reason]
+    REASON_QUOTA_TOKENS: _ClassVar[Reason]
+    REASON_QUOTA_STREAMS: _ClassVar[Reason]
 REASON_UNSPECIFIED: Reason
 REASON_FIELD_INVALID: Reason
 REASON_FEATURE_UNKNOWN: Reason
@@ -53,6 +60,13 @@ REASON_MESSAGE_TOO_LARGE: Reason
 REASON_POLICY_UNKNOWN: Reason
 REASON_POLICY_INVALID: Reason
 REASON_POLICY_REFUSED: Reason
+REASON_NOT_ALLOWED: Reason
+REASON_UNAUTHENTICATED: Reason
+REASON_TOKEN_EXPIRED: Reason
+REASON_ROLE_MISSING: Reason
+REASON_QUOTA_REQUESTS: Reason
+REASON_QUOTA_TOKENS: Reason
+REASON_QUOTA_STREAMS: Reason
 
 class ErrorStatus(_message.Message):
     __slots__ = ("code", "message", "details")

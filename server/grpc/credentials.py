@@ -1,0 +1,75 @@
+"""TLS of the gRPC door, and the credentials that a call brings."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from rudder.server.config import ConfigError, Tls
+from rudder.server.grpc.status import Context
+from rudder.server.identity.authenticator import Credentials
+from rudder.server.identity.watched_file import WatchedFile
+
+AUTHORIZATION = "authorization"
+# Names of a peer in `auth_context`, the best first: RFC 9525 prefers alternative names to the common name.
+ALTERNATIVE_NAMES, COMMON_NAME = "x509_subject_alternative_name", "x509_common_name"
+SPIFFE = "spiffe://"
+
+
+def credentials_of(context: Context) -> Credentials:
+    """Return what the call and its connection say of who calls."""
+    metadata: Any = context.invocation_metadata() or ()
+    authorization = tuple(str(value) for key, value in metadata if key == AUTHORIZATION)
+    return Credentials(authorization, certificate_names(context), context.peer())
+
+
+def certificate_names(context: Context) -> tuple[str, ...]:
+    """Return the names in the client's certificate, which TLS has verified: SPIFFE URIs, others, the common name."""
+    peer: Mapping[str, Iterable[bytes]] = context.auth_context()
+    alternative = [name.decode(errors="replace") for name in peer.get(ALTERNATIVE_NAMES, ())]
+    common = [name.decode(errors="replace") for name in peer.get(COMMON_NAME, ())]
+    return tuple(sorted(alternative, key=lambda name: not name.startswith(SPIFFE)) + common)
+
+
+def server_credentials(tls: Tls, failed: Callable[[str], None]) -> grpc.ServerCredentials | None:
+    """Return the door's TLS, which reads changed files at the next handshake; None without TLS. Raises ConfigError."""
+    if tls.certificate is None:
+        return None
+    if tls.key is None:
+        raise ConfigError("tls.key", "is missing: it belongs to tls.certificate")
+    paths = [Path(tls.certificate), Path(tls.key), *([Path(tls.client_ca)] if tls.client_ca else [])]
+    try:
+        pair = WatchedFile("tls.certificate", tuple(paths), certificate_configuration, failed)
+    except (OSError, ValueError) as error:
+        raise ConfigError("tls.certificate", str(error)) from error
+    served = pair.content
+
+    def changed() -> Any:
+        nonlocal served
+        current = pair.current()
+        if current is served:
+            return None
+        served = current
+        return current
+
+    return grpc.dynamic_ssl_server_credentials(pair.content, changed, require_client_authentication=bool(tls.client_ca))
+
+
+def certificate_configuration(certificate: bytes, key: bytes, client_ca: bytes | None = None) -> Any:
+    """Return gRPC's form of a key pair. ValueError: the files do not belong together, as while one is replaced."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+    from cryptography.x509 import load_pem_x509_certificates
+
+    try:
+        leaf = load_pem_x509_certificates(certificate)[0]
+        private = load_pem_private_key(key, None)
+        if client_ca is not None:
+            load_pem_x509_certificates(client_ca)
+    except (TypeError, UnsupportedAlgorithm) as error:
+        raise ValueError(f"tls.key: {error}") from error
+    form = Encoding.DER, PublicFormat.SubjectPublicKeyInfo
+    if leaf.public_key().public_bytes(*form) != private.public_key().public_bytes(*form):
+        raise ValueError("tls.key is not that of tls.certificate")
+    return grpc.ssl_server_certificate_configuration([(key, certificate)], client_ca)

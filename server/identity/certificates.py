@@ -1,0 +1,48 @@
+"""Callers by their client certificate: a file that maps the names in certificates to callers."""
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import yaml
+
+from rudder.server.caller import NO_QUOTAS, Caller, Quotas
+from rudder.server.identity.errors import CredentialError
+from rudder.server.identity.tokens import Name, check_roles
+
+
+class CertificateEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a certificate stands for. `name`: its SPIFFE URI, else a DNS name, else the common name."""
+
+    name: str
+    caller: Name
+    roles: tuple[str, ...]
+    tenant: Name | None = None
+    quotas: Quotas = NO_QUOTAS
+
+
+class CertificateFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file of callers by certificate."""
+
+    certificates: tuple[CertificateEntry, ...] = ()
+
+
+Certificates = Mapping[str, CertificateEntry]
+
+
+def parse(content: bytes) -> Certificates:
+    """Parse a file of callers by certificate. ValueError: it is not one."""
+    try:
+        file = msgspec.convert(yaml.safe_load(content) or {}, CertificateFile)
+    except (yaml.YAMLError, msgspec.ValidationError) as error:
+        raise ValueError(str(error)) from error
+    for number, entry in enumerate(file.certificates):
+        check_roles(entry.roles, f"certificates[{number}].roles")
+    return {entry.name: entry for entry in file.certificates}
+
+
+def caller(names: Sequence[str], certificates: Certificates) -> Caller:
+    """Return the caller of a verified certificate with these names, best first. Raises CredentialError: nobody's."""
+    entry = next((certificates[name] for name in names if name in certificates), None)
+    if entry is None:
+        raise CredentialError("the client certificate is mapped to no caller")
+    return Caller(entry.caller, entry.tenant or entry.caller, frozenset(entry.roles), entry.quotas)
