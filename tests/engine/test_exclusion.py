@@ -52,13 +52,12 @@ async def excluding(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[E
     """Start an engine on a bundle that excludes positions and a token, and pass its self-test in both stages."""
     folder = tmp_path_factory.mktemp("excluding")
     shutil.copytree(BUNDLE, folder / "bundle")
-    (folder / "policies").mkdir()
     manifest: dict[str, Any] = json.loads((BUNDLE / "manifest.json").read_bytes())
     manifest["context"] = {"excluded_positions": POSITIONS, "excluded_tokens": [excluded_token()]}
     (folder / "bundle" / "manifest.json").write_text(json.dumps(manifest))
     fields = {
         "engine.bundles": json.dumps([str(folder / "bundle")]),
-        "policies.folder": str(folder / "policies"),
+        "policies.stages": "1",
         "watch": "[{index: 7}]",
     }
     started = await start_engine(configuration.load(None, SMALL | fields))
