@@ -62,7 +62,7 @@ def test_policy_fits_its_schema(fields: dict[str, Any]) -> None:
         "guards: [{share: {}, window: {tokens: 3}}]",
         "program: {sites: [{edits: [{set: 1, add: 2}]}]}",
         "program: {sites: [{edits: [{set: much}]}]}",
-        "max_displacement: true",
+        "max_displacement: [1]",
     ],
 )
 def test_what_the_server_refuses_does_not_fit(text: str) -> None:
