@@ -157,6 +157,9 @@ class Metrics:
     rejected_edits: Counter
     self_test_failures: Counter
     pending_bytes: Gauge
+    audit_entries: Counter
+    audit_webhook_entries: Counter
+    audit_failing: Gauge
     bank: BankCollector
 
     @classmethod
@@ -200,6 +203,17 @@ class Metrics:
             pending_bytes=Gauge(
                 "rudder_pending_request_bytes", "Bytes of the request messages of calls in progress.", registry=registry
             ),
+            audit_entries=Counter(
+                "rudder_audit_records", "Entries of the audit log, by outcome: written or lost.",
+                ["outcome"], registry=registry,
+            ),
+            audit_webhook_entries=Counter(
+                "rudder_audit_webhook_records", "Entries for the audit webhook, by outcome: sent or dropped.",
+                ["outcome"], registry=registry,
+            ),
+            audit_failing=Gauge(
+                "rudder_audit_failing", "1 while the audit log cannot be written.", registry=registry
+            ),
             bank=bank,
         )  # fmt: skip
 
@@ -236,6 +250,22 @@ class Metrics:
     def self_test_failed(self) -> None:
         """Count a failed self-test."""
         self.self_test_failures.inc()
+
+    def audit_written(self, entries: int) -> None:
+        """Count entries of the audit log that were written."""
+        self.audit_entries.labels("written").inc(entries)
+
+    def audit_lost(self, entries: int) -> None:
+        """Count entries of the audit log that could not be written."""
+        self.audit_entries.labels("lost").inc(entries)
+
+    def audit_sent(self, entries: int) -> None:
+        """Count entries that the audit webhook took."""
+        self.audit_webhook_entries.labels("sent").inc(entries)
+
+    def audit_dropped(self, entries: int) -> None:
+        """Count entries that the audit webhook did not get."""
+        self.audit_webhook_entries.labels("dropped").inc(entries)
 
     def watch_admission(self, usage: Callable[[], BankUsage]) -> None:
         """Export what `usage` returns at each scrape; it is called from another thread."""
