@@ -103,19 +103,18 @@ class Programs(Section, frozen=True):
 
 
 class Policies(Section, frozen=True):
-    """Policies of the operator: programs that run after a request's own and may edit locked rows."""
+    """Policies of the operator, which bind callers whatever their requests ask for."""
 
-    folder: Annotated[
-        str | None, Meta(description="folder of policies, YAML files in the form of programs; null: none")
-    ] = None
-    default: Annotated[str | None, Meta(description="policy that binds every caller; null: none")] = None
-    allow_later_edits: Annotated[
-        bool,
-        Meta(description="requests may edit sites behind the policy's first one, where they can undo its edits"),
-    ] = False
-    allow_edits_before_gate: Annotated[
-        bool,
-        Meta(description="requests may edit sites that the gate of a policy depends on, where they can close it"),
+    folder: Annotated[str | None, Meta(description="folder of policies, one YAML file each; null: none")] = None
+    stages: Annotated[
+        Annotated[int, Meta(ge=0, le=16)],
+        Meta(description="policies with a program that can run in one call, at least; more, if those of the folder do"),
+    ] = 0
+    reload_s: Annotated[
+        Seconds, Meta(description="seconds between two looks for changed files; 0: reload on SIGHUP alone")
+    ] = 0.0
+    allow_apply: Annotated[
+        bool, Meta(description="PolicyService.Apply may change policies over a door that authenticates nobody")
     ] = False
 
 

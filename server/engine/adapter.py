@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import vllm
@@ -54,11 +55,13 @@ __all__ = [
     "StructuredOutputsParams",
     "VLLMClientError",
     "add_request",
+    "answer_text",
     "call_workers",
     "check_bad_words",
     "check_limits",
     "enable_envs_cache",
     "engine_args",
+    "eos_token_ids",
     "model_facts",
     "resolve",
     "start_engine_process",
@@ -219,6 +222,19 @@ class Detokenizer(detokenizer.FastIncrementalDetokenizer):
         tail = request.prompt_token_ids[-TAIL_TOKENS:]
         if self.tokenizer.decode(tail, skip_special_tokens=self.skip_special_tokens).endswith(REPLACEMENT):
             self.stream = FirstCharacterStream(request.prompt_token_ids, self.skip_special_tokens)
+
+
+def answer_text(tokenizer: Any, prompt_ids: Sequence[int], sampling: SamplingParams, ids: Sequence[int]) -> str:
+    """Return the text that vLLM streams for an answer of these tokens, if it ends behind them with no stop string."""
+    params = copy(sampling)
+    params.stop = []
+    request: Any = SimpleNamespace(
+        request_id="answer", prompt_token_ids=list(prompt_ids), prompt_embeds=None, sampling_params=params
+    )
+    stream = detokenizer.IncrementalDetokenizer.from_new_request(tokenizer, request)
+    stream.update(list(ids), False)
+    text: str = stream.get_next_output_text(finished=True, delta=False)
+    return text
 
 
 def resolve(args: AsyncEngineArgs) -> VllmConfig:

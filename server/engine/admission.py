@@ -13,8 +13,6 @@ from rudder.server.monitoring.metrics import BankUsage, SiteUsage
 from rudder.server.program import wire
 from rudder.server.program.layout import Layout
 
-# The handle of the rows that are held as long as the engine lives: those of policies and pinned features.
-RESERVED_HANDLE = 0
 # Requests that may be admitted before the one that has waited longest, while that does not fit.
 MAX_BYPASSES = 32
 # Requests of one caller that are examined, each time that room becomes free, before those of other callers.
@@ -75,10 +73,15 @@ class Admission:
     ) -> None:
         self.ledger, self.limit, self.running = Ledger(layout), limit, running
         self.caller_share, self.max_wait_s = caller_share, max_wait_s
+        # By handle; all of them together; and their rows by site number.
+        self.reservations: dict[int, frozenset[Key]] = {}
         self.reserved: frozenset[Key] = frozenset()
+        self.reserved_rows: dict[int, frozenset[wire.Row]] = {}
         self.waiting: dict[int, Waiter] = {}
         self.waiting_by_caller: Counter[str] = Counter()
         self.callers: dict[int, str] = {}
+        # Rows of each admitted request that count for its caller: those that were not reserved when it was admitted.
+        self.counted: dict[int, tuple[Key, ...]] = {}
         self.holdings: dict[str, Holdings] = {}
 
     @property
@@ -92,10 +95,23 @@ class Admission:
         admitted = len(self.callers)
         return int(admitted - min(self.running, admitted))
 
-    def reserve(self, request: wire.Request) -> None:
-        """Hold the rows of policies and pinned features from now on. They count for no caller."""
-        self.ledger.acquire(RESERVED_HANDLE, request)
-        self.reserved = frozenset(ordered_rows(request))
+    def reserve(self, handle: int, request: wire.Request) -> None:
+        """Hold the rows of a policy or of pinned features. They count for no caller. Raises BankFull."""
+        self.ledger.acquire(handle, request)
+        self.set_reservations(self.reservations | {handle: frozenset(ordered_rows(request))})
+
+    def unreserve(self, handle: int) -> None:
+        """Hold these rows no longer, and admit waiting requests while they fit. Rows that a request uses stay."""
+        self.ledger.release(handle)
+        self.set_reservations({key: rows for key, rows in self.reservations.items() if key != handle})
+        self.admit()
+
+    def set_reservations(self, reservations: dict[int, frozenset[Key]]) -> None:
+        """Replace all reservations."""
+        self.reservations = reservations
+        self.reserved = frozenset().union(*reservations.values())
+        sites = {site for site, _ in self.reserved}
+        self.reserved_rows = {at: frozenset(row for site, row in self.reserved if site == at) for at in sites}
 
     async def acquire(self, handle: int, request: wire.Request, caller: str = "") -> None:
         """Wait until the bank has room. Raises QueueFull if too many wait or this one has waited too long, and the
@@ -207,14 +223,15 @@ class Admission:
         request, caller = waiter.request, waiter.caller
         self.ledger.acquire(handle, request)
         self.callers[handle] = caller
+        self.counted[handle] = tuple(key for key in waiter.keys if key not in self.reserved)
         if request.edits or request.reads or waiter.keys:
-            self.note(self.holdings.setdefault(caller, Holdings()), request, waiter.keys, 1)
+            self.note(self.holdings.setdefault(caller, Holdings()), request, self.counted[handle], 1)
 
     def note(self, holdings: Holdings, request: wire.Request, keys: Sequence[Key], sign: int) -> None:
-        """Add a request to its caller's holdings, or with `sign` -1 remove it. Reserved rows do not count."""
+        """Add a request with these rows to its caller's holdings, or with `sign` -1 remove it."""
         holdings.slots += sign * request.edits
         holdings.capture += sign * (self.ledger.capture_cost(request) if request.reads else 0)
-        for key in (key for key in keys if key not in self.reserved):
+        for key in keys:
             before = holdings.rows[key]
             holdings.rows[key] = before + sign
             if not (before and holdings.rows[key]):
@@ -226,10 +243,10 @@ class Admission:
         """Release the lease of `handle`, and admit waiting requests while they fit."""
         request, _ = self.ledger.leases.get(handle, (None, None))
         self.ledger.release(handle)
-        caller = self.callers.pop(handle, None)
+        caller, counted = self.callers.pop(handle, None), self.counted.pop(handle, ())
         if request is not None and caller in self.holdings:
             holdings = self.holdings[caller]
-            self.note(holdings, request, ordered_rows(request), -1)
+            self.note(holdings, request, counted, -1)
             if not (holdings.slots or holdings.capture or holdings.rows):
                 del self.holdings[caller]
         self.admit()

@@ -22,15 +22,17 @@ from rudder.server.program.watch import Watched
 class Call:
     """One choice of one request, checked and compiled.
 
+    `policies`: programs that run behind the request's own, in this order, each on what those before it leave.
     `watch`: rows reported to the client. `guard`: rows reported to guards and never to the client. `top_k_prompt`:
     report the top-k latents of prompt tokens too; with top_k 0 it only makes the prompt run whole, whatever the prefix
-    cache holds, so that its edits are counted. `capture`: return the residuals of all tokens at all sites.
+    cache holds, so that its edits are counted. `capture`: return the residuals of all tokens at all sites. `answer`:
+    the last so many of `prompt_ids` are no prompt but the answer so far: tokens of the phase of generated tokens.
     """
 
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     compiled: Compiled | None = None
-    policy: Compiled | None = None
+    policies: tuple[Compiled, ...] = ()
     watch: tuple[Watched, ...] = ()
     guard: tuple[Watched, ...] = ()
     top_k: int = 0
@@ -39,6 +41,12 @@ class Call:
     caller: Caller = ANONYMOUS
     cache_salt: str = ""
     capture: bool = False
+    answer: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of tokens of the prompt."""
+        return len(self.prompt_ids) - self.answer
 
     @property
     def reads_prompt(self) -> bool:
@@ -58,7 +66,7 @@ class FinishReason(StrEnum):
 
 
 class GateOutcome(NamedTuple):
-    """What the worker counted of the gate of one stage, 0 the request's program, 1 the policy.
+    """What the worker counted of the gate of one stage, 0 the request's program, 1 + i program i of `Call.policies`.
 
     `open_tokens`: tokens at which it was open. `statistic`: that of its sequence condition after the last token, which
     is compared with the condition's `level`; None without one.
@@ -73,8 +81,8 @@ class GateOutcome(NamedTuple):
 class Outcome:
     """How a call ended and what ran, as counted by the worker.
 
-    `moved` and `policy_moved`: tokens touched by each edit of the program and of the policy. `gates`: of those of the
-    two that have a gate. `tokens_seen`: tokens that went through the forward pass; like all others, a token that was
+    `moved` and `policy_moved`: tokens touched by each edit of the program and of each of `Call.policies`. `gates`: of
+    those of them that have a gate. `tokens_seen`: tokens that went through the forward pass; like all others, a token that was
     computed again after a preemption counts once. `queued_s`: seconds that the call waited for the bank.
     """
 
@@ -84,13 +92,13 @@ class Outcome:
     generated_tokens: int
     cached_tokens: int
     moved: tuple[int, ...]
-    policy_moved: tuple[int, ...]
+    policy_moved: tuple[tuple[int, ...], ...]
     tokens_seen: int
     captures: tuple[Capture, ...]
     queued_s: float = field(default=0.0, compare=False)
-    # Tokens at which each edit of the program, then of the policy, was rejected: x would not have stayed finite.
+    # Tokens at which each edit of the program and of the policies was rejected: x would not have stayed finite.
     rejected: tuple[int, ...] = ()
-    policy_rejected: tuple[int, ...] = ()
+    policy_rejected: tuple[tuple[int, ...], ...] = ()
     gates: tuple[GateOutcome, ...] = ()
 
 
@@ -114,7 +122,7 @@ class Output(NamedTuple):
 
 
 def salt(secret: bytes, call: Call, *, by_id: bool = False) -> str:
-    """Compute the prefix-cache salt: an HMAC over tenant, program, policy and the client's own salt.
+    """Compute the prefix-cache salt: an HMAC over tenant, program, policies and the client's own salt.
 
     Calls share cached keys and values only within a tenant and with the same effective program. Tokens generated under
     a program whose phases differ come back as prompt in the next turn, where they would be edited differently: so the
@@ -122,8 +130,9 @@ def salt(secret: bytes, call: Call, *, by_id: bool = False) -> str:
     in a prompt only.
     """
     by_phase = any(compiled.by_phase or by_id for compiled in programs_of(call))
-    boundary = len(call.prompt_ids) if by_phase else 0
-    parts = (call.caller.tenant, digest(call.compiled), digest(call.policy), boundary, call.cache_salt)
+    boundary = call.prompt_tokens if by_phase else 0
+    own, policies = digest(call.compiled), [digest(policy) for policy in call.policies]
+    parts = (call.caller.tenant, own, policies, boundary, call.cache_salt)
     return hmac.new(secret, msgspec.json.encode(parts), hashlib.sha256).hexdigest()
 
 
@@ -142,8 +151,8 @@ def engine_sampling(call: Call, request: wire.Request) -> SamplingParams:
 
 
 def programs_of(call: Call) -> list[Compiled]:
-    """Return the call's program and policy, where it has them."""
-    return [compiled for compiled in (call.compiled, call.policy) if compiled is not None]
+    """Return the call's program, if it has one, and those of its policies."""
+    return [*([call.compiled] if call.compiled else []), *call.policies]
 
 
 def digest(compiled: Compiled | None) -> str:

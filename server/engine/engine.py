@@ -4,27 +4,36 @@ import asyncio
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.bundle.manifest import Context
-from rudder.server.engine.adapter import AsyncLLM, EngineDeadError, ModelFacts, RequestOutputCollector, add_request
+from rudder.server.engine.adapter import (
+    AsyncLLM,
+    EngineDeadError,
+    ModelFacts,
+    RequestOutputCollector,
+    add_request,
+    answer_text,
+    call_workers,
+    eos_token_ids,
+)
 from rudder.server.engine.admission import Admission
 from rudder.server.engine.call import Call, FinishReason, GateOutcome, Outcome, Output, engine_sampling, salt
+from rudder.server.engine.ledger import PINNED_HANDLE
 from rudder.server.engine.report import views_of
 from rudder.server.engine.sockets import socket_folder
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.engine.telemetry.hub import Features, Hub, Inbox, wait_for_event
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.program import wire
-from rudder.server.program.compile import Compiled
 from rudder.server.program.exclusion import Exclusion
 from rudder.server.program.named import NamedProgram
-from rudder.server.program.rows import Registry, ReservedRows, check_capacity, check_capture
+from rudder.server.program.rows import Registry, check_capacity, check_capture
 from rudder.server.program.watch import merge_watched
 
 TELEMETRY_TIMEOUT_S = 30.0
@@ -37,7 +46,6 @@ RELEASE_TIMEOUT_S = 0.5
 class Engine:
     """A running vLLM engine with its bank, telemetry and admission; `start.start_engine` builds it.
 
-    `reserved`: rows by site number that are held as long as the engine lives: those of policies and pinned features.
     `epoch`: identifies this start. `self_tested`: `selftest.run` has passed. `queues`: of the outputs of all calls in
     vLLM, by handle.
     """
@@ -47,15 +55,13 @@ class Engine:
     registry: Registry
     bundles: dict[str, Bundle]
     programs: dict[str, NamedProgram]
-    policies: dict[str, NamedProgram]
-    default_policy: Compiled | None
     admission: Admission
     hub: Hub
     metrics: Metrics
-    reserved: ReservedRows = field(default_factory=dict)
     epoch: str = field(default_factory=lambda: secrets.token_hex(8))
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     handles: Iterator[int] = field(default_factory=lambda: count(1))
+    held_handles: Iterator[int] = field(default_factory=lambda: count(PINNED_HANDLE - 1, -1))
     tasks: set["asyncio.Task[None]"] = field(default_factory=set)
     queues: dict[int, RequestOutputCollector] = field(default_factory=dict)
     # Readable by this user only, and removed with the engine.
@@ -73,6 +79,15 @@ class Engine:
     def exclusion(self) -> Exclusion:
         """What the bundles of this server exclude from reading, statistics and edits."""
         return exclusion_of(bundle.manifest.context for bundle in self.bundles.values())
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The ids of the tokens with which the model ends an answer."""
+        return frozenset(eos_token_ids(self.llm))
+
+    def text_of(self, call: Call, ids: Sequence[int]) -> str:
+        """Return the text of an answer of these tokens, as it would have been streamed to its end."""
+        return answer_text(self.tokenizer, call.prompt_ids, call.sampling, ids)
 
     @property
     def healthy(self) -> bool:
@@ -113,29 +128,44 @@ class Engine:
         self.llm.shutdown()
         self.folder.cleanup()
 
+    async def hold(self, rows: Mapping[int, Sequence[wire.Row]]) -> int:
+        """Hold rows, by site number, until they are dropped; return the handle for that. Raises BankFull."""
+        handle = next(self.held_handles)
+        request = wire.Request(0, 0, False, (tuple(wire.Site(number, tuple(rows[number])) for number in sorted(rows)),))
+        # The server's ledger runs ahead of the workers'.
+        self.admission.reserve(handle, request)
+        await call_workers(self.llm, "rudder_hold", handle, wire.encode(request))
+        return handle
+
+    async def drop(self, handle: int) -> None:
+        """Hold the rows of a handle no longer."""
+        await call_workers(self.llm, "rudder_drop", handle)
+        self.admission.unreserve(handle)
+
     def compile(self, call: Call) -> tuple[wire.Request, tuple[int, ...]]:
         """Compile a call to its wire form; return it and the column of each row of `call.watch`, then `call.guard`.
 
         Raises ProgramError if the call needs more rows than a site has places, or more room for captured residuals.
         """
         layout = self.registry.layout
-        if call.policy and layout.stages < 2:
-            raise ValueError("the bank has no stage for a policy")
+        if len(call.policies) >= layout.stages:
+            raise ValueError(f"the bank has {layout.stages - 1} stages for {len(call.policies)} policies")
         program = call.compiled.sites if call.compiled else ()
         sites, columns = merge_watched(program, (*call.watch, *call.guard))
         request = wire.Request(
-            prompt_tokens=len(call.prompt_ids),
+            prompt_tokens=call.prompt_tokens,
             max_tokens=self.max_tokens(call),
             bos=self.begins_with_bos(call),
-            stages=(sites, call.policy.sites if call.policy else ())[: layout.stages],
+            stages=(sites, *(policy.sites for policy in call.policies)),
             watch_prompt=call.reads_prompt,
             top_k=call.top_k,
             top_k_sites=tuple(layout.sites.index(site) for site in call.top_k_sites),
             capture=call.capture,
-            excluded=self.exclusion.of(call.prompt_ids, self.max_tokens(call)),
+            excluded=self.excluded(call),
         )
         field_at_fault = "report.features" if call.watch else "steering"
-        check_capacity(request.stages, self.registry, field_at_fault, self.reserved, self.registry.request_share)
+        reserved = self.admission.reserved_rows
+        check_capacity(request.stages, self.registry, field_at_fault, reserved, self.registry.request_share)
         check_capture(request, self.registry, "report.top_k")
         return request, columns
 
@@ -147,9 +177,13 @@ class Engine:
         """Return whether position 0 of a call holds the BOS token."""
         return call.prompt_ids[0] == self.model.bos_token_id
 
+    def excluded(self, call: Call) -> tuple[int, ...]:
+        """Return the positions of a call, in ascending order, that the SAEs were not trained on."""
+        return self.exclusion.of(call.prompt_ids[: call.prompt_tokens], self.max_tokens(call))
+
     def uncounted(self, call: Call) -> tuple[int, ...]:
         """Return the positions of a call, in ascending order, that are not edited, evaluated by gates or counted."""
-        return wire.with_bos(self.exclusion.of(call.prompt_ids, self.max_tokens(call)), self.begins_with_bos(call))
+        return wire.with_bos(self.excluded(call), self.begins_with_bos(call))
 
     def require_alive(self) -> None:
         """Raise TelemetryLost or EngineDeadError if no call can complete any more."""
@@ -189,7 +223,8 @@ class Engine:
                 cached = max(cached, out.num_cached_tokens or 0)
                 end = end_of_run(call, generated)
                 ended = bool(choice.finish_reason)
-                features = await self.features_before(end, inbox, wait=ended)
+                # What guards read decides whether these tokens leave.
+                features = await self.features_before(end, inbox, wait=ended or bool(call.guard))
                 if ended:
                     outcome = replace(
                         outcome_before(end, call, inbox, generated, cached, queued_s),
@@ -236,6 +271,8 @@ class Engine:
         """
         deadline = time.monotonic() + TELEMETRY_TIMEOUT_S
         self.hub.receive()
+        if inbox.num_computed_tokens >= position:
+            return
         with self.hub.awaited():
             while inbox.num_computed_tokens < position:
                 self.hub.arrived.clear()
@@ -273,15 +310,22 @@ def exclusion_of(contexts: Iterable[Context]) -> Exclusion:
 def outcome_before(end: int, call: Call, inbox: Inbox, generated: int, cached: int, queued_s: float) -> Outcome:
     """Build the outcome of an aborted call from its telemetry of positions before `end`."""
     moved, opened = inbox.flagged_before(end)
-    own = len(call.compiled.edits) if call.compiled else 0
-    rejected = inbox.rejected_before(end)
+    rejected, policy_rejected = by_program(call, inbox.rejected_before(end))
+    own, policy_moved = by_program(call, moved)
     return Outcome(
         FinishReason.ABORT, None, len(call.prompt_ids), generated, cached,
-        moved=moved[:own], policy_moved=moved[own:],
+        moved=own, policy_moved=policy_moved,
         tokens_seen=inbox.computed_before(end), captures=tuple(inbox.captures), queued_s=queued_s,
-        rejected=rejected[:own], policy_rejected=rejected[own:],
+        rejected=rejected, policy_rejected=policy_rejected,
         gates=gate_outcomes(inbox.request, opened, inbox.statistics_at(end), end),
     )  # fmt: skip
+
+
+def by_program(call: Call, counts: Sequence[int]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Split counts of all edits of a call: those of its own program, and those of each policy."""
+    remaining = iter(counts)
+    own = tuple(islice(remaining, len(call.compiled.edits) if call.compiled else 0))
+    return own, tuple(tuple(islice(remaining, len(policy.edits))) for policy in call.policies)
 
 
 def gate_outcomes(

@@ -9,6 +9,8 @@ from rudder.server.program import wire
 from rudder.server.program.layout import Layout
 
 Key = tuple[int, wire.Row]
+# Handles of what is held without a request: of pinned features, and -1, -2, ... of policies. Requests begin at 1.
+PINNED_HANDLE = 0
 
 
 class BankFull(Exception):

@@ -65,8 +65,8 @@ def view(call: Call, watched: Sequence[Watched], columns: Sequence[int], total: 
     return View(
         empty=not watched and not top_k,
         columns=None if tuple(columns) == tuple(range(total)) else tuple(columns),
-        begin=0 if reads_prompt else len(call.prompt_ids),
-        prompt_tokens=len(call.prompt_ids),
+        begin=0 if reads_prompt else call.prompt_tokens,
+        prompt_tokens=call.prompt_tokens,
         generated_only=tuple(generated_only) if reads_prompt else (),
         top_k=top_k,
         blank_top_k=top_k and reads_prompt and not call.top_k_prompt,

@@ -26,7 +26,7 @@ from rudder.server.engine.call import Call, Outcome, Output
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.telemetry.frame import column
 from rudder.server.program import wire
-from rudder.server.program.compile import Compiled, compile_program
+from rudder.server.program.compile import NOTHING, Compiled, compile_program
 from rudder.server.program.parameters import edit_parameters, entry_parameters
 from rudder.server.program.rows import Dictionary
 from rudder.server.program.watch import Watched, compile_watch
@@ -34,7 +34,6 @@ from rudder.v1 import program_pb2
 
 # Of a canary's prompt, excluded positions aside.
 TOKENS = 12
-OF_STAGE = ("", " of a policy")
 LATENTS = 4
 # Of the canary's moving average.
 AVERAGE_DECAY = 0.3
@@ -136,8 +135,18 @@ def prompt_of(engine: Engine, tokens: int) -> tuple[int, ...]:
 
 
 def with_program(call: Call, compiled: Compiled, stage: int) -> Call:
-    """Run a program as the request's own, or as the policy."""
-    return replace(call, compiled=compiled) if stage == 0 else replace(call, policy=compiled)
+    """Run a program as the request's own, or as that of a policy behind others of which nothing runs."""
+    return replace(call, policies=(*[NOTHING] * (stage - 1), compiled)) if stage else replace(call, compiled=compiled)
+
+
+def of_stage(stage: int) -> str:
+    """Say whose edits those of a stage are."""
+    return ("", " of a policy")[stage] if stage < 2 else f" of policy {stage}"
+
+
+def touched(outcome: Outcome, stage: int) -> tuple[int, ...]:
+    """Return the tokens that each edit of a stage touched."""
+    return outcome.policy_moved[stage - 1] if stage else outcome.moved
 
 
 async def run_together(engine: Engine, calls: Sequence[Call]) -> list[Result]:
@@ -167,12 +176,12 @@ def check_edits(engine: Engine, number: int, stage: int, canary: Canary, result:
     expected = reference(engine, part, before, is_open)
     name, length = "" if canary.name == "addition" else f" ({canary.name})", canary_length(engine)
     for where, tokens in (("", slice(0, length)), (" in a decode step", slice(length, None))):
-        check = f"the edit{OF_STAGE[stage]} equals the reference{where}{name}"
+        check = f"the edit{of_stage(stage)} equals the reference{where}{name}"
         require_close(site, check, after[tokens], expected[tokens], TOLERANCE)
     outcome, opened = result.outcome, int(is_open.sum())
-    touched = (outcome.moved, outcome.policy_moved)[stage]
-    if set(touched) != {opened}:
-        raise SelfTestFailed(f"{site}: an edit touched {min(touched, default=0)} of {opened} tokens{name}")
+    counts = touched(outcome, stage)
+    if set(counts) != {opened}:
+        raise SelfTestFailed(f"{site}: an edit touched {min(counts, default=0)} of {opened} tokens{name}")
     for gate in outcome.gates if part.gate else ():
         if gate.open_tokens != opened:
             raise SelfTestFailed(f"{site}: a gate was open at {gate.open_tokens} tokens, not at {opened}{name}")
@@ -269,11 +278,10 @@ async def check_chunks(engine: Engine, stage: int) -> None:
         for part in compiled.sites if capture else ():
             before, after = residuals(result, part.site, width)
             expected = reference(engine, part, before, counted_mask(engine, len(before)))
-            check = f"the edit{OF_STAGE[stage]} equals the reference in a prompt in chunks"
+            check = f"the edit{of_stage(stage)} equals the reference in a prompt in chunks"
             require_close(layout.sites[part.site], check, after, expected, TOLERANCE)
-        touched = (result.outcome.moved, result.outcome.policy_moved)[stage]
         counted = int(counted_mask(engine, length + 1).sum())
-        for name, count in zip(compiled.edits, touched, strict=True):
+        for name, count in zip(compiled.edits, touched(result.outcome, stage), strict=True):
             if count != counted:
                 problem = f"an edit touched {count} of {counted} tokens of a prompt in chunks"
                 raise SelfTestFailed(f"{name.site}: {problem}")

@@ -3,11 +3,12 @@
 import asyncio
 import logging
 import multiprocessing
-from collections.abc import Set
+from collections.abc import Callable, Set
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.bundle.bundle import Bundle
@@ -18,12 +19,13 @@ from rudder.server.config import Config, ConfigError
 from rudder.server.engine import adapter
 from rudder.server.engine.adapter import AsyncLLM
 from rudder.server.engine.admission import Admission
+from rudder.server.engine.ledger import PINNED_HANDLE
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.telemetry.hub import Hub
 from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics, PinnedFeature
 from rudder.server.program import wire
-from rudder.server.program.compile import Compiled, compile_program
+from rudder.server.program.compile import compile_program
 from rudder.server.program.exclusion import Exclusion
 from rudder.server.program.layout import Layout
 from rudder.server.program.named import NamedProgram, load_programs
@@ -34,11 +36,18 @@ from rudder.v1 import program_pb2
 logger = logging.getLogger(__name__)
 
 
-async def start_engine(config: Config, metrics: Metrics | None = None) -> Engine:
-    """Start vLLM with the bank, load bundles, programs and policies, and connect telemetry.
+def no_check(_: Registry) -> None:
+    """Check nothing."""
 
-    `selftest.run` must pass before the engine serves. A start that fails or is cancelled shuts vLLM down. Raises
-    ConfigError, BundleError, ProgramFileError, ProgramError, EngineStartError.
+
+async def start_engine(
+    config: Config, metrics: Metrics | None = None, check: Callable[[Registry], None] = no_check
+) -> Engine:
+    """Start vLLM with the bank, load bundles and programs, and connect telemetry.
+
+    `check` is called before vLLM is started, and raises if what the caller will load cannot be served. `selftest.run`
+    must pass before the engine serves. A start that fails or is cancelled shuts vLLM down. Raises ConfigError,
+    BundleError, ProgramFileError, ProgramError, EngineStartError, and what `check` raises.
     """
     loop = asyncio.get_running_loop()
     adapter.check_limits(config.limits)
@@ -46,14 +55,14 @@ async def start_engine(config: Config, metrics: Metrics | None = None) -> Engine
     served = await loop.run_in_executor(None, load_bundles, config)
     layout = layout_of(config, served)
     if served:
-        await loop.run_in_executor(None, check_programs, layout, served, config)
+        await loop.run_in_executor(None, check_programs, layout, served, config, check)
     llm = await start_llm(config, layout)
     try:
         engine = await loop.run_in_executor(
             None, build_engine, llm, layout, served, config, metrics or Metrics.create()
         )
         await connect_telemetry(engine)
-        await reserve_rows(engine, config)
+        await pin_features(engine, config)
     except BaseException:
         llm.shutdown()
         raise
@@ -84,17 +93,19 @@ async def abandon(starting: "asyncio.Future[AsyncLLM]", others: Set[BaseProcess]
         starting.result().shutdown()
 
 
-def check_programs(layout: Layout, served: dict[str, Bundle], config: Config) -> None:
-    """Compile all programs, policies and watched features, as `build_engine` does once the model is loaded.
+def check_programs(
+    layout: Layout, served: dict[str, Bundle], config: Config, check: Callable[[Registry], None]
+) -> None:
+    """Compile all programs and watched features, as `build_engine` does once the model is loaded, and call `check`.
 
     Raises ProgramFileError, ProgramError.
     """
     width = next(iter(served.values())).manifest.model.hidden_size
     registry = registry_of(layout, width, served, config)
     compile_folder(config.programs.folder, registry, "program")
-    policies = compile_folder(config.policies.folder, registry, "policy")
     pinned, _ = merge_watched((), compile_watch(watched_rows(config, served), registry, "watch"))
-    reserved_request(pinned, policies, registry)
+    check_capacity([pinned], registry, "watch")
+    check(registry)
 
 
 def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], config: Config, metrics: Metrics) -> Engine:
@@ -108,7 +119,6 @@ def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], confi
         check_bos(bundle, adds_bos=bool(encoder.bos))
     registry = registry_of(layout, model.hidden_size, served, config)
     programs = compile_folder(config.programs.folder, registry, "program")
-    policies = compile_folder(config.policies.folder, registry, "policy")
     limits = config.limits
     admission = Admission(
         layout,
@@ -119,8 +129,7 @@ def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], confi
     )
     metrics.watch_admission(admission.usage)
     hub = Hub(metrics.feature_totals, admission.release)
-    default = default_policy(config, policies)
-    engine = Engine(llm, model, registry, served, programs, policies, default, admission, hub, metrics)
+    engine = Engine(llm, model, registry, served, programs, admission, hub, metrics)
     if engine.exclusion != Exclusion():
         values = fields(positions=len(engine.exclusion.positions), tokens=len(engine.exclusion.tokens))
         logger.info("left out of reading, statistics and edits: the SAEs were not trained on them", extra=values)
@@ -146,18 +155,15 @@ async def connect_telemetry(engine: Engine) -> None:
     engine.hub.channel.accept()
 
 
-async def reserve_rows(engine: Engine, config: Config) -> None:
-    """Hold the rows of pinned features and of all policies, in the server's ledger and in every worker.
-
-    Nothing else holds a row yet, and these are never released: a call bound by a policy needs a slot, not rows.
-    """
+async def pin_features(engine: Engine, config: Config) -> None:
+    """Hold the rows of pinned features as long as the engine lives, and count their activations."""
     features = watched_rows(config, engine.bundles)
     pinned, columns = merge_watched((), compile_watch(features, engine.registry, "watch"))
-    request = reserved_request(pinned, engine.policies, engine.registry)
-    if not request.rows():
+    if not pinned:
         return
-    engine.admission.reserve(request)
-    engine.reserved = reserved_rows(request)
+    check_capacity([pinned], engine.registry, "watch")
+    request = wire.Request(0, 0, False, (pinned,))
+    engine.admission.reserve(PINNED_HANDLE, request)
     await adapter.call_workers(engine.llm, "rudder_pin", wire.encode(request))
     engine.metrics.pin([pinned_feature(row.feature, engine.bundles) for _, row in features], columns)
 
@@ -167,34 +173,6 @@ def pinned_feature(feature: program_pb2.Feature, served: dict[str, Bundle]) -> P
     manifest = served[feature.bundle].manifest
     label = served[feature.bundle].catalogue.get(feature.index).summary.label
     return PinnedFeature(manifest.name, manifest.site, feature.index, label)
-
-
-def reserved_request(
-    pinned: tuple[wire.Site, ...], policies: dict[str, NamedProgram], registry: Registry
-) -> wire.Request:
-    """Build the request that holds the rows of pinned features and policies.
-
-    It has no edits, and so no slot: each call brings its policy's edits. Raises ProgramError, naming `watch` or the
-    policy that does not fit.
-    """
-    stages = [pinned]
-    check_capacity(stages, registry, "watch")
-    rows: dict[int, dict[wire.Row, None]] = {}
-    for name, policy in policies.items():
-        stages.append(policy.compiled.sites)
-        check_capacity(stages, registry, f"policy {name}")
-        for site in policy.compiled.sites:
-            rows.setdefault(site.site, {}).update(dict.fromkeys(site.rows))
-    held = tuple(wire.Site(number, tuple(rows[number])) for number in sorted(rows))
-    return wire.Request(0, 0, False, (pinned, held)[: registry.layout.stages])
-
-
-def reserved_rows(request: wire.Request) -> dict[int, frozenset[wire.Row]]:
-    """Return the rows of a request by site number."""
-    rows: dict[int, set[wire.Row]] = {}
-    for number, row in request.rows():
-        rows.setdefault(number, set()).add(row)
-    return {number: frozenset(held) for number, held in rows.items()}
 
 
 def load_bundles(config: Config) -> dict[str, Bundle]:
@@ -210,13 +188,13 @@ def load_bundles(config: Config) -> dict[str, Bundle]:
 
 
 def layout_of(config: Config, served: dict[str, Bundle]) -> Layout:
-    """Build the bank's layout: the sites of the bundles and of the configuration; a second stage for policies."""
+    """Build the bank's layout: the sites of the bundles and of the configuration, and one more stage per policy."""
     engine = config.engine
     sites = dict.fromkeys([*(site for bundle in served.values() for site in bundle.manifest.sites), *engine.sites])
     whole = [(b.manifest.site, str(b.path.resolve()), b.sha256) for b in served.values() if needs_whole_dictionary(b)]
     loaded = [(name, str(bundle.path.resolve()), bundle.sha256) for name, bundle in served.items()]
     return Layout(
-        tuple(sites), engine.rows, engine.slots, 2 if config.policies.folder else 1, engine.window,
+        tuple(sites), engine.rows, engine.slots, 1 + config.policies.stages, engine.window,
         engine.sequence_sites, engine.capture_tokens, tuple(whole), tuple(loaded), engine.bank_backend,
     )  # fmt: skip
 
@@ -252,13 +230,14 @@ def dictionary_of(bundle: Bundle) -> Dictionary:
         max_activation=statistics.max_activation.numpy() if statistics else None,
         decoder_norm=row_norms(bundle.sae.decoder).numpy(),
         mean=statistics.mean.numpy().astype(np.float32) if statistics else None,
+        vectors=lambda latent: torch.stack([bundle.sae.encoder[latent], bundle.sae.decoder[latent]]).float().numpy(),
         watched_only=transcoder if manifest.transcodes or manifest.partial else "",
         whole_only=routed if bundle.sae.router else "",
     )  # fmt: skip
 
 
 def compile_folder(folder: str | None, registry: Registry, kind: str) -> dict[str, NamedProgram]:
-    """Compile the programs or policies of a folder, with no row locked.
+    """Compile the programs of a folder, with no row locked.
 
     Raises ProgramFileError, and ProgramError whose field begins with `kind` and the name.
     """
@@ -267,16 +246,6 @@ def compile_folder(folder: str | None, registry: Registry, kind: str) -> dict[st
         name: NamedProgram(message, compile_program(message, registry, field=f"{kind} {name}"))
         for name, message in messages.items()
     }
-
-
-def default_policy(config: Config, policies: dict[str, NamedProgram]) -> Compiled | None:
-    """Return the policy that binds every caller. Raises ConfigError if there is none of that name."""
-    name = config.policies.default
-    if name is None:
-        return None
-    if name not in policies:
-        raise ConfigError("policies.default", f"{name!r} is not in {config.policies.folder or 'policies.folder'}")
-    return policies[name].compiled
 
 
 def watched_rows(config: Config, served: dict[str, Bundle]) -> list[tuple[str, program_pb2.Row]]:

@@ -9,6 +9,7 @@ from functools import cached_property
 from math import inf
 
 import msgspec
+import numpy as np
 
 from rudder.sae_models.operations import OPERATIONS
 from rudder.server.program import wire
@@ -16,6 +17,8 @@ from rudder.server.program.errors import number, require
 from rudder.server.program.gates import with_gate
 from rudder.server.program.rows import (
     NO_LOCKED_ROWS,
+    PARALLEL,
+    Floats,
     LockedRows,
     Registry,
     Resolved,
@@ -24,6 +27,7 @@ from rudder.server.program.rows import (
     check_capacity,
     checked_name,
     resolve,
+    row_directions,
     site_number,
 )
 from rudder.v1 import program_pb2
@@ -99,13 +103,21 @@ class Compiled:
         return next((site.site for site in self.sites if site.edits or site.blend), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EditLimits:
-    """What a program may edit: sites number first_site to last_site (None: to the last one), no latents of `locked`."""
+    """What a program may do: edits at sites number first_site to last_site (None: to the last one), of no locked row.
+
+    `locked`: latents. `directions` [n, d], of length 1: encoders and decoders of locked rows; a row with a direction
+    that is parallel to one of them counts as locked. `reads_locked`: the gate may read locked rows. `max_displacement`:
+    bound of the displacement at a site as a share of ||x||.
+    """
 
     locked: LockedRows = NO_LOCKED_ROWS
     first_site: int = 0
     last_site: int | None = None
+    directions: Floats | None = None
+    reads_locked: bool = False
+    max_displacement: float = inf
 
     def check_site(self, index: int, registry: Registry, field: str) -> None:
         """Raise ProgramError POLICY_FORBIDS if site number `index` is outside the limits."""
@@ -113,11 +125,22 @@ class EditLimits:
         if self.last_site is not None:
             behind = f"{sites[index]} comes after {sites[self.last_site]}, the first site that a policy edits"
             require(index <= self.last_site, field, behind, "POLICY_FORBIDS")
-        before = f"the gate of a policy, at {sites[self.first_site - 1]}, reads what is edited at {sites[index]}"
+        before = f"a policy reads what is edited at {sites[index]}: its gate or its guards could be blinded there"
         require(index >= self.first_site, field, before, "POLICY_FORBIDS")
+
+    def check_row(self, row: wire.Row, name: str, registry: Registry, field: str) -> None:
+        """Raise ProgramError ROW_LOCKED if a row is locked, or parallel to one that is."""
+        require((row.bundle, row.latent) not in self.locked, field, f"{name} is locked", "ROW_LOCKED")
+        if self.directions is None or not len(self.directions):
+            return
+        cosines = np.abs(row_directions([row], registry) @ self.directions.T)
+        problem = f"{name} is parallel to a locked row (cosine {cosines.max(initial=0):.2f}, less than {PARALLEL} may be)"
+        require(cosines.max(initial=0) < PARALLEL, field, problem, "ROW_LOCKED")
 
 
 NO_LIMITS = EditLimits()
+# The program of a stage in which nothing runs.
+NOTHING = Compiled((), "", (), in_sequence=False, by_phase=False)
 
 
 def compile_program(
@@ -130,10 +153,11 @@ def compile_program(
     require(count <= registry.max_edits, f"{field}.sites", f"has {count} edits, more than {registry.max_edits}")
     gate_site = site_number(program.gate.site, registry, f"{field}.gate.site") if program.HasField("gate") else None
     sites = {} if gate_site is None else {gate_site: wire.Site(gate_site)}
+    check_gate_rows(program, registry, limits, f"{field}.gate")
     names: list[EditName] = []
     for index, (part, part_field) in sorted(parts_by_site(program, registry, gate_site, field).items()):
         limits.check_site(index, registry, f"{part_field}.site")
-        sites[index], site_names = compile_site(index, part, registry, limits.locked, part_field)
+        sites[index], site_names = compile_site(index, part, registry, limits, part_field)
         names += site_names
     if gate_site is not None:
         sites[gate_site] = with_gate(sites[gate_site], program.gate, registry, f"{field}.gate")
@@ -164,7 +188,7 @@ def parts_by_site(program: program_pb2.Program, registry: Registry, gate_site: i
 
 
 def compile_site(
-    index: int, part: program_pb2.SiteEdits, registry: Registry, locked: LockedRows, field: str
+    index: int, part: program_pb2.SiteEdits, registry: Registry, limits: EditLimits, field: str
 ) -> tuple[wire.Site, list[EditName]]:
     """Compile the edits of one site; return its wire form and the names of its edits."""
     rows: dict[wire.Row, int] = {}
@@ -172,7 +196,8 @@ def compile_site(
     for i, message in enumerate(part.edits):
         edit_field = f"{field}.edits[{i}]"
         target = resolve(message.row, part.site, registry, f"{edit_field}.row")
-        check_editable(target, message, locked, edit_field)
+        check_editable(target, message, edit_field)
+        limits.check_row(target.row, target.name, registry, f"{edit_field}.row")
         edits.append(compile_edit(message, append_row(rows, target.row), target, edit_field))
         names.append(EditName(part.site, target.name, describe_edit(message)))
         targets.append(target.row)
@@ -180,14 +205,26 @@ def compile_site(
     blend = None
     if part.HasField("blend"):
         target = blend_target(part.blend, part.site, registry, f"{field}.blend")
+        if part.blend.WhichOneof("target") == "vector":
+            limits.check_row(target.row, target.name, registry, f"{field}.blend.vector")
         blend = compile_blend(part.blend, append_row(rows, target.row), f"{field}.blend")
         names.append(EditName(part.site, target.name, f"blend {blend.weight:g}"))
-    cap = displacement_cap(part, f"{field}.max_displacement")
+    cap = min(displacement_cap(part, f"{field}.max_displacement"), limits.max_displacement)
     return wire.Site(index, tuple(rows), tuple(edits), blend, part.restore_norm, cap), names
 
 
-def check_editable(target: Resolved, message: program_pb2.Edit, locked: LockedRows, field: str) -> None:
-    """Raise ProgramError if the row has no decoder to edit along, cannot take this operation, or is locked."""
+def check_gate_rows(program: program_pb2.Program, registry: Registry, limits: EditLimits, field: str) -> None:
+    """Raise ProgramError ROW_LOCKED if the gate reads a locked row: what it counts would tell the row's activations."""
+    gate = program.gate
+    rows: list[tuple[str, program_pb2.Row]] = [(f"any_of[{i}].row", t.row) for i, t in enumerate(gate.any_of)]
+    rows += [("sequence.score", gate.sequence.score)] if gate.HasField("sequence") else []
+    for path, row in rows if not limits.reads_locked else ():
+        target = resolve(row, gate.site, registry, f"{field}.{path}")
+        limits.check_row(target.row, target.name, registry, f"{field}.{path}")
+
+
+def check_editable(target: Resolved, message: program_pb2.Edit, field: str) -> None:
+    """Raise ProgramError if the row has no decoder to edit along, or cannot take this operation."""
     operation = message.WhichOneof("operation")
     require(operation, f"{field}.operation", "names no operation")
     require(not target.watched_only, f"{field}.row", f"{target.name}: {target.watched_only}")
@@ -199,9 +236,6 @@ def check_editable(target: Resolved, message: program_pb2.Edit, locked: LockedRo
             "a vector has no activation: it takes add or set",
         )
         require(not message.HasField("when_above"), f"{field}.when_above", "a vector has no activation")
-    require(
-        (target.row.bundle, target.row.latent) not in locked, f"{field}.row", f"{target.name} is locked", "ROW_LOCKED"
-    )
 
 
 def compile_edit(message: program_pb2.Edit, row: int, target: Resolved, field: str) -> wire.Edit:

@@ -11,7 +11,7 @@ from rudder.sae_models.operations import STATISTICS
 from rudder.server.program import wire
 from rudder.server.program.errors import ProgramError, number, require
 from rudder.server.program.rows import Registry, Resolved, resolve
-from rudder.v1 import program_pb2
+from rudder.v1 import policy_pb2, program_pb2
 
 
 def with_gate(site: wire.Site, gate: program_pb2.Gate, registry: Registry, field: str) -> wire.Site:
@@ -50,8 +50,10 @@ def statistic(message: program_pb2.SequenceCondition, max_window: int, field: st
     return STATISTICS[name](parameter) | level
 
 
-def checked_parameter(name: str, message: program_pb2.SequenceCondition, max_window: int, field: str) -> float:
-    """Return the parameter of a statistic; raises ProgramError if it is out of range."""
+def checked_parameter(
+    name: str, message: program_pb2.SequenceCondition | policy_pb2.Guard, max_window: int, field: str
+) -> float:
+    """Return the parameter of a statistic of a gate or a guard; raises ProgramError if it is out of range."""
     match name:
         case "share":
             require(0 <= message.level < 1, f"{field}.level", f"{message.level:g}: a share to exceed must be in [0, 1)")

@@ -1,6 +1,6 @@
 """Resolve the rows of a program to the contents of row places."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil, sqrt
 from types import MappingProxyType
@@ -20,6 +20,8 @@ LockedRows = frozenset[tuple[str, int]]
 NO_LOCKED_ROWS: LockedRows = frozenset()
 ReservedRows = Mapping[int, frozenset[wire.Row]]
 NO_RESERVED_ROWS: ReservedRows = MappingProxyType({})
+# Cosine from which two directions count as parallel: an edit along one moves the other.
+PARALLEL = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,8 @@ class Dictionary:
     """A bundle's latents as programs can refer to them: max_activation and decoder_norm fp32 [F], mean fp32 [d].
 
     max_activation and mean (of the residual) are None if not measured. `watched_only`, if not empty, is the reason why
-    the latents cannot be edited; `whole_only`, the reason why they have no rows.
+    the latents cannot be edited; `whole_only`, the reason why they have no rows. `vectors`: returns encoder and decoder
+    of a latent, fp32 [2, d].
     """
 
     name: str
@@ -37,6 +40,7 @@ class Dictionary:
     max_activation: Floats | None
     decoder_norm: Floats
     mean: Floats | None
+    vectors: Callable[[int], Floats]
     watched_only: str = ""
     whole_only: str = ""
 
@@ -47,6 +51,7 @@ class Registry:
 
     `step_tokens`: most tokens of one step, as the engine is configured.
     `request_share`: share of a site's row places, beside the reserved ones, that one request may hold.
+    `vocabulary`: `token_model.vocabulary_sha256` of the served tokenizer; empty while it is not known.
     """
 
     layout: Layout
@@ -56,6 +61,7 @@ class Registry:
     step_tokens: int = 2**31
     request_share: float = 1.0
     max_name_chars: int = 128
+    vocabulary: str = ""
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,23 @@ def direction(values: Iterable[float], width: int, field: str) -> tuple[bytes, f
     require(norm > 0, field, "is zero")
     require(norm <= MAX_MAGNITUDE, field, f"its norm {norm:g} is larger than {MAX_MAGNITUDE:g}")
     return array.tobytes(), norm
+
+
+def row_directions(rows: Iterable[wire.Row], registry: Registry) -> Floats:
+    """Return the encoders and decoders of rows, each divided by its length, fp32 [n, d]; those of length 0 are left out."""
+    vectors = [vector for row in rows for vector in vectors_of(row, registry)]
+    stacked = np.stack(vectors).astype(np.float64) if vectors else np.zeros((0, registry.width))
+    lengths = np.linalg.norm(stacked, axis=1, keepdims=True)
+    return np.asarray(stacked[lengths[:, 0] > 0] / lengths[lengths > 0][:, None], np.float32)
+
+
+def vectors_of(row: wire.Row, registry: Registry) -> Iterator[Floats]:
+    """Yield encoder and decoder of a row, as far as it has them."""
+    if row.bundle:
+        yield from registry.dictionaries[row.bundle].vectors(row.latent)
+    for data in (row.encoder, row.decoder):
+        if data:
+            yield np.frombuffer(data, "<f4")
 
 
 def check_capacity(

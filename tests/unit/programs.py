@@ -8,7 +8,7 @@ from google.protobuf import json_format
 from rudder.server.program import wire
 from rudder.server.program.compile import Compiled, compile_program
 from rudder.server.program.layout import Layout
-from rudder.server.program.rows import Dictionary, Registry
+from rudder.server.program.rows import Dictionary, Floats, Registry
 from rudder.v1 import program_pb2
 from tests.unit.reference import BUNDLE, WIDTH
 
@@ -17,9 +17,14 @@ LAYOUT = Layout((SITE, OTHER, EARLY), rows=4, slots=2, window=8, sequence_sites=
 MAXIMA, NORMS = np.array([4.0, 0.0, 2.0, 8.0, 1.0, 1.0], "<f4"), np.array([1.0, 1.0, 2.0, 1.0, 0.0, 1.0], "<f4")
 
 
+def vectors_of(latent: int) -> Floats:
+    """Encoder and decoder of a latent, which are equal here; those of two latents are orthogonal to each other."""
+    return np.eye(WIDTH, dtype="<f4")[[latent, latent]]
+
+
 def dictionary(name: str, site: str, sha256: str = "ab") -> Dictionary:
     """A dictionary of six latents."""
-    return Dictionary(name, site, sha256, 6, MAXIMA, NORMS, np.ones(WIDTH, "<f4"))
+    return Dictionary(name, site, sha256, 6, MAXIMA, NORMS, np.ones(WIDTH, "<f4"), vectors_of)
 
 
 REGISTRY = Registry(

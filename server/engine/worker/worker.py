@@ -16,6 +16,7 @@ from rudder.sae_models.hookpoints import parse
 from rudder.sae_models.operations import TOKEN
 from rudder.sae_models.sae import SAE
 from rudder.sae_models.sparse.screening import prepare_screening
+from rudder.server.engine.ledger import PINNED_HANDLE
 from rudder.server.engine.parent import end_with_parent
 from rudder.server.engine.telemetry.channel import Sender
 from rudder.server.engine.worker import runners
@@ -32,8 +33,6 @@ from rudder.server.program.layout import Layout
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
-# Of the rows that are held as long as the engine lives, here and in the server's ledger.
-PINNED_REQUEST, PINNED_HANDLE = "pinned", 0
 logger = logging.getLogger(__name__)
 
 
@@ -133,10 +132,18 @@ class SteeringWorker:
 
     def rudder_pin(self, payload: bytes) -> None:
         """Hold a request's watched rows as long as the engine runs, and total their activations over all requests."""
-        request = wire.decode(payload)
-        self.driver.admit(PINNED_REQUEST, PINNED_HANDLE, request)
-        state = self.driver.requests[PINNED_REQUEST]
-        self.reader.pin({site.site: [state.places(site)[row] for row in site.watch] for site in request.stages[0]})
+        self.rudder_hold(PINNED_HANDLE, payload)
+        state = self.driver.requests[held_request(PINNED_HANDLE)]
+        sites = state.request.stages[0]
+        self.reader.pin({site.site: [state.places(site)[row] for row in site.watch] for site in sites})
+
+    def rudder_hold(self, handle: int, payload: bytes) -> None:
+        """Hold the rows of a request that never runs, under a handle that is no request's, until `rudder_drop`."""
+        self.driver.admit(held_request(handle), handle, wire.decode(payload))
+
+    def rudder_drop(self, handle: int) -> None:
+        """Hold these rows no longer. Those that a running request uses stay until it ends."""
+        self.driver.finish(held_request(handle))
 
     def rudder_connect(self, address: str, key: bytes) -> None:
         """Open the telemetry channel, from rank 0 only, since all ranks see the same. Frames count from 0."""
@@ -222,6 +229,11 @@ def bytes_of(banks: Sequence[SiteBank]) -> int:
     """Bytes of the banks' buffers; those that all sites share count once."""
     buffers = {buffer.data_ptr(): buffer for bank in banks for buffer in bank.buffers()}
     return sum(buffer.nbytes for buffer in buffers.values())
+
+
+def held_request(handle: int) -> str:
+    """Return the id under which the driver keeps rows that are held without a request."""
+    return f"held{handle}"
 
 
 def handle_of(request_id: str) -> int | None:

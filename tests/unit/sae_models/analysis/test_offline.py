@@ -47,6 +47,7 @@ def test_bank_moves_x_like_offline_evaluation(
     known = Dictionary(
         bundle.manifest.name, bundle.manifest.site, bundle.sha256, bundle.sae.latents,
         bundle.statistics.max_activation.numpy(), norm, bundle.statistics.mean.numpy(),
+        lambda latent: torch.stack([bundle.sae.encoder[latent], bundle.sae.decoder[latent]]).numpy(),
     )  # fmt: skip
     compiled = compile_program(read_program(path), Registry(layout, x.shape[1], {known.name: known}))
     driver.admit("r", 1, wire.Request(200, 200, False, (compiled.sites,), excluded=excluded))

@@ -1,0 +1,47 @@
+"""Fields of requests that a policy forbids, generic over the contract: a path names a field of a request message."""
+
+from collections.abc import Iterator
+
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import Message
+
+from rudder.v1 import inference_pb2
+
+REQUESTS: tuple[Descriptor, ...] = (
+    inference_pb2.GenerateRequest.DESCRIPTOR,
+    inference_pb2.CompleteRequest.DESCRIPTOR,
+    inference_pb2.InspectRequest.DESCRIPTOR,
+)
+
+
+def is_request_field(path: str) -> bool:
+    """Return whether a dotted path names a field of a request, such as `sampling.logprobs`."""
+    return any(has_field(request, path.split(".")) for request in REQUESTS)
+
+
+def has_field(descriptor: Descriptor | None, names: list[str]) -> bool:
+    """Return whether a message, and the messages in its fields, have fields of these names one below the other."""
+    name, *rest = names
+    if descriptor is None or name not in descriptor.fields_by_name:
+        return False
+    field = descriptor.fields_by_name[name]
+    is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
+    return not rest or has_field(None if is_map else field.message_type, rest)
+
+
+def is_set(request: Message, path: str) -> bool:
+    """Return whether a request sets the field at a path; of messages in a list, whether one of them does."""
+    return any(True for _ in values_at(request, path.split(".")))
+
+
+def values_at(message: Message, names: list[str]) -> Iterator[object]:
+    """Yield the values that are set at a path: no absent field, no default of a field without presence, no empty list."""
+    name, *rest = names
+    for field, value in message.ListFields():
+        if field.name != name:
+            continue
+        if not rest:
+            yield value
+        elif field.message_type is not None:
+            for part in value if field.is_repeated else [value]:
+                yield from values_at(part, rest)
