@@ -11,6 +11,7 @@ from rudder.server.engine.adapter import EngineDeadError, VLLMClientError
 from rudder.server.engine.admission import QueueFull
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.program.errors import ProgramError
+from rudder.server.safety.audit.trail import AuditFailed
 from rudder.v1 import inference_pb2
 
 
@@ -38,6 +39,7 @@ REASONS: dict[str, Reason] = {
     "ENGINE_DEAD": Reason("UNAVAILABLE", 503),
     "CLIENT_TOO_SLOW": Reason("DEADLINE_EXCEEDED", 408),
     "VERDICT_LOST": Reason("UNAVAILABLE", 503),
+    "AUDIT_FAILED": Reason("UNAVAILABLE", 503),
     "INTERNAL": Reason("INTERNAL", 500),
 }
 # Reason by the resource that admission lacked.
@@ -123,6 +125,8 @@ def refusal_of(error: BaseException) -> Refusal:
             return Refusal(RESOURCE_REASONS[error.resource], str(error), retry_after_s=error.retry_after_s)
         case TelemetryLost():
             return Refusal("VERDICT_LOST", "the worker's report about this request was lost")
+        case AuditFailed():
+            return Refusal("AUDIT_FAILED", str(error))
         case EngineDeadError():
             return Refusal("ENGINE_DEAD", "the engine has died")
     refusal = Refusal("INTERNAL", "internal error")

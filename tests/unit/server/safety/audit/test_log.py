@@ -132,9 +132,10 @@ def test_nothing_is_appended_after_a_failed_fsync(tmp_path: Path, monkeypatch: p
     def fail(_: int) -> None:
         raise OSError(5, "Input/output error")
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="Input/output"):
+    with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", fail)
-        log.append([call_entry(1)])
+        with pytest.raises(OSError, match="Input/output"):
+            log.append([call_entry(1)])
     with pytest.raises(OSError, match="only a restart"):
         log.append([call_entry(2)])
 
