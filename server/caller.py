@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-ROLES = frozenset({"generate", "observe", "admin"})
+ROLES = frozenset({"generate", "observe", "administer"})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ What needs the weights is checked where they are loaded: `engine.start`, `bundle
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import msgspec
 from rudder.sae_models import PRETRAINED
 from rudder.sae_models.hookpoints import FORM, SITE, parse
 from rudder.server.config import Config, ConfigError, Engine, WatchedFeature
-from rudder.server.program.named import load_programs
+from rudder.server.program.named import load_policies, load_programs
 
 DEMO = "install rudder-server[demo], or set engine.model, engine.bundles and programs.folder"
 # Names of one figure in the config.json of different architectures.
@@ -178,14 +178,16 @@ def watched_bundle(watched: WatchedFeature, served: Sequence[str], number: int) 
 
 
 def check_folders(config: Config) -> None:
-    """Raise ConfigError or ProgramFileError unless programs and policies can be read and include the default policy."""
-    for field, folder in (("programs.folder", config.programs.folder), ("policies.folder", config.policies.folder)):
-        if folder is None:
-            continue
-        if not is_folder(folder):
-            hint = f": {DEMO}" if PRETRAINED in Path(folder).parents else ""
-            raise ConfigError(field, f"{folder!r} is not a folder{hint}")
-        load_programs(Path(folder))
-    name, folder = config.policies.default, config.policies.folder
-    if name is not None and name not in (load_programs(Path(folder)) if folder else {}):
-        raise ConfigError("policies.default", f"{name!r} is not in {folder or 'policies.folder'}")
+    """Raise ConfigError or ProgramFileError unless the files of programs and policies can be read."""
+    read_program_folder("programs.folder", config.programs.folder, load_programs)
+    read_program_folder("policies.folder", config.policies.folder, load_policies)
+
+
+def read_program_folder(field: str, folder: str | None, load: Callable[[Path], object]) -> None:
+    """Read all files of a folder that a field of the configuration names."""
+    if folder is None:
+        return
+    if not is_folder(folder):
+        hint = f": {DEMO}" if PRETRAINED in Path(folder).parents else ""
+        raise ConfigError(field, f"{folder!r} is not a folder{hint}")
+    load(Path(folder))

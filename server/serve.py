@@ -15,12 +15,13 @@ from rudder.server import config as configuration
 from rudder.server.config import Config
 from rudder.server.engine import adapter, selftest
 from rudder.server.engine.engine import Engine
-from rudder.server.engine.start import start_engine
 from rudder.server.grpc.server import GrpcDoor
 from rudder.server.monitoring import logs
 from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.process import Interrupted, busy_message, stop_signals, until_signal
+from rudder.server.safety.start import start_with_policies
+from rudder.server.safety.store import PolicyStore
 from rudder.server.service.serving import Serving
 
 HEALTH_CHECK_S = 1.0
@@ -70,8 +71,8 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     stop = stop_signals()
     log_start(config)
     metrics = Metrics.create(REGISTRY)
-    engine = await until_signal(start_tested_engine(config, metrics, stack), stop)
-    serving = Serving.around(engine, config, metrics)
+    engine, policies = await until_signal(start_tested_engine(config, metrics, stack), stop)
+    serving = Serving.around(engine, config, metrics, policies)
     stack.callback(serving.tokenizers.shutdown)
     # Everything so far lives as long as the process: keep the garbage collector from walking it again and again.
     gc.freeze()
@@ -83,6 +84,7 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     for door in doors:
         stack.push_async_callback(door.stop, 0)
         addresses[door.name] = await door.start()
+    reload_policies(policies, config, stack)
     await set_serving(doors, engine.healthy)
     metrics_address = config.listen.address(metrics_server.server_port)
     logger.info("serving", extra=fields(model=engine.model.name, **addresses, metrics=metrics_address))
@@ -90,13 +92,22 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     return not engine.healthy
 
 
-async def start_tested_engine(config: Config, metrics: Metrics, stack: AsyncExitStack) -> Engine:
-    """Start the engine, to be stopped by `stack`, and run its self-test."""
-    engine = await start_engine(config, metrics)
+def reload_policies(policies: PolicyStore, config: Config, stack: AsyncExitStack) -> None:
+    """Read the policies again on SIGHUP and, if so configured, whenever a file has changed."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, lambda: policies.engine.spawn(policies.reload()))
+    stack.callback(loop.remove_signal_handler, signal.SIGHUP)
+    if policies.folder and config.policies.reload_s:
+        policies.engine.spawn(policies.watch_folder(config.policies.reload_s))
+
+
+async def start_tested_engine(config: Config, metrics: Metrics, stack: AsyncExitStack) -> tuple[Engine, PolicyStore]:
+    """Start the engine with its policies, to be stopped by `stack`, and run its self-test."""
+    engine, policies = await start_with_policies(config, metrics)
     stack.push_async_callback(engine.stop)
     log_engine(engine)
     await run_self_test(engine)
-    return engine
+    return engine, policies
 
 
 async def run_self_test(engine: Engine) -> None:
@@ -178,8 +189,6 @@ def log_engine(engine: Engine) -> None:
         logger.info("bundle loaded", extra=values)
     for name, program in engine.programs.items():
         logger.info("program loaded", extra=fields(program=name, digest=program.compiled.digest))
-    for name, policy in engine.policies.items():
-        logger.info("policy loaded", extra=fields(policy=name, digest=policy.compiled.digest))
 
 
 def log_death(engine: Engine) -> None:

@@ -23,10 +23,11 @@ class Call:
     """One choice of one request, checked and compiled.
 
     `policies`: programs that run behind the request's own, in this order, each on what those before it leave.
-    `watch`: rows reported to the client. `guard`: rows reported to guards and never to the client. `top_k_prompt`:
-    report the top-k latents of prompt tokens too; with top_k 0 it only makes the prompt run whole, whatever the prefix
-    cache holds, so that its edits are counted. `capture`: return the residuals of all tokens at all sites. `answer`:
-    the last so many of `prompt_ids` are no prompt but the answer so far: tokens of the phase of generated tokens.
+    `watch`: rows reported to the client. `guard`: rows reported to guards and never to the client. `hidden`: latents
+    that are left out of the top k, for each of `top_k_sites`. `top_k_prompt`: report the top-k latents of prompt tokens
+    too; with top_k 0 it only makes the prompt run whole, whatever the prefix cache holds, so that its edits are
+    counted. `capture`: return the residuals of all tokens at all sites. `answer`: the last so many of `prompt_ids` are
+    no prompt but the answer so far: tokens of the phase of generated tokens.
     """
 
     prompt_ids: tuple[int, ...]
@@ -37,6 +38,7 @@ class Call:
     guard: tuple[Watched, ...] = ()
     top_k: int = 0
     top_k_sites: tuple[str, ...] = ()
+    hidden: tuple[tuple[int, ...], ...] = ()
     top_k_prompt: bool = False
     caller: Caller = ANONYMOUS
     cache_salt: str = ""
@@ -47,6 +49,11 @@ class Call:
     def prompt_tokens(self) -> int:
         """Number of tokens of the prompt."""
         return len(self.prompt_ids) - self.answer
+
+    @property
+    def ranked(self) -> int:
+        """Latents to rank at each token: so many more than the top k that the hidden ones among them leave k."""
+        return self.top_k + max(map(len, self.hidden), default=0) if self.top_k else 0
 
     @property
     def reads_prompt(self) -> bool:
@@ -82,8 +89,9 @@ class Outcome:
     """How a call ended and what ran, as counted by the worker.
 
     `moved` and `policy_moved`: tokens touched by each edit of the program and of each of `Call.policies`. `gates`: of
-    those of them that have a gate. `tokens_seen`: tokens that went through the forward pass; like all others, a token that was
-    computed again after a preemption counts once. `queued_s`: seconds that the call waited for the bank.
+    those of them that have a gate. `tokens_seen`: tokens that went through the forward pass; like all
+    others, a token that was computed again after a preemption counts once. `queued_s`: seconds that the call waited for
+    the bank.
     """
 
     finish_reason: FinishReason

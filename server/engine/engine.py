@@ -19,7 +19,6 @@ from rudder.server.engine.adapter import (
     RequestOutputCollector,
     add_request,
     answer_text,
-    call_workers,
     eos_token_ids,
 )
 from rudder.server.engine.admission import Admission
@@ -134,12 +133,12 @@ class Engine:
         request = wire.Request(0, 0, False, (tuple(wire.Site(number, tuple(rows[number])) for number in sorted(rows)),))
         # The server's ledger runs ahead of the workers'.
         self.admission.reserve(handle, request)
-        await call_workers(self.llm, "rudder_hold", handle, wire.encode(request))
+        await self.llm.collective_rpc("rudder_hold", args=(handle, wire.encode(request)))
         return handle
 
     async def drop(self, handle: int) -> None:
         """Hold the rows of a handle no longer."""
-        await call_workers(self.llm, "rudder_drop", handle)
+        await self.llm.collective_rpc("rudder_drop", args=(handle,))
         self.admission.unreserve(handle)
 
     def compile(self, call: Call) -> tuple[wire.Request, tuple[int, ...]]:
@@ -158,7 +157,7 @@ class Engine:
             bos=self.begins_with_bos(call),
             stages=(sites, *(policy.sites for policy in call.policies)),
             watch_prompt=call.reads_prompt,
-            top_k=call.top_k,
+            top_k=call.ranked,
             top_k_sites=tuple(layout.sites.index(site) for site in call.top_k_sites),
             capture=call.capture,
             excluded=self.excluded(call),
@@ -247,6 +246,11 @@ class Engine:
                 on_abandoned(outcome_before(inbox.num_computed_tokens, call, inbox, generated, cached, queued_s))
             if queue and not ended:
                 await self.llm.abort(queue.request_id, internal=True)
+
+    def outcome_without_run(self, call: Call) -> Outcome:
+        """Return the outcome of a call that never reached the engine."""
+        request, _ = self.compile(call)
+        return outcome_before(0, call, Inbox(request), 0, 0, 0.0)
 
     async def enter(self, handle: int, request: wire.Request, caller: str) -> tuple[Inbox, float]:
         """Wait for room in the bank; return the request's inbox and the seconds waited. Raises QueueFull."""

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 
+import numpy as np
+
 from rudder.server.engine.call import Call
 from rudder.server.engine.telemetry.hub import Features, no_features
 from rudder.server.program.watch import Watched
@@ -18,6 +20,7 @@ class View:
     `empty`: the reader gets nothing. `columns`: its columns of the reported activations, None: all, in their order.
     `begin`: the first position that it gets. If one of its rows wants the prompt and another does not, the latter has
     activation 0 at prompt tokens: these are its columns `generated_only`, and `blank_top_k` for the top-k latents.
+    `top_k`: strongest latents that it gets, of those that are not `hidden` at their site.
     """
 
     empty: bool
@@ -25,8 +28,9 @@ class View:
     begin: int
     prompt_tokens: int
     generated_only: tuple[int, ...]
-    top_k: bool
+    top_k: int
     blank_top_k: bool
+    hidden: tuple[tuple[int, ...], ...] = ()
 
     def select(self, features: Features) -> Features:
         """Return this reader's part of `features`."""
@@ -36,9 +40,19 @@ class View:
         part = part.reordered(self.columns)
         if not self.top_k:
             part = part._replace(top_latents=part.top_latents[:, :0], top_values=part.top_values[:, :0])
+        elif any(self.hidden):
+            part = self.without_hidden(part)
         if part.first < self.prompt_tokens and (self.generated_only or self.blank_top_k):
             part = self.without_prompt(part)
         return part
+
+    def without_hidden(self, part: Features) -> Features:
+        """Leave out the hidden latents, and keep the first `top_k` of the others."""
+        hides = np.stack([np.isin(part.top_latents[:, i], latents) for i, latents in enumerate(self.hidden)], 1)
+        order = hides.argsort(2, kind="stable")[:, :, : self.top_k]
+        values = np.where(hides, 0.0, part.top_values).astype(part.top_values.dtype)
+        latents, values = (np.take_along_axis(column, order, 2) for column in (part.top_latents, values))
+        return part._replace(top_latents=latents, top_values=values)
 
     def without_prompt(self, part: Features) -> Features:
         """Set to 0 what is not reported at prompt tokens."""
@@ -53,14 +67,14 @@ class View:
 def views_of(call: Call, columns: Sequence[int]) -> tuple[View, View]:
     """Return the views of client and guards. `columns`: of each row of `call.watch`, then of `call.guard`."""
     total, own = len(set(columns)), len(call.watch)
-    client = view(call, call.watch, columns[:own], total, top_k=bool(call.top_k_sites))
-    return client, view(call, call.guard, columns[own:], total, top_k=False)
+    client = view(call, call.watch, columns[:own], total, top_k=call.top_k)
+    return client, view(call, call.guard, columns[own:], total, top_k=0)
 
 
-def view(call: Call, watched: Sequence[Watched], columns: Sequence[int], total: int, *, top_k: bool) -> View:
+def view(call: Call, watched: Sequence[Watched], columns: Sequence[int], total: int, *, top_k: int) -> View:
     """Return the view of a reader with these watched rows, whose columns are among `total`."""
     prompt = [row.prompt for row in watched]
-    reads_prompt = any(prompt) or (top_k and call.top_k_prompt)
+    reads_prompt = any(prompt) or (top_k > 0 and call.top_k_prompt)
     generated_only = compress(range(len(prompt)), [not wanted for wanted in prompt])
     return View(
         empty=not watched and not top_k,
@@ -69,5 +83,6 @@ def view(call: Call, watched: Sequence[Watched], columns: Sequence[int], total: 
         prompt_tokens=call.prompt_tokens,
         generated_only=tuple(generated_only) if reads_prompt else (),
         top_k=top_k,
-        blank_top_k=top_k and reads_prompt and not call.top_k_prompt,
+        blank_top_k=top_k > 0 and reads_prompt and not call.top_k_prompt,
+        hidden=call.hidden if top_k else (),
     )

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import multiprocessing
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from rudder.server.config import Config, ConfigError
 from rudder.server.engine import adapter
 from rudder.server.engine.adapter import AsyncLLM
 from rudder.server.engine.admission import Admission
-from rudder.server.engine.ledger import PINNED_HANDLE
 from rudder.server.engine.engine import Engine
+from rudder.server.engine.ledger import PINNED_HANDLE
 from rudder.server.engine.telemetry.hub import Hub
 from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics, PinnedFeature
@@ -62,7 +62,7 @@ async def start_engine(
             None, build_engine, llm, layout, served, config, metrics or Metrics.create()
         )
         await connect_telemetry(engine)
-        await pin_features(engine, config)
+        await pin_features(engine, watched_rows(config, engine.bundles))
     except BaseException:
         llm.shutdown()
         raise
@@ -155,14 +155,17 @@ async def connect_telemetry(engine: Engine) -> None:
     engine.hub.channel.accept()
 
 
-async def pin_features(engine: Engine, config: Config) -> None:
-    """Hold the rows of pinned features as long as the engine lives, and count their activations."""
-    features = watched_rows(config, engine.bundles)
+async def pin_features(engine: Engine, features: Sequence[tuple[str, program_pb2.Row]]) -> None:
+    """Hold the rows of these features, as (site, row), as long as the engine lives, and count their activations.
+
+    Once requests run, the features must stay as they are.
+    """
     pinned, columns = merge_watched((), compile_watch(features, engine.registry, "watch"))
     if not pinned:
         return
     check_capacity([pinned], engine.registry, "watch")
     request = wire.Request(0, 0, False, (pinned,))
+    engine.admission.unreserve(PINNED_HANDLE)
     engine.admission.reserve(PINNED_HANDLE, request)
     await adapter.call_workers(engine.llm, "rudder_pin", wire.encode(request))
     engine.metrics.pin([pinned_feature(row.feature, engine.bundles) for _, row in features], columns)

@@ -7,10 +7,17 @@ from google.protobuf.message import Message
 from rudder.server import config
 from rudder.server.grpc.interceptors import RECORD
 from rudder.server.grpc.status import Context
-from rudder.server.service import catalogue, inference, model
+from rudder.server.service import catalogue, inference, model, policies
 from rudder.server.service.errors import Refusal
 from rudder.server.service.serving import Serving
-from rudder.v1 import catalogue_pb2, catalogue_pb2_grpc, inference_pb2, inference_pb2_grpc
+from rudder.v1 import (
+    catalogue_pb2,
+    catalogue_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    policy_pb2,
+    policy_pb2_grpc,
+)
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -80,6 +87,33 @@ class ModelServicer(catalogue_pb2_grpc.ModelServiceServicer):
     ) -> catalogue_pb2.ListProgramsResponse:
         """Return the operator's programs."""
         return model.list_programs(self.serving)
+
+
+class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
+    """Policies in force, checked, applied and explained."""
+
+    def __init__(self, serving: Serving) -> None:
+        self.serving = serving
+
+    async def List(self, _: policy_pb2.PolicyServiceListRequest, __: Context) -> policy_pb2.PolicyServiceListResponse:
+        """Return the policies in force."""
+        return policies.list_policies(self.serving)
+
+    async def Get(self, request: policy_pb2.PolicyServiceGetRequest, _: Context) -> policy_pb2.PolicyServiceGetResponse:
+        """Return one of them whole."""
+        return policies.get_policy(self.serving, request)
+
+    async def Validate(self, request: policy_pb2.ValidateRequest, _: Context) -> policy_pb2.ValidateResponse:
+        """Return every problem of a policy."""
+        return await policies.validate(self.serving, request)
+
+    async def Apply(self, request: policy_pb2.ApplyRequest, _: Context) -> policy_pb2.ApplyResponse:
+        """Put a policy in force."""
+        return await policies.apply(self.serving, RECORD.get().caller, request)
+
+    async def Explain(self, request: policy_pb2.ExplainRequest, _: Context) -> policy_pb2.ExplainResponse:
+        """Return what binds a caller, in words."""
+        return policies.explain(self.serving, RECORD.get().caller, request)
 
 
 async def send(context: Context, message: Message, limits: config.Limits) -> None:

@@ -2,11 +2,13 @@
 
 import re
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -15,6 +17,9 @@ from prometheus_client.registry import Collector
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 INTER_TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 MAX_LABEL_CHARS = 80
+# Quantiles of a guard's benign scores, and the number of choices that they are of: some above the highest.
+BENIGN_QUANTILES = (0.5, 0.99, 0.999)
+BENIGN_CHOICES = 10_000
 
 
 class SiteUsage(NamedTuple):
@@ -126,6 +131,37 @@ class BankCollector(Collector):
         return [active, tokens, total, maximum, info]
 
 
+class GuardCollector(Collector):
+    """Levels of guards, and quantiles of their scores in the last choices in which they did not hold.
+
+    Where these move towards the level, false alarms are about to rise, or the traffic has changed. A deque's copy is
+    taken in one call that holds the GIL, as in BankCollector.
+    """
+
+    def __init__(self) -> None:
+        self.scores: dict[tuple[str, str], deque[float]] = {}
+        self.levels: dict[tuple[str, str], float] = {}
+
+    def observe(self, policy: str, rule: str, score: float, level: float) -> None:
+        """Note the largest statistic of a choice."""
+        key = policy, rule
+        self.levels[key] = level
+        self.scores.setdefault(key, deque(maxlen=BENIGN_CHOICES)).append(score)
+
+    def collect(self) -> list[Metric]:
+        """Return the series of all guards that have judged a choice."""
+        names = ["policy", "rule"]
+        levels = GaugeMetricFamily("rudder_guard_level", "Level that a guard's statistic must exceed.", labels=names)
+        text = f"Quantiles of the largest statistic of a choice, over the last {BENIGN_CHOICES} without an alarm."
+        scores = GaugeMetricFamily("rudder_guard_benign_score", text, labels=[*names, "quantile"])
+        for key, last in self.scores.copy().items():
+            levels.add_metric(key, self.levels[key])
+            values = np.quantile(last.copy(), BENIGN_QUANTILES, method="higher").tolist()
+            for quantile, value in zip(BENIGN_QUANTILES, values, strict=True):
+                scores.add_metric([*key, f"{quantile:g}"], value)
+        return [levels, scores]
+
+
 def usage_families(usage: BankUsage) -> list[Metric]:
     """Return the gauges of a snapshot."""
     rows = GaugeMetricFamily("rudder_bank_rows", "Row places of a site's bank.", labels=["site", "state"])
@@ -156,18 +192,24 @@ class Metrics:
     edited_tokens: Counter
     rejected_edits: Counter
     self_test_failures: Counter
+    policies: Gauge
+    policy_changes: Counter
     pending_bytes: Gauge
     audit_entries: Counter
     audit_webhook_entries: Counter
     audit_failing: Gauge
+    verdicts: Counter
+    hold_back_seconds: BulkHistogram
     bank: BankCollector
+    guards: GuardCollector
 
     @classmethod
     def create(cls, registry: CollectorRegistry | None = None) -> "Metrics":
         """Declare every series in `registry`; None: a new one, which nobody scrapes."""
         registry = registry or CollectorRegistry()
-        bank = BankCollector()
+        bank, guards = BankCollector(), GuardCollector()
         registry.register(bank)
+        registry.register(guards)
         return cls(
             requests=Counter(
                 "rudder_requests", "Calls ended, by method and outcome (OK or the reason of the error).",
@@ -190,15 +232,23 @@ class Metrics:
             stream_messages=Counter("rudder_stream_messages", "Messages of token streams.", registry=registry),
             stream_tokens=Counter("rudder_stream_tokens", "Tokens of token streams.", registry=registry),
             edited_tokens=Counter(
-                "rudder_edits_applied_tokens", "Tokens that an edit touched.",
-                ["site", "operation", "origin"], registry=registry,
+                "rudder_edits_applied_tokens",
+                "Tokens that an edit touched; of origin shadow: that it would have touched.",
+                ["site", "operation", "origin", "policy"], registry=registry,
             ),
             rejected_edits=Counter(
                 "rudder_edits_rejected", "Edits of a token that were rejected, since x would not have stayed finite.",
-                ["site", "origin"], registry=registry,
+                ["site", "origin", "policy"], registry=registry,
             ),
             self_test_failures=Counter(
                 "rudder_selftest_failures", "Self-tests that a site's bank did not pass.", registry=registry
+            ),
+            policies=Gauge(
+                "rudder_policy", "Always 1; a policy in force.", ["policy", "version", "mode"], registry=registry
+            ),
+            policy_changes=Counter(
+                "rudder_policy_changes", "Policies applied, unchanged, removed or refused.",
+                ["outcome"], registry=registry,
             ),
             pending_bytes=Gauge(
                 "rudder_pending_request_bytes", "Bytes of the request messages of calls in progress.", registry=registry
@@ -214,7 +264,15 @@ class Metrics:
             audit_failing=Gauge(
                 "rudder_audit_failing", "1 while the audit log cannot be written.", registry=registry
             ),
+            verdicts=Counter(
+                "rudder_guard_verdicts", "Choices in which a guard held; enforced, or in shadow mode.",
+                ["policy", "rule", "action", "mode"], registry=registry,
+            ),
+            hold_back_seconds=BulkHistogram(
+                "rudder_hold_back_seconds", "Time that a token waited for its verdict.", INTER_TOKEN_SECONDS, registry
+            ),
             bank=bank,
+            guards=guards,
         )  # fmt: skip
 
     def request_ended(self, method: str, outcome: str, seconds: float) -> None:
@@ -239,13 +297,35 @@ class Metrics:
         """Observe later tokens, each `seconds` after the one before."""
         self.inter_token_seconds.observe(seconds, tokens)
 
-    def edit_applied(self, site: str, operation: str, origin: str, tokens: int) -> None:
+    def edit_applied(self, site: str, operation: str, origin: str, policy: str, tokens: int) -> None:
         """Count tokens that an edit touched. Its label is the first word of `operation`: the kind, not the numbers."""
-        self.edited_tokens.labels(site, operation.split(" ", 1)[0], origin).inc(tokens)
+        self.edited_tokens.labels(site, operation.split(" ", 1)[0], origin, policy).inc(tokens)
 
-    def edit_rejected(self, site: str, origin: str, tokens: int) -> None:
+    def edit_rejected(self, site: str, origin: str, policy: str, tokens: int) -> None:
         """Count tokens at which an edit was rejected."""
-        self.rejected_edits.labels(site, origin).inc(tokens)
+        self.rejected_edits.labels(site, origin, policy).inc(tokens)
+
+    def policies_in_force(self, policies: Iterable[tuple[str, int, str]]) -> None:
+        """Export the policies in force, each by name, version and mode."""
+        self.policies.clear()
+        for name, version, mode in policies:
+            self.policies.labels(name, str(version), mode).set(1)
+
+    def policy_changed(self, outcome: str) -> None:
+        """Count what became of a policy that was read or applied."""
+        self.policy_changes.labels(outcome).inc()
+
+    def guard_held(self, policy: str, rule: str, action: str, mode: str) -> None:
+        """Count a choice in which a guard held."""
+        self.verdicts.labels(policy, rule, action, mode).inc()
+
+    def benign_score(self, policy: str, rule: str, score: float, level: float) -> None:
+        """Observe the largest statistic of a guard that did not hold in a choice."""
+        self.guards.observe(policy, rule, score, level)
+
+    def held_back(self, seconds: float, tokens: int) -> None:
+        """Observe tokens that each waited for a verdict."""
+        self.hold_back_seconds.observe(seconds, tokens)
 
     def self_test_failed(self) -> None:
         """Count a failed self-test."""

@@ -134,7 +134,9 @@ class EditLimits:
         if self.directions is None or not len(self.directions):
             return
         cosines = np.abs(row_directions([row], registry) @ self.directions.T)
-        problem = f"{name} is parallel to a locked row (cosine {cosines.max(initial=0):.2f}, less than {PARALLEL} may be)"
+        problem = (
+            f"{name} is parallel to a locked row (cosine {cosines.max(initial=0):.2f}, less than {PARALLEL} may be)"
+        )
         require(cosines.max(initial=0) < PARALLEL, field, problem, "ROW_LOCKED")
 
 

@@ -171,7 +171,7 @@ def direction(values: Iterable[float], width: int, field: str) -> tuple[bytes, f
 
 
 def row_directions(rows: Iterable[wire.Row], registry: Registry) -> Floats:
-    """Return the encoders and decoders of rows, each divided by its length, fp32 [n, d]; those of length 0 are left out."""
+    """Return the encoders and decoders of rows, divided by their lengths, fp32 [n, d], without those of length 0."""
     vectors = [vector for row in rows for vector in vectors_of(row, registry)]
     stacked = np.stack(vectors).astype(np.float64) if vectors else np.zeros((0, registry.width))
     lengths = np.linalg.norm(stacked, axis=1, keepdims=True)

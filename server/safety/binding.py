@@ -1,34 +1,161 @@
-"""Which policy binds a caller, and what it forbids the caller's programs."""
+"""Which policies bind a caller, in which order they apply, and what they forbid together."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from google.protobuf.message import Message
 
 from rudder.server.caller import Caller
-from rudder.server.config import Policies
-from rudder.server.engine.engine import Engine
-from rudder.server.program.compile import Compiled, EditLimits, compile_program
-from rudder.server.program.rows import Registry
-from rudder.v1 import program_pb2
+from rudder.server.program.compile import NO_LIMITS, NOTHING, Compiled, EditLimits, compile_program
+from rudder.server.program.errors import ProgramError, require
+from rudder.server.program.rows import LockedRows, Registry, resolve
+from rudder.server.safety.fields import is_set, submessages
+from rudder.server.safety.policy import Policy
+from rudder.v1 import inference_pb2, policy_pb2, program_pb2
+
+ALL_RIGHTS = frozenset(policy_pb2.Rights.DESCRIPTOR.fields_by_name)
+# The right that a row of a caller's own program needs, by the message that names it, and what these rows are called.
+RIGHT_OF_ROW: dict[type[Message], tuple[str, str]] = {
+    program_pb2.Feature: ("edit_latents", "latents"),
+    program_pb2.Vector: ("raw_vectors", "vectors of its own"),
+    program_pb2.Probe: ("raw_vectors", "probes of its own"),
+}
 
 
-def binding_policy(engine: Engine, caller: Caller) -> Compiled | None:  # noqa: ARG001
-    """Return the policy that binds `caller`; None: no policy does. The default policy binds every caller."""
-    return engine.default_policy
+def binding_policies(in_force: Iterable[Policy], caller: Caller) -> tuple[Policy, ...]:
+    """Return the policies that bind a caller, in the order in which they apply.
 
-
-def compile_bound(
-    program: program_pb2.Program, registry: Registry, policy: Compiled | None, settings: Policies, field: str
-) -> Compiled:
-    """Compile a program of a request that `policy` binds.
-
-    The policy is the second stage of each site that it edits, so no edit at these or earlier sites acts on its result.
-    An edit behind its first site would: it is refused with POLICY_FORBIDS, unless `settings.allow_later_edits`. A gate
-    of the policy reads what the request's edits leave at its site and at earlier ones, where an edit could close it: it
-    is refused likewise, unless `settings.allow_edits_before_gate`. The latents that the policy edits, or reads for its
-    gate, are locked: ROW_LOCKED. Raises ProgramError, which names the field below `field`.
+    By name, those in shadow mode last: they count what they would do to what the others leave.
     """
-    if policy is None:
-        return compile_program(program, registry, field=field)
-    limits = EditLimits(
-        locked=policy.edited_latents | policy.gate_latents,
-        first_site=0 if settings.allow_edits_before_gate else policy.site_behind_gate,
-        last_site=None if settings.allow_later_edits else policy.first_edited_site,
-    )
-    return compile_program(program, registry, limits=limits, field=field)
+    bound = (policy for policy in in_force if binds(policy, caller))
+    return tuple(sorted(bound, key=lambda policy: (policy.shadow, policy.name)))
+
+
+def binds(policy: Policy, caller: Caller) -> bool:
+    """Return whether a policy binds a caller."""
+    whom = policy.message.binds
+    return whom.all or caller.id in whom.callers or not caller.roles.isdisjoint(whom.roles)
+
+
+def stages_of(policies: Iterable[Policy], forced: Collection[str] = ()) -> tuple[Compiled, ...]:
+    """Return the programs of these policies in the order of their stages, without the gate of those in `forced`.
+
+    Every policy that has a program keeps its stage, whether or not it runs.
+    """
+    with_program = (policy for policy in policies if policy.programs)
+    return tuple((p.forced if p.name in forced else p.program) or NOTHING for p in with_program)
+
+
+def stages_needed(messages: Collection[policy_pb2.Policy]) -> int:
+    """Return the most policies with a program that can bind one caller: it has one id, and may have every role."""
+    programs = [message.binds for message in messages if message.HasField("program")]
+    by_role = [whom for whom in programs if whom.all or whom.roles]
+    by_id = [whom for whom in programs if not (whom.all or whom.roles)]
+    callers = {caller for whom in by_id for caller in whom.callers}
+    return len(by_role) + max((sum(caller in whom.callers for whom in by_id) for caller in callers), default=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """What binds a caller. `policies`: in the order in which they apply; those in shadow mode forbid nothing."""
+
+    policies: tuple[Policy, ...] = ()
+    named: dict[str, Compiled] = field(default_factory=dict)
+
+    @cached_property
+    def enforced(self) -> tuple[Policy, ...]:
+        """The policies that are not in shadow mode."""
+        return tuple(policy for policy in self.policies if not policy.shadow)
+
+    @cached_property
+    def rights(self) -> frozenset[str]:
+        """The rights that all policies give."""
+        given = ({right.name for right, _ in policy.message.rights.ListFields()} for policy in self.enforced)
+        return ALL_RIGHTS.intersection(*given)
+
+    @cached_property
+    def forbidden(self) -> Mapping[str, str]:
+        """The fields that one of the policies forbids, and the name of such a policy."""
+        return {path: policy.name for policy in reversed(self.enforced) for path in policy.message.forbidden_fields}
+
+    @cached_property
+    def limits(self) -> EditLimits:
+        """What the policies leave of what a program may do: every bound is the strictest, locked rows are the union."""
+        if not self.enforced:
+            return NO_LIMITS
+        edited = [policy.first_edited_site for policy in self.enforced if policy.first_edited_site is not None]
+        behind, before = "edit_behind_policy" in self.rights, "edit_before_guard" in self.rights
+        return EditLimits(
+            locked=frozenset().union(*(policy.locked for policy in self.enforced)),
+            first_site=0 if before else max(policy.first_unread_site for policy in self.enforced),
+            last_site=None if behind else min(edited, default=None),
+            directions=np.concatenate([policy.directions for policy in self.enforced]),
+            reads_locked="read_guards" in self.rights,
+            max_displacement=min(policy.max_displacement for policy in self.enforced),
+        )
+
+    @property
+    def hidden(self) -> LockedRows:
+        """The latents that a report leaves out."""
+        return frozenset() if self.limits.reads_locked else self.limits.locked
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether refusals and annotations say the scores of guards."""
+        return "read_guards" in self.rights
+
+    def check_fields(self, request: Message) -> None:
+        """Raise ProgramError POLICY_FORBIDS if a request sets a field that one of the policies forbids."""
+        for path, name in self.forbidden.items():
+            require(not is_set(request, path), path, f"policy {name!r} forbids it", "POLICY_FORBIDS")
+
+    def compile_named(self, program: program_pb2.Program, registry: Registry, field: str) -> Compiled:
+        """Compile a program of the operator within the limits. Raises ProgramError, with the field below `field`."""
+        if program.name not in self.named:
+            self.named[program.name] = compile_program(program, registry, limits=self.limits, field=field)
+        return self.named[program.name]
+
+    def compile_own(self, program: program_pb2.Program, registry: Registry, field: str) -> Compiled:
+        """Compile a caller's own program within rights and limits. Raises ProgramError likewise."""
+        self.require_rights(program, field)
+        return compile_program(program, registry, limits=self.limits, field=field)
+
+    def require_rights(self, message: Message, field: str) -> None:
+        """Raise ProgramError POLICY_FORBIDS if a latent, vector or probe in a message needs a right not given."""
+        own_programs = bool(self.rights & {right for right, _ in RIGHT_OF_ROW.values()})
+        if isinstance(message, program_pb2.Program):
+            require(
+                own_programs, field, f"{self.binder} binds this caller to programs that have names", "POLICY_FORBIDS"
+            )
+        for path, part in submessages(message, field):
+            right, rows = RIGHT_OF_ROW.get(type(part), ("", ""))
+            allowed = not right or right in self.rights
+            require(allowed, path, f"{self.binder} binds this caller, which may not use {rows}", "POLICY_FORBIDS")
+
+    def check_report(self, features: Sequence[inference_pb2.SiteFeature], registry: Registry, field: str) -> None:
+        """Raise ProgramError if a report reads a locked row, or has probes without the right to them."""
+        if not self.enforced:
+            return
+        for number, feature in enumerate(features):
+            at = f"{field}[{number}].row"
+            if not feature.row.HasField("feature"):
+                self.require_rights(feature.row, at)
+            if not self.limits.reads_locked:
+                target = resolve(feature.row, feature.site, registry, at)
+                self.limits.check_row(target.row, target.name, registry, at)
+
+    def check_token_ids(self, field: str, ids: Sequence[int], written: Sequence[int]) -> None:
+        """Raise ProgramError POLICY_FORBIDS unless token ids are those that the tokenizer writes for their text."""
+        if self.enforced and tuple(ids) != tuple(written):
+            problem = f"{self.binder} binds this caller: these are not the ids that the tokenizer writes for their text"
+            raise ProgramError(field, problem, "POLICY_FORBIDS")
+
+    @property
+    def binder(self) -> str:
+        """Name the first policy that is enforced."""
+        return f"policy {self.enforced[0].name!r}" if self.enforced else "no policy"
+
+
+UNBOUND = Binding()

@@ -2,7 +2,8 @@
 
 Beside a policy lie `NAME.evaluation.jsonl.xz`, texts with what each guard, edit and gate did on a reference
 configuration, and `NAME.certificate.json`, what a rerun on another configuration found. A certificate is of one
-fingerprint: another dtype, quantisation, device, version of vLLM, model, bundle or content of the policy makes it stale.
+fingerprint: another dtype, quantisation, device, version of vLLM, model, bundle or content of the policy makes it
+stale.
 """
 
 import hashlib

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
 from pathlib import Path
@@ -11,15 +11,21 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from google.protobuf import json_format
-from google.protobuf.message import Message
-from numpy.typing import NDArray
 
 from rudder.server.program import wire
 from rudder.server.program.compile import NO_LIMITS, Compiled, compile_program, compile_site, digest_of
 from rudder.server.program.gates import with_gate
-from rudder.server.program.rows import NO_LOCKED_ROWS, LockedRows, Registry, resolve, row_directions, site_number
+from rudder.server.program.rows import (
+    NO_LOCKED_ROWS,
+    Floats,
+    LockedRows,
+    Registry,
+    resolve,
+    row_directions,
+    site_number,
+)
 from rudder.server.program.watch import Watched, compile_watch
-from rudder.server.safety.forbidden import is_request_field
+from rudder.server.safety.fields import is_request_field, submessages
 from rudder.server.safety.guards import CLAMP, CLAMP_FROM_START, Guard, compile_guard
 from rudder.server.safety.problems import PolicyInvalid, Problem, Problems
 from rudder.v1 import policy_pb2, program_pb2
@@ -43,7 +49,7 @@ class Policy:
     forced: Compiled | None = None
     guards: tuple[Guard, ...] = ()
     locked: LockedRows = NO_LOCKED_ROWS
-    directions: NDArray[np.float32] = np.zeros((0, 0), np.float32)
+    directions: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     watch: tuple[Watched, ...] = ()
 
     @property
@@ -114,6 +120,7 @@ def compile_policy(message: policy_pb2.Policy, registry: Registry, folder: Path,
     locked_rows = locked_features(message, registry, problems)
     watch: tuple[Watched, ...] = ()
     for number, feature in enumerate(message.watch):
+        problems.require(feature.row.HasField("feature"), f"watch[{number}].row", "is no latent")
         with problems.collected("watch[0]", f"watch[{number}]"):
             watch += compile_watch([(feature.site, feature.row)], registry, "watch")
     program, forced = compile_programs(message, registry, problems)
@@ -186,19 +193,13 @@ def check_bundles(message: policy_pb2.Policy, registry: Registry, problems: Prob
         problems.require(pinned, f"{path}.bundle", f"{named!r} is not in `bundles`, which pins its hash")
 
 
-def named_bundles(message: Message, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (path, bundle) of every latent, and of every blend with a bundle's mean, that a message names."""
-    if isinstance(message, program_pb2.Feature) or (
-        isinstance(message, program_pb2.Blend) and message.WhichOneof("target") != "vector"
-    ):
-        yield path, message.bundle
-        return
-    for field, value in message.ListFields():
-        here = f"{path}.{field.name}" if path else field.name
-        if field.message_type is None or field.message_type.GetOptions().map_entry:
-            continue
-        for number, part in enumerate(value) if field.is_repeated else [(None, value)]:
-            yield from named_bundles(part, here if number is None else f"{here}[{number}]")
+def named_bundles(message: policy_pb2.Policy) -> Iterator[tuple[str, str]]:
+    """Yield (path, bundle) of every latent, and of every blend with a bundle's mean, that a policy names."""
+    for path, part in submessages(message):
+        if isinstance(part, program_pb2.Feature) or (
+            isinstance(part, program_pb2.Blend) and part.WhichOneof("target") != "vector"
+        ):
+            yield path, part.bundle
 
 
 def compile_guards(

@@ -14,4 +14,8 @@ def attestation_of(call: CallRecord, choice: ChoiceRecord, engine_epoch: str) ->
         engine_epoch=engine_epoch,
         gates=[inference_pb2.GateCount(**gate._asdict()) for gate in choice.gates],
         request_id=call.request_id,
+        policies=[
+            inference_pb2.AppliedPolicy(name=p.name, version=p.version, digest=p.digest, shadow=p.shadow)
+            for p in call.policies
+        ],
     )

@@ -10,10 +10,13 @@ from rudder.server.monitoring.traces import Correlation
 from rudder.server.service import record as records
 from rudder.server.service.errors import Refusal, refusal_of
 from rudder.server.service.record import CallRecord
+from rudder.server.service.roles import require_role
 from rudder.server.service.serving import Serving
 
 # The client's own timer cancels the call a moment before this process would.
 DEADLINE_SLACK_S = 0.05
+# Calls that policies bind.
+BOUND_METHODS = "InferenceService."
 
 
 @asynccontextmanager
@@ -26,11 +29,15 @@ async def begin_call(
     ends before the call. A call that its client cancelled stays cancelled. In each case it is counted and logged once.
     """
     record = CallRecord(method, caller, correlation)
+    if method.startswith(BOUND_METHODS):
+        record.binding = serving.policies.binding(caller)
+        serving.policies.acquire(record.policies)
     task = asyncio.current_task()
     assert task
     serving.calls.add(task)
     try:
         require_open(serving)
+        require_role(method, caller)
         yield record
         record.end("OK")
     except (asyncio.CancelledError, GeneratorExit):
@@ -45,6 +52,7 @@ async def begin_call(
         raise refused(record, refusal_of(error)) from None
     finally:
         serving.calls.discard(task)
+        serving.policies.release(record.policies)
         records.export(record, serving.metrics)
         records.log(record)
 

@@ -12,6 +12,7 @@ from rudder.server.engine.admission import QueueFull
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.program.errors import ProgramError
 from rudder.server.safety.audit.trail import AuditFailed
+from rudder.server.safety.problems import PolicyInvalid
 from rudder.v1 import inference_pb2
 
 
@@ -38,6 +39,10 @@ REASONS: dict[str, Reason] = {
     "DRAINING": Reason("UNAVAILABLE", 503),
     "ENGINE_DEAD": Reason("UNAVAILABLE", 503),
     "CLIENT_TOO_SLOW": Reason("DEADLINE_EXCEEDED", 408),
+    "POLICY_UNKNOWN": Reason("NOT_FOUND", 404),
+    "POLICY_INVALID": Reason("FAILED_PRECONDITION", 400),
+    "POLICY_REFUSED": Reason("PERMISSION_DENIED", 403),
+    "NOT_ALLOWED": Reason("PERMISSION_DENIED", 403),
     "VERDICT_LOST": Reason("UNAVAILABLE", 503),
     "AUDIT_FAILED": Reason("UNAVAILABLE", 503),
     "INTERNAL": Reason("INTERNAL", 500),
@@ -119,6 +124,8 @@ def refusal_of(error: BaseException) -> Refusal:
             return Refusal("FIELD_INVALID", "the bytes are not a request of this method")
         case ProgramError():
             return invalid(error.field, error.message, error.reason)
+        case PolicyInvalid():
+            return Refusal("POLICY_INVALID", str(error), [Violation(*problem) for problem in error.problems])
         case VLLMClientError():
             return invalid(sampling_field(error), str(error.args[0]) if error.args else type(error).__name__)
         case QueueFull():

@@ -16,7 +16,7 @@ Send = Callable[[inference_pb2.GenerateResponse], Awaitable[None]]
 
 async def generate(serving: Serving, record: CallRecord, request: inference_pb2.GenerateRequest, send: Send) -> None:
     """Send deltas as they come; nothing before the first token, so that a client can retry elsewhere until then."""
-    job = await prepare(serving, record.caller, request)
+    job = await prepare(serving, record.caller, request, record.binding)
     request_id = record.request_id
 
     async def emit(delta: inference_pb2.ChoiceDelta) -> None:
@@ -32,7 +32,7 @@ async def complete(
     serving: Serving, record: CallRecord, request: inference_pb2.CompleteRequest
 ) -> inference_pb2.CompleteResponse:
     """Return the same choices in one message."""
-    job = await prepare(serving, record.caller, request)
+    job = await prepare(serving, record.caller, request, record.binding)
     choices = await run_whole(serving, job, record)
     response = inference_pb2.CompleteResponse(
         request_id=record.request_id, features=job.features.take(), choices=map(choice_of, choices)
@@ -44,7 +44,7 @@ async def inspect(
     serving: Serving, record: CallRecord, request: inference_pb2.InspectRequest
 ) -> inference_pb2.InspectResponse:
     """Return the features of each prompt token. One token is generated, so that the engine reads the whole prompt."""
-    job = await prepare(serving, record.caller, request)
+    job = await prepare(serving, record.caller, request, record.binding)
     (choice,) = await run_whole(serving, job, record)
     ids = job.calls[0].prompt_ids
     texts = await serving.in_tokenizer_thread(record.caller, len(ids), lambda tokenizer: token_texts(ids, tokenizer))

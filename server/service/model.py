@@ -27,7 +27,7 @@ def get_model(serving: Serving) -> catalogue_pb2.ModelServiceGetResponse:
 
 
 def list_programs(serving: Serving) -> catalogue_pb2.ListProgramsResponse:
-    """Return the operator's programs and policies."""
+    """Return the operator's programs, and the policies that bind every caller."""
     engine = serving.engine
     return catalogue_pb2.ListProgramsResponse(
         programs=[
@@ -35,9 +35,15 @@ def list_programs(serving: Serving) -> catalogue_pb2.ListProgramsResponse:
                 name=name,
                 description=named.message.description,
                 digest=named.compiled.digest,
-                always=named.compiled is engine.default_policy,
             )
-            for name, named in (*engine.programs.items(), *engine.policies.items())
+            for name, named in engine.programs.items()
+        ]
+        + [
+            catalogue_pb2.NamedProgram(
+                name=policy.name, description=policy.message.description, digest=policy.digest, always=True
+            )
+            for policy in serving.policies.in_force.values()
+            if policy.message.binds.all and not policy.shadow
         ]
     )
 

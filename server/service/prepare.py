@@ -1,8 +1,9 @@
 """From a request to a job: check, compile, tokenise, one engine call per choice."""
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rudder.server.caller import Caller
 from rudder.server.engine.adapter import check_bad_words
@@ -10,14 +11,14 @@ from rudder.server.engine.call import Call
 from rudder.server.program.cache import rows_size
 from rudder.server.program.compile import Compiled
 from rudder.server.program.watch import Watched, compile_watch
-from rudder.server.safety.binding import binding_policy, compile_bound
+from rudder.server.safety.binding import UNBOUND, Binding, stages_of
 from rudder.server.service import limits
 from rudder.server.service.columns import FeatureTable
 from rudder.server.service.errors import invalid
-from rudder.server.service.prompt import prompt_ids
+from rudder.server.service.prompt import prompt_ids, written_ids
 from rudder.server.service.sampling import sampling_of
 from rudder.server.service.serving import Serving, bundle_at_site, feature_info
-from rudder.v1 import inference_pb2, program_pb2
+from rudder.v1 import inference_pb2
 
 Request = inference_pb2.GenerateRequest | inference_pb2.CompleteRequest | inference_pb2.InspectRequest
 # A log-probability and a token id.
@@ -38,33 +39,26 @@ class Job:
         program = self.calls[0].compiled
         return program.digest if program else ""
 
-    @property
-    def policy_digest(self) -> str:
-        """Digest of the policy that binds the caller; empty without one."""
-        policy = self.calls[0].policy
-        return policy.digest if policy else ""
 
-
-async def prepare(serving: Serving, caller: Caller, request: Request) -> Job:
-    """Check a request of `caller` and compile it. Raises Refusal or ProgramError if a field is wrong."""
+async def prepare(serving: Serving, caller: Caller, request: Request, binding: Binding = UNBOUND) -> Job:
+    """Check a request of `caller`, whom `binding` binds, and compile it. Raises Refusal or ProgramError."""
     limits.check(request, serving.bounds)
-    policy = binding_policy(serving.engine, caller)
-    program = requested_program(serving, request.steering, policy)
+    binding.check_fields(request)
+    program = requested_program(serving, request.steering, binding)
+    binding.check_report(request.report.features, serving.engine.registry, "report.features")
     sites = top_k_sites(serving, request.report)
-    chars = await require_possible_length(request.prompt, serving)
-    ids = await serving.in_tokenizer_thread(
-        caller, chars, lambda tokenizer: prompt_ids(request.prompt, tokenizer, serving.bounds, serving.config.prompt)
-    )
+    ids = await tokenised(serving, caller, request.prompt, binding)
     report = request.report
     reads_prompt = report.prompt or isinstance(request, inference_pb2.InspectRequest)
     call = Call(
         prompt_ids=ids,
         sampling=sampling_of(inference_pb2.Sampling(max_tokens=1), 0, 0),
         compiled=program,
-        policy=policy,
+        policies=stages_of(binding.policies),
         watch=watched_rows(serving, report, reads_prompt),
         top_k=report.top_k,
         top_k_sites=sites,
+        hidden=hidden_latents(serving, sites, binding),
         top_k_prompt=reads_prompt,
         caller=caller,
         cache_salt=cache_scope(caller, request.cache_salt, serving.config.engine.share_anonymous_prefixes),
@@ -84,22 +78,45 @@ async def prepare(serving: Serving, caller: Caller, request: Request) -> Job:
     return Job(calls, report, table)
 
 
-def requested_program(serving: Serving, steering: inference_pb2.Steering, policy: Compiled | None) -> Compiled | None:
-    """Return the request's program, compiled: the operator's of that name, or its own. Both obey the policy."""
+def requested_program(serving: Serving, steering: inference_pb2.Steering, binding: Binding) -> Compiled | None:
+    """Return the request's program, compiled: the operator's of that name, or its own. Both obey the policies."""
     match steering.WhichOneof("steering"):
         case "name":
             if steering.name not in serving.engine.programs:
                 raise invalid("steering.name", f"no program {steering.name!r} is served", "PROGRAM_UNKNOWN")
             named = serving.engine.programs[steering.name]
-            return own_program(serving, named.message, policy, "steering.name") if policy else named.compiled
+            if not binding.enforced:
+                return named.compiled
+            return binding.compile_named(named.message, serving.engine.registry, "steering.name")
         case "program":
-            return own_program(serving, steering.program, policy, "steering.program")
+            return binding.compile_own(steering.program, serving.engine.registry, "steering.program")
     return None
 
 
-def own_program(serving: Serving, program: program_pb2.Program, policy: Compiled | None, field: str) -> Compiled:
-    """Return a program of this call, compiled under the policy that binds it."""
-    return compile_bound(program, serving.engine.registry, policy, serving.config.policies, field)
+async def tokenised(
+    serving: Serving, caller: Caller, prompt: inference_pb2.Prompt, binding: Binding
+) -> tuple[int, ...]:
+    """Return the token ids of a prompt. Those that a bound caller gives must be what the tokenizer writes.
+
+    Other ids of the same text may not look like it to a guard.
+    """
+    chars = await require_possible_length(prompt, serving)
+    raw = tuple(prompt.token_ids.ids) if binding.enforced else ()
+
+    def work(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        ids = prompt_ids(prompt, tokenizer, serving.bounds, serving.config.prompt)
+        return ids, written_ids(raw, tokenizer) if raw else ()
+
+    ids, written = await serving.in_tokenizer_thread(caller, chars, work)
+    binding.check_token_ids("prompt.token_ids", raw, written)
+    return ids
+
+
+def hidden_latents(serving: Serving, sites: Sequence[str], binding: Binding) -> tuple[tuple[int, ...], ...]:
+    """Return, for each of these sites, the latents that a report leaves out."""
+    bundles = [bundle_at_site(serving.engine, site) for site in sites]
+    hidden = tuple(tuple(sorted(i for name, i in binding.hidden if name == bundle)) for bundle in bundles)
+    return hidden if any(hidden) else ()
 
 
 async def require_possible_length(prompt: inference_pb2.Prompt, serving: Serving) -> int:

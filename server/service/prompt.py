@@ -1,6 +1,7 @@
 """Tokenise a prompt: text, token ids or chat messages."""
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -45,6 +46,16 @@ def prompt_ids(
     if not 1 <= len(ids) <= maximum:
         raise invalid(f"prompt.{kind}", f"has {len(ids)} tokens, must have from 1 to {maximum}")
     return ids
+
+
+def written_ids(ids: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
+    """Return the ids that the tokenizer writes for the text of these, a BOS token in front aside; none if it cannot."""
+    bos = tuple(ids[:1]) if ids[:1] == (tokenizer.bos_token_id,) else ()
+    text = tokenizer.decode(ids[len(bos) :], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    try:
+        return (*bos, *text_encoder(tokenizer).encode(text))
+    except SpecialTokenError:
+        return ()
 
 
 def text_ids(text: str, encoder: TextEncoder, rules: config.Prompt) -> tuple[int, ...]:

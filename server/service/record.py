@@ -1,5 +1,6 @@
 """The record of one call, built up while it runs: source of its log line and metrics, later of its audit entry."""
 
+import hashlib
 import logging
 import secrets
 import time
@@ -8,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from rudder.server.caller import Caller
-from rudder.server.engine.call import Outcome
+from rudder.server.engine.call import Call, Outcome
 from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.monitoring.traces import Correlation
-from rudder.server.program.compile import Compiled
+from rudder.server.program.compile import NOTHING, Compiled
+from rudder.server.safety.binding import UNBOUND, Binding
+from rudder.server.safety.policy import Policy
 from rudder.server.service.errors import Refusal
 
 MAX_LOGGED_FIELDS = 4
@@ -21,7 +24,7 @@ logger = logging.getLogger("rudder.access")
 
 
 class EditRecord(NamedTuple):
-    """An edit of the request's program or of the policy, the tokens that it touched, and those that rejected it."""
+    """An edit of the request's program or of a policy, the tokens that it touched, and those that rejected it."""
 
     origin: str
     site: str
@@ -29,10 +32,11 @@ class EditRecord(NamedTuple):
     operation: str
     tokens_touched: int
     tokens_rejected: int = 0
+    policy: str = ""
 
 
 class GateRecord(NamedTuple):
-    """The gate of the request's program or of the policy: tokens at which it was open, and the statistic of its
+    """The gate of the request's program or of a policy: tokens at which it was open, and the statistic of its
     sequence condition after the last token, None without one.
     """
 
@@ -40,9 +44,7 @@ class GateRecord(NamedTuple):
     site: str
     open_tokens: int
     statistic: float | None
-
-
-ORIGINS = ("request", "policy")
+    policy: str = ""
 
 
 @dataclass
@@ -61,33 +63,49 @@ class ChoiceRecord:
     edits: Sequence[EditRecord] = ()
     gates: Sequence[GateRecord] = ()
 
-    def end(self, outcome: Outcome, program: Compiled | None, policy: Compiled | None) -> None:
-        """Take over the engine's outcome, which is of the tokens so far if the choice is abandoned."""
+    def end(self, outcome: Outcome, call: Call, policies: Sequence[Policy]) -> None:
+        """Take over the engine's outcome of a call, which is of the tokens so far if the choice is abandoned."""
         self.generated_tokens, self.cached_tokens = outcome.generated_tokens, outcome.cached_tokens
         self.tokens_seen, self.queued_s = outcome.tokens_seen, outcome.queued_s
         self.finish_reason = outcome.finish_reason
+        stages = stages_run(call, policies)
+        moved, rejected = (
+            (outcome.moved, *outcome.policy_moved),
+            outcome.policy_rejected and (outcome.rejected, *outcome.policy_rejected),
+        )
         self.edits = [
-            EditRecord(origin, name.site, name.row, name.operation, touched, rejected)
-            for origin, compiled, counts, rejections in (
-                ("request", program, outcome.moved, outcome.rejected),
-                ("policy", policy, outcome.policy_moved, outcome.policy_rejected),
-            )
-            for name, touched, rejected in zip(
-                compiled.edits if compiled else (), counts, rejections or (0,) * len(counts), strict=True
-            )
+            EditRecord(stage.origin, name.site, name.row, name.operation, touched, lost, stage.policy)
+            for stage, counts, losses in zip(stages, moved, rejected or ((),) * len(stages), strict=True)
+            for name, touched, lost in zip(stage.compiled.edits, counts, losses or (0,) * len(counts), strict=True)
         ]
         self.gates = [
-            GateRecord(ORIGINS[gate.stage], compiled.gate_site, gate.open_tokens, gate.statistic)
+            GateRecord(stage.origin, stage.compiled.gate_site, gate.open_tokens, gate.statistic, stage.policy)
             for gate in outcome.gates
-            if (compiled := (program, policy)[gate.stage])
+            for stage in [stages[gate.stage]]
         ]
+
+
+class StageRun(NamedTuple):
+    """A stage of a call: whose program ran there. `policy`: its name, empty for the request's own program."""
+
+    origin: str
+    policy: str
+    compiled: Compiled
+
+
+def stages_run(call: Call, policies: Sequence[Policy]) -> list[StageRun]:
+    """Return the stages of a call that these policies bind."""
+    names = [policy.name for policy in policies if policy.programs]
+    own = StageRun("request", "", call.compiled or NOTHING)
+    return [own, *(StageRun("policy", name, p) for name, p in zip(names, call.policies, strict=True))]
 
 
 @dataclass
 class CallRecord:
     """One call. Times are of `time.monotonic`, durations in seconds.
 
-    `outcome`: OK, a key of `errors.REASONS`, CANCELLED or DEADLINE_EXCEEDED; empty while the call runs.
+    `binding`: the policies that bind it, as when it began. `outcome`: OK, a key of `errors.REASONS`, CANCELLED
+    or DEADLINE_EXCEEDED; empty while the call runs.
     """
 
     method: str
@@ -96,7 +114,7 @@ class CallRecord:
     request_id: str = field(default_factory=lambda: secrets.token_hex(12))
     started: float = field(default_factory=time.monotonic)
     program_digest: str = ""
-    policy_digest: str = ""
+    binding: Binding = UNBOUND
     prompt_tokens: int = 0
     choices: list[ChoiceRecord] = field(default_factory=list)
     first_token_s: float | None = None
@@ -104,6 +122,17 @@ class CallRecord:
     outcome: str = ""
     refused_fields: Sequence[str] = ()
     error_id: str = ""
+
+    @property
+    def policies(self) -> tuple[Policy, ...]:
+        """The policies that bind the call, in the order in which they apply."""
+        return self.binding.policies
+
+    @property
+    def policy_digest(self) -> str:
+        """SHA-256 over the digests of the policies that bind the call; empty if none does."""
+        digests = "".join(policy.digest for policy in self.policies)
+        return hashlib.sha256(digests.encode()).hexdigest() if digests else ""
 
     @property
     def elapsed_s(self) -> float:
@@ -120,10 +149,12 @@ class CallRecord:
 def export(record: CallRecord, metrics: Metrics) -> None:
     """Count a closed record."""
     metrics.request_ended(record.method, record.outcome, record.total_s)
+    shadows = {policy.name for policy in record.policies if policy.shadow}
     for edit in (edit for choice in record.choices for edit in choice.edits):
-        metrics.edit_applied(edit.site, edit.operation, edit.origin, edit.tokens_touched)
+        origin = "shadow" if edit.policy in shadows else edit.origin
+        metrics.edit_applied(edit.site, edit.operation, origin, edit.policy, edit.tokens_touched)
         if edit.tokens_rejected:
-            metrics.edit_rejected(edit.site, edit.origin, edit.tokens_rejected)
+            metrics.edit_rejected(edit.site, origin, edit.policy, edit.tokens_rejected)
 
 
 def log(record: CallRecord) -> None:
@@ -148,7 +179,7 @@ def log(record: CallRecord) -> None:
             refused_fields=record.refused_fields[:MAX_LOGGED_FIELDS] or None,
             error_id=record.error_id,
             program=record.program_digest,
-            policy=record.policy_digest,
+            policies=[f"{policy.name}@{policy.version}" for policy in record.policies] or None,
             **tokens if choices else {},
             queued_s=rounded(max((c.queued_s for c in choices if c.queued_s is not None), default=None)),
             first_token_s=rounded(record.first_token_s),

@@ -20,7 +20,7 @@ Emit = Callable[[inference_pb2.ChoiceDelta], Awaitable[None]]
 
 async def run(serving: Serving, job: Job, record: CallRecord, emit: Emit) -> None:
     """Run all choices of a job at once. Each delta goes to `emit`, one at a time."""
-    record.program_digest, record.policy_digest = job.program_digest, job.policy_digest
+    record.program_digest = job.program_digest
     record.prompt_tokens = len(job.calls[0].prompt_ids)
     record.choices = [ChoiceRecord() for _ in job.calls]
     emitting = asyncio.Lock()
@@ -43,7 +43,7 @@ async def run_choice(serving: Serving, job: Job, record: CallRecord, choice: Cho
     stream = Stream(serving.pace, choice.call.sampling.max_tokens or 0)
 
     def end(outcome: Outcome) -> None:
-        choice.record.end(outcome, choice.call.compiled, choice.call.policy)
+        choice.record.end(outcome, choice.call, record.policies)
 
     serving.pace.streams += 1
     try:

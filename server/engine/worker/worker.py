@@ -131,7 +131,8 @@ class SteeringWorker:
         return {name: bundle.sha256 for name, bundle in self.bundles.items()}
 
     def rudder_pin(self, payload: bytes) -> None:
-        """Hold a request's watched rows as long as the engine runs, and total their activations over all requests."""
+        """Hold a request's watched rows in place of those pinned before; total their activations over all requests."""
+        self.rudder_drop(PINNED_HANDLE)
         self.rudder_hold(PINNED_HANDLE, payload)
         state = self.driver.requests[held_request(PINNED_HANDLE)]
         sites = state.request.stages[0]

@@ -1,13 +1,13 @@
-"""Fields of requests that a policy forbids, generic over the contract: a path names a field of a request message."""
+"""Fields of messages by their paths, generic over the contract: what a policy forbids, and the rows that it names."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from rudder.v1 import inference_pb2
 
-REQUESTS: tuple[Descriptor, ...] = (
+REQUESTS = (
     inference_pb2.GenerateRequest.DESCRIPTOR,
     inference_pb2.CompleteRequest.DESCRIPTOR,
     inference_pb2.InspectRequest.DESCRIPTOR,
@@ -19,7 +19,7 @@ def is_request_field(path: str) -> bool:
     return any(has_field(request, path.split(".")) for request in REQUESTS)
 
 
-def has_field(descriptor: Descriptor | None, names: list[str]) -> bool:
+def has_field(descriptor: Any, names: list[str]) -> bool:
     """Return whether a message, and the messages in its fields, have fields of these names one below the other."""
     name, *rest = names
     if descriptor is None or name not in descriptor.fields_by_name:
@@ -35,7 +35,7 @@ def is_set(request: Message, path: str) -> bool:
 
 
 def values_at(message: Message, names: list[str]) -> Iterator[object]:
-    """Yield the values that are set at a path: no absent field, no default of a field without presence, no empty list."""
+    """Yield the values set at a path: no absent field, no empty list, no default of a field without presence."""
     name, *rest = names
     for field, value in message.ListFields():
         if field.name != name:
@@ -45,3 +45,15 @@ def values_at(message: Message, names: list[str]) -> Iterator[object]:
         elif field.message_type is not None:
             for part in value if field.is_repeated else [value]:
                 yield from values_at(part, rest)
+
+
+def submessages(message: Message, path: str = "") -> Iterator[tuple[str, Message]]:
+    """Yield (path, message) of a message and of all in its fields, except entries of maps."""
+    yield path, message
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        here = f"{path}.{field.name}" if path else field.name
+        parts = [(f"{here}[{i}]", part) for i, part in enumerate(value)] if field.is_repeated else [(here, value)]
+        for at, part in parts:
+            yield from submessages(part, at)

@@ -1,0 +1,81 @@
+"""Start an engine together with the policies of the configuration, so that it never serves without them."""
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+from msgspec import structs
+
+from rudder.server import preflight
+from rudder.server.config import Config
+from rudder.server.engine.engine import Engine
+from rudder.server.engine.start import pin_features, start_engine, watched_rows
+from rudder.server.monitoring.metrics import Metrics
+from rudder.server.program import wire
+from rudder.server.program.errors import ProgramError
+from rudder.server.program.named import load_policies
+from rudder.server.program.rows import Registry, check_capacity
+from rudder.server.safety.binding import stages_needed
+from rudder.server.safety.policy import Policy, compile_policy
+from rudder.server.safety.problems import PolicyInvalid, Problem
+from rudder.server.safety.store import PolicyStore
+from rudder.v1 import policy_pb2
+
+Messages = Mapping[Path, policy_pb2.Policy]
+
+
+async def start_with_policies(config: Config, metrics: Metrics | None = None) -> tuple[Engine, PolicyStore]:
+    """Start the engine and put every policy of the folder in force. Raises what `start_engine` raises, PolicyInvalid.
+
+    A policy that cannot be put in force stops the start, before vLLM is started.
+    """
+    loop = asyncio.get_running_loop()
+    config = await loop.run_in_executor(None, preflight.check, config)
+    folder = Path(config.policies.folder) if config.policies.folder else None
+    messages: Messages = await loop.run_in_executor(None, load_policies, folder) if folder else {}
+    contents = {path: path.read_bytes() for path in messages}
+    engine = await start_engine(with_stages(config, messages), metrics, partial(check_policies, messages))
+    try:
+        store = PolicyStore(engine, folder)
+        watched = [(feature.site, feature.row) for message in messages.values() for feature in message.watch]
+        if watched:
+            configured = watched_rows(config, engine.bundles)
+            await pin_features(engine, [*configured, *(row for row in watched if row not in configured)])
+        for path, message in messages.items():
+            policy = await store.apply(message, str(path))
+            store.files[path] = contents[path], policy.name
+    except BaseException:
+        await engine.stop()
+        raise
+    return engine, store
+
+
+def with_stages(config: Config, messages: Messages) -> Config:
+    """Return the configuration with as many stages as the policies of its folder need, at least."""
+    stages = max(config.policies.stages, stages_needed(messages.values()))
+    return structs.replace(config, policies=structs.replace(config.policies, stages=stages))
+
+
+def check_policies(messages: Messages, registry: Registry) -> None:
+    """Raise PolicyInvalid, naming every problem of every file, unless all policies can be served together."""
+    compiled, problems = [], []
+    for path, message in messages.items():
+        try:
+            compiled.append(compile_policy(message, registry, path.parent, str(path)))
+        except PolicyInvalid as invalid:
+            problems += [Problem(f"{path}: {field}", text) for field, text in invalid.problems]
+    if problems:
+        raise PolicyInvalid("policies.folder", problems)
+    check_rows(compiled, registry)
+
+
+def check_rows(policies: Iterable[Policy], registry: Registry) -> None:
+    """Raise PolicyInvalid, naming the first policy whose rows have no place beside those before it."""
+    stages: list[tuple[wire.Site, ...]] = []
+    for policy in policies:
+        stages.append(tuple(wire.Site(number, rows) for number, rows in policy.rows.items()))
+        try:
+            check_capacity(stages, registry, policy.name)
+        except ProgramError as error:
+            raise PolicyInvalid(f"policy {policy.name!r}", [Problem("program", error.message)]) from error
