@@ -116,6 +116,10 @@ class Policies(Section, frozen=True):
     allow_apply: Annotated[
         bool, Meta(description="PolicyService.Apply may change policies over a door that authenticates nobody")
     ] = False
+    allow_uncertified: Annotated[
+        bool,
+        Meta(description="serve policies that `rudder policy certify` has not passed with this configuration"),
+    ] = False
 
 
 class Audit(Section, frozen=True):

@@ -19,7 +19,7 @@ from rudder.sae_models.errors import UserError
 from rudder.sae_models.files import write_atomically
 from rudder.server.engine import adapter
 from rudder.server.engine.engine import Engine
-from rudder.server.safety.policy import Policy, digest_of_message
+from rudder.server.safety.policy import SHADOW, digest_of_message
 from rudder.v1 import policy_pb2
 
 T = TypeVar("T")
@@ -200,6 +200,24 @@ def require_exercised(cases: Sequence[Case]) -> None:
         raise UserError(f"texts: no edit touches a token of the {len(acts)} texts: add others")
 
 
+def standing(engine: Engine, message: policy_pb2.Policy, folder: Path) -> tuple[Status, str]:
+    """Return what the certificate beside a policy is worth on a running engine, and why it is no PASS."""
+    try:
+        certificate = read_certificate(folder, message.name)
+    except UserError as error:
+        return "NONE", str(error)
+    now = fingerprint(engine, message)
+    match status_of(certificate, now):
+        case "STALE" if certificate:
+            changed = "; ".join(differences(certificate.fingerprint, now))
+            return "STALE", f"since its certificate of {certificate.date} something has changed: {changed}"
+        case "DEGRADED" if certificate:
+            parts = [f"{p.name}: {p.flips} of {p.texts} texts" for p in certificate.parts if p.result == "DEGRADED"]
+            return "DEGRADED", f"acts otherwise than recorded: {'; '.join(parts)}"
+        case status:
+            return status, "" if certificate else "it has no certificate"
+
+
 def status_of(certificate: Certificate | None, now: Fingerprint) -> Status:
     """Say what a certificate is worth on an engine with this fingerprint."""
     if certificate is None:
@@ -215,9 +233,9 @@ def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
     return [*(text for name, text in fields.items() if getattr(before, name) != getattr(now, name)), *changed]
 
 
-def needs_certificate(policy: Policy) -> bool:
-    """Whether anything could go wrong unnoticed: a policy that only forbids, or only counts, has nothing to rerun."""
-    return not policy.shadow and bool(policy.programs or policy.guards)
+def needs_certificate(message: policy_pb2.Policy) -> bool:
+    """Whether a policy could fail unnoticed: one that only forbids, or only counts, has nothing to rerun."""
+    return message.mode != SHADOW and bool(message.HasField("program") or message.guards)
 
 
 def file_beside(folder: Path, name: str, suffix: str) -> Path:

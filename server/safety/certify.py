@@ -12,6 +12,7 @@ from rudder.server.safety import certificate as certificates
 from rudder.server.safety.certificate import Case, Certificate, Evaluation, Text
 from rudder.server.safety.evaluation import evaluate
 from rudder.server.safety.policy import Policy, compile_policy
+from rudder.server.safety.start import with_stages
 
 
 async def certify(config: Config, path: Path, texts: Path | None, max_flips: float) -> Certificate:
@@ -23,9 +24,11 @@ async def certify(config: Config, path: Path, texts: Path | None, max_flips: flo
     chosen = certificates.read_texts(texts) if texts else None
     if chosen is None:
         certificates.read_evaluation(certificates.evaluation_path(path.parent, message.name))
-    engine = await start_engine(config)
+    engine = await start_engine(with_stages(config, {path: message}))
     try:
         policy = compile_policy(message, engine.registry, path.parent, str(path))
+        if policy.rows:
+            await engine.hold(policy.rows)
         if chosen is not None:
             await record(engine, policy, path.parent, chosen)
         return await rerun(engine, policy, path.parent, max_flips)
