@@ -26,6 +26,7 @@ from rudder.server.engine.report import NO_FEATURES
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.engine.telemetry.hub import joined
 from rudder.server.program.compile import Compiled
+from rudder.server.safety.binding import stages_of
 from rudder.server.safety.guards import ACTIONS, CLAMP_FROM_START, REFUSING, STOP, Guard
 from rudder.server.safety.judge import Judge
 from rudder.server.safety.policy import Policy
@@ -71,12 +72,6 @@ def tokens_beyond(policies: Sequence[Policy]) -> int:
 def enforced(policies: Sequence[Policy]) -> list[Rule]:
     """Return the guards whose verdicts count."""
     return [Rule(policy, guard) for policy in policies if not policy.shadow for guard in policy.guards]
-
-
-def programs_of(policies: Sequence[Policy], forced: frozenset[str] = frozenset()) -> tuple[Compiled, ...]:
-    """Return the programs that policies run; those `forced`, by name, with the gate open from the start."""
-    programs = (policy.forced if policy.name in forced else policy.program for policy in policies)
-    return tuple(program for program in programs if program)
 
 
 class Release:
@@ -153,7 +148,7 @@ class Release:
 
     def programs(self) -> tuple[Compiled, ...]:
         """Return the programs of the policies as they run."""
-        return programs_of(self.policies, self.forced) if self.forced else self.call.policies
+        return stages_of(self.policies, self.forced) if self.forced else self.call.policies
 
     def abandoned(self, outcome: Outcome) -> None:
         """Take the outcome so far of a run that did not come to its end."""

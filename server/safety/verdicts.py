@@ -1,9 +1,10 @@
 """What the guards of a call's policies found: source of refusals, attestation, metrics, log line and audit entry."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from rudder.server.engine.call import Call
 from rudder.server.program.compile import Compiled
 
 
@@ -29,6 +30,11 @@ class Refusing(NamedTuple):
     text: str
     others: bool = False
 
+    @property
+    def rule(self) -> str:
+        """The guard with its policy."""
+        return f"{self.verdict.policy}/{self.verdict.rule}"
+
 
 class Benign(NamedTuple):
     """The largest statistic of a guard that did not hold in a choice, and the level that it did not exceed."""
@@ -50,6 +56,10 @@ class Findings:
     refusing: Refusing | None = None
     benign: Sequence[Benign] = ()
     programs: tuple[Compiled, ...] | None = None
+
+    def as_run(self, call: Call) -> Call:
+        """Return a call with the programs of its policies as they ran."""
+        return call if self.programs is None else replace(call, policies=self.programs)
 
 
 @dataclass

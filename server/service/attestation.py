@@ -1,5 +1,8 @@
 """The attestation of a choice: what ran, as the worker counted it, never echoed from the request."""
 
+from rudder.server.safety.guards import ACTIONS, COUNT
+from rudder.server.safety.policy import Policy
+from rudder.server.safety.verdicts import Refusing, Verdict
 from rudder.server.service.record import CallRecord, ChoiceRecord
 from rudder.v1 import inference_pb2
 
@@ -14,8 +17,35 @@ def attestation_of(call: CallRecord, choice: ChoiceRecord, engine_epoch: str) ->
         engine_epoch=engine_epoch,
         gates=[inference_pb2.GateCount(**gate._asdict()) for gate in choice.gates],
         request_id=call.request_id,
-        policies=[
-            inference_pb2.AppliedPolicy(name=p.name, version=p.version, digest=p.digest, shadow=p.shadow)
-            for p in call.policies
-        ],
+        policies=[applied_policy(policy, call, choice) for policy in call.policies],
     )
+
+
+def applied_policy(policy: Policy, call: CallRecord, choice: ChoiceRecord) -> inference_pb2.AppliedPolicy:
+    """Convert what a policy did. Guards that only count are in metrics and audit."""
+    verdicts = [
+        inference_pb2.Verdict(rule=found.rule, position=found.position, score=visible_score(found, policy, call))
+        for found in choice.verdicts
+        if found.policy == policy.name and found.action != ACTIONS[COUNT]
+    ]
+    return inference_pb2.AppliedPolicy(
+        name=policy.name, version=policy.version, digest=policy.digest, shadow=policy.shadow, verdicts=verdicts
+    )
+
+
+def policy_refusal(call: CallRecord, refusing: Refusing) -> inference_pb2.PolicyRefusal:
+    """Convert the verdict that ended a choice."""
+    verdict = refusing.verdict
+    policy = next(policy for policy in call.policies if policy.name == verdict.policy)
+    return inference_pb2.PolicyRefusal(
+        policy=verdict.policy,
+        rule=verdict.rule,
+        text=refusing.text,
+        position=verdict.position,
+        score=visible_score(verdict, policy, call),
+    )
+
+
+def visible_score(verdict: Verdict, policy: Policy, call: CallRecord) -> float | None:
+    """Return a verdict's score where the caller may read it: one who can search for texts by it finds a way past."""
+    return verdict.score if call.binding.reads_scores and policy.message.rights.read_guards else None

@@ -8,7 +8,7 @@ import numpy as np
 from rudder.server.engine.call import Call, FinishReason, Output
 from rudder.server.engine.telemetry.hub import Features
 from rudder.server.service import columns
-from rudder.server.service.attestation import attestation_of
+from rudder.server.service.attestation import attestation_of, policy_refusal
 from rudder.server.service.columns import Activations, Ints, PoolingState
 from rudder.server.service.prepare import Job
 from rudder.server.service.record import CallRecord, ChoiceRecord
@@ -92,6 +92,8 @@ def finish(
             delta.stop_string = stop_reason
         case int():
             delta.stop_token_id = stop_reason
+    if record.refusing:
+        delta.refusal.CopyFrom(policy_refusal(call, record.refusing))
     if job.report.pooled:
         delta.pooled.extend(choice.pooling.features(job.features.watched))
     delta.usage.prompt_tokens = call.prompt_tokens

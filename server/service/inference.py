@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from rudder.server.service import limits
+from rudder.server.service.errors import Refusal
 from rudder.server.service.prepare import prepare, require_possible_length
 from rudder.server.service.prompt import prompt_ids, token_texts
 from rudder.server.service.record import CallRecord
@@ -46,6 +47,9 @@ async def inspect(
     """Return the features of each prompt token. One token is generated, so that the engine reads the whole prompt."""
     job = await prepare(serving, record.caller, request, record.binding)
     (choice,) = await run_whole(serving, job, record)
+    if refusing := record.choices[0].refusing:
+        policy, rule, *_, position, _ = refusing.verdict
+        raise Refusal("POLICY_REFUSED", f"policy {policy!r}, rule {rule!r}, token {position}: {refusing.text}")
     ids = job.calls[0].prompt_ids
     texts = await serving.in_tokenizer_thread(record.caller, len(ids), lambda tokenizer: token_texts(ids, tokenizer))
     response = inference_pb2.InspectResponse(

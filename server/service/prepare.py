@@ -12,6 +12,7 @@ from rudder.server.program.cache import rows_size
 from rudder.server.program.compile import Compiled
 from rudder.server.program.watch import Watched, compile_watch
 from rudder.server.safety.binding import UNBOUND, Binding, stages_of
+from rudder.server.safety.holdback import tokens_beyond
 from rudder.server.service import limits
 from rudder.server.service.columns import FeatureTable
 from rudder.server.service.errors import invalid
@@ -27,11 +28,12 @@ LOGPROB_BYTES = 9
 
 @dataclass(frozen=True)
 class Job:
-    """A request ready to run: one call per choice."""
+    """A request ready to run: one call per choice. `inspects`: nothing that is generated is of interest."""
 
     calls: tuple[Call, ...]
     report: inference_pb2.Report
     features: FeatureTable
+    inspects: bool = False
 
     @property
     def program_digest(self) -> str:
@@ -65,9 +67,10 @@ async def prepare(serving: Serving, caller: Caller, request: Request, binding: B
     )
     table = FeatureTable([watched_feature_info(serving, w) for w in report.features], sites, info_lookup(serving))
     if isinstance(request, inference_pb2.InspectRequest):
-        return Job((call,), report, table)
+        return Job((call,), report, table, inspects=True)
     interval = request.stream_interval if isinstance(request, inference_pb2.GenerateRequest) else 0
-    sampling = with_max_tokens(request.sampling, len(ids), serving.engine.model.max_model_len)
+    beyond = tokens_beyond(binding.policies)
+    sampling = with_max_tokens(request.sampling, len(ids), serving.engine.model.max_model_len - beyond)
     require_room_for_logprobs(sampling, len(ids), serving.bounds.limits.max_reply_bytes)
     first = sampling_of(sampling, 0, interval)
     if sampling.bad_words:
@@ -175,6 +178,8 @@ def top_k_sites(serving: Serving, report: inference_pb2.Report) -> tuple[str, ..
 def with_max_tokens(sampling: inference_pb2.Sampling, prompt: int, max_model_len: int) -> inference_pb2.Sampling:
     """Return the sampling with max_tokens set. A requested value must fit beside the prompt; the default shrinks."""
     room = max_model_len - prompt
+    if room < 1:
+        raise invalid("prompt", f"{prompt} tokens leave no room for an answer: at most {max_model_len - 1} do")
     result = inference_pb2.Sampling()
     result.CopyFrom(sampling)
     if not sampling.HasField("max_tokens"):

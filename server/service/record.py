@@ -16,6 +16,7 @@ from rudder.server.monitoring.traces import Correlation
 from rudder.server.program.compile import NOTHING, Compiled
 from rudder.server.safety.binding import UNBOUND, Binding
 from rudder.server.safety.policy import Policy
+from rudder.server.safety.verdicts import Findings, Refusing, Verdict
 from rudder.server.service.errors import Refusal
 
 MAX_LOGGED_FIELDS = 4
@@ -52,7 +53,7 @@ class ChoiceRecord:
     """One choice. `finish_reason` is vLLM's: `abort` if the choice is abandoned; empty while it runs or waits.
 
     `tokens_seen`: tokens that went through the model; `queued_s`: seconds that it waited for the bank,
-    None if it never entered it.
+    None if it never entered it. `findings`: of the guards of the policies that bind the call.
     """
 
     generated_tokens: int = 0
@@ -62,6 +63,17 @@ class ChoiceRecord:
     finish_reason: str = ""
     edits: Sequence[EditRecord] = ()
     gates: Sequence[GateRecord] = ()
+    findings: Findings = field(default_factory=Findings)
+
+    @property
+    def verdicts(self) -> Sequence[Verdict]:
+        """Guards that held, in the order in which they did."""
+        return self.findings.verdicts
+
+    @property
+    def refusing(self) -> Refusing | None:
+        """The verdict that ended the choice."""
+        return self.findings.refusing
 
     def end(self, outcome: Outcome, call: Call, policies: Sequence[Policy]) -> None:
         """Take over the engine's outcome of a call, which is of the tokens so far if the choice is abandoned."""
@@ -141,7 +153,9 @@ class CallRecord:
         return time.monotonic() - self.started
 
     def end(self, outcome: str, refusal: Refusal | None = None) -> None:
-        """Close the record."""
+        """Close the record. A call that is answered with a refusal has an outcome of its own."""
+        if outcome == "OK" and any(choice.refusing for choice in self.choices):
+            outcome = "POLICY_REFUSED"
         self.outcome, self.total_s = outcome, self.elapsed_s
         if refusal:
             self.refused_fields, self.error_id = [v.field for v in refusal.violations], refusal.error_id
@@ -156,6 +170,11 @@ def export(record: CallRecord, metrics: Metrics) -> None:
         metrics.edit_applied(edit.site, edit.operation, origin, edit.policy, edit.tokens_touched)
         if edit.tokens_rejected:
             metrics.edit_rejected(edit.site, origin, edit.policy, edit.tokens_rejected)
+    for choice in record.choices:
+        for verdict in choice.verdicts:
+            metrics.guard_held(verdict.policy, verdict.rule, verdict.action, "shadow" if verdict.shadow else "enforce")
+        for benign in choice.findings.benign:
+            metrics.benign_score(*benign)
 
 
 def log(record: CallRecord) -> None:
@@ -181,6 +200,7 @@ def log(record: CallRecord) -> None:
             error_id=record.error_id,
             program=record.program_digest,
             policies=[f"{policy.name}@{policy.version}" for policy in record.policies] or None,
+            refused_by=[choice.refusing.rule for choice in choices if choice.refusing] or None,
             **tokens if choices else {},
             queued_s=rounded(max((c.queued_s for c in choices if c.queued_s is not None), default=None)),
             first_token_s=rounded(record.first_token_s),

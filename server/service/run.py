@@ -7,6 +7,8 @@ from contextlib import aclosing
 import numpy as np
 
 from rudder.server.engine.call import FinishReason, Outcome
+from rudder.server.safety.holdback import released
+from rudder.server.safety.verdicts import Siblings
 from rudder.server.service.deltas import Choice, delta_of, finish
 from rudder.server.service.errors import Refusal
 from rudder.server.service.pace import Stream
@@ -23,7 +25,7 @@ async def run(serving: Serving, job: Job, record: CallRecord, emit: Emit) -> Non
     record.program_digest = job.program_digest
     record.prompt_tokens = len(job.calls[0].prompt_ids)
     record.choices = [ChoiceRecord() for _ in job.calls]
-    emitting = asyncio.Lock()
+    emitting, siblings = asyncio.Lock(), Siblings()
 
     async def emit_alone(delta: inference_pb2.ChoiceDelta) -> None:
         async with emitting:
@@ -35,20 +37,24 @@ async def run(serving: Serving, job: Job, record: CallRecord, emit: Emit) -> Non
         for index, (call, choice_record) in enumerate(zip(job.calls, record.choices, strict=True)):
             uncounted = np.array(serving.engine.uncounted(call), np.int64)
             choice = Choice(index, call, uncounted, choice_record)
-            tasks.create_task(run_choice(serving, job, record, choice, emit_alone))
+            tasks.create_task(run_choice(serving, job, record, choice, siblings, emit_alone))
 
 
-async def run_choice(serving: Serving, job: Job, record: CallRecord, choice: Choice, emit: Emit) -> None:
+async def run_choice(
+    serving: Serving, job: Job, record: CallRecord, choice: Choice, siblings: Siblings, emit: Emit
+) -> None:
     """Run one choice, and record how far it came in whatever way it ends."""
-    stream = Stream(serving.pace, choice.call.sampling.max_tokens or 0)
+    stream, findings = Stream(serving.pace, choice.call.sampling.max_tokens or 0), choice.record.findings
 
     def end(outcome: Outcome) -> None:
-        choice.record.end(outcome, choice.call, record.policies)
+        choice.record.end(outcome, findings.as_run(choice.call), record.policies)
+
+    outputs = released(serving.engine, choice.call, record.policies, findings, siblings, end, inspects=job.inspects)
 
     serving.pace.streams += 1
     try:
         # Closing the iterator aborts the request in the engine.
-        async with aclosing(serving.engine.stream(choice.call, on_abandoned=end)) as outputs:
+        async with aclosing(outputs):
             async for output in outputs:
                 choice.record.generated_tokens += len(output.token_ids)
                 delta = await delta_of(job, choice, output)

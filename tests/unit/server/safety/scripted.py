@@ -48,7 +48,7 @@ class Script:
     """
 
     prompt: int
-    ids: Sequence[int]
+    ids: list[int]
     values: Any
     ends: FinishReason = FinishReason.LENGTH
     stop_reason: str | int | None = None
@@ -57,9 +57,11 @@ class Script:
 
 @dataclass
 class Engine:
-    """Stands in for `Engine`. `delivered`: position before which guards have got features, of the run in progress;
-    `finished`: it has given its last output. `calls`: those that it was given. `lose_at`: number of the output at
-    which telemetry is lost.
+    """Stands in for `Engine`.
+
+    `calls`: those that it was given; `waits`: (seconds, tokens) held back. Of the run in progress, `delivered`: the
+    position before which guards have got features; `finished`: the answer is over, and its last token has run or is EOS.
+    `aborted`: runs that were. `lose_at`: number of the token at which telemetry is lost.
     """
 
     script: Script
@@ -106,8 +108,8 @@ class Engine:
                 end = first + made - 1
                 read = self.features(call, end)
                 self.delivered, ended = end, made == len(ids)
-                self.finished = ended and not call.answer
                 stop_reason = None if by_length else script.stop_reason
+                self.finished = ended and stop_reason is None
                 outcome = replace(OUTCOME, finish_reason=reason, stop_reason=stop_reason, generated_tokens=made)
                 client = read._replace(
                     activations=read.activations[:, :1] * 0 + np.arange(read.first, read.end)[:, None]

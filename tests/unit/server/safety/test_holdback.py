@@ -84,7 +84,7 @@ async def test_what_leaves_is_judged_whole_in_order_and_once(data: st.DataObject
 
 @pytest.mark.parametrize("hold_back", [0, 4, 8])
 async def test_text_stops_so_many_tokens_before_the_alarm(hold_back: int) -> None:
-    engine = Engine(Script(PROMPT, range(10, 40), trips_at(PROMPT + 12)))
+    engine = Engine(Script(PROMPT, [*range(10, 40)], trips_at(PROMPT + 12)))
     result = await run(engine, policy(guard(0, hold_back=hold_back)), max_tokens=LENGTH)
     assert len(result.ids) == 12 - hold_back
     assert engine.aborted == 1
@@ -94,7 +94,7 @@ async def test_text_stops_so_many_tokens_before_the_alarm(hold_back: int) -> Non
 async def test_prompt_is_judged_before_the_first_token() -> None:
     for action, phase in ((REJECT, False), (REJECT, True)):
         one = guard(0, action=action, generated=phase)
-        engine = Engine(Script(PROMPT, range(10, 40), trips_at(1)))
+        engine = Engine(Script(PROMPT, [*range(10, 40)], trips_at(1)))
         result = await run(engine, policy(one), max_tokens=LENGTH)
         assert (result.ids, result.text, result.positions) == ([], "", [])
         assert [output.prompt_logprobs for output in result.outputs] == [None]
@@ -112,7 +112,7 @@ def test_a_call_needs_room_for_a_token_more_only_where_the_last_one_is_judged() 
 
 
 async def test_prompts_guard_alone_holds_nothing_back_once_it_has_judged() -> None:
-    engine = Engine(Script(PROMPT, range(10, 40), trips_at(PROMPT)))
+    engine = Engine(Script(PROMPT, [*range(10, 40)], trips_at(PROMPT)))
     result = await run(engine, policy(guard(0, action=REJECT, generated=False)), max_tokens=LENGTH)
     assert result.ids == list(range(10, 10 + LENGTH))
     assert result.delivered[0] == PROMPT
@@ -121,10 +121,10 @@ async def test_prompts_guard_alone_holds_nothing_back_once_it_has_judged() -> No
 
 @pytest.mark.parametrize("position", [PROMPT + LENGTH - 1, PROMPT + 2])
 async def test_last_token_by_length_is_judged_and_the_one_behind_it_is_not(position: int) -> None:
-    engine = Engine(Script(PROMPT, range(10, 40), trips_at(position)))
+    engine = Engine(Script(PROMPT, [*range(10, 40)], trips_at(position)))
     result = await run(engine, policy(guard(0, hold_back=0)), max_tokens=LENGTH)
     assert result.ids == list(range(10, 10 + position - PROMPT))
-    beyond = Engine(Script(PROMPT, range(10, 40), trips_at(PROMPT + LENGTH)))
+    beyond = Engine(Script(PROMPT, [*range(10, 40)], trips_at(PROMPT + LENGTH)))
     whole = await run(beyond, policy(guard(0, hold_back=0)), max_tokens=LENGTH)
     assert whole.ids == list(range(10, 10 + LENGTH))
     assert whole.text == text(range(10, 10 + LENGTH))
@@ -132,7 +132,7 @@ async def test_last_token_by_length_is_judged_and_the_one_behind_it_is_not(posit
 
 async def test_last_token_before_a_stop_string_is_judged_by_a_call_of_its_own() -> None:
     for position, sent in ((PROMPT + 9, 9), (PROMPT + 10, 10)):
-        script = Script(PROMPT, range(10, 20), trips_at(position), FinishReason.STOP, "<19>")
+        script = Script(PROMPT, [*range(10, 20)], trips_at(position), FinishReason.STOP, "<19>")
         engine = Engine(script)
         result = await run(engine, policy(guard(0, hold_back=0)), max_tokens=LENGTH)
         assert len(result.ids) == sent
@@ -147,13 +147,13 @@ async def test_a_last_token_that_is_not_read_ends_the_call() -> None:
         def features(self, call: Any, end: int) -> Any:
             return super().features(replace(call, guard=()) if call.answer else call, end)
 
-    engine = Silent(Script(PROMPT, range(10, 20), trips_at(99), FinishReason.STOP, "<19>"))
+    engine = Silent(Script(PROMPT, [*range(10, 20)], trips_at(99), FinishReason.STOP, "<19>"))
     with pytest.raises(TelemetryLost, match="position 13"):
         await run(engine, policy(guard(0)), max_tokens=LENGTH)
 
 
 async def test_lost_telemetry_ends_the_call_and_what_waits_never_leaves() -> None:
-    engine = Engine(Script(PROMPT, range(10, 40), trips_at(99)), lose_at=15)
+    engine = Engine(Script(PROMPT, [*range(10, 40)], trips_at(99)), lose_at=15)
     result = Result()
     with pytest.raises(TelemetryLost):
         result = await run(engine, policy(guard(0, hold_back=8)), max_tokens=LENGTH)
@@ -162,8 +162,8 @@ async def test_lost_telemetry_ends_the_call_and_what_waits_never_leaves() -> Non
 
 @pytest.mark.parametrize("reason", [FinishReason.ABORT, FinishReason.ERROR])
 async def test_what_waits_of_a_broken_answer_never_leaves(reason: FinishReason) -> None:
-    engine = Engine(Script(PROMPT, range(10, 20), trips_at(99), reason))
-    result = await run(engine, policy(guard(0, hold_back=8)), max_tokens=LENGTH)
+    engine = Engine(Script(PROMPT, [*range(10, 20)], trips_at(99), reason))
+    result = await run(engine, policy(guard(0, hold_back=7)), max_tokens=LENGTH)
     assert result.outcome.finish_reason == reason
     # Tokens behind it are judged as far as there are any.
     assert result.ids == [10]
@@ -174,9 +174,11 @@ async def test_what_waits_of_a_broken_answer_never_leaves(reason: FinishReason) 
 async def test_refusal_of_a_choice_ends_the_others_unless_the_guard_spares_them(spares: bool) -> None:
     siblings, one = Siblings(), guard(0, hold_back=0, spare_other_choices=spares)
     bad = await run(
-        Engine(Script(PROMPT, range(10, 40), trips_at(PROMPT))), policy(one), max_tokens=3, siblings=siblings
+        Engine(Script(PROMPT, [*range(10, 40)], trips_at(PROMPT))), policy(one), max_tokens=3, siblings=siblings
     )
-    other = await run(Engine(Script(PROMPT, range(10, 40), trips_at(99))), policy(one), max_tokens=3, siblings=siblings)
+    other = await run(
+        Engine(Script(PROMPT, [*range(10, 40)], trips_at(99))), policy(one), max_tokens=3, siblings=siblings
+    )
     assert bad.outcome.finish_reason == "refused"
     assert other.outcome.finish_reason == ("length" if spares else "refused")
     assert len(other.ids) == (3 if spares else 0)
@@ -187,7 +189,7 @@ async def test_refusal_of_a_choice_ends_the_others_unless_the_guard_spares_them(
 
 
 async def test_running_choice_stops_at_its_next_output() -> None:
-    siblings, engine = Siblings(), Engine(Script(PROMPT, range(10, 40), trips_at(99)))
+    siblings, engine = Siblings(), Engine(Script(PROMPT, [*range(10, 40)], trips_at(99)))
 
     stand_in: Any = engine
     call = Call(tuple(range(PROMPT)), SamplingParams(max_tokens=9))
@@ -203,7 +205,7 @@ async def test_running_choice_stops_at_its_next_output() -> None:
 async def test_prompt_runs_again_with_the_gate_open_once() -> None:
     forced, gated = replace(NOTHING, digest="forced"), replace(NOTHING, digest="gated")
     one = guard(0, action=CLAMP_FROM_START, generated=False)
-    engine = Engine(Script(PROMPT, range(10, 40), trips_at(1)))
+    engine = Engine(Script(PROMPT, [*range(10, 40)], trips_at(1)))
     bound = policy(one, guard(0, name="note", action=ANNOTATE), program=gated, forced=forced)
     result = await run(engine, bound, max_tokens=5)
     assert [[program.digest for program in call.policies] for call in engine.calls] == [[], ["forced"]]
@@ -215,7 +217,7 @@ async def test_prompt_runs_again_with_the_gate_open_once() -> None:
 
 async def test_rejected_prompt_does_not_run_again() -> None:
     guards = guard(0, action=CLAMP_FROM_START, generated=False), guard(0, action=REJECT, generated=False, name="no")
-    engine = Engine(Script(PROMPT, range(10, 40), trips_at(1)))
+    engine = Engine(Script(PROMPT, [*range(10, 40)], trips_at(1)))
     result = await run(engine, policy(*guards, program=NOTHING, forced=NOTHING), max_tokens=5)
     assert len(engine.calls) == 1
     assert result.outcome.finish_reason == "refused"
@@ -224,7 +226,7 @@ async def test_rejected_prompt_does_not_run_again() -> None:
 async def test_token_model_rejects_a_prompt_that_the_engine_never_sees() -> None:
     model = TokenModel(np.ones(1 << 10, np.float32), 0.0, 1, "")
     one = replace(guard(action=REJECT, generated=False), token_model=model)
-    engine = Engine(Script(PROMPT, range(10, 40), trips_at(99)))
+    engine = Engine(Script(PROMPT, [*range(10, 40)], trips_at(99)))
     result = await run(engine, policy(one), max_tokens=5)
     assert engine.calls == []
     assert result.outcome.finish_reason == "refused"
@@ -232,7 +234,7 @@ async def test_token_model_rejects_a_prompt_that_the_engine_never_sees() -> None
 
 async def test_inspection_lets_no_generated_token_out_and_judges_the_prompt() -> None:
     for position, reason in ((PROMPT - 1, "refused"), (99, "length")):
-        engine = Engine(Script(PROMPT, range(10, 40), trips_at(position)))
+        engine = Engine(Script(PROMPT, [*range(10, 40)], trips_at(position)))
         result = await run(engine, policy(guard(0)), max_tokens=1, inspects=True)
         assert (result.ids, result.text) == ([], "")
         assert result.positions == ([] if reason == "refused" else list(range(PROMPT)))
@@ -242,7 +244,7 @@ async def test_inspection_lets_no_generated_token_out_and_judges_the_prompt() ->
 
 @pytest.mark.parametrize("action", [COUNT, ANNOTATE])
 async def test_counting_and_annotating_guards_change_nothing_that_leaves(action: Any) -> None:
-    engine = Engine(Script(PROMPT, range(10, 40), trips_at(PROMPT + 3)))
+    engine = Engine(Script(PROMPT, [*range(10, 40)], trips_at(PROMPT + 3)))
     result = await run(engine, policy(guard(0, action=action), guard(0, level=7.0, action=action)), max_tokens=LENGTH)
     assert result.ids == list(range(10, 10 + LENGTH))
     assert [verdict.position for verdict in result.findings.verdicts] == [PROMPT + 3]
@@ -250,7 +252,7 @@ async def test_counting_and_annotating_guards_change_nothing_that_leaves(action:
 
 
 async def test_shadow_counts_and_neither_waits_nor_refuses() -> None:
-    engine = Engine(Script(PROMPT, range(10, 40), trips_at(PROMPT + 3)))
+    engine = Engine(Script(PROMPT, [*range(10, 40)], trips_at(PROMPT + 3)))
     result = await run(engine, policy(guard(0, hold_back=8), shadow=True), max_tokens=LENGTH)
     assert result.ids == list(range(10, 10 + LENGTH))
     assert [output.token_ids for output in result.outputs] == [[10 + n] for n in range(LENGTH)]
@@ -259,7 +261,7 @@ async def test_shadow_counts_and_neither_waits_nor_refuses() -> None:
 
 
 async def test_without_guards_the_engine_is_not_wrapped() -> None:
-    engine = Engine(Script(PROMPT, range(10, 40), trips_at(99)))
+    engine = Engine(Script(PROMPT, [*range(10, 40)], trips_at(99)))
     result = await run(engine, policy(), max_tokens=3)
     assert result.ids == [10, 11, 12]
     assert engine.waits == []
