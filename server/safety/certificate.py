@@ -117,7 +117,7 @@ def fingerprint(engine: Engine, message: policy_pb2.Policy) -> Fingerprint:
     """Return the fingerprint of a policy on a running engine."""
     bundles = {name: bundle.sha256 for name, bundle in engine.bundles.items()}
     model = engine.model.sha256 or engine.model.name
-    computing = adapter.numerics(engine.llm) | {"bank": engine.registry.layout.bank_backend}
+    computing = adapter.numerics(engine.llm) | {"bank": engine.registry.layout.backend}
     return Fingerprint(policy=content_digest(message), model=model, bundles=bundles, engine=computing)
 
 

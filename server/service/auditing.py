@@ -43,7 +43,11 @@ def audit_changes(trail: Trail, store: PolicyStore) -> None:
     """Write an entry for each policy in force, and for each change from now on."""
     for policy in store.in_force.values():
         trail.submit(entry_of_change(Change("applied", "start", policy)))
-    store.listeners.append(lambda change: trail.submit(entry_of_change(change)))
+
+    def audit_change(change: Change) -> None:
+        trail.submit(entry_of_change(change))
+
+    store.listeners.append(audit_change)
 
 
 def entry_of(record: CallRecord) -> Entry:
@@ -79,7 +83,8 @@ def entry_of_choice(choice: ChoiceRecord) -> Entry:
             for gate in choice.gates
             if gate.policy
         ],
-        "verdicts": [],
+        "verdicts": [verdict._asdict() for verdict in choice.verdicts],
+        "refused_by": choice.refusing.rule if choice.refusing else None,
     }
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from rudder.server.safety.audit import chain
+from rudder.server.safety.audit.log import AuditLog
+from rudder.server.safety.audit.verify import Place
 from tests.e2e import published
 from tests.e2e.conftest import Running, running
 from tests.e2e.documents import DOCUMENTS, REPOSITORY, Block, blocks
@@ -16,7 +19,7 @@ pytestmark = pytest.mark.e2e
 # Commands of a running server, in running text; `rudder model` alone is one.
 INLINE = re.compile(r"`(?:\.venv/bin/)?rudder ((?:generate|inspect|features|model(?! get| convert| list))\b[^`]*)`")
 # Names in commands of what is the reader's.
-PLACEHOLDERS = re.compile(r"\b(FOLDER_OR_REPO|MODEL|TEXT|BUNDLE)\b")
+PLACEHOLDERS = re.compile(r"\b(FOLDER_OR_REPO|MODEL|TEXT|BUNDLE|LOG|KEY)\b")
 
 
 def runnable(language: str) -> list[Block]:
@@ -51,7 +54,15 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("names")
     published.write(folder, latents=400)
     files = {"FOLDER_OR_REPO": folder / "whole", "TEXT": folder / "corpus.jsonl", "BUNDLE": folder / "bundle"}
-    return files | {"MODEL": published.MODEL}
+    return files | {"MODEL": published.MODEL} | audited(folder)
+
+
+def audited(folder: Path) -> dict[str, Path]:
+    """Write an audit log and its key."""
+    log, key = folder / "audit", folder / "audit.key"
+    chain.create_key(key)
+    AuditLog.open(Place.of(log), chain.read_key(key), 1 << 20, "never").close()
+    return {"LOG": log, "KEY": key}
 
 
 @pytest.mark.parametrize("block", runnable("sh"), ids=named)

@@ -19,7 +19,8 @@ from rudder.server.safety.audit.trail import Trail, open_trail
 from rudder.server.safety.audit.verify import lines, verify
 from rudder.server.safety.binding import UNBOUND, Binding
 from rudder.server.safety.policy import Policy
-from rudder.server.safety.store import Change, PolicyStore
+from rudder.server.safety.store import Change
+from rudder.server.safety.verdicts import Findings, Refusing, Verdict
 from rudder.server.service.auditing import audit_changes
 from rudder.server.service.call import begin_call
 from rudder.server.service.errors import Refusal, invalid
@@ -79,7 +80,9 @@ def choice() -> ChoiceRecord:
         EditRecord("policy", "layers.2.resid_post", "feature 8 of b", "set 3", 0, policy="forget"),
     )
     gates = (GateRecord("policy", "layers.2.resid_post", 5, None, "forget"),)
-    return ChoiceRecord(9, 0, 12, 0.1, "stop", edits, gates)
+    verdict = Verdict("forget", "topic", "stop", shadow=False, position=7, score=1.5)
+    findings = Findings([verdict], Refusing(verdict, "No."))
+    return ChoiceRecord(9, 0, 12, 0.1, "refused", edits, gates, findings)
 
 
 async def test_entry_says_what_ran_and_no_text(serve: Serve) -> None:
@@ -90,10 +93,14 @@ async def test_entry_says_what_ran_and_no_text(serve: Serve) -> None:
     assert entry.pop("time").endswith("Z")
     assert entry == {
         "sequence": 2, "kind": "call", "request_id": record.request_id, "caller": "anna", "tenant": "lab",
-        "method": METHOD, "outcome": "OK", "program": "p" * 64, "prompt_tokens": 4,
+        "method": METHOD, "outcome": "POLICY_REFUSED", "program": "p" * 64, "prompt_tokens": 4,
         "policies": [{"name": "forget", "version": 3, "digest": "d" * 64, "mode": "enforce"}],
         "choices": [{
-            "finish": "stop", "generated_tokens": 9, "tokens_seen": 12, "edited_tokens": 4, "verdicts": [],
+            "finish": "refused", "generated_tokens": 9, "tokens_seen": 12, "edited_tokens": 4,
+            "verdicts": [{
+                "policy": "forget", "rule": "topic", "action": "stop", "shadow": False, "position": 7, "score": 1.5,
+            }],
+            "refused_by": "forget/topic",
             "edits": [{
                 "policy": "forget", "site": "layers.2.resid_post", "row": "feature 7 of b", "operation": "set 3",
                 "tokens": 5,
@@ -209,9 +216,8 @@ def test_changes_of_policies_have_entries(serve: Serve) -> None:
         Change("refused", "policies/torn.yaml", None, "the text of a file"),
     ]  # fmt: skip
     for change in changes:
-        PolicyStore.tell(
-            SimpleNamespace(engine=SimpleNamespace(metrics=server.metrics), listeners=store.listeners), change
-        )  # type: ignore[arg-type]
+        for listener in store.listeners:
+            listener(change)
     server.trail.submit({"kind": "end"}).result()
     entries = server.entries()[:-1]
     assert [(e["kind"], e["change"], e["source"], (e["policy"] or {}).get("version")) for e in entries] == [

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from rudder.sae_models.errors import UserError
@@ -78,7 +79,7 @@ def test_first_line_may_be_torn(tmp_path: Path, whole: bool) -> None:
     head = chain.read_head(log.place.head)
     assert head
     begun = chain.Head(chain=head.chain, count=0, mac=chain.ROOT.hex(), closed=False)
-    log.place.head.write_bytes(chain.msgspec.json.encode(chain.seal_head(KEY, begun)))
+    log.place.head.write_bytes(msgspec.json.encode(chain.seal_head(KEY, begun)))
     log.place.file(1).write_bytes(b"" if whole else b'{"chain":"')
     open_log(tmp_path).close()
     kinds = [entry["kind"] for entry in entries(log.place)]
