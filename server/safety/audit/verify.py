@@ -135,8 +135,9 @@ def require_head(place: Place, key: bytes, head: Head | None) -> Head:
 def require_reached(place: Place, head: Head, end: End) -> None:
     """Raise Tampered if the chain does not end where its head says."""
     if end.count < head.count:
-        missing = "entry" if head.count == end.count + 1 else f"entries {end.count + 1} to"
-        raise Tampered(f"{place.file(end.number)}:end", f"{missing} {head.count} is missing: the head vouches for it")
+        first, last = end.count + 1, head.count
+        missing = f"entry {last} is" if first == last else f"entries {first} to {last} are"
+        raise Tampered(f"{place.file(end.number)}:end", f"{missing} missing: the head vouches for {last}")
     if head.closed and (end.count > head.count or end.torn):
         problem = f"says that the log was closed with entry {head.count}, but it goes on: the head is an older one"
         raise Tampered(str(place.head), problem)

@@ -154,7 +154,7 @@ def test_log_that_was_tampered_with_is_not_continued(tmp_path: Path) -> None:
     content = place.file(1).read_bytes().splitlines(keepends=True)
     place.file(1).write_bytes(b"".join(content[:-1]))
     before = place.head.read_bytes()
-    with pytest.raises(UserError, match="11 is missing: the head vouches for it; see `rudder audit verify"):
+    with pytest.raises(UserError, match="entry 11 is missing: the head vouches for 11; see `rudder audit verify"):
         open_log(tmp_path)
     assert place.head.read_bytes() == before
 

@@ -138,7 +138,7 @@ def test_cut_log_is_found_by_its_head(log: Place) -> None:
     files = read(log)
     del files[-1][-2:]
     write(log, files)
-    with pytest.raises(Tampered, match=f"entries {ENTRIES} to {ENTRIES + 1} is missing: the head vouches"):
+    with pytest.raises(Tampered, match=f"entries {ENTRIES} to {ENTRIES + 1} are missing: the head vouches"):
         verify(log, KEY)
 
 
@@ -175,7 +175,7 @@ def test_missing_head_and_missing_files_are_found(log: Place) -> None:
         verify(log, KEY)
     for path in log.files():
         path.unlink()
-    with pytest.raises(Tampered, match="entries 1 to 31 is missing"):
+    with pytest.raises(Tampered, match="entries 1 to 31 are missing"):
         verify(log, KEY)
     log.head.unlink()
     with pytest.raises(UserError, match="holds no audit log"):
