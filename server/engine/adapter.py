@@ -368,7 +368,7 @@ def numerics(llm: AsyncLLM) -> dict[str, str]:
     config = llm.vllm_config
     return {
         "vllm": vllm.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "rudder": code_digest(),
         "device": str(current_platform.get_device_name()),
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
