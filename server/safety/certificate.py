@@ -206,16 +206,15 @@ def standing(engine: Engine, message: policy_pb2.Policy, folder: Path) -> tuple[
         certificate = read_certificate(folder, message.name)
     except UserError as error:
         return "NONE", str(error)
+    if certificate is None:
+        return "NONE", "it has no certificate"
     now = fingerprint(engine, message)
-    match status_of(certificate, now):
-        case "STALE" if certificate:
-            changed = "; ".join(differences(certificate.fingerprint, now))
-            return "STALE", f"since its certificate of {certificate.date} something has changed: {changed}"
-        case "DEGRADED" if certificate:
-            parts = [f"{p.name}: {p.flips} of {p.texts} texts" for p in certificate.parts if p.result == "DEGRADED"]
-            return "DEGRADED", f"acts otherwise than recorded: {'; '.join(parts)}"
-        case status:
-            return status, "" if certificate else "it has no certificate"
+    status = status_of(certificate, now)
+    if status == "STALE":
+        changed = "; ".join(differences(certificate.fingerprint, now))
+        return status, f"since its certificate of {certificate.date} something has changed: {changed}"
+    parts = [f"{part.name}: {part.flips} of {part.texts} texts" for part in certificate.parts if part.result != "PASS"]
+    return status, f"acts otherwise than recorded: {'; '.join(parts)}" if parts else ""
 
 
 def status_of(certificate: Certificate | None, now: Fingerprint) -> Status:

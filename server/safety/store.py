@@ -95,14 +95,11 @@ class PolicyStore:
     async def replace(self, message: policy_pb2.Policy, source: str) -> Policy:
         """Implement `apply`."""
         async with self.changing:
-            folder = self.folder or Path()
-            loop = asyncio.get_running_loop()
-            policy = await loop.run_in_executor(None, compile_policy, message, self.engine.registry, folder, source)
+            policy = await self.compile(message, source)
             old = self.in_force.get(policy.name)
             if old and old.digest == policy.digest:
                 return old
-            problems = [*self.conflicts(message), *self.uncounted(policy), *self.uncertified(message)]
-            if problems:
+            if problems := self.objections(policy):
                 raise PolicyInvalid(source, problems)
             await self.hold(policy, source)
             self.set_in_force({**self.in_force, policy.name: policy})
@@ -110,6 +107,23 @@ class PolicyStore:
                 self.retire(old)
             self.tell(Change("applied", source, policy))
             return policy
+
+    async def compile(self, message: policy_pb2.Policy, source: str) -> Policy:
+        """Compile a policy in a thread, since weights are compared. Raises PolicyInvalid."""
+        folder, loop = self.folder or Path(), asyncio.get_running_loop()
+        return await loop.run_in_executor(None, compile_policy, message, self.engine.registry, folder, source)
+
+    async def problems(self, message: policy_pb2.Policy) -> list[Problem]:
+        """Return all that is wrong with a policy on this server; empty if it can be applied."""
+        try:
+            policy = await self.compile(message, "")
+        except PolicyInvalid as invalid:
+            return [*invalid.problems, *self.conflicts(message)]
+        return self.objections(policy)
+
+    def objections(self, policy: Policy) -> list[Problem]:
+        """Return why a policy that can be compiled cannot be put in force."""
+        return [*self.conflicts(policy.message), *self.uncounted(policy), *self.uncertified(policy.message)]
 
     async def hold(self, policy: Policy, source: str) -> None:
         """Hold the rows of a policy. Raises PolicyInvalid if the bank has no room for them now."""

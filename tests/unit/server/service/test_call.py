@@ -172,15 +172,16 @@ async def test_server_that_takes_no_calls_refuses_them(
 
 def test_record_names_gates_by_the_program_that_has_them() -> None:
     choice = ChoiceRecord()
-    gates = (GateOutcome(0, 4, 0.5), GateOutcome(1, 0, None))
-    program: Any = SimpleNamespace(edits=(), gate_site="layers.1.mlp_out")
-    policy: Any = SimpleNamespace(edits=(), gate_site="layers.0.resid_pre")
-    choice.end(Outcome(FinishReason.STOP, None, 4, 3, 1, (), (), 6, (), gates=gates), program, policy)
+    gates = (GateOutcome(0, 4, 0.5), GateOutcome(2, 0, None))
+    program = SimpleNamespace(edits=(), gate_site="layers.1.mlp_out")
+    policy = SimpleNamespace(edits=(), gate_site="layers.0.resid_pre")
+    run: Any = SimpleNamespace(compiled=program, policies=(NOTHING, policy))
+    choice.end(Outcome(FinishReason.STOP, None, 4, 3, 1, (), ((), ()), 6, (), gates=gates), run, (LOW, QUIET))
     call = CallRecord(METHOD, ANONYMOUS, CORRELATION)
     attestation = attestation_of(call, choice, "epoch")
-    assert [(g.origin, g.site, g.open_tokens) for g in attestation.gates] == [
-        ("request", "layers.1.mlp_out", 4),
-        ("policy", "layers.0.resid_pre", 0),
+    assert [(g.origin, g.policy, g.site, g.open_tokens) for g in attestation.gates] == [
+        ("request", "", "layers.1.mlp_out", 4),
+        ("policy", "quiet", "layers.0.resid_pre", 0),
     ]
     assert [g.HasField("statistic") for g in attestation.gates] == [True, False]
     assert (attestation.gates[0].statistic, attestation.request_id) == (0.5, call.request_id)
