@@ -59,7 +59,10 @@ def stages_needed(messages: Collection[policy_pb2.Policy]) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Binding:
-    """What binds a caller. `policies`: in the order in which they apply; those in shadow mode forbid nothing."""
+    """What binds a caller. `policies`: in the order in which they apply; those in shadow mode forbid nothing.
+
+    `named`: programs of the operator, as compiled within these limits.
+    """
 
     policies: tuple[Policy, ...] = ()
     named: dict[str, Compiled] = field(default_factory=dict)
@@ -111,11 +114,11 @@ class Binding:
         for path, name in self.forbidden.items():
             require(not is_set(request, path), path, f"policy {name!r} forbids it", "POLICY_FORBIDS")
 
-    def compile_named(self, program: program_pb2.Program, registry: Registry, field: str) -> Compiled:
+    def compile_named(self, name: str, program: program_pb2.Program, registry: Registry, field: str) -> Compiled:
         """Compile a program of the operator within the limits. Raises ProgramError, with the field below `field`."""
-        if program.name not in self.named:
-            self.named[program.name] = compile_program(program, registry, limits=self.limits, field=field)
-        return self.named[program.name]
+        if name not in self.named:
+            self.named[name] = compile_program(program, registry, limits=self.limits, field=field)
+        return self.named[name]
 
     def compile_own(self, program: program_pb2.Program, registry: Registry, field: str) -> Compiled:
         """Compile a caller's own program within rights and limits. Raises ProgramError likewise."""

@@ -93,9 +93,7 @@ class PolicyStore:
     async def replace(self, message: policy_pb2.Policy, source: str) -> Policy:
         """Implement `apply`."""
         async with self.changing:
-            folder = self.folder or Path()
-            loop = asyncio.get_running_loop()
-            policy = await loop.run_in_executor(None, compile_policy, message, self.engine.registry, folder, source)
+            policy = await self.compile(message, source)
             old = self.in_force.get(policy.name)
             if old and old.digest == policy.digest:
                 return old
@@ -107,6 +105,19 @@ class PolicyStore:
                 self.retire(old)
             self.tell(Change("applied", source, policy))
             return policy
+
+    async def compile(self, message: policy_pb2.Policy, source: str) -> Policy:
+        """Compile a policy in a thread, since weights are compared. Raises PolicyInvalid."""
+        folder, loop = self.folder or Path(), asyncio.get_running_loop()
+        return await loop.run_in_executor(None, compile_policy, message, self.engine.registry, folder, source)
+
+    async def problems(self, message: policy_pb2.Policy) -> list[Problem]:
+        """Return all that is wrong with a policy on this server; empty if it can be applied."""
+        try:
+            policy = await self.compile(message, "")
+        except PolicyInvalid as invalid:
+            return [*invalid.problems, *self.conflicts(message)]
+        return [*self.conflicts(message), *self.uncounted(policy)]
 
     async def hold(self, policy: Policy, source: str) -> None:
         """Hold the rows of a policy. Raises PolicyInvalid if the bank has no room for them now."""

@@ -1,12 +1,10 @@
 """The methods of PolicyService: policies in force, checked, applied and explained."""
 
-import asyncio
 from dataclasses import replace
-from pathlib import Path
 
 from rudder.server.caller import Caller
 from rudder.server.safety.explain import statements
-from rudder.server.safety.policy import Policy, digest_of_message, problems_of
+from rudder.server.safety.policy import Policy, digest_of_message
 from rudder.server.service.errors import Refusal, invalid
 from rudder.server.service.roles import ADMINISTER
 from rudder.server.service.serving import Serving
@@ -29,10 +27,7 @@ def get_policy(serving: Serving, request: policy_pb2.PolicyServiceGetRequest) ->
 
 async def validate(serving: Serving, request: policy_pb2.ValidateRequest) -> policy_pb2.ValidateResponse:
     """Return every problem that a policy has on this server, and its digest. Nothing changes."""
-    store, registry = serving.policies, serving.engine.registry
-    folder = store.folder or Path()
-    problems = await asyncio.to_thread(problems_of, request.policy, registry, folder)
-    problems += store.conflicts(request.policy)
+    problems = await serving.policies.problems(request.policy)
     return policy_pb2.ValidateResponse(
         problems=[policy_pb2.PolicyProblem(field=field, description=text) for field, text in problems],
         digest=digest_of_message(request.policy),

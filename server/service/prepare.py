@@ -90,7 +90,7 @@ def requested_program(serving: Serving, steering: inference_pb2.Steering, bindin
             named = serving.engine.programs[steering.name]
             if not binding.enforced:
                 return named.compiled
-            return binding.compile_named(named.message, serving.engine.registry, "steering.name")
+            return binding.compile_named(steering.name, named.message, serving.engine.registry, "steering.name")
         case "program":
             return binding.compile_own(steering.program, serving.engine.registry, "steering.program")
     return None

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import NamedTuple
 
 from rudder.server.caller import Caller
@@ -81,13 +82,10 @@ class ChoiceRecord:
         self.tokens_seen, self.queued_s = outcome.tokens_seen, outcome.queued_s
         self.finish_reason = outcome.finish_reason
         stages = stages_run(call, policies)
-        moved, rejected = (
-            (outcome.moved, *outcome.policy_moved),
-            outcome.policy_rejected and (outcome.rejected, *outcome.policy_rejected),
-        )
+        moved, rejected = (outcome.moved, *outcome.policy_moved), (outcome.rejected, *outcome.policy_rejected)
         self.edits = [
             EditRecord(stage.origin, name.site, name.row, name.operation, touched, lost, stage.policy)
-            for stage, counts, losses in zip(stages, moved, rejected or ((),) * len(stages), strict=True)
+            for stage, counts, losses in zip_longest(stages, moved, rejected, fillvalue=())
             for name, touched, lost in zip(stage.compiled.edits, counts, losses or (0,) * len(counts), strict=True)
         ]
         self.gates = [

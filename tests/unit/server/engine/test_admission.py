@@ -251,7 +251,7 @@ async def test_any_arrivals_and_cancellations(events: list[Any], share: float, r
     """No lease leaks, the worker's ledger never overflows, nobody waits while it fits, and bypasses are bounded."""
     admission = admission_of(caller_share=share, running=running, limit=20)
     worker = Ledger(admission.ledger.layout)
-    admission.reserve(needing(1, 1000, edits=False))
+    admission.reserve(0, needing(1, 1000, edits=False))
     worker.acquire(0, needing(1, 1000, edits=False))
     tasks: dict[int, asyncio.Task[None]] = {}
     requests: dict[int, wire.Request] = {}

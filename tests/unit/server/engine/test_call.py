@@ -9,7 +9,7 @@ from rudder.server.caller import ANONYMOUS
 from rudder.server.engine.adapter import RequestOutputKind, SamplingParams
 from rudder.server.engine.call import Call, FinishReason, engine_sampling, salt
 from rudder.server.program import wire
-from rudder.server.program.compile import Compiled
+from rudder.server.program.compile import NOTHING, Compiled
 from rudder.server.program.watch import Watched
 
 SECRET = b"s" * 32
@@ -43,8 +43,14 @@ def test_callers_of_one_tenant_share_the_salt() -> None:
 
 
 def test_policy_changes_the_salt() -> None:
-    as_policy = salt(SECRET, replace(CALL, compiled=None, policy=PROGRAM))
-    assert len({salt(SECRET, CALL), as_policy, salt(SECRET, replace(CALL, policy=PROGRAM))}) == 3
+    as_policy = salt(SECRET, replace(CALL, compiled=None, policies=(PROGRAM,)))
+    assert len({salt(SECRET, CALL), as_policy, salt(SECRET, replace(CALL, policies=(PROGRAM,)))}) == 3
+
+
+def test_order_and_number_of_policies_change_the_salt() -> None:
+    other = replace(PROGRAM, digest="other")
+    orders = [(PROGRAM, other), (other, PROGRAM), (other,), (NOTHING, other)]
+    assert len({salt(SECRET, replace(CALL, policies=policies)) for policies in orders}) == len(orders)
 
 
 def test_salt_depends_on_the_secret() -> None:
@@ -55,7 +61,7 @@ def test_salt_depends_on_the_secret() -> None:
 def test_prompt_length_changes_the_salt_when_phases_differ(of_policy: bool) -> None:
     by_phase = replace(PROGRAM, by_phase=True)
     programs: dict[str, Any] = (
-        {"compiled": None, "policy": by_phase} if of_policy else {"compiled": by_phase, "policy": None}
+        {"compiled": None, "policies": (PROGRAM, by_phase)} if of_policy else {"compiled": by_phase}
     )
     call = replace(CALL, **programs)
     assert salt(SECRET, replace(call, prompt_ids=(1, 2, 3, 4))) != salt(SECRET, call)
@@ -64,11 +70,11 @@ def test_prompt_length_changes_the_salt_when_phases_differ(of_policy: bool) -> N
 @pytest.mark.parametrize("of_policy", [False, True])
 def test_prompt_length_changes_the_salt_of_edited_calls_when_tokens_are_excluded_by_id(of_policy: bool) -> None:
     """A generated token is edited whatever its id, and excluded in the prompt of the next turn."""
-    programs: dict[str, Any] = {"compiled": None, "policy": PROGRAM} if of_policy else {}
+    programs: dict[str, Any] = {"compiled": None, "policies": (PROGRAM,)} if of_policy else {}
     call = replace(CALL, **programs)
     longer = replace(call, prompt_ids=(1, 2, 3, 4))
     assert salt(SECRET, longer, by_id=True) != salt(SECRET, call, by_id=True)
-    plain, longer = (replace(part, compiled=None, policy=None) for part in (call, longer))
+    plain, longer = (replace(part, compiled=None, policies=()) for part in (call, longer))
     assert salt(SECRET, longer, by_id=True) == salt(SECRET, plain, by_id=True)
 
 
@@ -79,7 +85,7 @@ IN_SEQUENCE = replace(PROGRAM, in_sequence=True)
     ("changed", "skips"),
     [
         ({}, False),
-        ({"policy": PROGRAM}, False),
+        ({"policies": (PROGRAM,)}, False),
         ({"watch": (Watched(0, ROW, prompt=True),)}, True),
         ({"watch": (Watched(0, ROW),)}, False),
         ({"watch": (Watched(0, ROW),), "guard": (Watched(0, ROW, prompt=True),)}, True),
@@ -89,7 +95,7 @@ IN_SEQUENCE = replace(PROGRAM, in_sequence=True)
         ({"top_k_prompt": True}, True),
         ({"capture": True}, True),
         ({"compiled": IN_SEQUENCE}, True),
-        ({"policy": IN_SEQUENCE}, True),
+        ({"policies": (PROGRAM, IN_SEQUENCE)}, True),
     ],
 )
 def test_call_that_needs_prompt_activations_skips_the_prefix_cache(changed: dict[str, Any], skips: bool) -> None:

@@ -63,8 +63,6 @@ class Rig:
             Registry(LAYOUT, 8, {}),
             {},
             {},
-            {},
-            None,
             admission,
             hub,
             SimpleNamespace(),  # type: ignore[arg-type]

@@ -78,3 +78,31 @@ def test_columns_in_order_are_not_copied(guard: list[tuple[int, bool]]) -> None:
     call = Call((0,) * PROMPT, SamplingParams(), watch=watched([(0, True), (2, True)]), guard=watched(guard))
     features, columns = reported(call, 0, 8)
     assert views_of(call, columns)[0].select(features).activations is features.activations
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 4),
+    st.sets(st.integers(0, 9), max_size=4),
+    st.sets(st.integers(0, 9), max_size=4),
+    st.integers(0, 99),
+)
+def test_hidden_latents_are_left_out_and_others_take_their_places(
+    k: int, first: set[int], second: set[int], seed: int
+) -> None:
+    hidden = (tuple(sorted(first)), tuple(sorted(second)))
+    call = Call((0,) * PROMPT, SamplingParams(), top_k=k, top_k_sites=("a", "b"), top_k_prompt=True, hidden=hidden)
+    assert call.ranked == k + max(len(first), len(second))
+    rng = np.random.default_rng(seed)
+    latents = np.stack([[rng.permutation(10) for _ in hidden] for _ in range(5)]).astype(np.int32)[:, :, : call.ranked]
+    values = -np.sort(-rng.random(latents.shape, np.float32), axis=2)
+    features = Features(0, np.zeros((5, 0), np.float32), latents, values)
+    client, _ = views_of(call, ())
+    part = client.select(features)
+    assert part.top_latents.shape == part.top_values.shape == (5, 2, k)
+    for token in range(5):
+        for site, left_out in enumerate(hidden):
+            ranked = [
+                (i, v) for i, v in zip(latents[token, site], values[token, site], strict=True) if i not in left_out
+            ]
+            assert list(zip(part.top_latents[token, site], part.top_values[token, site], strict=True)) == ranked[:k]

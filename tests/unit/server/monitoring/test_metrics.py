@@ -109,7 +109,7 @@ def test_no_scrape_fails_while_everything_changes() -> None:
             admission.release(handle - 10)
         created.request_ended(f"method {handle % 50}", f"outcome {handle % 31}", 0.1)
         created.inter_token(random_numbers.random(), 3)
-        created.edit_applied(f"site {handle % 100}", "add 1", "request", 2)
+        created.edit_applied(f"site {handle % 100}", "add 1", "request", "", 2)
         if handle % 2 == 0:
             pinned = random_numbers.randrange(1, 9)
             created.pin([metrics.PinnedFeature("b", "s", i, "label") for i in range(pinned)], list(range(pinned)))

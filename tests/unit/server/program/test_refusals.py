@@ -183,9 +183,11 @@ def test_locked_row_is_refused_by_name() -> None:
     assert caught.value.reason == "ROW_LOCKED"
 
 
-def test_locked_row_may_be_read_by_a_gate() -> None:
+def test_gate_reads_a_locked_row_only_if_it_may() -> None:
     message = program(ADD, gate={"site": SITE, "any_of": [{"row": feature(5), "above": 1}]})
-    assert compile_program(message, REGISTRY, limits=EditLimits(LOCKED)).sites[0].gate
+    assert compile_program(message, REGISTRY, limits=EditLimits(LOCKED, reads_locked=True)).sites[0].gate
+    with pytest.raises(ProgramError, match=r"gate\.any_of\[0\]\.row: feature 5 of toy is locked"):
+        compile_program(message, REGISTRY, limits=EditLimits(LOCKED))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -15,10 +15,15 @@ from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.monitoring.logs import JsonFormatter
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.monitoring.traces import Correlation
+from rudder.server.program.compile import NOTHING
+from rudder.server.safety.binding import Binding
+from rudder.server.safety.policy import Policy
+from rudder.server.safety.store import PolicyStore
 from rudder.server.service.attestation import attestation_of
 from rudder.server.service.call import begin_call
 from rudder.server.service.errors import Refusal, invalid
 from rudder.server.service.record import CallRecord, ChoiceRecord
+from rudder.v1 import policy_pb2
 
 METHOD = "InferenceService.Complete"
 CORRELATION = Correlation("order 7", "4bf92f3577b34da6a3ce929d0e0e4736")
@@ -32,7 +37,12 @@ class Server:
         engine = SimpleNamespace(healthy=healthy, require_alive=lambda: None)
         metrics = Metrics.create(self.registry)
         self.serving: Any = SimpleNamespace(
-            engine=engine, draining=draining, metrics=metrics, calls=set(), aborted=False
+            engine=engine,
+            draining=draining,
+            metrics=metrics,
+            calls=set(),
+            aborted=False,
+            policies=PolicyStore(engine),  # type: ignore[arg-type]
         )
 
     def begin(self, deadline: float | None = None) -> Any:
@@ -54,14 +64,24 @@ def server(caplog: pytest.LogCaptureFixture) -> Server:
     return Server(caplog)
 
 
-def finished_choice() -> ChoiceRecord:
+def policy_of(name: str, **message: Any) -> Policy:
+    """A policy with a program, of which only the name and the mode are read here."""
+    return Policy(policy_pb2.Policy(name=name, version=3, **message), f"digest {name}", NOTHING)
+
+
+LOW, QUIET = policy_of("low"), policy_of("quiet", mode=policy_pb2.POLICY_MODE_SHADOW)
+
+
+def finished_choice(policies: tuple[Policy, ...] = (LOW, QUIET)) -> ChoiceRecord:
     choice = ChoiceRecord()
     edits = tuple(
         SimpleNamespace(site="layers.1.mlp_out", row="feature 1 of b", operation=o) for o in ("set 4", "ablate")
     )
-    program: Any = SimpleNamespace(edits=edits[:1])
-    policy: Any = SimpleNamespace(edits=edits[1:])
-    choice.end(Outcome(FinishReason.STOP, None, 4, 3, 1, (6,), (5,), 6, (), 0.25), program, policy)
+    call: Any = SimpleNamespace(
+        compiled=SimpleNamespace(edits=edits[:1]),
+        policies=(SimpleNamespace(edits=edits[1:]), SimpleNamespace(edits=())),
+    )
+    choice.end(Outcome(FinishReason.STOP, None, 4, 3, 1, (6,), ((5,), ()), 6, (), 0.25), call, policies)
     return choice
 
 
@@ -69,34 +89,51 @@ async def test_successful_call_is_counted_and_logged(server: Server) -> None:
     async with server.begin() as record:
         record.program_digest, record.prompt_tokens = "d1", 4
         record.choices = [finished_choice(), finished_choice()]
+        record.binding = Binding((LOW, QUIET))
         record.first_token_s = 0.125
     assert server.counted("OK") == 1
     line = server.log_line()
     expected = {
         "level": "info", "message": "call ended", "request_id": record.request_id, "correlation_id": "order 7",
         "trace_id": CORRELATION.trace_id, "caller": "anonymous", "method": METHOD, "outcome": "OK", "program": "d1",
+        "policies": ["low@3", "quiet@3"],
         "prompt_tokens": 4, "generated_tokens": 6, "cached_tokens": 1, "edited_tokens": 22, "finish": ["stop", "stop"],
         "queued_s": 0.25, "first_token_s": 0.125, "total_s": round(record.total_s, 4),
     }  # fmt: skip
     assert expected.items() <= line.items()
     assert line.keys() - expected.keys() == {"time", "logger", "process"}
-    labels = {"site": "layers.1.mlp_out", "operation": "set", "origin": "request"}
+    labels = {"site": "layers.1.mlp_out", "operation": "set", "origin": "request", "policy": ""}
     assert server.registry.get_sample_value("rudder_edits_applied_tokens_total", labels) == 12
-    labels |= {"operation": "ablate", "origin": "policy"}
+    labels |= {"operation": "ablate", "origin": "policy", "policy": "low"}
     assert server.registry.get_sample_value("rudder_edits_applied_tokens_total", labels) == 10
+
+
+async def test_edits_in_shadow_mode_are_counted_apart(server: Server) -> None:
+    async with server.begin() as record:
+        record.binding = Binding((QUIET, LOW))
+        record.choices = [finished_choice((QUIET, LOW))]
+    labels = {"site": "layers.1.mlp_out", "operation": "ablate", "origin": "shadow", "policy": "quiet"}
+    assert server.registry.get_sample_value("rudder_edits_applied_tokens_total", labels) == 5
+    attested = attestation_of(record, record.choices[0], "epoch")
+    assert [(p.name, p.version, p.digest, p.shadow) for p in attested.policies] == [
+        ("quiet", 3, "digest quiet", True),
+        ("low", 3, "digest low", False),
+    ]
+    edits = [(edit.origin, edit.policy, edit.tokens_touched) for edit in attested.edits]
+    assert edits == [("request", "", 6), ("policy", "quiet", 5)]
 
 
 async def test_rejected_edits_are_counted_and_attested(server: Server) -> None:
     async with server.begin() as record:
-        choice = finished_choice()
+        choice = ChoiceRecord()
         edit = SimpleNamespace(site="layers.1.mlp_out", row="r", operation="add 9e29")
-        program: Any = SimpleNamespace(edits=(edit, edit))
+        call: Any = SimpleNamespace(compiled=SimpleNamespace(edits=(edit, edit)), policies=())
         outcome = Outcome(FinishReason.STOP, None, 4, 3, 1, (0, 2), (), 6, (), 0.25, rejected=(3, 0))
-        choice.end(outcome, program, None)
+        choice.end(outcome, call, ())
         record.choices = [choice]
     counts = [(e.tokens_touched, e.tokens_rejected) for e in attestation_of(record, choice, "epoch").edits]
     assert counts == [(0, 3), (2, 0)]
-    labels = {"site": "layers.1.mlp_out", "origin": "request"}
+    labels = {"site": "layers.1.mlp_out", "origin": "request", "policy": ""}
     assert server.registry.get_sample_value("rudder_edits_rejected_total", labels) == 3
 
 
@@ -134,15 +171,16 @@ async def test_server_that_takes_no_calls_refuses_them(
 
 def test_record_names_gates_by_the_program_that_has_them() -> None:
     choice = ChoiceRecord()
-    gates = (GateOutcome(0, 4, 0.5), GateOutcome(1, 0, None))
-    program: Any = SimpleNamespace(edits=(), gate_site="layers.1.mlp_out")
-    policy: Any = SimpleNamespace(edits=(), gate_site="layers.0.resid_pre")
-    choice.end(Outcome(FinishReason.STOP, None, 4, 3, 1, (), (), 6, (), gates=gates), program, policy)
+    gates = (GateOutcome(0, 4, 0.5), GateOutcome(2, 0, None))
+    program = SimpleNamespace(edits=(), gate_site="layers.1.mlp_out")
+    policy = SimpleNamespace(edits=(), gate_site="layers.0.resid_pre")
+    run: Any = SimpleNamespace(compiled=program, policies=(NOTHING, policy))
+    choice.end(Outcome(FinishReason.STOP, None, 4, 3, 1, (), ((), ()), 6, (), gates=gates), run, (LOW, QUIET))
     call = CallRecord(METHOD, ANONYMOUS, CORRELATION)
     attestation = attestation_of(call, choice, "epoch")
-    assert [(g.origin, g.site, g.open_tokens) for g in attestation.gates] == [
-        ("request", "layers.1.mlp_out", 4),
-        ("policy", "layers.0.resid_pre", 0),
+    assert [(g.origin, g.policy, g.site, g.open_tokens) for g in attestation.gates] == [
+        ("request", "", "layers.1.mlp_out", 4),
+        ("policy", "quiet", "layers.0.resid_pre", 0),
     ]
     assert [g.HasField("statistic") for g in attestation.gates] == [True, False]
     assert (attestation.gates[0].statistic, attestation.request_id) == (0.5, call.request_id)

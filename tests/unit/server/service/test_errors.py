@@ -11,6 +11,7 @@ from rudder.server.engine.admission import QueueFull
 from rudder.server.engine.call import FinishReason
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.program.errors import ProgramError
+from rudder.server.safety.problems import PolicyInvalid, Problem
 from rudder.server.service.deltas import FINISH_REASONS
 from rudder.server.service.errors import REASONS, RESOURCE_REASONS, invalid, refusal_of
 from rudder.v1 import error_pb2
@@ -32,6 +33,7 @@ def test_every_reason_has_a_canonical_code_and_an_http_error(reason: str) -> Non
     [
         (ProgramError("program.sites", "is empty"), "FIELD_INVALID"),
         (ProgramError("program.sites[0].edits[0].row", "is locked", "ROW_LOCKED"), "ROW_LOCKED"),
+        (PolicyInvalid("low.yaml", [Problem("version", "is 0")]), "POLICY_INVALID"),
         (DecodeError("bytes"), "FIELD_INVALID"),
         (QueueFull("queue", 1.0), "QUEUE_FULL"),
         (QueueFull("rows", 1.0), "BANK_ROWS_FULL"),

@@ -14,12 +14,14 @@ from rudder.server.engine.call import Call, salt
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.program.compile import compile_program
 from rudder.server.program.named import NamedProgram
+from rudder.server.safety.binding import UNBOUND, Binding
 from rudder.server.service.errors import Refusal, refusal_of
-from rudder.server.service.prepare import prepare
+from rudder.server.service.prepare import hidden_latents, prepare
 from rudder.server.service.serving import WATCH_CACHE_BYTES, Serving
 from rudder.v1 import inference_pb2, program_pb2
-from tests.unit.programs import OTHER, REGISTRY, SITE, feature
-from tests.unit.reference import WIDTH
+from tests.unit.policies import REGISTRY, editing, latent, policy
+from tests.unit.programs import OTHER, SITE, feature
+from tests.unit.reference import BUNDLE, WIDTH
 
 UP = {"row": {"vector": {"values": [1.0] * WIDTH}}, "add": 1.0}
 TENANT = Caller("alice", "acme", ANONYMOUS.roles)
@@ -35,6 +37,12 @@ class OneTokenPerWord:
     def __deepcopy__(self, _: Any) -> "OneTokenPerWord":
         return self
 
+    def decode(self, ids: Any, **_: Any) -> str:
+        return " ".join("x" for _ in ids)
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": self.encode(text)}
+
     def encode(self, text: str, **_: Any) -> list[int]:
         self.used += 1
         return [1] * len(text.split())
@@ -48,12 +56,11 @@ def named(*edits: dict[str, Any], site: str = SITE) -> NamedProgram:
     return NamedProgram(message, compile_program(message, REGISTRY))
 
 
-def serving_of(policy: NamedProgram | None = None, overrides: dict[str, str] | None = None) -> Serving:
+def serving_of(overrides: dict[str, str] | None = None) -> Serving:
     engine: Any = SimpleNamespace(
         model=SimpleNamespace(name="m", max_model_len=100, vocab_size=1000, bos_token_id=None),
-        bundles={}, policies={}, registry=REGISTRY, tokenizer=OneTokenPerWord(), epoch="e1", healthy=True,
+        bundles={}, registry=REGISTRY, tokenizer=OneTokenPerWord(), epoch="e1", healthy=True,
         programs={"late": named(UP, site=OTHER), "locked": named({"row": feature(5), "ablate": True}), "ok": named(UP)},
-        default_policy=policy.compiled if policy else None,
     )  # fmt: skip
     return Serving.around(engine, configuration.load(None, overrides), Metrics.create())
 
@@ -62,15 +69,16 @@ def request_of(kind: Any = inference_pb2.CompleteRequest, text: str = "a b c", *
     return json_format.ParseDict({"prompt": {"text": text}} | fields, kind())
 
 
-async def refused(serving: Serving, request: Any) -> tuple[str, str]:
+async def refused(serving: Serving, request: Any, binding: Binding = UNBOUND) -> tuple[str, str]:
     """Return reason and field of the refusal of a request."""
     with pytest.raises(Exception) as caught:  # noqa: PT011
-        await prepare(serving, ANONYMOUS, request)
+        await prepare(serving, ANONYMOUS, request, binding)
     refusal: Refusal = refusal_of(caught.value)
     return refusal.reason, refusal.violations[0].field
 
 
-POLICY = named({"row": feature(5), "set": 3.0})
+OWN = {"edit_latents": True, "raw_vectors": True}
+POLICY = Binding((policy(program=editing(5), rights=OWN),))
 STEERED = [
     ({"program": {"sites": [{"site": OTHER, "edits": [UP]}]}}, "POLICY_FORBIDS", "steering.program.sites[0].site"),
     (
@@ -86,20 +94,69 @@ STEERED = [
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(("steering", "reason", "field"), STEERED)
 async def test_bound_caller_cannot_undo_the_policy(kind: Any, steering: Any, reason: str, field: str) -> None:
-    assert await refused(serving_of(POLICY), request_of(kind, steering=steering)) == (reason, field)
+    assert await refused(serving_of(), request_of(kind, steering=steering), POLICY) == (reason, field)
     assert (await prepare(serving_of(), ANONYMOUS, request_of(kind, steering=steering))).calls
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+async def test_bound_caller_without_rights_runs_programs_that_have_names(kind: Any) -> None:
+    binding = Binding((policy(program=editing(5)),))
+    own = {"program": {"sites": [{"site": SITE, "edits": [UP]}]}}
+    assert await refused(serving_of(), request_of(kind, steering=own), binding) == (
+        "POLICY_FORBIDS",
+        "steering.program",
+    )
+    job = await prepare(serving_of(), ANONYMOUS, request_of(kind, steering={"name": "ok"}), binding)
+    assert job.program_digest == named(UP).compiled.digest
+
+
 async def test_operator_may_allow_later_edits_but_rows_stay_locked() -> None:
-    serving = serving_of(POLICY, {"policies.allow_later_edits": "true"})
-    job = await prepare(serving, ANONYMOUS, request_of(steering={"name": "late"}))
+    serving, binding = serving_of(), Binding((policy(program=editing(5), rights={"edit_behind_policy": True}),))
+    job = await prepare(serving, ANONYMOUS, request_of(steering={"name": "late"}), binding)
     assert job.program_digest == serving.engine.programs["late"].compiled.digest
-    assert (await refused(serving, request_of(steering={"name": "locked"})))[0] == "ROW_LOCKED"
+    assert (await refused(serving, request_of(steering={"name": "locked"}), binding))[0] == "ROW_LOCKED"
 
 
-async def test_bound_caller_may_run_what_does_not_touch_the_policy() -> None:
-    job = await prepare(serving_of(POLICY), ANONYMOUS, request_of(steering={"name": "ok"}))
-    assert (job.program_digest, job.policy_digest) == (named(UP).compiled.digest, POLICY.compiled.digest)
+async def test_every_choice_runs_the_policies() -> None:
+    binding = Binding((policy("a", program=editing(5)), policy("b"), policy("c", program=editing(3))))
+    job = await prepare(serving_of(), ANONYMOUS, request_of(steering={"name": "ok"}, sampling={"n": 3}), binding)
+    programs = tuple(bound.program for bound in binding.policies if bound.program)
+    assert [call.policies for call in job.calls] == [programs] * 3
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+async def test_forbidden_field_is_refused_in_every_method(kind: Any) -> None:
+    binding = Binding((policy(forbiddenFields=["report.top_k", "prompt.text"]),))
+    assert await refused(serving_of(), request_of(kind), binding) == ("POLICY_FORBIDS", "prompt.text")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+async def test_locked_rows_are_not_reported(kind: Any) -> None:
+    report = {"features": [{"site": SITE, "row": feature(3)}, {"site": SITE, "row": feature(5)}]}
+    assert await refused(serving_of(), request_of(kind, report=report), POLICY) == (
+        "ROW_LOCKED",
+        "report.features[1].row",
+    )
+
+
+def test_locked_latents_are_left_out_of_the_strongest() -> None:
+    serving = serving_of()
+    bundle = SimpleNamespace(manifest=SimpleNamespace(site=SITE))
+    serving.engine.bundles = {BUNDLE: bundle}  # type: ignore[dict-item]
+    locked = Binding((policy(locked=[{"site": SITE, "row": latent(2)}, {"site": SITE, "row": latent(1)}]),))
+    assert hidden_latents(serving, (OTHER, SITE), locked) == ((), (1, 2))
+    assert hidden_latents(serving, (OTHER,), locked) == ()
+    assert hidden_latents(serving, (SITE,), UNBOUND) == ()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+async def test_token_ids_of_a_bound_caller_must_be_canonical(kind: Any) -> None:
+    canonical, other = ({"tokenIds": {"ids": ids}} for ids in ([1, 1], [1, 2]))
+    binding = Binding((policy(),))
+    assert (await prepare(serving_of(), ANONYMOUS, request_of(kind, prompt=canonical), binding)).calls
+    assert (await prepare(serving_of(), ANONYMOUS, request_of(kind, prompt=other))).calls
+    refusal = await refused(serving_of(), request_of(kind, prompt=other), binding)
+    assert refusal == ("POLICY_FORBIDS", "prompt.token_ids")
 
 
 async def salts(serving: Serving, caller: Caller, **fields: Any) -> set[str]:
@@ -135,7 +192,7 @@ async def test_tenants_share_a_prefix_cache_within_but_not_across() -> None:
 
 
 async def test_operator_may_have_anonymous_callers_share() -> None:
-    serving = serving_of(None, {"engine.share_anonymous_prefixes": "true"})
+    serving = serving_of({"engine.share_anonymous_prefixes": "true"})
     assert len(await salts(serving, ANONYMOUS)) == 1
 
 
@@ -174,7 +231,7 @@ async def test_text_that_may_fit_is_tokenised() -> None:
 
 
 async def test_remembered_reports_have_a_budget_in_bytes() -> None:
-    serving = serving_of(None, {"limits.max_message_bytes": str(1 << 30)})
+    serving = serving_of({"limits.max_message_bytes": str(1 << 30)})
     serving.engine.registry = replace(REGISTRY, max_name_chars=1_000_000)
     for number in range(150):
         probe = {"weights": [1.0 + number] * WIDTH, "bias": float(number), "name": "n" * 400_000}
