@@ -159,7 +159,7 @@ async def start_policy(
     staged = msgspec.structs.replace(config, policies=configuration.Policies(stages=1))
     engine = await start_engine(staged)
     await selftest.run(engine)
-    policies = [await PolicyStore(engine).apply(policy_of(subject, load), "bench")]
+    policies = [await PolicyStore(engine).apply(policy_of(subject), "bench")]
 
     def generate(_case: str, number: int) -> AsyncIterator[Any]:
         call = Call(tuple(prompt(load, number)), sampling(load), policies=stages_of(policies))
@@ -168,7 +168,7 @@ async def start_policy(
     return generate, engine.llm.shutdown
 
 
-def policy_of(subject: Subject, load: Load) -> policy_pb2.Policy:
+def policy_of(subject: Subject) -> policy_pb2.Policy:
     """Build a policy with a program and three guards on probes that never hold, at the bundle's site."""
     site = subject.sites[0]
     statistics: list[dict[str, Any]] = [
