@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from google.protobuf import json_format
 
 from rudder.sae_models import token_model
@@ -110,3 +111,10 @@ def test_token_model_must_be_the_pinned_file(tmp_path: Path) -> None:
         compiled(tmp_path, score=MODEL)
     with pytest.raises(ProgramError, match="pins its token model"):
         compiled(tmp_path, score={"token_model": {"file": "m.safetensors"}})
+
+
+def test_documented_policy_is_one_of_the_contract() -> None:
+    text = (Path(__file__).parents[4] / "docs" / "guards.md").read_text(encoding="utf-8")
+    document = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    message = json_format.ParseDict(document, policy_pb2.Policy())
+    assert [guard.WhichOneof("statistic") for guard in message.guards] == ["moving_average", "window"]
