@@ -74,7 +74,7 @@ class Serving:
         labels = {name: latent_labels(bundle) for name, bundle in engine.bundles.items()}
         pending = ByteBudget(config.limits.max_pending_bytes, metrics.pending_bytes.set)
         tokenizers = Tokenizers(lambda: engine.tokenizer)
-        store = policies or PolicyStore(engine)
+        store = policies or PolicyStore(engine, allow_uncertified=config.policies.allow_uncertified)
         pace = Pace(config.stream)
         return cls(config, engine, metrics, bounds, pace, labels, tokenizers, pending, store, audit=audit)
 
