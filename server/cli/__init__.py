@@ -25,6 +25,7 @@ COMMANDS = {
     "sae": "compare SAEs",
     "program": "derive and evaluate the programs of a bundle",
     "policy": "write, check and apply policies",
+    "audit": "verify and show the audit log",
     "eval": "measure what steering, policies and guards do",
     "bench": "run benchmarks",
     "demo": "start a server, run the client's tour, stop the server",

@@ -10,6 +10,7 @@ token more, which is dropped. One that ends by a stop string or a stop token is 
 One that ends with EOS has nothing behind its last judged token.
 """
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -24,7 +25,7 @@ from rudder.server.engine.call import Call, FinishReason, Outcome, Output
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.report import NO_FEATURES
 from rudder.server.engine.telemetry.frame import TelemetryLost
-from rudder.server.engine.telemetry.hub import joined
+from rudder.server.engine.telemetry.hub import Features, joined
 from rudder.server.program.compile import Compiled
 from rudder.server.safety.binding import stages_of
 from rudder.server.safety.guards import ACTIONS, CLAMP_FROM_START, REFUSING, STOP, Guard
@@ -33,6 +34,8 @@ from rudder.server.safety.policy import Policy
 from rudder.server.safety.verdicts import Benign, Findings, Refusing, Siblings, Verdict
 
 OnAbandoned = Callable[[Outcome], None]
+# Tokens of a prompt that are judged at once, in about a millisecond for each guard.
+JUDGED_AT_ONCE = 1024
 BROKEN = (FinishReason.ABORT, FinishReason.ERROR)
 
 
@@ -162,11 +165,18 @@ class Release:
             return
         output = self.cut(output)
         self.waiting.append((output, time.monotonic()))
-        self.judge.take(output.guard_features)
+        await self.judge_features(output.guard_features)
         self.judge.take_tokens(output.token_ids)
         if output.outcome:
             await self.end(output.outcome)
         self.decide()
+
+    async def judge_features(self, features: Features) -> None:
+        """Judge features; those of a long prompt in parts, between which other streams run."""
+        for begin in range(features.first, features.end, JUDGED_AT_ONCE):
+            if begin > features.first:
+                await asyncio.sleep(0)
+            self.judge.take(features.between(begin, begin + JUDGED_AT_ONCE))
 
     def heed_siblings(self) -> bool:
         """Return whether a refusal of another choice ends this one."""
@@ -216,7 +226,7 @@ class Release:
     def last_unjudged(self) -> bool:
         """Return whether the last token has not gone through the model, and says something."""
         last = self.prompt_tokens + len(self.ids) - 1
-        judged = self.judge.next_features > last or not self.judge.counted(last, last + 1)[0]
+        judged = self.judge.next_features > last or last in self.judge.uncounted
         return bool(self.beyond and self.ids and not judged and self.ids[-1] not in self.engine.eos_token_ids)
 
     async def judge_last(self, outcome: Outcome) -> None:
@@ -315,7 +325,7 @@ class Release:
         return [
             Benign(policy.name, guard.name, track.maximum, guard.level)
             for (policy, guard), track in tracks
-            if track.held is None and track.counted
+            if track.held is None and track.statistic.count
         ]
 
 

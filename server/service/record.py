@@ -1,4 +1,4 @@
-"""The record of one call, built up while it runs: source of its log line and metrics, later of its audit entry."""
+"""The record of one call, built up while it runs: source of its log line, metrics and audit entry."""
 
 import hashlib
 import logging
@@ -115,7 +115,7 @@ class CallRecord:
     """One call. Times are of `time.monotonic`, durations in seconds.
 
     `binding`: the policies that bind it, as when it began. `outcome`: OK, a key of `errors.REASONS`, CANCELLED
-    or DEADLINE_EXCEEDED; empty while the call runs.
+    or DEADLINE_EXCEEDED; empty while the call runs. `audited`: its audit entry was handed over.
     """
 
     method: str
@@ -132,6 +132,7 @@ class CallRecord:
     outcome: str = ""
     refused_fields: Sequence[str] = ()
     error_id: str = ""
+    audited: bool = False
 
     @property
     def policies(self) -> tuple[Policy, ...]:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from rudder.server.safety.audit import chain
+from rudder.server.safety.audit.log import AuditLog
+from rudder.server.safety.audit.verify import Place
 from rudder.v1 import policy_pb2
 from rudder_client import Client
 from tests.e2e import published
@@ -17,11 +20,10 @@ from tests.e2e.documents import DOCUMENTS, REPOSITORY, Block, blocks
 
 pytestmark = pytest.mark.e2e
 # Commands of a running server, in running text; `rudder model` alone is one.
-INLINE = re.compile(
-    r"`(?:\.venv/bin/)?rudder ((?:generate|inspect|features|policy (?:list|explain)|model(?! get| convert| list))\b[^`]*)`"
-)
+COMMANDS = "generate|inspect|features|policy list|policy explain|model(?! get| convert| list)"
+INLINE = re.compile(rf"`(?:\.venv/bin/)?rudder ((?:{COMMANDS})\b[^`]*)`")
 # Names in commands of what is the reader's.
-PLACEHOLDERS = re.compile(r"\b(FOLDER_OR_REPO|MODEL|TEXT|BUNDLE|POLICY\.yaml)\b")
+PLACEHOLDERS = re.compile(r"\b(FOLDER_OR_REPO|MODEL|TEXT|BUNDLE|POLICY\.yaml|LOG|KEY)\b")
 # Commands that ask the server of the tests.
 ASKING = ("generate", "inspect", "features", "model", "policy list", "policy get", "policy apply", "policy explain")
 
@@ -63,7 +65,15 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     published.write(folder, latents=400)
     files = {"FOLDER_OR_REPO": folder / "whole", "TEXT": folder / "corpus.jsonl", "BUNDLE": folder / "bundle"}
     (folder / "policy.yaml").write_text(POLICY.text)
-    return files | {"MODEL": published.MODEL, "POLICY.yaml": folder / "policy.yaml"}
+    return files | {"MODEL": published.MODEL, "POLICY.yaml": folder / "policy.yaml"} | audited(folder)
+
+
+def audited(folder: Path) -> dict[str, Path]:
+    """Write an audit log and its key."""
+    log, key = folder / "audit", folder / "audit.key"
+    chain.create_key(key)
+    AuditLog.open(Place.of(log), chain.read_key(key), 1 << 20, "never").close()
+    return {"LOG": log, "KEY": key}
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_POLICY_UNKNOWN: _ClassVar[Reason]
     REASON_POLICY_INVALID: _ClassVar[Reason]
     REASON_POLICY_REFUSED: _ClassVar[Reason]
+    REASON_AUDIT_FAILED: _ClassVar[Reason]
     REASON_NOT_ALLOWED: _ClassVar[Reason]
 REASON_UNSPECIFIED: Reason
 REASON_FIELD_INVALID: Reason
@@ -54,6 +55,7 @@ REASON_MESSAGE_TOO_LARGE: Reason
 REASON_POLICY_UNKNOWN: Reason
 REASON_POLICY_INVALID: Reason
 REASON_POLICY_REFUSED: Reason
+REASON_AUDIT_FAILED: Reason
 REASON_NOT_ALLOWED: Reason
 
 class ErrorStatus(_message.Message):

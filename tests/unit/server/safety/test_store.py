@@ -21,7 +21,7 @@ from tests.unit.programs import SITE
 
 def store_of(folder: Path | None = None) -> tuple[PolicyStore, HoldingEngine]:
     engine = HoldingEngine()
-    return PolicyStore(engine, folder), engine  # type: ignore[arg-type]
+    return PolicyStore(engine, folder, allow_uncertified=True), engine  # type: ignore[arg-type]
 
 
 def write(folder: Path, file: str = "low", **fields: Any) -> Path:

@@ -43,6 +43,7 @@ class Server:
             calls=set(),
             aborted=False,
             policies=PolicyStore(engine),  # type: ignore[arg-type]
+            audit=None,
         )
 
     def begin(self, deadline: float | None = None) -> Any:
