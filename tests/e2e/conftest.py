@@ -27,6 +27,7 @@ FLAGS = {
     "listen.accept_s": "0",
     "policies.stages": "1",
     "policies.allow_apply": "true",
+    "policies.allow_uncertified": "true",
     "watch": f"[{', '.join(f'{{index: {index}}}' for index in WATCHED)}]",
 }
 

@@ -33,7 +33,7 @@ SHADOW = "POLICY_MODE_SHADOW"
 @pytest_asyncio.fixture(loop_scope="session")
 async def store(engine: Engine) -> AsyncIterator[PolicyStore]:
     """The policies of the shared engine, of which none is in force before and after a test."""
-    policies = PolicyStore(engine)
+    policies = PolicyStore(engine, allow_uncertified=True)
     yield policies
     for name in list(policies.in_force):
         await policies.remove(name, "test")
