@@ -49,7 +49,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[StoppableEngine]:
         return started[-1]
 
     monkeypatch.setattr(starts, "start_engine", start_engine)
-    monkeypatch.setattr(starts.preflight, "check", lambda config: config)
+    monkeypatch.setattr("rudder.server.preflight.check", lambda config: config)
     return started
 
 
