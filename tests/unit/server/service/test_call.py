@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,8 +35,8 @@ class Server:
 
     def __init__(self, caplog: pytest.LogCaptureFixture, healthy: bool = True, draining: bool = False) -> None:
         self.registry, self.caplog = CollectorRegistry(), caplog
-        engine = SimpleNamespace(healthy=healthy, require_alive=lambda: None)
         metrics = Metrics.create(self.registry)
+        engine = SimpleNamespace(healthy=healthy, require_alive=lambda: None, metrics=metrics)
         self.serving: Any = SimpleNamespace(
             engine=engine,
             draining=draining,
@@ -122,6 +123,32 @@ async def test_edits_in_shadow_mode_are_counted_apart(server: Server) -> None:
     ]
     edits = [(edit.origin, edit.policy, edit.tokens_touched) for edit in attested.edits]
     assert edits == [("request", "", 6), ("policy", "quiet", 5)]
+
+
+async def test_call_is_bound_by_the_policies_in_force_when_it_begins(server: Server) -> None:
+    store = server.serving.policies
+    bound = Policy(policy_pb2.Policy(name="low", version=3, binds={"all": True}), "digest")
+    store.set_in_force({"low": bound})
+    async with server.begin() as record:
+        assert (record.policies, store.running) == ((bound,), {bound: 1})
+        store.set_in_force({})
+        async with server.begin() as later:
+            assert later.policies == ()
+        assert (record.policies, store.running) == ((bound,), {bound: 1})
+    assert not store.running
+    store.set_in_force({"low": bound})
+    async with begin_call(server.serving, "ModelService.Get", ANONYMOUS, CORRELATION) as other:
+        assert other.policies == ()
+
+
+async def test_method_that_needs_a_role_is_refused_and_counted(server: Server) -> None:
+    caller = replace(ANONYMOUS, roles=frozenset({"generate"}))
+    with pytest.raises(Refusal) as caught:
+        async with begin_call(server.serving, "PolicyService.Apply", caller, CORRELATION):
+            pytest.fail("the call ran")
+    assert caught.value.reason == "NOT_ALLOWED"
+    labels = {"method": "PolicyService.Apply", "outcome": "NOT_ALLOWED"}
+    assert server.registry.get_sample_value("rudder_requests_total", labels) == 1
 
 
 async def test_rejected_edits_are_counted_and_attested(server: Server) -> None:
