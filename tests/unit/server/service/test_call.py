@@ -23,7 +23,7 @@ from rudder.server.safety.store import PolicyStore
 from rudder.server.service.attestation import attestation_of
 from rudder.server.service.call import begin_call
 from rudder.server.service.errors import Refusal, invalid
-from rudder.server.service.record import CallRecord, ChoiceRecord
+from rudder.server.service.record import CallRecord, ChoiceRecord, GateRecord
 from rudder.v1 import policy_pb2
 
 METHOD = "InferenceService.Complete"
@@ -212,6 +212,17 @@ def test_record_names_gates_by_the_program_that_has_them() -> None:
     ]
     assert [g.HasField("statistic") for g in attestation.gates] == [True, False]
     assert (attestation.gates[0].statistic, attestation.request_id) == (0.5, call.request_id)
+
+
+@pytest.mark.parametrize("mode", [policy_pb2.POLICY_MODE_ENFORCE, policy_pb2.POLICY_MODE_SHADOW])
+@pytest.mark.parametrize("reads", [False, True])
+def test_statistic_of_a_policys_gate_is_for_readers_of_guards(mode: policy_pb2.PolicyMode, reads: bool) -> None:
+    policy = policy_of("low", mode=mode, rights=policy_pb2.Rights(read_guards=reads))
+    call = CallRecord(METHOD, ANONYMOUS, CORRELATION, binding=Binding((policy,)))
+    choice = ChoiceRecord(gates=[GateRecord("request", "a", 1, 2.5), GateRecord("policy", "b", 3, 4.5, "low")])
+    own, of_policy = attestation_of(call, choice, "epoch").gates
+    assert (own.statistic, of_policy.open_tokens) == (2.5, 3)
+    assert of_policy.HasField("statistic") is reads
 
 
 async def test_call_that_begins_after_a_loss_of_telemetry_is_refused_with_that_reason(server: Server) -> None:
