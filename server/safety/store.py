@@ -57,6 +57,8 @@ class PolicyStore:
     files: dict[Path, tuple[bytes, str]] = field(default_factory=dict)
     listeners: list[Callable[[Change], None]] = field(default_factory=list)
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    # The event loop itself keeps no task alive.
+    changes: set["asyncio.Future[Policy]"] = field(default_factory=set)
 
     def binding(self, caller: Caller) -> Binding:
         """Return what binds a caller."""
@@ -90,6 +92,8 @@ class PolicyStore:
         Raises PolicyInvalid, and nothing has changed.
         """
         change = asyncio.ensure_future(self.replace(message, source))
+        self.changes.add(change)
+        change.add_done_callback(self.changes.discard)
         return await asyncio.shield(change)
 
     async def replace(self, message: policy_pb2.Policy, source: str) -> Policy:

@@ -36,8 +36,7 @@ class ScriptedEngine:
         self.bundles: dict[str, Any] = {}
         self.registry: Any = None
         self.programs: dict[str, Any] = {}
-        self.policies: dict[str, Any] = {}
-        self.default_policy, self.tokenizer, self.epoch, self.healthy = None, None, "e1", True
+        self.tokenizer, self.epoch, self.healthy = None, "e1", True
         self.stall_after: int | None = None
         self.finish_reason = FinishReason.LENGTH
 

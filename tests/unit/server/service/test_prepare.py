@@ -111,7 +111,7 @@ async def test_bound_caller_without_rights_runs_programs_that_have_names(kind: A
     assert job.program_digest == named(UP).compiled.digest
 
 
-async def test_operator_may_allow_later_edits_but_rows_stay_locked() -> None:
+async def test_policy_may_leave_edits_behind_it_but_rows_stay_locked() -> None:
     serving, binding = serving_of(), Binding((policy(program=editing(5), rights={"edit_behind_policy": True}),))
     job = await prepare(serving, ANONYMOUS, request_of(steering={"name": "late"}), binding)
     assert job.program_digest == serving.engine.programs["late"].compiled.digest
