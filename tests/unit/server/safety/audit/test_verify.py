@@ -169,6 +169,19 @@ def test_older_head_of_a_closed_log_is_found(tmp_path: Path) -> None:
         verify(place, KEY)
 
 
+def test_head_of_another_course_of_the_same_log_is_found(tmp_path: Path) -> None:
+    """A server went on from a copy of the log: two logs of one key, with the same first entries and as many of them."""
+    written_log(tmp_path / "log", 3)
+    shutil.copytree(tmp_path / "log", tmp_path / "copy")
+    for folder, number in (("log", 4), ("copy", 5)):
+        log = open_log(tmp_path / folder)
+        log.append([call_entry(number)])
+        log.close()
+    shutil.copy(tmp_path / "copy" / "head.json", tmp_path / "log")
+    with pytest.raises(Tampered, match="entry 5 is not the one that the head vouches for"):
+        verify(Place.of(tmp_path / "log"), KEY)
+
+
 def test_missing_head_and_missing_files_are_found(log: Place) -> None:
     log.files()[1].unlink()
     with pytest.raises(Tampered, match=r"audit-000002\.jsonl: the file is missing"):
