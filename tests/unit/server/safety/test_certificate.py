@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -9,7 +10,11 @@ import pytest
 from rudder.sae_models.errors import UserError
 from rudder.server.safety import certificate as certificates
 from rudder.server.safety.certificate import Acts, Case, Certificate, Evaluation, Fingerprint, Text
+from rudder.server.safety.problems import PolicyInvalid
+from rudder.server.safety.store import PolicyStore
 from rudder.v1 import policy_pb2, program_pb2
+from tests.unit.policies import HoldingEngine, editing, latent, message
+from tests.unit.programs import SITE
 
 NOW = Fingerprint(policy="p", model="m", bundles={"b": "1"}, engine={"dtype": "float32", "vllm": "0.32.0"})
 EDIT, GATE = "0: layers.2.resid_post feature 7 of b set 3", "layers.2.resid_post"
@@ -229,3 +234,28 @@ def test_line_that_is_no_text_is_refused(tmp_path: Path, line: str, problem: str
     path.write_text(line)
     with pytest.raises(UserError, match=problem):
         certificates.read_texts(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"program": editing(5)}, True),
+        ({"program": editing(5), "mode": "POLICY_MODE_SHADOW"}, False),
+        ({"locked": [{"site": SITE, "row": latent(3)}]}, False),
+    ],
+)
+async def test_store_refuses_what_acts_and_has_no_certificate(
+    tmp_path: Path, fields: dict[str, object], refused: bool
+) -> None:
+    engine: Any = HoldingEngine()
+    store = PolicyStore(engine, tmp_path)
+    if not refused:
+        assert (await store.apply(message(**fields), "test")).name == "low"
+        return
+    with pytest.raises(PolicyInvalid, match="certificate: NONE: it has no certificate; run `rudder policy certify"):
+        await store.apply(message(**fields), "test")
+    assert [problem.field for problem in await store.problems(message(**fields))] == ["certificate"]
+    (tmp_path / "low.certificate.json").write_text("{")
+    with pytest.raises(PolicyInvalid, match=r"certificate: NONE: .*low\.certificate\.json: Input data was truncated"):
+        await store.apply(message(**fields), "test")
+    assert store.in_force == {}
