@@ -245,7 +245,7 @@ def test_line_that_is_no_text_is_refused(tmp_path: Path, line: str, problem: str
     ],
 )
 async def test_store_refuses_what_acts_and_has_no_certificate(
-    tmp_path: Path, fields: dict[str, object], refused: bool
+    tmp_path: Path, fields: dict[str, Any], refused: bool
 ) -> None:
     engine: Any = HoldingEngine()
     store = PolicyStore(engine, tmp_path)
