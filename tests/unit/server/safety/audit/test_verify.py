@@ -182,6 +182,13 @@ def test_head_of_another_course_of_the_same_log_is_found(tmp_path: Path) -> None
         verify(Place.of(tmp_path / "log"), KEY)
 
 
+def test_torn_line_before_the_last_file_is_found(log: Place) -> None:
+    with log.file(2).open("ab") as file:
+        file.write(b'{"kind":"call"')
+    with pytest.raises(Tampered, match=r"audit-000002\.jsonl:end: its last line is not whole"):
+        verify(log, KEY)
+
+
 def test_missing_head_and_missing_files_are_found(log: Place) -> None:
     log.files()[1].unlink()
     with pytest.raises(Tampered, match=r"audit-000002\.jsonl: the file is missing"):
