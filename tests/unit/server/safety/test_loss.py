@@ -48,7 +48,7 @@ class Stream:
         handle, length = next(iter(self.rig.engine.hub.inboxes)), 1 if self.steps else len(PROMPT)
         start = len(PROMPT) + self.steps - 1 if self.steps else 0
         values = np.zeros(length, "<f4").tobytes()
-        fields = {
+        fields: dict[str, Any] = {
             "sequence": self.rig.worker.sequence,
             "handles": np.array([handle], "<i8").tobytes(),
             "starts": np.array([start], "<i4").tobytes(),
