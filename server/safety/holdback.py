@@ -200,7 +200,7 @@ class Release:
             text=self.engine.text_of(self.call, self.ids)[self.chars :],
             token_ids=output.token_ids[:kept],
             logprobs=output.logprobs and output.logprobs[:kept],
-            # Those of the last token are no part of an answer that nobody guards.
+            # The last token of an answer without guards has none.
             features=output.features.between(output.features.first, self.prompt_tokens + self.limit - 1),
             outcome=replace(
                 output.outcome, finish_reason=FinishReason.LENGTH, stop_reason=None, generated_tokens=self.limit
@@ -212,16 +212,17 @@ class Release:
         self.outcome, self.ended = outcome, True
         if outcome.finish_reason in BROKEN:
             self.waiting.clear()
-            nothing = Output("", [], self.prompt_tokens + self.sent, None, NO_FEATURES, NO_FEATURES)
-            self.replace_last(nothing, replace(outcome, generated_tokens=self.sent))
+            self.waiting.append((self.nothing(replace(outcome, generated_tokens=self.sent)), time.monotonic()))
         elif self.last_unjudged():
             await self.judge_last(outcome)
-            self.replace_last(self.waiting.pop()[0], replace(outcome, tokens_seen=outcome.tokens_seen + 1))
+            # The last token is now among those that have gone through the model.
+            self.outcome = replace(outcome, tokens_seen=outcome.tokens_seen + 1)
+            output, came = self.waiting.pop()
+            self.waiting.append((output._replace(outcome=self.outcome), came))
 
-    def replace_last(self, output: Output, outcome: Outcome) -> None:
-        """Let an answer end with this output and outcome."""
-        self.outcome = outcome
-        self.waiting.append((output._replace(outcome=outcome), time.monotonic()))
+    def nothing(self, outcome: Outcome) -> Output:
+        """Return a last output without tokens."""
+        return Output("", [], self.prompt_tokens + self.sent, None, NO_FEATURES, NO_FEATURES, outcome)
 
     def last_unjudged(self) -> bool:
         """Return whether the last token has not gone through the model, and says something."""
@@ -261,7 +262,7 @@ class Release:
 
     def decide(self) -> None:
         """Act on the guards that hold: refuse, or run the prompt again."""
-        held = sorted((track.held, number) for number, track in enumerate(self.judge.tracks) if track.held)
+        held = sorted((track.held.position, number) for number, track in enumerate(self.judge.tracks) if track.held)
         for _, number in held:
             self.note(number)
         binding = [number for _, number in held if number in self.binding]
@@ -316,8 +317,9 @@ class Release:
     def refused(self) -> Output:
         """Return the last output of a choice that was refused: it says what ran, and has nothing of it."""
         outcome = self.outcome or self.engine.outcome_without_run(self.extended())
-        outcome = replace(outcome, finish_reason=FinishReason.REFUSED, stop_reason=None, generated_tokens=self.sent)
-        return Output("", [], self.prompt_tokens + self.sent, None, NO_FEATURES, NO_FEATURES, outcome)
+        return self.nothing(
+            replace(outcome, finish_reason=FinishReason.REFUSED, stop_reason=None, generated_tokens=self.sent)
+        )
 
     def benign(self) -> list[Benign]:
         """Return the largest statistics of guards that judged something and did not hold."""

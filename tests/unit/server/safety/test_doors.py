@@ -56,7 +56,7 @@ def methods() -> Iterator[tuple[str, str]]:
 def test_the_hold_back_alone_reads_what_calls_generate() -> None:
     assert callers("stream") - COMMANDS == {"safety/holdback.py"}
     assert callers("add_request") <= SUBMITS
-    assert callers("released") == {"service/run.py"}
+    assert callers("released") - COMMANDS == {"service/run.py"}
 
 
 @pytest.mark.parametrize(("service", "method"), list(methods()))
