@@ -15,6 +15,7 @@ from tests.e2e.conftest import FLAGS, running
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 SITE, LATENT = "layers.2.resid_post", 7
+STRICT = {"policies.allow_uncertified": "false"}
 WORDS = (
     "cell",
     "court",
@@ -55,7 +56,7 @@ def rudder(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_policy_is_certified_served_and_on_record(folder: Path) -> None:
-    flags = [f"--{name}={value}" for name, value in FLAGS.items()]
+    flags = [f"--{name}={value}" for name, value in (FLAGS | STRICT).items()]
     ports = ["--listen.port=0", "--listen.metrics_port=0", "--policies.folder=policies"]
     refused = rudder(folder, "serve", *flags, *ports)
     assert refused.returncode == 2, refused.stderr[-2000:]
@@ -70,7 +71,7 @@ def test_policy_is_certified_served_and_on_record(folder: Path) -> None:
     assert "12 of 12 texts" in recorded.stdout
 
     log, key = folder / "audit", str(folder / "audit.key")
-    fields = {"policies.folder": str(folder / "policies"), "audit.folder": str(log), "audit.key_file": key}
+    fields = STRICT | {"policies.folder": str(folder / "policies"), "audit.folder": str(log), "audit.key_file": key}
     with running(folder, **fields, **{"audit.fsync": "always"}) as server, Client(server.address) as client:
         for number in range(3):
             client.complete("The cell", max_tokens=number + 2, ignore_eos=True)
