@@ -21,7 +21,8 @@ async def evaluate(engine: Engine, policy: Policy, texts: Sequence[Text]) -> lis
     An answer is no part of the prompt, so edits and guards of generated tokens act on it. UserError: a text is empty or
     longer than the engine takes.
     """
-    running = asyncio.Semaphore(int(engine.admission.running))
+    # As many as run at once: no call has to wait for a slot, and so none is refused one.
+    running = asyncio.Semaphore(min(int(engine.admission.running), engine.registry.layout.slots))
 
     async def evaluate_one(number: int, text: Text) -> Acts:
         prompt, answer = token_ids(engine, text)

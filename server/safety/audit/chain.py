@@ -13,6 +13,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,11 @@ def entry_of(line: Line) -> dict[str, Any] | None:
         return msgspec.json.decode(line.entry, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
+
+
+def now() -> str:
+    """Return the time in UTC, RFC 3339 with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def seal_head(key: bytes, head: Head) -> Head:

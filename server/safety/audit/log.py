@@ -23,7 +23,6 @@ from rudder.server.safety.audit.verify import FIRST_NUMBER, End, Place, Tampered
 
 Fsync = Literal["always", "interval", "never"]
 PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
-READ_BYTES = 1 << 20
 
 
 class AuditLog:
@@ -36,8 +35,8 @@ class AuditLog:
         self.max_bytes, self.fsync, self.lock = max_bytes, fsync, lock
         self.anchored = -1
         self.descriptor = open_file(place.file(end.number))
-        # Nobody knows what the file holds. So it is after a failed fsync, too: the kernel may have dropped pages, and
-        # the next fsync would succeed without them.
+        # The file may hold anything. After a failed fsync, too: the kernel may have dropped pages, and the next fsync
+        # would succeed without them.
         self.broken = False
 
     @classmethod
@@ -53,7 +52,7 @@ class AuditLog:
             stack.callback(lambda: os.close(log.descriptor))
             # First the head: files without one are never the rest of a start that failed.
             log.anchor()
-            begin = [{"kind": "begin", "chain": identifier}] if end.count == 0 else []
+            begin = [{"kind": "begin", "time": chain.now(), "chain": identifier}] if end.count == 0 else []
             if entries := [*begin, *log.set_torn_line_aside()]:
                 log.append(entries)
                 log.anchor()
@@ -61,9 +60,8 @@ class AuditLog:
             return log
 
     def append(self, entries: Sequence[Mapping[str, Any]]) -> list[bytes]:
-        """Append entries, each with its number as `sequence`; return their lines. Raises OSError: none is appended."""
-        if self.broken:
-            raise OSError("the log failed in a way that only a restart of the server mends")
+        """Append entries, each with its number as `sequence`; return their lines. Raises OSError: then none is."""
+        self.require_known()
         if self.end.size >= self.max_bytes:
             self.rotate()
         mac, lines = self.end.mac, []
@@ -83,13 +81,17 @@ class AuditLog:
         path = self.place.file(self.end.number)
         try:
             with naming_file_in_errors(path):
-                for begin in range(0, len(content), READ_BYTES):
-                    write_all(self.descriptor, content[begin : begin + READ_BYTES])
+                write_all(self.descriptor, content)
         except OSError:
             self.broken = True
             os.ftruncate(self.descriptor, self.end.size)
             self.broken = False
             raise
+
+    def require_known(self) -> None:
+        """Raise OSError if nobody knows what the file holds: nothing may be appended, and no head vouch for it."""
+        if self.broken:
+            raise OSError("the log failed in a way that only a restart of the server mends")
 
     def synchronise(self) -> None:
         """Flush the file to the disk."""
@@ -104,6 +106,7 @@ class AuditLog:
         """Write the head, behind the entries that it vouches for."""
         if self.end.count == self.anchored and not closed:
             return
+        self.require_known()
         if self.fsync != "never":
             self.synchronise()
         head = Head(chain=self.identifier, count=self.end.count, mac=self.end.mac.hex(), closed=closed)
@@ -130,7 +133,8 @@ class AuditLog:
         os.ftruncate(self.descriptor, self.end.size)
         self.end = replace(self.end, torn=False)
         digest = hashlib.sha256(torn).hexdigest()
-        return [{"kind": "recovered", "bytes": len(torn), "sha256": digest, "kept": kept.name}]
+        entry = {"kind": "recovered", "time": chain.now(), "bytes": len(torn), "sha256": digest, "kept": kept.name}
+        return [entry]
 
     def close(self) -> None:
         """Anchor the head as closed, and release the log in whatever way that ends."""

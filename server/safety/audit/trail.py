@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -79,7 +78,7 @@ class Trail:
         # Whoever waits may be cancelled; the entry is written all the same.
         written.set_running_or_notify_cancel()
         try:
-            self.queue.put_nowait(Item({"time": now(), **entry}, written))
+            self.queue.put_nowait(Item({"time": chain.now(), **entry}, written))
         except queue.Full:
             self.lose(1)
             written.set_result(False)
@@ -118,7 +117,10 @@ class Trail:
     def write(self, batch: Sequence[Item]) -> None:
         """Write entries, and before them how many were lost; all of them or none."""
         lost = self.lost
-        entries = [*([{"kind": "lost", "time": now(), "entries": lost}] if lost else []), *(i.entry for i in batch)]
+        entries = [
+            *([{"kind": "lost", "time": chain.now(), "entries": lost}] if lost else []),
+            *(i.entry for i in batch),
+        ]
         if not entries:
             return
         lines = self.attempt(lambda: self.log.append(entries))
@@ -167,11 +169,6 @@ class Trail:
             self.lost += entries
         if entries > 0:
             self.metrics.audit_lost(entries)
-
-
-def now() -> str:
-    """Return the time in UTC, RFC 3339 with milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def open_trail(settings: Audit, metrics: Metrics) -> Trail | None:

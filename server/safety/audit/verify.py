@@ -90,7 +90,7 @@ def walk(place: Place, key: bytes, head: Head, files: list[Path]) -> End:
             raise Tampered(str(place.file(number)), "the file is missing")
         end = scan(path, key, replace(end, number=number, size=0), head)
         if end.torn and path != files[-1]:
-            raise Tampered(f"{path}:{end.count}", "the line behind this one is cut off")
+            raise Tampered(f"{path}:end", "its last line is not whole, and yet another file follows")
     require_reached(place, head, end)
     return end
 

@@ -2,14 +2,22 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+import yaml
+from google.protobuf import json_format
 
 from rudder.sae_models.errors import UserError
+from rudder.server.cli import main
 from rudder.server.safety import certificate as certificates
 from rudder.server.safety.certificate import Acts, Case, Certificate, Evaluation, Fingerprint, Text
+from rudder.server.safety.problems import PolicyInvalid
+from rudder.server.safety.store import PolicyStore
 from rudder.v1 import policy_pb2, program_pb2
+from tests.unit.policies import HoldingEngine, editing, latent, message
+from tests.unit.programs import SITE
 
 NOW = Fingerprint(policy="p", model="m", bundles={"b": "1"}, engine={"dtype": "float32", "vllm": "0.32.0"})
 EDIT, GATE = "0: layers.2.resid_post feature 7 of b set 3", "layers.2.resid_post"
@@ -229,3 +237,71 @@ def test_line_that_is_no_text_is_refused(tmp_path: Path, line: str, problem: str
     path.write_text(line)
     with pytest.raises(UserError, match=problem):
         certificates.read_texts(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"program": editing(5)}, True),
+        ({"program": editing(5), "mode": "POLICY_MODE_SHADOW"}, False),
+        ({"locked": [{"site": SITE, "row": latent(3)}]}, False),
+    ],
+)
+async def test_store_refuses_what_acts_and_has_no_certificate(
+    tmp_path: Path, fields: dict[str, Any], refused: bool
+) -> None:
+    engine: Any = HoldingEngine()
+    store = PolicyStore(engine, tmp_path)
+    if not refused:
+        assert (await store.apply(message(**fields), "test")).name == "low"
+        return
+    with pytest.raises(PolicyInvalid, match="certificate: NONE: it has no certificate; run `rudder policy certify"):
+        await store.apply(message(**fields), "test")
+    assert [problem.field for problem in await store.problems(message(**fields))] == ["certificate"]
+    (tmp_path / "low.certificate.json").write_text("{")
+    with pytest.raises(PolicyInvalid, match=r"certificate: NONE: .*low\.certificate\.json: Input data was truncated"):
+        await store.apply(message(**fields), "test")
+    assert store.in_force == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--record"], "texts: --record and --texts FILE go together"),
+        (["--texts", "texts.jsonl"], "texts: --record and --texts FILE go together"),
+        (["--max-flips", "1"], "max-flips: 1 is not in [0, 1)"),
+        (
+            [],
+            "low.evaluation.jsonl.xz: there is no evaluation: `rudder policy certify --record --texts FILE` makes one",
+        ),
+        (["--record", "--texts", "none.jsonl"], "No such file or directory: 'none.jsonl'"),
+        (["--engine.dtipe", "float32"], "engine.dtipe: there is no such field"),
+    ],
+)
+def test_command_names_what_is_missing_before_an_engine_starts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    problem: str,
+) -> None:
+    monkeypatch.setattr("rudder.server.safety.certify.start_engine", lambda _: pytest.fail("an engine starts"))
+    document = json_format.MessageToDict(message(program=editing(5)), preserving_proto_field_name=True)
+    (tmp_path / "low.yaml").write_text(yaml.safe_dump(document))
+    assert main(["policy", "certify", str(tmp_path / "low.yaml"), *arguments]) == 2
+    assert problem in " ".join(capsys.readouterr().err.split())
+
+
+def test_command_prints_parts_and_returns_whether_they_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for made, status in ((certificate(RECORDED), 0), (certificate(replaced(t0=acts(1), t1=acts())), 1)):
+
+        async def certify(*_: object, made: Certificate = made) -> Certificate:
+            return made
+
+        monkeypatch.setattr("rudder.server.safety.certify.certify", certify)
+        assert main(["policy", "certify", str(tmp_path / "low.yaml")]) == status
+        output = capsys.readouterr().out
+        assert f"forget version 3: {made.result}" in output
+        assert "2 of 100 texts" in output

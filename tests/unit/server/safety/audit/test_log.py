@@ -26,7 +26,7 @@ def entries(place: Place) -> list[dict[str, object]]:
 def test_lines_are_json_of_the_entry_and_its_mac(tmp_path: Path) -> None:
     place = written_log(tmp_path, 1)
     first, second = place.file(1).read_text().splitlines()
-    assert json.loads(first).keys() == {"kind", "chain", "sequence", "mac"}
+    assert json.loads(first).keys() == {"kind", "time", "chain", "sequence", "mac"}
     body = json.loads(second)
     mac = body.pop("mac")
     assert body == {**call_entry(0), "sequence": 2}
@@ -139,6 +139,12 @@ def test_nothing_is_appended_after_a_failed_fsync(tmp_path: Path, monkeypatch: p
             log.append([call_entry(1)])
     with pytest.raises(OSError, match="only a restart"):
         log.append([call_entry(2)])
+    head = log.place.head.read_bytes()
+    with pytest.raises(OSError, match="only a restart"):
+        log.close()
+    assert log.place.head.read_bytes() == head
+    open_log(tmp_path).close()
+    assert verify(log.place, KEY).entries == 2
 
 
 def test_second_writer_is_refused(tmp_path: Path) -> None:

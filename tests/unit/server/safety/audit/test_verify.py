@@ -99,17 +99,13 @@ def tampered(draw: st.DrawFn, files: Files) -> Files:
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_tampering_is_found(original: Place, tmp_path: Path, data: st.DataObject) -> None:
+def test_any_tampering_is_found(original: Place, log: Place, data: st.DataObject) -> None:
     files = read(original)
     changed = data.draw(tampered(files))
     assume([b"".join(content) for content in changed] != [b"".join(content) for content in files])
-    folder = tmp_path / "log"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(original.folder, folder)
-    place = Place.of(folder)
-    write(place, changed)
+    write(log, changed)
     with pytest.raises(Tampered):
-        verify(place, KEY)
+        verify(log, KEY)
 
 
 def edit(files: Files) -> None:
@@ -167,6 +163,26 @@ def test_older_head_of_a_closed_log_is_found(tmp_path: Path) -> None:
     place.head.write_bytes(closed)
     with pytest.raises(Tampered, match="closed with entry 4, but it goes on: the head is an older one"):
         verify(place, KEY)
+
+
+def test_head_of_another_course_of_the_same_log_is_found(tmp_path: Path) -> None:
+    """A server went on from a copy of the log: two logs of one key, with the same first entries and as many of them."""
+    written_log(tmp_path / "log", 3)
+    shutil.copytree(tmp_path / "log", tmp_path / "copy")
+    for folder, number in (("log", 4), ("copy", 5)):
+        log = open_log(tmp_path / folder)
+        log.append([call_entry(number)])
+        log.close()
+    shutil.copy(tmp_path / "copy" / "head.json", tmp_path / "log")
+    with pytest.raises(Tampered, match="entry 5 is not the one that the head vouches for"):
+        verify(Place.of(tmp_path / "log"), KEY)
+
+
+def test_torn_line_before_the_last_file_is_found(log: Place) -> None:
+    with log.file(2).open("ab") as file:
+        file.write(b'{"kind":"call"')
+    with pytest.raises(Tampered, match=r"audit-000002\.jsonl:end: its last line is not whole"):
+        verify(log, KEY)
 
 
 def test_missing_head_and_missing_files_are_found(log: Place) -> None:
