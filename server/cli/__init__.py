@@ -26,6 +26,7 @@ COMMANDS = {
     "program": "derive and evaluate the programs of a bundle",
     "token": "create, list and revoke the tokens of callers",
     "policy": "write, check and apply policies",
+    "audit": "verify and show the audit log",
     "eval": "measure what steering, policies and guards do",
     "bench": "run benchmarks",
     "demo": "start a server, run the client's tour, stop the server",

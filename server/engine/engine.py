@@ -137,7 +137,9 @@ class Engine:
         return handle
 
     async def drop(self, handle: int) -> None:
-        """Hold the rows of a handle no longer."""
+        """Hold the rows of a handle no longer. An engine that has died holds none."""
+        if self.llm.errored:
+            return
         await self.llm.collective_rpc("rudder_drop", args=(handle,))
         self.admission.unreserve(handle)
 
