@@ -135,7 +135,7 @@ def fit_linear(sample: Sample, settings: TrainingSettings, seed: int) -> Linear:
 
     fit(score, [weights, bias], sample, settings, seed)
     w, b = raw()
-    return Linear(w.detach(), float(b))
+    return Linear(w.detach(), float(b.detach()))
 
 
 def moments(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
