@@ -1,5 +1,6 @@
 """Labelled exchanges, as the tokens that a server would run: what guards are trained, calibrated and measured on."""
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,29 +89,37 @@ def _pieces(document: Document, tokenizer: Any, tokens: int, count: int) -> list
     return [(*(() if lead is None else (lead,)), *piece) for piece in kept if piece]
 
 
-def of_prompts(path: Path, tokenizer: Any, chat: bool = True) -> list[Exchange]:
+@dataclass(frozen=True)
+class Prompt:
+    """A labelled prompt; `number`: its line in the file."""
+
+    text: str
+    label: float
+    split: str
+    source: str
+    number: int
+
+
+def read_prompts(path: Path) -> list[Prompt]:
     """Read labelled prompts: JSON lines of `text`, `harmful` or `label`, and optionally `split` and `source`.
 
-    `chat`: each stands in the chat template as the message of a user, up to where the answer begins. Without `split`,
-    one in five is for tuning, one in five for the report. Raise UserError by line and field.
+    Without `split`, one in five is for tuning, one in five for the report. Raise UserError by line and field.
     """
-    records = list(corpus.json_records(path))
-    return [
-        _exchange(record, number, path, tokenizer, chat)
-        for number, record in enumerate(tqdm(records, desc="tokenise", unit="prompt"), 1)
-    ]
+    return [_prompt(record, path, number) for number, record in enumerate(corpus.json_records(path), 1)]
 
 
-def _exchange(record: Any, number: int, path: Path, tokenizer: Any, chat: bool) -> Exchange:
-    text, label, split = prompt_fields(record, f"prompts: {path}: line {number}", number)
-    encoder = text_encoder(tokenizer)
-    messages = [{"role": "user", "content": text}]
-    ids = encoder.encode_chat(messages, add_generation_prompt=True) if chat else encoder.encode_prompt(text)
-    return Exchange(tuple(ids), label, str(record.get("source", "")), str(number), split)
+def of_prompts(prompts: Sequence[Prompt], tokenizer: Any, chat: bool = True) -> list[Exchange]:
+    """Return prompts as exchanges; `chat`: as the message of a user in the chat template, up to where answers begin."""
+    encoder, chosen = text_encoder(tokenizer), []
+    for prompt in tqdm(prompts, desc="tokenise", unit="prompt"):
+        messages = [{"role": "user", "content": prompt.text}]
+        ids = encoder.encode_chat(messages, add_generation_prompt=True) if chat else encoder.encode_prompt(prompt.text)
+        chosen.append(Exchange(tuple(ids), prompt.label, prompt.source, str(prompt.number), prompt.split))
+    return chosen
 
 
-def prompt_fields(record: Any, where: str, number: int) -> tuple[str, float, str]:
-    """Return text, label and split of a labelled prompt. UserError: a field is missing or not what it must be."""
+def _prompt(record: Any, path: Path, number: int) -> Prompt:
+    where = f"prompts: {path}: line {number}"
     if not isinstance(record, dict) or not isinstance(record.get("text"), str) or not record["text"].strip():
         raise UserError(f"{where}: text: must be a string that is not empty")
     label = record.get("harmful", record.get("label"))
@@ -119,14 +128,33 @@ def prompt_fields(record: Any, where: str, number: int) -> tuple[str, float, str
     split = record.get("split", (TUNE, REPORT, TRAIN, TRAIN, TRAIN)[number % 5])
     if split not in SPLITS:
         raise UserError(f"{where}: split: {split!r} is none of {', '.join(SPLITS)}")
-    return record["text"], float(label), split
+    return Prompt(record["text"], float(label), split, str(record.get("source", "")), number)
 
 
-def padded(exchange: Exchange, before: Sequence[int], after: Sequence[int], tokenizer: Any) -> Exchange:
-    """Return the exchange between other tokens; BOS stays in front."""
-    lead = leading_token(tokenizer)
-    front, own = ((), exchange.ids) if lead is None else ((lead,), exchange.ids[1:])
-    return replace(exchange, ids=(*front, *before, *own, *after))
+def padded(
+    excerpts: Sequence[Exchange], paddings: Sequence[Exchange], before: int, after: int, tokenizer: Any
+) -> list[Exchange]:
+    """Return excerpts between tokens of other exchanges, `before` and `after` each; BOS stays in front.
+
+    paddings: exchanges of at least `before + after` tokens besides BOS, one of which is drawn for each excerpt, not of
+    the same section.
+    """
+    generator = random.Random(0)
+    return [
+        _padded(excerpt, generator.choice([p for p in paddings if p.cluster != excerpt.cluster]), before, after, lead)
+        for lead in [int(leading_token(tokenizer) is not None)]
+        for excerpt in excerpts
+    ]
+
+
+def _padded(excerpt: Exchange, padding: Exchange, before: int, after: int, lead: int) -> Exchange:
+    front, rest = padding.ids[: lead + before], padding.ids[lead + before : lead + before + after]
+    return replace(excerpt, ids=(*front, *excerpt.ids[lead:], *rest))
+
+
+def excerpt_of(exchange: Exchange, tokens: int) -> Exchange:
+    """Return the first tokens of an exchange, BOS among them."""
+    return replace(exchange, ids=exchange.ids[:tokens])
 
 
 def as_windows(exchanges: Sequence[Exchange], tokenizer: Any, rule: ContextRule) -> Windows:

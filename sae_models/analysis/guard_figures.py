@@ -1,7 +1,8 @@
 """Figures of guards on held-out exchanges, with intervals that resample whole sections."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,35 +24,31 @@ class Figure:
     low: float
     high: float
 
-    def as_json(self) -> dict[str, float]:
-        """Return the figure as an object of JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Clustered:
-    """A value of each exchange [n], and the section that it is from: exchanges of a section are not independent."""
+    """Values of each exchange [n, ...], and the section that it is from: those of one section are not independent."""
 
     values: Floats
     cluster: Sequence[str]
 
-    @property
-    def sections(self) -> list[Floats]:
-        """The values of each section."""
+    def resamples(self, generator: np.random.Generator) -> Iterator[Floats]:
+        """Yield, without end, the values of as many sections, drawn with replacement."""
         _, number = np.unique(np.array(self.cluster), return_inverse=True)
-        return np.split(self.values[np.argsort(number, kind="stable")], np.cumsum(np.bincount(number))[:-1])
-
-
-def resampled(sections: Sequence[Floats], generator: np.random.Generator) -> Floats:
-    """Return the values of as many sections, drawn with replacement."""
-    return np.concatenate([sections[index] for index in generator.integers(0, len(sections), len(sections))])
+        ordered, size = self.values[np.argsort(number, kind="stable")], np.bincount(number)
+        first = np.cumsum(size) - size
+        while True:
+            drawn = generator.integers(0, len(size), len(size))
+            counts = size[drawn]
+            # The first index of each drawn section, and up from there.
+            start = np.repeat(first[drawn] - (np.cumsum(counts) - counts), counts)
+            yield ordered[start + np.arange(len(start))]
 
 
 def figure(measure: Measure, positive: Clustered, negative: Clustered, seed: int = 0) -> Figure:
     """Return a measure with the percentile interval of a bootstrap over sections, the same resamples for each seed."""
-    generator = np.random.default_rng(seed)
-    sides = positive.sections, negative.sections
-    draws = [measure(*(resampled(sections, generator) for sections in sides)) for _ in range(RESAMPLES)]
+    sides = (side.resamples(np.random.default_rng([seed, i])) for i, side in enumerate((positive, negative)))
+    draws = [measure(*drawn) for drawn in islice(zip(*sides, strict=True), RESAMPLES)]
     return Figure(measure(positive.values, negative.values), *np.quantile(draws, INTERVAL).tolist())
 
 

@@ -147,7 +147,7 @@ def splits_of_prompts(options: argparse.Namespace, rig: Rig) -> Splits:
     """Read labelled prompts. UserError by line and field."""
     if options.topic or options.neighbour:
         raise UserError("topic, neighbour: belong to --corpus")
-    prompts = exchanges.of_prompts(options.prompts, rig.tokenizer, chat=not options.text)
+    prompts = exchanges.of_prompts(exchanges.read_prompts(options.prompts), rig.tokenizer, chat=not options.text)
     train, tune, report = ([each for each in prompts if each.split == split] for split in (TRAIN, TUNE, REPORT))
     return Splits(train, tune, report)
 
