@@ -2,25 +2,37 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.table import Table
 
+from rudder.sae_models import token_model
 from rudder.sae_models.activations import corpus
 from rudder.sae_models.activations.corpus import ContextRule
 from rudder.sae_models.analysis import exchanges, guard, guard_training
 from rudder.sae_models.analysis import program as messages
 from rudder.sae_models.analysis.derive import Topic
 from rudder.sae_models.analysis.exchanges import REPORT, TRAIN, TUNE, Exchange
-from rudder.sae_models.analysis.guard import Guard
+from rudder.sae_models.analysis.guard import Guard, Score, TokenModelFile
 from rudder.sae_models.analysis.guard_figures import highest
-from rudder.sae_models.analysis.guard_training import FALSE_ALARMS, Decided, Ranked, Rig, by_class, decided, ranked
-from rudder.sae_models.analysis.probe_training import Linear, TrainingSettings
+from rudder.sae_models.analysis.guard_training import (
+    FALSE_ALARMS,
+    Decided,
+    Ranked,
+    Rig,
+    Scorer,
+    by_class,
+    decided,
+    ranked,
+)
+from rudder.sae_models.analysis.probe_training import Linear, Sample, TrainingSettings
+from rudder.sae_models.analysis.token_training import fit_tokens
 from rudder.sae_models.bundle.bundle import read_manifest
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.files import write_atomically
+from rudder.sae_models.token_model import vocabulary_sha256
 from rudder.server.cli.arguments import add_subcommand, command, integer, number
 from rudder.server.cli.output import out
 
@@ -64,7 +76,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--name", default="", help="of the guard (default: the topic, or the file of the prompts)")
     add_settings(train)
     train.add_argument("--out", type=Path, required=True, help="YAML file of the guard")
-    train.add_argument("--policy", action="store_true", help="write a policy that binds all callers, with this guard")
+    train.add_argument(
+        "--token-model",
+        type=Path,
+        help="safetensors file: train a model of token ids too, which has a guard of its own",
+    )
+    train.add_argument("--policy", action="store_true", help="write a policy that binds all callers")
     train.add_argument("--report", type=Path, help="JSON file of the figures")
     return probe
 
@@ -99,23 +116,37 @@ class Splits:
     neighbours: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Arm:
+    """A score as the guard's file has it, and what computes it."""
+
+    score: Score
+    scorer: Scorer
+    what: str
+
+
 def train_guard(options: argparse.Namespace) -> None:
-    """Train, calibrate, measure and write a guard."""
+    """Train, calibrate, measure and write a guard, or two."""
     rig = guard_training.load_rig(options.model, options.site, rule_of(options.bundle))
     splits = splits_of_corpus(options, rig) if options.corpus else splits_of_prompts(options, rig)
     name = options.name or "-".join(options.topic) or options.prompts.name.partition(".")[0]
-    probes = fit(rig, splits, options)
-    score, probe = guard_training.served(name, probes, rig)
+    arms, seeds = fit(rig, splits, name, options)
     benign = [exchange for exchange in splits.tune if exchange.label <= 0.5]
-    calibration = rig.scores({name: guard_training.linear(probe)}, benign, "calibrate")[name]
-    trained = guard_training.guard_of(name, score, calibration, options.decay, options.false_alarms)
-    guarded, seeds = measure(rig, splits, trained, probe, probes)
-    description = describe(splits, len(benign), guarded, options)
-    messages.write(options.out, policy_of(trained, description) if options.policy else trained)
-    print_figures(trained, guarded, seeds)
+    calibration = rig.scores({each: arm.scorer for each, arm in arms.items()}, benign, "calibrate")
+    guards = [
+        guard_training.guard_of(each, arm.score, calibration[each], options.decay, options.false_alarms)
+        for each, arm in arms.items()
+    ]
+    figures, ranks = measure(rig, splits, arms, guards, seeds)
+    descriptions = [describe(arms[each.name].what, splits, len(benign), figures[each.name], options) for each in guards]
+    write(guards, descriptions, options)
+    print_figures(guards, figures, ranks)
     if options.report:
-        report = {"guard": name, "level": trained.level, "calibrated_on": len(benign), "description": description}
-        content = {**report, "served": asdict(guarded), "seeds": [asdict(seed) for seed in seeds]}
+        entries = [
+            {"guard": each.name, "level": each.level, "calibrated_on": len(benign), **asdict(figures[each.name])}
+            for each in guards
+        ]
+        content = {"guards": entries, "seeds": [asdict(rank) for rank in ranks], "description": descriptions}
         write_atomically(options.report, json.dumps(content, indent=2).encode() + b"\n")
 
 
@@ -152,50 +183,80 @@ def splits_of_prompts(options: argparse.Namespace, rig: Rig) -> Splits:
     return Splits(train, tune, report)
 
 
-def fit(rig: Rig, splits: Splits, options: argparse.Namespace) -> list[Linear]:
-    """Train a probe with each seed."""
+def fit(rig: Rig, splits: Splits, name: str, options: argparse.Namespace) -> tuple[dict[str, Arm], list[Linear]]:
+    """Train a probe with each seed and, if asked for, a token model: the arm of each guard, and the probes."""
     guard_training.weights_of(splits.train)
     settings = TrainingSettings(options.window, options.temperature, weight_decay=options.weight_decay)
-    inputs = [x for x, _ in rig.features(splits.train, "read")]
-    sample = guard_training.sample_of(inputs, splits.train, splits.neighbours)
-    return guard_training.fit_seeds(sample, settings, options.seeds)
+    collected = list(rig.features(splits.train, "read"))
+    sample = guard_training.sample_of([x for x, _ in collected], splits.train, splits.neighbours)
+    probes = guard_training.fit_seeds(sample, settings, options.seeds)
+    score, probe = guard_training.served(name, probes, rig)
+    what = f"a linear probe at {', '.join(rig.widths)}, the mean of {options.seeds} seeds"
+    arms = {name: Arm(score, guard_training.linear(probe), what)}
+    if options.token_model:
+        arms[f"{name}-token-ids"] = fit_token_model(rig, [ids for _, ids in collected], sample, options.token_model)
+    return arms, probes
+
+
+def fit_token_model(rig: Rig, texts: Sequence[Sequence[int]], sample: Sample, path: Path) -> Arm:
+    """Train a token model and write its file."""
+    model = fit_tokens(texts, sample, vocabulary_sha256(rig.tokenizer.get_vocab()))
+    score = Score(token_model=TokenModelFile(path.name, token_model.save(path, model)))
+    return Arm(
+        score, lambda _, ids: model.scores(ids), f"n-grams of up to {model.order} token ids, without activations"
+    )
 
 
 def measure(
-    rig: Rig, splits: Splits, trained: Guard, probe: Linear, seeds: Sequence[Linear]
-) -> tuple[Decided, list[Ranked]]:
-    """Return the figures of the guard, and of each seed's probe, on the report split."""
-    arms = {str(number): guard_training.linear(each) for number, each in enumerate([probe, *seeds])}
-    scores = rig.scores(arms, splits.report, "report")
-    sides = [by_class(splits.report, highest(scores[arm], trained.statistic)) for arm in arms]
-    return decided(*sides[0], trained.level), [ranked(*side) for side in sides[1:]]
+    rig: Rig, splits: Splits, arms: Mapping[str, Arm], guards: Sequence[Guard], seeds: Sequence[Linear]
+) -> tuple[dict[str, Decided], list[Ranked]]:
+    """Return the figures of each guard, and of each seed's probe, on the report split."""
+    scorers = {name: arm.scorer for name, arm in arms.items()}
+    scorers |= {str(seed): guard_training.linear(probe) for seed, probe in enumerate(seeds)}
+    scores = rig.scores(scorers, splits.report, "report")
+    statistic = guards[0].statistic
+    sides = {name: by_class(splits.report, highest(each, statistic)) for name, each in scores.items()}
+    figures = {each.name: decided(*sides[each.name], each.level) for each in guards}
+    return figures, [ranked(*sides[str(seed)]) for seed in range(len(seeds))]
 
 
-def describe(splits: Splits, benign: int, figures: Decided, options: argparse.Namespace) -> str:
+def write(guards: Sequence[Guard], descriptions: Sequence[str], options: argparse.Namespace) -> None:
+    """Write the guards as one policy that binds all callers, or each in a file of its own."""
+    if options.policy:
+        binds, description = guard.Binding(all=True), " ".join(descriptions)
+        messages.write(options.out, guard.Policy(guards[0].name, description, 1, binds, tuple(guards)))
+        return
+    for each, path in zip(guards, (options.out, options.token_model and beside(options.token_model)), strict=False):
+        messages.write(path, each)
+
+
+def beside(path: Path) -> Path:
+    """Return the path of the guard that reads a token model."""
+    return path.with_suffix(".yaml")
+
+
+def describe(what: str, splits: Splits, benign: int, figures: Decided, options: argparse.Namespace) -> str:
     """Say how a guard was made and what it does, for those who read its file."""
     source = ", ".join(options.topic) or options.prompts.name
     return (
-        f"Notices {source}: a linear probe at {', '.join(options.site)}, the mean of {options.seeds} seeds trained on "
-        f"{len(splits.train)} texts. Level: exceeded by {options.false_alarms:.1%} of benign texts, by split conformal "
-        f"prediction from {benign}. On {figures.positives} other texts to notice and {figures.benign} benign ones: "
-        f"AUROC {figures.auroc.value:.4f}, noticed {figures.noticed.value:.1%}, false alarms "
+        f"Notices {source} by {what}, trained on {len(splits.train)} texts. Level: exceeded by "
+        f"{options.false_alarms:.1%} of benign texts, by split conformal prediction from {benign}. On "
+        f"{figures.positives} other texts to notice and {figures.benign} benign ones: AUROC "
+        f"{figures.auroc.value:.4f}, noticed {figures.noticed.value:.1%}, false alarms "
         f"{figures.false_alarms.value:.2%} (at most {figures.upper_bound:.2%} with 95 % confidence)."
     )
 
 
-def policy_of(trained: Guard, description: str) -> guard.Policy:
-    """Return a policy with this guard that binds all callers."""
-    return guard.Policy(trained.name, description, 1, guard.Binding(all=True), (trained,))
-
-
-def print_figures(trained: Guard, guarded: Decided, seeds: Sequence[Ranked]) -> None:
-    """Print the figures of the guard and of each seed."""
-    table = Table(title=f"{trained.name}: level {trained.level:g}, on the report split")
-    for column in ("", "AUROC", f"recall at {FALSE_ALARMS:.0%}", "noticed", "false alarms", "at most"):
+def print_figures(guards: Sequence[Guard], figures: Mapping[str, Decided], seeds: Sequence[Ranked]) -> None:
+    """Print the figures of each guard, and of each seed of the probe."""
+    table = Table(title="on the report split")
+    for column in ("", "level", "AUROC", f"recall at {FALSE_ALARMS:.0%}", "noticed", "false alarms", "at most"):
         table.add_column(column, justify="right" if column else "left")
-    for seed, each in enumerate(seeds):
-        table.add_row(f"seed {seed}", f"{each.auroc.value:.4f}", f"{each.recall.value:.1%}")
-    recalls = (f"{figure.value:.1%}" for figure in (guarded.recall, guarded.noticed))
-    alarms = f"{guarded.false_alarms.value:.2%}", f"{guarded.upper_bound:.2%}"
-    table.add_row("served", f"{guarded.auroc.value:.4f}", *recalls, *alarms)
+    for each in guards:
+        found = figures[each.name]
+        recalls = (f"{figure.value:.1%}" for figure in (found.recall, found.noticed))
+        alarms = f"{found.false_alarms.value:.2%}", f"{found.upper_bound:.2%}"
+        table.add_row(each.name, f"{each.level:g}", f"{found.auroc.value:.4f}", *recalls, *alarms)
+    for seed, rank in enumerate(seeds):
+        table.add_row(f"seed {seed}", "", f"{rank.auroc.value:.4f}", f"{rank.recall.value:.1%}")
     out.print(table)

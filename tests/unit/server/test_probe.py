@@ -10,10 +10,13 @@ import torch
 import yaml
 from google.protobuf.json_format import ParseDict
 
+from rudder.sae_models import token_model
 from rudder.sae_models.activations import corpus
+from rudder.sae_models.activations.harvest import load_tokenizer
 from rudder.sae_models.analysis import exchanges, guard_training
 from rudder.sae_models.analysis.derive import Topic
 from rudder.sae_models.analysis.exchanges import TUNE
+from rudder.sae_models.token_model import vocabulary_sha256
 from rudder.server import cli
 from rudder.v1 import policy_pb2
 from tests.unit.tiny import WORDS, save_corpus, save_model
@@ -58,7 +61,7 @@ def test_a_guard_of_a_topic(folder: Path) -> None:
     assert guard.moving_average.decay == pytest.approx(0.12)
     figures = json.loads(report.read_text())
     assert len(figures["seeds"]) == 2
-    assert all(each["auroc"]["value"] > 0.7 for each in (figures["served"], *figures["seeds"]))
+    assert all(each["auroc"]["value"] > 0.7 for each in (*figures["guards"], *figures["seeds"]))
     # The level is that of the benign tuning texts, by the scores that a server computes from the file.
     weights = [torch.tensor(term["row"]["probe"]["weights"]) for term in content["score"]["terms"]]
     highest = []
@@ -79,10 +82,16 @@ def test_a_guard_of_a_topic(folder: Path) -> None:
 def test_a_policy_from_prompts(folder: Path) -> None:
     out = folder / "policy.yaml"
     prompts = ["--prompts", str(folder / "prompts.jsonl"), "--text", "--out", str(out), "--policy"]
-    assert train(folder, *prompts) == 0
+    assert train(folder, *prompts, "--token-model", str(folder / "tokens.safetensors")) == 0
     policy = ParseDict(yaml.safe_load(out.read_text()), policy_pb2.Policy())
     assert (policy.name, policy.version, policy.binds.all) == ("prompts", 1, True)
-    assert [guard.action for guard in policy.guards] == [policy_pb2.GUARD_ACTION_STOP]
+    assert [guard.action for guard in policy.guards] == [policy_pb2.GUARD_ACTION_STOP] * 2
+    file = policy.guards[1].score.token_model
+    model = token_model.load(folder / file.file, file.sha256)
+    tokenizer = load_tokenizer(folder / "model")
+    assert model.vocabulary == vocabulary_sha256(tokenizer.get_vocab())
+    hazard, benign = (model.scores(tokenizer.encode(" ".join(words))) for words in (WORDS[7:12], WORDS[:6]))
+    assert hazard[1:].mean() > 0 > benign[1:].mean()
     assert "false alarms" in policy.description
 
 
