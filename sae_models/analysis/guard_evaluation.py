@@ -80,7 +80,7 @@ def fit_arms(
     probes = fit_seeds(sample, TrainingSettings(), seeds)
     score = probe_score(RESIDUAL, average(probes), rig.widths)
     vocabulary = vocabulary_sha256(rig.tokenizer.get_vocab())
-    tokens = fit_tokens([ids for _, ids in collected], sample, vocabulary)
+    tokens = fit_tokens([ids for _, ids in collected], sample.label, sample.weight, vocabulary)
     latents, latent = fit_latents(rig, bundle, sample, groups, neighbours)
     scorers = {RESIDUAL: linear(probe_of(score)), LATENT: latent, TOKENS: lambda _, ids: tokens.scores(ids)}
     scorers[BOTH] = mixed(scorers[RESIDUAL], scorers[TOKENS])

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from rudder.sae_models.analysis.probe_training import Sample, TrainingSettings, fit
 from rudder.sae_models.token_model import TokenModel, buckets
@@ -15,20 +16,20 @@ SETTINGS = TrainingSettings(epochs=8, learning_rate=2e-2, weight_decay=1e-2)
 
 def fit_tokens(
     texts: Sequence[Sequence[int]],
-    sample: Sample,
+    label: Tensor,
+    weight: Tensor,
     vocabulary: str,
     count: int = BUCKETS,
     order: int = ORDER,
     settings: TrainingSettings = SETTINGS,
     seed: int = 0,
 ) -> TokenModel:
-    """Train a model on the counted tokens of each exchange; `sample` has their labels and weights.
+    """Train a model on the counted tokens of exchanges with labels [n], each with a weight [n] in the loss.
 
     vocabulary: `vocabulary_sha256` of the tokenizer. count: number of buckets. order: tokens of the longest n-gram.
     """
     weights, bias = torch.zeros(count, requires_grad=True), torch.zeros((), requires_grad=True)
     grams = [torch.from_numpy(buckets(ids, order, count).copy()) for ids in texts]
-    fit(
-        lambda g: weights[g].sum(-1) + bias, [weights, bias], Sample(grams, sample.label, sample.weight), settings, seed
-    )
+    hashed = Sample(grams, label, weight)
+    fit(lambda g: weights[g].sum(-1) + bias, [weights, bias], hashed, settings, seed)
     return TokenModel(weights.detach().numpy(), float(bias.detach()), order, vocabulary)

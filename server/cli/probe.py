@@ -200,7 +200,7 @@ def fit(rig: Rig, splits: Splits, name: str, options: argparse.Namespace) -> tup
 
 def fit_token_model(rig: Rig, texts: Sequence[Sequence[int]], sample: Sample, path: Path) -> Arm:
     """Train a token model and write its file."""
-    model = fit_tokens(texts, sample, vocabulary_sha256(rig.tokenizer.get_vocab()))
+    model = fit_tokens(texts, sample.label, sample.weight, vocabulary_sha256(rig.tokenizer.get_vocab()))
     score = Score(token_model=TokenModelFile(path.name, token_model.save(path, model)))
     return Arm(
         score, lambda _, ids: model.scores(ids), f"n-grams of up to {model.order} token ids, without activations"
