@@ -77,6 +77,6 @@ def test_token_models_learn_what_one_class_says() -> None:
         text[20:24] = [7, 8, 9, 7]
     members = [Exchange(tuple(text), float(i % 2 == 0), "", str(i), TRAIN) for i, text in enumerate(texts)]
     label, weight = torch.tensor([each.label for each in members]), weights_of(members)
-    model = fit_tokens(texts[:60], label[:60], weight[:60], "v", 1 << 12, settings=replace(SETTINGS, epochs=40))
+    model = fit_tokens(texts[:60], label[:60], weight[:60], "v", 1 << 12, settings=replace(SETTINGS, epochs=40, learning_rate=0.1))
     means = [model.scores(text)[16:28].mean() for text in texts[60:]]
     assert min(means[::2]) > max(means[1::2])
