@@ -72,11 +72,11 @@ def test_prompts_without_a_split_get_one(tokenizer: object, tmp_path: Path) -> N
 
 def test_token_models_learn_what_one_class_says() -> None:
     generator = torch.Generator().manual_seed(0)
-    texts = [torch.randint(100, 200, (40,), generator=generator).tolist() for _ in range(80)]
+    texts = [torch.randint(100, 200, (40,), generator=generator).tolist() for _ in range(400)]
     for text in texts[::2]:
         text[20:24] = [7, 8, 9, 7]
     members = [Exchange(tuple(text), float(i % 2 == 0), "", str(i), TRAIN) for i, text in enumerate(texts)]
     label, weight = torch.tensor([each.label for each in members]), weights_of(members)
-    model = fit_tokens(texts[:60], label[:60], weight[:60], "v", 1 << 12, settings=replace(SETTINGS, epochs=40, learning_rate=0.1))
-    means = [model.scores(text)[16:28].mean() for text in texts[60:]]
+    model = fit_tokens(texts[:340], label[:340], weight[:340], "v", settings=replace(SETTINGS, learning_rate=0.1))
+    means = [model.scores(text)[16:28].mean() for text in texts[340:]]
     assert min(means[::2]) > max(means[1::2])
