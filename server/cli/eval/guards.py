@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,12 +33,12 @@ examples:
   rudder eval guards --prompts prompts.jsonl --chat-model MODEL --chat-bundle BUNDLE --json harmful.json
 """
 TRAIN_TOKENS, TRAIN_PER_SECTION, REPORT_PER_SECTION = 256, 4, 3
-LONGEST, EXCERPT = 1000, 200
+LONGEST, EXCERPT, EXCERPTS = 1000, 200, 60
 # Tokens before and behind an excerpt, by the name of the padding.
 PADDINGS = {"0": (0, 0), "400": (400, 0), "800": (800, 0), "400_around": (200, 200)}
 STREAM = "400"
 # Of prompts: one padding, of text in the same message, and how many prompts of either class.
-PADDED_PROMPTS, PADDING_CHARACTERS = 60, 1700
+PADDED_PROMPTS, PADDING_CHARACTERS = 20, 1700
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,9 +70,10 @@ def parser() -> argparse.ArgumentParser:
     guards.add_argument("--chat-model", type=Path, help="folder of the chat model that reads the prompts")
     guards.add_argument("--chat-bundle", type=Path, help="bundle of the chat model")
     guards.add_argument("--chat-site", action="append", default=[], help="read besides the site of the chat bundle")
+    guards.add_argument("--texts", type=integer(1), default=3000, help="prompts of a class and split (%(default)s)")
     guards.add_argument("--seeds", type=integer(1, 100), default=guard_training.SEEDS, help="(%(default)s)")
     guards.add_argument("--windows", type=integer(1), default=400, help="training texts of the topic (%(default)s)")
-    guards.add_argument("--sections", type=integer(1), default=1000, help="of a book, to calibrate and report")
+    guards.add_argument("--sections", type=integer(1), default=1000, help="of each benign book, at most")
     return guards
 
 
@@ -104,7 +106,7 @@ def topic(options: argparse.Namespace) -> dict[str, Any]:
     train = cut(TRAIN, TRAIN_TOKENS, limits, TRAIN_PER_SECTION)
     fitted = evaluation.fit_arms(rig, train, chosen.neighbours, bundle, [e.group for e in train], options.seeds)
     benign = dict.fromkeys(set(books) - set(chosen.books), options.sections)
-    hazard = dict.fromkeys(chosen.books, options.sections * REPORT_PER_SECTION)
+    hazard = dict.fromkeys(chosen.books, len(documents) * REPORT_PER_SECTION)
     report = cut(REPORT, LONGEST, hazard, REPORT_PER_SECTION) + cut(REPORT, LONGEST, benign)
     measured = Measured(
         rig, fitted,
@@ -123,10 +125,8 @@ def padded(rig: Rig, report: Sequence[Exchange]) -> dict[str, list[Exchange]]:
     """Return excerpts of the report's exchanges in each padding, which is benign text of other sections."""
     whole = [each for each in report if len(each.ids) > LONGEST]
     excerpts = [exchanges.excerpt_of(each, len(each.ids) - LONGEST + EXCERPT) for each in whole]
-    # As many benign excerpts as hazardous ones.
-    hazard = [each for each in excerpts if each.label > 0.5]
-    benign = [each for each in excerpts if each.label <= 0.5]
-    chosen = hazard + benign[:: max(1, len(benign) // max(1, len(hazard)))]
+    sides = [[each for each in excerpts if (each.label > 0.5) == side] for side in (True, False)]
+    chosen = [each for side in sides for each in side[:: max(1, len(side) // EXCERPTS)]]
     padding = [each for each in whole if each.label <= 0.5]
     return {name: exchanges.padded(chosen, padding, *size, rig.tokenizer) for name, size in PADDINGS.items()}
 
@@ -135,7 +135,7 @@ def harmful(options: argparse.Namespace) -> dict[str, Any]:
     """Measure guards of harmful requests on labelled prompts."""
     if not options.chat_model or not options.chat_bundle:
         raise UserError("chat-model, chat-bundle: --prompts needs the model that reads them, and its bundle")
-    prompts = exchanges.read_prompts(options.prompts)
+    prompts = limited(exchanges.read_prompts(options.prompts), options.texts)
     rig, bundle = load(options.chat_model, options.chat_bundle, options.chat_site)
 
     def of_split(split: str) -> list[Exchange]:
@@ -154,6 +154,14 @@ def harmful(options: argparse.Namespace) -> dict[str, Any]:
         },
     )  # fmt: skip
     return figures(measured)
+
+
+def limited(prompts: Sequence[Prompt], texts: int) -> list[Prompt]:
+    """Return the first prompts of each split and class."""
+    members: defaultdict[tuple[str, bool], list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        members[prompt.split, prompt.label > 0.5].append(prompt)
+    return [prompt for each in members.values() for prompt in each[:texts]]
 
 
 def padded_prompts(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
