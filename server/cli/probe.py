@@ -45,10 +45,9 @@ examples:
 """
 CORPUS = "JSON lines (.jsonl or .jsonl.xz) with `text`, `book`, `module`"
 PROMPTS = "JSON lines with `text`, `harmful` or `label` (0 to 1), and `split`: train, tune or report"
-# Exchanges of a corpus: the tokens of each, the most of a section, and the most of a book.
+# Exchanges of a corpus: the most tokens of each, and the most of a section in training.
 TRAIN_TOKENS, TRAIN_PER_SECTION = 256, 4
 LONGEST = 1000
-PER_BOOK = 1000
 
 
 def main(argv: Sequence[str]) -> None:
@@ -96,6 +95,7 @@ def add_settings(train: argparse.ArgumentParser) -> None:
             400,
             "of --corpus: training texts of the topic; as many of its neighbours, and of others",
         ),
+        ("--sections", integer(1), 1000, "of --corpus: of each benign book, at most, to calibrate and to report"),
         ("--window", integer(1), settings.window, "tokens of training's sliding window"),
         ("--temperature", number(1e6), settings.temperature, "of training's weights"),
         ("--weight-decay", number(1e6), settings.weight_decay, "of training"),
@@ -167,10 +167,11 @@ def splits_of_corpus(options: argparse.Namespace, rig: Rig) -> Splits:
     books = sorted({document.book for document in documents})
     groups = [set(topic.books), set(topic.neighbours), set(books) - {*topic.books, *topic.neighbours}]
     limits = {book: -(-options.windows // len(group)) for group in groups for book in group}
-    benign = dict.fromkeys(set(books) - set(topic.books), PER_BOOK)
+    benign = dict.fromkeys(set(books) - set(topic.books), options.sections)
+    everything = benign | dict.fromkeys(topic.books, len(documents))
     train = exchanges.of_corpus(documents, rig.tokenizer, topic, TRAIN, TRAIN_TOKENS, limits, TRAIN_PER_SECTION)
     tune = exchanges.of_corpus(documents, rig.tokenizer, topic, TUNE, LONGEST, benign)
-    report = exchanges.of_corpus(documents, rig.tokenizer, topic, REPORT, LONGEST, dict.fromkeys(books, PER_BOOK))
+    report = exchanges.of_corpus(documents, rig.tokenizer, topic, REPORT, LONGEST, everything)
     return Splits(train, tune, report, topic.neighbours)
 
 
