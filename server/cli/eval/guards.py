@@ -33,7 +33,7 @@ examples:
   rudder eval guards --prompts prompts.jsonl --chat-model MODEL --chat-bundle BUNDLE --json harmful.json
 """
 TRAIN_TOKENS, TRAIN_PER_SECTION, REPORT_PER_SECTION = 256, 4, 3
-LONGEST, EXCERPT, EXCERPTS = 1000, 200, 60
+LONGEST, EXCERPT, EXCERPTS = 1000, 200, 40
 # Tokens before and behind an excerpt, by the name of the padding.
 PADDINGS = {"0": (0, 0), "400": (400, 0), "800": (800, 0), "400_around": (200, 200)}
 STREAM = "400"
