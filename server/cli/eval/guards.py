@@ -126,7 +126,7 @@ def padded(rig: Rig, report: Sequence[Exchange]) -> dict[str, list[Exchange]]:
     whole = [each for each in report if len(each.ids) > LONGEST]
     excerpts = [exchanges.excerpt_of(each, len(each.ids) - LONGEST + EXCERPT) for each in whole]
     sides = [[each for each in excerpts if (each.label > 0.5) == side] for side in (True, False)]
-    chosen = [each for side in sides for each in side[:: max(1, len(side) // EXCERPTS)]]
+    chosen = [each for side in sides for each in side[:: max(1, -(-len(side) // EXCERPTS))]]
     padding = [each for each in whole if each.label <= 0.5]
     return {name: exchanges.padded(chosen, padding, *size, rig.tokenizer) for name, size in PADDINGS.items()}
 
