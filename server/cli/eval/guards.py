@@ -122,12 +122,17 @@ def topic(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def padded(rig: Rig, report: Sequence[Exchange]) -> dict[str, list[Exchange]]:
-    """Return excerpts of the report's exchanges in each padding, which is benign text of other sections."""
+    """Return excerpts of the report's exchanges in each padding, which is benign text of other sections.
+
+    UserError: too few sections are long enough.
+    """
     whole = [each for each in report if len(each.ids) > LONGEST]
     excerpts = [exchanges.excerpt_of(each, len(each.ids) - LONGEST + EXCERPT) for each in whole]
     sides = [[each for each in excerpts if (each.label > 0.5) == side] for side in (True, False)]
     chosen = [each for side in sides for each in side[:: max(1, -(-len(side) // EXCERPTS))]]
     padding = [each for each in whole if each.label <= 0.5]
+    if len({each.cluster for each in padding}) < 2 or not sides[0]:
+        raise UserError(f"corpus: too few sections of the report split have {LONGEST} tokens")
     return {name: exchanges.padded(chosen, padding, *size, rig.tokenizer) for name, size in PADDINGS.items()}
 
 
