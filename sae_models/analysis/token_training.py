@@ -29,7 +29,7 @@ def fit_tokens(
     vocabulary: `vocabulary_sha256` of the tokenizer. count: number of buckets. order: tokens of the longest n-gram.
     """
     weights, bias = torch.zeros(count, requires_grad=True), torch.zeros((), requires_grad=True)
-    grams = [torch.from_numpy(buckets(ids, order, count).copy()) for ids in texts]
+    grams = [torch.tensor(buckets(ids, order, count)) for ids in texts]
     hashed = Sample(grams, label, weight)
     fit(lambda g: weights[g].sum(-1) + bias, [weights, bias], hashed, settings, seed)
     return TokenModel(weights.detach().numpy(), float(bias.detach()), order, vocabulary)
