@@ -48,10 +48,8 @@ class TokenModel:
         what a guard counts: without BOS and excluded tokens.
         """
         before = list(context)[-(self.order - 1) :] if self.order > 1 else []
-        grams, weight = buckets([*before, *ids], self.order, len(self.weights)), memoryview(self.weights)
-        return np.array(
-            [sum(weight[bucket] for bucket in each) + self.bias for each in grams[len(before) :]], np.float64
-        )
+        grams, weight = buckets([*before, *ids], self.order, len(self.weights)), self.weights.item
+        return np.array([sum(map(weight, each)) + self.bias for each in grams[len(before) :]], np.float64)
 
 
 def buckets(ids: Sequence[int], order: int, count: int) -> list[list[int]]:
