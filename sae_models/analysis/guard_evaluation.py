@@ -54,6 +54,8 @@ LATENTS = 32
 SELECTION_TOKENS = 60_000
 # Shares of the logits of probe and text classifier in the production system of arXiv 2601.04603.
 ENSEMBLE = (0.55, 0.45)
+# Share of benign exchanges that the first stage of a cascade passes on to the second.
+ESCALATED = 0.1
 RESIDUAL, LATENT, TOKENS, BOTH, TEXT = "residual_probe", "latents", "token_ids", "probe_and_token_ids", "tf_idf"
 STATISTIC = Statistic("moving_average", DECAY)
 
@@ -215,6 +217,23 @@ def ratio(values: Clustered, base: Clustered) -> Figure:
     pairs = Clustered(np.stack([values.values, base.values], 1), values.cluster)
     none = Clustered(np.zeros(1), [""])
     return figure(lambda both, _: float(both[:, 0].mean() / max(both[:, 1].mean(), 1e-9)), pairs, none)
+
+
+def cascade(measured: Measured) -> dict[str, Any]:
+    """Return the figures of the probe alone deciding which exchanges the ensemble of both judges.
+
+    The first stage escalates ESCALATED of the benign exchanges, as that of arXiv 2601.04603 does: a flag is no refusal.
+    """
+    first, both = (
+        [each.values(arm, measured.rig, measured.fitted) for each in (measured.benign, measured.report)]
+        for arm in (RESIDUAL, BOTH)
+    )
+    flag, level = conformal_level(first[0], ESCALATED), conformal_level(both[0], FALSE_ALARMS)
+    escalated = exceeds(first[1], flag)
+    held = (escalated & exceeds(both[1], level)).astype(float)
+    figures = zip(by_class(measured.report.exchanges, held), ("noticed", "false_alarms"), strict=True)
+    _, benign = by_class(measured.report.exchanges, escalated.astype(float))
+    return {"escalated": asdict(share(benign)), **{name: asdict(share(side)) for side, name in figures}}
 
 
 def releases(measured: Measured, arm: str, level: float, name: str, begins: int) -> dict[str, Any]:

@@ -196,6 +196,7 @@ def figures(measured: Measured, lengths: Sequence[int] = ()) -> dict[str, Any]:
             "sections": len({each.cluster for each in report}),
         },
         "arms": {arm: evaluation.report_arm(measured, arm, lengths) for arm in ARMS},
+        "cascade": evaluation.cascade(measured),
         "seeds": evaluation.seeds(measured),
         "residual_probe_less_tf_idf": asdict(evaluation.difference(measured, RESIDUAL, TEXT)),
     }

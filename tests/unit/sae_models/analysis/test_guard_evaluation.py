@@ -10,7 +10,7 @@ import torch
 from rudder.sae_models.analysis import guard_evaluation as evaluation
 from rudder.sae_models.analysis import guard_figures
 from rudder.sae_models.analysis.exchanges import Exchange, excerpt_of, padded
-from rudder.sae_models.analysis.guard_evaluation import RESIDUAL, TOKENS, Fitted, Measured, Scored
+from rudder.sae_models.analysis.guard_evaluation import BOTH, RESIDUAL, TOKENS, Fitted, Measured, Scored
 from rudder.sae_models.analysis.guard_training import by_class
 from rudder.sae_models.analysis.text_model import fit_text
 from rudder.sae_models.statistics import Floats
@@ -85,6 +85,19 @@ def test_difference_of_arms(measured: Measured) -> None:
     difference = evaluation.difference(measured, RESIDUAL, TOKENS)
     assert difference.value == pytest.approx(1 - guard_figures.auroc(hazard, benign))
     assert 0 < difference.low <= difference.value <= difference.high
+
+
+def test_a_cascade_judges_what_its_first_stage_passes_on(measured: Measured) -> None:
+    """The second stage would stop everything; the first passes on the hazards and a tenth of the benign exchanges."""
+    for each in (measured.benign, measured.report):
+        each.scores[BOTH] = each.scores[RESIDUAL]  # type: ignore[index]
+    found = evaluation.cascade(measured)
+    assert found["noticed"]["value"] == 1
+    assert found["escalated"]["value"] == pytest.approx(0.1, abs=0.1)
+    assert found["false_alarms"]["value"] <= found["escalated"]["value"]
+    measured.report.scores[BOTH] = [np.full(40, 100.0)] * 40  # type: ignore[index]
+    found = evaluation.cascade(measured)
+    assert found["false_alarms"] == found["escalated"]
 
 
 def test_padding_keeps_bos_in_front_and_the_excerpt_whole(monkeypatch: pytest.MonkeyPatch) -> None:
