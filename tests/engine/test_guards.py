@@ -329,12 +329,12 @@ async def test_clamp_from_start_is_the_program_without_its_gate(engine: Engine) 
 
 async def test_chunks_and_preemption_do_not_change_verdicts(engine: Engine) -> None:
     """Seven calls, of which some are preempted: each stops where it stops alone."""
-    texts = [engine.tokenizer.decode(prompt(engine, 60, seed)[1:]) for seed in range(7)]
-    calls = [request(text, max_tokens=150) for text in texts]
+    texts = [engine.tokenizer.decode(prompt(engine, 110, seed)[1:]) for seed in range(7)]
+    calls = [request(text, max_tokens=60) for text in texts]
     ids = [(engine.model.bos_token_id, *engine.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-    level = float(np.median((await scores(engine, [2], ids[0], 150))[len(ids[0]) :, 0]))
+    level = float(np.median((await scores(engine, [2], ids[0], 60))[len(ids[0]) :, 0]))
     # The KV cache is full before the guard may hold.
-    fields = {"moving_average": {"decay": 0.12}, "min_tokens": 90, "hold_back": 4, "phase": "PHASE_GENERATED"}
+    fields = {"moving_average": {"decay": 0.12}, "min_tokens": 40, "hold_back": 4, "phase": "PHASE_GENERATED"}
     bound = policy(engine, guard(engine, 2, level, **fields))
     alone = [(await generate(engine, one, bound)).choice() for one in calls]
     before = preemptions()
