@@ -119,6 +119,24 @@ def test_random_programs_in_chunks(seed: int) -> None:
     assert not any(step["none"].any() for step in moved)
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_stages_that_are_capped_at_nothing_are_counted(seed: int) -> None:
+    """So policies in shadow mode run."""
+    rng, tokens = Random(seed), 6
+    pair = Pair()
+
+    def still(site: wire.Site) -> wire.Site:
+        return msgspec.structs.replace(site, max_displacement=0.0)
+
+    requests = {name: random_request(rng, LAYOUT, tokens) for name in "abc"}
+    stages = {name: tuple(tuple(map(still, stage)) for stage in request.stages) for name, request in requests.items()}
+    pair.admit({name: msgspec.structs.replace(request, stages=stages[name]) for name, request in requests.items()})
+    xs = {name: grid(rng, len(SITES), tokens, WIDTH, top=4) for name in requests}
+    moved = pair.run([(name, 0, 4) for name in requests], xs)
+    assert not any(move.any() for move in moved.values())
+    assert any(bank.edited.any() for bank in pair.both[0].banks)
+
+
 def test_many_row_places_and_a_wide_stream() -> None:
     """More than one tile of tokens, rows and width, and more than one block of row places."""
     rng, width, latents = Random(0), 150, 310

@@ -166,17 +166,25 @@ async def test_guard_that_clamps_opens_the_gate_for_good(engine: Engine, store: 
     weights = [float(value) for value in np.random.default_rng(5).normal(size=width)]
     free = await outcome(engine, bound_call(store, 1, capture=True))
     scores = residuals(engine, free, "before")[1:] @ np.array(weights, np.float32)
-    above = float(np.sort(scores)[len(scores) // 2 - 1 : len(scores) // 2 + 1].mean())
-    held = (scores > above).astype(float)
-    shares = np.array([held[max(0, n + 1 - window) : n + 1].mean() for n in range(len(held))])
-    opened = np.logical_or.accumulate(shares > 0.6)
+
+    def opened_by(above: float) -> np.ndarray:
+        held = (scores > above).astype(float)
+        shares = np.array([held[max(0, n + 1 - window) : n + 1].mean() for n in range(len(held))])
+        opened: np.ndarray = np.logical_or.accumulate((shares > 0.6) & (np.arange(len(held)) >= window - 1))
+        return opened
+
+    ordered = np.sort(scores)
+    levels = [float(level) for level in (ordered[1:] + ordered[:-1]) / 2]
+    # Neither closed to the end, nor open as soon as it may be.
+    above = next(level for level in levels if 0 < opened_by(level).sum() < len(scores) - window)
+    opened = opened_by(above)
     guard = {
-        "name": "topic", "action": "GUARD_ACTION_CLAMP", "level": 0.6, "agreement": {"above": above, "tokens": window},
+        "name": "topic", "action": "GUARD_ACTION_CLAMP", "level": 0.6, "minTokens": window,
+        "agreement": {"above": above, "tokens": window},
         "score": {"terms": [{"site": SITE, "row": {"probe": {"weights": weights}}, "weight": 1}]},
     }  # fmt: skip
     await store.apply(message(engine, "low", program=setting(engine, 7), guards=[guard]), "test")
     last = await outcome(engine, bound_call(store, 1, capture=True))
-    assert 0 < opened.sum() < len(opened)
     assert last.policy_moved == ((int(opened.sum()),),)
     moved = (residuals(engine, last, "after") != residuals(engine, last, "before")).any(1)
     assert moved.tolist() == [False, *opened.tolist()]

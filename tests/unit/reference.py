@@ -285,7 +285,7 @@ def random_site(rng: Random, number: int, gate: str, window: int) -> wire.Site:
         edits,
         blend,
         restore_norm=rng.random() < 0.2,
-        max_displacement=rng.choice((inf, inf, 0.5, 0.0)),
+        max_displacement=rng.choice((inf, inf, 0.5)),
         gate=wire.Gate(triggers, sequence) if gate else None,
     )
 
