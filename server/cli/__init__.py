@@ -28,6 +28,7 @@ COMMANDS = {
     "policy": "write, check and apply policies",
     "audit": "verify and show the audit log",
     "eval": "measure what steering, policies and guards do",
+    "probe": "train the scores of guards",
     "bench": "run benchmarks",
     "demo": "start a server, run the client's tour, stop the server",
 }

@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import pytest_asyncio
 from google.protobuf import json_format
 from prometheus_client import CollectorRegistry
 
@@ -119,23 +121,21 @@ class Alarm:
     plain: inference_pb2.ChoiceDelta
 
 
-async def find_alarm(engine: Engine, low: int, high: int, text: str = TEXT) -> Alarm:
-    """Find a probe whose alarm is at one of the answer's tokens low <= t < high."""
-    plain = (await generate(engine, request(text))).choice()
-    ids = (engine.model.bos_token_id, *engine.tokenizer.encode(text, add_special_tokens=False))
-    seeds = range(PROBES)
-    values = await scores(engine, seeds, ids, LENGTH)
-    for seed in seeds:
-        for token in range(low, high):
-            before, at = values[1 : len(ids) + token, seed].max(), values[len(ids) + token, seed]
-            if at > before + 0.05 * abs(before):
-                return Alarm(seed, token, float(before + at) / 2, len(ids), plain)
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def alarm(engine: Engine) -> Alarm:
+    """Find a probe whose alarm is at one of the answer's tokens 10 to 19."""
+    plain = (await generate(engine, request())).choice()
+    ids = (engine.model.bos_token_id, *engine.tokenizer.encode(TEXT, add_special_tokens=False))
+    values = await scores(engine, range(PROBES), ids, LENGTH)
+    for seed, token in product(range(PROBES), range(10, 20)):
+        before, at = values[1 : len(ids) + token, seed].max(), values[len(ids) + token, seed]
+        if at > before + 0.05 * abs(before):
+            return Alarm(seed, token, float(before + at) / 2, len(ids), plain)
     raise AssertionError("no probe has its alarm there")
 
 
 @pytest.mark.parametrize("hold_back", [0, 4, 8])
-async def test_text_stops_so_many_tokens_before_the_alarm(engine: Engine, hold_back: int) -> None:
-    alarm = await find_alarm(engine, 10, 20)
+async def test_text_stops_so_many_tokens_before_the_alarm(engine: Engine, alarm: Alarm, hold_back: int) -> None:
     bound = policy(engine, guard(engine, alarm.seed, alarm.level, hold_back=hold_back))
     one = request(logprobs=2)
     one.report.features.add(site=SITE, row=program_pb2.Row(feature=program_pb2.Feature(index=3)))
@@ -157,8 +157,7 @@ async def test_text_stops_so_many_tokens_before_the_alarm(engine: Engine, hold_b
     assert answer.record.outcome == "POLICY_REFUSED"
 
 
-async def test_score_is_for_callers_with_the_right_to_read_guards(engine: Engine) -> None:
-    alarm = await find_alarm(engine, 10, 20)
+async def test_score_is_for_callers_with_the_right_to_read_guards(engine: Engine, alarm: Alarm) -> None:
     rights = {"read_guards": True, "edit_latents": True}
     bound = policy(engine, guard(engine, alarm.seed, alarm.level), rights=rights)
     refusal = (await generate(engine, request(), bound)).choice().refusal
@@ -178,8 +177,7 @@ def ending(engine: Engine, kind: str, alarm: Alarm, tokens: int) -> inference_pb
 
 
 @pytest.mark.parametrize("kind", ["length", "stop string", "EOS"])
-async def test_answer_that_no_guard_stops_is_that_of_plain_vllm(engine: Engine, kind: str) -> None:
-    alarm = await find_alarm(engine, 10, 20)
+async def test_answer_that_no_guard_stops_is_that_of_plain_vllm(engine: Engine, alarm: Alarm, kind: str) -> None:
     one = ending(engine, kind, alarm, alarm.token)
     one.report.top_k = 3
     bound = policy(engine, guard(engine, alarm.seed, 1e9))
@@ -193,8 +191,7 @@ async def test_answer_that_no_guard_stops_is_that_of_plain_vllm(engine: Engine, 
 
 
 @pytest.mark.parametrize("kind", ["length", "stop string"])
-async def test_last_token_is_judged(engine: Engine, kind: str) -> None:
-    alarm = await find_alarm(engine, 10, 20)
+async def test_last_token_is_judged(engine: Engine, alarm: Alarm, kind: str) -> None:
     one = ending(engine, kind, alarm, alarm.token + 1)
     bound = policy(engine, guard(engine, alarm.seed, alarm.level, hold_back=0))
     choice = (await generate(engine, one, bound)).choice()
@@ -203,9 +200,8 @@ async def test_last_token_is_judged(engine: Engine, kind: str) -> None:
     assert choice.refusal.position == alarm.prompt_tokens + alarm.token
 
 
-async def test_stop_string_that_ends_behind_the_last_token_is_not_found(engine: Engine) -> None:
+async def test_stop_string_that_ends_behind_the_last_token_is_not_found(engine: Engine, alarm: Alarm) -> None:
     """Its first characters wait in the engine for the rest, which is of the token that is dropped."""
-    alarm = await find_alarm(engine, 10, 20)
     stop = engine.tokenizer.decode(alarm.plain.token_ids[3:11])
     bound = policy(engine, guard(engine, alarm.seed, 1e9))
     for include in (False, True):
@@ -329,12 +325,12 @@ async def test_clamp_from_start_is_the_program_without_its_gate(engine: Engine) 
 
 async def test_chunks_and_preemption_do_not_change_verdicts(engine: Engine) -> None:
     """Seven calls, of which some are preempted: each stops where it stops alone."""
-    texts = [engine.tokenizer.decode(prompt(engine, 60, seed)[1:]) for seed in range(7)]
-    calls = [request(text, max_tokens=150) for text in texts]
+    texts = [engine.tokenizer.decode(prompt(engine, 110, seed)[1:]) for seed in range(7)]
+    calls = [request(text, max_tokens=60) for text in texts]
     ids = [(engine.model.bos_token_id, *engine.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-    level = float(np.median((await scores(engine, [2], ids[0], 150))[len(ids[0]) :, 0]))
+    level = float(np.median((await scores(engine, [2], ids[0], 60))[len(ids[0]) :, 0]))
     # The KV cache is full before the guard may hold.
-    fields = {"moving_average": {"decay": 0.12}, "min_tokens": 90, "hold_back": 4, "phase": "PHASE_GENERATED"}
+    fields = {"moving_average": {"decay": 0.12}, "min_tokens": 40, "hold_back": 4, "phase": "PHASE_GENERATED"}
     bound = policy(engine, guard(engine, 2, level, **fields))
     alone = [(await generate(engine, one, bound)).choice() for one in calls]
     before = preemptions()

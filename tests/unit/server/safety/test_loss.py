@@ -153,3 +153,14 @@ async def test_late_telemetry_is_waited_for(stream: Stream) -> None:
     await asyncio.sleep(0.05)
     assert stream.left[-1] == 15
     stream.task.cancel()
+
+
+async def test_what_has_been_judged_does_not_wait_for_a_preempted_request_to_compute_it_again(stream: Stream) -> None:
+    stream.rig.worker.send(stream.frame())
+    again = {"starts": 0, "lengths": 2}
+    columns = {name: np.array([value], "<i4").tobytes() for name, value in again.items()}
+    stream.rig.worker.send(stream.frame(**columns, activations=np.zeros(2, "<f4").tobytes()))
+    stream.token()
+    await asyncio.sleep(0.05)
+    assert stream.left[-1] == 15
+    stream.task.cancel()
