@@ -168,7 +168,8 @@ def ranked(topic: Sequence[Mapping[Key, float]], others: Sequence[Mapping[Key, f
     """
     here, elsewhere = together(topic), together(others)
     latents = {
-        key: Latent(key.site, Feature(key.index, key.bundle), elsewhere.get(key, 0.0), here[key]) for key in here
+        key: Latent(key.site, Feature(key.index, key.bundle), elsewhere.get(key, 0.0), peak)
+        for key, peak in here.items()
     }
     texts = {key: sum(text.get(key, 0.0) > latent.level for text in topic) for key, latent in latents.items()}
     return [latents[key] for key in sorted(latents, key=lambda key: (-texts[key], key))]
