@@ -54,7 +54,7 @@ class Key(NamedTuple):
 
     site: str
     bundle: str
-    index: int
+    latent: int
 
 
 class Latent(NamedTuple):
@@ -168,7 +168,7 @@ def ranked(topic: Sequence[Mapping[Key, float]], others: Sequence[Mapping[Key, f
     """
     here, elsewhere = together(topic), together(others)
     latents = {
-        key: Latent(key.site, Feature(key.index, key.bundle), elsewhere.get(key, 0.0), peak)
+        key: Latent(key.site, Feature(key.latent, key.bundle), elsewhere.get(key, 0.0), peak)
         for key, peak in here.items()
     }
     texts = {key: sum(text.get(key, 0.0) > latent.level for text in topic) for key, latent in latents.items()}
@@ -206,9 +206,14 @@ def grid(latents: Sequence[Latent]) -> Iterator[tuple[Sequence[Latent], float]]:
     return ((latents[:count], dose) for count in COUNTS for dose in DOSES)
 
 
+def asked_of(topic: Topics, sign: int) -> Sequence[str]:
+    """Return the questions with which more of a topic (`sign` 1), or less of it (-1), is tried."""
+    return topic.far if sign > 0 else topic.near
+
+
 async def steering(client: AsyncClient, latents: Sequence[Latent], topic: Topics, sign: int) -> list[Trial]:
     """Try to bring a topic into answers (`sign` 1), or to keep it out of them (-1)."""
-    asked = topic.far if sign > 0 else topic.near
+    asked = asked_of(topic, sign)
 
     async def attempt(operation: str, chosen: Sequence[Latent], dose: float) -> Trial:
         program = edited(chosen, operation, dose)
@@ -296,16 +301,22 @@ async def astronomy(client: AsyncClient, topics: Mapping[str, Topics]) -> Progra
     """Return the programs that bring astronomy into answers, and those that keep it out."""
     sky = topics["astronomy"]
     stars = await by_effect(client, await telling(client, topics, "astronomy"), sky)
-    up, down = best(await steering(client, stars, sky, 1)), best(await steering(client, stars, sky, -1))
-    how = "{{dose:+.3g}} residual norms {what} each of the {count} latents that do most for the topic."
-    return {
-        **strengths("more-astronomy", up, "Speaks of astronomy. " + how.format(what="to", count=len(up.latents))),
-        **strengths(
-            "less-astronomy",
-            down,
-            "Avoids astronomy. " + how.format(what=f"({down.name}) at", count=len(down.latents)),
-        ),
-    }
+    programs: Programs = {}
+    for name, says, sign in (("more", "Speaks of astronomy", 1), ("less", "Avoids astronomy", -1)):
+        trial = best(await steering(client, stars, sky, sign))
+        how = f"{says}: {trial.name} of {{dose:+.3g}} residual norms at {len(trial.latents)} latents of the topic. "
+        programs |= strengths(f"{name}-astronomy", trial, how + await cost(client, asked_of(sky, sign), sky, trial))
+    return programs
+
+
+async def cost(client: AsyncClient, asked: Sequence[str], topic: Topics, trial: Trial) -> str:
+    """Say what a steering program did to the answers to these questions, and what they are without it."""
+    plain = await replies(client, asked)
+    return (
+        f"In trials at {trial.dose:+.3g}, {abs(trial.gain):.1%} of the words of answers were of the topic (without it"
+        f" {words_in(plain, topic.words):.1%}), and the plain model gave the answers {trial.fluency:.2f} nats a token"
+        f" (its own {await fluency(client, asked, plain):.2f})."
+    )
 
 
 async def microbiology(client: AsyncClient, topics: Mapping[str, Topics]) -> Programs:
