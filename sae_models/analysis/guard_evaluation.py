@@ -33,7 +33,6 @@ from rudder.sae_models.analysis.guard_training import (
     Scorer,
     by_class,
     decided,
-    fit_seeds,
     linear,
     ranked,
     sample_of,
@@ -79,7 +78,7 @@ def fit_arms(
     """
     collected = list(rig.features(train, "read"))
     sample = sample_of([x for x, _ in collected], train, neighbours)
-    probes = fit_seeds(sample, TrainingSettings(), seeds)
+    probes = fit_linear(sample, TrainingSettings(), seeds)
     score = probe_score(RESIDUAL, average(probes), rig.widths)
     vocabulary = vocabulary_sha256(rig.tokenizer.get_vocab())
     tokens = fit_tokens([ids for _, ids in collected], sample.label, sample.weight, vocabulary)
@@ -112,7 +111,7 @@ def fit_latents(
     latents = selection.select(frequency, names, positive, neighbours, LATENTS, ceiling=0.05, ratio=2.0)
     rows = bundle.sae.exact_rows(torch.tensor(latents))
     inputs = [read_latents(x[:, columns], rows, bundle) for x in sample.inputs]
-    probe = fit_linear(Sample(inputs, sample.label, sample.weight), TrainingSettings(), 0)
+    (probe,) = fit_linear(Sample(inputs, sample.label, sample.weight), TrainingSettings())
     return latents, lambda x, _: probe.score(read_latents(x[:, columns], rows, bundle)).numpy()
 
 

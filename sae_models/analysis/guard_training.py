@@ -29,10 +29,8 @@ from rudder.sae_models.analysis.guard_figures import Clustered, Figure, auroc, f
 from rudder.sae_models.analysis.probe_training import (
     Linear,
     Sample,
-    TrainingSettings,
     average,
     class_weights,
-    fit_linear,
 )
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.statistics import Floats, Statistic, exceeds
@@ -107,11 +105,6 @@ def weights_of(exchanges: Sequence[Exchange], neighbours: Sequence[str] = ()) ->
 def sample_of(inputs: Sequence[Tensor], exchanges: Sequence[Exchange], neighbours: Sequence[str] = ()) -> Sample:
     """Return the exchanges as a training sample."""
     return Sample(inputs, torch.tensor([exchange.label for exchange in exchanges]), weights_of(exchanges, neighbours))
-
-
-def fit_seeds(sample: Sample, settings: TrainingSettings, seeds: int = SEEDS) -> list[Linear]:
-    """Fit a probe with each seed."""
-    return [fit_linear(sample, settings, seed) for seed in tqdm(range(seeds), desc="train", unit="seed")]
 
 
 def served(name: str, probes: Sequence[Linear], rig: Rig) -> tuple[Score, Linear]:

@@ -27,7 +27,7 @@ from rudder.sae_models.analysis.guard_training import (
     decided,
     ranked,
 )
-from rudder.sae_models.analysis.probe_training import Linear, Sample, TrainingSettings
+from rudder.sae_models.analysis.probe_training import Linear, Sample, TrainingSettings, fit_linear
 from rudder.sae_models.analysis.token_training import fit_tokens
 from rudder.sae_models.bundle.bundle import read_manifest
 from rudder.sae_models.errors import UserError
@@ -190,7 +190,7 @@ def fit(rig: Rig, splits: Splits, name: str, options: argparse.Namespace) -> tup
     settings = TrainingSettings(options.window, options.temperature, weight_decay=options.weight_decay)
     collected = list(rig.features(splits.train, "read"))
     sample = guard_training.sample_of([x for x, _ in collected], splits.train, splits.neighbours)
-    probes = guard_training.fit_seeds(sample, settings, options.seeds)
+    probes = fit_linear(sample, settings, options.seeds)
     score, probe = guard_training.served(name, probes, rig)
     what = f"a linear probe at {', '.join(rig.widths)}, the mean of {options.seeds} seeds"
     arms = {name: Arm(score, guard_training.linear(probe), what)}
