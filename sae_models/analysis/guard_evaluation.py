@@ -15,7 +15,7 @@ from torch import Tensor
 from rudder.sae_models.analysis import selection
 from rudder.sae_models.analysis.conformal import conformal_level
 from rudder.sae_models.analysis.exchanges import Exchange
-from rudder.sae_models.analysis.guard import probe_of, probe_score
+from rudder.sae_models.analysis.guard import Score, probe_of, probe_score
 from rudder.sae_models.analysis.guard_figures import (
     Clustered,
     Figure,
@@ -44,7 +44,7 @@ from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.sae import Normalisation, Rows, activations
 from rudder.sae_models.sae import gain as input_gain
 from rudder.sae_models.statistics import Floats, Statistic, exceeds
-from rudder.sae_models.token_model import vocabulary_sha256
+from rudder.sae_models.token_model import TokenModel, vocabulary_sha256
 
 LENGTHS = (32, 128, 512, 1000)
 HOLD_BACKS = (0, 4, 8, 16)
@@ -67,6 +67,8 @@ class Fitted:
     text: TextModel
     seeds: int
     latents: Sequence[int]
+    probe: Score
+    tokens: TokenModel
 
 
 def fit_arms(
@@ -87,7 +89,7 @@ def fit_arms(
     scorers[BOTH] = mixed(scorers[RESIDUAL], scorers[TOKENS])
     scorers |= {f"seed {seed}": linear(probe) for seed, probe in enumerate(probes)}
     text = fit_text(texts(rig, [ids for _, ids in collected]), sample.label, sample.weight)
-    return Fitted(scorers, text, seeds, latents)
+    return Fitted(scorers, text, seeds, latents, score, tokens)
 
 
 def mixed(first: Scorer, second: Scorer) -> Scorer:
