@@ -16,9 +16,10 @@ from rudder.sae_models.activations import corpus
 from rudder.sae_models.activations.corpus import ContextRule
 from rudder.sae_models.analysis import exchanges, guard_training
 from rudder.sae_models.analysis import guard_evaluation as evaluation
+from rudder.sae_models.analysis import program as messages
 from rudder.sae_models.analysis.derive import Topic
 from rudder.sae_models.analysis.exchanges import REPORT, TRAIN, TUNE, Exchange, Prompt
-from rudder.sae_models.analysis.guard_evaluation import ARMS, RESIDUAL, TEXT, Measured
+from rudder.sae_models.analysis.guard_evaluation import ARMS, RESIDUAL, TEXT, TOKENS, Fitted, Measured
 from rudder.sae_models.analysis.guard_training import Rig
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.bundle.bundle import Bundle
@@ -32,8 +33,8 @@ examples:
   rudder eval guards --corpus textbooks.jsonl.xz --json topic.json
   rudder eval guards --prompts prompts.jsonl --chat-model MODEL --chat-bundle BUNDLE --json harmful.json
 """
-TRAIN_TOKENS, TRAIN_PER_SECTION, REPORT_PER_SECTION = 256, 4, 3
-LONGEST, EXCERPT, EXCERPTS = 1000, 200, 40
+TRAIN_TOKENS, TRAIN_PER_SECTION, REPORT_PER_SECTION = 256, 4, 2
+LONGEST, EXCERPT, EXCERPTS = 1000, 200, 20
 # Tokens before and behind an excerpt, by the name of the padding.
 PADDINGS = {"0": (0, 0), "400": (400, 0), "800": (800, 0), "400_around": (200, 200)}
 STREAM = "400"
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     """Build the parser."""
     guards = command("eval guards", "Measure guards of a topic, and of harmful requests.", EXAMPLES)
     guards.add_argument("--json", type=Path, required=True, help="file of the figures, each with its 95 %% interval")
+    guards.add_argument("--guards", type=Path, help="folder: write the guards that were measured to it")
     guards.add_argument("--corpus", type=Path, help="labelled corpus: measure a guard of a topic")
     guards.add_argument("--topic", action="append", help="book to notice (microbiology)")
     guards.add_argument("--neighbour", action="append", help="book close to it (anatomy-physiology, chemistry)")
@@ -118,6 +120,8 @@ def topic(options: argparse.Namespace) -> dict[str, Any]:
     for arm in ARMS[:-1]:
         each = found["arms"][arm]
         each["released"] = evaluation.releases(measured, arm, each["level"], STREAM, PADDINGS[STREAM][0])
+    if options.guards:
+        write_guards(options.guards, "-".join(chosen.books), fitted, found)
     return {"topic": chosen.books, "neighbours": chosen.neighbours, **found}
 
 
@@ -158,7 +162,20 @@ def harmful(options: argparse.Namespace) -> dict[str, Any]:
             for name, each in padded_prompts(prompts).items()
         },
     )  # fmt: skip
-    return figures(measured)
+    found = figures(measured)
+    if options.guards:
+        write_guards(options.guards, "harmful-request", fitted, found)
+    return found
+
+
+def write_guards(folder: Path, name: str, fitted: Fitted, found: dict[str, Any]) -> None:
+    """Write the guards that were measured: that of the probe, and that of the token model with its model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = f"{name}-token-ids"
+    scores = {name: fitted.probe, tokens: guard_training.save_tokens(folder / f"{tokens}.safetensors", fitted.tokens)}
+    for (each, score), arm in zip(scores.items(), (RESIDUAL, TOKENS), strict=True):
+        guard = guard_training.guard_of(each, score, guard_training.DECAY, found["arms"][arm]["level"])
+        messages.write(folder / f"{each}.yaml", guard)
 
 
 def limited(prompts: Sequence[Prompt], texts: int) -> list[Prompt]:
