@@ -168,7 +168,8 @@ def splits_of_corpus(options: argparse.Namespace, rig: Rig) -> Splits:
     limits = {book: -(-options.windows // len(group)) for group in groups for book in group}
     benign = dict.fromkeys(set(books) - set(topic.books), options.sections)
     everything = benign | dict.fromkeys(topic.books, len(documents))
-    train = exchanges.of_corpus(documents, rig.tokenizer, topic, TRAIN, TRAIN_TOKENS, limits, TRAIN_PER_SECTION)
+    pieces = exchanges.of_corpus(documents, rig.tokenizer, topic, TRAIN, TRAIN_TOKENS, limits, TRAIN_PER_SECTION)
+    train = exchanges.behind_benign(pieces, LONGEST, rig.tokenizer)
     tune = exchanges.of_corpus(documents, rig.tokenizer, topic, TUNE, LONGEST, benign)
     report = exchanges.of_corpus(documents, rig.tokenizer, topic, REPORT, LONGEST, everything)
     return Splits(train, tune, report, topic.neighbours)

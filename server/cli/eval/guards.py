@@ -38,8 +38,8 @@ LONGEST, EXCERPT, EXCERPTS = 1000, 200, 20
 # Tokens before and behind an excerpt, by the name of the padding.
 PADDINGS = {"0": (0, 0), "400": (400, 0), "800": (800, 0), "400_around": (200, 200)}
 STREAM = "400"
-# Of prompts: one padding, of text in the same message, and how many prompts of either class.
-PADDED_PROMPTS, PADDING_CHARACTERS = 20, 1700
+# Of prompts: one padding, of text in the same message.
+PADDING_CHARACTERS = 1700
 
 
 def main(argv: Sequence[str]) -> None:
@@ -73,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
     guards.add_argument("--chat-bundle", type=Path, help="bundle of the chat model")
     guards.add_argument("--chat-site", action="append", default=[], help="read besides the site of the chat bundle")
     guards.add_argument("--texts", type=integer(1), default=3000, help="prompts of a class and split (%(default)s)")
+    guards.add_argument("--training-texts", type=integer(1), default=3000, help="of a class of prompts (%(default)s)")
+    guards.add_argument("--padded", type=integer(1), default=20, help="prompts of a class to pad (%(default)s)")
     guards.add_argument("--seeds", type=integer(1, 100), default=guard_training.SEEDS, help="(%(default)s)")
     guards.add_argument("--windows", type=integer(1), default=400, help="training texts of the topic (%(default)s)")
     guards.add_argument("--sections", type=integer(1), default=1000, help="of each benign book, at most")
@@ -105,7 +107,7 @@ def topic(options: argparse.Namespace) -> dict[str, Any]:
     def cut(split: str, tokens: int, limits: dict[str, int], per_section: int = 1) -> list[Exchange]:
         return exchanges.of_corpus(documents, rig.tokenizer, chosen, split, tokens, limits, per_section)
 
-    train = cut(TRAIN, TRAIN_TOKENS, limits, TRAIN_PER_SECTION)
+    train = exchanges.behind_benign(cut(TRAIN, TRAIN_TOKENS, limits, TRAIN_PER_SECTION), LONGEST, rig.tokenizer)
     fitted = evaluation.fit_arms(rig, train, chosen.neighbours, bundle, [e.group for e in train], options.seeds)
     benign = dict.fromkeys(set(books) - set(chosen.books), options.sections)
     hazard = dict.fromkeys(chosen.books, len(documents) * REPORT_PER_SECTION)
@@ -144,7 +146,7 @@ def harmful(options: argparse.Namespace) -> dict[str, Any]:
     """Measure guards of harmful requests on labelled prompts."""
     if not options.chat_model or not options.chat_bundle:
         raise UserError("chat-model, chat-bundle: --prompts needs the model that reads them, and its bundle")
-    prompts = limited(exchanges.read_prompts(options.prompts), options.texts)
+    prompts = limited(exchanges.read_prompts(options.prompts), options.texts, options.training_texts)
     rig, bundle = load(options.chat_model, options.chat_bundle, options.chat_site)
 
     def of_split(split: str) -> list[Exchange]:
@@ -159,7 +161,7 @@ def harmful(options: argparse.Namespace) -> dict[str, Any]:
         evaluation.score(rig, fitted, of_split(REPORT), "report"),
         {
             name: evaluation.score(rig, fitted, exchanges.of_prompts(each, rig.tokenizer), f"padding {name}")
-            for name, each in padded_prompts(prompts).items()
+            for name, each in padded_prompts(prompts, options.padded).items()
         },
     )  # fmt: skip
     found = figures(measured)
@@ -178,18 +180,19 @@ def write_guards(folder: Path, name: str, fitted: Fitted, found: dict[str, Any])
         messages.write(folder / f"{each}.yaml", guard)
 
 
-def limited(prompts: Sequence[Prompt], texts: int) -> list[Prompt]:
+def limited(prompts: Sequence[Prompt], texts: int, training_texts: int) -> list[Prompt]:
     """Return the first prompts of each split and class."""
     members: defaultdict[tuple[str, bool], list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         members[prompt.split, prompt.label > 0.5].append(prompt)
-    return [prompt for each in members.values() for prompt in each[:texts]]
+    limits = {TRAIN: min(texts, training_texts)}
+    return [prompt for (split, _), each in members.items() for prompt in each[: limits.get(split, texts)]]
 
 
-def padded_prompts(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+def padded_prompts(prompts: Sequence[Prompt], count: int) -> dict[str, list[Prompt]]:
     """Return prompts of the report split alone, and behind benign requests of the training split in one message."""
     sides = [[p for p in prompts if p.split == REPORT and (p.label > 0.5) == side] for side in (True, False)]
-    chosen = [prompt for side in sides for prompt in side[:PADDED_PROMPTS]]
+    chosen = [prompt for side in sides for prompt in side[:count]]
     benign = [prompt.text for prompt in prompts if prompt.split == TRAIN and prompt.label <= 0.5]
     generator = random.Random(0)
     behind = [replace(each, text=f"{padding_of(benign, generator)}\n\n{each.text}") for each in chosen]

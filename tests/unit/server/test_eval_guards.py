@@ -21,17 +21,17 @@ def prompts(count: int) -> list[Prompt]:
 
 
 def test_prompts_are_limited_by_split_and_class() -> None:
-    kept = guards.limited(prompts(40), 3)
+    kept = guards.limited(prompts(40), 3, 2)
     assert Counter((prompt.split, prompt.label) for prompt in kept) == {
-        ("train", 1.0): 3,
-        ("train", 0.0): 3,
+        ("train", 1.0): 2,
+        ("train", 0.0): 2,
         ("report", 0.0): 3,
     }
 
 
 def test_padded_prompts_end_as_they_are_and_are_padded_with_training_texts() -> None:
     given = prompts(40)
-    found = guards.padded_prompts(given)
+    found = guards.padded_prompts(given, 3)
     plain, behind = found["0"], found[f"{guards.PADDING_CHARACTERS} characters"]
     assert [prompt.label for prompt in plain] == [prompt.label for prompt in behind]
     training = {prompt.text for prompt in given if prompt.split == "train" and prompt.label == 0}
