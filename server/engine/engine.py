@@ -12,6 +12,7 @@ from typing import Any
 
 from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.bundle.manifest import Context
+from rudder.sae_models.concepts import Concepts
 from rudder.server.engine.adapter import AsyncLLM, EngineDeadError, ModelFacts, RequestOutputCollector, add_request
 from rudder.server.engine.admission import Admission
 from rudder.server.engine.call import Call, FinishReason, GateOutcome, Outcome, Output, engine_sampling, salt
@@ -38,8 +39,8 @@ class Engine:
     """A running vLLM engine with its bank, telemetry and admission; `start.start_engine` builds it.
 
     `reserved`: rows by site number that are held as long as the engine lives: those of policies and pinned features.
-    `epoch`: identifies this start. `self_tested`: `selftest.run` has passed. `queues`: of the outputs of all calls in
-    vLLM, by handle.
+    `concepts`: steering concepts by bundle. `epoch`: identifies this start. `self_tested`: `selftest.run` has passed.
+    `queues`: of the outputs of all calls in vLLM, by handle.
     """
 
     llm: AsyncLLM
@@ -53,6 +54,7 @@ class Engine:
     hub: Hub
     metrics: Metrics
     reserved: ReservedRows = field(default_factory=dict)
+    concepts: dict[str, Concepts] = field(default_factory=dict)
     epoch: str = field(default_factory=lambda: secrets.token_hex(8))
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     handles: Iterator[int] = field(default_factory=lambda: count(1))

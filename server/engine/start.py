@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from rudder.sae_models import concepts
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.bundle.bundle import Bundle
+from rudder.sae_models.concepts import ConceptError, Concepts
 from rudder.sae_models.sae import Normalisation, row_norms
 from rudder.sae_models.tokens import text_encoder
 from rudder.server import preflight
@@ -38,7 +40,7 @@ async def start_engine(config: Config, metrics: Metrics | None = None) -> Engine
     """Start vLLM with the bank, load bundles, programs and policies, and connect telemetry.
 
     `selftest.run` must pass before the engine serves. A start that fails or is cancelled shuts vLLM down. Raises
-    ConfigError, BundleError, ProgramFileError, ProgramError, EngineStartError.
+    ConfigError, BundleError, ProgramFileError, ProgramError, ConceptError, EngineStartError.
     """
     loop = asyncio.get_running_loop()
     adapter.check_limits(config.limits)
@@ -87,8 +89,9 @@ async def abandon(starting: "asyncio.Future[AsyncLLM]", others: Set[BaseProcess]
 def check_programs(layout: Layout, served: dict[str, Bundle], config: Config) -> None:
     """Compile all programs, policies and watched features, as `build_engine` does once the model is loaded.
 
-    Raises ProgramFileError, ProgramError.
+    Raises ProgramFileError, ProgramError, ConceptError.
     """
+    load_concepts(served)
     width = next(iter(served.values())).manifest.model.hidden_size
     registry = registry_of(layout, width, served, config)
     compile_folder(config.programs.folder, registry, "program")
@@ -120,7 +123,10 @@ def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], confi
     metrics.watch_admission(admission.usage)
     hub = Hub(metrics.feature_totals, admission.release)
     default = default_policy(config, policies)
-    engine = Engine(llm, model, registry, served, programs, policies, default, admission, hub, metrics)
+    engine = Engine(
+        llm, model, registry, served, programs, policies, default, admission, hub, metrics,
+        concepts=load_concepts(served),
+    )  # fmt: skip
     if engine.exclusion != Exclusion():
         values = fields(positions=len(engine.exclusion.positions), tokens=len(engine.exclusion.tokens))
         logger.info("left out of reading, statistics and edits: the SAEs were not trained on them", extra=values)
@@ -207,6 +213,23 @@ def load_bundles(config: Config) -> dict[str, Bundle]:
     if len(set(sites)) < len(sites):
         raise ConfigError("engine.bundles", "two bundles are for the same site")
     return dict(zip(names, loaded, strict=True))
+
+
+def load_concepts(served: dict[str, Bundle]) -> dict[str, Concepts]:
+    """Load the steering concepts of the bundles that have some. ConceptError: they are of another bundle or model."""
+    files = {name: bundle.path / concepts.FILE for name, bundle in served.items()}
+    return {name: concepts_of(served[name], file) for name, file in files.items() if file.is_file()}
+
+
+def concepts_of(bundle: Bundle, file: Path) -> Concepts:
+    """Read the steering concepts of a bundle. ConceptError: they are of another one."""
+    content, manifest = concepts.read(file), bundle.manifest
+    if problem := concepts.fits(content, manifest.name, manifest.site, manifest.model.sha256, manifest.files):
+        raise ConceptError(f"{file}: {problem}")
+    rows = (row for concept in content.concepts for candidate in concept.candidates for row in candidate.rows)
+    if unknown := [row.index for row in rows if not 0 <= row.index < manifest.latents]:
+        raise ConceptError(f"{file}: {manifest.name} has latents 0 to {manifest.latents - 1}, not {unknown[0]}")
+    return content
 
 
 def layout_of(config: Config, served: dict[str, Bundle]) -> Layout:

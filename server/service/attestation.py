@@ -14,4 +14,5 @@ def attestation_of(call: CallRecord, choice: ChoiceRecord, engine_epoch: str) ->
         engine_epoch=engine_epoch,
         gates=[inference_pb2.GateCount(**gate._asdict()) for gate in choice.gates],
         request_id=call.request_id,
+        topic=call.topic,
     )

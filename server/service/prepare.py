@@ -17,6 +17,7 @@ from rudder.server.service.errors import invalid
 from rudder.server.service.prompt import prompt_ids
 from rudder.server.service.sampling import sampling_of
 from rudder.server.service.serving import Serving, bundle_at_site, feature_info
+from rudder.server.service.topics import program_of, resolve_topic
 from rudder.v1 import inference_pb2, program_pb2
 
 Request = inference_pb2.GenerateRequest | inference_pb2.CompleteRequest | inference_pb2.InspectRequest
@@ -26,11 +27,12 @@ LOGPROB_BYTES = 9
 
 @dataclass(frozen=True)
 class Job:
-    """A request ready to run: one call per choice."""
+    """A request ready to run: one call per choice. `topic`: what the request's topic stands for, None without one."""
 
     calls: tuple[Call, ...]
     report: inference_pb2.Report
     features: FeatureTable
+    topic: inference_pb2.ResolvedTopic | None = None
 
     @property
     def program_digest(self) -> str:
@@ -49,7 +51,8 @@ async def prepare(serving: Serving, caller: Caller, request: Request) -> Job:
     """Check a request of `caller` and compile it. Raises Refusal or ProgramError if a field is wrong."""
     limits.check(request, serving.bounds)
     policy = binding_policy(serving.engine, caller)
-    program = requested_program(serving, request.steering, policy)
+    topic = requested_topic(serving, request.steering)
+    program = requested_program(serving, request.steering, topic, policy)
     sites = top_k_sites(serving, request.report)
     chars = await require_possible_length(request.prompt, serving)
     ids = await serving.in_tokenizer_thread(
@@ -71,7 +74,7 @@ async def prepare(serving: Serving, caller: Caller, request: Request) -> Job:
     )
     table = FeatureTable([watched_feature_info(serving, w) for w in report.features], sites, info_lookup(serving))
     if isinstance(request, inference_pb2.InspectRequest):
-        return Job((call,), report, table)
+        return Job((call,), report, table, topic)
     interval = request.stream_interval if isinstance(request, inference_pb2.GenerateRequest) else 0
     sampling = with_max_tokens(request.sampling, len(ids), serving.engine.model.max_model_len)
     require_room_for_logprobs(sampling, len(ids), serving.bounds.limits.max_reply_bytes)
@@ -81,11 +84,26 @@ async def prepare(serving: Serving, caller: Caller, request: Request) -> Job:
         await serving.in_tokenizer_thread(caller, chars, lambda tokenizer: check_bad_words(first, tokenizer))
     choices = range(sampling.n or 1)
     calls = tuple(replace(call, sampling=sampling_of(sampling, choice, interval)) for choice in choices)
-    return Job(calls, report, table)
+    return Job(calls, report, table, topic)
 
 
-def requested_program(serving: Serving, steering: inference_pb2.Steering, policy: Compiled | None) -> Compiled | None:
-    """Return the request's program, compiled: the operator's of that name, or its own. Both obey the policy."""
+def requested_topic(serving: Serving, steering: inference_pb2.Steering) -> inference_pb2.ResolvedTopic | None:
+    """Return what the request's topic stands for; None without one."""
+    return resolve_topic(steering.topic, serving.engine.concepts) if steering.HasField("topic") else None
+
+
+def requested_program(
+    serving: Serving,
+    steering: inference_pb2.Steering,
+    topic: inference_pb2.ResolvedTopic | None,
+    policy: Compiled | None,
+) -> Compiled | None:
+    """Return the request's program, compiled: the operator's of that name, its own, or that of its topic.
+
+    All obey the policy.
+    """
+    if topic is not None:
+        return own_program(serving, program_of(topic), policy, "steering.topic")
     match steering.WhichOneof("steering"):
         case "name":
             if steering.name not in serving.engine.programs:

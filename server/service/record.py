@@ -14,6 +14,7 @@ from rudder.server.monitoring.metrics import Metrics
 from rudder.server.monitoring.traces import Correlation
 from rudder.server.program.compile import Compiled
 from rudder.server.service.errors import Refusal
+from rudder.v1 import inference_pb2
 
 MAX_LOGGED_FIELDS = 4
 
@@ -87,7 +88,8 @@ class ChoiceRecord:
 class CallRecord:
     """One call. Times are of `time.monotonic`, durations in seconds.
 
-    `outcome`: OK, a key of `errors.REASONS`, CANCELLED or DEADLINE_EXCEEDED; empty while the call runs.
+    `topic`: what the request's topic stood for. `outcome`: OK, a key of `errors.REASONS`, CANCELLED or
+    DEADLINE_EXCEEDED; empty while the call runs.
     """
 
     method: str
@@ -97,6 +99,7 @@ class CallRecord:
     started: float = field(default_factory=time.monotonic)
     program_digest: str = ""
     policy_digest: str = ""
+    topic: inference_pb2.ResolvedTopic | None = None
     prompt_tokens: int = 0
     choices: list[ChoiceRecord] = field(default_factory=list)
     first_token_s: float | None = None

@@ -54,6 +54,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["generate", "x", CLOSED, "--program", "nowhere.yaml"], "[Errno 2] No such file or directory: 'nowhere.yaml'"),
         (["inspect", "x", CLOSED, "--program", "empty.yaml"], "empty.yaml: is not a mapping"),
         (["inspect", "x", CLOSED], "UNAVAILABLE: "),
+        (["inspect", "x", CLOSED, "--strength", "1"], "--strength: needs --topic"),
+        (["generate", "x", CLOSED, "--topic", "astronomy", "--strength", "1"], "UNAVAILABLE: "),
         (["features", CLOSED, "--search", "x"], "UNAVAILABLE: "),
         (["model", CLOSED], "UNAVAILABLE: "),
         (["model", "get", "nothing"], "nothing: there is no model of this name; the models are smollm2-135m-instruct"),

@@ -33,6 +33,8 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_POLICY_UNKNOWN: _ClassVar[Reason]
     REASON_POLICY_INVALID: _ClassVar[Reason]
     REASON_POLICY_REFUSED: _ClassVar[Reason]
+    REASON_TOPIC_UNKNOWN: _ClassVar[Reason]
+    REASON_TOPIC_INERT: _ClassVar[Reason]
 REASON_UNSPECIFIED: Reason
 REASON_FIELD_INVALID: Reason
 REASON_FEATURE_UNKNOWN: Reason
@@ -53,6 +55,8 @@ REASON_MESSAGE_TOO_LARGE: Reason
 REASON_POLICY_UNKNOWN: Reason
 REASON_POLICY_INVALID: Reason
 REASON_POLICY_REFUSED: Reason
+REASON_TOPIC_UNKNOWN: Reason
+REASON_TOPIC_INERT: Reason
 
 class ErrorStatus(_message.Message):
     __slots__ = ("code", "message", "details")

@@ -2,15 +2,26 @@
 
 import asyncio
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from rudder.sae_models import concepts
+from rudder.sae_models.concepts import ConceptError
 from rudder.server.config import Config, ConfigError, Policies
 from rudder.server.engine import adapter
 from rudder.server.engine.ledger import Ledger
-from rudder.server.engine.start import check_bos, default_policy, layout_of, reserved_request, reserved_rows, start_llm
+from rudder.server.engine.start import (
+    check_bos,
+    default_policy,
+    layout_of,
+    load_concepts,
+    reserved_request,
+    reserved_rows,
+    start_llm,
+)
 from rudder.server.program import wire
 from rudder.server.program.errors import ProgramError
 from rudder.server.program.layout import Layout
@@ -18,6 +29,7 @@ from rudder.server.program.named import NamedProgram
 from rudder.server.program.rows import Registry
 from tests.unit.programs import REGISTRY, SITE, VECTOR, compiled, feature, program
 from tests.unit.reference import BUNDLE, WIDTH
+from tests.unit.topics import STARS, concepts_of
 
 TWO_STAGES = Registry(Layout(REGISTRY.layout.sites, rows=4, slots=2, stages=2), WIDTH, REGISTRY.dictionaries)
 NUMBER = TWO_STAGES.layout.sites.index(SITE)
@@ -47,6 +59,22 @@ def test_pinned_features_that_do_not_fit_are_named() -> None:
     pinned = (wire.Site(NUMBER, tuple(wire.Row(BUNDLE, latent) for latent in range(5)), watch=(0,)),)
     with pytest.raises(ProgramError, match=r"^watch: 5 distinct rows"):
         reserved_request(pinned, {}, TWO_STAGES)
+
+
+def test_concepts_of_another_bundle_or_without_their_rows_are_refused(tmp_path: Path) -> None:
+    manifest = SimpleNamespace(
+        name=BUNDLE, site=SITE, latents=6, model=SimpleNamespace(sha256="m"), files={"sae.safetensors": "ab"}
+    )
+    bundle: Any = SimpleNamespace(path=tmp_path, manifest=manifest)
+    assert load_concepts({BUNDLE: bundle}) == {}
+    concepts.write(tmp_path / concepts.FILE, concepts_of(STARS))
+    assert load_concepts({BUNDLE: bundle}) == {BUNDLE: concepts_of(STARS)}
+    manifest.latents = 3
+    with pytest.raises(ConceptError, match=r"concepts\.yaml: .* has latents 0 to 2, not 3"):
+        load_concepts({BUNDLE: bundle})
+    manifest.latents, manifest.files = 6, {"sae.safetensors": "cd"}
+    with pytest.raises(ConceptError, match="another SAE"):
+        load_concepts({BUNDLE: bundle})
 
 
 def test_bound_request_needs_no_free_row() -> None:
