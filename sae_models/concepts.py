@@ -160,9 +160,15 @@ def problems(content: Concepts) -> Iterator[str]:
 
 def write(path: Path, content: Concepts) -> None:
     """Write a file of concepts atomically, with figures of four digits."""
-    plain = rounded(msgspec.to_builtins(content))
-    text = yaml.safe_dump(plain, sort_keys=False, width=110, default_flow_style=None, allow_unicode=True)
+    text = yaml.safe_dump(
+        rounded(plain(content)), sort_keys=False, width=110, default_flow_style=None, allow_unicode=True
+    )
     write_atomically(path, text.encode())
+
+
+def plain(part: Part) -> object:
+    """Return a part of a file as plain values."""
+    return msgspec.to_builtins(part)
 
 
 def rounded(value: object) -> object:

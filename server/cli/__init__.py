@@ -26,6 +26,7 @@ COMMANDS = {
     "program": "derive and evaluate the programs of a bundle",
     "policy": "write, check and apply policies",
     "eval": "measure what steering, policies and guards do",
+    "steer": "calibrate steering towards topics",
     "bench": "run benchmarks",
     "demo": "start a server, run the client's tour, stop the server",
 }

@@ -22,7 +22,7 @@ CURVE = (point(0.0, 0.0), point(0.2, 0.1), point(0.4, 0.5), point(0.8, 2.0))
 
 def candidate(*rows: Row, response: float = 0.6, **changes: Any) -> Candidate:
     """A candidate with s_max 0.4."""
-    fields = {"kind": "group", "s_max": 0.4, "limit": "perplexity", "curve": CURVE, "random": 0.2}
+    fields: dict[str, Any] = {"kind": "group", "s_max": 0.4, "limit": "perplexity", "curve": CURVE, "random": 0.2}
     return Candidate(rows=rows, response=Interval(response, response - 0.1, response + 0.1), **fields | changes)
 
 
@@ -40,7 +40,7 @@ DULL = Concept("chemistry", "book against the others", (candidate(Row(0, 1.0), r
 
 def concepts_of(*concepts: Concept, **changes: Any) -> Concepts:
     """A file of concepts for BUNDLE at SITE."""
-    fields = {"bundle": BUNDLE, "site": SITE, "model": "m", "weights": {"sae.safetensors": "ab"}}
+    fields: dict[str, Any] = {"bundle": BUNDLE, "site": SITE, "model": "m", "weights": {"sae.safetensors": "ab"}}
     return Concepts(calibration=CALIBRATION, concepts=concepts, **fields | changes)
 
 
