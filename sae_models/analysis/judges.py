@@ -23,10 +23,11 @@ from rudder.sae_models.tokens import text_encoder
 
 Represent = Callable[[Sequence[str]], Tensor]
 Floats = NDArray[np.float64]
-PASSAGE_WORDS = 45
+# Words of a generated text; and of a text to train on: longer ones tell more per row.
+PASSAGE_WORDS, TRAINING_WORDS = 45, 150
 VOCABULARY = 8000
 MIN_PASSAGES = 3
-STEPS = 60
+STEPS = 40
 # L2 penalty on the weights of a regression, per judge: sparse n-grams have norm 1, embeddings unit variance.
 NGRAM_PENALTY, EMBEDDING_PENALTY = 2e-5, 1e-3
 
@@ -109,24 +110,26 @@ def without_words(text: str, words: Collection[str]) -> str:
     return " ".join(word for word in text.split() if not re.sub(r"[^a-z]", "", word.lower()).startswith(prefixes))
 
 
-def passages_of(documents: Sequence[Document], folds: Collection[int], limit: int, seed: int = 0) -> Passages:
-    """Cut documents in these folds into passages of PASSAGE_WORDS words; take up to `limit` of each book, at random."""
+def passages_of(
+    documents: Sequence[Document], folds: Collection[int], limit: int, words: int = PASSAGE_WORDS
+) -> Passages:
+    """Cut documents in these folds into passages of so many words; take up to `limit` of each book, at random."""
     topics = sorted({document.book for document in documents})
-    generator, texts, labels = torch.Generator().manual_seed(seed), list[str](), list[int]()
+    generator, texts, labels = torch.Generator().manual_seed(0), list[str](), list[int]()
     for number, topic in enumerate(topics):
         own = [d for d in documents if d.book == topic and d.fold in folds]
-        found = [passage for document in own for passage in cut(document.text)]
+        found = [passage for document in own for passage in cut(document.text, words)]
         chosen = torch.randperm(len(found), generator=generator)[:limit].tolist()
         texts += [found[index] for index in chosen]
         labels += [number] * len(chosen)
     return Passages(texts, torch.tensor(labels), topics)
 
 
-def cut(text: str) -> list[str]:
-    """Return the passages of a text that have PASSAGE_WORDS words; a shorter text is one passage."""
+def cut(text: str, size: int = PASSAGE_WORDS) -> list[str]:
+    """Return the passages of a text that have `size` words; a shorter text is one passage."""
     words = text.split()
-    starts = range(0, max(len(words) - PASSAGE_WORDS, 0) + 1, PASSAGE_WORDS)
-    return [" ".join(words[start : start + PASSAGE_WORDS]) for start in starts if words]
+    starts = range(0, max(len(words) - size, 0) + 1, size)
+    return [" ".join(words[start : start + size]) for start in starts if words]
 
 
 def ngram_reader(texts: Sequence[str]) -> Represent:

@@ -26,7 +26,7 @@ from rudder.sae_models.errors import UserError
 
 WINDOW = 256
 CHARACTERS_PER_TOKEN = 5
-TRAINING_PASSAGES, CALIBRATION_PASSAGES = 200, 120
+TRAINING_PASSAGES, CALIBRATION_PASSAGES = 300, 120
 SELECTION_FOLDS = tuple(fold for fold in range(corpus.FOLDS) if fold not in (*HELD_OUT_FOLDS, *TUNING_FOLDS))
 
 
@@ -102,7 +102,7 @@ def load_material(bundle: Path, model: Path, judge: Path, corpus_path: Path, win
     context = loaded.manifest.context
     voice = Voice(harvest.load_model(model), harvest.load_tokenizer(model), context=context)
     trunk = harvest.load_trunk(model, parse_site(loaded.manifest.site))
-    train = judges.passages_of(documents, SELECTION_FOLDS, TRAINING_PASSAGES)
+    train = judges.passages_of(documents, SELECTION_FOLDS, TRAINING_PASSAGES, judges.TRAINING_WORDS)
     readers = readers_of(judge, train)
     panel = judges.fit_panel(readers, train, judges.passages_of(documents, TUNING_FOLDS, CALIBRATION_PASSAGES))
     return Material(loaded, voice, trunk, documents, readers, panel, windows_per_book)

@@ -1,0 +1,88 @@
+"""Calibration on a small model whose unembedding is planted: adding the direction of a word makes it say the word."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from rudder.sae_models.activations import harvest
+from rudder.sae_models.activations.hooks import parse_site
+from rudder.sae_models.analysis import steering
+from rudder.sae_models.analysis.candidates import Group
+from rudder.sae_models.analysis.crossing import Budgets
+from rudder.sae_models.analysis.sampling import Voice
+from rudder.sae_models.analysis.steering import Room, Settings
+from rudder.sae_models.concepts import Concept
+from tests.unit import tiny
+from tests.unit.topics import MINDS, STARS
+
+TOKEN = 900
+PROMPTS = ("The cell", "A king", "Peace", "Viruses need a host")
+SETTINGS = Settings(seeds=2, random_directions=8, budgets=Budgets(perplexity_ratio=3.0))
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Room:
+    folder = tiny.save_model(tmp_path_factory.mktemp("model"))
+    model = harvest.load_model(folder)
+    with torch.no_grad():
+        model.lm_head.weight *= 40
+        # Nothing else points its way.
+        model.lm_head.weight[TOKEN] *= 1.5
+    return steering.room_of(
+        Voice(model, harvest.load_tokenizer(folder), tokens=20), parse_site("layers.1.resid_post"), PROMPTS, 2
+    )
+
+
+def respond(room: Room, texts: Sequence[str]) -> Tensor:
+    word = room.voice.tokenizer.decode([TOKEN])
+    return torch.tensor([min(1.0, text.count(word) / 4) for text in texts])
+
+
+def group(direction: Tensor) -> Group:
+    return Group("group", (3,), (1.0,), torch.nn.functional.normalize(direction.detach(), dim=0))
+
+
+def test_a_planted_direction_reaches_its_topic_within_the_budgets(room: Room) -> None:
+    candidate, responses = steering.calibrate_group(
+        room, lambda texts: respond(room, texts), group(room.voice.model.lm_head.weight[TOKEN]), SETTINGS
+    )
+    assert candidate.s_max > 0
+    assert len(responses) == 8
+    assert candidate.response.value == pytest.approx(responses.mean().item())
+    assert candidate.response.value > 5 * candidate.curve[0].response + 0.02
+    assert candidate.curve[0].dose == 0
+    for point in candidate.curve:
+        if point.dose <= candidate.s_max:
+            assert not SETTINGS.budgets.broken(point, candidate.curve[0])
+    compared = steering.with_random(candidate, room, lambda texts: respond(room, texts), SETTINGS)
+    assert not compared.inert
+
+
+def test_a_direction_of_something_else_is_inert(room: Room) -> None:
+    other = group(-room.voice.model.lm_head.weight[TOKEN])
+    candidate, _ = steering.calibrate_group(room, lambda texts: respond(room, texts), other, SETTINGS)
+    assert steering.with_random(candidate, room, lambda texts: respond(room, texts), SETTINGS).inert
+
+
+def test_divergence_grows_with_the_dose(room: Room) -> None:
+    direction = group(room.voice.model.lm_head.weight[TOKEN]).direction
+    weak, strong = (room.steer(direction, dose).kl.mean() for dose in (0.1, 1.0))
+    assert 0 < weak < strong
+    assert room.unsteered.kl.abs().max() == 0
+
+
+def test_texts_of_a_prompt_are_resampled_together(room: Room) -> None:
+    assert room.cluster.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    values, cluster = torch.tensor([0.0, 1.0] * 40), torch.arange(40).repeat_interleave(2)
+    same = steering.interval_of(values, cluster)
+    assert (same.low, same.value, same.high) == (0.5, 0.5, 0.5)
+    apart = steering.interval_of(values, torch.arange(80))
+    assert 0.35 < apart.low < 0.5 < apart.high < 0.65
+
+
+def test_a_new_concept_replaces_the_one_of_its_name() -> None:
+    new = Concept("astronomy", "x", STARS.candidates)
+    assert steering.with_concept((STARS, MINDS), new) == (new, MINDS)
+    assert steering.with_concept((MINDS,), new) == (new, MINDS)
