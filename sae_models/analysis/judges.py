@@ -24,8 +24,8 @@ from rudder.sae_models.tokens import text_encoder
 Represent = Callable[[Sequence[str]], Tensor]
 Floats = NDArray[np.float64]
 # Words of a generated text; and of a text to train on: longer ones tell more per row.
-PASSAGE_WORDS, TRAINING_WORDS = 45, 150
-VOCABULARY = 8000
+PASSAGE_WORDS, TRAINING_WORDS = 45, 200
+VOCABULARY = 5000
 MIN_PASSAGES = 3
 STEPS = 40
 # L2 penalty on the weights of a regression, per judge: sparse n-grams have norm 1, embeddings unit variance.

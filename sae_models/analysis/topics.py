@@ -26,7 +26,7 @@ from rudder.sae_models.errors import UserError
 
 WINDOW = 256
 CHARACTERS_PER_TOKEN = 5
-TRAINING_PASSAGES, CALIBRATION_PASSAGES = 300, 120
+TRAINING_PASSAGES, CALIBRATION_PASSAGES = 200, 100
 SELECTION_FOLDS = tuple(fold for fold in range(corpus.FOLDS) if fold not in (*HELD_OUT_FOLDS, *TUNING_FOLDS))
 
 
