@@ -23,6 +23,7 @@ examples:
   rudder steer calibrate BUNDLE --model MODEL --corpus textbooks.jsonl.xz --book astronomy --book psychology
   rudder steer calibrate BUNDLE --model MODEL --corpus textbooks.jsonl.xz --topics topics.yaml
   rudder steer show BUNDLE
+  rudder steer scores BUNDLE --model MODEL
 """
 TOPICS = """\
 a YAML file of topics is a list of mappings with `name`, one of
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     steer = command("steer", "Find rows that steer towards topics, and how strongly they may.", EXAMPLES)
     group = steer.add_subparsers(required=True, metavar="command")
     add_calibrate(group)
+    add_scores(group)
     showing = add_subcommand(group, "show", "show the concepts of a bundle", EXAMPLES)
     showing.set_defaults(run=show)
     showing.add_argument("bundle", type=Path, help="folder of the bundle")
@@ -73,6 +75,23 @@ def add_material(action: argparse.ArgumentParser) -> None:
     judge = "folder of another model, whose token embeddings the second judge of topics reads (by default the same)"
     action.add_argument("--judge", type=Path, help=judge)
     action.add_argument("--windows", type=integer(1), default=24, help="windows of each book (%(default)s)")
+
+
+def add_scores(group: Any) -> None:
+    """Add `steer scores`."""
+    text = "write output and input scores of all latents into a bundle's catalogue, for searches"
+    action = add_subcommand(group, "scores", text, EXAMPLES)
+    action.set_defaults(run=write_scores)
+    action.add_argument("bundle", type=Path, help="folder of the bundle; written anew in place")
+    action.add_argument("--model", type=Path, required=True, help="folder of its model")
+
+
+def write_scores(args: argparse.Namespace) -> None:
+    """Write scores into a catalogue."""
+    from rudder.sae_models.analysis.scores import score_bundle
+
+    scored = score_bundle(args.bundle, args.model)
+    out.print(f"{scored} latents scored in {escape(str(args.bundle))}, whose SHA-256 is another one now")
 
 
 def calibrate(args: argparse.Namespace) -> None:
