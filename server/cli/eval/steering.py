@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,8 @@ PROMPT_WORDS = 16
 # The bar, at doses within the budgets: share of the difference of means' topic share, and multiple of random's.
 OF_MEANS, OF_RANDOM = 0.8, 3.0
 FIGURES = ("topic_share", "topic_share_without_own_words", "score", "perplexity_ratio", "repetition", "kept", "kl")
+# Of these, so many with their interval in the table; all have it in the JSON.
+WITH_INTERVAL = 4
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,10 +46,12 @@ def main(argv: Sequence[str]) -> int:
     from rudder.sae_models.analysis import topics
 
     material = topics.load_material(args.bundle, args.model, args.judge or args.model, args.corpus, args.windows)
-    result = evaluate(args, books, material)
+    result: dict[str, Any] = {}
+    for result in evaluate(args, books, material):
+        err.print(f"[dim]{', '.join(result['concepts'])}: done[/]")
+        if args.json:
+            write_atomically(args.json, json.dumps(result, indent=2).encode() + b"\n")
     print_result(result)
-    if args.json:
-        write_atomically(args.json, json.dumps(result, indent=2).encode() + b"\n")
     return REACHED if all(bar["reached"] for bar in result["bars"].values()) else MISSED
 
 
@@ -63,27 +67,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def wanted_books(args: argparse.Namespace) -> list[str]:
-    """Return the topics to compare on. UserError: there is none."""
+    """Return the topics to compare on; with --quick, unless they are named, the first few. UserError: there is none."""
     path = args.bundle / concepts.FILE
     known = [concept.name for concept in concepts.read(path).concepts] if path.is_file() and not args.book else []
     books = args.book or known
     if not books:
         raise UserError(f"book: name some, as there is no {path}")
-    return list(books[:QUICK_CONCEPTS] if args.quick else books)
+    return list(books[:QUICK_CONCEPTS] if args.quick and not args.book else books)
 
 
-def evaluate(args: argparse.Namespace, books: Sequence[str], material: "Material") -> dict[str, Any]:
-    """Compare the arms on each topic; return the result as plain values."""
+def evaluate(args: argparse.Namespace, books: Sequence[str], material: "Material") -> Iterator[dict[str, Any]]:
+    """Compare the arms topic by topic; yield the result on the topics so far, as plain values."""
     from rudder.sae_models.analysis import topics
 
     profile = topics.profile_of(material, [])
     prompts = args.prompts or (QUICK_PROMPTS if args.quick else PROMPTS)
-    by_concept = {}
+    by_concept, judged = {}, judges_record(material)
     for book in books:
         stages = stages_of(material, book, prompts)
         by_concept[book] = compare(material, profile, book, stages, QUICK_DOSES if args.quick else DOSES)
-        err.print(f"[dim]{book}: done[/]")
-    return summarise(material, by_concept, prompts)
+        yield {**summarise(by_concept), **judged, "prompts": prompts}
 
 
 def stages_of(material: "Material", book: str, prompts: int) -> tuple["Stage", "Stage"]:
@@ -122,31 +125,39 @@ def compare(
     }
 
 
-def summarise(material: "Material", by_concept: Mapping[str, Mapping[str, "Chosen"]], prompts: int) -> dict[str, Any]:
-    """Return figures of each arm over all topics, the bars, and doses by topic."""
+def judges_record(material: "Material") -> dict[str, Any]:
+    """Return what is compared, and how well the judges do on held-out passages."""
     from rudder.sae_models.activations import corpus
-    from rudder.sae_models.analysis import arms, judges
+    from rudder.sae_models.analysis import judges
+
+    held_out = judges.passages_of(material.documents, corpus.HELD_OUT_FOLDS, 40)
+    accuracy, agreement = material.panel.accuracy(held_out), material.panel.agreement(held_out.texts)
+    manifest = material.bundle.manifest
+    record = {"accuracy": accuracy, "agreement": agreement, "topics": len(held_out.topics)}
+    return {"model": manifest.model.name, "bundle": manifest.name, "judges": record}
+
+
+def summarise(by_concept: Mapping[str, Mapping[str, "Chosen"]]) -> dict[str, Any]:
+    """Return figures of each arm over all topics, the bars, and by topic the doses and topic shares."""
+    from rudder.sae_models.analysis import arms
 
     # A ranking of few latents has fewer distinct groups: an arm is compared where every topic has it.
     names = [name for name in next(iter(by_concept.values())) if all(name in found for found in by_concept.values())]
     figures = {name: arm_figures([found[name] for found in by_concept.values()], by_concept) for name in names}
-    held_out = judges.passages_of(material.documents, corpus.HELD_OUT_FOLDS, 40)
     return {
-        "model": material.bundle.manifest.model.name,
-        "bundle": material.bundle.manifest.name,
         "concepts": list(by_concept),
-        "prompts": prompts,
-        "judges": {
-            "accuracy": material.panel.accuracy(held_out),
-            "agreement": material.panel.agreement(held_out.texts),
-        },
         "arms": {name: {k: asdict(arms.estimate(v)) for k, v in each.items()} for name, each in figures.items()},
         "bars": bars_of({name: each["topic_share"] for name, each in figures.items()}),
-        "doses": {
-            book: {name: {"best": chosen.best, "within": chosen.within} for name, chosen in found.items()}
-            for book, found in by_concept.items()
+        "per_concept": {
+            book: {name: plain(each) for name, each in found.items()} for book, found in by_concept.items()
         },
     }
+
+
+def plain(chosen: "Chosen") -> dict[str, float]:
+    """Return the doses of an arm on one topic, and the topic share within the budgets."""
+    share = float((chosen.at_within.response >= 0.5).float().mean())
+    return {"best": chosen.best, "within": chosen.within, "topic_share": share}
 
 
 def arm_figures(chosen: Sequence["Chosen"], by_concept: Mapping[str, Mapping[str, "Chosen"]]) -> dict[str, Any]:
@@ -188,9 +199,13 @@ def bars_of(share: Mapping[str, Any]) -> dict[str, Any]:
 
 def print_result(result: Mapping[str, Any]) -> None:
     """Print the table of arms, and the bars."""
-    table = Table("arm", *FIGURES, title=f"{result['bundle']}: {', '.join(result['concepts'])}", title_justify="left")
+    columns = [name.replace("_", " ") for name in FIGURES]
+    table = Table("arm", *columns, title=f"{result['bundle']}: {', '.join(result['concepts'])}", title_justify="left")
     for name, each in result["arms"].items():
-        table.add_row(name, *(f"{f['value']:.3f} ({f['low']:.2f}-{f['high']:.2f})" for f in map(each.get, FIGURES)))
+        intervals = [
+            f"{f['value']:.2f} ({f['low']:.2f}-{f['high']:.2f})" for f in map(each.get, FIGURES[:WITH_INTERVAL])
+        ]
+        table.add_row(name, *intervals, *(f"{each[figure]['value']:.2f}" for figure in FIGURES[WITH_INTERVAL:]))
     out.print(table)
     for name, bar in result["bars"].items():
         margin, verdict = bar["margin"], "reached" if bar["reached"] else "[bold red]missed[/]"
