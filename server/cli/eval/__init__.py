@@ -11,6 +11,11 @@ EVALUATIONS = {
     "steering": "topics reached at bounded cost in fluency, against controls",
 }
 
+EXAMPLES = """\
+examples:
+  rudder eval steering BUNDLE --model MODEL --corpus textbooks.jsonl.xz --book astronomy --json steering.json
+"""
+
 
 def main(argv: Sequence[str]) -> int:
     """Run an evaluation."""
@@ -18,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
         module = importlib.import_module(f"rudder.server.cli.eval.{argv[0]}")
         status: int | None = module.main(argv[1:])
         return status or 0
-    parser = command("eval", "Measure what steering, policies and guards do.")
+    parser = command("eval", "Measure what steering, policies and guards do.", EXAMPLES)
     group = parser.add_subparsers(required=True, metavar="evaluation")
     for name, text in EVALUATIONS.items():
         group.add_parser(name, help=text, add_help=False)
