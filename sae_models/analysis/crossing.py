@@ -10,7 +10,7 @@ from rudder.sae_models.concepts import Point
 
 # Norm of the displacement as a share of ||x||: twelve steps of equal ratio.
 GRID = tuple(np.geomspace(0.05, 4.0, 12).tolist())
-BISECTIONS = 3
+BISECTIONS = 2
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ in residual norms on one row per direction. Equal seeds draw equal random number
 unsteered texts differ by the dose alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -19,8 +19,8 @@ from rudder.sae_models.activations.hooks import Site, hooked
 from rudder.sae_models.bundle.manifest import Context
 from rudder.sae_models.tokens import bos_token_id, text_encoder
 
-# Sequences that go through the model together.
-BATCH = 128
+# Sequences that are continued together, and whose probabilities are computed together.
+BATCH, SCORED = 64, 32
 NO_EXCLUSION = Context()
 
 
@@ -124,25 +124,55 @@ def editable(voice: Voice, tokens: Tensor, mask: Tensor) -> Tensor:
 @torch.no_grad()
 def generate(voice: Voice, prompts: Sequence[str], seeds: Sequence[int], steering: Steering | None = None) -> Texts:
     """Continue each prompt by `voice.tokens` tokens, with the random numbers of its seed; never by an end of text."""
+    return _joined([texts for texts, _ in _parts(voice, prompts, seeds, steering)])
+
+
+@torch.no_grad()
+def measured(
+    voice: Voice, prompts: Sequence[str], seeds: Sequence[int], steering: Steering | None = None
+) -> tuple[Texts, Likelihood]:
+    """Generate texts; also return how likely they are to the plain model, and how far the steered one is from it."""
+    texts, likely = list[Texts](), list[Likelihood]()
+    for part, steered in _parts(voice, prompts, seeds, steering):
+        texts.append(part)
+        likely.append(likelihood(voice, part, None if steering is None else torch.stack(steered, 1)))
+    nats, kl = (torch.cat([getattr(each, name) for each in likely]) for name in ("nats", "kl"))
+    return _joined(texts), Likelihood(nats, kl)
+
+
+def _parts(
+    voice: Voice, prompts: Sequence[str], seeds: Sequence[int], steering: Steering | None
+) -> Iterator[tuple[Texts, list[Tensor]]]:
+    """Yield texts in batches, with the logits [n, V] from which each of their tokens was drawn."""
     prompt, mask = encoded(prompts, voice.tokenizer)
     numbers = torch.stack([torch.rand(voice.tokens, generator=torch.Generator().manual_seed(s)) for s in seeds])
-    parts = [slice(start, start + BATCH) for start in range(0, len(prompt), BATCH)]
-    tokens = [_continued(voice, prompt[p], mask[p], numbers[p], steering.part(p) if steering else None) for p in parts]
-    return Texts(prompt, mask, torch.cat(tokens))
+    for start in range(0, len(prompt), BATCH):
+        part = slice(start, start + BATCH)
+        steered = steering.part(part) if steering else None
+        tokens, logits = _continued(voice, prompt[part], mask[part], numbers[part], steered)
+        yield Texts(prompt[part], mask[part], tokens), logits
 
 
-def _continued(voice: Voice, prompt: Tensor, mask: Tensor, numbers: Tensor, steering: Steering | None) -> Tensor:
-    tokens, cache, step = prompt, None, prompt
+def _joined(parts: Sequence[Texts]) -> Texts:
+    return Texts(*(torch.cat([getattr(part, name) for part in parts]) for name in ("prompt", "mask", "tokens")))
+
+
+def _continued(
+    voice: Voice, prompt: Tensor, mask: Tensor, numbers: Tensor, steering: Steering | None
+) -> tuple[Tensor, list[Tensor]]:
+    tokens, cache, step, kept = prompt, None, prompt, list[Tensor]()
     for number in numbers.T:
         position = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -step.shape[1] :]
         counted = editable(voice, tokens, mask)
         result = _forward(
             voice, step, mask, counted, steering, position_ids=position, past_key_values=cache, use_cache=True
         )
-        cache, step = result.past_key_values, _drawn(voice, result.logits[:, -1].float(), number)[:, None]
+        logits = result.logits[:, -1].float()
+        kept.append(logits)
+        cache, step = result.past_key_values, _drawn(voice, logits, number)[:, None]
         tokens = torch.cat([tokens, step], 1)
         mask = torch.cat([mask, torch.ones_like(step, dtype=torch.bool)], 1)
-    return tokens[:, prompt.shape[1] :]
+    return tokens[:, prompt.shape[1] :], kept
 
 
 def _forward(
@@ -157,40 +187,39 @@ def _forward(
 
 def _drawn(voice: Voice, logits: Tensor, number: Tensor) -> Tensor:
     """Return the tokens [n] that numbers [n] in [0, 1) draw from logits [n, V], by the inverse of the distribution."""
+    tempered = logits / voice.temperature
     if voice.tokenizer.eos_token_id is not None:
-        logits[:, voice.tokenizer.eos_token_id] = -inf
-    probability = (logits / voice.temperature).softmax(1, dtype=torch.float64)
-    drawn = torch.searchsorted(probability.cumsum(1), number.double()[:, None], right=True)[:, 0]
+        tempered[:, voice.tokenizer.eos_token_id] = -inf
+    cumulative = tempered.softmax(1, dtype=torch.float64).cumsum(1)
+    drawn = torch.searchsorted(cumulative, number.double()[:, None], right=True)[:, 0]
     return drawn.clamp_max(logits.shape[1] - 1)
 
 
 @torch.no_grad()
-def likelihood(voice: Voice, texts: Texts, steering: Steering | None = None) -> Likelihood:
-    """Return how likely texts are to the plain model, and how far the steered one is from it on them."""
-    parts = [slice(start, start + BATCH // 4) for start in range(0, len(texts), BATCH // 4)]
-    pairs = [_likelihood(voice, texts, part, steering) for part in parts]
-    nats, kl = (torch.cat(each) for each in zip(*pairs, strict=True))
-    return Likelihood(nats, kl)
+def likelihood(voice: Voice, texts: Texts, steered: Tensor | None = None) -> Likelihood:
+    """Return how likely texts are to the plain model, and how far the steered one is from it on them.
 
-
-def _likelihood(voice: Voice, texts: Texts, part: slice, steering: Steering | None) -> tuple[Tensor, Tensor]:
-    generated = texts.tokens[part]
-    tokens = torch.cat([texts.prompt[part], generated], 1)
-    mask = torch.cat([texts.mask[part], torch.ones_like(generated, dtype=torch.bool)], 1)
-    counted = editable(voice, tokens, mask)
+    `steered`: its logits [n, t, V] of the generated tokens; None: it is the plain one.
+    """
+    tokens = torch.cat([texts.prompt, texts.tokens], 1)
+    mask = torch.cat([texts.mask, torch.ones_like(texts.tokens, dtype=torch.bool)], 1)
     position = (mask.long().cumsum(1) - 1).clamp_min(0)
+    length = texts.tokens.shape[1]
+    nats, kl = list[Tensor](), list[Tensor]()
+    for start in range(0, len(texts), SCORED):
+        part = slice(start, start + SCORED)
+        inputs = {"input_ids": tokens[part], "attention_mask": mask[part].long(), "position_ids": position[part]}
+        logits = voice.model(**inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
+        plain = logits.float().log_softmax(-1)
+        nats.append(-plain.gather(-1, texts.tokens[part, :, None])[..., 0].mean(1))
+        kl.append(torch.zeros(len(plain)) if steered is None else _divergence(steered[part], plain))
+    return Likelihood(torch.cat(nats), torch.cat(kl))
 
-    def log_probabilities(edit: Steering | None) -> Tensor:
-        logits = _forward(voice, tokens, mask, counted, edit, position_ids=position, use_cache=False).logits
-        last: Tensor = logits[:, -generated.shape[1] - 1 : -1].float().log_softmax(-1)
-        return last
 
-    plain = log_probabilities(None)
-    nats = -plain.gather(-1, generated[..., None])[..., 0].mean(1)
-    if steering is None:
-        return nats, torch.zeros_like(nats)
-    steered = log_probabilities(steering.part(part))
-    return nats, (steered.exp() * (steered - plain)).sum(-1).mean(1)
+def _divergence(steered: Tensor, plain: Tensor) -> Tensor:
+    """Return KL(steered || plain) [n] in nats per token, from logits and log-probabilities [n, t, V]."""
+    log_p = steered.log_softmax(-1)
+    return (log_p.exp() * (log_p - plain)).sum(-1).mean(1)
 
 
 def repetition(tokens: Tensor, n: int = 4) -> Tensor:

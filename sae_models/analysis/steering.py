@@ -18,8 +18,9 @@ from rudder.sae_models.concepts import Calibration, Candidate, Concept, Interval
 
 BUDGETS = Budgets()
 BOOTSTRAPS = 2000
-# Candidates of a concept that are kept: the one that is served, and the runner-up.
-KEPT = 2
+# Candidates of a concept that are calibrated: the one that is served, and the runner-up. They are those that reach most
+# of the topic at one dose.
+KEPT, SCREENING_DOSE = 2, 0.25
 # Prompts on which random directions are tried.
 RANDOM_PROMPTS = 16
 RANDOM_PERCENTILE = 0.95
@@ -66,13 +67,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class Room:
-    """Prompts [n], each with a seed, that texts are drawn from at a site, and the unsteered texts."""
+    """Prompts [n], each with a seed, that texts are drawn from at a site, and the unsteered texts.
+
+    `random_texts`: those of random directions by dose, which all topics share.
+    """
 
     voice: Voice
     site: Site
     prompts: Sequence[str]
     seeds: Sequence[int]
     unsteered: Trial = field(init=False)
+    random_texts: dict[float, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unsteered", self.draw(None))
@@ -85,16 +90,24 @@ class Room:
 
     def draw(self, steering: Steering | None) -> Trial:
         """Draw a text from each prompt."""
-        texts = sampling.generate(self.voice, self.prompts, self.seeds, steering)
-        likely = sampling.likelihood(self.voice, texts, steering)
+        texts, likely = sampling.measured(self.voice, self.prompts, self.seeds, steering)
         decoded = sampling.decoded(texts, self.voice.tokenizer)
         repeated, distinct = sampling.repetition(texts.tokens), sampling.distinct(texts.tokens)
         return Trial(decoded, likely.nats, likely.kl, repeated, distinct)
 
     def steer(self, direction: Tensor, dose: float) -> Trial:
         """Draw texts while x is displaced by `dose` * ||x|| along a unit direction [d]."""
+        return self.draw(self.along(direction, dose))
+
+    def texts(self, direction: Tensor, dose: float) -> list[str]:
+        """Draw such texts without measuring them."""
+        drawn = sampling.generate(self.voice, self.prompts, self.seeds, self.along(direction, dose))
+        return sampling.decoded(drawn, self.voice.tokenizer)
+
+    def along(self, direction: Tensor, dose: float) -> Steering:
+        """Return the steering of all texts along one direction."""
         n = len(self.prompts)
-        return self.draw(Steering(self.site, direction[None], torch.zeros(n, dtype=torch.long), torch.full((n,), dose)))
+        return Steering(self.site, direction[None], torch.zeros(n, dtype=torch.long), torch.full((n,), dose))
 
 
 def room_of(voice: Voice, site: Site, prompts: Sequence[str], seeds: int) -> Room:
@@ -121,37 +134,62 @@ def calibrate_group(room: Room, respond: Response, group: Group, settings: Setti
     return Candidate(group.kind, rows, found.s_max, found.limit, curve, interval, 0.0), at_most
 
 
-def random_responses(room: Room, respond: Response, dose: float, settings: Settings) -> Tensor:
-    """Return the mean response [directions] of random directions at a dose, each on the first RANDOM_PROMPTS prompts.
+def random_level(room: Room, respond: Response, s_max: float, settings: Settings) -> float:
+    """Return what random directions reach of a topic: the 95th percentile of their mean responses, at the doses of the
+    grid on both sides of s_max, the larger one.
 
     With fewer texts than a candidate's, their spread is wider: the bar is rather too high than too low.
     """
+    level = 0.0
+    for dose in neighbours(settings.grid, s_max):
+        if dose not in room.random_texts:
+            room.random_texts[dose] = draw_random(room, dose, settings.random_directions)
+        means = respond(room.random_texts[dose]).view(settings.random_directions, -1).mean(1)
+        level = max(level, float(means.quantile(RANDOM_PERCENTILE)))
+    return level
+
+
+def neighbours(grid: Sequence[float], dose: float) -> list[float]:
+    """Return the largest dose of a grid up to `dose`, and the smallest one from there on; one if both are the same."""
+    below = [each for each in grid if each <= dose][-1:]
+    above = [each for each in grid if each >= dose][:1]
+    return list(dict.fromkeys(below + above))
+
+
+def draw_random(room: Room, dose: float, directions: int) -> list[str]:
+    """Draw texts with random directions at a dose, each on the first RANDOM_PROMPTS prompts, direction by direction."""
     prompts = list(dict.fromkeys(room.prompts))[:RANDOM_PROMPTS]
-    count, n = settings.random_directions, len(prompts)
-    which = torch.arange(count).repeat_interleave(n)
+    n = directions * len(prompts)
     width = room.voice.model.config.get_text_config().hidden_size
-    steering = Steering(room.site, random_directions(count, width, 0), which, torch.full((count * n,), dose))
-    texts = sampling.generate(room.voice, prompts * count, range(count * n), steering)
-    response = respond(sampling.decoded(texts, room.voice.tokenizer))
-    return response.view(count, n).mean(1)
+    which = torch.arange(directions).repeat_interleave(len(prompts))
+    steering = Steering(room.site, random_directions(directions, width, 0), which, torch.full((n,), dose))
+    texts = sampling.generate(room.voice, prompts * directions, range(n), steering)
+    return sampling.decoded(texts, room.voice.tokenizer)
 
 
 def calibrate(
     room: Room, respond: Response, bundle: Bundle, ranking: Ranking, scores: Scores, settings: Settings
 ) -> tuple[Candidate, ...]:
-    """Try the groups of a ranking; return the best and the runner-up, those that are not inert first."""
-    tried = [calibrate_group(room, respond, group, settings)[0] for group in groups_of(bundle, ranking, scores.output)]
-    best = sorted(tried, key=lambda candidate: -candidate.response.value)[:KEPT]
-    compared = [described(with_random(each, room, respond, settings), bundle, scores) for each in best]
+    """Calibrate the best groups of a ranking; return the best and the runner-up, those that are not inert first."""
+    groups = screened(room, respond, groups_of(bundle, ranking, scores.output))
+    tried = (calibrate_group(room, respond, group, settings)[0] for group in groups)
+    compared = [described(with_random(each, room, respond, settings), bundle, scores) for each in tried]
     return tuple(sorted(compared, key=lambda candidate: (bool(candidate.inert), -candidate.response.value)))
 
 
+def screened(room: Room, respond: Response, groups: Sequence[Group]) -> list[Group]:
+    """Return the groups that reach most of a topic at SCREENING_DOSE."""
+    if len(groups) <= KEPT:
+        return list(groups)
+    reached = {group.kind: respond(room.texts(group.direction, SCREENING_DOSE)).mean() for group in groups}
+    return sorted(groups, key=lambda group: -reached[group.kind])[:KEPT]
+
+
 def with_random(candidate: Candidate, room: Room, respond: Response, settings: Settings) -> Candidate:
-    """Return a candidate with the 95th percentile of the responses of random directions at its dose."""
+    """Return a candidate with what random directions reach at its dose."""
     if candidate.s_max <= 0:
         return candidate
-    level = random_responses(room, respond, candidate.s_max, settings).quantile(RANDOM_PERCENTILE)
-    return replace(candidate, random=float(level))
+    return replace(candidate, random=random_level(room, respond, candidate.s_max, settings))
 
 
 def described(candidate: Candidate, bundle: Bundle, scores: Scores) -> Candidate:

@@ -11,7 +11,7 @@ from rudder.sae_models.activations import harvest
 from rudder.sae_models.activations.hooks import captured, hooked, parse_site
 from rudder.sae_models.analysis import sampling
 from rudder.sae_models.analysis.crossing import Budgets
-from rudder.sae_models.analysis.sampling import Steering, Texts, Voice, generate, likelihood
+from rudder.sae_models.analysis.sampling import Steering, Texts, Voice, generate, likelihood, measured
 from rudder.sae_models.bundle.manifest import Context
 from rudder.sae_models.concepts import Point
 from tests.unit import tiny
@@ -72,24 +72,25 @@ def test_dose_0_draws_the_unsteered_texts_and_another_dose_does_not(voice: Voice
 
 def test_a_text_does_not_depend_on_its_batch(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> None:
     given = steering(1.0, 0.5, 2.0)
-    whole = generate(voice, PROMPTS, SEEDS, given)
-    likely = likelihood(voice, whole, given)
+    whole, likely = measured(voice, PROMPTS, SEEDS, given)
     monkeypatch.setattr(sampling, "BATCH", 1)
     for number in range(3):
         part = given.part(slice(number, number + 1))
-        alone = generate(voice, PROMPTS[number : number + 1], SEEDS[number : number + 1], part)
+        alone, own = measured(voice, PROMPTS[number : number + 1], SEEDS[number : number + 1], part)
         assert torch.equal(alone.tokens[0], whole.tokens[number])
-    monkeypatch.setattr(sampling, "BATCH", 4)
-    one_by_one = likelihood(voice, whole, given)
-    assert torch.allclose(one_by_one.nats, likely.nats, atol=1e-5)
-    assert torch.allclose(one_by_one.kl, likely.kl, atol=1e-5)
+        assert own.nats.item() == pytest.approx(likely.nats[number].item(), abs=1e-5)
+        assert own.kl.item() == pytest.approx(likely.kl[number].item(), abs=1e-5)
+    parts, in_parts = measured(voice, PROMPTS, SEEDS, given)
+    assert torch.equal(parts.tokens, whole.tokens)
+    assert torch.allclose(in_parts.kl, likely.kl, atol=1e-5)
+    assert torch.equal(generate(voice, PROMPTS, SEEDS, given).tokens, whole.tokens)
 
 
 @torch.no_grad()
 def test_likelihood_is_that_of_the_plain_model_and_divergence_that_of_the_steered_one(voice: Voice) -> None:
     given = steering(1.5)
-    texts = generate(voice, PROMPTS[:1], SEEDS[:1], given)
-    likely, n = likelihood(voice, texts, given), texts.tokens.shape[1]
+    texts, likely = measured(voice, PROMPTS[:1], SEEDS[:1], given)
+    n = texts.tokens.shape[1]
     ids = torch.cat([texts.prompt, texts.tokens], 1)
     plain = voice.model(ids, use_cache=False).logits[:, -n - 1 : -1].log_softmax(-1)
     expected = -plain.gather(-1, texts.tokens[..., None]).mean()

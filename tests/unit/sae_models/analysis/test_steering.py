@@ -1,6 +1,7 @@
 """Calibration on a small model whose unembedding is planted: adding the direction of a word makes it say the word."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,30 @@ def test_a_direction_of_something_else_is_inert(room: Room) -> None:
     other = group(-room.voice.model.lm_head.weight[TOKEN])
     candidate, _ = steering.calibrate_group(room, lambda texts: respond(room, texts), other, SETTINGS)
     assert steering.with_random(candidate, room, lambda texts: respond(room, texts), SETTINGS).inert
+
+
+def test_groups_are_screened_by_what_they_reach(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steering, "SCREENING_DOSE", 1.0)
+    good = group(room.voice.model.lm_head.weight[TOKEN])
+    others = [group(room.voice.model.lm_head.weight[token]) for token in (50, 60, 70)]
+    named = [replace(each, kind=kind) for each, kind in zip((*others, good), "abcd", strict=True)]
+    kept = steering.screened(room, lambda texts: respond(room, texts), named)
+    assert (len(kept), kept[0].kind) == (steering.KEPT, "d")
+    assert steering.screened(room, lambda texts: respond(room, texts), named[:2]) == named[:2]
+
+
+def test_random_directions_are_tried_on_both_sides_and_drawn_once(room: Room) -> None:
+    assert steering.neighbours((0.1, 0.2, 0.4), 0.3) == [0.2, 0.4]
+    assert steering.neighbours((0.1, 0.2, 0.4), 0.2) == [0.2]
+    assert steering.neighbours((0.1, 0.2, 0.4), 0.4) == [0.4]
+    room.random_texts.clear()
+    settings = Settings(random_directions=5, grid=(0.2, 0.4))
+    levels = [steering.random_level(room, lambda texts: torch.rand(len(texts)), 0.3, settings) for _ in range(2)]
+    assert set(room.random_texts) == {0.2, 0.4}
+    assert len(room.random_texts[0.2]) == 5 * len(PROMPTS)
+    assert levels[0] != levels[1]
+    by_direction = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4]).repeat_interleave(len(PROMPTS))
+    assert steering.random_level(room, lambda _: by_direction, 0.2, settings) == pytest.approx(0.38)
 
 
 def test_divergence_grows_with_the_dose(room: Room) -> None:
