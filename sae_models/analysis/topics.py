@@ -146,8 +146,9 @@ def lines_of(path: str) -> list[str]:
 
 def pairs_of(path: str) -> tuple[list[str], list[str]]:
     """Return the texts with and without a topic. UserError: a line is not such a pair."""
+    lines = lines_of(path)
     try:
-        records = [json.loads(line) for line in lines_of(path)]
+        records = [json.loads(line) for line in lines]
         return [str(record["with"]) for record in records], [str(record["without"]) for record in records]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"pairs: {path}: a line is not an object with `with` and `without`") from error

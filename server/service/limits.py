@@ -75,7 +75,7 @@ BOUNDS = (
     Bound("sampling.structured.grammar", 1, "max_structured_chars"),
     Bound("sampling.structured.choice.texts", 1, "max_structured_choices"),
     Bound("steering.topic.topic", 1, "max_name_chars"),
-    Bound("steering.topic.strength", -9, 9),
+    Bound("steering.topic.strength", MIN_POSITIVE, 1),
     Bound("steering.topic.kl", MIN_POSITIVE, 100),
     Bound("report.features", 0, "max_reported_features"),
     Bound("report.sites", 0, "max_reported_features"),

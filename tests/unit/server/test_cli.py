@@ -63,6 +63,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["model", "convert", "folder", "--out", "made"], "[Errno 21] Is a directory: 'folder'"),
         (["model", "convert", "empty.yaml", "--out", "made"], "empty.yaml: is not a GGUF file"),
         (["model", "convert", "empty.yaml", "--out", "damaged"], "out: damaged is there and not empty"),
+        (["steer", "show", "nowhere"], "nowhere/concepts.yaml: [Errno 2] No such file or directory"),
+        (["steer", "calibrate", "x", "--model", MODEL, "--corpus", "x"], "topics: name some by --book or --topics"),
+        (
+            ["steer", "calibrate", "x", "--model", MODEL, "--corpus", "x", "--topics", "wrong.yaml"],
+            "topics: wrong.yaml",
+        ),
+        (
+            ["eval", "steering", "nowhere", "--model", MODEL, "--corpus", "x"],
+            "book: name some, as there is no nowhere/",
+        ),
         (["bundle", "check", "nowhere"], "bundle: nowhere is not a folder"),
         (["bundle", "import", "nowhere", "--model", MODEL, "--out", "made"], "nowhere: neither a path nor"),
         (["bundle", "import", "folder", "--model", MODEL, "--out", "made"], "folder: "),
