@@ -234,6 +234,13 @@ def dose_for_kl(candidate: Candidate, kl: float) -> float | None:
     return None
 
 
+def with_concept(content: Concepts, concept: Concept) -> Concepts:
+    """Return a file's content with a concept, in place of an older one of its name, in alphabetical order."""
+    others = [each for each in content.concepts if each.name != concept.name]
+    ordered = sorted([*others, concept], key=lambda each: each.name)
+    return msgspec.structs.replace(content, concepts=tuple(ordered))
+
+
 def fits(content: Concepts, name: str, site: str, model: str, files: Mapping[str, str]) -> str:
     """Return why concepts are not of a bundle with this name, site, model and files; empty if they are."""
     if content.bundle != name or content.site != site:

@@ -14,7 +14,7 @@ from rudder.sae_models.analysis.candidates import Group, Ranking, Scores, groups
 from rudder.sae_models.analysis.crossing import Budgets
 from rudder.sae_models.analysis.sampling import Steering, Voice
 from rudder.sae_models.bundle.bundle import Bundle
-from rudder.sae_models.concepts import Calibration, Candidate, Concept, Interval, Point, Row
+from rudder.sae_models.concepts import Calibration, Candidate, Interval, Point, Row
 
 BUDGETS = Budgets()
 BOOTSTRAPS = 2000
@@ -116,8 +116,8 @@ def room_of(voice: Voice, site: Site, prompts: Sequence[str], seeds: int) -> Roo
     return Room(voice, site, repeated, [7919 * number + 1 for number in range(len(repeated))])
 
 
-def calibrate_group(room: Room, respond: Response, group: Group, settings: Settings) -> tuple[Candidate, Tensor]:
-    """Calibrate rows for a topic; return the candidate, whose `random` is still 0, and the responses [n] at s_max."""
+def calibrate_group(room: Room, respond: Response, group: Group, settings: Settings) -> Candidate:
+    """Calibrate rows for a topic; the `random` of the candidate is still 0."""
     silent = respond(room.unsteered.texts)
     unsteered, responses = room.unsteered.point(0.0, silent), {0.0: silent}
 
@@ -128,10 +128,9 @@ def calibrate_group(room: Room, respond: Response, group: Group, settings: Setti
 
     found = crossing.first_crossing(measure, lambda point: settings.budgets.broken(point, unsteered), settings.grid)
     rows = tuple(Row(index, weight) for index, weight in zip(group.latents, group.weights, strict=True))
-    at_most = responses[found.s_max]
-    interval = interval_of(at_most, room.cluster)
+    interval = interval_of(responses[found.s_max], room.cluster)
     curve = (unsteered, *found.points)
-    return Candidate(group.kind, rows, found.s_max, found.limit, curve, interval, 0.0), at_most
+    return Candidate(group.kind, rows, found.s_max, found.limit, curve, interval, 0.0)
 
 
 def random_level(room: Room, respond: Response, s_max: float, settings: Settings) -> float:
@@ -172,7 +171,7 @@ def calibrate(
 ) -> tuple[Candidate, ...]:
     """Calibrate the best groups of a ranking; return the best and the runner-up, those that are not inert first."""
     groups = screened(room, respond, groups_of(bundle, ranking, scores.output))
-    tried = (calibrate_group(room, respond, group, settings)[0] for group in groups)
+    tried = (calibrate_group(room, respond, group, settings) for group in groups)
     compared = [described(with_random(each, room, respond, settings), bundle, scores) for each in tried]
     return tuple(sorted(compared, key=lambda candidate: (bool(candidate.inert), -candidate.response.value)))
 
@@ -215,8 +214,3 @@ def interval_of(values: Tensor, cluster: Tensor, seed: int = 0) -> Interval:
     means = sums[drawn].sum(1) / sizes[drawn].sum(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
     return Interval(float(values.float().mean()), low, high)
-
-
-def with_concept(concepts: Sequence[Concept], new: Concept) -> tuple[Concept, ...]:
-    """Return concepts with a new one, in place of an older one of its name, by name."""
-    return tuple(sorted((*(c for c in concepts if c.name != new.name), new), key=lambda concept: concept.name))

@@ -115,39 +115,36 @@ def calibrate_topics(args: argparse.Namespace, wanted: Sequence["Topic"], materi
     from rudder.sae_models.analysis.candidates import site_of
 
     settings = steering.Settings(seeds=args.seeds, random_directions=args.random)
+    content = earlier_content(args, material, settings)
     profile = topics.profile_of(material, wanted)
-    site = site_of(material.bundle)
-    room = steering.room_of(material.voice, site, neutral.PROMPTS[: args.prompts], settings.seeds)
+    prompts = neutral.PROMPTS[: args.prompts]
+    room = steering.room_of(material.voice, site_of(material.bundle), prompts, settings.seeds)
     for topic in wanted:
         concept = topics.calibrate(material, room, profile, topic, settings)
-        content = new_content(args, material, concept, settings)
+        content = concepts.with_concept(content, concept)
         concepts.write(args.bundle / concepts.FILE, content)
         print_concepts(content, [concept])
 
 
-def new_content(args: argparse.Namespace, material: "Material", concept: Concept, settings: "Settings") -> Concepts:
-    """Return the bundle's concepts with a new one, in place of an older one of its name.
+def earlier_content(args: argparse.Namespace, material: "Material", settings: "Settings") -> Concepts:
+    """Return the bundle's file of concepts, without any if there is none.
 
-    UserError: the file's concepts are of another model or SAE, or were calibrated otherwise.
+    UserError: its concepts are of another model or SAE, or were calibrated otherwise.
     """
-    from rudder.sae_models.analysis.steering import with_concept
     from rudder.sae_models.bundle.bundle import weight_files
 
     path, manifest = args.bundle / concepts.FILE, material.bundle.manifest
     weights = {file: manifest.files[file] for file in weight_files(manifest)}
-    record = settings.record(material.voice, args.prompts)
-    earlier: tuple[Concept, ...] = ()
-    if path.is_file():
-        old = concepts.read(path)
-        if concepts.fits(old, manifest.name, manifest.site, manifest.model.sha256, manifest.files):
-            raise UserError(f"{path}: its concepts are of another model or SAE: remove it")
-        if concepts.rounded(concepts.plain(old.calibration)) != concepts.rounded(concepts.plain(record)):
-            raise UserError(f"{path}: its concepts were calibrated otherwise: remove it, or use the same options")
-        earlier = old.concepts
-    return Concepts(
-        manifest.name, manifest.site, manifest.model.sha256, weights, record, with_concept(earlier, concept),
-        args.credit or manifest.training.credit,
-    )  # fmt: skip
+    record, credit = settings.record(material.voice, args.prompts), args.credit or manifest.training.credit
+    empty = Concepts(manifest.name, manifest.site, manifest.model.sha256, weights, record, (), credit)
+    if not path.is_file():
+        return empty
+    earlier = concepts.read(path)
+    if concepts.fits(earlier, manifest.name, manifest.site, manifest.model.sha256, manifest.files):
+        raise UserError(f"{path}: its concepts are of another model or SAE: remove it")
+    if concepts.rounded(concepts.plain(earlier.calibration)) != concepts.rounded(concepts.plain(record)):
+        raise UserError(f"{path}: its concepts were calibrated otherwise: remove it, or use the same options")
+    return earlier
 
 
 def show(args: argparse.Namespace) -> None:

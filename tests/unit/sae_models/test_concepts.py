@@ -54,6 +54,12 @@ def test_divergence_is_interpolated_and_inverted_within_the_budget() -> None:
     assert concepts.dose_for_kl(STARS.chosen, 0.51) is None
 
 
+def test_a_new_concept_replaces_the_one_of_its_name() -> None:
+    new = Concept("astronomy", "x", STARS.candidates)
+    assert concepts.with_concept(concepts_of(STARS, MINDS), new) == concepts_of(new, MINDS)
+    assert concepts.with_concept(concepts_of(MINDS), new) == concepts_of(new, MINDS)
+
+
 def test_the_first_crossing_of_a_divergence_is_taken() -> None:
     curve = (point(0.0, 0.0), point(0.1, 0.5), point(0.2, 0.1), point(0.4, 0.9))
     assert concepts.dose_for_kl(candidate(Row(1, 1.0), curve=curve), 0.3) == pytest.approx(0.06)

@@ -14,9 +14,7 @@ from rudder.sae_models.analysis.candidates import Group
 from rudder.sae_models.analysis.crossing import Budgets
 from rudder.sae_models.analysis.sampling import Voice
 from rudder.sae_models.analysis.steering import Room, Settings
-from rudder.sae_models.concepts import Concept
 from tests.unit import tiny
-from tests.unit.topics import MINDS, STARS
 
 TOKEN = 900
 PROMPTS = ("The cell", "A king", "Peace", "Viruses need a host")
@@ -46,12 +44,12 @@ def group(direction: Tensor) -> Group:
 
 
 def test_a_planted_direction_reaches_its_topic_within_the_budgets(room: Room) -> None:
-    candidate, responses = steering.calibrate_group(
+    candidate = steering.calibrate_group(
         room, lambda texts: respond(room, texts), group(room.voice.model.lm_head.weight[TOKEN]), SETTINGS
     )
     assert candidate.s_max > 0
-    assert len(responses) == 8
-    assert candidate.response.value == pytest.approx(responses.mean().item())
+    (at_most,) = (point for point in candidate.curve if point.dose == candidate.s_max)
+    assert candidate.response.value == pytest.approx(at_most.response)
     assert candidate.response.value > 5 * candidate.curve[0].response + 0.02
     assert candidate.curve[0].dose == 0
     for point in candidate.curve:
@@ -63,7 +61,7 @@ def test_a_planted_direction_reaches_its_topic_within_the_budgets(room: Room) ->
 
 def test_a_direction_of_something_else_is_inert(room: Room) -> None:
     other = group(-room.voice.model.lm_head.weight[TOKEN])
-    candidate, _ = steering.calibrate_group(room, lambda texts: respond(room, texts), other, SETTINGS)
+    candidate = steering.calibrate_group(room, lambda texts: respond(room, texts), other, SETTINGS)
     assert steering.with_random(candidate, room, lambda texts: respond(room, texts), SETTINGS).inert
 
 
@@ -105,9 +103,3 @@ def test_texts_of_a_prompt_are_resampled_together(room: Room) -> None:
     assert (same.low, same.value, same.high) == (0.5, 0.5, 0.5)
     apart = steering.interval_of(values, torch.arange(80))
     assert 0.35 < apart.low < 0.5 < apart.high < 0.65
-
-
-def test_a_new_concept_replaces_the_one_of_its_name() -> None:
-    new = Concept("astronomy", "x", STARS.candidates)
-    assert steering.with_concept((STARS, MINDS), new) == (new, MINDS)
-    assert steering.with_concept((MINDS,), new) == (new, MINDS)

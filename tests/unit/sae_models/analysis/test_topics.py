@@ -1,6 +1,7 @@
 """Topics as users give them: their sources, the latents that stand for them, and judges of each."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,7 +107,8 @@ def test_judges_know_the_topic_whatever_its_source(material: Material, source: s
     (tmp_path / "text").write_text(f"{SKY}\n" * 4)
     (tmp_path / "pairs").write_text(f'{{"with": "{SKY}", "without": "{KING}"}}\n' * 4)
     value = {"book": "astronomy", "label": "planet"}.get(source, str(tmp_path / source))
-    panel, name = topics.panel_of(material, Topic("sky", **{source: value}))
+    given: dict[str, Any] = {source: value}
+    panel, name = topics.panel_of(material, Topic("sky", **given))
     response = panel.response([SKY, CELL, KING], name)
     assert response[0] > 0.5 > response[1:].max()
 
