@@ -15,6 +15,11 @@ EVALUATIONS = {
     "steering": "topics reached at bounded cost in fluency, against controls",
 }
 
+EXAMPLES = """\
+examples:
+  rudder eval steering BUNDLE --model MODEL --corpus textbooks.jsonl.xz --book astronomy --json steering.json
+"""
+
 
 def main(argv: Sequence[str]) -> int:
     """Run an evaluation."""
