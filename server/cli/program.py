@@ -10,10 +10,10 @@ from rich.table import Table
 from rudder.sae_models.activations import corpus, harvest
 from rudder.sae_models.activations.hooks import parse_site
 from rudder.sae_models.analysis import derive
-from rudder.sae_models.analysis.unlearning import books
 from rudder.sae_models.analysis import program as programs
 from rudder.sae_models.analysis.derive import Material
 from rudder.sae_models.analysis.shipped import SHIPPED
+from rudder.sae_models.analysis.unlearning import books
 from rudder.sae_models.bundle import bundle
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.evaluation import splicing as metrics

@@ -5,7 +5,7 @@ Columns of the sums: `tokens`, `nats`, `hits`, `touched` of running text, `texts
 of sampled continuations; `definitions` and `leaks` of definitions completed LEAKS times.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rudder.sae_models.analysis.unlearning.generation import repeated_share
 from rudder.sae_models.analysis.unlearning.material import Material
-from rudder.sae_models.analysis.unlearning.questions import OPTIONS, REPORTED_FORM, Question, words_of
+from rudder.sae_models.analysis.unlearning.questions import OPTIONS, REPORTED_FORM, Question, has_words, words_of
 from rudder.sae_models.analysis.unlearning.rig import Texts, log_probabilities
 from rudder.sae_models.analysis.unlearning.statistics import Sums
 from rudder.sae_models.analysis.unlearning.subjects import Reading, Subject, Whole
@@ -26,14 +26,16 @@ GIBBERISH = 0.99
 
 @dataclass(frozen=True)
 class Bench:
-    """A material with what the plain model reads of it: windows, options and priors; and the twin's perplexity, in nats
-    a token, above which a continuation is gibberish.
+    """A material with what the plain model reads of it: windows, options and priors; the sum of the twin's log p of
+    each window of the topic [n], NaN of others; and the twin's loss, in nats a token, above which a continuation is
+    gibberish.
     """
 
     material: Material
     windows: Reading
     options: Reading
     priors: Reading
+    twin_log_p: Tensor
     gibberish: float
 
 
@@ -44,14 +46,20 @@ def bench_of(material: Material) -> Bench:
     twin = Whole(material.rig.twin)
     nats = continuation_nats(twin, prompts, twin.sample(prompts, CONTINUED, 0))
     level = float(nats.quantile(GIBBERISH)) if len(nats) else torch.nan
-    return Bench(material, *(plain.read(t) for t in (material.windows, material.options, material.priors)), level)
+    index = material.windows_of(range(3), material.split.topic.books)
+    twin_log_p = torch.full((len(material.windows),), torch.nan)
+    twin_log_p[index] = twin.read(material.windows.take(index)).log_p.sum(1)
+    windows, options, priors = (plain.read(texts) for texts in (material.windows, material.options, material.priors))
+    return Bench(material, windows, options, priors, twin_log_p, level)
 
 
-def measure(bench: Bench, subject: Subject, folds: Collection[int], seed: int = 0) -> Sums:
-    """Measure a subject on folds."""
+def measure(
+    bench: Bench, subject: Subject, folds: Collection[int], books: Collection[str] | None = None, seed: int = 0
+) -> Sums:
+    """Measure a subject on folds, and of running text and questions on these books alone."""
     sums = Sums(len(bench.material.split.documents))
-    add_text(sums, bench, subject, bench.material.windows_of(folds))
-    add_questions(sums, bench, subject, bench.material.questions_of(folds))
+    add_text(sums, bench, subject, bench.material.windows_of(folds, books))
+    add_questions(sums, bench, subject, bench.material.questions_of(folds, books))
     add_continuations(sums, bench, subject, folds, seed)
     add_leaks(sums, bench, subject, folds, seed)
     return sums
@@ -150,8 +158,3 @@ def leaks(bench: Bench, subject: Subject, question: Question, seed: int) -> bool
     completions = subject.sample(windows.tokens.expand(LEAKS, -1), TERM_TOKENS, seed)
     term = words_of(question.options[question.answer])
     return any(has_words(words_of(text), term) for text in rig.tokenizer.batch_decode(completions))
-
-
-def has_words(text: Sequence[str], term: Sequence[str]) -> bool:
-    """Return whether a text has the words of a term in a row."""
-    return any(text[start : start + len(term)] == term for start in range(len(text) - len(term) + 1))

@@ -26,8 +26,8 @@ FOLDS = 3
 class Size:
     """How much of a corpus a study uses.
 
-    `sections`: of each far book, and windows of each of them (`windows`); `near_sections`: of the topic and of each
-    neighbour (None: all), and windows of each of them (`near_windows`). `questions`: of the topic; `other_questions`: of
+    `sections`: of each far book, and windows of each of them (`windows`); `near_sections`: of the topic and its
+    neighbours (None: all), and windows of each of them (`near_windows`). `questions`: of the topic; `other_questions`: of
     each other book. `samples`: prompts of the topic that are continued; `leaks`: definitions completed eight times.
     `steps`: of training of learned rows.
     """

@@ -55,14 +55,15 @@ def retention(method: Tensor, plain: Tensor, zero: Tensor | float) -> Tensor:
 
 def forget_retention(c: Compared) -> Tensor:
     """Return the retention of the topic's questions; the twin's accuracy is the zero point."""
-    accuracies = (t.ratio("right", "questions", c.groups.topic) for t in (c.method, c.plain, c.twin))
-    return retention(*accuracies)
+    method, plain, twin = (t.ratio("right", "questions", c.groups.topic) for t in (c.method, c.plain, c.twin))
+    return retention(method, plain, twin)
 
 
 def retain_retention(c: Compared) -> Tensor:
     """Return the retention of all other books' questions; chance is the zero point."""
     others = [*c.groups.neighbours, *c.groups.far]
-    return retention(*(t.ratio("right", "questions", others) for t in (c.method, c.plain)), CHANCE)
+    method, plain = (t.ratio("right", "questions", others) for t in (c.method, c.plain))
+    return retention(method, plain, CHANCE)
 
 
 def against_twin(c: Compared, numerator: str, denominator: str) -> Tensor:
@@ -139,12 +140,12 @@ BARS = (
 
 def figures(drawn: Resamples, method: Sums, plain: Sums, twin: Sums, groups: Groups) -> dict[str, Estimate]:
     """Return every metric of a method with its interval."""
-    compared = Compared(*(totals(drawn, sums) for sums in (method, plain, twin)), groups)
+    compared = Compared(totals(drawn, method), totals(drawn, plain), totals(drawn, twin), groups)
     return {name: estimate(metric(compared)) for name, metric in METRICS.items()}
 
 
 def by_book(drawn: Resamples, method: Sums, plain: Sums) -> dict[str, dict[str, Estimate]]:
-    """Return the top-1 drop, the rise of the loss, and the shares of tokens touched and of texts opened, of each book."""
+    """Return top-1 drop, rise of the loss, and shares of tokens touched and of texts opened, of each book."""
     edited, alone = totals(drawn, method), totals(drawn, plain)
     return {
         book: {

@@ -59,6 +59,11 @@ def words_of(text: str) -> Words:
     return tuple(WORD.findall(text.lower()))
 
 
+def has_words(text: Sequence[str], term: Sequence[str]) -> bool:
+    """Return whether a text has the words of a term in a row."""
+    return any(text[start : start + len(term)] == term for start in range(len(text) - len(term) + 1))
+
+
 def terms_in_text(documents: Sequence[Document], definitions: Iterable[Definition]) -> list[Term]:
     """Return the terms that occur in the book that defines them, each once in a book, in order of section."""
     defined = {(words_of(definition.term), definition.book): definition for definition in definitions}

@@ -167,7 +167,7 @@ def run_whole(model: Any, windows: Windows) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def run_edited(rig: Rig, texts: Texts, edit: Edit, plain: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log p and hits as `run_whole` does, behind an edit at the site, and the tokens that it touches [n, length].
+    """Return log p and hits as `run_whole` does, behind an edit at the site, and the tokens touched [n, length].
 
     `plain`: those of the model itself, which hold for texts that the edit does not touch.
     """

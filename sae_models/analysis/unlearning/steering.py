@@ -127,6 +127,13 @@ def columns(operation: str, values: Sequence[float], **parameters: float) -> Ten
     return torch.tensor([[row[name] for name in EDIT] for row in rows]).T
 
 
+def above(column: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
+    """Return the columns with a level for each row, above which its activation is edited."""
+    changed = column.clone()
+    changed[EDIT.index("above")] = torch.as_tensor(levels)
+    return changed
+
+
 def vector_rows(directions: Tensor) -> Rows:
     """Return rows without an encoder, f = 0, that write along directions [n, d]."""
     return Rows(torch.zeros_like(directions), torch.zeros(len(directions)), torch.zeros(len(directions)), directions)
