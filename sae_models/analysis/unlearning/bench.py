@@ -128,7 +128,7 @@ def add_continuations(sums: Sums, bench: Bench, subject: Subject, folds: Collect
     sums.add(section, gibberish=nats > bench.gibberish, repeated=repeated_share(continued))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def continuation_nats(judge: Whole, prompts: Tensor, continued: Tensor) -> Tensor:
     """Return the mean loss [n] of continuations under a model."""
     parts = []

@@ -37,7 +37,7 @@ class Stream:
         return self.edit(Context(self.x, counted, prompt)).x[:, -x.shape[1] :]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample(
     model: Any,
     prompts: Tensor,

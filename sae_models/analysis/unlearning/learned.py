@@ -18,11 +18,12 @@ from rudder.sae_models.analysis.unlearning.rig import Texts
 from rudder.sae_models.sae import Rows
 
 RATE = 0.02
-# Texts of the topic, of the neighbours and of the far books in a step, windows and as many definitions.
-BATCH = (4, 3, 2)
+# Texts of the topic, of the neighbours and of the far books in a step: windows, cut to LENGTH, and as many definitions.
+BATCH = (3, 2, 1)
+LENGTH = 128
 # Weight of the divergence on the neighbours' and the far books' text.
 KEEP = 2.0
-POSITIONS = 96
+POSITIONS = 64
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def lessons(material: Material, folds: Collection[int], books: Collection[str], 
 def divergence(upper: Any, module: nn.Module, lesson: Lesson, count: int, generator: torch.Generator) -> Tensor:
     """Return KL(student || teacher) in nats a token, on POSITIONS random positions of `count` random texts each."""
     index = torch.randint(len(lesson.texts), (count,), generator=generator)
-    part = lesson.texts.context(index)
+    part = lesson.texts.context(index, LENGTH)
     x = part.x + module(part.x) * part.counted[..., None]
     hidden = upper.base_model(inputs_embeds=x, use_cache=False).last_hidden_state
     position = part.counted.nonzero()

@@ -26,9 +26,9 @@ FOLDS = 3
 class Size:
     """How much of a corpus a study uses.
 
-    `sections`: of each far book, and windows of each of them (`windows`); `near_sections`: of the topic and its
-    neighbours (None: all), and windows of each of them (`near_windows`). `questions`: of the topic; `other_questions`: of
-    each other book. `samples`: prompts of the topic that are continued; `leaks`: definitions completed eight times.
+    `sections`: of each far book, with `windows` of each; `near_sections`: of the topic and of its neighbours (None:
+    all), with `near_windows` of each. `questions`: of the topic, `near_questions` of a neighbour, `other_questions` of
+    another book. `samples`: prompts of the topic that are continued; `leaks`: definitions completed eight times.
     `steps`: of training of learned rows.
     """
 

@@ -94,7 +94,7 @@ class Fitted:
     def learned_rows(self) -> Rows:
         """Trained rows."""
         encoders = self.rows(self.latents("crisp", ROWS // 2)).encoder
-        scale = float(self.retain.norm(dim=1).mean()) / self.retain.shape[1] ** 0.5
+        scale = float((self.retain - self.retain.mean(0)).square().mean().sqrt())
         start = learned.initial_encoder(encoders, self.detector.weights, ROWS, self.select)
         module = LearnedRows(start, self.retain.mean(0), scale)
         learned.fit(self.material, [self.select], module, self.material.size.steps, self.select)

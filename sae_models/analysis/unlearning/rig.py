@@ -60,9 +60,11 @@ class Texts:
         """Select the texts for which mask [n] is True."""
         return self.take(mask.nonzero().flatten())
 
-    def context(self, index: Tensor) -> Context:
-        """Return what an edit reads of the texts with these indices, without columns of padding alone."""
-        length = int(self.windows.size[index].max())
+    def context(self, index: Tensor, limit: int | None = None) -> Context:
+        """Return what an edit reads of the texts with these indices, without columns of padding alone; at most `limit`
+        tokens of each.
+        """
+        length = min(int(self.windows.size[index].max()), limit or self.windows.tokens.shape[1])
         return Context(self.x[index, :length], self.windows.counted[index, :length], self.prompt[index])
 
 
@@ -135,7 +137,7 @@ class Rig:
 def require_same(model: Any, upper: Any, trunk: Any, site: Site) -> None:
     """Raise UserError unless the layers above the site, run on what is there, give the model's own output."""
     tokens = torch.arange(2, 18)[None]
-    with torch.inference_mode():
+    with torch.no_grad():
         ((x,),) = harvest.activations(trunk, [site], [{"input_ids": tokens}])
         difference = (upper(inputs_embeds=x).logits - model(tokens).logits).abs().max()
     if not difference < TOLERANCE:
@@ -156,7 +158,7 @@ def passes(windows: Windows) -> Iterator[tuple[Tensor, Windows]]:
         yield index, windows.take(index).trimmed()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run_whole(model: Any, windows: Windows) -> tuple[Tensor, Tensor]:
     """Return log p and hits of a whole model at each counted next token [n, length - 1], 0 elsewhere."""
     log_p, hits = torch.zeros(2, *windows.tokens[:, 1:].shape)
@@ -165,7 +167,7 @@ def run_whole(model: Any, windows: Windows) -> tuple[Tensor, Tensor]:
     return log_p, hits
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run_edited(rig: Rig, texts: Texts, edit: Edit, plain: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Return log p and hits as `run_whole` does, behind an edit at the site, and the tokens touched [n, length].
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rudder.sae_models.analysis import program as programs
-from rudder.sae_models.analysis.detector import Detector, cusum
+from rudder.sae_models.analysis.detector import Detector, window_mean
 from rudder.sae_models.analysis.program import Effect, Program, displace
 from rudder.sae_models.analysis.unlearning.rig import Context
 from rudder.sae_models.bundle.bundle import Bundle
@@ -57,27 +57,26 @@ def always(text: Context) -> Tensor:
 
 @dataclass(frozen=True)
 class AlarmGate:
-    """Open from the token on at which the CUSUM of a detector's score exceeds a level, and if that is in the prompt,
-    from the start of the text: the server runs such a prompt again (GUARD_ACTION_CLAMP_FROM_START).
+    """Open from the token on at which the mean score of the last `window` tokens exceeds a level, and if that is in the
+    prompt, from the start of the text: the server runs such a prompt again (GUARD_ACTION_CLAMP_FROM_START).
+
+    Closed before `min_tokens` tokens.
     """
 
     detector: Detector
-    drift: float
     level: float
-    from_start: bool = True
+    window: int = 32
+    min_tokens: int = 12
 
     def __call__(self, text: Context) -> Tensor:
         """Return where the gate is open."""
         alarm = self.statistic(text) > self.level
-        is_open = alarm.cummax(1).values
-        if self.from_start:
-            is_open |= (alarm & in_prompt(text)).any(1, keepdim=True)
-        return is_open
+        return alarm.cummax(1).values | (alarm & in_prompt(text)).any(1, keepdim=True)
 
     def statistic(self, text: Context) -> Tensor:
-        """Return the CUSUM [n, length]; tokens that do not count pass it on."""
-        score = torch.where(text.counted, self.detector.score(text.x), self.drift)
-        return torch.where(text.counted, cusum(score, self.drift), -inf)
+        """Return the mean of the last scores [n, length], minus infinity where no alarm can be."""
+        mean, count = window_mean(self.detector.score(text.x), text.counted, self.window)
+        return torch.where(text.counted & (count >= self.min_tokens), mean, -inf)
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def bisect(low: float, high: float, gap: Callable[[float], float]) -> float:
         dose = (low * high) ** 0.5
         tried[dose] = gap(dose)
         low, high = (dose, high) if tried[dose] < TARGET_GAP else (low, dose)
-    return min(tried, key=lambda dose: abs(tried[dose] - TARGET_GAP))
+    return min(reversed(tried), key=lambda dose: abs(tried[dose] - TARGET_GAP))
 
 
 def loss_gap(bench: Bench, edit: Edit, index: Tensor) -> float:
