@@ -135,13 +135,17 @@ def read(path: Path) -> Program:
 
 def write(path: Path, program: Program) -> None:
     """Write a program to a YAML file: lists of numbers on one line, equal probes once, with YAML anchors."""
-    content = _share_probes(msgspec.to_builtins(program), {})
+    content = share_probes(msgspec.to_builtins(program))
     text = yaml.safe_dump(content, sort_keys=False, width=110, default_flow_style=None, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
 
 
-def _share_probes(value: Any, probes: dict[str, Any]) -> Any:
+def share_probes(content: Any) -> Any:
     """Return a copy in which equal probes are the same object, which PyYAML writes once and refers to by alias."""
+    return _share_probes(content, {})
+
+
+def _share_probes(value: Any, probes: dict[str, Any]) -> Any:
     if isinstance(value, list | tuple):
         return [_share_probes(item, probes) for item in value]
     if not isinstance(value, dict):

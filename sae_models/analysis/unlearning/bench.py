@@ -14,7 +14,7 @@ from torch import Tensor
 from rudder.sae_models.analysis.unlearning.generation import repeated_share
 from rudder.sae_models.analysis.unlearning.material import Material
 from rudder.sae_models.analysis.unlearning.questions import OPTIONS, REPORTED_FORM, Question, has_words, words_of
-from rudder.sae_models.analysis.unlearning.rig import Texts, log_probabilities
+from rudder.sae_models.analysis.unlearning.rig import Texts
 from rudder.sae_models.analysis.unlearning.statistics import Sums
 from rudder.sae_models.analysis.unlearning.subjects import Reading, Subject, Whole
 
@@ -57,11 +57,19 @@ def measure(
     bench: Bench, subject: Subject, folds: Collection[int], books: Collection[str] | None = None, seed: int = 0
 ) -> Sums:
     """Measure a subject on folds, and of running text and questions on these books alone."""
+    sums = measure_text(bench, subject, folds, books, seed)
+    add_questions(sums, bench, subject, bench.material.questions_of(folds, books))
+    add_leaks(sums, bench, subject, folds, seed)
+    return sums
+
+
+def measure_text(
+    bench: Bench, subject: Subject, folds: Collection[int], books: Collection[str] | None = None, seed: int = 0
+) -> Sums:
+    """Measure a subject on running text and continuations alone."""
     sums = Sums(len(bench.material.split.documents))
     add_text(sums, bench, subject, bench.material.windows_of(folds, books))
-    add_questions(sums, bench, subject, bench.material.questions_of(folds, books))
     add_continuations(sums, bench, subject, folds, seed)
-    add_leaks(sums, bench, subject, folds, seed)
     return sums
 
 
@@ -99,11 +107,8 @@ def question_scores(bench: Bench, subject: Subject, index: Tensor) -> Tensor:
 
 
 def _mean_of_ending(log_p: Tensor, texts: Texts) -> Tensor:
-    """Return the mean log p [n] of the tokens behind the prompts; log_p [n, length - 1]."""
-    # Entry t is of token t + 1.
-    behind = torch.arange(log_p.shape[1]) >= texts.prompt[:, None] - 1
-    ending = behind & texts.windows.counted[:, 1:]
-    return (log_p * ending).sum(1) / ending.sum(1).clamp(min=1)
+    """Return the mean log p [n] of the scored tokens, those behind the prompts; log_p [n, length - 1], 0 elsewhere."""
+    return log_p.sum(1) / texts.scored[:, 1:].sum(1).clamp(min=1)
 
 
 def sampled_windows(material: Material, folds: Collection[int]) -> Tensor:
@@ -133,8 +138,9 @@ def continuation_nats(judge: Whole, prompts: Tensor, continued: Tensor) -> Tenso
     """Return the mean loss [n] of continuations under a model."""
     parts = []
     for tokens in torch.cat([prompts, continued], 1).split(32):
-        log_p, _ = log_probabilities(judge.model(tokens, use_cache=False).logits.float(), tokens)
-        parts.append(-log_p[:, -continued.shape[1] :].mean(1))
+        nexts = tokens[:, -continued.shape[1] :]
+        logits = judge.model(tokens, use_cache=False, logits_to_keep=nexts.shape[1] + 1).logits[:, :-1].float()
+        parts.append((logits.logsumexp(-1) - logits.gather(-1, nexts[..., None])[..., 0]).mean(1))
     return torch.cat(parts) if parts else torch.zeros(0)
 
 

@@ -14,25 +14,25 @@ from torch.nn.functional import kl_div, normalize
 
 from rudder.sae_models.analysis.unlearning.gate import texts_of
 from rudder.sae_models.analysis.unlearning.material import Material
-from rudder.sae_models.analysis.unlearning.rig import Texts
+from rudder.sae_models.analysis.unlearning.rig import Texts, head
 from rudder.sae_models.sae import Rows
 
 RATE = 0.02
 # Texts of the topic, of the neighbours and of the far books in a step: windows, cut to LENGTH, and as many definitions.
-BATCH = (3, 2, 1)
+BATCH = (4, 1, 1)
 LENGTH = 128
-# Weight of the divergence on the neighbours' and the far books' text.
-KEEP = 2.0
+# Weight of the divergence on all other text: rows act where a gate is open, which is on the topic for the most part.
+KEEP = 0.3
 POSITIONS = 64
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """Texts with the last hidden states [n, length, d] of the model to be like, and that model's head."""
+    """Texts with the last hidden states [n, length, d] of the model to be like."""
 
     texts: Texts
     hidden: Tensor
-    head: Any
+    model: Any
     weight: float
 
 
@@ -118,7 +118,7 @@ def lessons(material: Material, folds: Collection[int], books: Collection[str], 
             hidden = [
                 model.base_model(part, use_cache=False).last_hidden_state for part in texts.windows.tokens.split(16)
             ]
-            taught.append(Lesson(texts, torch.cat(hidden), model.lm_head, (1.0 if twin else KEEP) / 2))
+            taught.append(Lesson(texts, torch.cat(hidden), model, (1.0 if twin else KEEP) / 2))
     return taught
 
 
@@ -131,9 +131,9 @@ def divergence(upper: Any, module: nn.Module, lesson: Lesson, count: int, genera
     position = part.counted.nonzero()
     chosen = position[torch.randperm(len(position), generator=generator)[: POSITIONS * count]]
     row, column = chosen.unbind(1)
-    student = upper.lm_head(hidden[row, column]).log_softmax(-1)
+    student = head(upper, hidden[row, column]).log_softmax(-1)
     with torch.no_grad():
-        teacher = lesson.head(lesson.hidden[index][row, column]).log_softmax(-1)
+        teacher = head(lesson.model, lesson.hidden[index][row, column]).log_softmax(-1)
     return kl_div(teacher, student, reduction="batchmean", log_target=True)
 
 

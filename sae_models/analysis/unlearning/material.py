@@ -42,13 +42,13 @@ class Size:
     near_questions: int = 200
     samples: int = 150
     leaks: int = 150
-    steps: int = 240
+    steps: int = 400
 
 
 FULL = Size()
 QUICK = Size(
-    sections=6, near_sections=45, near_windows=1, length=192, questions=150, other_questions=3, near_questions=24,
-    samples=36, leaks=24, steps=24,
+    sections=6, near_sections=45, near_windows=1, length=192, questions=180, other_questions=3, near_questions=40,
+    samples=36, leaks=15, steps=100,
 )  # fmt: skip
 
 

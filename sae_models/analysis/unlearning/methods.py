@@ -218,8 +218,8 @@ METHODS: dict[str, Method] = {
     "projection": Method(projection, 0.5, 20.0, "component along the difference of means, gated"),
     "rotation": Method(lambda f, v: push(f, v, restore=True), 0.05, 3.0, "push and keep the norm, gated"),
     "learned-blend": Method(learned_blend, 0.25, 4.0, "blend towards a trained vector, gated"),
-    "learned-rows": Method(lambda f, v: learned_rows(f, v, f.gate), 0.25, 4.0, "trained rows, gated"),
-    "learned-rows-ungated": Method(lambda f, v: learned_rows(f, v, always), 0.25, 4.0, "trained rows, no gate"),
+    "learned-rows": Method(lambda f, v: learned_rows(f, v, f.gate), 0.5, 6.0, "trained rows, gated"),
+    "learned-rows-ungated": Method(lambda f, v: learned_rows(f, v, always), 0.5, 6.0, "trained rows, no gate"),
 }
 CONTROLS: dict[str, Method] = {
     "random-latents": Method(random_latents, 0.01, 0.5, "latents of equal frequency, set, gated"),

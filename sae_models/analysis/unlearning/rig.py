@@ -43,18 +43,21 @@ Edit = Callable[[Context], Effect]
 
 @dataclass(frozen=True)
 class Texts:
-    """Windows with their residuals x [n, length, d] at the site, and prompt [n] as in Context."""
+    """Windows with their residuals x [n, length, d] at the site, and prompt [n] as in Context. scored [n, length]: the
+    tokens whose probability is asked for.
+    """
 
     windows: Windows
     x: Tensor
     prompt: Tensor
+    scored: Tensor
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def take(self, index: Tensor) -> "Texts":
         """Select the texts with these indices [m]."""
-        return Texts(self.windows.take(index), self.x[index], self.prompt[index])
+        return Texts(self.windows.take(index), self.x[index], self.prompt[index], self.scored[index])
 
     def where(self, mask: Tensor) -> "Texts":
         """Select the texts for which mask [n] is True."""
@@ -106,7 +109,9 @@ class Rig:
         return upper
 
     def texts(self, windows: Windows, prompt: Tensor | None = None) -> Texts:
-        """Run the model up to the site."""
+        """Run the model up to the site. With prompts [n], the tokens behind them are scored; otherwise all are, and the
+        texts are prompts as a whole.
+        """
         parts = [x for x, _ in harvest.residuals(self.trunk, self.site, windows)]
         length, x = windows.tokens.shape[1], windows.tokens.new_zeros(0)
         x = parts[0].new_zeros(len(windows), length, parts[0].shape[-1]) if parts else x
@@ -114,7 +119,10 @@ class Rig:
         for part in parts:
             x[start : start + len(part), : part.shape[1]] = part
             start += len(part)
-        return Texts(windows, x, windows.size if prompt is None else prompt)
+        if prompt is None:
+            return Texts(windows, x, windows.size, windows.counted)
+        behind = torch.arange(length) >= prompt[:, None]
+        return Texts(windows, x, prompt, windows.counted & behind)
 
     def encode(self, beginnings: Sequence[str], endings: Sequence[str] | None = None) -> tuple[Windows, Tensor]:
         """Return a window of each text with BOS in front, and the number of its tokens without the ending."""
@@ -139,17 +147,16 @@ def require_same(model: Any, upper: Any, trunk: Any, site: Site) -> None:
     tokens = torch.arange(2, 18)[None]
     with torch.no_grad():
         ((x,),) = harvest.activations(trunk, [site], [{"input_ids": tokens}])
-        difference = (upper(inputs_embeds=x).logits - model(tokens).logits).abs().max()
+        own = head(upper, upper.base_model(inputs_embeds=x, use_cache=False).last_hidden_state)
+        difference = (own - model(tokens).logits).abs().max()
     if not difference < TOLERANCE:
         raise UserError(f"model: its layers above {site} cannot be run on their own: outputs differ by {difference:g}")
 
 
-def log_probabilities(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log p [n, length - 1] of each next token, and whether it is the most likely one; logits [n, length, V]."""
-    nexts = tokens[:, 1:]
-    scores = logits[:, :-1]
-    chosen = scores.gather(-1, nexts[..., None]).squeeze(-1)
-    return chosen - scores.logsumexp(-1), scores.argmax(-1) == nexts
+def head(model: Any, hidden: Tensor) -> Tensor:
+    """Return the logits [..., V] of last hidden states [..., d]."""
+    logits: Tensor = model.get_output_embeddings()(hidden)
+    return logits.float()
 
 
 def passes(windows: Windows) -> Iterator[tuple[Tensor, Windows]]:
@@ -159,11 +166,12 @@ def passes(windows: Windows) -> Iterator[tuple[Tensor, Windows]]:
 
 
 @torch.no_grad()
-def run_whole(model: Any, windows: Windows) -> tuple[Tensor, Tensor]:
-    """Return log p and hits of a whole model at each counted next token [n, length - 1], 0 elsewhere."""
-    log_p, hits = torch.zeros(2, *windows.tokens[:, 1:].shape)
-    for index, part in passes(windows):
-        _store(log_p, hits, index, part, model(part.tokens, use_cache=False).logits)
+def run_whole(model: Any, texts: Texts) -> tuple[Tensor, Tensor]:
+    """Return log p and hits of a whole model at each scored next token [n, length - 1], 0 elsewhere."""
+    log_p, hits = torch.zeros(texts.scored[:, 1:].shape), torch.zeros(texts.scored[:, 1:].shape)
+    for index, part in passes(texts.windows):
+        hidden = model.base_model(part.tokens, use_cache=False).last_hidden_state
+        _score(log_p, hits, index, texts, model, hidden)
     return log_p, hits
 
 
@@ -175,18 +183,24 @@ def run_edited(rig: Rig, texts: Texts, edit: Edit, plain: tuple[Tensor, Tensor])
     """
     log_p, hits = plain[0].clone(), plain[1].clone()
     touched = torch.zeros_like(texts.windows.counted)
-    for index, part in passes(texts.windows):
+    for index, _ in passes(texts.windows):
         effect = edit(texts.context(index))
         touched[index, : effect.touched.shape[1]] = effect.touched
         hit = effect.touched.any(1)
         if hit.any():
-            logits = rig.upper(inputs_embeds=effect.x[hit], use_cache=False).logits
-            _store(log_p, hits, index[hit], part.take(hit.nonzero().flatten()), logits)
+            hidden = rig.upper.base_model(inputs_embeds=effect.x[hit], use_cache=False).last_hidden_state
+            _score(log_p, hits, index[hit], texts, rig.upper, hidden)
     return log_p, hits, touched
 
 
-def _store(log_p: Tensor, hits: Tensor, index: Tensor, part: Windows, logits: Tensor) -> None:
-    chosen, best = log_probabilities(logits.float(), part.tokens)
-    counted, length = part.counted[:, 1:], chosen.shape[1]
-    log_p[index, :length] = torch.where(counted, chosen, 0.0)
-    hits[index, :length] = (best & counted).float()
+def _score(log_p: Tensor, hits: Tensor, index: Tensor, texts: Texts, model: Any, hidden: Tensor) -> None:
+    """Write what a model with these last hidden states [m, length, d] gives the texts number `index` [m]."""
+    length = hidden.shape[1]
+    tokens, scored = texts.windows.tokens[index, 1:length], texts.scored[index, 1:length]
+    logits = head(model, hidden[:, :-1][scored])
+    nexts = tokens[scored]
+    values = torch.stack([logits.gather(1, nexts[:, None])[:, 0] - logits.logsumexp(1), logits.argmax(1) == nexts])
+    for target, value in zip((log_p, hits), values, strict=True):
+        filled = torch.zeros(scored.shape)
+        filled[scored] = value
+        target[index, : length - 1] = filled

@@ -11,7 +11,7 @@ from rudder.sae_models.analysis.unlearning.rig import Edit, Rig, Texts, run_edit
 
 
 class Reading(NamedTuple):
-    """Of each counted next token [n, length - 1]: log p, and whether it is the most likely one; and the tokens that an
+    """Of each scored next token [n, length - 1]: log p, and whether it is the most likely one; and the tokens that an
     edit touches [n, length].
     """
 
@@ -44,7 +44,7 @@ class Whole:
 
     def read(self, texts: Texts, plain: Reading | None = None) -> Reading:  # noqa: ARG002
         """Read texts."""
-        return Reading(*run_whole(self.model, texts.windows), torch.zeros_like(texts.windows.counted))
+        return Reading(*run_whole(self.model, texts), torch.zeros_like(texts.windows.counted))
 
     def sample(self, prompts: Tensor, tokens: int, seed: int) -> Tensor:
         """Continue prompts."""

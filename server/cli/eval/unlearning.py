@@ -8,17 +8,14 @@ import torch
 from rich.table import Table
 
 from rudder.sae_models import PRETRAINED
-from rudder.sae_models.activations import harvest
 from rudder.sae_models.analysis import program as programs
-from rudder.sae_models.analysis.derive import Topic
 from rudder.sae_models.analysis.unlearning import report as reports
 from rudder.sae_models.analysis.unlearning import study as studies
 from rudder.sae_models.analysis.unlearning.material import FULL, QUICK, gather
-from rudder.sae_models.analysis.unlearning.rig import Rig
-from rudder.sae_models.bundle import bundle
 from rudder.server.cli.arguments import command, integer
 from rudder.server.cli.output import err, out
-from rudder.server.cli.program import CORPUS, load_twin
+from rudder.server.cli.program import CORPUS
+from rudder.server.cli.rig import add_rig, rig_of, topic_of
 
 EXAMPLES = """\
 examples:
@@ -32,9 +29,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     earlier = reports.earlier_reports(args.json)
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    rig = rig_of(args)
-    topic = Topic(tuple(args.topic), tuple(args.neighbours))
-    material = gather(rig, args.corpus, topic, QUICK if args.quick else FULL)
+    material = gather(rig_of(args), args.corpus, topic_of(args), QUICK if args.quick else FULL)
     present = programs.read(args.program) if args.program else None
     report = reports.report_of(studies.run(material, present, args.store), earlier)
     reports.write(args.json, report)
@@ -59,23 +54,15 @@ def parser() -> argparse.ArgumentParser:
     unlearning.add_argument(
         "--neighbours", nargs="*", default=["anatomy-physiology", "chemistry"], help="books near them (%(default)s)"
     )
-    folders = {
-        "--model": ("textbook-lm", "folder of the model"),
-        "--twin": ("textbook-lm-twin", "folder of the same model trained without the topic"),
-        "--bundle": ("textbook-lm-layers.2", "folder of an SAE bundle of the model"),
-        "--program": ("programs/forget-microbiology.yaml", "YAML file of a program to compare as it is"),
-    }
-    for name, (default, text) in folders.items():
-        unlearning.add_argument(name, type=Path, default=PRETRAINED / default, help=f"{text} (that of the demo)")
+    add_rig(unlearning)
+    unlearning.add_argument(
+        "--program",
+        type=Path,
+        default=PRETRAINED / "programs" / "forget-microbiology.yaml",
+        help="YAML file of a program to compare as it is (that of the demo)",
+    )
     unlearning.add_argument("--threads", type=integer(1), help="of PyTorch")
     return unlearning
-
-
-def rig_of(args: argparse.Namespace) -> Rig:
-    """Load the model, its twin and the bundle. UserError: they do not fit."""
-    loaded, model = bundle.load(args.bundle), harvest.load_model(args.model)
-    bundle.check_model(loaded, bundle.model_sha256(args.model), model.config.hidden_size)
-    return Rig(model, load_twin(args.twin, args.model), harvest.load_tokenizer(args.model), loaded)
 
 
 def print_report(report: reports.Report) -> None:

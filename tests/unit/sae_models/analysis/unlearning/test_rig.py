@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rudder.sae_models.activations.corpus import Windows
 from rudder.sae_models.activations.hooks import hooked
 from rudder.sae_models.analysis.detector import Detector, window_mean
 from rudder.sae_models.analysis.unlearning.generation import repeated_share, sample
@@ -38,7 +39,7 @@ def push(gate: object = always) -> Steering:
 
 
 def test_a_run_behind_an_edit_equals_the_hooked_model(texts: Texts) -> None:
-    plain = run_whole(rig().model, texts.windows)
+    plain = run_whole(rig().model, texts)
     log_p, hits, touched = run_edited(rig(), texts, push(), plain)
     counted = texts.windows.counted
 
@@ -61,7 +62,7 @@ def run_whole_in_one_pass(texts: Texts) -> Tensor:
 
 
 def test_what_an_edit_does_not_touch_is_as_the_model_reads_it(texts: Texts) -> None:
-    plain = run_whole(rig().model, texts.windows)
+    plain = run_whole(rig().model, texts)
     log_p, hits, touched = run_edited(rig(), texts, untouched, plain)
     assert torch.equal(log_p, plain[0])
     assert torch.equal(hits, plain[1])
@@ -89,9 +90,7 @@ def test_sampling_with_a_cache_equals_sampling_without() -> None:
         assert torch.equal(cached, tokens[:, windows.tokens.shape[1] :])
 
 
-def window_of(tokens: Tensor) -> object:
-    from rudder.sae_models.activations.corpus import Windows
-
+def window_of(tokens: Tensor) -> Windows:
     counted = torch.ones_like(tokens, dtype=torch.bool)
     counted[:, 0] = False
     return Windows(tokens, counted, torch.arange(len(tokens)), torch.full((len(tokens),), tokens.shape[1]))

@@ -38,7 +38,7 @@ def test_a_book_that_the_corpus_lacks_is_named(tmp_path: Path) -> None:
 def test_bisection_finds_the_dose_and_stops_at_the_bound_of_one_that_never_reaches_it() -> None:
     dose = studies.bisect(0.01, 100.0, lambda v: v**0.5)
     assert abs(dose**0.5 - studies.TARGET_GAP) < 0.4
-    assert studies.bisect(0.01, 1.0, lambda _: 0.0) > 0.8
+    assert studies.bisect(0.01, 1.0, lambda _: 0.0) > 0.7
 
 
 def test_a_filter_refuses_whole_terms_only() -> None:
