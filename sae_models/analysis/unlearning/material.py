@@ -145,6 +145,7 @@ def gather(rig: Rig, path: Path, topic: Topic, size: Size, seed: int = 0) -> Mat
     split = Split(everything, topic)
     asked = ask(rig, split, corpus.read_definitions(path), size, seed)
     windows, section = cut(rig, split, size, seed)
+    require_topic(split, section)
     endings = [option for question in asked for option in question.options]
     beginnings = [q.prompt(cloze.REPORTED_FORM[0]) for q in asked for _ in q.options]
     options = rig.texts(*rig.encode(beginnings, [f" {option}" for option in endings]))
@@ -163,6 +164,17 @@ def gather(rig: Rig, path: Path, topic: Topic, size: Size, seed: int = 0) -> Mat
         options,
         priors,
     )
+
+
+def require_topic(split: Split, section: Tensor) -> None:
+    """Raise UserError unless each fold has windows, of sections `section` [n], of the topic and of other books."""
+    of_topic = split.of(split.topic.books)[section]
+    for fold in range(FOLDS):
+        here = split.folds[section] == fold
+        if not (here & of_topic).any() or not (here & ~of_topic).any():
+            raise UserError(
+                f"corpus: fold {fold} of {FOLDS} lacks text of the topic or of other books: too few sections"
+            )
 
 
 def ask(rig: Rig, split: Split, definitions: Iterable[corpus.Definition], size: Size, seed: int) -> list[Question]:

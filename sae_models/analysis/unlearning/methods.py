@@ -31,6 +31,7 @@ from rudder.sae_models.analysis.unlearning.steering import (
     blended,
     columns,
     linear_rows,
+    untouched,
     vector_rows,
 )
 from rudder.sae_models.sae import Rows
@@ -118,41 +119,46 @@ class Method:
     note: str
 
 
-def set_all(f: Fitted, latents: list[int], dose: float, gate: Gate) -> Steering:
+def edit_latents(f: Fitted, latents: list[int], column: Tensor, gate: Gate, levels: Tensor | None = None) -> Edit:
+    """Return edits of latents; nothing is edited where a ranker found none. `levels`: that activations must exceed."""
+    if not latents:
+        return untouched
+    return Steering(f.rows(latents), column if levels is None else above(column, levels), gate)
+
+
+def set_all(f: Fitted, latents: list[int], dose: float, gate: Gate) -> Edit:
     """Set all latents to -dose norms of x, active or not."""
-    return Steering(f.rows(latents), columns("set", [-dose] * len(latents), relative=1), gate)
+    return edit_latents(f, latents, columns("set", [-dose] * len(latents), relative=1), gate)
 
 
-def clamp_active(f: Fitted, dose: float) -> Steering:
+def clamp_active(f: Fitted, dose: float) -> Edit:
     """Set each latent to -dose norms of x where it is active itself (arXiv 2410.19278)."""
     latents = f.latents("farrell", DSG_LATENTS)
-    return Steering(f.rows(latents), columns("clamp", [-dose] * len(latents), relative=1), always)
+    return edit_latents(f, latents, columns("clamp", [-dose] * len(latents), relative=1), always)
 
 
-def conditional(f: Fitted, dose: float) -> Steering:
+def conditional(f: Fitted, dose: float) -> Edit:
     """Clamp each latent where it exceeds half of its mean active value on the topic (arXiv 2503.11127)."""
     latents = f.latents("farrell", DSG_LATENTS)
     active = f.activities.forget.mean / f.activities.forget.frequency.clamp_min(rank.RARE)
-    column = columns("clamp", [-dose] * len(latents), relative=1)
-    return Steering(f.rows(latents), above(column, active[latents] / 2), always)
+    return edit_latents(f, latents, columns("clamp", [-dose] * len(latents), relative=1), always, active[latents] / 2)
 
 
-def dsg(f: Fitted, ranker: str, dose: float) -> Steering:
+def dsg(f: Fitted, ranker: str, dose: float) -> Edit:
     """Set all latents where any is active, in texts with many such tokens (arXiv 2504.08192)."""
     latents = f.latents(ranker, DSG_LATENTS)
-    return set_all(f, latents, dose, share_gate(f.material, f.rows(latents), [f.tune]))
+    return set_all(f, latents, dose, share_gate(f.material, f.rows(latents), [f.tune])) if latents else untouched
 
 
-def saeuron(f: Fitted, dose: float) -> Steering:
+def saeuron(f: Fitted, dose: float) -> Edit:
     """Multiply each latent by -dose times its mean on the topic where it exceeds its mean over all text
     (arXiv 2501.18052).
     """
-    latents = f.latents("saeuron", LATENTS)
-    a = f.activities
+    latents, a = f.latents("saeuron", LATENTS), f.activities
     n, m = a.forget.tokens, a.retain.tokens
     background = (n * a.forget.mean + m * a.retain.mean) / (n + m)
     column = columns("scale", [-dose * float(a.forget.mean[i]) for i in latents])
-    return Steering(f.rows(latents), above(column, background[latents]), always)
+    return edit_latents(f, latents, column, always, background[latents])
 
 
 def push(f: Fitted, dose: float, *, restore: bool) -> Steering:
@@ -187,7 +193,7 @@ def learned_blend(f: Fitted, dose: float) -> Steering:
     return blended(module.vector().detach(), weight, f.gate)
 
 
-def random_latents(f: Fitted, dose: float) -> Steering:
+def random_latents(f: Fitted, dose: float) -> Edit:
     """Set random latents, as frequent on all text as the selected ones; the seed is the rotation."""
     generator = torch.Generator().manual_seed(f.select)
     frequency, taken = f.activities.retain.frequency, list[int]()

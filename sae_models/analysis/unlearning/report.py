@@ -67,6 +67,12 @@ class Report(msgspec.Struct, frozen=True):
     reports: list[str]
 
 
+class Earlier(msgspec.Struct):
+    """What a later run reads of a report."""
+
+    reports: list[str]
+
+
 def report_of(study: Study, earlier: Sequence[str] = ()) -> Report:
     """Return the report of a study; `earlier`: the configurations that its file has reported before."""
     material = study.bench.material
@@ -114,7 +120,7 @@ def earlier_reports(path: Path) -> list[str]:
     if not path.is_file():
         return []
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Report, strict=False).reports
+        return msgspec.json.decode(path.read_bytes(), type=Earlier).reports
     except msgspec.DecodeError as error:
         raise UserError(f"json: {path} is there and is no report of this command: {error}") from error
 

@@ -123,7 +123,7 @@ def columns(operation: str, values: Sequence[float], **parameters: float) -> Ten
     """
     identity = dict(zip(EDIT, IDENTITY_EDIT, strict=True)) | {"above": -inf}
     rows = [identity | OPERATIONS[operation](value) | parameters for value in values]
-    return torch.tensor([[row[name] for name in EDIT] for row in rows]).T
+    return torch.tensor([[row[name] for name in EDIT] for row in rows]).view(-1, len(EDIT)).T
 
 
 def above(column: Tensor, levels: Sequence[float] | Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 import json
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 from rudder.sae_models import PRETRAINED
 from rudder.sae_models.activations import harvest
+from rudder.sae_models.activations.corpus import Document
 from rudder.sae_models.analysis.derive import Topic
-from rudder.sae_models.analysis.unlearning.material import Size
+from rudder.sae_models.analysis.unlearning.material import FOLDS, Size, fold_of
 from rudder.sae_models.analysis.unlearning.rig import Rig
 from rudder.sae_models.bundle import bundle
 
@@ -33,6 +35,12 @@ def rig() -> Rig:
     return Rig(harvest.load_model(folder), twin, harvest.load_tokenizer(folder), loaded)
 
 
+def module_in_fold(book: str, number: int) -> str:
+    """Return a module's name with which section `number` is in fold `number` modulo 3."""
+    names = (f"m{number}-{attempt}" for attempt in count())
+    return next(name for name in names if fold_of(Document(book, name, "")) == number % FOLDS)
+
+
 def save_corpus(path: Path) -> Path:
     """Write nine sections of each book; every section has two terms, which a glossary defines."""
     with path.open("w") as file:
@@ -42,6 +50,7 @@ def save_corpus(path: Path) -> Path:
                 own = terms[2 * number : 2 * number + 2]
                 text = " ".join(sentence.format(term) for term in own for _ in range(2))
                 glossary = [[term, f"a kind of {book} that is number {number}"] for term in own]
-                record = {"book": book, "module": f"m{number}", "title": own[0], "text": text, "glossary": glossary}
+                record = {"book": book, "module": module_in_fold(book, number), "title": own[0], "text": text}
+                record["glossary"] = glossary
                 file.write(json.dumps(record) + "\n")
     return path

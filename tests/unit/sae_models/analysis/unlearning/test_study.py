@@ -35,6 +35,15 @@ def test_a_book_that_the_corpus_lacks_is_named(tmp_path: Path) -> None:
         gather(rig(), save_corpus(tmp_path / "corpus.jsonl"), replace(TOPIC, neighbours=("astronomy",)), SMALL)
 
 
+def test_a_fold_without_the_topic_is_named(tmp_path: Path) -> None:
+    path = save_corpus(tmp_path / "corpus.jsonl")
+    gone = [f'"microbiology", "module": "m{number}-' for number in (1, 4, 7)]
+    lines = [line for line in path.read_text().splitlines() if not any(part in line for part in gone)]
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match="fold 1 of 3 lacks text of the topic"):
+        gather(rig(), path, TOPIC, SMALL)
+
+
 def test_bisection_finds_the_dose_and_stops_at_the_bound_of_one_that_never_reaches_it() -> None:
     dose = studies.bisect(0.01, 100.0, lambda v: v**0.5)
     assert abs(dose**0.5 - studies.TARGET_GAP) < 0.4
