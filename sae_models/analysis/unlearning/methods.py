@@ -36,7 +36,7 @@ from rudder.sae_models.analysis.unlearning.steering import (
 )
 from rudder.sae_models.sae import Rows
 
-LATENTS, DSG_LATENTS, ROWS, RANK = 32, 20, 24, 8
+LATENTS, DSG_LATENTS, ROWS, RANK = 32, 20, 32, 8
 
 
 @dataclass(frozen=True)
