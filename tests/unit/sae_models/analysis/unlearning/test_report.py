@@ -18,8 +18,8 @@ def report(configuration: str, earlier: list[str]) -> Report:
     figures = dict.fromkeys(METRICS, GOOD) | {"leak_at_8": NONE, "fluency_ratio": Estimate(1.2, 1.1, 1.3)}
     return Report(
         chance=0.25, twin=0.4, chosen="one", methods={"one": figures, "two": figures}, controls={"open": figures},
-        per_book={}, references={"plain": figures}, reached={bar.metric: bar.reached(figures) for bar in BARS}, doses={},
-        notes={}, folds={}, seeds=[0], split_sha256="", configuration=configuration, size={},
+        per_book={}, references={"plain": figures}, reached={bar.metric: bar.reached(figures) for bar in BARS},
+        doses={}, notes={}, folds={}, seeds=[0], split_sha256="", configuration=configuration, size={},
         reports=[*earlier, configuration],
     )  # fmt: skip
 
