@@ -10,9 +10,9 @@ from rudder.sae_models.analysis.unlearning.bench import add_answers
 from rudder.sae_models.analysis.unlearning.metrics import BARS, METRICS, Bar, Groups, by_book, figures
 from rudder.sae_models.analysis.unlearning.statistics import Estimate, Resamples, Sums, resamples
 
-BOOKS = ["micro"] * 60 + ["near"] * 60 + ["far"] * 60
+BOOKS = ["micro"] * 60 + ["near"] * 60 + ["far"] * 60 + ["farther"] * 60
 SECTIONS = torch.arange(len(BOOKS)).repeat_interleave(8)
-GROUPS = Groups(["micro"], ["near"], ["far"])
+GROUPS = Groups(["micro"], ["near"], ["far", "farther"])
 ANSWERS = torch.randint(4, SECTIONS.shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -39,9 +39,10 @@ def sums_of(scored: Tensor, nats: dict[str, float], hits: dict[str, float], answ
     return sums
 
 
-KNOWN, EVEN = dict.fromkeys(GROUPS.topic, 3.0) | {"near": 3.0, "far": 3.0}, {"micro": 0.4, "near": 0.4, "far": 0.4}
-PLAIN = sums_of(scores(1.5, ["micro", "near", "far"]), KNOWN, EVEN)
-TWIN = sums_of(scores(1.5, ["near", "far"]), KNOWN | {"micro": 4.0}, EVEN | {"micro": 0.3})
+ALL, OTHERS = ["micro", "near", "far", "farther"], ["near", "far", "farther"]
+KNOWN, EVEN = dict.fromkeys(ALL, 3.0), dict.fromkeys(ALL, 0.4)
+PLAIN = sums_of(scores(1.5, ALL), KNOWN, EVEN)
+TWIN = sums_of(scores(1.5, OTHERS), KNOWN | {"micro": 4.0}, EVEN | {"micro": 0.3})
 
 
 def reached(drawn: Resamples, method: Sums) -> dict[str, bool]:
@@ -79,7 +80,7 @@ def test_a_policy_that_blanks_everything_fails_retain(drawn: Resamples) -> None:
 
 
 def test_a_policy_that_inverts_the_right_answers_fails_the_two_sided_target(drawn: Resamples) -> None:
-    inverted = sums_of(-scores(1.5, ["micro", "near", "far"]), KNOWN | {"micro": 4.0}, EVEN)
+    inverted = sums_of(-scores(1.5, ALL), KNOWN | {"micro": 4.0}, EVEN)
     result = figures(drawn, inverted, PLAIN, TWIN, GROUPS)
     assert result["forget_cloze"].high < result["forget_cloze"].value + 0.1 < 0.25
     assert not reached(drawn, inverted)["forget_cloze_against_twin"]
@@ -87,7 +88,7 @@ def test_a_policy_that_inverts_the_right_answers_fails_the_two_sided_target(draw
 
 def test_shuffled_labels_give_chance(drawn: Resamples) -> None:
     order = torch.randperm(len(ANSWERS), generator=torch.Generator().manual_seed(2))
-    shuffled = sums_of(scores(1.5, ["micro", "near", "far"]), KNOWN, EVEN, ANSWERS[order])
+    shuffled = sums_of(scores(1.5, ALL), KNOWN, EVEN, ANSWERS[order])
     chance = figures(drawn, shuffled, PLAIN, TWIN, GROUPS)["forget_cloze"]
     assert chance.low < 0.25 < chance.high
     assert chance.high - chance.low < 0.1
@@ -99,14 +100,14 @@ def test_options_that_score_alike_are_right_by_chance(drawn: Resamples) -> None:
 
 
 def test_worst_book_is_named_by_the_bar(drawn: Resamples) -> None:
-    damaged = sums_of(scores(1.5, ["near", "far"]), KNOWN, EVEN | {"far": 0.37})
+    damaged = sums_of(scores(1.5, OTHERS), KNOWN, EVEN | {"far": 0.37})
     assert not reached(drawn, damaged)["retain_top1_drop_worst"]
     assert by_book(drawn, damaged, PLAIN)["far"]["top1_drop"].value == pytest.approx(0.03)
     assert by_book(drawn, damaged, PLAIN)["near"]["top1_drop"].value == pytest.approx(0)
 
 
 def test_fluency_is_the_ratio_of_perplexities(drawn: Resamples) -> None:
-    method, twin, section = Sums(180), Sums(180), torch.arange(60)
+    method, twin, section = Sums(len(BOOKS)), Sums(len(BOOKS)), torch.arange(60)
     for sums, nats in ((method, log(6)), (twin, log(4))):
         sums.add(section, continued=torch.ones(60), continued_nats=nats * torch.ones(60))
     assert figures(drawn, method, PLAIN, twin, GROUPS)["fluency_ratio"].value == pytest.approx(1.5)

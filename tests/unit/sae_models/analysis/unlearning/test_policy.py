@@ -50,6 +50,7 @@ def test_file_is_the_method_in_the_contract(derived: Derived, tmp_path: Path) ->
     gate = message.program.gate.sequence
     assert guard.score.terms[0].row == gate.score
     assert (guard.level, guard.min_tokens, guard.window) == (gate.level, gate.min_tokens, gate.window)
+    assert gate.level == pytest.approx(derived.gate.level, abs=0.01)
     assert gate.latch
 
 

@@ -129,6 +129,7 @@ def test_share_gate_judges_the_prompt_and_opens_at_active_tokens() -> None:
     assert TokenGate(rows)(TEXT).sum(1).tolist() == [2, 1]
     is_open = ShareGate(rows, 0.3)(TEXT)
     assert is_open.tolist() == [[False, False, True, False, False, True], [False] * 6]
+    assert not ShareGate(rows, 0.35)(TEXT).any(), "active tokens of the answer do not open it"
 
 
 def test_a_blend_of_weight_one_gives_the_mean() -> None:
