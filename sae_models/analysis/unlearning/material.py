@@ -117,6 +117,13 @@ class Material:
         """Section of each question [q]."""
         return torch.tensor([question.section for question in self.questions])
 
+    def used(self, folds: Collection[int]) -> Tensor:
+        """Return the mask of the sections of some folds that windows or questions are of [sections]."""
+        mask = torch.zeros(len(self.split.documents), dtype=torch.bool)
+        mask[self.section[self.windows_of(folds)]] = True
+        mask[self.question_section[self.questions_of(folds)]] = True
+        return mask
+
     def windows_of(self, folds: Collection[int], books: Collection[str] | None = None) -> Tensor:
         """Return the indices of the windows of some folds and books."""
         return self._of(self.section, folds, books)

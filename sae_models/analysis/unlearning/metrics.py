@@ -34,8 +34,9 @@ class Compared:
         return self.plain.ratio(column, counted, books) - self.method.ratio(column, counted, books)
 
     def drops(self, column: str, counted: str, books: Collection[str]) -> Tensor:
-        """Return `drop` of each book [1 + B, books]."""
-        return torch.stack([self.drop(column, counted, [book]) for book in sorted(books)], 1)
+        """Return `drop` of each book that was measured [1 + B, books]."""
+        measured = [book for book in sorted(books) if self.plain.sum(counted, [book])[0] > 0]
+        return torch.stack([self.drop(column, counted, [book]) for book in measured], 1)
 
     def forget(self, numerator: str, denominator: str) -> Tensor:
         """Return a ratio of the method on the topic."""

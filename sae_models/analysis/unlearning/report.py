@@ -141,6 +141,17 @@ def changed(report: Report) -> str:
     )
 
 
+def cloze_note(report: Report) -> str:
+    """Return a sentence where the topic's questions cannot tell the plain model from its twin; empty where they can."""
+    plain, twin = (report.references[name]["forget_cloze"] for name in ("plain", "twin"))
+    if plain.low > twin.high:
+        return ""
+    return (
+        f"The topic's questions do not tell the model ({cell(plain, True)} %) from its twin ({cell(twin, True)} %): "
+        "a method that keeps forget_cloze near the twin's shows little by it."
+    )
+
+
 def table_rows(report: Report) -> list[tuple[str, ...]]:
     """Return a row of each reference, method and control: its name and the figures of TABLE."""
     named = {**report.references, **report.methods, **report.controls}

@@ -8,7 +8,6 @@ no book vanishes; all methods use the same resamples, so that their differences 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import msgspec
 import torch
@@ -28,28 +27,28 @@ class Estimate(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Resamples:
-    """How often each section counts: weights [1 + B, S], of which row 0 is the sample itself; `books`: its book."""
+    """How often each section counts: weights [1 + B, S], of which row 0 is the sample itself; `members`: the numbers of
+    the sections of each book that were measured.
+    """
 
     weights: Tensor
-    books: Sequence[str]
-
-    @cached_property
-    def members(self) -> dict[str, Tensor]:
-        """Numbers of the sections of each book."""
-        numbers = defaultdict[str, list[int]](list)
-        for section, book in enumerate(self.books):
-            numbers[book].append(section)
-        return {book: torch.tensor(sections) for book, sections in sorted(numbers.items())}
+    members: Mapping[str, Tensor]
 
 
-def resamples(books: Sequence[str], count: int = RESAMPLES, seed: int = 0) -> Resamples:
-    """Draw `count` resamples of sections, of which section s is in `books[s]`."""
+def resamples(books: Sequence[str], count: int = RESAMPLES, seed: int = 0, used: Tensor | None = None) -> Resamples:
+    """Draw `count` resamples of sections, of which section s is in `books[s]`; of the `used` [S] ones, if given."""
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.zeros(count, len(books), dtype=torch.float64)
-    for members in Resamples(weights, books).members.values():
-        drawn = members[torch.randint(len(members), (count, len(members)), generator=generator)]
-        weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-    return Resamples(torch.cat([torch.ones_like(weights[:1]), weights]), books)
+    sections = range(len(books)) if used is None else used.nonzero().flatten().tolist()
+    numbers = defaultdict[str, list[int]](list)
+    for section in sections:
+        numbers[books[section]].append(section)
+    members = {book: torch.tensor(own) for book, own in sorted(numbers.items())}
+    weights = torch.zeros(1 + count, len(books), dtype=torch.float64)
+    for own in members.values():
+        weights[0, own] = 1
+        drawn = own[torch.randint(len(own), (count, len(own)), generator=generator)]
+        weights[1:].scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    return Resamples(weights, members)
 
 
 @dataclass
@@ -77,7 +76,8 @@ class Totals:
         """Return a column's sum over books; NaN where it was not measured."""
         if column not in self.columns:
             return torch.full_like(self.drawn.weights[:, 0], torch.nan)
-        return sum((self.columns[column][book] for book in books), torch.zeros_like(self.drawn.weights[:, 0]))
+        measured = [self.columns[column][book] for book in books if book in self.drawn.members]
+        return sum(measured, torch.zeros_like(self.drawn.weights[:, 0]))
 
     def ratio(self, numerator: str, denominator: str, books: Collection[str]) -> Tensor:
         """Return the ratio of two sums over books; NaN where the second is 0."""

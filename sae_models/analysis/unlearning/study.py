@@ -113,7 +113,7 @@ def run(material: Material, present: Program | None, store: Path | None = None) 
         outcome(bench, f, f"{ALWAYS_OPEN}-{chosen}", replace(opened, low=o.dose, high=o.dose), store)
         for f, o in zip(rotations, methods[chosen], strict=True)
     ]
-    drawn = resamples(material.split.books)
+    drawn = resamples(material.split.books, used=material.used(range(FOLDS)))
     return Study(bench, plain, twin, methods, controls, measure_filter(material, drawn), chosen, drawn)
 
 
@@ -186,7 +186,7 @@ def choose(bench: Bench, methods: Mapping[str, list[Outcome]], plain: Sums, twin
     """Return the method that on the text of the folds for tuning misses the bars by least, and of those the most fluent
     one.
     """
-    drawn = resamples(bench.material.split.books, 1)
+    drawn = resamples(bench.material.split.books, 1, used=bench.material.used(range(FOLDS)))
     rank = dict[str, tuple[float, float]]()
     for name, outcomes in methods.items():
         measured = figures(drawn, pooled(o.tuned for o in outcomes), plain, twin, groups_of(bench.material))

@@ -77,5 +77,5 @@ def print_report(report: reports.Report) -> None:
         out.print(line)
     for name, figure in report.controls[studies.KEYWORDS].items():
         out.print(f"{studies.KEYWORDS}: {name} {reports.cell(figure, True)} %")
-    if note := reports.changed(report):
+    for note in filter(None, (reports.cloze_note(report), reports.changed(report))):
         err.print(note)

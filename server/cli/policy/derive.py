@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
 def report_text(bench: Bench, derived: policy.Derived, name: str) -> str:
     """Measure a policy on the reported fold, and return its report."""
     material = bench.material
-    rig, drawn = material.rig, resamples(material.split.books)
+    rig, drawn = material.rig, resamples(material.split.books, used=material.used([REPORT]))
     method = measure(bench, Edited(rig, METHOD.edit(derived.fitted, derived.dose)), [REPORT])
     plain = measure(bench, Edited(rig, untouched), [REPORT])
     twin = measure(bench, Whole(rig.twin), [REPORT], material.split.topic.books)

@@ -51,6 +51,5 @@ def save_corpus(path: Path) -> Path:
                 text = " ".join(sentence.format(term) for term in own for _ in range(2))
                 glossary = [[term, f"a kind of {book} that is number {number}"] for term in own]
                 record = {"book": book, "module": module_in_fold(book, number), "title": own[0], "text": text}
-                record["glossary"] = glossary
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record | {"glossary": glossary}) + "\n")
     return path

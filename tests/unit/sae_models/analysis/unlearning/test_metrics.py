@@ -106,6 +106,12 @@ def test_worst_book_is_named_by_the_bar(drawn: Resamples) -> None:
     assert by_book(drawn, damaged, PLAIN)["near"]["top1_drop"].value == pytest.approx(0)
 
 
+def test_a_far_book_that_was_not_measured_does_not_count() -> None:
+    used = torch.tensor([book != "farther" for book in BOOKS])
+    result = figures(resamples(BOOKS, 50, used=used), PLAIN, PLAIN, TWIN, GROUPS)
+    assert result["retain_top1_drop"] == Estimate(0, 0, 0)
+
+
 def test_fluency_is_the_ratio_of_perplexities(drawn: Resamples) -> None:
     method, twin, section = Sums(len(BOOKS)), Sums(len(BOOKS)), torch.arange(60)
     for sums, nats in ((method, log(6)), (twin, log(4))):

@@ -59,6 +59,15 @@ def test_table_has_every_row_and_a_dash_for_what_was_not_measured() -> None:
     assert rows[0][1:4] == ("0.0 (-1.0, 1.0)", "0.00 (-0.01, 0.01)", "-")
 
 
+def test_questions_that_the_twin_answers_as_well_are_named() -> None:
+    known, unknown = Estimate(0.55, 0.52, 0.58), Estimate(0.45, 0.42, 0.48)
+    same, apart = report("a", []), report("a", [])
+    same.references.update(plain={"forget_cloze": known}, twin={"forget_cloze": Estimate(0.5, 0.47, 0.53)})
+    apart.references.update(plain={"forget_cloze": known}, twin={"forget_cloze": unknown})
+    assert "do not tell the model (55.0 (52.0, 58.0) %) from its twin" in reports.cloze_note(same)
+    assert not reports.cloze_note(apart)
+
+
 def test_front_leaves_out_what_another_is_better_than_in_both() -> None:
     assert reports.pareto([(2, 1), (1, 2), (2, 2), (3, 0.5), (1, 3)]) == [(1, 2), (2, 1), (3, 0.5)]
 

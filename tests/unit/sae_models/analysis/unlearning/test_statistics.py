@@ -26,6 +26,13 @@ def test_resamples_keep_the_size_of_each_book() -> None:
     assert torch.equal(drawn.weights, resamples(["a", "b", "a", "b", "b"], 50).weights)
 
 
+def test_sections_that_were_not_measured_are_not_drawn() -> None:
+    drawn = resamples(["a", "a", "a", "b"], 50, used=torch.tensor([True, False, True, False]))
+    assert not drawn.weights[:, [1, 3]].any()
+    assert (drawn.weights.sum(1) == 2).all()
+    assert {*drawn.members} == {"a"}
+
+
 def test_ratio_is_of_sums_not_a_mean_of_ratios() -> None:
     sums = Sums(2)
     sums.add(torch.tensor([0, 1, 1]), right=torch.tensor([1, 0, 0]), items=torch.tensor([1, 1, 2]))
