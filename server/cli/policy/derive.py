@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,7 +38,9 @@ def main(argv: Sequence[str]) -> None:
     if args.out.suffix not in (".yaml", ".yml"):
         raise UserError(f"out: {args.out} is not a YAML file (.yaml, .yml)")
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    material = gather(rig_of(args), args.corpus, topic_of(args), QUICK if args.quick else FULL)
+    size = QUICK if args.quick else FULL
+    size = replace(size, steps=args.steps or size.steps)
+    material = gather(rig_of(args), args.corpus, topic_of(args), size)
     bench, fitted = bench_of(material), Fitted(material, SELECT, TUNE)
     dose = tuned_dose(bench, fitted, METHOD)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     deriving.add_argument("--rows", type=Path, help="folder of the rows' bundle (beside the policy)")
     deriving.add_argument("--version", type=integer(1), default=1, help="of the policy (%(default)s)")
     deriving.add_argument("--quick", action="store_true", help="a small sample: minutes")
+    deriving.add_argument("--steps", type=integer(1), help="of training of the rows")
     deriving.add_argument("--threads", type=integer(1), help="of PyTorch")
     add_rig(deriving)
     return deriving
