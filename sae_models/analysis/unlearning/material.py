@@ -26,20 +26,21 @@ FOLDS = 3
 class Size:
     """How much of a corpus a study uses.
 
-    `sections`: of each far book, with `windows` of each; `near_sections`: of the topic and of its neighbours (None:
-    all), with `near_windows` of each. `questions`: of the topic, `near_questions` of a neighbour, `other_questions` of
-    another book. `samples`: prompts of the topic that are continued; `leaks`: definitions completed eight times.
-    `steps`: of training of learned rows.
+    `topic_sections` of the topic and `near_sections` of each neighbour (None: all), with `near_windows` of each;
+    `sections` of each far book, with `windows` of each. `questions`: of the topic, `near_questions` of a neighbour,
+    `other_questions` of another book. `samples`: prompts of the topic that are continued; `leaks`: definitions completed
+    eight times. `steps`: of training of learned rows.
     """
 
-    sections: int = 30
-    windows: int = 1
+    topic_sections: int | None = None
     near_sections: int | None = None
     near_windows: int = 2
+    sections: int = 30
+    windows: int = 1
     length: int = 256
     questions: int | None = None
-    other_questions: int = 30
     near_questions: int = 200
+    other_questions: int = 30
     samples: int = 150
     leaks: int = 150
     steps: int = 400
@@ -47,8 +48,8 @@ class Size:
 
 FULL = Size()
 QUICK = Size(
-    sections=6, near_sections=45, near_windows=1, length=192, questions=180, other_questions=3, near_questions=40,
-    samples=36, leaks=15, steps=100,
+    topic_sections=90, near_sections=30, near_windows=1, sections=6, length=192, questions=150, near_questions=24,
+    other_questions=3, samples=36, leaks=15, steps=80,
 )  # fmt: skip
 
 
@@ -205,9 +206,11 @@ def cut(rig: Rig, split: Split, size: Size, seed: int) -> tuple[corpus.Windows, 
     """Return windows of randomly chosen sections of each book, and the section of each."""
     generator, chosen = torch.Generator().manual_seed(seed), list[int]()
     near = {*split.topic.books, *split.topic.neighbours}
-    for book in sorted({*split.books}):
+    limits: dict[str, int | None] = dict.fromkeys(split.books, size.sections)
+    limits |= dict.fromkeys(split.topic.neighbours, size.near_sections)
+    limits |= dict.fromkeys(split.topic.books, size.topic_sections)
+    for book, limit in sorted(limits.items()):
         sections = split.of([book]).nonzero().flatten()
-        limit = size.near_sections if book in near else size.sections
         chosen += sections[torch.randperm(len(sections), generator=generator)[:limit]].tolist()
     rule = corpus.ContextRule(
         excluded_positions=rig.bundle.manifest.context.excluded_positions,

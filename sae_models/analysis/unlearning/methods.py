@@ -105,7 +105,7 @@ class Fitted:
     def learned_blend(self) -> LearnedBlend:
         """A trained target and weight of a blend."""
         module = LearnedBlend(self.retain.mean(0))
-        learned.fit(self.material, [self.select], module, self.material.size.steps // 2, self.select)
+        learned.fit(self.material, [self.select], module, self.material.size.steps // 3, self.select)
         return module
 
 

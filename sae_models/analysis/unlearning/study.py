@@ -28,7 +28,7 @@ from rudder.sae_models.analysis.unlearning.subjects import Edited, Whole
 
 # Doses are tuned to this loss gap: all methods forget equally much, as far as they can.
 TARGET_GAP = 1.1
-TUNING_STEPS, TUNING_WINDOWS = 4, 12
+TUNING_STEPS, TUNING_WINDOWS = 4, 10
 # Those that text alone shows.
 TUNED_METRICS = {bar.metric for bar in BARS} - {
     "forget_cloze_against_twin",
