@@ -28,8 +28,8 @@ class Size:
 
     `topic_sections` of the topic and `near_sections` of each neighbour (None: all), with `near_windows` of each;
     `sections` of each far book, with `windows` of each. `questions`: of the topic, `near_questions` of a neighbour,
-    `other_questions` of another book. `samples`: prompts of the topic that are continued; `leaks`: definitions completed
-    eight times. `steps`: of training of learned rows.
+    `other_questions` of another book. `samples`: prompts of the topic that are continued; `leaks`: definitions that are
+    completed eight times. `steps`: of training of learned rows.
     """
 
     topic_sections: int | None = None
