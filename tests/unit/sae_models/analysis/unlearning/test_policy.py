@@ -14,7 +14,9 @@ from rudder.sae_models.analysis.unlearning.methods import METHODS, Fitted
 from rudder.sae_models.analysis.unlearning.policy import Derived
 from rudder.sae_models.analysis.unlearning.steering import AlarmGate
 from rudder.sae_models.bundle import bundle
+from rudder.sae_models.errors import UserError
 from rudder.sae_models.sae import Rows, activations
+from rudder.server.cli.policy import derive
 from rudder.v1.policy_pb2 import Policy
 from tests.unit.sae_models.analysis.unlearning.rigs import SMALL, TOPIC, rig, save_corpus
 
@@ -95,3 +97,20 @@ def test_a_planted_latent_of_punctuation_is_named(derived: Derived) -> None:
 
 def test_methods_note_what_they_are() -> None:
     assert all(method.note and method.low <= method.high for method in METHODS.values())
+
+
+def test_command_derives_a_policy_that_the_contract_accepts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derive, "QUICK", SMALL)
+    corpus = save_corpus(tmp_path / "corpus.jsonl")
+    out = tmp_path / "policies" / "forget.yaml"
+    derive.main(
+        ["--corpus", str(corpus), "--topic", "microbiology", "--neighbours", "anatomy", "--out", str(out), "--quick"]
+    )
+    assert ParseDict(yaml.safe_load(out.read_text()), Policy()).name == "forget"
+    assert "| forget loss gap |" in out.with_suffix(".md").read_text()
+    bundle.load(out.parent / "forget-rows").catalogue.close()
+
+
+def test_command_names_a_file_that_is_no_yaml(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a YAML file"):
+        derive.main(["--corpus", "corpus.jsonl", "--topic", "micro", "--out", str(tmp_path / "policy.json")])
