@@ -48,8 +48,8 @@ class Size:
 
 FULL = Size()
 QUICK = Size(
-    topic_sections=90, near_sections=30, near_windows=1, sections=6, length=192, questions=150, near_questions=24,
-    other_questions=3, samples=36, leaks=15, steps=80,
+    topic_sections=60, near_sections=30, near_windows=1, sections=6, length=192, questions=100, near_questions=24,
+    other_questions=3, samples=24, leaks=9, steps=50,
 )  # fmt: skip
 
 
