@@ -183,7 +183,7 @@ def read_definitions(path: Path) -> list[Definition]:
     """
     entries = [
         Definition(str(record.get("book") or ""), str(record.get("module") or ""), *entry)
-        for record in _json_records(path)
+        for record in json_records(path)
         if isinstance(record, dict)
         for entry in record.get("glossary") or ()
         if len(entry) == 2 and all(isinstance(part, str) and part for part in entry)
