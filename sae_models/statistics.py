@@ -7,7 +7,8 @@ A statistic is defined by the parameters of `operations.STATISTICS`, as the gate
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from math import isfinite, nan
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,40 +36,33 @@ class Statistic:
     """
 
     def __init__(self, name: str = "none", *operands: float) -> None:
-        self.parameters = GUARD_STATISTICS[name](*operands)
-        self.is_share = name == "share"
+        self.parameters = p = GUARD_STATISTICS[name](*operands)
+        self.is_share, self.binary, self.window = name == "share", p.get("binary"), int(p.get("window", 0))
+        self.decay, self.gain, self.offset = p.get("decay", 1.0), p.get("gain", 1.0), p.get("offset", 0.0)
+        self.floor = p.get("floor", NO_FLOOR)
         self.count, self.state = 0, 0.0
-        self.recent: deque[float] = deque(maxlen=int(self.parameters.get("window", 0)))
+        self.recent: deque[float] = deque(maxlen=self.window)
 
     def update(self, scores: Floats) -> Floats:
-        """Take in the scores [n] of the next tokens; return the statistic [n] as after each of them.
+        """Take in the scores [n] of the next tokens; return the statistic [n] as after each of them."""
+        return np.array([self.step(score) for score in np.asarray(scores, np.float64).tolist()], np.float64)
+
+    def step(self, score: float) -> float:
+        """Take in the score of the next token; return the statistic after it. A server does so for each token.
 
         A score that is not finite makes the statistic NaN for as long as the score is part of it: see `exceeds`.
         """
-        u = np.asarray(scores, np.float64)
-        u = np.where(np.isfinite(u), u, np.nan)
-        if (binary := self.parameters.get("binary")) is not None:
-            u = np.where(np.isnan(u), u, u > binary)
-        values = np.array(list((self._means if self.recent.maxlen else self._states)(u.tolist())), np.float64)
-        first, self.count = self.count + 1, self.count + len(u)
-        return values / np.arange(first, self.count + 1) if self.is_share else values
-
-    def _states(self, scores: Iterable[float]) -> Iterable[float]:
-        p = self.parameters
-        decay, gain, offset = p.get("decay", 1.0), p.get("gain", 1.0), p.get("offset", 0.0)
-        floor, state = p.get("floor", NO_FLOOR), self.state
-        for score in scores:
-            state = decay * state + gain * score + offset
-            # In this order, NaN stays.
-            if state < floor:
-                state = floor
-            yield state
-        self.state = state
-
-    def _means(self, scores: Iterable[float]) -> Iterable[float]:
-        for score in scores:
-            self.recent.append(score)
-            yield sum(self.recent) / len(self.recent)
+        u = score if isfinite(score) else nan
+        if self.binary is not None and isfinite(u):
+            u = float(u > self.binary)
+        self.count += 1
+        if self.window:
+            self.recent.append(u)
+            return sum(self.recent) / len(self.recent)
+        state = self.decay * self.state + self.gain * u + self.offset
+        # In this order, NaN stays.
+        self.state = self.floor if state < self.floor else state
+        return self.state / self.count if self.is_share else self.state
 
     def copy(self) -> "Statistic":
         """Return a statistic that goes on from here by itself, as before tokens that may be taken back."""

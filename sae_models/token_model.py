@@ -28,11 +28,8 @@ MIN_BUCKETS, MAX_BUCKETS = 1 << 10, 1 << 20
 # Stands before the first token of a text; no vocabulary has this id.
 START = (1 << 32) - 1
 # Odd multipliers of the newest token, the one before it, ... (digits of pi), and of the finaliser (splitmix64).
-MULTIPLIERS = np.array(
-    [0x243F6A8885A308D3, 0x13198A2E03707345, 0xA4093822299F31D1, 0x082EFA98EC4E6C89, 0x452821E638D01377], np.uint64
-)
-LENGTHS = np.arange(MAX_ORDER, dtype=np.uint64)[:, None]
-FINALISER, FOLD = np.uint64(0xBF58476D1CE4E5B9), np.uint64(29)
+MULTIPLIERS = 0x243F6A8885A308D3, 0x13198A2E03707345, 0xA4093822299F31D1, 0x082EFA98EC4E6C89, 0x452821E638D01377
+FINALISER, FOLD, MASK = 0xBF58476D1CE4E5B9, 29, (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -50,25 +47,30 @@ class TokenModel:
         context: the tokens before them, of which the last `order - 1` matter; a text begins where it has fewer. Pass
         what a guard counts: without BOS and excluded tokens.
         """
-        if not len(ids):
-            return np.zeros(0)
         before = list(context)[-(self.order - 1) :] if self.order > 1 else []
-        grams = buckets([*before, *ids], self.order, len(self.weights))[len(before) :]
-        scores: Floats = self.weights[grams].sum(1, dtype=np.float64) + self.bias
-        return scores
+        grams, weight = buckets([*before, *ids], self.order, len(self.weights)), self.weights.item
+        return np.array([sum(map(weight, each)) + self.bias for each in grams[len(before) :]], np.float64)
 
 
-def buckets(ids: Sequence[int], order: int, count: int) -> NDArray[np.int64]:
+def buckets(ids: Sequence[int], order: int, count: int) -> list[list[int]]:
     """Return the bucket [n, order] of the k-gram, k = 1..order, that ends at each token of a text's ids [n].
 
-    count: number of buckets, a power of two.
+    count: number of buckets, a power of two. A server scores one token at a time, where a loop is ten times as fast as
+    array operations.
     """
-    padded = np.array([START] * (order - 1) + list(ids), np.uint64) + np.uint64(1)
-    newest_first = np.array([padded[order - 1 - k : len(padded) - k] for k in range(order)])
-    # Row k sums the products of the k newest tokens, modulo 2^64; the length of the n-gram is part of the hash.
-    hashed = np.cumsum(newest_first * MULTIPLIERS[:order, None], axis=0) + LENGTHS[:order]
-    hashed = (hashed ^ (hashed >> FOLD)) * FINALISER
-    return (hashed >> np.uint64(64 - (count.bit_length() - 1))).astype(np.int64).T
+    padded, shift = [*[START] * (order - 1), *map(int, ids)], 65 - count.bit_length()
+    multipliers = MULTIPLIERS[:order]
+    return [_buckets(padded[last - order + 1 : last + 1], multipliers, shift) for last in range(order - 1, len(padded))]
+
+
+def _buckets(tokens: Sequence[int], multipliers: Sequence[int], shift: int) -> list[int]:
+    """Return the buckets of the n-grams that end at the last of `tokens`, the shortest first."""
+    total, found = 0, []
+    for length, (token, multiplier) in enumerate(zip(reversed(tokens), multipliers, strict=True)):
+        total = (total + (token + 1) * multiplier) & MASK
+        hashed = (total + length) & MASK
+        found.append((((hashed ^ (hashed >> FOLD)) * FINALISER) & MASK) >> shift)
+    return found
 
 
 def vocabulary_sha256(vocabulary: Mapping[str, int]) -> str:

@@ -118,6 +118,45 @@ class Policies(Section, frozen=True):
     allow_apply: Annotated[
         bool, Meta(description="PolicyService.Apply may change policies over a door that authenticates nobody")
     ] = False
+    allow_uncertified: Annotated[
+        bool,
+        Meta(description="serve policies that `rudder policy certify` has not passed with this configuration"),
+    ] = False
+
+
+class Audit(Section, frozen=True):
+    """The audit log: one entry per call that a policy binds, and per change of a policy, in a keyed chain."""
+
+    folder: Annotated[str | None, Meta(description="folder of the log; null: no log")] = None
+    key_file: Annotated[
+        str | None, Meta(description="file with the key of the chain, which `rudder audit key FILE` writes")
+    ] = None
+    head: Annotated[
+        str | None,
+        Meta(description="file of the head, better where who can write the log cannot; null: head.json in the folder"),
+    ] = None
+    fsync: Annotated[
+        Literal["always", "interval", "never"],
+        Meta(
+            description="always: an answer waits until its entry is on disk; interval: a power cut may lose a second of"
+            " entries; never: as many as the operating system holds back"
+        ),
+    ] = "interval"
+    on_failure: Annotated[
+        Literal["closed", "open"],
+        Meta(description="where it cannot be written, closed: refuse calls that a policy binds; open: count the loss"),
+    ] = "closed"
+    max_bytes: Annotated[
+        int, Meta(ge=1, le=MAX_BYTES, description="size of a file of the log after which the next one begins")
+    ] = 64 << 20
+    anchor_every: Annotated[
+        Positive, Meta(description="entries after which the head is written; after a second it is in any case")
+    ] = 100
+    queue: Annotated[Positive, Meta(description="entries that wait to be written, or to be sent to the webhook")] = 8192
+    webhook: Annotated[str | None, Meta(description="URL that the lines of the log are posted to; null: none")] = None
+    webhook_secret_file: Annotated[
+        str | None, Meta(description="file with the key that signs what is posted, as `rudder audit key FILE` writes")
+    ] = None
 
 
 class WatchedFeature(Section, frozen=True):
@@ -289,6 +328,7 @@ class Config(Section, frozen=True):
     engine: Engine = Engine()
     programs: Programs = Programs()
     policies: Policies = Policies()
+    audit: Audit = Audit()
     watch: Annotated[
         tuple[WatchedFeature, ...], Meta(description="latents counted in Prometheus over all requests")
     ] = ()

@@ -20,8 +20,10 @@ from rudder.server.monitoring import logs
 from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.process import Interrupted, busy_message, stop_signals, until_signal
+from rudder.server.safety.audit.trail import Trail, open_trail
 from rudder.server.safety.start import start_with_policies
 from rudder.server.safety.store import PolicyStore
+from rudder.server.service.auditing import audit_changes
 from rudder.server.service.serving import Serving
 
 HEALTH_CHECK_S = 1.0
@@ -71,8 +73,11 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     stop = stop_signals()
     log_start(config)
     metrics = Metrics.create(REGISTRY)
+    trail = await open_audit(config, metrics, stack)
     engine, policies = await until_signal(start_tested_engine(config, metrics, stack), stop)
-    serving = Serving.around(engine, config, metrics, policies)
+    if trail:
+        audit_changes(trail, policies)
+    serving = Serving.around(engine, config, metrics, policies, trail)
     stack.callback(serving.tokenizers.shutdown)
     # Everything so far lives as long as the process: keep the garbage collector from walking it again and again.
     gc.freeze()
@@ -90,6 +95,17 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     logger.info("serving", extra=fields(model=engine.model.name, **addresses, metrics=metrics_address))
     await serve_until_stopped(doors, serving, stop)
     return not engine.healthy
+
+
+async def open_audit(config: Config, metrics: Metrics, stack: AsyncExitStack) -> Trail | None:
+    """Open the audit log of the configuration, to be closed by `stack` after all else; warn if it has none."""
+    trail = await asyncio.to_thread(open_trail, config.audit, metrics)
+    if trail:
+        stack.callback(trail.close)
+        logger.info("audit log opened", extra=fields(folder=config.audit.folder, entries=trail.log.end.count))
+    elif config.policies.folder:
+        logger.warning("policies are in force without an audit log: audit.folder is null")
+    return trail
 
 
 def reload_policies(policies: PolicyStore, config: Config, stack: AsyncExitStack) -> None:

@@ -192,7 +192,7 @@ def _documents(path: Path) -> Iterator[Document]:
     elif path.suffix == ".parquet":
         yield from _documents_of_records(path, _parquet_records(path))
     elif path.name.endswith(JSON_LINES):
-        yield from _documents_of_records(path, _json_records(path))
+        yield from _documents_of_records(path, json_records(path))
     elif path.suffix == ".txt":
         yield _parse_record({"text": "\n".join(_lines(path)), "book": path.parent.name, "module": path.name}, 1)
     else:
@@ -244,7 +244,7 @@ def _terms(glossary: Any, number: int) -> Iterator[str]:
         yield entry[0]
 
 
-def _json_records(path: Path) -> Iterator[Any]:
+def json_records(path: Path) -> Iterator[Any]:
     for number, line in enumerate(_lines(path), 1):
         try:
             yield json.loads(line)

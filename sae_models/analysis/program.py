@@ -133,9 +133,9 @@ def read(path: Path) -> Program:
         raise UserError(f"program: {path}: {error}") from error
 
 
-def write(path: Path, program: Program) -> None:
-    """Write a program to a YAML file: lists of numbers on one line, equal probes once, with YAML anchors."""
-    content = _share_probes(msgspec.to_builtins(program), {})
+def write(path: Path, message: Message) -> None:
+    """Write a program or a guard to a YAML file: lists of numbers on one line, equal probes once, with YAML anchors."""
+    content = _share_probes(msgspec.to_builtins(message), {})
     text = yaml.safe_dump(content, sort_keys=False, width=110, default_flow_style=None, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
 

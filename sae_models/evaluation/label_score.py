@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rudder.sae_models.bundle.bundle import CATALOGUE
 from rudder.sae_models.bundle.catalogue import ALL, Catalogue
@@ -28,7 +30,7 @@ class Detection:
         return self.area - self.error > 0.5
 
 
-def area_under_curve(positive: Floats, negative: Floats) -> float:
+def area_under_curve(positive: NDArray[np.floating[Any]], negative: NDArray[np.floating[Any]]) -> float:
     """Return the probability that a positive [n] scores above a negative [m]; ties count one half."""
     ordered = np.sort(negative)
     below = np.searchsorted(ordered, positive, side="left")

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from rudder.sae_models.settings import ConfigError
-from rudder.server.bench.load import GRPC, Run, Subject, shipped_subject, sites_of
+from rudder.server.bench.load import GRPC, POLICY, Run, Subject, shipped_subject, sites_of
 from rudder.server.bench.load import Load as Load
 from rudder.server.bench.shapes import SHAPES, write_bundle, write_model
 from rudder.server.engine.parent import Target
@@ -77,7 +77,7 @@ def save(load: Load, pairs: Mapping[str, Sequence["Pair"]], output: Path | None)
 
 def sides_of(case: str) -> tuple[str, str]:
     """Return the two engines that a case compares. Only they run at the time: an idle engine takes 2 % of a core."""
-    return ("rudder", GRPC) if case == GRPC else ("plain", "rudder")
+    return {GRPC: ("rudder", GRPC), POLICY: ("plain", POLICY)}.get(case, ("plain", "rudder"))
 
 
 def groups(cases: Sequence[str]) -> list[tuple[tuple[str, str], list[str]]]:

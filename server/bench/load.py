@@ -15,6 +15,8 @@ WATCHED = 64
 BLOCK_TOKENS = 32
 # The server process and a client process, against the engine in one process.
 GRPC = "grpc"
+# A policy with a program and three guards, of which the one that stops holds eight tokens back.
+POLICY = "policy_with_guards"
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,7 +54,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """Return the names of the cases to run."""
         encode = f"full_encode_{self.latents // 1024}k" if self.model == "random" else "full_encode"
         watch = f"watch_{WATCHED}_features"
-        names = ("idle", "one_program", f"{self.programs}_programs", watch, encode, GRPC)
+        names = ("idle", "one_program", f"{self.programs}_programs", watch, encode, POLICY, GRPC)
         return tuple(name for name in names if not self.cases or name in self.cases)
 
 

@@ -15,13 +15,14 @@ from typing import Any
 
 import msgspec
 import torch
+from google.protobuf import json_format
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 
 from rudder.sae_models.hookpoints import parse
 from rudder.server import config as configuration
-from rudder.server.bench.load import GRPC, WATCHED, Load, Run, Subject, kv_cache_bytes
+from rudder.server.bench.load import GRPC, POLICY, WATCHED, Load, Run, Subject, kv_cache_bytes
 from rudder.server.engine import selftest
 from rudder.server.engine.adapter import AsyncLLM, engine_args, start_engine_process
 from rudder.server.engine.call import Call
@@ -30,15 +31,20 @@ from rudder.server.engine.start import start_engine
 from rudder.server.program.compile import compile_program
 from rudder.server.program.layout import Layout
 from rudder.server.program.watch import compile_watch
-from rudder.v1 import program_pb2
+from rudder.server.safety.binding import stages_of
+from rudder.server.safety.holdback import released
+from rudder.server.safety.store import PolicyStore
+from rudder.server.safety.verdicts import Findings, Siblings
+from rudder.v1 import policy_pb2, program_pb2
 
 PROGRAM_EDITS = 4
+HOLD_BACK = 8
 
 
 async def serve(name: str, subject: Subject, load: Load, pipe: Connection) -> None:
     """Start the engine, then run the load for every case received from the pipe."""
     config = config_of(subject, load)
-    start = {"plain": start_plain, "rudder": start_rudder, GRPC: start_grpc}[name]
+    start = {"plain": start_plain, "rudder": start_rudder, POLICY: start_policy, GRPC: start_grpc}[name]
     generate, stop = await start(config, subject, load)
     pipe.send("ready")
     loop = asyncio.get_running_loop()
@@ -144,6 +150,42 @@ def rudder_requests(engine: Engine, subject: Subject, load: Load) -> Generate:
         return engine.stream(call_of(case, number, subject, load, programs, watch))
 
     return generate
+
+
+async def start_policy(
+    config: configuration.Config, subject: Subject, load: Load
+) -> tuple[Generate, Callable[[], None]]:
+    """Start Rudder's engine with a policy, whose guards judge every token before it leaves."""
+    staged = msgspec.structs.replace(config, policies=configuration.Policies(stages=1))
+    engine = await start_engine(staged)
+    await selftest.run(engine)
+    policies = [await PolicyStore(engine, allow_uncertified=True).apply(policy_of(subject), "bench")]
+
+    def generate(_case: str, number: int) -> AsyncIterator[Any]:
+        call = Call(tuple(prompt(load, number)), sampling(load), policies=stages_of(policies))
+        return released(engine, call, policies, Findings(), Siblings())
+
+    return generate, engine.llm.shutdown
+
+
+def policy_of(subject: Subject) -> policy_pb2.Policy:
+    """Build a policy with a program and three guards on probes that never hold, at the bundle's site."""
+    site = subject.sites[0]
+    statistics: list[dict[str, Any]] = [
+        {"moving_average": {"decay": 0.12}, "action": "GUARD_ACTION_STOP", "hold_back": HOLD_BACK},
+        {"window": {"tokens": 16}, "action": "GUARD_ACTION_ANNOTATE"},
+        {"cusum": {"drift": 1.0}, "action": "GUARD_ACTION_COUNT"},
+    ]
+    probes = [{"probe": {"weights": [0.01 * (1 + i)] * subject.width}} for i in range(len(statistics))]
+    guards = [
+        {"name": f"guard {i}", "score": {"terms": [{"site": site, "row": probe, "weight": 1}]}, "level": 1e9, **fields}
+        for i, (probe, fields) in enumerate(zip(probes, statistics, strict=True))
+    ]
+    policy = json_format.ParseDict({"name": "bench", "version": 1, "guards": guards}, policy_pb2.Policy())
+    vector = program_pb2.Vector(name="push", values=[0.01] * subject.width)
+    edit = program_pb2.Edit(row=program_pb2.Row(vector=vector), add=1.0)
+    policy.program.sites.add(site=site, edits=[edit])
+    return policy
 
 
 async def start_grpc(config: configuration.Config, subject: Subject, load: Load) -> tuple[Generate, Callable[[], None]]:

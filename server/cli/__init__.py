@@ -26,7 +26,9 @@ COMMANDS = {
     "program": "derive and evaluate the programs of a bundle",
     "token": "create, list and revoke the tokens of callers",
     "policy": "write, check and apply policies",
+    "audit": "verify and show the audit log",
     "eval": "measure what steering, policies and guards do",
+    "probe": "train the scores of guards",
     "bench": "run benchmarks",
     "demo": "start a server, run the client's tour, stop the server",
 }

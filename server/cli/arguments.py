@@ -145,6 +145,21 @@ def integer(minimum: int = 0, maximum: int = MAX_UINT32) -> Callable[[str], int]
     return parse
 
 
+def number(maximum: float) -> Callable[[str], float]:
+    """Create the type of an argument that is a number above 0 and at most `maximum`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text} is not a number") from error
+        if not 0 < value <= maximum:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most {maximum:g}")
+        return value
+
+    return parse
+
+
 def prompt_of(args: argparse.Namespace) -> str:
     """Return the text of a command line, or that of standard input."""
     if args.text != "-":

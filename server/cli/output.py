@@ -30,12 +30,17 @@ def optional(message: Any, field: str, form: str) -> str:
 
 
 def print_end_of_choice(chunk: Chunk) -> None:
-    """Print usage, pooled features and attestation of the last chunk of a choice on stderr."""
+    """Print refusal, usage, pooled features and attestation of the last chunk of a choice on stderr."""
+    if refusal := chunk.refusal:
+        text = f": {refusal.text}" if refusal.text else ""
+        err.print(f"[bold red]Refused by policy {escape(refusal.policy)}{escape(text)}[/]")
+        err.print(f"[dim]rule {escape(refusal.rule)} held at token {refusal.position}[/]")
     if chunk.pooled:
         err.print(pooled_table(chunk.pooled))
     if chunk.usage:
         tokens = f"{chunk.usage.prompt_tokens} + {chunk.usage.generated_tokens} tokens"
         err.print(f"[dim]{tokens}, finish reason {chunk.finish_reason}[/]")
+    print_verdicts(chunk)
     edits = chunk.attestation.edits if chunk.attestation else ()
     effective = [edit for edit in edits if edit.tokens_touched or edit.tokens_rejected]
     for edit in effective[:ATTESTED_EDITS]:
@@ -46,6 +51,16 @@ def print_end_of_choice(chunk: Chunk) -> None:
         err.print(f"[dim]and {len(effective) - ATTESTED_EDITS} more edits[/]")
     if idle := len(edits) - len(effective):
         err.print(f"[dim]{idle} of {len(edits)} edits touched [red]no token[/][/]")
+
+
+def print_verdicts(chunk: Chunk) -> None:
+    """Print the guards that held and let the choice go on."""
+    for policy in chunk.attestation.policies if chunk.attestation else ():
+        shadow = " (shadow)" if policy.shadow else ""
+        for verdict in policy.verdicts:
+            if not (chunk.refusal and (policy.name, verdict.rule) == (chunk.refusal.policy, chunk.refusal.rule)):
+                rule = escape(f"{policy.name}{shadow}: rule {verdict.rule}")
+                err.print(f"[dim]{rule} held at token {verdict.position}[/]")
 
 
 def inspection_table(inspection: Inspection, top: int) -> Table:

@@ -19,7 +19,7 @@ from rudder.server.identity.tokens import TokenEntry, TokenFile
 
 EXAMPLES = """\
 examples:
-  rudder token create --file tokens.yaml --caller dashboard --roles observe --days 90 > dashboard.token
+  rudder token create --file tokens.yaml --caller dashboard --roles observe --days 90 --out dashboard.token
   rudder token list --file tokens.yaml
   rudder token revoke --file tokens.yaml 9f86d081884c7d65
   rudder serve --identity.tokens tokens.yaml --tls.certificate server.pem --tls.key server.key --listen.host 0.0.0.0
@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     creating.add_argument("--caller", required=True, help="name of the caller, in logs, policies and audit")
     creating.add_argument("--roles", required=True, help=f"separated by commas: {', '.join(sorted(ROLES))}")
     creating.add_argument("--tenant", help="callers of one tenant share a prefix cache (default: the caller alone)")
+    creating.add_argument("--out", type=Path, help="file for the token, which only its owner reads (default: print it)")
     creating.add_argument("--days", type=integer(1, 36500), help="days until it expires (default: never)")
     for name, text in QUOTAS.items():
         creating.add_argument(f"--{name}", type=integer(1), help=f"cap on {text}, for each server (default: none)")
@@ -75,7 +76,11 @@ def create(args: argparse.Namespace) -> None:
         raise UserError(str(error)) from error
     with lock_folder(args.file.parent, wait=True):
         save(args.file, (*load(args.file, missing_ok=True).tokens, entry))
-    print(token)
+    if args.out:
+        args.out.touch(mode=0o600)
+        args.out.write_text(f"{token}\n", encoding="ascii")
+    else:
+        print(token)
     print(f"added {entry.id} for {entry.caller} to {args.file}; the token itself is not stored", file=sys.stderr)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import vllm
 from tokenizers.decoders import DecodeStream
 from vllm import SamplingParams, envs
@@ -63,6 +64,7 @@ __all__ = [
     "engine_args",
     "eos_token_ids",
     "model_facts",
+    "numerics",
     "resolve",
     "start_engine_process",
     "start_llm",
@@ -359,6 +361,22 @@ def model_facts(llm: AsyncLLM, load_format: str) -> ModelFacts:
         vocab_size=model.get_vocab_size(),
         bos_token_id=llm.get_tokenizer().bos_token_id,
     )
+
+
+def numerics(llm: AsyncLLM) -> dict[str, str]:
+    """Return what the numbers of a forward pass depend on besides the model's files."""
+    config = llm.vllm_config
+    return {
+        "vllm": vllm.__version__,
+        "torch": str(torch.__version__),
+        "rudder": code_digest(),
+        "device": str(current_platform.get_device_name()),
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "quantization": str(config.model_config.quantization or "none"),
+        "kv_cache_dtype": str(config.cache_config.cache_dtype),
+        "compiled": "no" if config.model_config.enforce_eager else "yes",
+        "tensor_parallel_size": str(config.parallel_config.tensor_parallel_size),
+    }
 
 
 def model_name(folder: Path) -> str:

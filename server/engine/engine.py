@@ -137,7 +137,9 @@ class Engine:
         return handle
 
     async def drop(self, handle: int) -> None:
-        """Hold the rows of a handle no longer."""
+        """Hold the rows of a handle no longer. An engine that has died holds none."""
+        if self.llm.errored:
+            return
         await self.llm.collective_rpc("rudder_drop", args=(handle,))
         self.admission.unreserve(handle)
 
@@ -275,15 +277,15 @@ class Engine:
         """
         deadline = time.monotonic() + TELEMETRY_TIMEOUT_S
         self.hub.receive()
-        if inbox.num_computed_tokens >= position:
+        if inbox.covered >= position:
             return
         with self.hub.awaited():
-            while inbox.num_computed_tokens < position:
+            while inbox.covered < position:
                 self.hub.arrived.clear()
                 self.require_alive()
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
-                    raise TelemetryLost(f"no telemetry for position {inbox.num_computed_tokens}")
+                    raise TelemetryLost(f"no telemetry for position {inbox.covered}")
                 await wait_for_event(self.hub.arrived, min(remaining, 1.0))
 
     async def ensure_released(self, handle: int, inbox: Inbox, request_id: str) -> None:

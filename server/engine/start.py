@@ -4,6 +4,7 @@ import asyncio
 import logging
 import multiprocessing
 from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.sae import Normalisation, row_norms
+from rudder.sae_models.token_model import vocabulary_sha256
 from rudder.sae_models.tokens import text_encoder
 from rudder.server import preflight
 from rudder.server.config import Config, ConfigError
@@ -118,6 +120,8 @@ def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], confi
         bundles.check_model(bundle, model.sha256, model.hidden_size)
         check_bos(bundle, adds_bos=bool(encoder.bos))
     registry = registry_of(layout, model.hidden_size, served, config)
+    if config.policies.folder or config.policies.allow_apply:
+        registry = replace(registry, vocabulary=vocabulary_sha256(llm.get_tokenizer().get_vocab()))
     programs = compile_folder(config.programs.folder, registry, "program")
     limits = config.limits
     admission = Admission(

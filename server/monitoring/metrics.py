@@ -196,6 +196,9 @@ class Metrics:
     policy_changes: Counter
     pending_bytes: Gauge
     reload_failures: Counter
+    audit_entries: Counter
+    audit_webhook_entries: Counter
+    audit_failing: Gauge
     verdicts: Counter
     hold_back_seconds: BulkHistogram
     bank: BankCollector
@@ -254,6 +257,17 @@ class Metrics:
             reload_failures=Counter(
                 "rudder_reload_failures", "Changed files that are not in force, since they cannot be read.",
                 ["what"], registry=registry,
+            ),
+            audit_entries=Counter(
+                "rudder_audit_records", "Entries of the audit log, by outcome: written or lost.",
+                ["outcome"], registry=registry,
+            ),
+            audit_webhook_entries=Counter(
+                "rudder_audit_webhook_records", "Entries for the audit webhook, by outcome: sent or dropped.",
+                ["outcome"], registry=registry,
+            ),
+            audit_failing=Gauge(
+                "rudder_audit_failing", "1 while the audit log cannot be written.", registry=registry
             ),
             verdicts=Counter(
                 "rudder_guard_verdicts", "Choices in which a guard held; enforced, or in shadow mode.",
@@ -325,6 +339,22 @@ class Metrics:
     def self_test_failed(self) -> None:
         """Count a failed self-test."""
         self.self_test_failures.inc()
+
+    def audit_written(self, entries: int) -> None:
+        """Count entries of the audit log that were written."""
+        self.audit_entries.labels("written").inc(entries)
+
+    def audit_lost(self, entries: int) -> None:
+        """Count entries of the audit log that could not be written."""
+        self.audit_entries.labels("lost").inc(entries)
+
+    def audit_sent(self, entries: int) -> None:
+        """Count entries that the audit webhook took."""
+        self.audit_webhook_entries.labels("sent").inc(entries)
+
+    def audit_dropped(self, entries: int) -> None:
+        """Count entries that the audit webhook did not get."""
+        self.audit_webhook_entries.labels("dropped").inc(entries)
 
     def watch_admission(self, usage: Callable[[], BankUsage]) -> None:
         """Export what `usage` returns at each scrape; it is called from another thread."""

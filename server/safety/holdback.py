@@ -10,6 +10,7 @@ token more, which is dropped. One that ends by a stop string or a stop token is 
 One that ends with EOS has nothing behind its last judged token.
 """
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -24,7 +25,7 @@ from rudder.server.engine.call import Call, FinishReason, Outcome, Output
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.report import NO_FEATURES
 from rudder.server.engine.telemetry.frame import TelemetryLost
-from rudder.server.engine.telemetry.hub import joined
+from rudder.server.engine.telemetry.hub import Features, joined
 from rudder.server.program.compile import Compiled
 from rudder.server.safety.binding import stages_of
 from rudder.server.safety.guards import ACTIONS, CLAMP_FROM_START, REFUSING, STOP, Guard
@@ -33,6 +34,8 @@ from rudder.server.safety.policy import Policy
 from rudder.server.safety.verdicts import Benign, Findings, Refusing, Siblings, Verdict
 
 OnAbandoned = Callable[[Outcome], None]
+# Tokens of a prompt that are judged at once, in about a millisecond for each guard.
+JUDGED_AT_ONCE = 1024
 BROKEN = (FinishReason.ABORT, FinishReason.ERROR)
 
 
@@ -162,11 +165,18 @@ class Release:
             return
         output = self.cut(output)
         self.waiting.append((output, time.monotonic()))
-        self.judge.take(output.guard_features)
+        await self.judge_features(output.guard_features)
         self.judge.take_tokens(output.token_ids)
         if output.outcome:
             await self.end(output.outcome)
         self.decide()
+
+    async def judge_features(self, features: Features) -> None:
+        """Judge features; those of a long prompt in parts, between which other streams run."""
+        for begin in range(features.first, features.end, JUDGED_AT_ONCE):
+            if begin > features.first:
+                await asyncio.sleep(0)
+            self.judge.take(features.between(begin, begin + JUDGED_AT_ONCE))
 
     def heed_siblings(self) -> bool:
         """Return whether a refusal of another choice ends this one."""
@@ -190,7 +200,7 @@ class Release:
             text=self.engine.text_of(self.call, self.ids)[self.chars :],
             token_ids=output.token_ids[:kept],
             logprobs=output.logprobs and output.logprobs[:kept],
-            # Those of the last token are no part of an answer that nobody guards.
+            # The last token of an answer without guards has none.
             features=output.features.between(output.features.first, self.prompt_tokens + self.limit - 1),
             outcome=replace(
                 output.outcome, finish_reason=FinishReason.LENGTH, stop_reason=None, generated_tokens=self.limit
@@ -202,21 +212,22 @@ class Release:
         self.outcome, self.ended = outcome, True
         if outcome.finish_reason in BROKEN:
             self.waiting.clear()
-            nothing = Output("", [], self.prompt_tokens + self.sent, None, NO_FEATURES, NO_FEATURES)
-            self.replace_last(nothing, replace(outcome, generated_tokens=self.sent))
+            self.waiting.append((self.nothing(replace(outcome, generated_tokens=self.sent)), time.monotonic()))
         elif self.last_unjudged():
             await self.judge_last(outcome)
-            self.replace_last(self.waiting.pop()[0], replace(outcome, tokens_seen=outcome.tokens_seen + 1))
+            # The last token is now among those that have gone through the model.
+            self.outcome = replace(outcome, tokens_seen=outcome.tokens_seen + 1)
+            output, came = self.waiting.pop()
+            self.waiting.append((output._replace(outcome=self.outcome), came))
 
-    def replace_last(self, output: Output, outcome: Outcome) -> None:
-        """Let an answer end with this output and outcome."""
-        self.outcome = outcome
-        self.waiting.append((output._replace(outcome=outcome), time.monotonic()))
+    def nothing(self, outcome: Outcome) -> Output:
+        """Return a last output without tokens."""
+        return Output("", [], self.prompt_tokens + self.sent, None, NO_FEATURES, NO_FEATURES, outcome)
 
     def last_unjudged(self) -> bool:
         """Return whether the last token has not gone through the model, and says something."""
         last = self.prompt_tokens + len(self.ids) - 1
-        judged = self.judge.next_features > last or not self.judge.counted(last, last + 1)[0]
+        judged = self.judge.next_features > last or last in self.judge.uncounted
         return bool(self.beyond and self.ids and not judged and self.ids[-1] not in self.engine.eos_token_ids)
 
     async def judge_last(self, outcome: Outcome) -> None:
@@ -251,7 +262,7 @@ class Release:
 
     def decide(self) -> None:
         """Act on the guards that hold: refuse, or run the prompt again."""
-        held = sorted((track.held, number) for number, track in enumerate(self.judge.tracks) if track.held)
+        held = sorted((track.held.position, number) for number, track in enumerate(self.judge.tracks) if track.held)
         for _, number in held:
             self.note(number)
         binding = [number for _, number in held if number in self.binding]
@@ -306,8 +317,9 @@ class Release:
     def refused(self) -> Output:
         """Return the last output of a choice that was refused: it says what ran, and has nothing of it."""
         outcome = self.outcome or self.engine.outcome_without_run(self.extended())
-        outcome = replace(outcome, finish_reason=FinishReason.REFUSED, stop_reason=None, generated_tokens=self.sent)
-        return Output("", [], self.prompt_tokens + self.sent, None, NO_FEATURES, NO_FEATURES, outcome)
+        return self.nothing(
+            replace(outcome, finish_reason=FinishReason.REFUSED, stop_reason=None, generated_tokens=self.sent)
+        )
 
     def benign(self) -> list[Benign]:
         """Return the largest statistics of guards that judged something and did not hold."""
@@ -315,7 +327,7 @@ class Release:
         return [
             Benign(policy.name, guard.name, track.maximum, guard.level)
             for (policy, guard), track in tracks
-            if track.held is None and track.counted
+            if track.held is None and track.statistic.count
         ]
 
 

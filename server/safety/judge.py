@@ -1,21 +1,17 @@
 """Judge one choice: the first token, if any, at which each guard holds. Pure, and to the bit independent of chunks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from math import inf
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from rudder.sae_models.statistics import Statistic, exceeds
+from rudder.sae_models.statistics import Statistic
 from rudder.sae_models.token_model import MAX_ORDER
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.engine.telemetry.hub import Features
 from rudder.server.safety.guards import Guard
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
 
 class Held(NamedTuple):
@@ -36,23 +32,20 @@ class Track:
         self.guard, self.statistic = guard, Statistic(*guard.statistic)
         self.begin = 0 if guard.prompt else prompt_tokens
         self.end = inf if guard.generated else prompt_tokens
-        self.counted, self.maximum = 0, -inf
+        self.maximum = -inf
         self.held: Held | None = None
 
-    def take(self, first: int, scores: Floats, counted: Bools) -> None:
-        """Take in the scores [n] of the positions from `first` on. A token that is not `counted` [n] has none."""
-        positions = first + np.flatnonzero(counted)
-        positions = positions[(positions >= self.begin) & (positions < self.end)]
-        if self.held or not len(positions):
-            return
-        values = self.statistic.update(scores[positions - first])
-        holds = exceeds(values, self.guard.level)
-        holds[: max(0, self.guard.min_tokens - 1 - self.counted)] = False
-        self.counted += len(values)
-        last = int(holds.argmax()) if holds.any() else len(values) - 1
-        self.maximum = max(self.maximum, float(np.fmax.reduce(values[: last + 1])))
-        if holds[last]:
-            self.held = Held(int(positions[last]), float(values[last]))
+    def take(self, first: int, scores: Iterable[float | None]) -> None:
+        """Take in the scores of the positions from `first` on; that of a token that is not counted is None."""
+        for position, score in enumerate(scores, first):
+            if score is None or self.held or not self.begin <= position < self.end:
+                continue
+            value = self.statistic.step(score)
+            if value > self.maximum:
+                self.maximum = value
+            # NaN holds.
+            if not value <= self.guard.level and self.statistic.count >= self.guard.min_tokens:
+                self.held = Held(position, value)
 
 
 class Judge:
@@ -64,7 +57,7 @@ class Judge:
 
     def __init__(self, guards: Sequence[Guard], prompt_tokens: int, uncounted: Sequence[int] = ()) -> None:
         self.tracks = [Track(guard, prompt_tokens) for guard in guards]
-        self.uncounted = np.array(uncounted, np.int64)
+        self.uncounted = frozenset(uncounted)
         reading = [track for track in self.tracks if track.guard.rows]
         self.next_features = min((track.begin for track in reading), default=0)
         self.next_token = 0
@@ -79,11 +72,11 @@ class Judge:
         if features.first != self.next_features:
             raise TelemetryLost(f"features of position {features.first} came where {self.next_features} was due")
         self.next_features = features.end
-        counted = self.counted(features.first, features.end)
+        rows = features.activations.tolist()
         for track, columns in zip(self.tracks, self.columns, strict=True):
-            if track.guard.rows:
-                scores = score(track.guard, features.activations[:, columns])
-                track.take(features.first, scores, counted)
+            if track.guard.rows and not track.held:
+                scores = (score(track.guard, row[columns]) for row in rows)
+                track.take(features.first, self.counted(features.first, scores))
 
     def take_tokens(self, ids: Sequence[int]) -> None:
         """Take in the ids of the next tokens, which token models judge before they run."""
@@ -91,21 +84,16 @@ class Judge:
         models = [track for track in self.tracks if track.guard.token_model]
         if not models or not len(ids):
             return
-        counted = self.counted(first, self.next_token)
-        kept = [token for token, counts in zip(ids, counted.tolist(), strict=True) if counts]
+        kept = [token for position, token in enumerate(ids, first) if position not in self.uncounted]
         for track in models:
-            scores = np.zeros(len(ids))
             assert track.guard.token_model
-            scores[counted] = track.guard.token_model.scores(kept, self.context)
-            track.take(first, scores, counted)
+            scores = iter(track.guard.token_model.scores(kept, self.context).tolist())
+            track.take(first, (None if p in self.uncounted else next(scores) for p in range(first, self.next_token)))
         self.context = [*self.context, *kept][-MAX_ORDER:]
 
-    def counted(self, first: int, end: int) -> Bools:
-        """Return whether guards judge each of the positions from `first` to before `end`."""
-        counted = np.ones(end - first, bool)
-        begin, stop = np.searchsorted(self.uncounted, (first, end))
-        counted[self.uncounted[begin:stop] - first] = False
-        return counted
+    def counted(self, first: int, scores: Iterable[float]) -> Iterator[float | None]:
+        """Yield the scores of the positions from `first` on, None where no guard judges."""
+        return (None if position in self.uncounted else score for position, score in enumerate(scores, first))
 
     def judged(self, number: int) -> float:
         """Return the position before which guard `number` has judged all tokens; inf once it judges no more."""
@@ -114,12 +102,12 @@ class Judge:
         return inf if seen >= track.end else seen
 
 
-def score(guard: Guard, activations: NDArray[np.float32]) -> Floats:
-    """Return the scores [n] of tokens with these activations [n, rows].
+def score(guard: Guard, activations: Sequence[float]) -> float:
+    """Return the score of a token with these activations of the guard's rows.
 
-    Term by term, since a matrix product may add up differently for another n.
+    Summed in the order of the rows: a matrix product may add up differently for another number of tokens.
     """
-    scores = np.full(len(activations), guard.bias)
-    for column, weight in enumerate(guard.weights):
-        scores += weight * activations[:, column].astype(np.float64)
-    return scores
+    total = guard.bias
+    for weight, activation in zip(guard.weights, activations, strict=True):
+        total += weight * activation
+    return total

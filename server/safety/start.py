@@ -37,7 +37,7 @@ async def start_with_policies(config: Config, metrics: Metrics | None = None) ->
     contents = {path: path.read_bytes() for path in messages}
     engine = await start_engine(with_stages(config, messages), metrics, partial(check_policies, messages))
     try:
-        store = PolicyStore(engine, folder)
+        store = PolicyStore(engine, folder, config.policies.allow_uncertified)
         watched = [(feature.site, feature.row) for message in messages.values() for feature in message.watch]
         if watched:
             configured = watched_rows(config, engine.bundles)

@@ -15,6 +15,7 @@ from rudder.server.engine.ledger import PINNED_HANDLE, BankFull
 from rudder.server.monitoring.logs import fields
 from rudder.server.program.named import program_files, read_policy
 from rudder.server.safety.binding import Binding, binding_policies, stages_needed
+from rudder.server.safety.certificate import Status, needs_certificate, standing
 from rudder.server.safety.policy import Policy, compile_policy, digest_of_message
 from rudder.server.safety.problems import PolicyInvalid, Problem
 from rudder.v1 import policy_pb2
@@ -48,6 +49,7 @@ class PolicyStore:
 
     engine: Engine
     folder: Path | None = None
+    allow_uncertified: bool = False
     in_force: Mapping[str, Policy] = field(default_factory=dict)
     handles: dict[Policy, int] = field(default_factory=dict)
     running: Counter[Policy] = field(default_factory=Counter)
@@ -55,6 +57,8 @@ class PolicyStore:
     files: dict[Path, tuple[bytes, str]] = field(default_factory=dict)
     listeners: list[Callable[[Change], None]] = field(default_factory=list)
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    # The event loop itself keeps no task alive.
+    changes: set["asyncio.Future[Policy]"] = field(default_factory=set)
 
     def binding(self, caller: Caller) -> Binding:
         """Return what binds a caller."""
@@ -88,6 +92,8 @@ class PolicyStore:
         Raises PolicyInvalid, and nothing has changed.
         """
         change = asyncio.ensure_future(self.replace(message, source))
+        self.changes.add(change)
+        change.add_done_callback(self.changes.discard)
         return await asyncio.shield(change)
 
     async def replace(self, message: policy_pb2.Policy, source: str) -> Policy:
@@ -97,7 +103,7 @@ class PolicyStore:
             old = self.in_force.get(policy.name)
             if old and old.digest == policy.digest:
                 return old
-            if problems := [*self.conflicts(message), *self.uncounted(policy)]:
+            if problems := self.objections(policy):
                 raise PolicyInvalid(source, problems)
             await self.hold(policy, source)
             self.set_in_force({**self.in_force, policy.name: policy})
@@ -117,7 +123,11 @@ class PolicyStore:
             policy = await self.compile(message, "")
         except PolicyInvalid as invalid:
             return [*invalid.problems, *self.conflicts(message)]
-        return [*self.conflicts(message), *self.uncounted(policy)]
+        return self.objections(policy)
+
+    def objections(self, policy: Policy) -> list[Problem]:
+        """Return why a policy that can be compiled cannot be put in force."""
+        return [*self.conflicts(policy.message), *self.uncounted(policy), *self.uncertified(policy.message)]
 
     async def hold(self, policy: Policy, source: str) -> None:
         """Hold the rows of a policy. Raises PolicyInvalid if the bank has no room for them now."""
@@ -162,6 +172,18 @@ class PolicyStore:
             for number, row in enumerate(policy.watch)
             if (row.site, row.row) not in pinned
         ]
+
+    def uncertified(self, message: policy_pb2.Policy) -> list[Problem]:
+        """Return why a policy may act otherwise on this engine than where its evaluation was recorded."""
+        if self.allow_uncertified or not needs_certificate(message):
+            return []
+        status, problem = self.certificate(message)
+        hint = "run `rudder policy certify FILE` with this server's configuration, or set policies.allow_uncertified"
+        return [] if status == "PASS" else [Problem("certificate", f"{status}: {problem}; {hint}")]
+
+    def certificate(self, message: policy_pb2.Policy) -> tuple[Status, str]:
+        """Return what the certificate beside a policy is worth here, and why it is no PASS."""
+        return standing(self.engine, message, self.folder or Path())
 
     async def reload(self) -> None:
         """Read the folder again. A file that is wrong is refused by name, and what it put in force before stays."""

@@ -3,7 +3,7 @@
 from rudder.server.safety.guards import ACTIONS, COUNT
 from rudder.server.safety.policy import Policy
 from rudder.server.safety.verdicts import Refusing, Verdict
-from rudder.server.service.record import CallRecord, ChoiceRecord
+from rudder.server.service.record import CallRecord, ChoiceRecord, GateRecord
 from rudder.v1 import inference_pb2
 
 
@@ -15,10 +15,17 @@ def attestation_of(call: CallRecord, choice: ChoiceRecord, engine_epoch: str) ->
         edits=[inference_pb2.EditCount(**edit._asdict()) for edit in choice.edits],
         tokens_seen=choice.tokens_seen,
         engine_epoch=engine_epoch,
-        gates=[inference_pb2.GateCount(**gate._asdict()) for gate in choice.gates],
+        gates=[gate_count(gate, call) for gate in choice.gates],
         request_id=call.request_id,
         policies=[applied_policy(policy, call, choice) for policy in call.policies],
     )
+
+
+def gate_count(gate: GateRecord, call: CallRecord) -> inference_pb2.GateCount:
+    """Convert what a gate did. The statistic of a policy's gate is a score, as that of a guard."""
+    policy = next((policy for policy in call.policies if policy.name == gate.policy), None)
+    hidden = gate.origin == "policy" and not (policy and reads_scores(policy, call))
+    return inference_pb2.GateCount(**(gate._asdict() | ({"statistic": None} if hidden else {})))
 
 
 def applied_policy(policy: Policy, call: CallRecord, choice: ChoiceRecord) -> inference_pb2.AppliedPolicy:
@@ -48,4 +55,9 @@ def policy_refusal(call: CallRecord, refusing: Refusing) -> inference_pb2.Policy
 
 def visible_score(verdict: Verdict, policy: Policy, call: CallRecord) -> float | None:
     """Return a verdict's score where the caller may read it: one who can search for texts by it finds a way past."""
-    return verdict.score if call.binding.reads_scores and policy.message.rights.read_guards else None
+    return verdict.score if reads_scores(policy, call) else None
+
+
+def reads_scores(policy: Policy, call: CallRecord) -> bool:
+    """Return whether the caller may read the scores of a policy."""
+    return call.binding.reads_scores and policy.message.rights.read_guards

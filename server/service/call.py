@@ -10,6 +10,7 @@ from rudder.server.identity.authenticator import Credentials
 from rudder.server.identity.roles import require_method
 from rudder.server.monitoring.traces import Correlation
 from rudder.server.service import record as records
+from rudder.server.service.auditing import audit, audit_abandoned, audit_refused, require_auditable
 from rudder.server.service.errors import Refusal, refusal_of
 from rudder.server.service.record import CallRecord
 from rudder.server.service.serving import Serving
@@ -32,7 +33,9 @@ async def begin_call(
     """Surround a call. `method`: `Service.Method`; `deadline`: when the client gives up, by `time.monotonic`.
 
     Raises Refusal, with the request id in it, for every exception of the call, if the server takes no calls, and if it
-    ends before the call. A call that its client cancelled stays cancelled. In each case it is counted and logged once.
+    ends before the call. A call that its client cancelled stays cancelled. In each case it is counted and logged once,
+    and if a policy binds it, it has an entry in the audit log: for that the end of the call waits where the
+    configuration says so.
     """
     record = CallRecord(method, ANONYMOUS, correlation)
     task = asyncio.current_task()
@@ -41,8 +44,10 @@ async def begin_call(
     try:
         require_open(serving)
         admit(serving, record, credentials, request_bytes)
+        require_auditable(serving, record)
         yield record
         record.end("OK")
+        await audit(serving, record)
     except (asyncio.CancelledError, GeneratorExit):
         if serving.aborted:
             task.uncancel()
@@ -52,10 +57,13 @@ async def begin_call(
         raise
     except Exception as error:
         # The log has the cause of an unexpected one.
-        raise refused(record, refusal_of(error)) from None
+        refusal = refused(record, refusal_of(error))
+        await audit_refused(serving, record)
+        raise refusal from None
     finally:
         serving.calls.discard(task)
         serving.policies.release(record.policies)
+        audit_abandoned(serving, record)
         records.export(record, serving.metrics)
         records.log(record)
 

@@ -12,6 +12,7 @@ from rudder.server.engine.admission import QueueFull
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.identity.errors import CredentialError
 from rudder.server.program.errors import ProgramError
+from rudder.server.safety.audit.trail import AuditFailed
 from rudder.server.safety.problems import PolicyInvalid
 from rudder.v1 import inference_pb2
 
@@ -50,6 +51,7 @@ REASONS: dict[str, Reason] = {
     "POLICY_REFUSED": Reason("PERMISSION_DENIED", 403),
     "NOT_ALLOWED": Reason("PERMISSION_DENIED", 403),
     "VERDICT_LOST": Reason("UNAVAILABLE", 503),
+    "AUDIT_FAILED": Reason("UNAVAILABLE", 503),
     "INTERNAL": Reason("INTERNAL", 500),
 }
 # Reason by the resource that admission lacked.
@@ -139,6 +141,8 @@ def refusal_of(error: BaseException) -> Refusal:
             return Refusal(RESOURCE_REASONS[error.resource], str(error), retry_after_s=error.retry_after_s)
         case TelemetryLost():
             return Refusal("VERDICT_LOST", "the worker's report about this request was lost")
+        case AuditFailed():
+            return Refusal("AUDIT_FAILED", str(error))
         case EngineDeadError():
             return Refusal("ENGINE_DEAD", "the engine has died")
     refusal = Refusal("INTERNAL", "internal error")

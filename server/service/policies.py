@@ -14,7 +14,7 @@ from rudder.v1 import policy_pb2
 def list_policies(serving: Serving) -> policy_pb2.PolicyServiceListResponse:
     """Return the policies in force, by name."""
     in_force = sorted(serving.policies.in_force.values(), key=lambda policy: policy.name)
-    return policy_pb2.PolicyServiceListResponse(policies=map(summary_of, in_force))
+    return policy_pb2.PolicyServiceListResponse(policies=[summary_of(serving, policy) for policy in in_force])
 
 
 def get_policy(serving: Serving, request: policy_pb2.PolicyServiceGetRequest) -> policy_pb2.PolicyServiceGetResponse:
@@ -22,7 +22,7 @@ def get_policy(serving: Serving, request: policy_pb2.PolicyServiceGetRequest) ->
     policy = serving.policies.in_force.get(request.name)
     if policy is None:
         raise invalid("name", f"no policy {request.name!r} is in force", "POLICY_UNKNOWN")
-    return policy_pb2.PolicyServiceGetResponse(summary=summary_of(policy), policy=policy.message)
+    return policy_pb2.PolicyServiceGetResponse(summary=summary_of(serving, policy), policy=policy.message)
 
 
 async def validate(serving: Serving, request: policy_pb2.ValidateRequest) -> policy_pb2.ValidateResponse:
@@ -39,8 +39,10 @@ async def apply(serving: Serving, caller: Caller, request: policy_pb2.ApplyReque
     if caller.anonymous and not serving.config.policies.allow_apply:
         problem = "this door authenticates nobody: change the files of policies.folder, or set policies.allow_apply"
         raise Refusal("NOT_ALLOWED", problem)
+    if serving.audit:
+        serving.audit.require_open()
     policy = await serving.policies.apply(request.policy, f"caller {caller.id}")
-    return policy_pb2.ApplyResponse(summary=summary_of(policy))
+    return policy_pb2.ApplyResponse(summary=summary_of(serving, policy))
 
 
 def explain(serving: Serving, caller: Caller, request: policy_pb2.ExplainRequest) -> policy_pb2.ExplainResponse:
@@ -50,11 +52,12 @@ def explain(serving: Serving, caller: Caller, request: policy_pb2.ExplainRequest
         caller = replace(caller, id=request.caller, roles=frozenset(request.roles))
     binding = serving.policies.binding(caller)
     return policy_pb2.ExplainResponse(
-        policies=map(summary_of, binding.policies), statements=statements(binding, serving.engine.registry)
+        policies=[summary_of(serving, policy) for policy in binding.policies],
+        statements=statements(binding, serving.engine.registry),
     )
 
 
-def summary_of(policy: Policy) -> policy_pb2.PolicySummary:
+def summary_of(serving: Serving, policy: Policy) -> policy_pb2.PolicySummary:
     """Return what a list says of a policy."""
     shadow = policy_pb2.POLICY_MODE_SHADOW if policy.shadow else policy_pb2.POLICY_MODE_ENFORCE
     return policy_pb2.PolicySummary(
@@ -64,5 +67,5 @@ def summary_of(policy: Policy) -> policy_pb2.PolicySummary:
         digest=policy.digest,
         mode=shadow,
         guards=[guard.name for guard in policy.guards],
-        certificate="NONE",
+        certificate=serving.policies.certificate(policy.message)[0],
     )

@@ -1,4 +1,4 @@
-"""The record of one call, built up while it runs: source of its log line and metrics, later of its audit entry."""
+"""The record of one call, built up while it runs: source of its log line, metrics and audit entry."""
 
 import hashlib
 import logging
@@ -6,7 +6,6 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import NamedTuple
 
 from rudder.server.caller import Caller
@@ -83,9 +82,10 @@ class ChoiceRecord:
         self.finish_reason = outcome.finish_reason
         stages = stages_run(call, policies)
         moved, rejected = (outcome.moved, *outcome.policy_moved), (outcome.rejected, *outcome.policy_rejected)
+        nothing = ((),) * (len(moved) - len(rejected))
         self.edits = [
             EditRecord(stage.origin, name.site, name.row, name.operation, touched, lost, stage.policy)
-            for stage, counts, losses in zip_longest(stages, moved, rejected, fillvalue=())
+            for stage, counts, losses in zip(stages, moved, (*rejected, *nothing), strict=True)
             for name, touched, lost in zip(stage.compiled.edits, counts, losses or (0,) * len(counts), strict=True)
         ]
         self.gates = [
@@ -115,7 +115,7 @@ class CallRecord:
     """One call. Times are of `time.monotonic`, durations in seconds.
 
     `binding`: the policies that bind it, as when it began. `outcome`: OK, a key of `errors.REASONS`, CANCELLED
-    or DEADLINE_EXCEEDED; empty while the call runs.
+    or DEADLINE_EXCEEDED; empty while the call runs. `audited`: its audit entry was handed over.
     """
 
     method: str
@@ -132,6 +132,7 @@ class CallRecord:
     outcome: str = ""
     refused_fields: Sequence[str] = ()
     error_id: str = ""
+    audited: bool = False
 
     @property
     def policies(self) -> tuple[Policy, ...]:

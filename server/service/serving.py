@@ -14,6 +14,7 @@ from rudder.server.identity.authenticator import Authenticator, authenticator_of
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.program.cache import ByteCache
 from rudder.server.program.watch import Watched
+from rudder.server.safety.audit.trail import Trail
 from rudder.server.safety.store import PolicyStore
 from rudder.server.service.budget import ByteBudget
 from rudder.server.service.errors import invalid
@@ -43,7 +44,8 @@ class Serving:
 
     `labels`: of each bundle's latents; `pending`: bytes of the requests in progress; `policies`: those in force;
     `authenticator`: makes callers of credentials. `draining`: new calls are refused; `watched`: cache of compiled
-    reports. `calls`: tasks of the calls in progress; `aborted`: they were cancelled.
+    reports. `calls`: tasks of the calls in progress; `aborted`: they were cancelled. `audit`: the audit log, if there
+    is one.
     """
 
     config: Config
@@ -61,18 +63,28 @@ class Serving:
     watched: ByteCache[tuple[Watched, ...]] = field(default_factory=lambda: ByteCache(WATCH_CACHE_BYTES))
     calls: set["asyncio.Task[Any]"] = field(default_factory=set)
     aborted: bool = False
+    audit: Trail | None = None
 
     @classmethod
-    def around(cls, engine: Engine, config: Config, metrics: Metrics, policies: PolicyStore | None = None) -> "Serving":
+    def around(
+        cls,
+        engine: Engine,
+        config: Config,
+        metrics: Metrics,
+        policies: PolicyStore | None = None,
+        audit: Trail | None = None,
+    ) -> "Serving":
         """Read what calls need from the engine's model and bundles. Without `policies`, none is in force."""
         bounds = bounds_of(config.limits, engine.model.max_model_len, engine.model.vocab_size)
         labels = {name: latent_labels(bundle) for name, bundle in engine.bundles.items()}
         pending = ByteBudget(config.limits.max_pending_bytes, metrics.pending_bytes.set)
         tokenizers = Tokenizers(lambda: engine.tokenizer)
         authenticator = authenticator_of(config.identity, metrics.reload_failed)
-        store = policies or PolicyStore(engine)
+        store = policies or PolicyStore(engine, allow_uncertified=config.policies.allow_uncertified)
         pace = Pace(config.stream)
-        return cls(config, engine, metrics, bounds, pace, labels, tokenizers, pending, store, authenticator)
+        return cls(
+            config, engine, metrics, bounds, pace, labels, tokenizers, pending, store, authenticator, audit=audit
+        )
 
     def abort(self) -> None:
         """Fail all calls in progress with DRAINING."""

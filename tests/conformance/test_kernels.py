@@ -77,7 +77,8 @@ class Pair:
         expected, ours = (driver.banks for driver in self.both)
         for one, other in zip(expected, ours, strict=True):
             used = int(one.extent)
-            torch.testing.assert_close(other.activations[:tokens, :used], one.activations[:tokens, :used])
+            f = [bank.activations[:tokens, :used] for bank in (other, one)]
+            torch.testing.assert_close(*f, rtol=1e-5, atol=1e-5)
             assert not other.activations[:, used:].any()
             for flags in ("edited", "rejected"):
                 assert torch.equal(getattr(other, flags)[:, :tokens], getattr(one, flags)[:, :tokens]), flags
@@ -92,7 +93,6 @@ class Pair:
             gated = self.in_sequence(stage, tokens)
             for name in ("token_state", "token_alarms", "token_score"):
                 torch.testing.assert_close(getattr(theirs, name)[stage, gated], getattr(dense, name)[stage, gated])
-        assert (int(theirs.rejections) > 0) == (int(dense.rejections) > 0)
 
     def in_sequence(self, stage: int, tokens: int) -> Tensor:
         """The tokens [n] with a sequence condition."""
@@ -117,6 +117,43 @@ def test_random_programs_in_chunks(seed: int) -> None:
     moved += [pair.run([(name, 4, 1 + (name == "a")) for name in names if name != "b"], xs)]
     moved += [pair.run([("c", 5, 1), ("none", 5, 1), ("reads", 5, 1)], xs)]
     assert not any(step["none"].any() for step in moved)
+
+
+def test_comparisons_are_strict() -> None:
+    """At its bound a row is not active, not edited, and opens no gate; and an inactive one is not clamped."""
+    axes = np.eye(WIDTH, dtype="<f4")
+    rows = tuple(wire.Row(encoder=axes[i].tobytes(), decoder=axes[i].tobytes(), threshold=0.5) for i in range(3))
+    clamps = tuple(wire.Edit(i, scale=0.0, shift=-1.0, above=above) for i, above in enumerate((0.0, 2.0, 0.0)))
+    pair = Pair()
+    stages = {
+        "clamped": ((wire.Site(0, rows, clamps),), ()),
+        "gated": ((wire.Site(0, rows, clamps, gate=wire.Gate(((1, 2.0),))),), ()),
+    }
+    pair.admit({name: wire.Request(3, 3, False, stage) for name, stage in stages.items()})
+    # Row 0 is at its threshold, row 1 at the bound of its edit and of the trigger, row 2 active, until the last token.
+    x = np.zeros((len(SITES), 3, WIDTH))
+    x[0, :, :3] = [(0.5, 2.0, 3.0), (0.5, 2.25, 3.0), (0.75, 2.0, 0.5)]
+    moves = pair.run([("clamped", 0, 3), ("gated", 0, 3)], dict.fromkeys(stages, x))
+    assert moves["clamped"][0, :, :3].tolist() == [[0, 0, -4.0], [0, -3.25, -4.0], [-1.75, 0, 0]]
+    assert moves["gated"][0, :, :3].tolist() == [[0, 0, 0], [0, -3.25, -4.0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_stages_that_are_capped_at_nothing_are_counted(seed: int) -> None:
+    """So policies in shadow mode run."""
+    rng, tokens = Random(seed), 6
+    pair = Pair()
+
+    def still(site: wire.Site) -> wire.Site:
+        return msgspec.structs.replace(site, max_displacement=0.0)
+
+    requests = {name: random_request(rng, LAYOUT, tokens) for name in "abc"}
+    stages = {name: tuple(tuple(map(still, stage)) for stage in request.stages) for name, request in requests.items()}
+    pair.admit({name: msgspec.structs.replace(request, stages=stages[name]) for name, request in requests.items()})
+    xs = {name: grid(rng, len(SITES), tokens, WIDTH, top=4) for name in requests}
+    moved = pair.run([(name, 0, 4) for name in requests], xs)
+    assert not any(move.any() for move in moved.values())
+    assert any(bank.edited.any() for bank in pair.both[0].banks)
 
 
 def test_many_row_places_and_a_wide_stream() -> None:
@@ -172,8 +209,6 @@ def test_edits_that_overflow_and_streams_that_are_not_finite(seed: int, dtype: t
         rejected += int(expected.rejected.sum())
     pair.compare(20)
     assert rejected
-    for driver in pair.both:
-        assert int(driver.sequences.rejections)
 
 
 @pytest.mark.parametrize("normalisation", list(Normalisation))
@@ -224,7 +259,7 @@ def test_kernels_that_an_idle_site_launches(
     x[2] = nan
     assert not bank(x).any()
     assert len(launched) == launches
-    assert not bank.sequences.rejections
+    assert not bank.rejected.any()
 
 
 class Calls(TorchDispatchMode):

@@ -25,6 +25,9 @@ FLAGS = {
     "limits.write_timeout_s": str(WRITE_TIMEOUT_S),
     "limits.queue": "100",
     "listen.accept_s": "0",
+    "policies.stages": "1",
+    "policies.allow_apply": "true",
+    "policies.allow_uncertified": "true",
     "watch": f"[{', '.join(f'{{index: {index}}}' for index in WATCHED)}]",
 }
 

@@ -4,19 +4,32 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from rudder.server.safety.audit import chain
+from rudder.server.safety.audit.log import AuditLog
+from rudder.server.safety.audit.verify import Place
+from rudder.v1 import policy_pb2
+from rudder_client import Client
 from tests.e2e import published
 from tests.e2e.conftest import Running, running
 from tests.e2e.documents import DOCUMENTS, REPOSITORY, Block, blocks
 
 pytestmark = pytest.mark.e2e
 # Commands of a running server, in running text; `rudder model` alone is one.
-INLINE = re.compile(r"`(?:\.venv/bin/)?rudder ((?:generate|inspect|features|model(?! get| convert| list))\b[^`]*)`")
+COMMANDS = "generate|inspect|features|policy list|policy explain|model(?! get| convert| list)"
+INLINE = re.compile(rf"`(?:\.venv/bin/)?rudder ((?:{COMMANDS})\b[^`]*)`")
 # Names in commands of what is the reader's.
-PLACEHOLDERS = re.compile(r"\b(FOLDER_OR_REPO|MODEL|TEXT|BUNDLE)\b")
+PLACEHOLDERS = re.compile(r"\b(FOLDER_OR_REPO|MODEL|TEXT|BUNDLE|POLICY\.yaml|LOG|KEY)\b")
+# Commands that ask the server of the tests.
+ASKING = ("generate", "inspect", "features", "model", "policy list", "policy get", "policy apply", "policy explain")
+
+
+# The policy of docs/policies.md, which its commands apply.
+POLICY = next(block for block in blocks() if block.document == "policies.md" and block.words == ("yaml",))
 
 
 def runnable(language: str) -> list[Block]:
@@ -51,9 +64,28 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("names")
     published.write(folder, latents=400)
     files = {"FOLDER_OR_REPO": folder / "whole", "TEXT": folder / "corpus.jsonl", "BUNDLE": folder / "bundle"}
-    return files | {"MODEL": published.MODEL}
+    (folder / "policy.yaml").write_text(POLICY.text)
+    return files | {"MODEL": published.MODEL, "POLICY.yaml": folder / "policy.yaml"} | audited(folder)
 
 
+def audited(folder: Path) -> dict[str, Path]:
+    """Write an audit log and its key."""
+    log, key = folder / "audit", folder / "audit.key"
+    chain.create_key(key)
+    AuditLog.open(Place.of(log), chain.read_key(key), 1 << 20, "never").close()
+    return {"LOG": log, "KEY": key}
+
+
+@pytest.fixture
+def emptied(server: Running) -> Iterator[None]:
+    """Take back what the commands of a document put in force: a policy without a program binds nobody else."""
+    yield
+    with Client(server.address) as client:
+        for policy in client.policies():
+            client.apply(policy_pb2.Policy(name=policy.name, version=policy.version + 1))
+
+
+@pytest.mark.usefixtures("emptied")
 @pytest.mark.parametrize("block", runnable("sh"), ids=named)
 def test_commands_run(block: Block, names: dict[str, Path], server: Running, tmp_path: Path) -> None:
     """In their order: a later one may read what an earlier one wrote."""
@@ -67,7 +99,8 @@ def test_commands_run(block: Block, names: dict[str, Path], server: Running, tmp
                 assert started.process.poll() is None
         else:
             assert program == "rudder", f"{named(block)}: no test runs {program}"
-            address = ["--address", server.address] if words[0] in ("generate", "inspect", "features", "model") else []
+            asks = any(" ".join(words).startswith(command) for command in ASKING)
+            address = ["--address", server.address] if asks else []
             run([sys.executable, "-m", "rudder.server", *words, *address], tmp_path)
 
 

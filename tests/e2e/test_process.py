@@ -349,11 +349,37 @@ def test_signal_to_the_process_group_lets_streams_finish(number: signal.Signals,
         assert draining.process.wait(60) == 0
 
 
+def write_policy(folder: Path) -> None:
+    """Write a policy whose guards refuse prompts of 200 tokens or more, and hold every answer back."""
+    score = {"terms": [{"site": SITE, "row": {"probe": {"weights": [1.0] * 192}}, "weight": 1}]}
+    guards = [
+        {"name": "answer", "score": score, "level": 1e9, "action": "GUARD_ACTION_STOP", "hold_back": 4},
+        {"name": "long", "score": score, "level": -1e9, "min_tokens": 200, "action": "GUARD_ACTION_REJECT"},
+    ]
+    rights = {"edit_latents": True, "edit_before_guard": True}
+    policy = {"name": "held", "version": 1, "binds": {"all": True}, "guards": guards, "rights": rights}
+    folder.mkdir()
+    (folder / "held.yaml").write_text(json.dumps(policy | {"refusal": "Too [long]."}))
+
+
 async def test_lost_telemetry_fails_every_call_with_its_reason_before_the_server_stops(tmp_path: Path) -> None:
-    """Streams that report nothing, that report features, that are steered, of two choices, and whole answers."""
+    """Streams that report nothing, that report features, that are steered, of two choices, and whole answers.
+
+    A guard holds all of them back; a prompt that another one refuses is answered with the operator's text.
+    """
     kinds: list[dict[str, Any]] = [{}, {"report": Report(top_k=1)}, {"steer": program(1)}, {"n": 2}]
-    with running(tmp_path, module="tests.e2e.lossy_server") as lossy:
+    write_policy(tmp_path / "policies")
+    flags = {"policies.folder": str(tmp_path / "policies"), "policies.allow_uncertified": "true"}
+    with running(tmp_path, module="tests.e2e.lossy_server", **flags) as lossy:
         async with AsyncClient(lossy.address, timeout=60) as client:
+            refused = await client.complete(f"{PROMPT} " * 60, max_tokens=4)
+            assert refused.refusal
+            assert (refused.refusal.policy, refused.refusal.rule, refused.refusal.position) == ("held", "long", 200)
+            assert (refused.choices[0].finish_reason, refused.text) == ("refused", "")
+            with pytest.raises(RudderError, match="rule 'long'") as error:
+                await client.inspect(f"{PROMPT} " * 60)
+            assert error.value.reason == "POLICY_REFUSED"
+            assert lossy.metric("rudder_guard_verdicts_total", rule="long", action="reject", mode="enforce") == 2
             streams = [client.generate(PROMPT, max_tokens=400, ignore_eos=True, **kind) for kind in kinds * 2]
             for stream in streams:
                 await anext(stream)

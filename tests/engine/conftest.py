@@ -29,6 +29,7 @@ SMALL = {
     "engine.rows": "24",
     "engine.sites": "[layers.1.mlp_out, layers.4.resid_post]",
     "programs.folder": "null",
+    "policies.stages": "2",
     "limits.queue": "8",
 }
 if ON_GPU:

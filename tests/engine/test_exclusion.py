@@ -52,13 +52,12 @@ async def excluding(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[E
     """Start an engine on a bundle that excludes positions and a token, and pass its self-test in both stages."""
     folder = tmp_path_factory.mktemp("excluding")
     shutil.copytree(BUNDLE, folder / "bundle")
-    (folder / "policies").mkdir()
     manifest: dict[str, Any] = json.loads((BUNDLE / "manifest.json").read_bytes())
     manifest["context"] = {"excluded_positions": POSITIONS, "excluded_tokens": [excluded_token()]}
     (folder / "bundle" / "manifest.json").write_text(json.dumps(manifest))
     fields = {
         "engine.bundles": json.dumps([str(folder / "bundle")]),
-        "policies.folder": str(folder / "policies"),
+        "policies.stages": "1",
         "watch": "[{index: 7}]",
     }
     started = await start_engine(configuration.load(None, SMALL | fields))
@@ -71,6 +70,11 @@ def adding(engine: Engine, gate: pb.Gate | None = None) -> Compiled:
     """Compile a program that adds a vector at the SAE's site."""
     edit = pb.Edit(row=pb.Row(vector=pb.Vector(name="v", values=direction(engine))), add=STRENGTH)
     return compile_program(pb.Program(sites=[pb.SiteEdits(site=SITE, edits=[edit])], gate=gate), engine.registry)
+
+
+def as_program(compiled: Compiled, of_policy: bool) -> dict[str, Any]:
+    """Run a program as that of a policy, or as a call's own."""
+    return {"policies": (compiled,)} if of_policy else {"compiled": compiled}
 
 
 def call_of(engine: Engine, **fields: Any) -> Call:
@@ -118,16 +122,18 @@ def residuals(engine: Engine, outputs: Sequence[Output]) -> tuple[np.ndarray, np
     return before, after
 
 
-@pytest.mark.parametrize("stage", ["compiled", "policy"])
-async def test_edits_leave_out_excluded_tokens_and_equal_an_offline_reference(excluding: Engine, stage: str) -> None:
-    call = call_of(excluding, **{stage: adding(excluding)})
+@pytest.mark.parametrize("of_policy", [False, True])
+async def test_edits_leave_out_excluded_tokens_and_equal_an_offline_reference(
+    excluding: Engine, of_policy: bool
+) -> None:
+    call = call_of(excluding, **as_program(adding(excluding), of_policy))
     outputs = await run(excluding, call)
     counted = counted_positions(call)
     before, after = residuals(excluding, outputs)
     expected = np.array(counted)[:, None] * STRENGTH * np.array(direction(excluding))
     np.testing.assert_allclose(after - before, expected, atol=1e-3)
     last = outcome(outputs)
-    assert (last.moved if stage == "compiled" else last.policy_moved) == (sum(counted),)
+    assert (last.policy_moved[0] if of_policy else last.moved) == (sum(counted),)
     assert last.tokens_seen == ENDS
     tokens = [*call.prompt_ids, *(token for output in outputs for token in output.token_ids)]
     assert logprobs_of(outputs) == pytest.approx(reference_logprobs(excluding, tokens, counted), abs=2e-3)
@@ -148,12 +154,12 @@ async def test_reports_are_0_at_excluded_tokens(excluding: Engine) -> None:
     np.testing.assert_allclose(top[:, 0], -np.sort(-encoded, 1)[:, :5], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("stage", ["compiled", "policy"])
-async def test_gates_do_not_see_excluded_tokens_in_chunks_or_whole(excluding: Engine, stage: str) -> None:
+@pytest.mark.parametrize("of_policy", [False, True])
+async def test_gates_do_not_see_excluded_tokens_in_chunks_or_whole(excluding: Engine, of_policy: bool) -> None:
     """The prompt runs in one step, and then in chunks beside others."""
     score = pb.Row(probe=pb.Probe(name="one", weights=[1e-9] * excluding.model.hidden_size, bias=1.0))
     condition = pb.SequenceCondition(score=score, cusum=pb.Cusum(drift=0.5), level=10.2, latch=True)
-    call = call_of(excluding, **{stage: adding(excluding, pb.Gate(site=SITE, sequence=condition))})
+    call = call_of(excluding, **as_program(adding(excluding, pb.Gate(site=SITE, sequence=condition)), of_policy))
     counted = sum(counted_positions(call))
     whole = await run(excluding, call)
     noise = [Call(prompt(excluding, 60 + 9 * n, n), greedy(12), push(excluding, 0.5, n)) for n in range(4)]
@@ -161,7 +167,7 @@ async def test_gates_do_not_see_excluded_tokens_in_chunks_or_whole(excluding: En
     for outputs in (whole, results[len(noise)]):
         last = outcome(outputs)
         # 0.5 a counted token: above 10.2 from the 21st on.
-        assert (last.moved if stage == "compiled" else last.policy_moved) == (counted - 20,)
+        assert (last.policy_moved[0] if of_policy else last.moved) == (counted - 20,)
         (gate,) = last.gates
         assert gate.open_tokens == counted - 20
         assert gate.statistic == pytest.approx(0.5 * counted, rel=1e-4)

@@ -1,200 +1,261 @@
-"""Policies: the second stage of the calls that they bind, and rows that are held from the start."""
+"""Policies: stages behind the request's own program, rows that are held for them, and changes while calls run."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import pytest_asyncio
 import torch
+from google.protobuf import json_format
 
-from rudder.server import config as configuration
 from rudder.server.caller import ANONYMOUS
-from rudder.server.engine import adapter, selftest
 from rudder.server.engine.adapter import SamplingParams
 from rudder.server.engine.call import Call, Outcome
 from rudder.server.engine.engine import Engine
-from rudder.server.engine.start import start_engine
 from rudder.server.program.compile import compile_program
 from rudder.server.program.errors import ProgramError
 from rudder.server.program.watch import compile_watch
-from rudder.server.safety.binding import binding_policy
+from rudder.server.safety.binding import stages_of
+from rudder.server.safety.problems import PolicyInvalid
+from rudder.server.safety.store import PolicyStore
+from rudder.v1 import policy_pb2
 from rudder.v1 import program_pb2 as pb
 
 SITE = "layers.2.resid_post"
-POLICY = """
-name: always-low
-sites:
-- site: layers.2.resid_post
-  edits:
-  - row: {feature: {index: 7}}
-    set: 3.0
-"""
 PROMPT = (1, *range(200, 216))
-ROWS = 12
-SMALL = {
-    "engine.enforce_eager": "true",
-    "engine.max_model_len": "128",
-    "engine.kv_cache_memory_bytes": str(1 << 27),
-    "engine.rows": str(ROWS),
-    "programs.folder": "null",
-    "policies.default": "always-low",
-    "limits.request_share": "1",
-}
+COUNTED = len(PROMPT) - 1
+SHADOW = "POLICY_MODE_SHADOW"
 
 
-def second_policy(index: int) -> str:
-    """Return a policy file that edits another latent."""
-    return POLICY.replace("always-low", "second").replace("index: 7", f"index: {index}")
+@pytest_asyncio.fixture(loop_scope="session")
+async def store(engine: Engine) -> AsyncIterator[PolicyStore]:
+    """The policies of the shared engine, of which none is in force before and after a test."""
+    policies = PolicyStore(engine, allow_uncertified=True)
+    yield policies
+    for name in list(policies.in_force):
+        await policies.remove(name, "test")
+    async with asyncio.timeout(10):
+        while engine.admission.ledger.leases:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    (worker,) = await engine.llm.collective_rpc("rudder_usage")
+    assert (sum(worker["rows"]), worker["slots"], worker["requests"]) == (0, 0, 0)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def bound(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
-    """Start an engine with two policies, of which one is the default, self-tested in both stages."""
-    folder: Path = tmp_path_factory.mktemp("policies")
-    (folder / "always-low.yaml").write_text(POLICY)
-    (folder / "second.yaml").write_text(second_policy(9))
-    started = await start_engine(configuration.load(None, SMALL | {"policies.folder": str(folder)}))
-    await selftest.run(started)
-    yield started
-    await started.stop()
+def latent(engine: Engine, index: int) -> dict[str, Any]:
+    return {"feature": {"index": index, "bundle": next(iter(engine.bundles))}}
 
 
-def bound_call(engine: Engine, max_tokens: int, **fields: Any) -> Call:
-    """Build a call of an anonymous caller, with the policy that binds it."""
+def setting(engine: Engine, index: int, value: float = 3.0, **rest: Any) -> dict[str, Any]:
+    """A program that sets a latent."""
+    return {"sites": [{"site": SITE, "edits": [{"row": latent(engine, index), "set": value}]}]} | rest
+
+
+def message(engine: Engine, name: str, **fields: Any) -> policy_pb2.Policy:
+    """A policy that binds everybody."""
+    bundles = {name: bundle.sha256 for name, bundle in engine.bundles.items()}
+    document = {"name": name, "version": 1, "binds": {"all": True}, "bundles": bundles} | fields
+    return json_format.ParseDict(document, policy_pb2.Policy())
+
+
+def bound_call(store: PolicyStore, max_tokens: int, **fields: Any) -> Call:
+    """Build a call of an anonymous caller, with the programs of the policies that bind it."""
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    return Call(PROMPT, params, policy=binding_policy(engine, ANONYMOUS), **fields)
+    fields = {"policies": stages_of(store.binding(ANONYMOUS).policies)} | fields
+    return Call(PROMPT, params, **fields)
+
+
+async def run(engine: Engine, call: Call) -> tuple[list[int], Outcome]:
+    """Run a call and return its tokens and its outcome."""
+    outputs = [output async for output in engine.stream(call)]
+    last = outputs[-1].outcome
+    assert last is not None
+    return [token for output in outputs for token in output.token_ids], last
 
 
 async def outcome(engine: Engine, call: Call) -> Outcome:
     """Run a call and return its outcome."""
-    last = [output async for output in engine.stream(call)][-1].outcome
-    assert last is not None
-    return last
+    return (await run(engine, call))[1]
 
 
 def residuals(engine: Engine, outcome: Outcome, name: str) -> np.ndarray:
     """Return the residuals `before` or `after` the edits at the site, [tokens, d]."""
-    parts = [np.frombuffer(getattr(capture, name), "<f4") for capture in outcome.captures if capture.site == 0]
+    site = engine.registry.layout.sites.index(SITE)
+    parts = [np.frombuffer(getattr(capture, name), "<f4") for capture in outcome.captures if capture.site == site]
     stream: np.ndarray = np.concatenate(parts).reshape(-1, engine.model.hidden_size)[: len(PROMPT)]
     return stream
 
 
+def activation(engine: Engine, x: np.ndarray, index: int) -> np.ndarray:
+    """Return the activations of a latent at x [n, d]."""
+    sae = next(iter(engine.bundles.values())).sae
+    active: np.ndarray = sae.encode(torch.from_numpy(x.copy()))[:, index].numpy()
+    return active
+
+
+def with_latent_set(engine: Engine, x: np.ndarray, index: int, value: float) -> np.ndarray:
+    """Return x [n, d] with a latent set."""
+    decoder = next(iter(engine.bundles.values())).sae.decoder[index].float().numpy()
+    return np.asarray(x + (value - activation(engine, x, index))[:, None] * decoder)
+
+
 def opposing_program() -> pb.Program:
-    """Build a program that steers hard against the policy's feature."""
+    """Build a program that steers hard against latent 7."""
     edit = pb.Edit(row=pb.Row(feature=pb.Feature(index=7)), add=-50.0)
     return pb.Program(sites=[pb.SiteEdits(site=SITE, edits=[edit])])
 
 
-async def test_default_policy_binds_every_caller_and_is_attested(bound: Engine) -> None:
-    last = await outcome(bound, bound_call(bound, 4))
-    assert last.moved == ()
-    assert last.policy_moved == (len(PROMPT) - 1 + 3,)
-
-
-async def test_request_cannot_cancel_a_policy(bound: Engine) -> None:
-    compiled = compile_program(opposing_program(), bound.registry)
-    last = await outcome(bound, bound_call(bound, 1, compiled=compiled, capture=True))
-    before, after = residuals(bound, last, "before"), residuals(bound, last, "after")
-    sae = next(iter(bound.bundles.values())).sae
-    row = sae.exact_rows(torch.tensor([7]))
-    pushed = before + (-50.0) * row.decoder.numpy()
-    z = pushed @ row.encoder.numpy()[0] + float(row.bias[0])
-    f = np.where(z > float(row.threshold[0]), z, 0.0)
-    expected = pushed + (3.0 - f)[:, None] * row.decoder.numpy()
-    np.testing.assert_allclose(after[1:], expected[1:], rtol=1e-3, atol=1e-3)
-    assert last.moved == last.policy_moved == (len(PROMPT) - 1,)
-
-
-async def test_policy_does_not_touch_calls_that_it_does_not_bind(bound: Engine) -> None:
-    call = bound_call(bound, 4, capture=True)
-    free, last = await asyncio.gather(outcome(bound, replace(call, policy=None)), outcome(bound, call))
-    np.testing.assert_array_equal(residuals(bound, free, "after"), residuals(bound, free, "before"))
-    assert (free.moved, free.policy_moved) == ((), ())
-    assert last.policy_moved == (len(PROMPT) - 1 + 3,)
-
-
-async def test_calls_bound_by_different_policies_run_in_one_batch(bound: Engine) -> None:
-    call = bound_call(bound, 1, capture=True)
-    other = replace(call, policy=bound.policies["second"].compiled)
-    first, second = await asyncio.gather(outcome(bound, call), outcome(bound, other))
-    sae = next(iter(bound.bundles.values())).sae
-    for last, latent in ((first, 7), (second, 9)):
-        before, after = residuals(bound, last, "before"), residuals(bound, last, "after")
-        encoded = sae.encode(torch.from_numpy(before.copy()))[:, latent].numpy()
-        expected = before + (3.0 - encoded)[:, None] * sae.decoder[latent].float().numpy()
-        np.testing.assert_allclose(after[1:], expected[1:], rtol=1e-3, atol=1e-3)
-
-
-async def test_bound_call_needs_a_slot_but_no_rows(bound: Engine) -> None:
-    rows = [(SITE, pb.Row(feature=pb.Feature(index=100 + i))) for i in range(ROWS - 2)]
-    params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
-    filling = bound.stream(Call(PROMPT, params, watch=compile_watch(rows, bound.registry, "watch")))
-    await anext(filling)
-    assert bound.admission.ledger.rows_used(0) == ROWS
-    (worker,) = await bound.llm.collective_rpc("rudder_usage")
-    assert (worker["rows"], worker["slots"]) == ([ROWS], 0)
-    # A prompt of its own: what the prefix cache has is not edited again.
-    last = await outcome(bound, replace(bound_call(bound, 4), prompt_ids=(1, *range(300, 316))))
-    assert last.policy_moved == (len(PROMPT) - 1 + 3,)
-    assert bound.admission.ledger.rows_used(0) == ROWS
-    await filling.aclose()
-
-
-async def test_rows_of_policies_are_held_when_nothing_runs(bound: Engine) -> None:
-    for _ in range(100):
-        if set(bound.admission.ledger.leases) == {0}:
-            break
-        await asyncio.sleep(0.05)
-    (worker,) = await bound.llm.collective_rpc("rudder_usage")
-    assert (bound.admission.ledger.rows_used(0), worker["rows"], worker["slots"]) == (2, [2], 0)
-
-
-async def test_call_that_needs_the_rows_of_policies_is_refused(bound: Engine) -> None:
-    rows = [(SITE, pb.Row(feature=pb.Feature(index=100 + i))) for i in range(ROWS - 1)]
-    params = SamplingParams(temperature=0.0, max_tokens=1)
-    with pytest.raises(ProgramError, match=r"^report\.features: 13 distinct rows at layers\.2\.resid_post"):
-        await outcome(bound, Call(PROMPT, params, watch=compile_watch(rows, bound.registry, "watch")))
-
-
-async def test_unknown_default_policy_stops_the_start(tmp_path: Path) -> None:
-    with pytest.raises(configuration.ConfigError, match=r"policies\.default: 'always-low' is not in"):
-        await start_engine(configuration.load(None, SMALL | {"policies.folder": str(tmp_path)}))
-
-
-async def test_invalid_policy_stops_the_start(tmp_path: Path) -> None:
-    (tmp_path / "always-low.yaml").write_text(POLICY.replace("index: 7", "index: 99999"))
-    with pytest.raises(ProgramError, match="feature"):
-        await start_engine(configuration.load(None, SMALL | {"policies.folder": str(tmp_path)}))
-
-
-@pytest.mark.parametrize("checked_early", [True, False])
-async def test_policies_that_do_not_fit_stop_the_start_and_vllm(
-    checked_early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_policies_run_one_behind_the_other_and_a_request_cannot_cancel_them(
+    engine: Engine, store: PolicyStore
 ) -> None:
-    (tmp_path / "always-low.yaml").write_text(POLICY)
-    (tmp_path / "second.yaml").write_text(second_policy(9))
-    started, stopped = list[bool](), list[bool]()
-    start_llm = adapter.start_llm
+    await store.apply(message(engine, "b-second", program=setting(engine, 9, 2.0)), "test")
+    await store.apply(message(engine, "a-first", program=setting(engine, 7, 3.0)), "test")
+    compiled = compile_program(opposing_program(), engine.registry)
+    last = await outcome(engine, bound_call(store, 1, compiled=compiled, capture=True))
+    before, after = residuals(engine, last, "before"), residuals(engine, last, "after")
+    pushed = before - 50.0 * next(iter(engine.bundles.values())).sae.decoder[7].float().numpy()
+    expected = with_latent_set(engine, with_latent_set(engine, pushed, 7, 3.0), 9, 2.0)
+    np.testing.assert_allclose(after[1:], expected[1:], rtol=1e-3, atol=1e-3)
+    assert (last.moved, last.policy_moved) == ((COUNTED,), ((COUNTED,), (COUNTED,)))
 
-    def recorded(*args: Any) -> Any:
-        started.append(True)
-        llm = start_llm(*args)
-        shutdown = llm.shutdown
 
-        def shutdown_recorded() -> None:
-            stopped.append(True)
-            shutdown()
+async def test_policies_do_not_touch_calls_that_they_do_not_bind(engine: Engine, store: PolicyStore) -> None:
+    for name, index in (("a", 7), ("b", 9)):
+        await store.apply(message(engine, name, program=setting(engine, index)), "test")
+    call = bound_call(store, 4, capture=True)
+    other = replace(call, policies=call.policies[1:])
+    free, last, second = await asyncio.gather(
+        outcome(engine, replace(call, policies=())), outcome(engine, call), outcome(engine, other)
+    )
+    np.testing.assert_array_equal(residuals(engine, free, "after"), residuals(engine, free, "before"))
+    assert (free.moved, free.policy_moved) == ((), ())
+    assert (last.policy_moved, second.policy_moved) == (((COUNTED + 3,), (COUNTED + 3,)), ((COUNTED + 3,),))
+    expected = with_latent_set(engine, residuals(engine, second, "before"), 9, 3.0)
+    np.testing.assert_allclose(residuals(engine, second, "after")[1:], expected[1:], rtol=1e-3, atol=1e-3)
 
-        llm.shutdown = shutdown_recorded
-        return llm
 
-    monkeypatch.setattr(adapter, "start_llm", recorded)
-    if not checked_early:
-        monkeypatch.setattr("rudder.server.engine.start.check_programs", lambda *_: None)
-    with pytest.raises(ProgramError, match=r"^policy second: 2 distinct rows at layers\.2\.resid_post, which has 1"):
-        await start_engine(configuration.load(None, SMALL | {"policies.folder": str(tmp_path), "engine.rows": "1"}))
-    assert len(started) == len(stopped) == int(not checked_early)
+async def test_shadow_changes_no_token_and_counts_what_it_would_touch(engine: Engine, store: PolicyStore) -> None:
+    trigger = {"site": SITE, "any_of": [{"row": latent(engine, 12), "above": 0.0}]}
+    programs = [setting(engine, 7, 30.0, gate=trigger), setting(engine, 9, -40.0)]
+    programs[1]["sites"][0]["blend"] = {"weight": 1.0, "bundle": next(iter(engine.bundles))}
+    programs[1]["sites"][0]["restore_norm"] = True
+    for name, program in zip("ab", programs, strict=True):
+        await store.apply(message(engine, name, program=program, mode=SHADOW), "test")
+    call = bound_call(store, 12, capture=True)
+    (plain, free), (shadowed, last) = await asyncio.gather(run(engine, replace(call, policies=())), run(engine, call))
+    assert shadowed == plain
+    np.testing.assert_array_equal(residuals(engine, last, "after"), residuals(engine, last, "before"))
+    np.testing.assert_array_equal(residuals(engine, last, "before"), residuals(engine, free, "after"))
+    tokens = COUNTED + 11
+    (gated,), (edited, blended) = last.policy_moved
+    assert (edited, blended, last.tokens_seen) == (tokens, tokens, tokens + 1)
+    (gate,) = last.gates
+    active = int((activation(engine, residuals(engine, last, "before")[1:], 12) > 0).sum())
+    assert active <= gate.open_tokens == gated < tokens
+    # In force, the same programs do change what comes out.
+    for name, program in zip("ab", programs, strict=True):
+        await store.apply(message(engine, name, version=2, program=program), "test")
+    enforced, _ = await run(engine, bound_call(store, 12))
+    assert enforced != plain
+
+
+async def test_guard_that_clamps_opens_the_gate_for_good(engine: Engine, store: PolicyStore) -> None:
+    width, window = engine.model.hidden_size, 4
+    weights = [float(value) for value in np.random.default_rng(5).normal(size=width)]
+    free = await outcome(engine, bound_call(store, 1, capture=True))
+    scores = residuals(engine, free, "before")[1:] @ np.array(weights, np.float32)
+
+    def opened_by(above: float) -> np.ndarray:
+        held = (scores > above).astype(float)
+        shares = np.array([held[max(0, n + 1 - window) : n + 1].mean() for n in range(len(held))])
+        opened: np.ndarray = np.logical_or.accumulate((shares > 0.6) & (np.arange(len(held)) >= window - 1))
+        return opened
+
+    ordered = np.sort(scores)
+    levels = [float(level) for level in (ordered[1:] + ordered[:-1]) / 2]
+    # Neither closed to the end, nor open as soon as it may be.
+    above = next(level for level in levels if 0 < opened_by(level).sum() < len(scores) - window)
+    opened = opened_by(above)
+    guard = {
+        "name": "topic", "action": "GUARD_ACTION_CLAMP", "level": 0.6, "minTokens": window,
+        "agreement": {"above": above, "tokens": window},
+        "score": {"terms": [{"site": SITE, "row": {"probe": {"weights": weights}}, "weight": 1}]},
+    }  # fmt: skip
+    await store.apply(message(engine, "low", program=setting(engine, 7), guards=[guard]), "test")
+    last = await outcome(engine, bound_call(store, 1, capture=True))
+    assert last.policy_moved == ((int(opened.sum()),),)
+    moved = (residuals(engine, last, "after") != residuals(engine, last, "before")).any(1)
+    assert moved.tolist() == [False, *opened.tolist()]
+
+
+async def test_running_call_keeps_its_version_and_the_rows_of_it(engine: Engine, store: PolicyStore) -> None:
+    site = engine.registry.layout.sites.index(SITE)
+    await store.apply(message(engine, "low", program=setting(engine, 7)), "test")
+    binding = store.binding(ANONYMOUS)
+    store.acquire(binding.policies)
+    stream = engine.stream(bound_call(store, 120))
+    await anext(stream)
+    await store.apply(message(engine, "low", version=2, program=setting(engine, 9, 1.0)), "test")
+    assert engine.admission.ledger.rows_used(site) == 2
+    new, (*_, old) = await asyncio.gather(outcome(engine, bound_call(store, 4, capture=True)), collected(stream))
+    expected = with_latent_set(engine, residuals(engine, new, "before"), 9, 1.0)
+    np.testing.assert_allclose(residuals(engine, new, "after")[1:], expected[1:], rtol=1e-3, atol=1e-3)
+    assert old.outcome is not None
+    assert old.outcome.policy_moved == ((COUNTED + 119,),)
+    assert store.binding(ANONYMOUS).policies[0].version == 2
+    store.release(binding.policies)
+    async with asyncio.timeout(10):
+        while engine.admission.ledger.rows_used(site) > 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    (worker,) = await engine.llm.collective_rpc("rudder_usage")
+    assert worker["rows"][site] == 1
+
+
+async def collected(stream: Any) -> list[Any]:
+    """Return the outputs of a stream."""
+    return [output async for output in stream]
+
+
+def watching(engine: Engine, latents: Sequence[int]) -> Any:
+    """Watch so many latents."""
+    return compile_watch([(SITE, pb.Row(feature=pb.Feature(index=i))) for i in latents], engine.registry, "watch")
+
+
+async def test_bound_call_needs_a_slot_but_no_rows(engine: Engine, store: PolicyStore) -> None:
+    await store.apply(message(engine, "low", program=setting(engine, 7)), "test")
+    site, rows = engine.registry.layout.sites.index(SITE), engine.registry.layout.rows
+    halves = [range(100, 100 + rows // 2), range(200, 200 + rows - rows // 2 - 1)]
+    params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
+    filling = [engine.stream(Call(PROMPT, params, watch=watching(engine, half))) for half in halves]
+    for stream in filling:
+        await anext(stream)
+    assert engine.admission.ledger.rows_used(site) == rows
+    # A policy that needs a row of its own has to wait for room.
+    with pytest.raises(PolicyInvalid, match="cannot be held: the bank has no free rows"):
+        await store.apply(message(engine, "more", program=setting(engine, 9)), "test")
+    # A prompt of its own: what the prefix cache has is not edited again.
+    last = await outcome(engine, replace(bound_call(store, 4), prompt_ids=(1, *range(300, 316))))
+    assert last.policy_moved == ((COUNTED + 3,),)
+    for stream in filling:
+        await stream.aclose()
+
+
+async def test_call_that_needs_the_rows_of_policies_is_refused(engine: Engine, store: PolicyStore) -> None:
+    await store.apply(message(engine, "low", program=setting(engine, 7)), "test")
+    rows = engine.registry.layout.rows
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    with pytest.raises(ProgramError, match=rf"^report\.features: {rows + 1} distinct rows at layers\.2\.resid_post"):
+        await outcome(engine, Call(PROMPT, params, watch=watching(engine, range(100, 100 + rows))))
+
+
+async def test_hidden_latents_are_not_among_the_strongest(engine: Engine, store: PolicyStore) -> None:
+    call = bound_call(store, 1, top_k=4, top_k_sites=(SITE,), top_k_prompt=True)
+    (seen,) = await collected(engine.stream(call))
+    hidden = tuple(sorted(set(seen.features.top_latents[:, 0, 0].tolist())))
+    (told,) = await collected(engine.stream(replace(call, hidden=(hidden,))))
+    assert told.features.top_latents.shape == seen.features.top_latents.shape
+    assert not np.isin(told.features.top_latents[told.features.top_values > 0], hidden).any()
+    # Others take their places.
+    assert (told.features.top_values[1:] > 0).all()

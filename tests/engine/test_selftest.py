@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -31,12 +30,11 @@ FAULTS = {
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def faulty(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
-    """Start an engine whose worker can be given a fault, with a stage for policies."""
-    folder: Path = tmp_path_factory.mktemp("policies")
+async def faulty() -> AsyncIterator[Engine]:
+    """Start an engine whose worker can be given a fault, with a stage for a policy."""
     with pytest.MonkeyPatch.context() as patch:
         use_worker(patch, "tests.engine.worker_faulty.Worker")
-        started = await start_engine(configuration.load(None, SMALL | {"policies.folder": str(folder)}))
+        started = await start_engine(configuration.load(None, SMALL | {"policies.stages": "1"}))
     yield started
     await started.stop()
 

@@ -126,9 +126,12 @@ def cost_of_a_site(profiles: dict[str, Any], sites: int) -> Figures:
 def main() -> int:
     """Run the step."""
     options = arguments(__doc__)
-    report, load = Report(options.out), msgspec.structs.replace(FULL, **TINY) if options.tiny else FULL
+    load = msgspec.structs.replace(FULL, **TINY) if options.tiny else FULL
     cases = list(dict.fromkeys(("idle", slowest_case(options.out.parent, load))))
     suffix = ", tiny on a CPU" if options.tiny else ""
+    sides_and_cases = (("plain", cases[:1]), ("rudder", cases))
+    planned = [f"{side}: {part}{suffix}" for side, names in sides_and_cases for part in ("start", *names)]
+    report = Report(options.out, planned)
     loop = asyncio.new_event_loop()
 
     def measure(side: Side, case: str) -> Figures:
@@ -137,7 +140,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="rudder-profile-") as folder:
         subject = prepare(Path(folder), load)
-        for name, names in (("plain", cases[:1]), ("rudder", cases)):
+        for name, names in sides_and_cases:
             side = Side(name, subject, load, Path(folder) / name)
             begin = partial(loop.run_until_complete, side.start())
             report.run(f"{name}: start{suffix}", begin)

@@ -4,21 +4,27 @@ import argparse
 import json
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rudder.sae_models.files import write_atomically
+
 PASSED, FAILED, NOT_RUN, TIMED_OUT = "PASSED", "FAILED", "NOT RUN", "TIMED OUT"
 NO_GPU = "needs a GPU"
+NOT_ENDED = "has not ended"
 Figures = Mapping[str, Any]
 
 
 class Report:
-    """Parts of a step, written after each of them: what a step that is killed has found so far stays."""
+    """Parts of a step, written after each of them: what a step that is killed has found so far stays.
 
-    def __init__(self, path: Path) -> None:
+    `planned`: names of parts, which are NOT RUN until they are added.
+    """
+
+    def __init__(self, path: Path, planned: Iterable[str] = ()) -> None:
         self.path = path
-        self.parts: list[dict[str, Any]] = []
+        self.parts: list[dict[str, Any]] = [{"name": name, "status": NOT_RUN, "reason": NOT_ENDED} for name in planned]
         # What is too long for a table, by name.
         self.details: dict[str, Any] = {}
         self.write()
@@ -47,10 +53,9 @@ class Report:
         self.add(name, NOT_RUN, reason=reason)
 
     def write(self) -> None:
-        """Write the JSON file."""
-        self.path.write_text(
-            json.dumps({"parts": self.parts, "details": self.details}, indent=1) + "\n", encoding="utf-8"
-        )
+        """Write the JSON file. A kill in the middle leaves the one before."""
+        content = {"parts": self.parts, "details": self.details}
+        write_atomically(self.path, (json.dumps(content, indent=1) + "\n").encode())
 
     def exit_status(self) -> int:
         """Return 1 if a part failed."""

@@ -26,6 +26,8 @@ PROMPT_TOKENS, NEW_TOKENS = 40, 48
 CACHE_BYTES = 1 << 28
 WATCHED_WORKER = "tests.gpu.worker_watched.Worker"
 WAITS = "no step waits for the device"
+GRAPHS = "CUDA graphs, V2 runner"
+PARTS = ("environment", "start", "self-test", "steered stream", GRAPHS, WAITS)
 
 
 def environment() -> Figures:
@@ -131,7 +133,7 @@ async def steered_stream(engine: Engine) -> Figures:
 def main() -> int:
     """Run the step."""
     options = arguments(__doc__, "backend")
-    report = Report(options.out)
+    report = Report(options.out, PARTS)
     report.run("environment", environment)
     loop = asyncio.new_event_loop()
     engines: list[Engine] = []
@@ -150,10 +152,10 @@ def main() -> int:
     for name, part in parts.items() if engines else ():
         report.run(name, with_engine(part))
     if options.tiny:
-        report.not_run("CUDA graphs, V2 runner", NO_GPU)
+        report.not_run(GRAPHS, NO_GPU)
         report.not_run(WAITS, NO_GPU)
     elif engines:
-        report.run("CUDA graphs, V2 runner", lambda: graphs(engines[0]))
+        report.run(GRAPHS, lambda: graphs(engines[0]))
         report.run(WAITS, with_engine(waits))
     for engine in engines:
         loop.run_until_complete(engine.stop())

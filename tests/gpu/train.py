@@ -19,6 +19,7 @@ from rudder.sae_models.training import trainer
 from tests.gpu import peer
 from tests.gpu.report import NO_GPU, Figures, Report, arguments
 
+PRODUCT = "encoder product"
 CASES = ("topk", "batch_topk", "jumprelu")
 # Of a sum of `d` float32 products in another order.
 TOLERANCE = 1e-5
@@ -147,9 +148,10 @@ def dense_sums(rows: Tensor, index: Tensor, group: Tensor, weight: Tensor, group
 def main() -> int:
     """Run the step."""
     options = arguments(__doc__)
-    report, size = Report(options.out), TINY if options.tiny else FULL
+    size = TINY if options.tiny else FULL
     device = torch.device("cpu" if options.tiny else "cuda")
     suffix = ", tiny on a CPU" if options.tiny else ""
+    report = Report(options.out, [f"{name}{suffix}" for name in (PRODUCT, *CASES)])
     product_s: list[float] = []
 
     def product() -> Figures:
@@ -157,7 +159,7 @@ def main() -> int:
         product_s.append(figures["ms"] / 1e3)
         return figures
 
-    report.run(f"encoder product{suffix}", product)
+    report.run(f"{PRODUCT}{suffix}", product)
     for case in CASES:
         report.run(f"{case}{suffix}", lambda case=case: training(case, size, device, *product_s[:1]))  # type: ignore[misc]
         if not options.tiny:

@@ -98,7 +98,10 @@ def dispatch(function: Any, args: Sequence[Any], kwargs: dict[str, Any], waits: 
 
 
 def copy(function: Any, args: Sequence[Any], kwargs: dict[str, Any], waits: list[str]) -> Any:
-    """Copy between devices. The host waits unless the copy is non-blocking and its memory is pinned."""
+    """Copy between devices. The host waits unless the copy is non-blocking and its memory is pinned.
+
+    Memory that a non-blocking copy to the host allocates itself is: PyTorch's `_to_copy` takes it from its pinned pool.
+    """
     source = args[1] if function is aten.copy_.default else args[0]
     if function is aten.copy_.default:
         arrives, other, blocking = is_on_device(args[0]), args[0], not (args[2] if len(args) > 2 else False)
@@ -113,7 +116,7 @@ def copy(function: Any, args: Sequence[Any], kwargs: dict[str, Any], waits: list
         host = source if arrives else other
         if blocking:
             waits.append(f"blocking copy {'to' if arrives else 'from'} the device")
-        elif host is None or not is_pinned(host):
+        elif host is not None and not is_pinned(host):
             waits.append(f"copy {'from' if arrives else 'to'} pageable memory")
     return on_values(function, args, kwargs, arrives)
 

@@ -15,6 +15,7 @@ from rudder_client.program import Feature, Probe, Program, Vector
 from rudder_client.requests import Chat, Message, Report, Sampling, Structured
 from rudder_client.results import (
     Activation,
+    AppliedPolicy,
     Attestation,
     Chunk,
     Completion,
@@ -24,12 +25,15 @@ from rudder_client.results import (
     Inspection,
     Logprobs,
     PooledActivation,
+    Refusal,
     Token,
     Usage,
+    Verdict,
 )
 
 __all__ = [
     "Activation",
+    "AppliedPolicy",
     "AsyncClient",
     "AsyncStream",
     "Attestation",
@@ -48,6 +52,7 @@ __all__ = [
     "PooledActivation",
     "Probe",
     "Program",
+    "Refusal",
     "Report",
     "RudderError",
     "Sampling",
@@ -56,4 +61,5 @@ __all__ = [
     "Token",
     "Usage",
     "Vector",
+    "Verdict",
 ]

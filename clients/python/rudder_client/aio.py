@@ -3,13 +3,13 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
 
-from rudder.v1 import catalogue_pb2, catalogue_pb2_grpc, inference_pb2_grpc
+from rudder.v1 import catalogue_pb2, catalogue_pb2_grpc, inference_pb2_grpc, policy_pb2, policy_pb2_grpc
 from rudder_client import channel as wire
 from rudder_client.errors import error_of, not_ready, translated
 from rudder_client.requests import (
@@ -80,7 +80,7 @@ class AsyncClient(wire.ForkGuard):
     None: without TLS. `metadata`: sent with every call, names in lower case. `options`: channel options of gRPC.
     """
 
-    FORK_ATTRIBUTES = ("channel", "inference", "catalogue", "models", "health")
+    FORK_ATTRIBUTES = ("channel", "inference", "catalogue", "models", "policy_service", "health")
 
     def __init__(
         self, address: str = "localhost:50051", *, timeout: float | None = None,
@@ -100,6 +100,7 @@ class AsyncClient(wire.ForkGuard):
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.catalogue = catalogue_pb2_grpc.FeatureServiceStub(self.channel)
         self.models = catalogue_pb2_grpc.ModelServiceStub(self.channel)
+        self.policy_service = policy_pb2_grpc.PolicyServiceStub(self.channel)
         self.health = self.channel.unary_unary(wire.HEALTH_CHECK, wire.as_bytes, wire.as_bytes)
         self.guard_fork()
 
@@ -218,6 +219,50 @@ class AsyncClient(wire.ForkGuard):
                     )
                 ).programs
             )
+
+    async def policies(self) -> list[policy_pb2.PolicySummary]:
+        """List the policies in force."""
+        request = policy_pb2.PolicyServiceListRequest()
+        with translated():
+            response = await self.policy_service.List(request, timeout=self.timeout, metadata=self.metadata)
+        return list(response.policies)
+
+    async def policy(self, name: str) -> policy_pb2.Policy:
+        """Return a policy in force. Needs the role `administer`."""
+        request = policy_pb2.PolicyServiceGetRequest(name=name)
+        with translated():
+            response: policy_pb2.PolicyServiceGetResponse = await self.policy_service.Get(
+                request, timeout=self.timeout, metadata=self.metadata
+            )
+        return response.policy
+
+    async def validate(self, policy: policy_pb2.Policy) -> list[policy_pb2.PolicyProblem]:
+        """Return every problem that a policy has on the server; none: apply takes it. Needs the role `administer`."""
+        request = policy_pb2.ValidateRequest(policy=policy)
+        with translated():
+            response = await self.policy_service.Validate(request, timeout=self.timeout, metadata=self.metadata)
+        return list(response.problems)
+
+    async def apply(self, policy: policy_pb2.Policy) -> policy_pb2.PolicySummary:
+        """Put a policy in force in place of the one of its name. Needs the role `administer`."""
+        request = policy_pb2.ApplyRequest(policy=policy)
+        with translated():
+            response: policy_pb2.ApplyResponse = await self.policy_service.Apply(
+                request, timeout=self.timeout, metadata=self.metadata
+            )
+        return response.summary
+
+    async def explain(self, caller: str = "", roles: Sequence[str] = ()) -> policy_pb2.ExplainResponse:
+        """Return the policies that bind this caller, and in sentences what they lock and forbid.
+
+        Of another caller, with its roles, only to a caller with the role `administer`.
+        """
+        request = policy_pb2.ExplainRequest(caller=caller, roles=roles)
+        with translated():
+            response: policy_pb2.ExplainResponse = await self.policy_service.Explain(
+                request, timeout=self.timeout, metadata=self.metadata
+            )
+        return response
 
     async def wait_ready(self, timeout: float = 60.0) -> None:
         """Wait until the server is SERVING. RudderError: it is not after `timeout` seconds."""

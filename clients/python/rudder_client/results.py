@@ -77,6 +77,8 @@ class EditCount:
     operation: str
     tokens_touched: int
     tokens_rejected: int = 0
+    # Name of the policy where `origin` is `policy`.
+    policy: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,56 @@ class GateCount:
     site: str
     open_tokens: int
     statistic: float | None
+    # Name of the policy where `origin` is `policy`.
+    policy: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A guard that held. `rule`: its name; `position`: the token at which it did, from 0 over prompt and output.
+
+    `score`: its statistic there; None for callers who may not read guards.
+    """
+
+    rule: str
+    position: int
+    score: float | None
+
+
+@dataclass(frozen=True)
+class AppliedPolicy:
+    """A policy that bound the call. `shadow`: it counted what it would have done, and changed nothing.
+
+    `verdicts`: of its guards that annotate, clamp, stop or reject.
+    """
+
+    name: str
+    version: int
+    digest: str
+    shadow: bool
+    verdicts: tuple[Verdict, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a policy ended a choice. `rule`: the guard that held; `position` and `score`: as in Verdict.
+
+    `text`: the operator's, which the model did not generate. It is no part of the choice's text.
+    """
+
+    policy: str
+    rule: str
+    text: str
+    position: int
+    score: float | None
 
 
 @dataclass(frozen=True)
 class Attestation:
     """The edits that ran, counted in the engine's worker. `tokens_seen`: tokens that the model computed.
 
-    `gates`: of the program and of the policy. `request_id`: the call that this was.
+    `gates`: of the program and of the policies. `request_id`: the call that this was. `policies`: those that bound the
+    call, in the order in which they apply.
     """
 
     program_digest: str
@@ -106,13 +151,15 @@ class Attestation:
     engine_epoch: str
     gates: tuple[GateCount, ...] = ()
     request_id: str = ""
+    policies: tuple[AppliedPolicy, ...] = ()
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Tokens of choice `choice`. Only the last chunk of a choice has `finish_reason` and the fields after it.
 
-    `stop_string`, `stop_token_id`: the one of both that ended the choice; `stop_reason` is its text.
+    `stop_string`, `stop_token_id`: the one of both that ended the choice; `stop_reason` is its text. `refusal`: why a
+    policy ended it, with the finish reason `refused`.
     """
 
     choice: int
@@ -129,6 +176,7 @@ class Chunk:
     stop_token_id: int | None = None
     # Of the prompt's tokens but the first, in the first chunk of a choice.
     prompt_logprobs: Logprobs | None = None
+    refusal: Refusal | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +190,11 @@ class Completion:
     def text(self) -> str:
         """Text of the first choice."""
         return self.choices[0].text
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """Why a policy ended the first choice; None if none did."""
+        return self.choices[0].refusal
 
 
 @dataclass(frozen=True)
@@ -201,7 +254,18 @@ def chunk_of(delta: Delta, names: Names) -> Chunk:
         stop_string=delta.stop_string if delta.HasField("stop_string") else None,
         stop_token_id=delta.stop_token_id if delta.HasField("stop_token_id") else None,
         prompt_logprobs=logprobs_of(delta.prompt_logprobs) if delta.HasField("prompt_logprobs") else None,
+        refusal=refusal_of(delta.refusal) if delta.HasField("refusal") else None,
     )
+
+
+def refusal_of(refusal: inference_pb2.PolicyRefusal) -> Refusal:
+    """Convert a refusal."""
+    return Refusal(refusal.policy, refusal.rule, refusal.text, refusal.position, score_of(refusal))
+
+
+def score_of(message: inference_pb2.PolicyRefusal | inference_pb2.Verdict) -> float | None:
+    """Return the score of a verdict; None if the caller may not read it."""
+    return message.score if message.HasField("score") else None
 
 
 def logprobs_of(columns: inference_pb2.Logprobs) -> Logprobs:
@@ -220,7 +284,8 @@ def usage_of(usage: inference_pb2.Usage) -> Usage:
 def attestation_of(attestation: inference_pb2.Attestation) -> Attestation:
     """Convert an attestation."""
     edits = (
-        EditCount(e.origin, e.site, e.row, e.operation, e.tokens_touched, e.tokens_rejected) for e in attestation.edits
+        EditCount(e.origin, e.site, e.row, e.operation, e.tokens_touched, e.tokens_rejected, e.policy)
+        for e in attestation.edits
     )
     return Attestation(
         program_digest=attestation.program_digest,
@@ -229,10 +294,20 @@ def attestation_of(attestation: inference_pb2.Attestation) -> Attestation:
         tokens_seen=attestation.tokens_seen,
         engine_epoch=attestation.engine_epoch,
         gates=tuple(
-            GateCount(g.origin, g.site, g.open_tokens, g.statistic if g.HasField("statistic") else None)
+            GateCount(g.origin, g.site, g.open_tokens, g.statistic if g.HasField("statistic") else None, g.policy)
             for g in attestation.gates
         ),
         request_id=attestation.request_id,
+        policies=tuple(
+            AppliedPolicy(
+                policy.name,
+                policy.version,
+                policy.digest,
+                policy.shadow,
+                tuple(Verdict(v.rule, v.position, score_of(v)) for v in policy.verdicts),
+            )
+            for policy in attestation.policies
+        ),
     )
 
 

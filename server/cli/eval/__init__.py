@@ -5,6 +5,10 @@ from collections.abc import Sequence
 
 from rudder.server.cli.arguments import command
 
+EXAMPLES = """\
+examples:
+  rudder eval guards --help
+"""
 EVALUATIONS = {
     "unlearning": "forgetting, retention, neighbours and fluency of programs, with controls",
     "guards": "how well guards tell a topic or a harmful request, under padding and in streams",
@@ -18,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
         module = importlib.import_module(f"rudder.server.cli.eval.{argv[0]}")
         status: int | None = module.main(argv[1:])
         return status or 0
-    parser = command("eval", "Measure what steering, policies and guards do.")
+    parser = command("eval", "Measure what steering, policies and guards do.", EXAMPLES)
     group = parser.add_subparsers(required=True, metavar="evaluation")
     for name, text in EVALUATIONS.items():
         group.add_parser(name, help=text, add_help=False)

@@ -5,6 +5,12 @@ from collections.abc import Sequence
 
 from rudder.server.cli.arguments import command
 
+EXAMPLES = """\
+examples:
+  rudder policy validate POLICY.yaml --config server.yaml
+  rudder policy explain
+  rudder policy COMMAND --help
+"""
 POLICY_COMMANDS = {
     "list": "policies in force on a server",
     "get": "print a policy of a server",
@@ -23,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         module = importlib.import_module(f"rudder.server.cli.policy.{argv[0]}")
         status: int | None = module.main(argv[1:])
         return status or 0
-    parser = command("policy", "Write, check and apply policies.")
+    parser = command("policy", "Write, check and apply policies.", EXAMPLES)
     group = parser.add_subparsers(required=True, metavar="command")
     for name, text in POLICY_COMMANDS.items():
         group.add_parser(name, help=text, add_help=False)

@@ -168,6 +168,11 @@ class Inbox:
         return self.span.end if self.span else 0
 
     @property
+    def covered(self) -> int:
+        """Position before which all tokens have been reported, also while a preempted request computes them again."""
+        return max(self.max_computed, self.num_computed_tokens)
+
+    @property
     def first(self) -> int:
         """Position of the first token computed, -1 before that."""
         return min((begin for begin, _ in self.intervals()), default=-1)

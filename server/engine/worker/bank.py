@@ -122,8 +122,7 @@ class Sequences(nn.Module):
 
     state [S, slots], latched [S, slots] and ring [S, slots, window] are as they were before the step; is_open and the
     token_* buffers [S, max tokens] as they are after each of its tokens. max_length []: most tokens in this step of one
-    request with a sequence condition; 0: there is no such request. rejections []: rises in every step and at every site
-    at which an edit was rejected.
+    request with a sequence condition; 0: there is no such request.
     """
 
     state: Tensor
@@ -134,7 +133,6 @@ class Sequences(nn.Module):
     token_alarms: Tensor
     token_score: Tensor
     max_length: Tensor
-    rejections: Tensor
 
     def __init__(self, layout: Layout, max_tokens: int, device: torch.device) -> None:
         super().__init__()
@@ -152,8 +150,7 @@ class Sequences(nn.Module):
         buffer("token_state", max_tokens, dtype=torch.float64)
         buffer("token_alarms", max_tokens, dtype=torch.int64)
         buffer("token_score", max_tokens, dtype=torch.float64)
-        for scalar in ("max_length", "rejections"):
-            self.register_buffer(scalar, torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("max_length", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 
 
 class SiteBank(nn.Module):
@@ -251,7 +248,6 @@ class SiteBank(nn.Module):
         lost = edited & tokens[:, None]
         rejected.logical_or_(lost)
         edited.logical_and_(~lost)
-        self.sequences.rejections.add_(lost.any())
 
     def fill(self, places: Tensor, rows: Rows, name: str, latents: Tensor) -> None:
         """Load row places [n] with latents [n] of the bundle `name`, or with a client's own rows if it is empty.
@@ -323,7 +319,6 @@ class SiteBank(nn.Module):
         )
         self.edited[stage, :tokens].copy_(edited)
         self.rejected[stage, :tokens].copy_(rejected)
-        self.sequences.rejections.add_(rejected.any())
         if stage == 0:
             self.activations[:tokens].copy_(f)
             self.before.index_copy_(0, columns["capture"], x)
@@ -337,7 +332,7 @@ class SiteBank(nn.Module):
         move: Tensor = torch.ops.rudder.steer_stage.default(
             x, self.encoder, self.bias, self.threshold, self.decoder, self.edits, self.entries, self.token,
             self.extent, self.activations, self.edited, self.rejected, self.before, self.after, s.state, s.latched,
-            s.ring, s.is_open, s.token_state, s.token_alarms, s.token_score, s.max_length, s.rejections,
+            s.ring, s.is_open, s.token_state, s.token_alarms, s.token_score, s.max_length,
             self.normalisation, self.column, self.gains(x), self.encoded(x), self.limit, stage, self.keeps_sequences,
         )  # fmt: skip
         return move

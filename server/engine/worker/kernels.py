@@ -201,7 +201,7 @@ def conditions(
 @triton.jit(do_not_specialize=["tokens", "splits"])
 def edits(
     x, move, partial, bias, threshold, gains, normalisation, encoded, column, decoder, parameters, entries, token,
-    extent, activations, edited, rejected, is_open, before, after, rejections,
+    extent, activations, edited, rejected, is_open, before, after,
     limit, tokens, splits, max_tokens, entry_count, stage,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, KINDS: tl.constexpr, LATENTS: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -250,7 +250,6 @@ def edits(
         blend_row = tl.load(p + BLEND_ROW).to(tl.int64)
         blended = tl.where(weight > 0, blend_row, -1)
         total = tl.zeros([BLOCK_WIDTH], tl.float32)
-        requests = 0
         for first in range(0, used, BLOCK_ROWS):
             places = first + tl.arange(0, BLOCK_ROWS)
             inside = (places < ROWS) & (places < used)
@@ -272,7 +271,6 @@ def edits(
             changes = delta != 0
             requested = changes | (places == blended)
             tl.store(edited + flags + places, requested.to(tl.uint8), mask=inside)
-            requests += tl.sum(requested.to(tl.int32), 0)
             step = delta / gain
             row = -1
             for _ in range(tl.sum(changes.to(tl.int32), 0)):
@@ -302,8 +300,6 @@ def edits(
                 requested = tl.load(edited + flags + places, mask=inside, other=0)
                 tl.store(rejected + flags + places, requested, mask=inside)
                 tl.store(edited + flags + places, tl.zeros([BLOCK_ROWS], tl.uint8), mask=inside)
-            if requests > 0:
-                tl.atomic_add(rejections, tl.full([], 1, tl.int64))
     tl.store(move + t * WIDTH + columns, displacement, mask=present)
 
     capture = tl.load(token + TOKEN_CAPTURE * max_tokens + t).to(tl.int64)
@@ -326,7 +322,7 @@ def steer_stage(
     x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, decoder: Tensor, parameters: Tensor, entries: Tensor,
     token: Tensor, extent: Tensor, activations: Tensor, edited: Tensor, rejected: Tensor, before: Tensor, after: Tensor,
     state: Tensor, latched: Tensor, ring: Tensor, is_open: Tensor, token_state: Tensor, token_alarms: Tensor,
-    token_score: Tensor, max_length: Tensor, rejections: Tensor, normalisation: Tensor, column: Tensor,
+    token_score: Tensor, max_length: Tensor, normalisation: Tensor, column: Tensor,
     gains: Tensor | None, encoded: Tensor | None, limit: float, stage: int, sequences: bool,
 ) -> Tensor:  # fmt: skip
     """Return the displacement of x [T, d] by one stage; the buffers are those of `SiteBank` and `Sequences`.
@@ -363,7 +359,7 @@ def steer_stage(
     block = triton.next_power_of_2(width)
     edits[(tokens,)](
         x, move, *inputs, decoder, parameters, entries, token, extent, activations, edited.view(torch.uint8),
-        rejected.view(torch.uint8), is_open, before, after, rejections, limit, tokens, splits, max_tokens, entry_count,
+        rejected.view(torch.uint8), is_open, before, after, limit, tokens, splits, max_tokens, entry_count,
         stage, width, rows, kinds, latents, first, last, block, min(BLOCK_ROWS, triton.next_power_of_2(rows)),
         num_warps=min(16, max(4, block // 512)), enable_fp_fusion=False,
     )  # fmt: skip
@@ -372,7 +368,6 @@ def steer_stage(
 
 MUTATED = (
     "activations", "edited", "rejected", "before", "after", "is_open", "token_state", "token_alarms", "token_score",
-    "rejections",
 )  # fmt: skip
 LIBRARY = torch.library.Library("rudder", "FRAGMENT")
 LIBRARY.define("steer_stage" + torch.library.infer_schema(steer_stage, mutates_args=MUTATED))

@@ -334,3 +334,26 @@ def test_the_client_needs_grpc_and_protobuf_alone() -> None:
     # gRPC itself looks for its sister packages.
     others = {root for root in loaded if not root.startswith("grpc")}
     assert others <= {"google", "rudder", "rudder_client", "typing_extensions", "cython_runtime", "sitecustomize"}
+
+
+def refused_delta(**score: float) -> inference_pb2.ChoiceDelta:
+    """Return the last message of a choice that a guard refused."""
+    verdict = inference_pb2.Verdict(rule="hazard", position=17, **score)
+    applied = inference_pb2.AppliedPolicy(name="safe", version=3, digest="ab", verdicts=[verdict])
+    return inference_pb2.ChoiceDelta(
+        finish_reason=inference_pb2.FINISH_REASON_REFUSED,
+        refusal=inference_pb2.PolicyRefusal(policy="safe", rule="hazard", text="[Not] here.", position=17, **score),
+        attestation=inference_pb2.Attestation(policies=[applied]),
+    )
+
+
+@pytest.mark.parametrize(("sent", "score"), [({}, None), ({"score": 0.0}, 0.0)])
+def test_refusal_says_policy_rule_text_and_position(sent: dict[str, float], score: float | None) -> None:
+    chunk = chunk_of(refused_delta(**sent), Names())
+    assert (chunk.finish_reason, chunk.text) == ("refused", "")
+    assert chunk.refusal == rudder_client.Refusal("safe", "hazard", "[Not] here.", 17, score)
+    assert chunk.attestation
+    verdict = rudder_client.Verdict("hazard", 17, score)
+    assert chunk.attestation.policies == (rudder_client.AppliedPolicy("safe", 3, "ab", False, (verdict,)),)
+    assert rudder_client.Completion("r", (chunk,)).refusal == chunk.refusal
+    assert chunk_of(inference_pb2.ChoiceDelta(), Names()).refusal is None

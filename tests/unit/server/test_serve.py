@@ -1,7 +1,10 @@
 """The engine is stopped in whatever way a server ends."""
 
 import asyncio
+import os
 import signal
+from contextlib import AsyncExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from rudder.server import config, serve
 from rudder.server.engine import selftest
+from rudder.server.safety.store import PolicyStore
 
 
 class FakeEngine:
@@ -20,7 +24,6 @@ class FakeEngine:
         self.registry = SimpleNamespace(layout=SimpleNamespace(sites=()))
         self.bundles: dict[str, Any] = {}
         self.programs: dict[str, Any] = {}
-        self.policies: dict[str, Any] = {}
         self.epoch, self.healthy, self.hub = "e", True, SimpleNamespace(lost=None)
         self.stops = 0
 
@@ -54,8 +57,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """`serve` starts this engine, which passes its self-test, and gets SIGTERM at once."""
     fake = FakeEngine()
 
-    async def start(*_: Any) -> FakeEngine:
-        return fake
+    async def start(*_: Any) -> tuple[FakeEngine, PolicyStore]:
+        return fake, PolicyStore(fake)  # type: ignore[arg-type]
 
     async def passed(_: Any) -> None:
         pass
@@ -65,7 +68,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
         queue.put_nowait(signal.SIGTERM)
         return queue
 
-    monkeypatch.setattr(serve, "start_engine", start)
+    monkeypatch.setattr(serve, "start_with_policies", start)
     monkeypatch.setattr(selftest, "run", passed)
     monkeypatch.setattr(serve, "stop_signals", stop_signals)
     monkeypatch.setattr(serve, "REGISTRY", CollectorRegistry())
@@ -127,3 +130,23 @@ async def test_failed_drain_stops_the_engine(engine: FakeEngine, monkeypatch: py
     with pytest.raises(RuntimeError, match="drain"):
         await run(monkeypatch, FakeDoor())
     assert engine.stops == 1
+
+
+async def test_sighup_and_a_look_at_the_folder_reload_the_policies(tmp_path: Path) -> None:
+    reloaded, spawned = asyncio.Event(), list[Any]()
+
+    async def reload() -> None:
+        reloaded.set()
+
+    async def watch_folder(interval_s: float) -> None:
+        spawned.append(interval_s)
+
+    engine = SimpleNamespace(spawn=lambda work: asyncio.ensure_future(work))
+    policies: Any = SimpleNamespace(engine=engine, folder=tmp_path, reload=reload, watch_folder=watch_folder)
+    async with AsyncExitStack() as stack:
+        serve.reload_policies(policies, config.load(overrides={"policies.reload_s": "2.5"}), stack)
+        os.kill(os.getpid(), signal.SIGHUP)
+        async with asyncio.timeout(5):
+            await reloaded.wait()
+    assert spawned == [2.5]
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL

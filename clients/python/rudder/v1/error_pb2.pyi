@@ -33,6 +33,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_POLICY_UNKNOWN: _ClassVar[Reason]
     REASON_POLICY_INVALID: _ClassVar[Reason]
     REASON_POLICY_REFUSED: _ClassVar[Reason]
+    REASON_AUDIT_FAILED: _ClassVar[Reason]
     REASON_NOT_ALLOWED: _ClassVar[Reason]
     REASON_UNAUTHENTICATED: _ClassVar[Reason]
     REASON_TOKEN_EXPIRED: _ClassVar[Reason]
@@ -60,6 +61,7 @@ REASON_MESSAGE_TOO_LARGE: Reason
 REASON_POLICY_UNKNOWN: Reason
 REASON_POLICY_INVALID: Reason
 REASON_POLICY_REFUSED: Reason
+REASON_AUDIT_FAILED: Reason
 REASON_NOT_ALLOWED: Reason
 REASON_UNAUTHENTICATED: Reason
 REASON_TOKEN_EXPIRED: Reason

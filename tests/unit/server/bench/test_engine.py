@@ -36,6 +36,8 @@ def test_cases_are_grouped_by_the_engines_that_they_compare() -> None:
         (("rudder", "grpc"), ["grpc"]),
     ]
     assert groups(["grpc"]) == [(("rudder", "grpc"), ["grpc"])]
+    policy = "policy_with_guards"
+    assert groups(["idle", policy]) == [(("plain", "rudder"), ["idle"]), (("plain", policy), [policy])]
 
 
 def test_every_pair_is_a_line() -> None:

@@ -305,3 +305,34 @@ async def test_any_arrivals_and_cancellations(events: list[Any], share: float, r
     assert all(r is None or isinstance(r, QueueFull | asyncio.CancelledError) for r in results)
     admission.ledger.release(0)
     assert_empty(admission)
+
+
+def rows_of(*latents: int) -> wire.Request:
+    """Hold these latents, as a reservation or as a report."""
+    return wire.Request(0, 4, True, ((wire.Site(0, tuple(wire.Row("toy", latent) for latent in latents)),),))
+
+
+async def test_reservations_may_come_and_go_while_a_caller_holds_their_rows() -> None:
+    admission = Admission(Layout((SITE,), rows=8, slots=4), limit=8)
+    await admission.acquire(1, rows_of(1, 2), "a")
+    admission.reserve(-1, rows_of(2, 3))
+    await admission.acquire(2, rows_of(2, 3, 4), "a")
+    assert admission.reserved_rows == {0: {wire.Row("toy", 2), wire.Row("toy", 3)}}
+    # What was reserved when a request was admitted does not count for its caller.
+    assert admission.holdings["a"].places[0] == 3
+    admission.unreserve(-1)
+    assert (admission.reserved_rows, admission.ledger.rows_used(0)) == ({}, 4)
+    admission.release(2)
+    assert admission.holdings["a"].places[0] == 2
+    admission.release(1)
+    assert (admission.holdings, admission.ledger.rows_used(0), admission.counted) == ({}, 0, {})
+
+
+async def test_room_that_a_reservation_leaves_admits_who_waits() -> None:
+    admission = Admission(Layout((SITE,), rows=2, slots=4), limit=8)
+    admission.reserve(-1, rows_of(1, 2))
+    waiting = asyncio.create_task(admission.acquire(1, rows_of(3), "a"))
+    await asyncio.sleep(0)
+    assert admission.waiting
+    admission.unreserve(-1)
+    await asyncio.wait_for(waiting, 1)

@@ -11,10 +11,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine import detokenizer
 
 from rudder.sae_models import PRETRAINED
 from rudder.server.config import Config, Engine
-from rudder.server.engine.adapter import Detokenizer, StructuredOutputsParams, add_request, engine_args
+from rudder.server.engine.adapter import (
+    Detokenizer,
+    StructuredOutputsParams,
+    add_request,
+    answer_text,
+    engine_args,
+)
 from rudder.server.program.layout import Layout
 
 SHIPPED: Any = AutoTokenizer.from_pretrained(str(PRETRAINED / "textbook-lm"))
@@ -94,6 +101,23 @@ def test_special_tokens_between_prompt_and_output() -> None:
     prompt = [*SHIPPED.encode("Hello \U0001f336")[:-1], 0]
     for skip in (True, False):
         assert "Hello" not in "".join(stream(SHIPPED, prompt, [116, 41], skip_special_tokens=skip))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(text=MULTIBYTE, data=st.data())
+def test_text_of_an_answer_is_what_was_streamed_with_what_waited_for_a_stop_string(
+    name: str, text: str, data: st.DataObject
+) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode("www " + text.replace("\ufffd", "") + "end", add_special_tokens=False)
+    cut = data.draw(st.integers(1, len(ids) - 1))
+    prompt, output = ids[:cut], ids[cut : data.draw(st.integers(cut, len(ids)))]
+    with pytest.MonkeyPatch.context() as patch:
+        # As `start_llm` does.
+        patch.setattr(detokenizer, "FastIncrementalDetokenizer", Detokenizer)
+        whole = answer_text(tokenizer, prompt, SamplingParams(stop=["never in it"]), output)
+    assert whole == "".join(stream(tokenizer, prompt, output))
+    assert whole.startswith("".join(stream(tokenizer, prompt, output, stop=["never in it"])))
 
 
 def arguments(**engine: Any) -> Any:

@@ -34,9 +34,9 @@ class ScriptedEngine:
     def __init__(self) -> None:
         self.model = SimpleNamespace(name="m", max_model_len=100, vocab_size=1000, bos_token_id=None)
         self.bundles: dict[str, Any] = {}
+        self.registry: Any = None
         self.programs: dict[str, Any] = {}
-        self.policies: dict[str, Any] = {}
-        self.default_policy, self.tokenizer, self.epoch, self.healthy = None, None, "e1", True
+        self.tokenizer, self.epoch, self.healthy = None, "e1", True
         self.stall_after: int | None = None
         self.finish_reason = FinishReason.LENGTH
 

@@ -60,8 +60,8 @@ class Engine:
     """Stands in for `Engine`.
 
     `calls`: those that it was given; `waits`: (seconds, tokens) held back. Of the run in progress, `delivered`: the
-    position before which guards have got features; `finished`: the answer is over, and its last token has run or is EOS.
-    `aborted`: runs that were. `lose_at`: number of the token at which telemetry is lost.
+    position before which guards have got features; `finished`: the answer is over, and its last token has run or is
+    EOS. `aborted`: runs that were. `lose_at`: number of the token at which telemetry is lost.
     """
 
     script: Script

@@ -276,7 +276,7 @@ def test_forbidden_field_is_refused_by_its_path() -> None:
     request = inference_pb2.GenerateRequest(sampling=inference_pb2.Sampling(temperature=0.5))
     binding.check_fields(request)
     for name, value in (("logprobs", 0), ("n", 1)):
-        asked = inference_pb2.GenerateRequest(sampling=inference_pb2.Sampling(**{name: value}))
+        asked = json_format.ParseDict({"sampling": {name: value}}, inference_pb2.GenerateRequest())
         with pytest.raises(ProgramError) as caught:
             binding.check_fields(asked)
         assert (caught.value.reason, caught.value.field) == ("POLICY_FORBIDS", f"sampling.{name}")
@@ -317,7 +317,7 @@ def test_policies_apply_by_name_and_shadows_last() -> None:
 
 
 def test_shadow_forbids_nothing() -> None:
-    strict = {
+    strict: dict[str, Any] = {
         "program": editing(5, DICTIONARY_SITE),
         "rights": {},
         "forbiddenFields": ["sampling.n"],

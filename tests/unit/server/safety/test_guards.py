@@ -1,14 +1,17 @@
 """Guards are compiled with every option checked, and the field at fault named."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from google.protobuf import json_format
 
 from rudder.sae_models import token_model
 from rudder.server.program.errors import ProgramError
+from rudder.server.program.rows import Registry
 from rudder.server.safety.guards import REJECT, STOP, Guard, compile_guard
 from rudder.v1 import policy_pb2
 from tests.unit.programs import OTHER, PROBE, REGISTRY, SITE, VECTOR, feature
@@ -24,10 +27,10 @@ GUARD: dict[str, Any] = {
 }
 
 
-def compiled(folder: Path = Path(), **changes: Any) -> Guard:
+def compiled(folder: Path = Path(), registry: Registry = REGISTRY, **changes: Any) -> Guard:
     """Compile GUARD with these changes; None removes a field."""
     document = {name: value for name, value in (GUARD | changes).items() if value is not None}
-    return compile_guard(json_format.ParseDict(document, policy_pb2.Guard()), REGISTRY, folder, "guards[0]")
+    return compile_guard(json_format.ParseDict(document, policy_pb2.Guard()), registry, folder, "guards[0]")
 
 
 def test_every_field_reaches_the_compiled_guard() -> None:
@@ -96,7 +99,22 @@ def test_token_model_must_be_the_pinned_file(tmp_path: Path) -> None:
     assert one.rows == ()
     assert one.token_model
     assert one.token_model.order == 2
+    for vocabulary, served in (("vocabulary", True), ("another", False)):
+        registry = replace(REGISTRY, vocabulary=vocabulary)
+        document = GUARD | {"score": pinned}
+        if served:
+            assert compiled(tmp_path, registry, **document).token_model
+        else:
+            with pytest.raises(ProgramError, match="another tokenizer"):
+                compiled(tmp_path, registry, **document)
     with pytest.raises(ProgramError, match="SHA-256"):
         compiled(tmp_path, score=MODEL)
     with pytest.raises(ProgramError, match="pins its token model"):
         compiled(tmp_path, score={"token_model": {"file": "m.safetensors"}})
+
+
+def test_documented_policy_is_one_of_the_contract() -> None:
+    text = (Path(__file__).parents[4] / "docs" / "guards.md").read_text(encoding="utf-8")
+    document = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    message = json_format.ParseDict(document, policy_pb2.Policy())
+    assert [guard.WhichOneof("statistic") for guard in message.guards] == ["moving_average", "window"]

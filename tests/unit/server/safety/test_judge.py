@@ -97,7 +97,8 @@ def test_guard_that_judges_the_answer_begins_with_it() -> None:
     judge.take(features(0, *[[2.0, 0.0]] * 4))
     held = judge.tracks[0].held
     assert held
-    assert (held.position, held.statistic) == (3, pytest.approx(4.1))
+    assert held.position == 3
+    assert held.statistic == pytest.approx(4.1)
 
 
 def test_score_that_is_not_finite_holds() -> None:

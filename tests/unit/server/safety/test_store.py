@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tests.unit.programs import SITE
 
 def store_of(folder: Path | None = None) -> tuple[PolicyStore, HoldingEngine]:
     engine = HoldingEngine()
-    return PolicyStore(engine, folder), engine  # type: ignore[arg-type]
+    return PolicyStore(engine, folder, allow_uncertified=True), engine  # type: ignore[arg-type]
 
 
 def write(folder: Path, file: str = "low", **fields: Any) -> Path:
@@ -186,7 +187,7 @@ async def test_folder_is_read_again(tmp_path: Path) -> None:
     assert in_force(store) == {"wired": 1, "renamed": 1}
 
 
-BAD = {
+BAD: dict[str, Callable[[Path], object]] = {
     "torn": lambda path: path.write_text(path.read_text()[:-20] + ": ["),
     "unknown field": lambda path: path.write_text("name: low\nversion: 2\ngates: []\n"),
     "a program": lambda path: path.write_text("name: low\nsites: []\n"),
@@ -194,7 +195,7 @@ BAD = {
     "not raised": lambda path: write(path.parent, program=editing(3)),
     "another's name": lambda path: write(path.parent, name="high", version=2),
     "empty": lambda path: path.write_text(""),
-    "unreadable": lambda path: (path.unlink(), path.mkdir()),
+    "unreadable": lambda path: path.rename(path.with_suffix(".old")).parent.joinpath(path.name).mkdir(),
 }
 
 
@@ -250,7 +251,7 @@ async def test_changed_file_is_read_once_it_rests(tmp_path: Path, monkeypatch: p
             case None:
                 raise asyncio.CancelledError
 
-    monkeypatch.setattr(stores.asyncio, "sleep", tick)
+    monkeypatch.setattr(asyncio, "sleep", tick)
     with pytest.raises(asyncio.CancelledError):
         await store.watch_folder(0.5)
     assert versions == [1, 1, 1, 1, 5, 5, 5]

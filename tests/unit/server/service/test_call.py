@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +25,7 @@ from rudder.server.service.attestation import attestation_of
 from rudder.server.service.call import begin_call
 from rudder.server.service.errors import Refusal, invalid
 from rudder.server.service.quotas import QuotaLedger
-from rudder.server.service.record import CallRecord, ChoiceRecord
+from rudder.server.service.record import CallRecord, ChoiceRecord, GateRecord
 from rudder.v1 import policy_pb2
 
 METHOD = "InferenceService.Complete"
@@ -36,8 +37,8 @@ class Server:
 
     def __init__(self, caplog: pytest.LogCaptureFixture, healthy: bool = True, draining: bool = False) -> None:
         self.registry, self.caplog = CollectorRegistry(), caplog
-        engine = SimpleNamespace(healthy=healthy, require_alive=lambda: None)
         metrics = Metrics.create(self.registry)
+        engine = SimpleNamespace(healthy=healthy, require_alive=lambda: None, metrics=metrics)
         self.serving: Any = SimpleNamespace(
             engine=engine,
             draining=draining,
@@ -47,6 +48,7 @@ class Server:
             policies=PolicyStore(engine),  # type: ignore[arg-type]
             authenticator=Authenticator(),
             quotas=QuotaLedger(),
+            audit=None,
         )
 
     def begin(self, deadline: float | None = None) -> Any:
@@ -127,6 +129,33 @@ async def test_edits_in_shadow_mode_are_counted_apart(server: Server) -> None:
     assert edits == [("request", "", 6), ("policy", "quiet", 5)]
 
 
+async def test_call_is_bound_by_the_policies_in_force_when_it_begins(server: Server) -> None:
+    store = server.serving.policies
+    bound = Policy(policy_pb2.Policy(name="low", version=3, binds={"all": True}), "digest")
+    store.set_in_force({"low": bound})
+    async with server.begin() as record:
+        assert (record.policies, store.running) == ((bound,), {bound: 1})
+        store.set_in_force({})
+        async with server.begin() as later:
+            assert later.policies == ()
+        assert (record.policies, store.running) == ((bound,), {bound: 1})
+    assert not store.running
+    store.set_in_force({"low": bound})
+    async with begin_call(server.serving, "ModelService.Get", Credentials(), 1, CORRELATION) as other:
+        assert other.policies == ()
+
+
+async def test_method_that_needs_a_role_is_refused_and_counted(server: Server) -> None:
+    caller = replace(ANONYMOUS, roles=frozenset({"generate"}))
+    server.serving.authenticator = SimpleNamespace(caller=lambda _: caller)
+    with pytest.raises(Refusal) as caught:
+        async with begin_call(server.serving, "PolicyService.Apply", Credentials(), 1, CORRELATION):
+            pytest.fail("the call ran")
+    assert caught.value.reason == "ROLE_MISSING"
+    labels = {"method": "PolicyService.Apply", "outcome": "ROLE_MISSING"}
+    assert server.registry.get_sample_value("rudder_requests_total", labels) == 1
+
+
 async def test_rejected_edits_are_counted_and_attested(server: Server) -> None:
     async with server.begin() as record:
         choice = ChoiceRecord()
@@ -188,6 +217,17 @@ def test_record_names_gates_by_the_program_that_has_them() -> None:
     ]
     assert [g.HasField("statistic") for g in attestation.gates] == [True, False]
     assert (attestation.gates[0].statistic, attestation.request_id) == (0.5, call.request_id)
+
+
+@pytest.mark.parametrize("mode", [policy_pb2.POLICY_MODE_ENFORCE, policy_pb2.POLICY_MODE_SHADOW])
+@pytest.mark.parametrize("reads", [False, True])
+def test_statistic_of_a_policys_gate_is_for_readers_of_guards(mode: policy_pb2.PolicyMode, reads: bool) -> None:
+    policy = policy_of("low", mode=mode, rights=policy_pb2.Rights(read_guards=reads))
+    call = CallRecord(METHOD, ANONYMOUS, CORRELATION, binding=Binding((policy,)))
+    choice = ChoiceRecord(gates=[GateRecord("request", "a", 1, 2.5), GateRecord("policy", "b", 3, 4.5, "low")])
+    own, of_policy = attestation_of(call, choice, "epoch").gates
+    assert (own.statistic, of_policy.open_tokens) == (2.5, 3)
+    assert of_policy.HasField("statistic") is reads
 
 
 async def test_call_that_begins_after_a_loss_of_telemetry_is_refused_with_that_reason(server: Server) -> None:

@@ -20,10 +20,11 @@ from rudder.server.service.prepare import hidden_latents, prepare
 from rudder.server.service.serving import WATCH_CACHE_BYTES, Serving
 from rudder.v1 import inference_pb2, program_pb2
 from tests.unit.policies import REGISTRY, editing, latent, policy
-from tests.unit.programs import OTHER, SITE, feature
+from tests.unit.programs import OTHER, PROBE, SITE, feature
 from tests.unit.reference import BUNDLE, WIDTH
 
 UP = {"row": {"vector": {"values": [1.0] * WIDTH}}, "add": 1.0}
+PROBED = {"site": SITE, "row": PROBE, "weight": 1}
 TENANT = Caller("alice", "acme", ANONYMOUS.roles)
 KINDS = (inference_pb2.GenerateRequest, inference_pb2.CompleteRequest, inference_pb2.InspectRequest)
 
@@ -110,7 +111,7 @@ async def test_bound_caller_without_rights_runs_programs_that_have_names(kind: A
     assert job.program_digest == named(UP).compiled.digest
 
 
-async def test_operator_may_allow_later_edits_but_rows_stay_locked() -> None:
+async def test_policy_may_leave_edits_behind_it_but_rows_stay_locked() -> None:
     serving, binding = serving_of(), Binding((policy(program=editing(5), rights={"edit_behind_policy": True}),))
     job = await prepare(serving, ANONYMOUS, request_of(steering={"name": "late"}), binding)
     assert job.program_digest == serving.engine.programs["late"].compiled.digest
@@ -242,3 +243,25 @@ async def test_remembered_reports_have_a_budget_in_bytes() -> None:
         assert serving.watched.used <= WATCH_CACHE_BYTES
     kept = sum(len(key) for key in serving.watched.entries if isinstance(key, bytes))
     assert kept <= serving.watched.used <= WATCH_CACHE_BYTES
+
+
+GUARDED = Binding(
+    (policy(guards=[{"name": "g", "score": {"terms": [PROBED]}, "level": 1, "action": "GUARD_ACTION_STOP"}]),)
+)
+
+
+async def test_guarded_answer_leaves_room_for_the_token_that_judges_its_last_one() -> None:
+    """The model takes 100 tokens."""
+    serving = serving_of()
+    assert (await prepare(serving, ANONYMOUS, request_of(sampling={"maxTokens": 97}))).calls
+    job = await prepare(serving, ANONYMOUS, request_of(sampling={"maxTokens": 96}), GUARDED)
+    assert job.calls[0].sampling.max_tokens == 96
+    at_fault = ("FIELD_INVALID", "sampling.max_tokens")
+    assert await refused(serving, request_of(sampling={"maxTokens": 97}), GUARDED) == at_fault
+    long = request_of(text="a " * 98)
+    assert (await prepare(serving, ANONYMOUS, long, GUARDED)).calls[0].sampling.max_tokens == 1
+    longer = request_of(text="a " * 99)
+    assert (await prepare(serving, ANONYMOUS, longer)).calls[0].sampling.max_tokens == 1
+    assert await refused(serving, longer, GUARDED) == ("FIELD_INVALID", "prompt")
+    inspected = await prepare(serving, ANONYMOUS, request_of(inference_pb2.InspectRequest, "a " * 99), GUARDED)
+    assert inspected.inspects

@@ -15,12 +15,11 @@ from rudder.server.engine.worker.worker import build_banks
 from rudder.server.program.layout import Layout
 
 SITE = "layers.0.resid_post"
-MOST = 11
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sequence_sites", [(), (SITE,)])
-def test_kernels_of_a_site(sequence_sites: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("sequence_sites", "most"), [((), 5), ((SITE,), 9)])
+def test_kernels_of_a_site(sequence_sites: tuple[str, ...], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted behind Inductor's fusion, without compiling what it generates."""
     kernels: list[int] = []
     fuse = Scheduler.fuse_nodes
@@ -36,4 +35,4 @@ def test_kernels_of_a_site(sequence_sites: tuple[str, ...], monkeypatch: pytest.
     torch.compiler.reset()
     with torch._inductor.config.patch(force_disable_caches=True):
         get_code(torch.compile(bank, fullgraph=True, dynamic=False), torch.zeros(8, 64))
-    assert 5 <= kernels[0] <= MOST
+    assert 4 <= kernels[0] <= most

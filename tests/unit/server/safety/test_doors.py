@@ -1,0 +1,77 @@
+"""There is one way out of the engine: every door and every method goes through the hold-back, or nowhere near it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from google.protobuf import descriptor_pool
+
+import rudder.server
+from rudder.server.grpc.server import SERVICES
+from rudder.server.service import inference
+
+SERVER = Path(rudder.server.__file__).parent
+# Beside the hold-back, Engine.stream is called by commands and checks that no client reaches.
+COMMANDS = {
+    "engine/selftest.py",
+    "engine/harvest.py",
+    "engine/answers.py",
+    "bench/sides.py",
+    "bench/cost.py",
+    "safety/evaluation.py",
+}
+# What gives a request to vLLM, and what names it.
+SUBMITS = {"engine/engine.py", "engine/adapter.py"}
+# The methods whose answers the model computes, and those that do not ask it.
+COMPUTED = {"Generate", "Complete", "Inspect"}
+STORED = {
+    "InferenceService": {"Tokenize"},
+    "FeatureService": {"List", "Get", "Search"},
+    "ModelService": {"Get", "ListPrograms"},
+    "PolicyService": {"List", "Get", "Validate", "Apply", "Explain"},
+}
+
+
+def calls(path: Path, name: str) -> bool:
+    """Return whether a file calls a function or method of this name."""
+    nodes = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    return any(getattr(node, "attr", getattr(node, "id", None)) == name for node in nodes)
+
+
+def callers(name: str) -> set[str]:
+    """Return the files of the server that call it, but those of the engine process."""
+    files = (path for path in SERVER.rglob("*.py") if "worker" not in path.relative_to(SERVER).parts)
+    return {str(path.relative_to(SERVER)) for path in files if calls(path, name)}
+
+
+def methods() -> Iterator[tuple[str, str]]:
+    """Yield (service, method) of the contract."""
+    pool = descriptor_pool.Default()
+    for service in SERVICES:
+        for method in pool.FindServiceByName(service).methods:
+            yield service.rpartition(".")[2], method.name
+
+
+def test_the_hold_back_alone_reads_what_calls_generate() -> None:
+    assert callers("stream") - COMMANDS == {"safety/holdback.py"}
+    assert callers("add_request") <= SUBMITS
+    assert callers("released") - COMMANDS == {"service/run.py"}
+
+
+@pytest.mark.parametrize(("service", "method"), list(methods()))
+def test_every_method_goes_through_the_hold_back_or_computes_nothing(service: str, method: str) -> None:
+    computed = service == "InferenceService" and method in COMPUTED
+    assert computed or method in STORED[service], "a new method: does its answer come from the model?"
+    if service == "InferenceService":
+        function = getattr(inference, method.lower())
+        assert bool({"run", "run_whole"} & set(function.__code__.co_names)) == computed
+
+
+def test_every_door_serves_the_same_functions() -> None:
+    """A door calls functions of server/service, and no engine."""
+    doors = [path for folder in ("grpc", "openai", "http") for path in (SERVER / folder).rglob("*.py")]
+    assert doors
+    for path in doors:
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert not {"llm", "add_request", "hub"} & names, path
