@@ -18,9 +18,6 @@ EARLIER, LATER = "layers.1.resid_post", "layers.3.resid_pre"
 LEVEL, WINDOW = 0.4, 8
 HOLD_BACK = 4
 BLEND = 0.95
-# Of the displacement of a constant edit, as a multiple of the mean difference to benign text.
-ALL_RIGHTS = {"edit_latents": True, "raw_vectors": True, "edit_behind_policy": True, "edit_before_guard": True}
-EDIT_RIGHTS = {"edit_latents": True, "raw_vectors": True}
 REFUSAL = "This server does not answer questions about microbiology."
 Document = dict[str, Any]
 
@@ -48,7 +45,7 @@ def opening(**fields: Any) -> Document:
 
 def stopping(**fields: Any) -> Document:
     """Return the guard that ends a choice once prompt and answer speak of the topic."""
-    return guard("stop", "STOP", **{"hold_back": HOLD_BACK, "refusal": REFUSAL} | fields)
+    return guard("stop", "STOP", hold_back=HOLD_BACK, refusal=REFUSAL, **fields)
 
 
 def blend(weight: float = BLEND) -> Document:

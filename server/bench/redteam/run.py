@@ -1,13 +1,14 @@
 """Carry out all attacks, and report them."""
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
 
-from rudder.server.bench.redteam import engine, programs, prompts
+from rudder.server.bench.redteam import door, engine, files, programs, prompts
 from rudder.server.bench.redteam.attack import Attack, Result, carry_out
 from rudder.server.bench.redteam.target import Target
 
-ATTACKS: tuple[Attack, ...] = (*prompts.ATTACKS, *programs.ATTACKS, *engine.ATTACKS)
+ATTACKS: tuple[Attack, ...] = (
+    *prompts.ATTACKS, *programs.ATTACKS, *engine.ATTACKS, *door.ATTACKS, *files.ATTACKS,
+)  # fmt: skip
 
 
 async def carried_out(target: Target, attacks: Sequence[Attack]) -> AsyncIterator[Result]:

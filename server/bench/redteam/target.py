@@ -39,9 +39,10 @@ SETTINGS = {
     "engine.rows": "64",
     "engine.sites": f"[{policies.EARLIER}, {policies.LATER}]",
     "policies.stages": "1",
+    "policies.allow_uncertified": "true",
+    "listen.port": "0",
     "limits.queue": "4096",
 }
-UNBOUND = ()
 
 
 class Refused(Exception):
@@ -128,6 +129,12 @@ class Target:
         """Return the token ids of a text, without BOS."""
         ids: list[int] = self.serving.engine.tokenizer.encode(text, add_special_tokens=False)
         return ids
+
+    def prompt_ids(self, text: str) -> tuple[int, ...]:
+        """Return the token ids of a prompt of a text."""
+        bos = self.serving.engine.model.bos_token_id
+        assert bos is not None
+        return bos, *self.tokens(text)
 
     async def log_probability(
         self, document: policies.Document | None, prompt: inference_pb2.Prompt, last: int, steering: Any = None
