@@ -18,7 +18,8 @@ class Attack:
     `attempt(target, guarded)` carries it out and returns `figure`, a number that is larger the more the attacker has
     won; it raises Refused where the server refused. Without `guarded`, the guard named by `control` is away, and the
     figure must reach `wins`: else the attack shows nothing. With it, the server must refuse for the reason `refused`,
-    or the figure may be `holds` at most. `long`: takes more than some seconds.
+    or the figure may be `holds` at most; with neither, the figure is reported and has no bound. `long`: takes more than
+    some seconds.
     """
 
     id: str
@@ -35,7 +36,9 @@ class Attack:
     @property
     def expected(self) -> str:
         """The outcome that the attack must have."""
-        return f"refused:{self.refused}" if self.refused else f"holds:{self.figure} <= {self.holds:g}"
+        if self.refused:
+            return f"refused:{self.refused}"
+        return "reported" if self.holds is None else f"holds:{self.figure} <= {self.holds:g}"
 
     @property
     def key(self) -> str:
@@ -45,8 +48,10 @@ class Attack:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of an attack. `outcome`: `holds`, `broken`, or `refused:` with the reason. `value`: its figure, None if
-    it was refused; `control`: the figure without the guard, and `control_outcome`: `succeeds`, `fails` or `refused:`.
+    """What came of an attack.
+
+    `outcome`: `holds`, `broken`, `reported`, or `refused:` with the reason. `value`: its figure, None if refused.
+    `control`: the figure without the guard; `control_outcome`: `succeeds`, `fails`, or `refused:`.
     """
 
     attack: Attack
@@ -58,8 +63,8 @@ class Result:
     @property
     def passed(self) -> bool:
         """Whether the server held, and the control shows that it had something to hold against."""
-        held = self.outcome == (f"refused:{self.attack.refused}" if self.attack.refused else "holds")
-        return held and self.control_outcome == "succeeds"
+        expected = "holds" if self.attack.holds is not None else self.attack.expected
+        return self.outcome == expected and self.control_outcome == "succeeds"
 
     def document(self) -> dict[str, Any]:
         """Return the result in the form of the JSON report."""
@@ -79,11 +84,18 @@ async def carry_out(attack: Attack, target: Target) -> Result:
     """Carry out an attack, and its control."""
     outcome, value = await attempted(attack, target, guarded=True)
     if value is not None:
-        outcome = "holds" if attack.holds is not None and value <= attack.holds else "broken"
+        outcome = judged(attack, value)
     control_outcome, control = await attempted(attack, target, guarded=False)
     if control is not None:
         control_outcome = "succeeds" if control >= attack.wins else "fails"
     return Result(attack, outcome, value, control_outcome, control)
+
+
+def judged(attack: Attack, value: float) -> str:
+    """Return the outcome of an attempt that was not refused."""
+    if attack.holds is None:
+        return "broken" if attack.refused else "reported"
+    return "holds" if value <= attack.holds else "broken"
 
 
 async def attempted(attack: Attack, target: Target, *, guarded: bool) -> tuple[str, float | None]:
