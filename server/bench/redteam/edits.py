@@ -10,6 +10,7 @@ from rudder.v1 import program_pb2
 
 Floats = NDArray[np.float64]
 ABSOLUTE, NORMS = program_pb2.UNIT_ABSOLUTE, program_pb2.UNIT_RESIDUAL_NORM
+MAXIMA = program_pb2.UNIT_MAX_ACTIVATION
 
 
 def program_at(site: str, *edits: program_pb2.Edit) -> program_pb2.Program:
