@@ -81,7 +81,7 @@ async def look_alike(target: Target, guarded: bool) -> float:
 
 async def read_scores(target: Target, guarded: bool) -> float:
     """Look for scores of guards and for what their rows read, wherever the contract has a place for them."""
-    locked = await strongest_latents(target, None, 2)
+    locked = (await strongest_latents(target, None, 2))[:2]
     sites = [{"site": policies.SITE, "row": {"feature": {"bundle": policies.BUNDLE, "index": i}}} for i in locked]
     rights = {} if guarded else {"read_guards": True, "raw_vectors": True}
     noting = policies.guard("note", "ANNOTATE")

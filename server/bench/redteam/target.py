@@ -38,7 +38,7 @@ SETTINGS = {
     "engine.max_num_batched_tokens": "1024",
     "engine.kv_cache_memory_bytes": str(KV_BYTES),
     "engine.slots": "20",
-    "engine.rows": "128",
+    "engine.rows": "256",
     "engine.sites": f"[{policies.EARLIER}, {policies.LATER}]",
     "policies.stages": "1",
     "policies.allow_uncertified": "true",
