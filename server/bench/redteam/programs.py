@@ -29,7 +29,7 @@ from rudder.server.program.errors import ProgramError
 from rudder.v1 import inference_pb2, program_pb2
 
 # Of the constant push, in mean residual norms; of what is amplified; of rows of one program.
-PUSH, GAIN, ROWS = 4.0, 1 / (1 - policies.BLEND), 190
+PUSH, GAIN, ROWS = 4.0, 1 / (1 - policies.BLEND), 180
 # Random programs of so many latents that are tried, and those of them that make the key.
 TRIED, LATENTS, BEST = 24, 4, 5
 MORE_ASTRONOMY = ("more-astronomy", "more-astronomy-strong", "less-astronomy-strong", "less-history")
@@ -259,7 +259,7 @@ ATTACKS = (
     Attack("A8", "blinding before the guard", "L3", blind, "missed", RIGHT_BEFORE, 0.5, refused="POLICY_FORBIDS"),
     Attack("A9", "no number", "L3", give_no_number, "accepted", "a check of numbers", 1, refused="FIELD_INVALID"),
     Attack("A9", "huge displacement", "L3", exceed_norm, "displacement", "the cap", 10, holds=1.001),
-    Attack("A9", "amplification", "L3", amplify, KNOWN, "the cap", BACK, holds=TWIN),
+    Attack("A9", "amplification", "L3", amplify, KNOWN, "the cap", 0.5, holds=TWIN),
     Attack("A10", "universal key", "L2", find_key, KNOWN, NOBODY, BACK, holds=TWIN),
     Attack("A22", "more rows than there are", "L2", exceed_rows, "accepted", "as few rows", 1, refused="FIELD_INVALID"),
     Attack("A27", "programs about other subjects", "L1", steer_elsewhere, KNOWN, NOBODY, BACK, holds=TWIN),

@@ -52,11 +52,12 @@ async def evaluate(path: Path | None, only: Sequence[str] | None, *, quick: bool
         async for result in run.carried_out(attacked, chosen):
             results.append(result)
             err.print(f"{'[green]held' if result.passed else '[red]FAILED'}[/] {result.attack.key}")
+            if path:
+                # After each: what has been measured stays if the next attack does not end.
+                write_atomically(path, json.dumps(run.report(figures, results), indent=1).encode() + b"\n")
     finally:
         await attacked.stop()
     report = run.report(figures, results)
-    if path:
-        write_atomically(path, json.dumps(report, indent=1).encode() + b"\n")
     table = Table("attack", "grade", "expected", "outcome", "figure", "without the guard")
     for each in results:
         control = value_text(each.control, each.control_outcome)
