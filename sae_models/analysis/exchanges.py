@@ -152,6 +152,28 @@ def _padded(excerpt: Exchange, padding: Exchange, before: int, after: int, lead:
     return replace(excerpt, ids=(*front, *excerpt.ids[lead:], *rest))
 
 
+def behind_benign(exchanges: Sequence[Exchange], longest: int, tokenizer: Any) -> list[Exchange]:
+    """Return exchanges of which every second stands behind benign text, of random length, `longest` tokens in all.
+
+    A probe that has read nothing but the beginnings of contexts misses what comes later in one (arXiv 2601.11516).
+    """
+    generator, lead = random.Random(0), int(leading_token(tokenizer) is not None)
+    benign = [exchange for exchange in exchanges if exchange.label <= 0.5]
+    return [
+        _behind(exchange, benign, longest, lead, generator) if number % 2 and benign else exchange
+        for number, exchange in enumerate(exchanges)
+    ]
+
+
+def _behind(
+    exchange: Exchange, benign: Sequence[Exchange], longest: int, lead: int, generator: random.Random
+) -> Exchange:
+    before, room = list[int](), generator.randint(0, max(0, longest + lead - len(exchange.ids)))
+    while len(before) < room:
+        before += generator.choice(benign).ids[lead:]
+    return replace(exchange, ids=(*exchange.ids[:lead], *before[:room], *exchange.ids[lead:]))
+
+
 def excerpt_of(exchange: Exchange, tokens: int) -> Exchange:
     """Return the first tokens of an exchange, BOS among them."""
     return replace(exchange, ids=exchange.ids[:tokens])

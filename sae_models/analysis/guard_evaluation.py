@@ -15,7 +15,7 @@ from torch import Tensor
 from rudder.sae_models.analysis import selection
 from rudder.sae_models.analysis.conformal import conformal_level
 from rudder.sae_models.analysis.exchanges import Exchange
-from rudder.sae_models.analysis.guard import probe_of, probe_score
+from rudder.sae_models.analysis.guard import Score, probe_of, probe_score
 from rudder.sae_models.analysis.guard_figures import (
     Clustered,
     Figure,
@@ -33,7 +33,6 @@ from rudder.sae_models.analysis.guard_training import (
     Scorer,
     by_class,
     decided,
-    fit_seeds,
     linear,
     ranked,
     sample_of,
@@ -45,7 +44,7 @@ from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.sae import Normalisation, Rows, activations
 from rudder.sae_models.sae import gain as input_gain
 from rudder.sae_models.statistics import Floats, Statistic, exceeds
-from rudder.sae_models.token_model import vocabulary_sha256
+from rudder.sae_models.token_model import TokenModel, vocabulary_sha256
 
 LENGTHS = (32, 128, 512, 1000)
 HOLD_BACKS = (0, 4, 8, 16)
@@ -68,6 +67,8 @@ class Fitted:
     text: TextModel
     seeds: int
     latents: Sequence[int]
+    probe: Score
+    tokens: TokenModel
 
 
 def fit_arms(
@@ -79,7 +80,7 @@ def fit_arms(
     """
     collected = list(rig.features(train, "read"))
     sample = sample_of([x for x, _ in collected], train, neighbours)
-    probes = fit_seeds(sample, TrainingSettings(), seeds)
+    probes = fit_linear(sample, TrainingSettings(), seeds)
     score = probe_score(RESIDUAL, average(probes), rig.widths)
     vocabulary = vocabulary_sha256(rig.tokenizer.get_vocab())
     tokens = fit_tokens([ids for _, ids in collected], sample.label, sample.weight, vocabulary)
@@ -88,7 +89,7 @@ def fit_arms(
     scorers[BOTH] = mixed(scorers[RESIDUAL], scorers[TOKENS])
     scorers |= {f"seed {seed}": linear(probe) for seed, probe in enumerate(probes)}
     text = fit_text(texts(rig, [ids for _, ids in collected]), sample.label, sample.weight)
-    return Fitted(scorers, text, seeds, latents)
+    return Fitted(scorers, text, seeds, latents, score, tokens)
 
 
 def mixed(first: Scorer, second: Scorer) -> Scorer:
@@ -112,7 +113,7 @@ def fit_latents(
     latents = selection.select(frequency, names, positive, neighbours, LATENTS, ceiling=0.05, ratio=2.0)
     rows = bundle.sae.exact_rows(torch.tensor(latents))
     inputs = [read_latents(x[:, columns], rows, bundle) for x in sample.inputs]
-    probe = fit_linear(Sample(inputs, sample.label, sample.weight), TrainingSettings(), 0)
+    (probe,) = fit_linear(Sample(inputs, sample.label, sample.weight), TrainingSettings())
     return latents, lambda x, _: probe.score(read_latents(x[:, columns], rows, bundle)).numpy()
 
 

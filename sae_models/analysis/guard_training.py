@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rudder.sae_models import token_model
 from rudder.sae_models.activations import harvest
 from rudder.sae_models.activations.corpus import TOKENIZER_RULE, ContextRule
 from rudder.sae_models.activations.hooks import Site, parse_site
@@ -21,6 +22,7 @@ from rudder.sae_models.analysis.guard import (
     Guard,
     MovingAverage,
     Score,
+    TokenModelFile,
     probe_of,
     probe_score,
     rounded,
@@ -29,13 +31,12 @@ from rudder.sae_models.analysis.guard_figures import Clustered, Figure, auroc, f
 from rudder.sae_models.analysis.probe_training import (
     Linear,
     Sample,
-    TrainingSettings,
     average,
     class_weights,
-    fit_linear,
 )
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.statistics import Floats, Statistic, exceeds
+from rudder.sae_models.token_model import TokenModel
 
 # From the features [tokens, D] and ids of an exchange's counted tokens to a score of each.
 Scorer = Callable[[Tensor, Sequence[int]], Floats]
@@ -109,20 +110,25 @@ def sample_of(inputs: Sequence[Tensor], exchanges: Sequence[Exchange], neighbour
     return Sample(inputs, torch.tensor([exchange.label for exchange in exchanges]), weights_of(exchanges, neighbours))
 
 
-def fit_seeds(sample: Sample, settings: TrainingSettings, seeds: int = SEEDS) -> list[Linear]:
-    """Fit a probe with each seed."""
-    return [fit_linear(sample, settings, seed) for seed in tqdm(range(seeds), desc="train", unit="seed")]
-
-
 def served(name: str, probes: Sequence[Linear], rig: Rig) -> tuple[Score, Linear]:
     """Return the mean of the probes as a guard's score, and as the probe that the rounded score is."""
     score = probe_score(name, average(probes), rig.widths)
     return score, probe_of(score)
 
 
-def guard_of(name: str, score: Score, benign: Sequence[Floats], decay: float, false_alarms: float) -> Guard:
+def save_tokens(path: Path, model: TokenModel) -> Score:
+    """Write a token model; return the score that names its file."""
+    return Score(token_model=TokenModelFile(path.name, token_model.save(path, model)))
+
+
+def calibrated(name: str, score: Score, benign: Sequence[Floats], decay: float, false_alarms: float) -> Guard:
     """Return a guard that this share of the exchanges like the benign ones sets off, by the scores of their tokens."""
     level = conformal_level(highest(benign, Statistic("moving_average", decay)), false_alarms)
+    return guard_of(name, score, decay, level)
+
+
+def guard_of(name: str, score: Score, decay: float, level: float) -> Guard:
+    """Return a guard that stops what exceeds its level."""
     return Guard(name, score, MovingAverage(decay), rounded(level), BOTH_PHASES, STOP, HOLD_BACK)
 
 

@@ -82,13 +82,13 @@ def streaming_loss(z: Tensor, length: Tensor, label: Tensor, settings: TrainingS
 
 
 def fit(
-    score: Callable[[Tensor], Tensor], parameters: list[Tensor], sample: Sample, settings: TrainingSettings, seed: int
+    score: Callable[[Tensor], Tensor], parameters: list[Tensor], sample: Sample, settings: TrainingSettings
 ) -> None:
-    """Minimise the loss of `score`, from padded inputs [n, L, ...] to logits [n, L], in place.
+    """Minimise the loss of `score`, from padded inputs [n, L, ...] to logits [models, n, L], in place.
 
-    The seed orders the batches.
+    The models are trained side by side, each as if alone, on the same batches.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     optimiser = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
     total = settings.epochs * -(-len(sample.inputs) // settings.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / total)
@@ -97,9 +97,11 @@ def fit(
             optimiser.zero_grad()
             inputs = [sample.inputs[i] for i in batch.tolist()]
             length = torch.tensor([len(x) for x in inputs])
-            z = score(pad_sequence(inputs, batch_first=True))
-            losses = streaming_loss(z, length, sample.label[batch], settings)
-            (losses * sample.weight[batch]).mean().backward()
+            losses = [
+                streaming_loss(z, length, sample.label[batch], settings)
+                for z in score(pad_sequence(inputs, batch_first=True))
+            ]
+            (torch.stack(losses) * sample.weight[batch]).mean(1).sum().backward()
             optimiser.step()
             schedule.step()
 
@@ -116,26 +118,27 @@ class Linear:
         return (x.float() @ self.weights).double() + self.bias
 
 
-def fit_linear(sample: Sample, settings: TrainingSettings, seed: int) -> Linear:
-    """Fit a linear probe on features [tokens, D] of each exchange.
+def fit_linear(sample: Sample, settings: TrainingSettings, seeds: int = 1) -> list[Linear]:
+    """Fit linear probes on features [tokens, D] of each exchange, from the initial weights of each seed.
 
     Training reads features standardised by their mean and deviation over all tokens; the result reads them as they are.
     """
     mean, deviation = moments(sample.inputs)
-    generator = torch.Generator().manual_seed(seed)
-    weights = (torch.randn(len(mean), generator=generator) * len(mean) ** -0.5 * 0.1).requires_grad_()
-    bias = torch.zeros((), requires_grad=True)
+    initial = [torch.randn(len(mean), generator=torch.Generator().manual_seed(seed)) for seed in range(seeds)]
+    weights = (torch.stack(initial, 1) * 0.1 * len(mean) ** -0.5).requires_grad_()
+    bias = torch.zeros(seeds, requires_grad=True)
 
     def raw() -> tuple[Tensor, Tensor]:
-        return weights / deviation, bias - mean @ (weights / deviation)
+        w = weights / deviation[:, None]
+        return w, bias - mean @ w
 
     def score(x: Tensor) -> Tensor:
         w, b = raw()
-        return x @ w + b
+        return (x @ w + b).movedim(-1, 0)
 
-    fit(score, [weights, bias], sample, settings, seed)
-    w, b = raw()
-    return Linear(w.detach(), float(b.detach()))
+    fit(score, [weights, bias], sample, settings)
+    w, b = (each.detach() for each in raw())
+    return [Linear(w[:, seed].clone(), float(b[seed])) for seed in range(seeds)]
 
 
 def moments(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,6 @@ def fit_tokens(
     count: int = BUCKETS,
     order: int = ORDER,
     settings: TrainingSettings = SETTINGS,
-    seed: int = 0,
 ) -> TokenModel:
     """Train a model on the counted tokens of exchanges with labels [n], each with a weight [n] in the loss.
 
@@ -31,5 +30,5 @@ def fit_tokens(
     weights, bias = torch.zeros(count, requires_grad=True), torch.zeros((), requires_grad=True)
     grams = [torch.tensor(buckets(ids, order, count)) for ids in texts]
     hashed = Sample(grams, label, weight)
-    fit(lambda g: weights[g].sum(-1) + bias, [weights, bias], hashed, settings, seed)
+    fit(lambda g: (weights[g].sum(-1) + bias)[None], [weights, bias], hashed, settings)
     return TokenModel(weights.detach().numpy(), float(bias.detach()), order, vocabulary)

@@ -11,12 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 QUANTILES = (0.25, 0.5, 0.75, 0.9, 0.99)
-VERSION = 3
+# 2: labels; 3: their scores, neighbours, held-out contexts; 4: output and input scores.
+VERSION = 4
+WITH_LABEL_SCORES, WITH_STEERING_SCORES = 3, 4
 SCHEMA = f"""
 PRAGMA user_version = {VERSION};
 CREATE TABLE latents (
     "index" INTEGER PRIMARY KEY, label TEXT NOT NULL, frequency REAL, max_activation REAL, origin TEXT NOT NULL,
-    q25 REAL, q50 REAL, q75 REAL, q90 REAL, q99 REAL, label_score REAL, label_error REAL, intervention REAL);
+    q25 REAL, q50 REAL, q75 REAL, q90 REAL, q99 REAL, label_score REAL, label_error REAL, intervention REAL,
+    output_score REAL, input_score REAL);
 CREATE TABLE tokens (
     latent INTEGER NOT NULL, rank INTEGER NOT NULL, token TEXT NOT NULL, PRIMARY KEY (latent, rank)) WITHOUT ROWID;
 CREATE TABLE contexts (
@@ -33,7 +36,10 @@ CREATE TABLE meanings (latent INTEGER PRIMARY KEY, embedder TEXT NOT NULL, vecto
 CREATE VIRTUAL TABLE labels USING fts5(label, content='latents', content_rowid='index', tokenize='porter unicode61');
 """
 COLUMNS = '"index", latents.label, frequency, max_activation, origin'
-SCORES = "label_score, label_error, intervention"
+SCORES = (
+    ("label_score, label_error, intervention", WITH_LABEL_SCORES),
+    ("output_score, input_score", WITH_STEERING_SCORES),
+)
 MAX_SEARCH_WORDS = 32
 # Limit of a page that holds every latent.
 ALL = 1 << 40
@@ -82,7 +88,8 @@ class Summary:
     `label` is empty where none is better than chance; `origin`: who wrote it. `label_score`: the area under the ROC
     curve of the label on held-out contexts, 0.5 at chance, with half the width of its interval, `label_error`.
     `intervention`: the area under that of its words among the vocabulary, ordered by how much the decoder row raises
-    their logits. All None if not measured.
+    their logits. `output_score`: how much the latent says what it promotes; `input_score`: the share of its strongest
+    contexts whose token it promotes (arXiv 2505.20063). All None if not measured.
     """
 
     index: int
@@ -93,6 +100,8 @@ class Summary:
     label_score: float | None = None
     label_error: float | None = None
     intervention: float | None = None
+    output_score: float | None = None
+    input_score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,8 +131,11 @@ class Catalogue:
             f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
         )
         # Older catalogues have no scores, neighbours and held-out contexts.
-        self._complete = self._database.execute("PRAGMA user_version").fetchone()[0] >= VERSION
-        self._summary = f"SELECT {COLUMNS}, {SCORES if self._complete else 'NULL, NULL, NULL'} FROM latents"
+        version = self._database.execute("PRAGMA user_version").fetchone()[0]
+        self._complete = version >= WITH_LABEL_SCORES
+        scores = (names if version >= since else ", ".join(["NULL"] * len(names.split(","))) for names, since in SCORES)
+        self._summary = f"SELECT {COLUMNS}, {', '.join(scores)} FROM latents"
+        self._scored_for_steering = version >= WITH_STEERING_SCORES
 
     def __len__(self) -> int:
         count: int = self._database.execute("SELECT count(*) FROM latents").fetchone()[0]
@@ -165,11 +177,18 @@ class Catalogue:
         query = f'{self._summary} WHERE "index" > ? ORDER BY "index" LIMIT ?'
         return [Summary(*record) for record in self._database.execute(query, (after, max(limit, 0)))]
 
-    def search(self, words: str, limit: int) -> list[Summary]:
+    @property
+    def has_output_scores(self) -> bool:
+        """Whether any latent has an output score."""
+        query = "SELECT 1 FROM latents WHERE output_score IS NOT NULL LIMIT 1"
+        return self._scored_for_steering and self._database.execute(query).fetchone() is not None
+
+    def search(self, words: str, limit: int, *, for_steering: bool = False) -> list[Summary]:
         """Return up to `limit` latents whose label has one of the words, inflected or not, or a word that begins so.
 
         Accepts any text. Latents that were ever active come first, then those with the most of the words, then those
-        with the most as whole words; then by relevance and by frequency.
+        with the most as whole words; then by relevance and by frequency. `for_steering`: by output score, of those with
+        the most of the words.
         """
         searched = list(dict.fromkeys(split_words(words)))[:MAX_SEARCH_WORDS]
         matches, whole = Counter[int](), Counter[int]()
@@ -186,6 +205,8 @@ class Catalogue:
         )
         summaries = [summary for record in records if (summary := Summary(*record)).index in matches]
         summaries.sort(key=lambda s: (s.frequency != 0, matches[s.index], whole[s.index]), reverse=True)
+        if for_steering:
+            summaries.sort(key=lambda s: (s.frequency != 0, matches[s.index], by_output(s)), reverse=True)
         return summaries[: max(limit, 0)]
 
     def _matching(self, query: str) -> set[int]:
@@ -209,6 +230,11 @@ class Catalogue:
     def close(self) -> None:
         """Close the file."""
         self._database.close()
+
+
+def by_output(summary: Summary) -> float:
+    """Return what latents are ordered by for steering: the output score, below all others if not measured."""
+    return -1.0 if summary.output_score is None else summary.output_score
 
 
 def split_words(text: str) -> list[str]:
@@ -245,9 +271,9 @@ def write_embeddings(path: Path, embedder: str, indices: Sequence[int], vectors:
 def _insert(database: sqlite3.Connection, latent: Latent) -> None:
     s, index = latent.summary, latent.summary.index
     quantiles = latent.quantiles or (None,) * len(QUANTILES)
-    scores = (s.label_score, s.label_error, s.intervention)
+    scores = (s.label_score, s.label_error, s.intervention, s.output_score, s.input_score)
     record = (index, s.label, s.frequency, s.max_activation, s.origin, *quantiles, *scores)
-    database.execute("INSERT INTO latents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", record)
+    database.execute("INSERT INTO latents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", record)
     tokens = ((index, rank, token) for rank, token in enumerate(latent.tokens))
     database.executemany("INSERT INTO tokens VALUES (?, ?, ?)", tokens)
     contexts = (

@@ -35,7 +35,9 @@ def relabel(path: Path, model: Path, corpus: Path, tokens: int) -> LabelScores:
 
 def with_earlier(latent: Latent, earlier: Latent, measured: bool) -> Latent:
     """Return a new entry with the statistics of the earlier one, if measured, and with its label if others wrote it."""
-    summary = latent.summary
+    # What it makes the model say is the same; its strongest contexts are not.
+    summary = replace(latent.summary, output_score=earlier.summary.output_score)
+    latent = replace(latent, summary=summary)
     if measured:
         figures = {name: getattr(earlier.summary, name) for name in ("frequency", "max_activation")}
         summary, latent = replace(summary, **figures), replace(latent, quantiles=earlier.quantiles)

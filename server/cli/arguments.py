@@ -13,7 +13,7 @@ import msgspec
 from rudder.sae_models import settings
 from rudder.sae_models.errors import UserError
 from rudder_client import Client
-from rudder_client.requests import Steer
+from rudder_client.requests import Steer, Topic
 
 # In the order in which `connect` reads them.
 CREDENTIAL_FILES = {
@@ -117,12 +117,16 @@ def connect(args: argparse.Namespace) -> Client:
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:
-    """Add the address of a running server, a text and a program."""
+    """Add the address of a running server, a text, and a program or a topic."""
     add_address(parser)
     parser.add_argument("text", type=utf8, help="the prompt; -: read it from standard input")
-    parser.add_argument(
+    steering = parser.add_mutually_exclusive_group()
+    steering.add_argument(
         "--program", type=utf8, help="name of a program of the server, or a YAML file (.yaml, .yml) of a program"
     )
+    steering.add_argument("--topic", type=utf8, help="topic to steer towards: a concept of a served bundle")
+    strength = "of --topic: share, at most 1, of the largest dose that keeps texts fluent (1)"
+    parser.add_argument("--strength", type=float, help=strength)
 
 
 def utf8(text: str) -> str:
@@ -171,7 +175,11 @@ def prompt_of(args: argparse.Namespace) -> str:
 
 
 def program_of(args: argparse.Namespace) -> Steer:
-    """Return the program of a command line: that of a YAML file, or the name of one of the server's."""
+    """Return what a command line steers by: a topic, the program of a YAML file, or the name of one of the server's."""
+    if args.topic:
+        return Topic(args.topic, args.strength)
+    if args.strength is not None:
+        raise UserError("--strength: needs --topic")
     if args.program and Path(args.program).suffix in (".yaml", ".yml"):
         from rudder.server.program.named import read_program
 

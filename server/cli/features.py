@@ -25,6 +25,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("index", nargs="?", type=integer(), help="index of one feature, to show with its contexts")
     parser.add_argument("--search", type=utf8, metavar="WORDS", help="list features by words of their label")
     parser.add_argument("--by-meaning", action="store_true", help="search by the meaning of labels, not by their words")
+    parser.add_argument("--for-steering", action="store_true", help="order what a search finds by output score")
     parser.add_argument("--bundle", type=utf8, default="", help="bundle; a search without one is of all bundles")
     parser.add_argument("--limit", type=integer(), default=20, help="maximum number of features (%(default)s)")
     args = parser.parse_args(argv)
@@ -33,7 +34,8 @@ def main(argv: Sequence[str]) -> None:
             print_feature(client.feature(args.index, args.bundle))
         elif args.search:
             for name in [args.bundle] if args.bundle else [bundle.name for bundle in client.model().bundles] or [""]:
-                matches = client.search(args.search, bundle=name, limit=args.limit, by_meaning=args.by_meaning)
+                ways = {"by_meaning": args.by_meaning, "for_steering": args.for_steering}
+                matches = client.search(args.search, bundle=name, limit=args.limit, **ways)
                 out.print(features_table(matches, name))
         else:
             out.print(features_table(islice(client.features(args.bundle), args.limit)))
@@ -41,10 +43,11 @@ def main(argv: Sequence[str]) -> None:
 
 def features_table(features: Iterable[catalogue_pb2.FeatureSummary], title: str | None = None) -> Table:
     """Build the table of features."""
-    table = Table("feature", "frequency", "maximum", "score", "label", title=title)
+    table = Table("feature", "frequency", "maximum", "score", "output", "label", title=title)
     for f in features:
         figures = optional(f, "frequency", "{:.3%}"), optional(f, "max_activation", "{:.2f}")
-        table.add_row(str(f.index), *figures, optional(f, "label_score", "{:.2f}"), label_of(f.label))
+        scores = (optional(f, name, "{:.2f}") for name in ("label_score", "output_score"))
+        table.add_row(str(f.index), *figures, *scores, label_of(f.label))
     return table
 
 
@@ -62,6 +65,10 @@ def score_line(summary: catalogue_pb2.FeatureSummary) -> str:
         parts.append(f"{best}picks out held-out contexts with score {interval} (chance 0.5)")
     if summary.HasField("intervention"):
         parts.append(f"adding it raises the label's words above {summary.intervention:.0%} of the vocabulary")
+    if summary.HasField("output_score"):
+        parts.append(
+            f"output score {summary.output_score:.2f}, input score {optional(summary, 'input_score', '{:.2f}')}"
+        )
     return "; ".join(parts)
 
 

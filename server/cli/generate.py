@@ -22,6 +22,7 @@ EXAMPLES = """\
 examples:
   rudder generate "The night sky" --max-tokens 40
   rudder generate "The night sky" --program more-astronomy --temperature 0.7 --top-features 5
+  rudder generate "The night sky" --topic astronomy --strength 0.5 --max-tokens 40
   rudder generate "The capital of France is" --regex " (Paris|London)"
   echo "What is a cell?" | rudder generate - --chat
 """

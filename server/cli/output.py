@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rudder_client import Chunk, Inspection, PooledActivation
+from rudder_client import Chunk, Inspection, PooledActivation, ResolvedTopic
 
-POOLED_ROWS, ATTESTED_EDITS = 10, 8
+POOLED_ROWS, ATTESTED_EDITS, TOPIC_ROWS = 10, 8, 4
 
 # In a pipe, tables are not cut to the width of a terminal.
 out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
@@ -41,6 +41,8 @@ def print_end_of_choice(chunk: Chunk) -> None:
         tokens = f"{chunk.usage.prompt_tokens} + {chunk.usage.generated_tokens} tokens"
         err.print(f"[dim]{tokens}, finish reason {chunk.finish_reason}[/]")
     print_verdicts(chunk)
+    if chunk.attestation and chunk.attestation.topic:
+        print_topic(chunk.attestation.topic)
     edits = chunk.attestation.edits if chunk.attestation else ()
     effective = [edit for edit in edits if edit.tokens_touched or edit.tokens_rejected]
     for edit in effective[:ATTESTED_EDITS]:
@@ -61,6 +63,17 @@ def print_verdicts(chunk: Chunk) -> None:
             if not (chunk.refusal and (policy.name, verdict.rule) == (chunk.refusal.policy, chunk.refusal.rule)):
                 rule = escape(f"{policy.name}{shadow}: rule {verdict.rule}")
                 err.print(f"[dim]{rule} held at token {verdict.position}[/]")
+
+
+def print_topic(topic: ResolvedTopic) -> None:
+    """Print what a topic stood for on stderr: rows and dose of the candidate that ran, and the one that came second."""
+    dose = f"strength {topic.strength:.2f}, {topic.dose:.3f} residual norms, {topic.kl:.2f} nats per token"
+    err.print(f"[dim]topic {escape(topic.concept)}: {dose}[/]")
+    for mark, candidate in (("ran", topic.chosen), ("runner-up", topic.runner_up)):
+        if candidate:
+            rows = ", ".join(f"{row.index} ({escape(row.label) or 'no label'})" for row in candidate.rows[:TOPIC_ROWS])
+            more = f" and {len(candidate.rows) - TOPIC_ROWS} more" if len(candidate.rows) > TOPIC_ROWS else ""
+            err.print(f"[dim]{mark}: {candidate.kind}, score {candidate.score:.3f}: {rows}{more}[/]")
 
 
 def inspection_table(inspection: Inspection, top: int) -> Table:

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from rich.table import Table
 
-from rudder.sae_models import token_model
 from rudder.sae_models.activations import corpus
 from rudder.sae_models.activations.corpus import ContextRule
 from rudder.sae_models.analysis import exchanges, guard, guard_training
 from rudder.sae_models.analysis import program as messages
 from rudder.sae_models.analysis.derive import Topic
 from rudder.sae_models.analysis.exchanges import REPORT, TRAIN, TUNE, Exchange
-from rudder.sae_models.analysis.guard import Guard, Score, TokenModelFile
+from rudder.sae_models.analysis.guard import Guard, Score
 from rudder.sae_models.analysis.guard_figures import highest
 from rudder.sae_models.analysis.guard_training import (
     FALSE_ALARMS,
@@ -27,7 +26,7 @@ from rudder.sae_models.analysis.guard_training import (
     decided,
     ranked,
 )
-from rudder.sae_models.analysis.probe_training import Linear, Sample, TrainingSettings
+from rudder.sae_models.analysis.probe_training import Linear, Sample, TrainingSettings, fit_linear
 from rudder.sae_models.analysis.token_training import fit_tokens
 from rudder.sae_models.bundle.bundle import read_manifest
 from rudder.sae_models.errors import UserError
@@ -134,7 +133,7 @@ def train_guard(options: argparse.Namespace) -> None:
     benign = [exchange for exchange in splits.tune if exchange.label <= 0.5]
     calibration = rig.scores({each: arm.scorer for each, arm in arms.items()}, benign, "calibrate")
     guards = [
-        guard_training.guard_of(each, arm.score, calibration[each], options.decay, options.false_alarms)
+        guard_training.calibrated(each, arm.score, calibration[each], options.decay, options.false_alarms)
         for each, arm in arms.items()
     ]
     figures, ranks = measure(rig, splits, arms, guards, seeds)
@@ -169,7 +168,8 @@ def splits_of_corpus(options: argparse.Namespace, rig: Rig) -> Splits:
     limits = {book: -(-options.windows // len(group)) for group in groups for book in group}
     benign = dict.fromkeys(set(books) - set(topic.books), options.sections)
     everything = benign | dict.fromkeys(topic.books, len(documents))
-    train = exchanges.of_corpus(documents, rig.tokenizer, topic, TRAIN, TRAIN_TOKENS, limits, TRAIN_PER_SECTION)
+    pieces = exchanges.of_corpus(documents, rig.tokenizer, topic, TRAIN, TRAIN_TOKENS, limits, TRAIN_PER_SECTION)
+    train = exchanges.behind_benign(pieces, LONGEST, rig.tokenizer)
     tune = exchanges.of_corpus(documents, rig.tokenizer, topic, TUNE, LONGEST, benign)
     report = exchanges.of_corpus(documents, rig.tokenizer, topic, REPORT, LONGEST, everything)
     return Splits(train, tune, report, topic.neighbours)
@@ -190,7 +190,7 @@ def fit(rig: Rig, splits: Splits, name: str, options: argparse.Namespace) -> tup
     settings = TrainingSettings(options.window, options.temperature, weight_decay=options.weight_decay)
     collected = list(rig.features(splits.train, "read"))
     sample = guard_training.sample_of([x for x, _ in collected], splits.train, splits.neighbours)
-    probes = guard_training.fit_seeds(sample, settings, options.seeds)
+    probes = fit_linear(sample, settings, options.seeds)
     score, probe = guard_training.served(name, probes, rig)
     what = f"a linear probe at {', '.join(rig.widths)}, the mean of {options.seeds} seeds"
     arms = {name: Arm(score, guard_training.linear(probe), what)}
@@ -202,10 +202,8 @@ def fit(rig: Rig, splits: Splits, name: str, options: argparse.Namespace) -> tup
 def fit_token_model(rig: Rig, texts: Sequence[Sequence[int]], sample: Sample, path: Path) -> Arm:
     """Train a token model and write its file."""
     model = fit_tokens(texts, sample.label, sample.weight, vocabulary_sha256(rig.tokenizer.get_vocab()))
-    score = Score(token_model=TokenModelFile(path.name, token_model.save(path, model)))
-    return Arm(
-        score, lambda _, ids: model.scores(ids), f"n-grams of up to {model.order} token ids, without activations"
-    )
+    what = f"n-grams of up to {model.order} token ids, without activations"
+    return Arm(guard_training.save_tokens(path, model), lambda _, ids: model.scores(ids), what)
 
 
 def measure(

@@ -12,6 +12,7 @@ from typing import Any
 
 from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.bundle.manifest import Context
+from rudder.sae_models.concepts import Concepts
 from rudder.server.engine.adapter import (
     AsyncLLM,
     EngineDeadError,
@@ -45,8 +46,8 @@ RELEASE_TIMEOUT_S = 0.5
 class Engine:
     """A running vLLM engine with its bank, telemetry and admission; `start.start_engine` builds it.
 
-    `epoch`: identifies this start. `self_tested`: `selftest.run` has passed. `queues`: of the outputs of all calls in
-    vLLM, by handle.
+    `concepts`: steering concepts by bundle. `epoch`: identifies this start. `self_tested`: `selftest.run` has passed.
+    `queues`: of the outputs of all calls in vLLM, by handle.
     """
 
     llm: AsyncLLM
@@ -57,6 +58,7 @@ class Engine:
     admission: Admission
     hub: Hub
     metrics: Metrics
+    concepts: dict[str, Concepts] = field(default_factory=dict)
     epoch: str = field(default_factory=lambda: secrets.token_hex(8))
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     handles: Iterator[int] = field(default_factory=lambda: count(1))

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rudder.sae_models import concepts
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.bundle.bundle import Bundle
+from rudder.sae_models.concepts import ConceptError, Concepts
 from rudder.sae_models.sae import Normalisation, row_norms
 from rudder.sae_models.token_model import vocabulary_sha256
 from rudder.sae_models.tokens import text_encoder
@@ -49,7 +51,7 @@ async def start_engine(
 
     `check` is called before vLLM is started, and raises if what the caller will load cannot be served. `selftest.run`
     must pass before the engine serves. A start that fails or is cancelled shuts vLLM down. Raises ConfigError,
-    BundleError, ProgramFileError, ProgramError, EngineStartError, and what `check` raises.
+    BundleError, ProgramFileError, ProgramError, ConceptError, EngineStartError, and what `check` raises.
     """
     loop = asyncio.get_running_loop()
     adapter.check_limits(config.limits)
@@ -100,8 +102,9 @@ def check_programs(
 ) -> None:
     """Compile all programs and watched features, as `build_engine` does once the model is loaded, and call `check`.
 
-    Raises ProgramFileError, ProgramError.
+    Raises ProgramFileError, ProgramError, ConceptError.
     """
+    load_concepts(served)
     width = next(iter(served.values())).manifest.model.hidden_size
     registry = registry_of(layout, width, served, config)
     compile_folder(config.programs.folder, registry, "program")
@@ -133,7 +136,7 @@ def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], confi
     )
     metrics.watch_admission(admission.usage)
     hub = Hub(metrics.feature_totals, admission.release)
-    engine = Engine(llm, model, registry, served, programs, admission, hub, metrics)
+    engine = Engine(llm, model, registry, served, programs, admission, hub, metrics, concepts=load_concepts(served))
     if engine.exclusion != Exclusion():
         values = fields(positions=len(engine.exclusion.positions), tokens=len(engine.exclusion.tokens))
         logger.info("left out of reading, statistics and edits: the SAEs were not trained on them", extra=values)
@@ -192,6 +195,23 @@ def load_bundles(config: Config) -> dict[str, Bundle]:
     if len(set(sites)) < len(sites):
         raise ConfigError("engine.bundles", "two bundles are for the same site")
     return dict(zip(names, loaded, strict=True))
+
+
+def load_concepts(served: dict[str, Bundle]) -> dict[str, Concepts]:
+    """Load the steering concepts of the bundles that have some. ConceptError: they are of another bundle or model."""
+    files = {name: bundle.path / concepts.FILE for name, bundle in served.items()}
+    return {name: concepts_of(served[name], file) for name, file in files.items() if file.is_file()}
+
+
+def concepts_of(bundle: Bundle, file: Path) -> Concepts:
+    """Read the steering concepts of a bundle. ConceptError: they are of another one."""
+    content, manifest = concepts.read(file), bundle.manifest
+    if problem := concepts.fits(content, manifest.name, manifest.site, manifest.model.sha256, manifest.files):
+        raise ConceptError(f"{file}: {problem}")
+    rows = (row for concept in content.concepts for candidate in concept.candidates for row in candidate.rows)
+    if unknown := [row.index for row in rows if not 0 <= row.index < manifest.latents]:
+        raise ConceptError(f"{file}: {manifest.name} has latents 0 to {manifest.latents - 1}, not {unknown[0]}")
+    return content
 
 
 def layout_of(config: Config, served: dict[str, Bundle]) -> Layout:

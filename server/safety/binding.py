@@ -120,6 +120,10 @@ class Binding:
             self.named[name] = compile_program(program, registry, limits=self.limits, field=field)
         return self.named[name]
 
+    def compile_topic(self, program: program_pb2.Program, registry: Registry, field: str) -> Compiled:
+        """Compile the program of a topic, whose doses vary with its strength. Raises ProgramError likewise."""
+        return compile_program(program, registry, limits=self.limits, field=field)
+
     def compile_own(self, program: program_pb2.Program, registry: Registry, field: str) -> Compiled:
         """Compile a caller's own program within rights and limits. Raises ProgramError likewise."""
         self.require_rights(program, field)

@@ -1,7 +1,7 @@
 """Start an engine together with the policies of the configuration, so that it never serves without them."""
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,15 +14,17 @@ from rudder.server.engine.start import pin_features, start_engine, watched_rows
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.program import wire
 from rudder.server.program.errors import ProgramError
-from rudder.server.program.named import load_policies
+from rudder.server.program.named import load_policies, program_files
 from rudder.server.program.rows import Registry, check_capacity
 from rudder.server.safety.binding import stages_needed
 from rudder.server.safety.policy import Policy, compile_policy
 from rudder.server.safety.problems import PolicyInvalid, Problem
 from rudder.server.safety.store import PolicyStore
-from rudder.v1 import policy_pb2
+from rudder.v1 import policy_pb2, program_pb2
 
 Messages = Mapping[Path, policy_pb2.Policy]
+# (site, row)
+Watchable = tuple[str, program_pb2.Row]
 
 
 async def start_with_policies(config: Config, metrics: Metrics | None = None) -> tuple[Engine, PolicyStore]:
@@ -33,22 +35,27 @@ async def start_with_policies(config: Config, metrics: Metrics | None = None) ->
     loop = asyncio.get_running_loop()
     config = await loop.run_in_executor(None, preflight.check, config)
     folder = Path(config.policies.folder) if config.policies.folder else None
+    # Read first: a file that changes meanwhile is one that has changed since.
+    contents = {path: path.read_bytes() for path in program_files(folder)} if folder else {}
     messages: Messages = await loop.run_in_executor(None, load_policies, folder) if folder else {}
-    contents = {path: path.read_bytes() for path in messages}
     engine = await start_engine(with_stages(config, messages), metrics, partial(check_policies, messages))
     try:
         store = PolicyStore(engine, folder, config.policies.allow_uncertified)
         watched = [(feature.site, feature.row) for message in messages.values() for feature in message.watch]
         if watched:
-            configured = watched_rows(config, engine.bundles)
-            await pin_features(engine, [*configured, *(row for row in watched if row not in configured)])
+            await pin_features(engine, distinct([*watched_rows(config, engine.bundles), *watched]))
         for path, message in messages.items():
             policy = await store.apply(message, str(path))
-            store.files[path] = contents[path], policy.name
+            store.files[path] = contents.get(path, b""), policy.name
     except BaseException:
         await engine.stop()
         raise
     return engine, store
+
+
+def distinct(features: Sequence[Watchable]) -> list[Watchable]:
+    """Return features without those that are there before: each has one series in Prometheus."""
+    return [feature for number, feature in enumerate(features) if feature not in features[:number]]
 
 
 def with_stages(config: Config, messages: Messages) -> Config:

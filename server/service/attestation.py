@@ -18,6 +18,7 @@ def attestation_of(call: CallRecord, choice: ChoiceRecord, engine_epoch: str) ->
         gates=[gate_count(gate, call) for gate in choice.gates],
         request_id=call.request_id,
         policies=[applied_policy(policy, call, choice) for policy in call.policies],
+        topic=call.topic,
     )
 
 

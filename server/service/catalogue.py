@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rudder.sae_models.bundle import semantic
 from rudder.sae_models.bundle.bundle import Bundle
-from rudder.sae_models.bundle.catalogue import QUANTILES, Catalogue, Context, Latent, Summary, Word
+from rudder.sae_models.bundle.catalogue import QUANTILES, Catalogue, Context, Latent, Summary, Word, by_output
 from rudder.sae_models.bundle.semantic import MeaningUnknown
 from rudder.server.service import limits
 from rudder.server.service.errors import invalid
@@ -67,12 +67,27 @@ async def list_features(
 async def search_features(
     serving: Serving, request: catalogue_pb2.FeatureServiceSearchRequest
 ) -> catalogue_pb2.FeatureServiceSearchResponse:
-    """Return latents by the words of their labels, or by what labels mean."""
+    """Return latents by the words of their labels, or by what labels mean; for steering by output score.
+
+    Raises Refusal if the catalogue has no meanings, or no output scores.
+    """
     limits.check(request, serving.bounds)
     bundle = requested_bundle(serving.engine, request.bundle)
-    search = search_by_meaning if request.by_meaning else Catalogue.search
-    matches = await asyncio.to_thread(search, bundle.catalogue, request.query, request.limit or DEFAULT_SEARCH_LIMIT)
+    if request.for_steering and not bundle.catalogue.has_output_scores:
+        raise invalid("for_steering", f"{bundle.manifest.name} has no output scores: see `rudder steer scores`")
+    matches = await asyncio.to_thread(
+        search, bundle.catalogue, request.query, request.limit or DEFAULT_SEARCH_LIMIT,
+        by_meaning=request.by_meaning, for_steering=request.for_steering,
+    )  # fmt: skip
     return catalogue_pb2.FeatureServiceSearchResponse(features=summaries_of(bundle, matches))
+
+
+def search(reader: Catalogue, words: str, limit: int, *, by_meaning: bool, for_steering: bool) -> list[Summary]:
+    """Return up to `limit` latents that a search finds, best first. By meaning, only their order changes."""
+    if not by_meaning:
+        return reader.search(words, limit, for_steering=for_steering)
+    found = search_by_meaning(reader, words, limit)
+    return sorted(found, key=by_output, reverse=True) if for_steering else found
 
 
 def search_by_meaning(reader: Catalogue, words: str, limit: int) -> list[Summary]:
@@ -101,6 +116,8 @@ def summary_of(bundle: Bundle, summary: Summary) -> catalogue_pb2.FeatureSummary
         label_score=summary.label_score,
         label_error=summary.label_error,
         intervention=summary.intervention,
+        output_score=summary.output_score,
+        input_score=summary.input_score,
     )
 
 

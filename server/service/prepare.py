@@ -20,6 +20,7 @@ from rudder.server.service.errors import invalid
 from rudder.server.service.prompt import prompt_ids, written_ids
 from rudder.server.service.sampling import sampling_of
 from rudder.server.service.serving import Serving, bundle_at_site, feature_info
+from rudder.server.service.topics import program_of, resolve_topic
 from rudder.v1 import inference_pb2
 
 Request = inference_pb2.GenerateRequest | inference_pb2.CompleteRequest | inference_pb2.InspectRequest
@@ -29,12 +30,16 @@ LOGPROB_BYTES = 9
 
 @dataclass(frozen=True)
 class Job:
-    """A request ready to run: one call per choice. `inspects`: nothing that is generated is of interest."""
+    """A request ready to run: one call per choice. `inspects`: nothing that is generated is of interest.
+
+    `topic`: what the request's topic stands for, None without one.
+    """
 
     calls: tuple[Call, ...]
     report: inference_pb2.Report
     features: FeatureTable
     inspects: bool = False
+    topic: inference_pb2.ResolvedTopic | None = None
 
     @property
     def program_digest(self) -> str:
@@ -50,7 +55,8 @@ async def prepare(serving: Serving, caller: Caller, request: Request, binding: B
     serving.quotas.require(caller, "prompt_tokens", "QUOTA_TOKENS")
     serving.quotas.require(caller, "generated_tokens", "QUOTA_TOKENS")
     binding.check_fields(request)
-    program = requested_program(serving, request.steering, binding)
+    topic = requested_topic(serving, request.steering)
+    program = requested_program(serving, request.steering, topic, binding)
     binding.check_report(request.report.features, serving.engine.registry, "report.features")
     sites = top_k_sites(serving, request.report)
     ids = await tokenised(serving, caller, request.prompt, binding)
@@ -72,7 +78,7 @@ async def prepare(serving: Serving, caller: Caller, request: Request, binding: B
     )
     table = FeatureTable([watched_feature_info(serving, w) for w in report.features], sites, info_lookup(serving))
     if isinstance(request, inference_pb2.InspectRequest):
-        return Job((call,), report, table, inspects=True)
+        return Job((call,), report, table, inspects=True, topic=topic)
     interval = request.stream_interval if isinstance(request, inference_pb2.GenerateRequest) else 0
     beyond = tokens_beyond(binding.policies)
     sampling = with_max_tokens(request.sampling, len(ids), serving.engine.model.max_model_len - beyond)
@@ -83,11 +89,27 @@ async def prepare(serving: Serving, caller: Caller, request: Request, binding: B
         await serving.in_tokenizer_thread(caller, chars, lambda tokenizer: check_bad_words(first, tokenizer))
     choices = range(sampling.n or 1)
     calls = tuple(replace(call, sampling=sampling_of(sampling, choice, interval)) for choice in choices)
-    return Job(calls, report, table)
+    return Job(calls, report, table, topic=topic)
 
 
-def requested_program(serving: Serving, steering: inference_pb2.Steering, binding: Binding) -> Compiled | None:
-    """Return the request's program, compiled: the operator's of that name, or its own. Both obey the policies."""
+def requested_topic(serving: Serving, steering: inference_pb2.Steering) -> inference_pb2.ResolvedTopic | None:
+    """Return what the request's topic stands for; None without one."""
+    return resolve_topic(steering.topic, serving.engine.concepts) if steering.HasField("topic") else None
+
+
+def requested_program(
+    serving: Serving,
+    steering: inference_pb2.Steering,
+    topic: inference_pb2.ResolvedTopic | None,
+    binding: Binding,
+) -> Compiled | None:
+    """Return the request's program, compiled: the operator's of that name, its own, or that of its topic.
+
+    All obey the policies.
+    """
+    if topic is not None:
+        # The operator's as a named program is: its rows and doses are in a file beside the bundle.
+        return binding.compile_topic(program_of(topic), serving.engine.registry, "steering.topic")
     match steering.WhichOneof("steering"):
         case "name":
             if steering.name not in serving.engine.programs:

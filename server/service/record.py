@@ -18,6 +18,7 @@ from rudder.server.safety.binding import UNBOUND, Binding
 from rudder.server.safety.policy import Policy
 from rudder.server.safety.verdicts import Findings, Refusing, Verdict
 from rudder.server.service.errors import Refusal
+from rudder.v1 import inference_pb2
 
 MAX_LOGGED_FIELDS = 4
 
@@ -114,8 +115,9 @@ def stages_run(call: Call, policies: Sequence[Policy]) -> list[StageRun]:
 class CallRecord:
     """One call. Times are of `time.monotonic`, durations in seconds.
 
-    `binding`: the policies that bind it, as when it began. `outcome`: OK, a key of `errors.REASONS`, CANCELLED
-    or DEADLINE_EXCEEDED; empty while the call runs. `audited`: its audit entry was handed over.
+    `binding`: the policies that bind it, as when it began. `topic`: what the request's topic stood for. `outcome`: OK,
+    a key of `errors.REASONS`, CANCELLED or DEADLINE_EXCEEDED; empty while the call runs. `audited`: its audit entry
+    was handed over.
     """
 
     method: str
@@ -125,6 +127,7 @@ class CallRecord:
     started: float = field(default_factory=time.monotonic)
     program_digest: str = ""
     binding: Binding = UNBOUND
+    topic: inference_pb2.ResolvedTopic | None = None
     prompt_tokens: int = 0
     choices: list[ChoiceRecord] = field(default_factory=list)
     first_token_s: float | None = None

@@ -23,6 +23,7 @@ Emit = Callable[[inference_pb2.ChoiceDelta], Awaitable[None]]
 async def run(serving: Serving, job: Job, record: CallRecord, emit: Emit) -> None:
     """Run all choices of a job at once. Each delta goes to `emit`, one at a time."""
     record.program_digest = job.program_digest
+    record.topic = job.topic
     record.prompt_tokens = len(job.calls[0].prompt_ids)
     record.choices = [ChoiceRecord() for _ in job.calls]
     emitting = asyncio.Lock()

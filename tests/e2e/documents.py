@@ -25,3 +25,10 @@ def blocks() -> list[Block]:
         for path in DOCUMENTS
         for number, match in enumerate(FENCE.finditer(path.read_text()))
     ]
+
+
+def not_shown(output: str) -> float:
+    """Return the share of the lines of README's excerpt of the tour that an output of the tour has not."""
+    (shown,) = [block.text for block in blocks() if block.text.startswith("1. Steering")]
+    excerpt, lines = [line for line in shown.splitlines() if line.strip()], set(output.splitlines())
+    return sum(line not in lines for line in excerpt) / len(excerpt)

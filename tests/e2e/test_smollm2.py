@@ -19,9 +19,12 @@ from rudder.server.models.package import DownloadError
 from rudder_client import Client, Report
 from rudder_client.requests import Chat
 from tests.e2e.conftest import Running, running
+from tests.e2e.documents import not_shown
 
 pytestmark = [pytest.mark.e2e, pytest.mark.network]
 TEXT = "Tuberculosis is caused by a bacterium, and the Moon goes round the Earth once a month."
+# Mean log-probability of a token, in nats, that the plain model gives to what is language, if not its own.
+LANGUAGE = -3.0
 ABOUT_SKY = "The stars and planets of the galaxy can be seen with a telescope."
 # Pairs of a question and what the model knows.
 MICROBIOLOGY = (
@@ -34,6 +37,11 @@ OTHER = (
     ("What does a baker do?", "A baker makes bread and cakes."),
     ("Who wrote Hamlet?", "Hamlet was written by William Shakespeare."),
 )
+NEIGHBOURS = (
+    ("What does the liver do?", "The liver cleans the blood and makes bile."),
+    ("What causes diabetes?", "Diabetes is caused by a lack of insulin, or by cells that do not respond to it."),
+    ("How do plants make food?", "Plants make sugar from water, carbon dioxide and sunlight."),
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +53,12 @@ def model() -> Path:
 
 
 @pytest.fixture(scope="module")
-def fields(model: Path) -> dict[str, str]:
-    """The fields of the demo; those of the model alone where its bundles are not part of the tree."""
-    try:
-        return served.instruct_fields()
-    except served.BundleMissing:
-        return {"engine.model": str(model), "engine.bundles": "[]", "engine.sites": "[layers.14.resid_post]"} | {
-            "programs.folder": "null"
-        }
-
-
-@pytest.fixture(scope="module")
-def smollm2(fields: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    small = {"engine.max_model_len": "1024", "watch": "[]"}
-    with running(tmp_path_factory.mktemp("smollm2"), **fields | small) as started:
+def smollm2(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server of what the demo shows."""
+    served.require_programs()
+    fields = served.fields_of(served.INSTRUCT, pytest.fail) | {"engine.max_model_len": "1024", "watch": "[]"}
+    assert fields["engine.model"] == str(model)
+    with running(tmp_path_factory.mktemp("smollm2"), **fields) as started:
         yield started
 
 
@@ -66,14 +66,6 @@ def smollm2(fields: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
 def chat(smollm2: Running) -> Iterator[Client]:
     with Client(smollm2.address, timeout=120) as connected:
         yield connected
-
-
-@pytest.fixture(scope="module")
-def steered(chat: Client) -> Client:
-    """The client of a server that has the programs."""
-    if not chat.programs():
-        pytest.skip("no program of the model is part of this tree")
-    return chat
 
 
 def question(text: str) -> list[dict[str, str]]:
@@ -124,41 +116,38 @@ def test_answer_is_streamed_and_ends_by_itself(chat: Client) -> None:
     assert chunks[-1].finish_reason == "stop"
 
 
-@pytest.mark.parametrize("ending", ["-light", ""])
-def test_topic_comes_into_answers_that_stay_language(steered: Client, ending: str) -> None:
-    rise = log_prob(steered, "How do you feel today?", ABOUT_SKY, f"more-astronomy{ending}") - log_prob(
-        steered, "How do you feel today?", ABOUT_SKY
-    )
-    assert rise > (0.2 if ending else 0.4)
-    answer = reply(steered, "How do you feel today?", f"more-astronomy{ending}")
-    assert log_prob(steered, "How do you feel today?", answer) > -3
+@pytest.mark.parametrize(("ending", "least"), [("-light", 0.2), ("", 0.4)])
+def test_topic_comes_into_answers_that_stay_language(chat: Client, ending: str, least: float) -> None:
+    asked, program = "How do you feel today?", f"more-astronomy{ending}"
+    assert difference(chat, [(asked, ABOUT_SKY)], program)[0] > least
+    assert log_prob(chat, asked, reply(chat, asked, program)) > LANGUAGE
 
 
-def test_topic_leaves_answers(steered: Client) -> None:
+def test_topic_leaves_answers(chat: Client) -> None:
     asked = "What do astronomers study?"
-    assert log_prob(steered, asked, ABOUT_SKY, "less-astronomy") < log_prob(steered, asked, ABOUT_SKY) - 0.2
-    answer = reply(steered, asked, "less-astronomy")
-    assert log_prob(steered, asked, answer) > -3
+    assert difference(chat, [(asked, ABOUT_SKY)], "less-astronomy")[0] < -0.2
+    assert log_prob(chat, asked, reply(chat, asked, "less-astronomy")) > LANGUAGE
 
 
-def test_answers_on_microbiology_are_forgotten_and_others_are_not(steered: Client) -> None:
-    assert statistics.fmean(difference(steered, MICROBIOLOGY, "forget-microbiology")) < -0.5
-    assert statistics.fmean(map(abs, difference(steered, OTHER, "forget-microbiology"))) < 0.1
-    for asked, _ in (*MICROBIOLOGY, *OTHER):
-        assert log_prob(steered, asked, reply(steered, asked, "forget-microbiology")) > -3
+def test_answers_on_microbiology_are_forgotten_and_others_are_not(chat: Client) -> None:
+    assert statistics.fmean(difference(chat, MICROBIOLOGY, "forget-microbiology")) < -0.5
+    assert statistics.fmean(map(abs, difference(chat, OTHER, "forget-microbiology"))) < 0.1
+    assert statistics.fmean(map(abs, difference(chat, NEIGHBOURS, "forget-microbiology"))) < 0.2
+    for asked, _ in (*MICROBIOLOGY, *OTHER, *NEIGHBOURS):
+        assert log_prob(chat, asked, reply(chat, asked, "forget-microbiology")) > LANGUAGE
 
 
-def test_labelled_features_are_watched(steered: Client) -> None:
-    tokens = steered.inspect(TEXT, report=Report(top_k=16)).tokens
+def test_labelled_features_are_watched(chat: Client) -> None:
+    tokens = chat.inspect(TEXT, report=Report(top_k=16)).tokens
     assert any(a.feature.label for token in tokens for a in token.activations)
     assert all(math.isfinite(a.value) for token in tokens for a in token.activations)
 
 
-@pytest.mark.usefixtures("steered")
-@pytest.mark.usefixtures("steered")
-def test_tour_of_it_succeeds_and_leaves_other_topics_alone(smollm2: Running) -> None:
+def test_tour_of_it_is_as_the_readme_shows_and_leaves_other_topics_alone(smollm2: Running) -> None:
+    """Nearly: processors round differently, so an answer may take another turn."""
     metrics = f"http://127.0.0.1:{smollm2.metrics_port}/metrics"
     command = [sys.executable, "-m", "rudder_client.tour", smollm2.address, metrics]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("the same, letter by letter") >= 2
+    assert done.stdout.count("the same, letter by letter") == 3
+    assert not_shown(done.stdout) <= 0.5, done.stdout

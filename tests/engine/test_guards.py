@@ -341,7 +341,7 @@ async def test_chunks_and_preemption_do_not_change_verdicts(engine: Engine) -> N
         assert (ours.refusal, ours.finish_reason) == (expected.refusal, expected.finish_reason)
         # Outputs of several tokens wait for the last of them.
         assert list(ours.token_ids) == list(expected.token_ids[: len(ours.token_ids)])
-        assert len(ours.token_ids) >= len(expected.token_ids) - 2
+        assert len(ours.token_ids) >= len(expected.token_ids) - (8 if ours.finish_reason == REFUSED else 0)
 
 
 async def test_prompt_in_chunks_is_judged_at_the_same_token(engine: Engine) -> None:

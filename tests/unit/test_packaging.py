@@ -72,7 +72,8 @@ def test_pretrained_wheel_has_the_model_the_bundles_and_the_programs(wheels: dic
     assert PRETRAINED + "textbook-lm-layers.2/catalogue.sqlite.xz" in contents(wheels["rudder-pretrained"])
     for layer in (9, 14):
         assert PRETRAINED + f"smollm2-135m-layers.{layer}/manifest.json" in contents(wheels["rudder-pretrained"])
-    assert PRETRAINED + "programs/forget-microbiology.yaml" in contents(wheels["rudder-pretrained"])
+    for folder in ("", "smollm2-135m-instruct/"):
+        assert PRETRAINED + f"programs/{folder}forget-microbiology.yaml" in contents(wheels["rudder-pretrained"])
 
 
 def test_wheels_share_the_namespace_package(wheels: dict[str, Path]) -> None:

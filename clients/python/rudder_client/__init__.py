@@ -12,7 +12,7 @@ from rudder_client.aio import AsyncClient, AsyncStream
 from rudder_client.client import Client, Stream
 from rudder_client.errors import FieldViolation, RudderError
 from rudder_client.program import Feature, Probe, Program, Vector
-from rudder_client.requests import Chat, Message, Report, Sampling, Structured
+from rudder_client.requests import Chat, Message, Report, Sampling, Structured, Topic
 from rudder_client.results import (
     Activation,
     AppliedPolicy,
@@ -26,7 +26,10 @@ from rudder_client.results import (
     Logprobs,
     PooledActivation,
     Refusal,
+    ResolvedTopic,
     Token,
+    TopicCandidate,
+    TopicRow,
     Usage,
     Verdict,
 )
@@ -54,11 +57,15 @@ __all__ = [
     "Program",
     "Refusal",
     "Report",
+    "ResolvedTopic",
     "RudderError",
     "Sampling",
     "Stream",
     "Structured",
     "Token",
+    "Topic",
+    "TopicCandidate",
+    "TopicRow",
     "Usage",
     "Vector",
     "Verdict",

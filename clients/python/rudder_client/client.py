@@ -181,11 +181,17 @@ class Client(wire.ForkGuard):
             request.page_token = page.next_page_token
 
     def search(
-        self, words: str, *, bundle: str = "", limit: int = 20, by_meaning: bool = False
+        self,
+        words: str,
+        *,
+        bundle: str = "",
+        limit: int = 20,
+        by_meaning: bool = False,
+        for_steering: bool = False,
     ) -> list[catalogue_pb2.FeatureSummary]:
-        """Search latents by words of their label, or by its meaning; best match first."""
+        """Search latents by words of their label, or by its meaning; best match first, for steering by output score."""
         request = catalogue_pb2.FeatureServiceSearchRequest(
-            bundle=bundle, query=words, limit=limit, by_meaning=by_meaning
+            bundle=bundle, query=words, limit=limit, by_meaning=by_meaning, for_steering=for_steering
         )
         with translated():
             return list(self.catalogue.Search(request, timeout=self.timeout, metadata=self.metadata).features)

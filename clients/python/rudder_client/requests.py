@@ -66,7 +66,22 @@ class Chat:
 # A message of a chat: `role` and `content`.
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message] | Chat
-Steer = Program | program_pb2.Program | str | None
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A topic to steer towards: a concept of a served bundle, by name or word.
+
+    `strength`: share, at most 1, of the largest dose that keeps texts within budgets of fluency; by default 1. `kl`:
+    the dose by its divergence from the unsteered model instead, in nats per generated token.
+    """
+
+    topic: str
+    strength: float | None = None
+    kl: float | None = None
+
+
+Steer = Program | program_pb2.Program | Topic | str | None
 
 
 @dataclass(frozen=True)
@@ -133,7 +148,7 @@ def truncated(prompt: inference_pb2.Prompt, sampling: Sampling) -> inference_pb2
 
 
 def steering_message(steer: Steer) -> inference_pb2.Steering | None:
-    """Convert a program, or the name of one of the server's."""
+    """Convert a program, the name of one of the server's, or a topic."""
     match steer:
         case None:
             return None
@@ -141,7 +156,16 @@ def steering_message(steer: Steer) -> inference_pb2.Steering | None:
             return inference_pb2.Steering(name=steer)
         case Program():
             return inference_pb2.Steering(program=steer.message)
+        case Topic():
+            return inference_pb2.Steering(topic=topic_message(steer))
     return inference_pb2.Steering(program=steer)
+
+
+def topic_message(steer: Topic) -> inference_pb2.TopicSteering:
+    """Convert a topic. ValueError: it has a strength and a divergence."""
+    if steer.strength is not None and steer.kl is not None:
+        raise ValueError("Topic: give strength or kl, not both")
+    return inference_pb2.TopicSteering(topic=steer.topic, strength=steer.strength, kl=steer.kl)
 
 
 def report_message(report: Report | None) -> inference_pb2.Report | None:

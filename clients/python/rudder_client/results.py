@@ -137,11 +137,52 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class TopicRow:
+    """A latent that a topic stands for. `dose`: norm of the displacement along it as a share of ||x||.
+
+    `output_score`, `input_score`: of arXiv 2505.20063; None if not measured.
+    """
+
+    index: int
+    label: str
+    dose: float
+    output_score: float | None
+    input_score: float | None
+
+
+@dataclass(frozen=True)
+class TopicCandidate:
+    """Rows with which a topic was tried. `score`: mean probability that texts steered by them are on the topic."""
+
+    kind: str
+    rows: tuple[TopicRow, ...]
+    score: float
+
+
+@dataclass(frozen=True)
+class ResolvedTopic:
+    """What a topic stood for. `strength`: 1 is the largest dose within budgets of fluency.
+
+    `dose`: norm of the displacement as a share of ||x||. `kl`: divergence from the unsteered model at this dose, in
+    nats per generated token, as calibrated. `runner_up`: the candidate that came second, if there is one.
+    """
+
+    concept: str
+    bundle: str
+    site: str
+    strength: float
+    dose: float
+    kl: float
+    chosen: TopicCandidate
+    runner_up: TopicCandidate | None
+
+
+@dataclass(frozen=True)
 class Attestation:
     """The edits that ran, counted in the engine's worker. `tokens_seen`: tokens that the model computed.
 
     `gates`: of the program and of the policies. `request_id`: the call that this was. `policies`: those that bound the
-    call, in the order in which they apply.
+    call, in the order in which they apply. `topic`: what the request's topic stood for.
     """
 
     program_digest: str
@@ -152,6 +193,7 @@ class Attestation:
     gates: tuple[GateCount, ...] = ()
     request_id: str = ""
     policies: tuple[AppliedPolicy, ...] = ()
+    topic: ResolvedTopic | None = None
 
 
 @dataclass(frozen=True)
@@ -308,7 +350,37 @@ def attestation_of(attestation: inference_pb2.Attestation) -> Attestation:
             )
             for policy in attestation.policies
         ),
+        topic=topic_of(attestation.topic) if attestation.HasField("topic") else None,
     )
+
+
+def topic_of(topic: inference_pb2.ResolvedTopic) -> ResolvedTopic:
+    """Convert what a topic stood for."""
+    return ResolvedTopic(
+        concept=topic.concept,
+        bundle=topic.bundle,
+        site=topic.site,
+        strength=topic.strength,
+        dose=topic.dose,
+        kl=topic.kl,
+        chosen=candidate_of(topic.chosen),
+        runner_up=candidate_of(topic.runner_up) if topic.HasField("runner_up") else None,
+    )
+
+
+def candidate_of(candidate: inference_pb2.TopicCandidate) -> TopicCandidate:
+    """Convert a candidate of a topic."""
+    rows = (
+        TopicRow(row.index, row.label, row.dose, *(optional(row, name) for name in ("output_score", "input_score")))
+        for row in candidate.rows
+    )
+    return TopicCandidate(candidate.kind, tuple(rows), candidate.score)
+
+
+def optional(message: inference_pb2.TopicRow, field: str) -> float | None:
+    """Return a number of a message; None if it is absent."""
+    value: float = getattr(message, field)
+    return value if message.HasField(field) else None
 
 
 def completion_of(response: inference_pb2.CompleteResponse) -> Completion:

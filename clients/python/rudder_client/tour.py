@@ -9,6 +9,7 @@ starts one for this tour, and adds a step that compares with plain vLLM.
 import sys
 import textwrap
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from urllib.request import ProxyHandler, build_opener
 
 from rudder.v1 import catalogue_pb2
@@ -60,9 +61,17 @@ def show(name: str, text: str) -> None:
     sys.stdout.flush()
 
 
-def answer(client: Client, words: Words, prompt: str, program: str | None) -> str:
-    """Return what the model says, with a program of the server or without one."""
-    return client.complete(words.prompt(prompt), steer=program, **words.sampling).choices[0].text
+def answers(client: Client, words: Words, asked: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Return what the model says to prompts, each with a program of the server or without one.
+
+    They are asked at once: requests with different programs, and without one, run in one batch.
+    """
+
+    def answer(prompt: str, program: str | None) -> str:
+        return client.complete(words.prompt(prompt), steer=program, **words.sampling).choices[0].text
+
+    with ThreadPoolExecutor(len(asked)) as threads:
+        return list(threads.map(answer, *zip(*asked, strict=True)))
 
 
 def steer(client: Client, words: Words) -> None:
@@ -74,8 +83,10 @@ def steer(client: Client, words: Words) -> None:
     )
     for direction, prompt in (("more", words.up), ("less", words.down)):
         show("prompt", prompt)
-        for program in (None, *(f"{direction}-{TOPIC}{strength}" for strength in STRENGTHS)):
-            show(program or "plain", answer(client, words, prompt, program))
+        programs = (None, *(f"{direction}-{TOPIC}{strength}" for strength in STRENGTHS))
+        texts = answers(client, words, [(prompt, program) for program in programs])
+        for program, text in zip(programs, texts, strict=True):
+            show(program or "plain", text)
         print()
 
 
@@ -123,8 +134,9 @@ def unlearn(client: Client, words: Words) -> None:
         "With the program the model has no answer to the first three any more. It answers the others as before: where"
         " not one letter differs, the line says so.",
     )
-    for prompt in (*words.forgotten, *words.kept):
-        plain, forgetting = (answer(client, words, prompt, program) for program in (None, UNLEARNING))
+    prompts = (*words.forgotten, *words.kept)
+    texts = answers(client, words, [(prompt, program) for program in (None, UNLEARNING) for prompt in prompts])
+    for prompt, plain, forgetting in zip(prompts, texts, texts[len(prompts) :], strict=False):
         show("prompt", prompt)
         show("plain", plain)
         show(UNLEARNING, "the same, letter by letter" if plain == forgetting else forgetting)

@@ -16,6 +16,11 @@ EVALUATIONS = {
     "redteam": "attacks on a server that policies protect, each with a control",
 }
 
+EXAMPLES = """\
+examples:
+  rudder eval steering BUNDLE --model MODEL --corpus textbooks.jsonl.xz --book astronomy --json steering.json
+"""
+
 
 def main(argv: Sequence[str]) -> int:
     """Run an evaluation."""

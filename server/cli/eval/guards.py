@@ -16,9 +16,10 @@ from rudder.sae_models.activations import corpus
 from rudder.sae_models.activations.corpus import ContextRule
 from rudder.sae_models.analysis import exchanges, guard_training
 from rudder.sae_models.analysis import guard_evaluation as evaluation
+from rudder.sae_models.analysis import program as messages
 from rudder.sae_models.analysis.derive import Topic
 from rudder.sae_models.analysis.exchanges import REPORT, TRAIN, TUNE, Exchange, Prompt
-from rudder.sae_models.analysis.guard_evaluation import ARMS, RESIDUAL, TEXT, Measured
+from rudder.sae_models.analysis.guard_evaluation import ARMS, RESIDUAL, TEXT, TOKENS, Fitted, Measured
 from rudder.sae_models.analysis.guard_training import Rig
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.bundle.bundle import Bundle
@@ -32,13 +33,13 @@ examples:
   rudder eval guards --corpus textbooks.jsonl.xz --json topic.json
   rudder eval guards --prompts prompts.jsonl --chat-model MODEL --chat-bundle BUNDLE --json harmful.json
 """
-TRAIN_TOKENS, TRAIN_PER_SECTION, REPORT_PER_SECTION = 256, 4, 3
-LONGEST, EXCERPT, EXCERPTS = 1000, 200, 40
+TRAIN_TOKENS, TRAIN_PER_SECTION, REPORT_PER_SECTION = 256, 4, 2
+LONGEST, EXCERPT, EXCERPTS = 1000, 200, 20
 # Tokens before and behind an excerpt, by the name of the padding.
 PADDINGS = {"0": (0, 0), "400": (400, 0), "800": (800, 0), "400_around": (200, 200)}
 STREAM = "400"
-# Of prompts: one padding, of text in the same message, and how many prompts of either class.
-PADDED_PROMPTS, PADDING_CHARACTERS = 20, 1700
+# Of prompts: one padding, of text in the same message.
+PADDING_CHARACTERS = 1700
 
 
 def main(argv: Sequence[str]) -> None:
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     """Build the parser."""
     guards = command("eval guards", "Measure guards of a topic, and of harmful requests.", EXAMPLES)
     guards.add_argument("--json", type=Path, required=True, help="file of the figures, each with its 95 %% interval")
+    guards.add_argument("--guards", type=Path, help="folder: write the guards that were measured to it")
     guards.add_argument("--corpus", type=Path, help="labelled corpus: measure a guard of a topic")
     guards.add_argument("--topic", action="append", help="book to notice (microbiology)")
     guards.add_argument("--neighbour", action="append", help="book close to it (anatomy-physiology, chemistry)")
@@ -71,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
     guards.add_argument("--chat-bundle", type=Path, help="bundle of the chat model")
     guards.add_argument("--chat-site", action="append", default=[], help="read besides the site of the chat bundle")
     guards.add_argument("--texts", type=integer(1), default=3000, help="prompts of a class and split (%(default)s)")
+    guards.add_argument("--training-texts", type=integer(1), default=3000, help="of a class of prompts (%(default)s)")
+    guards.add_argument("--padded", type=integer(1), default=20, help="prompts of a class to pad (%(default)s)")
     guards.add_argument("--seeds", type=integer(1, 100), default=guard_training.SEEDS, help="(%(default)s)")
     guards.add_argument("--windows", type=integer(1), default=400, help="training texts of the topic (%(default)s)")
     guards.add_argument("--sections", type=integer(1), default=1000, help="of each benign book, at most")
@@ -103,7 +107,7 @@ def topic(options: argparse.Namespace) -> dict[str, Any]:
     def cut(split: str, tokens: int, limits: dict[str, int], per_section: int = 1) -> list[Exchange]:
         return exchanges.of_corpus(documents, rig.tokenizer, chosen, split, tokens, limits, per_section)
 
-    train = cut(TRAIN, TRAIN_TOKENS, limits, TRAIN_PER_SECTION)
+    train = exchanges.behind_benign(cut(TRAIN, TRAIN_TOKENS, limits, TRAIN_PER_SECTION), LONGEST, rig.tokenizer)
     fitted = evaluation.fit_arms(rig, train, chosen.neighbours, bundle, [e.group for e in train], options.seeds)
     benign = dict.fromkeys(set(books) - set(chosen.books), options.sections)
     hazard = dict.fromkeys(chosen.books, len(documents) * REPORT_PER_SECTION)
@@ -118,6 +122,8 @@ def topic(options: argparse.Namespace) -> dict[str, Any]:
     for arm in ARMS[:-1]:
         each = found["arms"][arm]
         each["released"] = evaluation.releases(measured, arm, each["level"], STREAM, PADDINGS[STREAM][0])
+    if options.guards:
+        write_guards(options.guards, "-".join(chosen.books), fitted, found)
     return {"topic": chosen.books, "neighbours": chosen.neighbours, **found}
 
 
@@ -140,7 +146,7 @@ def harmful(options: argparse.Namespace) -> dict[str, Any]:
     """Measure guards of harmful requests on labelled prompts."""
     if not options.chat_model or not options.chat_bundle:
         raise UserError("chat-model, chat-bundle: --prompts needs the model that reads them, and its bundle")
-    prompts = limited(exchanges.read_prompts(options.prompts), options.texts)
+    prompts = limited(exchanges.read_prompts(options.prompts), options.texts, options.training_texts)
     rig, bundle = load(options.chat_model, options.chat_bundle, options.chat_site)
 
     def of_split(split: str) -> list[Exchange]:
@@ -155,24 +161,38 @@ def harmful(options: argparse.Namespace) -> dict[str, Any]:
         evaluation.score(rig, fitted, of_split(REPORT), "report"),
         {
             name: evaluation.score(rig, fitted, exchanges.of_prompts(each, rig.tokenizer), f"padding {name}")
-            for name, each in padded_prompts(prompts).items()
+            for name, each in padded_prompts(prompts, options.padded).items()
         },
     )  # fmt: skip
-    return figures(measured)
+    found = figures(measured)
+    if options.guards:
+        write_guards(options.guards, "harmful-request", fitted, found)
+    return found
 
 
-def limited(prompts: Sequence[Prompt], texts: int) -> list[Prompt]:
+def write_guards(folder: Path, name: str, fitted: Fitted, found: dict[str, Any]) -> None:
+    """Write the guards that were measured: that of the probe, and that of the token model with its model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = f"{name}-token-ids"
+    scores = {name: fitted.probe, tokens: guard_training.save_tokens(folder / f"{tokens}.safetensors", fitted.tokens)}
+    for (each, score), arm in zip(scores.items(), (RESIDUAL, TOKENS), strict=True):
+        guard = guard_training.guard_of(each, score, guard_training.DECAY, found["arms"][arm]["level"])
+        messages.write(folder / f"{each}.yaml", guard)
+
+
+def limited(prompts: Sequence[Prompt], texts: int, training_texts: int) -> list[Prompt]:
     """Return the first prompts of each split and class."""
     members: defaultdict[tuple[str, bool], list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         members[prompt.split, prompt.label > 0.5].append(prompt)
-    return [prompt for each in members.values() for prompt in each[:texts]]
+    limits = {TRAIN: min(texts, training_texts)}
+    return [prompt for (split, _), each in members.items() for prompt in each[: limits.get(split, texts)]]
 
 
-def padded_prompts(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+def padded_prompts(prompts: Sequence[Prompt], count: int) -> dict[str, list[Prompt]]:
     """Return prompts of the report split alone, and behind benign requests of the training split in one message."""
     sides = [[p for p in prompts if p.split == REPORT and (p.label > 0.5) == side] for side in (True, False)]
-    chosen = [prompt for side in sides for prompt in side[:PADDED_PROMPTS]]
+    chosen = [prompt for side in sides for prompt in side[:count]]
     benign = [prompt.text for prompt in prompts if prompt.split == TRAIN and prompt.label <= 0.5]
     generator = random.Random(0)
     behind = [replace(each, text=f"{padding_of(benign, generator)}\n\n{each.text}") for each in chosen]

@@ -15,10 +15,10 @@ from google.protobuf import json_format
 
 import rudder_client
 from rudder.v1 import catalogue_pb2, inference_pb2, program_pb2
-from rudder_client import Feature, Probe, Program, Report, Structured, Vector
+from rudder_client import Feature, Probe, Program, Report, Structured, Topic, TopicCandidate, TopicRow, Vector
 from rudder_client.channel import seconds
 from rudder_client.requests import generate_request, prompt_message, report_message, sampling_message, steering_message
-from rudder_client.results import Names, chunk_of, completion_of, inspection_of
+from rudder_client.results import Names, attestation_of, chunk_of, completion_of, inspection_of
 
 SITE = "layers.2.resid_post"
 
@@ -78,6 +78,24 @@ def test_every_operation_of_the_contract_has_a_method(operation: str) -> None:
     oneof = program_pb2.Edit.DESCRIPTOR.oneofs_by_name["operation"]
     assert operation in [field.name for field in oneof.fields]
     assert len(oneof.fields) == 7
+
+
+def test_a_topic_has_a_strength_or_a_divergence() -> None:
+    assert steering_message(Topic("a")) == inference_pb2.Steering(topic={"topic": "a"})
+    assert steering_message(Topic("a", strength=0.5)) == inference_pb2.Steering(topic={"topic": "a", "strength": 0.5})
+    assert steering_message(Topic("a", kl=0.5)) == inference_pb2.Steering(topic={"topic": "a", "kl": 0.5})
+    with pytest.raises(ValueError, match="not both"):
+        steering_message(Topic("a", strength=0.5, kl=0.5))
+
+
+def test_an_attestation_says_what_a_topic_stood_for() -> None:
+    row = {"index": 3, "label": "star", "dose": 0.25, "output_score": 0.5}
+    topic = {"concept": "astronomy", "strength": 0.5, "chosen": {"kind": "group", "rows": [row], "score": 0.75}}
+    read = attestation_of(inference_pb2.Attestation(topic=topic)).topic
+    assert read
+    assert (read.concept, read.strength, read.runner_up) == ("astronomy", 0.5, None)
+    assert read.chosen == TopicCandidate("group", (TopicRow(3, "star", 0.25, 0.5, None),), 0.75)
+    assert attestation_of(inference_pb2.Attestation()).topic is None
 
 
 def test_add_takes_its_former_parameter() -> None:

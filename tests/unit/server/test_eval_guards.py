@@ -5,11 +5,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
+from google.protobuf.json_format import ParseDict
 
 from rudder.sae_models.analysis.exchanges import Exchange, Prompt
 from rudder.sae_models.errors import UserError
 from rudder.server import cli
 from rudder.server.cli.eval import guards
+from rudder.v1 import policy_pb2
 from tests.unit.tiny import save_corpus
 
 
@@ -18,17 +21,17 @@ def prompts(count: int) -> list[Prompt]:
 
 
 def test_prompts_are_limited_by_split_and_class() -> None:
-    kept = guards.limited(prompts(40), 3)
+    kept = guards.limited(prompts(40), 3, 2)
     assert Counter((prompt.split, prompt.label) for prompt in kept) == {
-        ("train", 1.0): 3,
-        ("train", 0.0): 3,
+        ("train", 1.0): 2,
+        ("train", 0.0): 2,
         ("report", 0.0): 3,
     }
 
 
 def test_padded_prompts_end_as_they_are_and_are_padded_with_training_texts() -> None:
     given = prompts(40)
-    found = guards.padded_prompts(given)
+    found = guards.padded_prompts(given, 3)
     plain, behind = found["0"], found[f"{guards.PADDING_CHARACTERS} characters"]
     assert [prompt.label for prompt in plain] == [prompt.label for prompt in behind]
     training = {prompt.text for prompt in given if prompt.split == "train" and prompt.label == 0}
@@ -66,9 +69,13 @@ def test_a_run_on_a_small_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(guards, "PADDINGS", {"0": (0, 0), "400": (32, 0)})
     corpus = save_corpus(tmp_path / "corpus.jsonl", 1200)
     out = tmp_path / "figures.json"
+    folder = ["--guards", str(tmp_path / "guards")]
     books = ["--topic", "book0", "--neighbour", "book1", "--windows", "60", "--seeds", "2"]
-    assert cli.main(["eval", "guards", "--json", str(out), "--corpus", str(corpus), *books]) == 0
+    assert cli.main(["eval", "guards", "--json", str(out), "--corpus", str(corpus), *books, *folder]) == 0
     found = json.loads(out.read_text())["topic"]
+    for name, arm in (("book0", "residual_probe"), ("book0-token-ids", "token_ids")):
+        content = yaml.safe_load((tmp_path / "guards" / f"{name}.yaml").read_text())
+        assert ParseDict(content, policy_pb2.Guard()).level == pytest.approx(found["arms"][arm]["level"], rel=1e-5)
     assert len(found["seeds"]) == 2
     for figures in found["arms"].values():
         assert figures["auroc"]["low"] <= figures["auroc"]["value"] <= figures["auroc"]["high"]

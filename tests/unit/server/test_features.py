@@ -11,12 +11,15 @@ from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.bundle.catalogue import Catalogue, Context, Latent, Neighbour, Summary
 from rudder.server.cli.features import features_table, print_feature
 from rudder.server.cli.output import out
+from rudder.server.config import Limits
 from rudder.server.service import catalogue as service
+from rudder.server.service.errors import Refusal
+from rudder.server.service.limits import bounds_of
 from rudder.server.service.serving import Serving
 from rudder.v1 import catalogue_pb2
 
 SCORED = Latent(
-    Summary(0, "virus; near [host]", 0.25, 3.5, "corpus", 0.875, 0.125, 0.75),
+    Summary(0, "virus; near [host]", 0.25, 3.5, "corpus", 0.875, 0.125, 0.75, 0.5, 0.25),
     ("virus",),
     (
         Context("the ", "virus", " spreads", 3.5, "biology"),
@@ -48,17 +51,34 @@ def details(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     bundle.catalogue.close()
 
 
+async def search(**fields: Any) -> list[int]:
+    """Search the catalogue of `details`."""
+    serving = cast(Serving, SimpleNamespace(engine=None, bounds=bounds_of(Limits(), 100, 100)))
+    reply = await service.search_features(serving, catalogue_pb2.FeatureServiceSearchRequest(**fields))
+    return [feature.index for feature in reply.features]
+
+
+@pytest.mark.usefixtures("details")
+async def test_a_search_for_steering_needs_output_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert await search(query="virus", for_steering=True) == [0]
+    monkeypatch.setattr(Catalogue, "has_output_scores", False)
+    assert await search(query="virus") == [0]
+    with pytest.raises(Refusal, match="for_steering: toy has no output scores"):
+        await search(query="virus", for_steering=True)
+
+
 async def test_message_has_scores_held_out_contexts_and_neighbours(details: Any) -> None:
     detail = await details(0)
     summary = detail.summary
     assert (summary.label_score, summary.label_error, summary.intervention) == (0.875, 0.125, 0.75)
+    assert (summary.output_score, summary.input_score) == (0.5, 0.25)
     assert [context.held_out for context in detail.contexts] == [False, True]
     assert [(near.index, near.label, near.cosine) for near in detail.neighbours] == [(2, "star", 0.5), (1, "", 0.25)]
 
 
 async def test_message_has_no_scores_where_nobody_measured(details: Any) -> None:
     summary = (await details(2)).summary
-    assert not any(summary.HasField(name) for name in ("label_score", "label_error", "intervention"))
+    assert not any(summary.HasField(name) for name in ("label_score", "intervention", "output_score", "input_score"))
 
 
 async def test_command_prints_all_of_a_feature(details: Any) -> None:

@@ -39,16 +39,18 @@ class FeatureServiceListResponse(_message.Message):
     def __init__(self, features: _Optional[_Iterable[_Union[FeatureSummary, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class FeatureServiceSearchRequest(_message.Message):
-    __slots__ = ("bundle", "query", "limit", "by_meaning")
+    __slots__ = ("bundle", "query", "limit", "by_meaning", "for_steering")
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
     QUERY_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     BY_MEANING_FIELD_NUMBER: _ClassVar[int]
+    FOR_STEERING_FIELD_NUMBER: _ClassVar[int]
     bundle: str
     query: str
     limit: int
     by_meaning: bool
-    def __init__(self, bundle: _Optional[str] = ..., query: _Optional[str] = ..., limit: _Optional[int] = ..., by_meaning: _Optional[bool] = ...) -> None: ...
+    for_steering: bool
+    def __init__(self, bundle: _Optional[str] = ..., query: _Optional[str] = ..., limit: _Optional[int] = ..., by_meaning: _Optional[bool] = ..., for_steering: _Optional[bool] = ...) -> None: ...
 
 class FeatureServiceSearchResponse(_message.Message):
     __slots__ = ("features",)
@@ -57,7 +59,7 @@ class FeatureServiceSearchResponse(_message.Message):
     def __init__(self, features: _Optional[_Iterable[_Union[FeatureSummary, _Mapping]]] = ...) -> None: ...
 
 class FeatureSummary(_message.Message):
-    __slots__ = ("bundle", "site", "index", "label", "frequency", "max_activation", "label_origin", "label_score", "label_error", "intervention")
+    __slots__ = ("bundle", "site", "index", "label", "frequency", "max_activation", "label_origin", "label_score", "label_error", "intervention", "output_score", "input_score")
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +70,8 @@ class FeatureSummary(_message.Message):
     LABEL_SCORE_FIELD_NUMBER: _ClassVar[int]
     LABEL_ERROR_FIELD_NUMBER: _ClassVar[int]
     INTERVENTION_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_SCORE_FIELD_NUMBER: _ClassVar[int]
+    INPUT_SCORE_FIELD_NUMBER: _ClassVar[int]
     bundle: str
     site: str
     index: int
@@ -78,7 +82,9 @@ class FeatureSummary(_message.Message):
     label_score: float
     label_error: float
     intervention: float
-    def __init__(self, bundle: _Optional[str] = ..., site: _Optional[str] = ..., index: _Optional[int] = ..., label: _Optional[str] = ..., frequency: _Optional[float] = ..., max_activation: _Optional[float] = ..., label_origin: _Optional[str] = ..., label_score: _Optional[float] = ..., label_error: _Optional[float] = ..., intervention: _Optional[float] = ...) -> None: ...
+    output_score: float
+    input_score: float
+    def __init__(self, bundle: _Optional[str] = ..., site: _Optional[str] = ..., index: _Optional[int] = ..., label: _Optional[str] = ..., frequency: _Optional[float] = ..., max_activation: _Optional[float] = ..., label_origin: _Optional[str] = ..., label_score: _Optional[float] = ..., label_error: _Optional[float] = ..., intervention: _Optional[float] = ..., output_score: _Optional[float] = ..., input_score: _Optional[float] = ...) -> None: ...
 
 class FeatureDetail(_message.Message):
     __slots__ = ("summary", "top_tokens", "contexts", "quantiles", "promoted", "suppressed", "neighbours")

@@ -41,6 +41,8 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_QUOTA_REQUESTS: _ClassVar[Reason]
     REASON_QUOTA_TOKENS: _ClassVar[Reason]
     REASON_QUOTA_STREAMS: _ClassVar[Reason]
+    REASON_TOPIC_UNKNOWN: _ClassVar[Reason]
+    REASON_TOPIC_INERT: _ClassVar[Reason]
 REASON_UNSPECIFIED: Reason
 REASON_FIELD_INVALID: Reason
 REASON_FEATURE_UNKNOWN: Reason
@@ -69,6 +71,8 @@ REASON_ROLE_MISSING: Reason
 REASON_QUOTA_REQUESTS: Reason
 REASON_QUOTA_TOKENS: Reason
 REASON_QUOTA_STREAMS: Reason
+REASON_TOPIC_UNKNOWN: Reason
+REASON_TOPIC_INERT: Reason
 
 class ErrorStatus(_message.Message):
     __slots__ = ("code", "message", "details")

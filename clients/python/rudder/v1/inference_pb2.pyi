@@ -235,12 +235,24 @@ class Choices(_message.Message):
     def __init__(self, texts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Steering(_message.Message):
-    __slots__ = ("name", "program")
+    __slots__ = ("name", "program", "topic")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PROGRAM_FIELD_NUMBER: _ClassVar[int]
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
     name: str
     program: _program_pb2.Program
-    def __init__(self, name: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ...) -> None: ...
+    topic: TopicSteering
+    def __init__(self, name: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., topic: _Optional[_Union[TopicSteering, _Mapping]] = ...) -> None: ...
+
+class TopicSteering(_message.Message):
+    __slots__ = ("topic", "strength", "kl")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    KL_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    strength: float
+    kl: float
+    def __init__(self, topic: _Optional[str] = ..., strength: _Optional[float] = ..., kl: _Optional[float] = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("features", "top_k", "sites", "prompt", "pooled", "no_tokens")
@@ -403,7 +415,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Attestation(_message.Message):
-    __slots__ = ("program_digest", "policy_digest", "edits", "tokens_seen", "engine_epoch", "gates", "request_id", "policies")
+    __slots__ = ("program_digest", "policy_digest", "edits", "tokens_seen", "engine_epoch", "gates", "request_id", "policies", "topic")
     PROGRAM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     POLICY_DIGEST_FIELD_NUMBER: _ClassVar[int]
     EDITS_FIELD_NUMBER: _ClassVar[int]
@@ -412,6 +424,7 @@ class Attestation(_message.Message):
     GATES_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     POLICIES_FIELD_NUMBER: _ClassVar[int]
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
     program_digest: str
     policy_digest: str
     edits: _containers.RepeatedCompositeFieldContainer[EditCount]
@@ -420,7 +433,52 @@ class Attestation(_message.Message):
     gates: _containers.RepeatedCompositeFieldContainer[GateCount]
     request_id: str
     policies: _containers.RepeatedCompositeFieldContainer[AppliedPolicy]
-    def __init__(self, program_digest: _Optional[str] = ..., policy_digest: _Optional[str] = ..., edits: _Optional[_Iterable[_Union[EditCount, _Mapping]]] = ..., tokens_seen: _Optional[int] = ..., engine_epoch: _Optional[str] = ..., gates: _Optional[_Iterable[_Union[GateCount, _Mapping]]] = ..., request_id: _Optional[str] = ..., policies: _Optional[_Iterable[_Union[AppliedPolicy, _Mapping]]] = ...) -> None: ...
+    topic: ResolvedTopic
+    def __init__(self, program_digest: _Optional[str] = ..., policy_digest: _Optional[str] = ..., edits: _Optional[_Iterable[_Union[EditCount, _Mapping]]] = ..., tokens_seen: _Optional[int] = ..., engine_epoch: _Optional[str] = ..., gates: _Optional[_Iterable[_Union[GateCount, _Mapping]]] = ..., request_id: _Optional[str] = ..., policies: _Optional[_Iterable[_Union[AppliedPolicy, _Mapping]]] = ..., topic: _Optional[_Union[ResolvedTopic, _Mapping]] = ...) -> None: ...
+
+class ResolvedTopic(_message.Message):
+    __slots__ = ("concept", "bundle", "site", "strength", "dose", "kl", "chosen", "runner_up")
+    CONCEPT_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    DOSE_FIELD_NUMBER: _ClassVar[int]
+    KL_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    RUNNER_UP_FIELD_NUMBER: _ClassVar[int]
+    concept: str
+    bundle: str
+    site: str
+    strength: float
+    dose: float
+    kl: float
+    chosen: TopicCandidate
+    runner_up: TopicCandidate
+    def __init__(self, concept: _Optional[str] = ..., bundle: _Optional[str] = ..., site: _Optional[str] = ..., strength: _Optional[float] = ..., dose: _Optional[float] = ..., kl: _Optional[float] = ..., chosen: _Optional[_Union[TopicCandidate, _Mapping]] = ..., runner_up: _Optional[_Union[TopicCandidate, _Mapping]] = ...) -> None: ...
+
+class TopicCandidate(_message.Message):
+    __slots__ = ("kind", "rows", "score")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    rows: _containers.RepeatedCompositeFieldContainer[TopicRow]
+    score: float
+    def __init__(self, kind: _Optional[str] = ..., rows: _Optional[_Iterable[_Union[TopicRow, _Mapping]]] = ..., score: _Optional[float] = ...) -> None: ...
+
+class TopicRow(_message.Message):
+    __slots__ = ("index", "label", "dose", "output_score", "input_score")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    DOSE_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_SCORE_FIELD_NUMBER: _ClassVar[int]
+    INPUT_SCORE_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    label: str
+    dose: float
+    output_score: float
+    input_score: float
+    def __init__(self, index: _Optional[int] = ..., label: _Optional[str] = ..., dose: _Optional[float] = ..., output_score: _Optional[float] = ..., input_score: _Optional[float] = ...) -> None: ...
 
 class AppliedPolicy(_message.Message):
     __slots__ = ("name", "version", "digest", "shadow", "verdicts")

@@ -16,6 +16,7 @@ from rudder.sae_models.analysis.exchanges import (
     TRAIN,
     Exchange,
     as_windows,
+    behind_benign,
     counted_ids,
     of_corpus,
     of_prompts,
@@ -50,6 +51,21 @@ def test_exchanges_of_a_corpus_keep_their_limits(tokenizer: object) -> None:
     assert {split_of(document) for document in DOCUMENTS if document.module in modules} == {TRAIN}
     bos = tokenizer.bos_token_id  # type: ignore[attr-defined]
     assert all(exchange.ids[0] == bos and len(exchange.ids) == 17 for exchange in found)
+
+
+def test_every_second_exchange_stands_behind_benign_text(tokenizer: object) -> None:
+    bos = tokenizer.bos_token_id  # type: ignore[attr-defined]
+    given = [Exchange((bos, *range(10 * i, 10 * i + 5)), float(i < 4), "", str(i), TRAIN) for i in range(8)]
+    benign = {token for exchange in given[4:] for token in exchange.ids}
+    found = behind_benign(given, 50, tokenizer)
+    assert found[::2] == given[::2]
+    lengths = set()
+    for before, after in zip(given[1::2], found[1::2], strict=True):
+        assert (after.ids[0], after.ids[-5:], after.label) == (bos, before.ids[1:], before.label)
+        assert set(after.ids[1:-5]) <= benign - {bos}
+        assert len(after.ids) <= 51
+        lengths.add(len(after.ids))
+    assert len(lengths) > 2
 
 
 def test_what_a_server_does_not_count_is_not_counted(tokenizer: object) -> None:

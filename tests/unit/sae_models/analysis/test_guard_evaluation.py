@@ -10,10 +10,12 @@ import torch
 from rudder.sae_models.analysis import guard_evaluation as evaluation
 from rudder.sae_models.analysis import guard_figures
 from rudder.sae_models.analysis.exchanges import Exchange, excerpt_of, padded
+from rudder.sae_models.analysis.guard import Score
 from rudder.sae_models.analysis.guard_evaluation import BOTH, RESIDUAL, TOKENS, Fitted, Measured, Scored
 from rudder.sae_models.analysis.guard_training import by_class
 from rudder.sae_models.analysis.text_model import fit_text
 from rudder.sae_models.statistics import Floats
+from rudder.sae_models.token_model import TokenModel
 
 BENIGN, HAZARD = np.full(40, -2.0), np.concatenate([np.full(10, -2.0), np.full(30, 8.0)])
 QUIET = np.full(40, -2.0)
@@ -39,7 +41,7 @@ def scored(hazards: Sequence[Floats], benign: Sequence[Floats]) -> Scored:
 def measured() -> Measured:
     """120 benign exchanges to calibrate on, a report of ten hazards, and one padding in which half are missed."""
     text = fit_text(["one two", "one two"], torch.tensor([0.0, 1.0]), torch.ones(2))
-    fitted: Any = Fitted({}, text, 0, ())
+    fitted: Any = Fitted({}, text, 0, (), Score(), TokenModel(np.zeros(1024, np.float32), 0.0, 1, ""))
     rng = np.random.default_rng(0)
     benign = [BENIGN + rng.normal(size=40) for _ in range(120)]
     report = scored([HAZARD] * 10, benign[:30])

@@ -4,6 +4,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def entry(index: int, label: str) -> Latent:
     """Return a latent with a strongest and a held-out context."""
     contexts = tuple(Context("the ", "virus", " spreads", 3.5, "microbiology", held_out) for held_out in (False, True))
     words = (Word(" infects", 0.5), Word(" host", 0.25)), (Word(" planet", -0.5),)
-    summary = Summary(index, label, 0.25, 3.5, "corpus", 0.875, 0.125, 0.75)
+    summary = Summary(index, label, 0.25, 3.5, "corpus", 0.875, 0.125, 0.75, 0.5, 0.25)
     near = (Neighbour(2, 0.5), Neighbour(0, -0.25))
     return Latent(summary, ("virus", " viral"), contexts, (0.5, 1.0, 1.5, 2.0, 3.0), *words, near)
 
@@ -145,6 +146,37 @@ def test_search_accepts_any_text(opened: Catalogue, words: str) -> None:
 def test_catalogue_is_read_only(opened: Catalogue) -> None:
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         opened._database.execute("DELETE FROM latents")
+
+
+def test_a_search_for_steering_is_by_output_score(tmp_path: Path) -> None:
+    scores = (0.1, None, 0.9, 0.4)
+    labels = ("virus", "virus", "virus", "virus host")
+    summaries = [
+        Summary(i, label, 0.1, 1.0, output_score=score)
+        for i, (label, score) in enumerate(zip(labels, scores, strict=True))
+    ]
+    catalogue.write(tmp_path / "c.sqlite", (Latent(summary, (), ()) for summary in summaries))
+    reader = Catalogue(tmp_path / "c.sqlite")
+    found = [summary.index for summary in reader.search("virus host", 10, for_steering=True)]
+    assert found == [3, 2, 0, 1]
+    assert [summary.index for summary in reader.search("virus", 2, for_steering=True)] == [2, 3]
+    assert reader.has_output_scores
+    reader.close()
+
+
+def test_older_catalogues_have_no_steering_scores(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    catalogue.write(path, [entry(0, "virus")])
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("ALTER TABLE latents DROP COLUMN output_score")
+        database.execute("ALTER TABLE latents DROP COLUMN input_score")
+        database.execute("PRAGMA user_version = 3")
+        database.commit()
+    reader = Catalogue(path)
+    assert not reader.has_output_scores
+    (summary,) = reader.search("virus", 1, for_steering=True)
+    assert (summary.label_score, summary.output_score, summary.input_score) == (0.875, None, None)
+    reader.close()
 
 
 def test_threads_share_a_catalogue(opened: Catalogue) -> None:

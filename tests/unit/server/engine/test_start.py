@@ -2,15 +2,20 @@
 
 import asyncio
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from rudder.sae_models import concepts
+from rudder.sae_models.concepts import ConceptError
 from rudder.server.config import Config, Policies
 from rudder.server.engine import adapter
-from rudder.server.engine.start import check_bos, layout_of, start_llm
-from tests.unit.programs import REGISTRY
+from rudder.server.engine.start import check_bos, layout_of, load_concepts, start_llm
+from tests.unit.programs import REGISTRY, SITE
+from tests.unit.reference import BUNDLE
+from tests.unit.topics import STARS, concepts_of
 
 LAYOUT = REGISTRY.layout
 
@@ -18,6 +23,22 @@ LAYOUT = REGISTRY.layout
 def test_layout_has_one_stage_more_for_each_policy() -> None:
     stages = [layout_of(Config(policies=Policies(stages=stages)), {}).stages for stages in (0, 1, 3)]
     assert stages == [1, 2, 4]
+
+
+def test_concepts_of_another_bundle_or_without_their_rows_are_refused(tmp_path: Path) -> None:
+    manifest = SimpleNamespace(
+        name=BUNDLE, site=SITE, latents=6, model=SimpleNamespace(sha256="m"), files={"sae.safetensors": "ab"}
+    )
+    bundle: Any = SimpleNamespace(path=tmp_path, manifest=manifest)
+    assert load_concepts({BUNDLE: bundle}) == {}
+    concepts.write(tmp_path / concepts.FILE, concepts_of(STARS))
+    assert load_concepts({BUNDLE: bundle}) == {BUNDLE: concepts_of(STARS)}
+    manifest.latents = 3
+    with pytest.raises(ConceptError, match=r"concepts\.yaml: .* has latents 0 to 2, not 3"):
+        load_concepts({BUNDLE: bundle})
+    manifest.latents, manifest.files = 6, {"sae.safetensors": "cd"}
+    with pytest.raises(ConceptError, match="another SAE"):
+        load_concepts({BUNDLE: bundle})
 
 
 async def test_cancelled_start_shuts_vllm_down(monkeypatch: pytest.MonkeyPatch) -> None:

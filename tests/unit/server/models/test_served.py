@@ -9,6 +9,8 @@ from rudder.sae_models import PRETRAINED
 from rudder.server import config as configuration
 from rudder.server.models import known, served
 from rudder.server.models.package import DownloadError
+from rudder.server.program.named import load_programs
+from rudder_client.tour import STRENGTHS, TOPIC, UNLEARNING
 
 
 @pytest.fixture
@@ -75,3 +77,20 @@ def test_paths_with_commas_stay_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(served, "PRETRAINED", folder.parent)
     monkeypatch.setattr(known, "get", lambda _: PRETRAINED)
     assert json.loads(served.instruct_fields()["engine.bundles"]) == [str(folder)]
+
+
+def test_programs_of_the_tour_ship_and_are_of_the_shipped_bundles() -> None:
+    programs = load_programs(served.instruct_programs())
+    assert programs.keys() == {f"{how}-{TOPIC}{dose}" for how in ("more", "less") for dose in STRENGTHS} | {UNLEARNING}
+    manifests = [json.loads((folder / "manifest.json").read_bytes()) for folder in served.instruct_bundles()]
+    latents = {(manifest["sites"][0], manifest["name"]): manifest["latents"] for manifest in manifests}
+    for program in programs.values():
+        for site in program.sites:
+            features = [edit.row.feature for edit in site.edits]
+            assert features
+            assert all(feature.index < latents[site.site, feature.bundle] for feature in features)
+
+
+def test_program_that_forgets_does_not_say_erased() -> None:
+    (program,) = [p for name, p in load_programs(served.instruct_programs()).items() if name == UNLEARNING]
+    assert "out of reach through this server" in program.description

@@ -244,6 +244,18 @@ def test_rights_to_rows(rights: str) -> None:
         Binding((low,)).compile_named("locked", along(latent(5)), REGISTRY, "steering.name")
 
 
+def test_topic_of_another_strength_is_another_program_and_obeys_locks() -> None:
+    binding = Binding((bound(locked=[{"site": DICTIONARY_SITE, "row": latent(5)}]),))
+    doses = [
+        binding.compile_topic(steering(DICTIONARY_SITE, {"row": latent(1), "add": dose}), REGISTRY, "steering.topic")
+        for dose in (0.5, 1.0)
+    ]
+    assert doses[0].digest != doses[1].digest
+    with pytest.raises(ProgramError) as caught:
+        binding.compile_topic(along(latent(5)), REGISTRY, "steering.topic")
+    assert caught.value.reason == "ROW_LOCKED"
+
+
 def test_probe_of_a_report_needs_the_right_to_raw_vectors() -> None:
     report = [json_format.ParseDict({"site": DICTIONARY_SITE, "row": PROBE}, inference_pb2.SiteFeature())]
     with pytest.raises(ProgramError) as caught:

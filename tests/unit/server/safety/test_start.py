@@ -1,7 +1,7 @@
 """An engine starts with the policies of its folder, or not at all."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -9,14 +9,18 @@ from google.protobuf import json_format
 from msgspec import structs
 
 from rudder.server.config import Config, Policies
+from rudder.server.engine.ledger import PINNED_HANDLE
+from rudder.server.program import wire
 from rudder.server.program.errors import ProgramError
 from rudder.server.program.layout import Layout
 from rudder.server.program.named import ProgramFileError, load_policies
 from rudder.server.program.rows import Registry
+from rudder.server.program.watch import compile_watch
 from rudder.server.safety import start as starts
 from rudder.server.safety.problems import PolicyInvalid
 from rudder.server.safety.start import check_policies, check_rows, start_with_policies, with_stages
-from tests.unit.policies import REGISTRY, HoldingEngine, editing, message, policy
+from rudder.v1 import program_pb2
+from tests.unit.policies import REGISTRY, HoldingEngine, editing, latent, message, policy
 from tests.unit.programs import SITE
 from tests.unit.reference import WIDTH
 
@@ -32,6 +36,7 @@ class StoppableEngine(HoldingEngine):
     """Notes that it was stopped."""
 
     stopped = False
+    bundles: ClassVar[dict[str, Any]] = {}
 
     async def stop(self) -> None:
         self.stopped = True
@@ -93,6 +98,29 @@ async def test_policy_that_cannot_be_held_stops_the_engine(
     with pytest.raises(ProgramError):
         await start_with_policies(config_of(tmp_path))
     assert [engine.stopped for engine in engines] == [True]
+
+
+async def test_latents_that_policies_watch_are_pinned_once_each(
+    tmp_path: Path, engines: list[StoppableEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "a", watch=[{"site": SITE, "row": latent(3)}, {"site": SITE, "row": latent(2)}])
+    write(tmp_path, "b", watch=[{"site": SITE, "row": latent(3)}], program=editing(5))
+    write(tmp_path, "c", program=editing(5))
+    configured = [(SITE, json_format.ParseDict(latent(2), program_pb2.Row()))]
+    monkeypatch.setattr(starts, "watched_rows", lambda *_: configured)
+    pinned: list[tuple[str, int]] = []
+
+    async def pin_features(engine: StoppableEngine, features: Any) -> None:
+        pinned.extend((site, row.feature.index) for site, row in features)
+        rows = tuple(compile_watch(features, REGISTRY, "watch"))
+        site = wire.Site(rows[0].site, tuple(dict.fromkeys(row.row for row in rows)))
+        engine.admission.reserve(PINNED_HANDLE, wire.Request(0, 0, False, ((site,),)))
+
+    monkeypatch.setattr(starts, "pin_features", pin_features)
+    _, store = await start_with_policies(config_of(tmp_path))
+    assert pinned == [(SITE, 2), (SITE, 3)]
+    assert list(store.in_force) == ["a", "b", "c"]
+    assert len(engines) == 1
 
 
 def test_stages_are_those_that_policies_need_or_the_configuration_asks_for() -> None:

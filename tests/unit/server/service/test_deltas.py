@@ -50,7 +50,9 @@ async def test_stop_reason_tells_a_string_from_a_token(reason: object, string: s
     choice = choice_of(call)
     choice.record.finish_reason = "stop"
     delta = inference_pb2.ChoiceDelta()
-    record: Any = SimpleNamespace(request_id="r", prompt_tokens=1, program_digest="", policy_digest="", policies=())
+    record: Any = SimpleNamespace(
+        request_id="r", prompt_tokens=1, program_digest="", policy_digest="", policies=(), topic=None
+    )
     finish(delta, job(call), choice, record, reason, "epoch")
     assert delta.stop_reason == ("" if reason is None else str(reason))
     assert (delta.stop_string if delta.HasField("stop_string") else None) == string

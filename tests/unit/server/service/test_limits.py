@@ -37,6 +37,8 @@ def request_with(path: str, value: object) -> Any:
     request: Any = kind()
     if kind is inference_pb2.GenerateRequest:
         request.prompt.text = "x"
+    if path.startswith("steering.topic."):
+        request.steering.topic.topic = "x"
     if path == "prompt.chat.template_arguments":
         request.prompt.chat.messages.add(role="user", content="x")
     *parents, last = path.split(".")
@@ -58,6 +60,7 @@ def value_of_size(bound: Bound, size: int) -> object:
     match bound.field:
         case (
             "prompt.text" | "cache_salt" | "query" | "prompt.chat.template_arguments"
+            | "steering.topic.topic"
             | "sampling.structured.json_schema" | "sampling.structured.regex" | "sampling.structured.grammar"
         ):  # fmt: skip
             return "x" * size

@@ -50,7 +50,7 @@ def test_shared_buffers_count_once() -> None:
 
 
 def test_handles_are_read_from_request_ids() -> None:
-    ids = ("17-ab", "warmup", "x-3", "_v2_mixed_warmup_decode_", "pinned", "0-ab", "0", "", "-1")
+    ids = ("17-ab", "warmup", "x-3", "_v2_mixed_warmup_decode_", "held0", "0-ab", "0", "", "-1")
     assert [handle_of(request_id) for request_id in ids] == [17] + 8 * [None]
 
 
@@ -68,11 +68,38 @@ def test_the_end_of_a_request_that_is_not_the_servers_releases_nothing() -> None
     worker.rudder_pin(wire.encode(wire.Request(0, 0, False, ((watched,),))))
     server = Admission(worker.driver.layout, limit=1)
     server.ledger.acquire(0, wire.Request(0, 0, False, ((watched,),)))
-    for ids in (("_v2_mixed_warmup_decode_", "_v2_mixed_warmup_prefill_"), ("pinned-1", "0-ab", "7-cd")):
+    for ids in (("_v2_mixed_warmup_decode_", "_v2_mixed_warmup_prefill_"), ("held0-1", "0-ab", "7-cd")):
         for handle in worker.update_requests(finished(*ids)):
             server.release(handle)
     assert worker.rudder_usage()["rows"] == [1]
     assert server.ledger.rows_used(0) == 1
+
+
+def test_rows_are_held_until_they_are_dropped_and_by_requests_until_they_end() -> None:
+    worker = SteeringWorker()
+    driver = worker.driver = make_driver(Layout(("layers.0.resid_post",), rows=4, slots=2), toy_sae(Random(0)))
+    worker.reader = Reader(driver.banks)
+
+    def holding(*latents: int, watch: tuple[int, ...] = ()) -> bytes:
+        rows = tuple(wire.Row(BUNDLE, latent) for latent in latents)
+        return wire.encode(wire.Request(0, 0, False, ((wire.Site(0, rows, watch=watch),),)))
+
+    worker.rudder_pin(holding(1, watch=(0,)))
+    worker.rudder_hold(-1, holding(2, 3))
+    driver.admit("1-ab", 1, wire.decode(holding(3)))
+    assert worker.rudder_usage()["rows"] == [3]
+    worker.rudder_drop(-1)
+    assert worker.rudder_usage()["rows"] == [2]
+    worker.rudder_hold(-2, holding(4))
+    for handle in (-1, -2):
+        worker.rudder_drop(handle)
+    driver.finish("1-ab")
+    # Others are pinned in place of these.
+    worker.rudder_pin(holding(2, 3, watch=(0, 1)))
+    assert worker.rudder_usage() == {"slots": 0, "rows": [2], "requests": 1}
+    assert worker.reader.pinned[0].tolist() == [
+        driver.requests["held0"].lease.places[0, wire.Row(BUNDLE, i)] for i in (2, 3)
+    ]
 
 
 def test_bundles_are_loaded_with_the_model(caplog: pytest.LogCaptureFixture) -> None:
