@@ -51,7 +51,7 @@ async def evaluate(path: Path | None, only: Sequence[str] | None, *, quick: bool
         figures, results = await run.baseline(attacked), []
         async for result in run.carried_out(attacked, chosen):
             results.append(result)
-            err.print(f"{'[green]held' if result.passed else '[red]FAILED'}[/] {result.attack.key}")
+            err.print(f"{'[dim]' if result.passed else '[red]FAILED '}{result.outcome}[/] {result.attack.key}")
             if path:
                 # After each: what has been measured stays if the next attack does not end.
                 write_atomically(path, json.dumps(run.report(figures, results), indent=1).encode() + b"\n")
@@ -66,7 +66,8 @@ async def evaluate(path: Path | None, only: Sequence[str] | None, *, quick: bool
         )
     out.print(table)
     out.print(", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-    out.print(f"{report['passed']} held, {report['failed']} failed; not built: {', '.join(run.NOT_BUILT)} (in part)")
+    counts = ", ".join(f"{report[name]} {name}" for name in ("held", "failed", "reported"))
+    out.print(f"{counts}; not built, in whole or in part: {', '.join(run.NOT_BUILT)}")
     return 1 if report["failed"] else 0
 
 
