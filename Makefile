@@ -28,7 +28,7 @@ MODEL ?= auto
 # CI measures the coverage of the unit tests: see `make coverage`.
 COVERAGE := $(if $(CI),--cov --cov-report=)
 
-.PHONY: help venv demo serve test test-long lint types proto proto-check proto-image unit coverage engine-test e2e conformance gpu gpu-rehearsal architectures \
+.PHONY: help venv demo serve test test-long lint types proto proto-check proto-image unit coverage engine-test redteam e2e conformance gpu gpu-rehearsal architectures \
 	long wheels install-check lock clean
 
 help: ## list the targets
@@ -42,7 +42,7 @@ demo: $(CPU) ## start a server, take the tour of it, stop it; MODEL=small: of a 
 serve: $(CPU) ## start the same server and stay; MODEL=small, FLAGS="--listen.port 50052 …"
 	@$(PY) -m rudder.server serve --model $(MODEL) $(FLAGS)
 
-test: lint types proto-check unit engine-test e2e conformance ## everything that CI runs
+test: lint types proto-check unit engine-test redteam e2e conformance ## everything that CI runs
 
 test-long: test long install-check gpu-rehearsal ## the same, the tests marked long, the demo from installed wheels, and a rehearsal of the GPU card
 
@@ -65,6 +65,9 @@ coverage: ## print the coverage of the unit tests that ran last with CI=true
 
 engine-test: $(TEST) ## tests against a vLLM engine
 	$(TWO_AT_ONCE) tests/engine
+
+redteam: $(TEST) ## attacks on a server that policies protect, each with a control
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PY) -m pytest tests/redteam
 
 e2e: $(TEST) ## tests against a server process
 	$(TWO_AT_ONCE) tests/e2e

@@ -13,6 +13,7 @@ EVALUATIONS = {
     "unlearning": "forgetting, retention, neighbours and fluency of programs, with controls",
     "guards": "how well guards tell a topic or a harmful request, under padding and in streams",
     "steering": "topics reached at bounded cost in fluency, against controls",
+    "redteam": "attacks on a server that policies protect, each with a control",
 }
 
 EXAMPLES = """\
