@@ -84,7 +84,7 @@ def streaming_loss(z: Tensor, length: Tensor, label: Tensor, settings: TrainingS
 def fit(
     score: Callable[[Tensor], Tensor], parameters: list[Tensor], sample: Sample, settings: TrainingSettings
 ) -> None:
-    """Minimise the loss of `score`, from padded inputs [n, L, ...] to logits [models, n, L], in place.
+    """Minimise the loss of `score`, from the inputs of tokens [t, ...] to logits [models, t], in place.
 
     The models are trained side by side, each as if alone, on the same batches.
     """
@@ -96,11 +96,10 @@ def fit(
         for batch in torch.randperm(len(sample.inputs), generator=generator).split(settings.batch):
             optimiser.zero_grad()
             inputs = [sample.inputs[i] for i in batch.tolist()]
-            length = torch.tensor([len(x) for x in inputs])
-            losses = [
-                streaming_loss(z, length, sample.label[batch], settings)
-                for z in score(pad_sequence(inputs, batch_first=True))
-            ]
+            sizes = [len(x) for x in inputs]
+            # Logits are padded, not inputs, which are hundreds of times as large.
+            padded = (pad_sequence(z.split(sizes), batch_first=True) for z in score(torch.cat(inputs)))
+            losses = [streaming_loss(z, torch.tensor(sizes), sample.label[batch], settings) for z in padded]
             (torch.stack(losses) * sample.weight[batch]).mean(1).sum().backward()
             optimiser.step()
             schedule.step()
