@@ -19,7 +19,10 @@ APP = "spiffe://acme/app"
         ("{name: x, caller: anonymous, roles: []}", r"certificates\[0\]"),
         ("{name: x, caller: a, tenant: anonymous, roles: []}", r"certificates\[0\]"),
         ("{name: x, caller: 'jwt:alice', roles: []}", r"certificates\[0\]"),
-        ("{name: x, caller: a, roles: []}, {name: x, caller: b, roles: []}", r"certificates\[1\].name: 'x' is there twice"),
+        (
+            "{name: x, caller: a, roles: []}, {name: x, caller: b, roles: []}",
+            r"certificates\[1\].name: 'x' is there twice",
+        ),
     ],
 )
 def test_file_that_is_wrong_names_the_field(entries: str, field: str) -> None:
@@ -33,7 +36,10 @@ def names(**peer: list[str]) -> tuple[str, ...]:
 
 
 def test_spiffe_uris_count_before_dns_names() -> None:
-    assert names(peer_dns=["app.acme"], peer_uri=["https://acme/app", APP], x509_common_name=["app"]) == (APP, "app.acme")
+    assert names(peer_dns=["app.acme"], peer_uri=["https://acme/app", APP], x509_common_name=["app"]) == (
+        APP,
+        "app.acme",
+    )
 
 
 def test_common_name_counts_where_there_is_no_other() -> None:
