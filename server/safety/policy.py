@@ -41,7 +41,7 @@ class Policy:
     `digest`: SHA-256 of the message in canonical form. `program`: what runs behind a bound request's own program, None
     if nothing does; in shadow mode it moves nothing and is counted. `forced`: the program without its gate, with which
     a guard runs a prompt again from the start. `locked`: latents that bound callers neither edit nor read; `hidden`:
-    these, and the latents parallel to a locked row, which no report ranks. `directions` [n, d], of length 1: encoders and
+    these, and latents parallel to a locked row, which no report ranks. `directions` [n, d], of length 1: encoders and
     decoders of all locked rows. `watch`: rows counted in Prometheus.
     """
 
