@@ -14,7 +14,7 @@ import msgspec
 
 from rudder.sae_models import PRETRAINED
 from rudder.sae_models.hookpoints import FORM, SITE, parse
-from rudder.server.config import Config, ConfigError, Engine, WatchedFeature
+from rudder.server.config import Audit, Config, ConfigError, Engine, WatchedFeature
 from rudder.server.identity.authenticator import authenticator_of
 from rudder.server.program.named import load_policies, load_programs
 
@@ -54,7 +54,20 @@ def check(config: Config) -> Config:
     check_watched(config.watch, {bundle.name: bundle for bundle in bundles})
     check_folders(config)
     check_door(config)
+    check_audit(config.audit)
     return config
+
+
+def check_audit(audit: Audit) -> None:
+    """Raise ConfigError if a field of the audit log has no log to belong to, or the log has no key."""
+    for field in ("key_file", "head", "webhook", "webhook_secret_file"):
+        if audit.folder is None and getattr(audit, field) is not None:
+            raise ConfigError("audit.folder", f"is null: audit.{field} belongs to it")
+    if audit.folder is None:
+        return
+    if audit.key_file is None or not is_file(audit.key_file):
+        problem = "is null" if audit.key_file is None else f"{audit.key_file!r} is not a file"
+        raise ConfigError("audit.key_file", f"{problem}: name one that `rudder audit key FILE` has written")
 
 
 def check_door(config: Config) -> None:

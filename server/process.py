@@ -91,9 +91,9 @@ def require_free(listen: Listen) -> None:
     metrics_host = listen.metrics_host or listen.host
     if listen.port == listen.metrics_port != 0 and metrics_host == listen.host:
         raise ConfigError("listen.metrics_port", f"{listen.port} is listen.port too")
+    require_bindable("listen.host", listen.host, "listen.port", listen.port)
     metrics_name = "metrics_host" if listen.metrics_host else "host"
     require_bindable(f"listen.{metrics_name}", metrics_host, "listen.metrics_port", listen.metrics_port)
-    require_bindable("listen.host", listen.host, "listen.port", listen.port)
 
 
 def require_bindable(host_field: str, host: str, port_field: str, port: int) -> None:

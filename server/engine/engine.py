@@ -1,6 +1,7 @@
 """The async engine around vLLM. Every request reaches vLLM through `Engine.stream`."""
 
 import asyncio
+import hashlib
 import secrets
 import tempfile
 import time
@@ -10,9 +11,12 @@ from functools import cached_property
 from itertools import count, islice
 from typing import Any
 
+import msgspec
+
 from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.bundle.manifest import Context
 from rudder.sae_models.concepts import Concepts
+from rudder.sae_models.token_model import vocabulary_sha256
 from rudder.server.engine.adapter import (
     AsyncLLM,
     EngineDeadError,
@@ -85,6 +89,13 @@ class Engine:
     def eos_token_ids(self) -> frozenset[int]:
         """The ids of the tokens with which the model ends an answer."""
         return frozenset(eos_token_ids(self.llm))
+
+    @cached_property
+    def encoding_digest(self) -> str:
+        """Digest of how texts and chats become token ids: vocabulary and chat template of the tokenizer."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        parts = vocabulary_sha256(self.tokenizer.get_vocab()), template
+        return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:16]
 
     def text_of(self, call: Call, ids: Sequence[int]) -> str:
         """Return the text of an answer of these tokens, as it would have been streamed to its end."""

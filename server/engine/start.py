@@ -9,7 +9,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from rudder.sae_models import concepts
 from rudder.sae_models.bundle import bundle as bundles
@@ -257,7 +256,7 @@ def dictionary_of(bundle: Bundle) -> Dictionary:
         max_activation=statistics.max_activation.numpy() if statistics else None,
         decoder_norm=row_norms(bundle.sae.decoder).numpy(),
         mean=statistics.mean.numpy().astype(np.float32) if statistics else None,
-        vectors=lambda latent: torch.stack([bundle.sae.encoder[latent], bundle.sae.decoder[latent]]).float().numpy(),
+        vectors=lambda at: [weights[at].float().numpy() for weights in (bundle.sae.encoder, bundle.sae.decoder)],
         watched_only=transcoder if manifest.transcodes or manifest.partial else "",
         whole_only=routed if bundle.sae.router else "",
     )  # fmt: skip

@@ -86,7 +86,7 @@ def verified_claims(token: str, keys: Keys, provider: Provider) -> dict[str, Any
         )  # fmt: skip
     except jwt.ExpiredSignatureError as error:
         raise CredentialError("the token has expired", "TOKEN_EXPIRED") from error
-    except (jwt.PyJWTError, ValueError, RecursionError) as error:
+    except (jwt.PyJWTError, ValueError) as error:
         # Its text may quote the token.
         raise CredentialError(f"the token is not valid: {type(error).__name__}") from error
     return claims

@@ -134,9 +134,8 @@ class EditLimits:
         if self.directions is None or not len(self.directions):
             return
         cosines = np.abs(row_directions([row], registry) @ self.directions.T)
-        problem = (
-            f"{name} is parallel to a locked row (cosine {cosines.max(initial=0):.2f}, less than {PARALLEL} may be)"
-        )
+        # Not the cosine itself: step by step it would lead to the direction of a guard's probe.
+        problem = f"{name} is parallel to a locked row (a cosine of less than {PARALLEL} may be)"
         require(cosines.max(initial=0) < PARALLEL, field, problem, "ROW_LOCKED")
 
 

@@ -22,6 +22,8 @@ ReservedRows = Mapping[int, frozenset[wire.Row]]
 NO_RESERVED_ROWS: ReservedRows = MappingProxyType({})
 # Cosine from which two directions count as parallel: an edit along one moves the other.
 PARALLEL = 0.5
+# Latents that are compared at once.
+COMPARED = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,7 @@ class Dictionary:
 
     max_activation and mean (of the residual) are None if not measured. `watched_only`, if not empty, is the reason why
     the latents cannot be edited; `whole_only`, the reason why they have no rows. `vectors`: returns encoder and decoder
-    of a latent, fp32 [2, d].
+    of a latent, fp32 [d] each, or those of a slice of latents, [n, d] each.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Dictionary:
     max_activation: Floats | None
     decoder_norm: Floats
     mean: Floats | None
-    vectors: Callable[[int], Floats]
+    vectors: Callable[[int | slice], Iterable[Floats]]
     watched_only: str = ""
     whole_only: str = ""
 
@@ -176,6 +178,24 @@ def row_directions(rows: Iterable[wire.Row], registry: Registry) -> Floats:
     stacked = np.stack(vectors).astype(np.float64) if vectors else np.zeros((0, registry.width))
     lengths = np.linalg.norm(stacked, axis=1, keepdims=True)
     return np.asarray(stacked[lengths[:, 0] > 0] / lengths[lengths > 0][:, None], np.float32)
+
+
+def parallel_latents(directions: Floats, registry: Registry) -> LockedRows:
+    """Return the latents of all dictionaries that are parallel to one of `directions` [n, d], of length 1."""
+    if not len(directions):
+        return NO_LOCKED_ROWS
+    served = registry.dictionaries.values()
+    return frozenset((known.name, i) for known in served for i in parallel_in(known, directions))
+
+
+def parallel_in(dictionary: Dictionary, directions: Floats) -> Iterator[int]:
+    """Yield the latents of a dictionary whose encoder or decoder is parallel to one of `directions`."""
+    for begin in range(0, dictionary.latents, COMPARED):
+        for vectors in dictionary.vectors(slice(begin, begin + COMPARED)):
+            # A transcoder may write to a wider or narrower stream.
+            if vectors.shape[1] == directions.shape[1]:
+                longest, lengths = np.abs(vectors @ directions.T).max(1), np.linalg.norm(vectors, axis=1)
+                yield from (begin + np.flatnonzero((longest > 0) & (longest >= PARALLEL * lengths))).tolist()
 
 
 def vectors_of(row: wire.Row, registry: Registry) -> Iterator[Floats]:

@@ -101,8 +101,10 @@ class Binding:
 
     @property
     def hidden(self) -> LockedRows:
-        """The latents that a report leaves out."""
-        return frozenset() if self.limits.reads_locked else self.limits.locked
+        """The latents that a report leaves out: those that a request must not name in one."""
+        if self.limits.reads_locked:
+            return frozenset()
+        return frozenset().union(*(policy.hidden for policy in self.enforced))
 
     @property
     def reads_scores(self) -> bool:

@@ -117,7 +117,8 @@ def fingerprint(engine: Engine, message: policy_pb2.Policy) -> Fingerprint:
     """Return the fingerprint of a policy on a running engine."""
     bundles = {name: bundle.sha256 for name, bundle in engine.bundles.items()}
     model = engine.model.sha256 or engine.model.name
-    computing = adapter.numerics(engine.llm) | {"bank": engine.registry.layout.backend}
+    computing = adapter.numerics(engine.llm)
+    computing |= {"bank": engine.registry.layout.backend, "tokenizer": engine.encoding_digest}
     return Fingerprint(policy=content_digest(message), model=model, bundles=bundles, engine=computing)
 
 
@@ -191,6 +192,8 @@ def is_flip(name: str, before: int | None, now: int | None) -> bool:
 def require_exercised(cases: Sequence[Case]) -> None:
     """Raise UserError if the texts cannot tell whether a policy acts: no part may pass by never acting."""
     acts = [parts_of(case.expected) for case in cases]
+    if not any(acts):
+        raise UserError("texts: they show nothing of what the policy does: add some")
     for name in dict.fromkeys(name for act in acts for name in act if not name.startswith("edit ")):
         acted = sum(has_acted(name, act[name]) for act in acts)
         if not acted or (acted == len(acts) and name.startswith("guard ")):

@@ -14,6 +14,10 @@ REQUESTS = (
 )
 
 
+# What a method does unasked, by the field with which others are asked for it.
+IMPLIED = {(inference_pb2.InspectRequest, "report.prompt")}
+
+
 def is_request_field(path: str) -> bool:
     """Return whether a dotted path names a field of a request, such as `sampling.logprobs`."""
     return any(has_field(request, path.split(".")) for request in REQUESTS)
@@ -30,8 +34,11 @@ def has_field(descriptor: Any, names: list[str]) -> bool:
 
 
 def is_set(request: Message, path: str) -> bool:
-    """Return whether a request sets the field at a path; of messages in a list, whether one of them does."""
-    return any(True for _ in values_at(request, path.split(".")))
+    """Return whether a request sets the field at a path, or does unasked what it means.
+
+    Of messages in a list, whether one of them sets it.
+    """
+    return (type(request), path) in IMPLIED or any(True for _ in values_at(request, path.split(".")))
 
 
 def values_at(message: Message, names: list[str]) -> Iterator[object]:

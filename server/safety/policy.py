@@ -20,6 +20,7 @@ from rudder.server.program.rows import (
     Floats,
     LockedRows,
     Registry,
+    parallel_latents,
     resolve,
     row_directions,
     site_number,
@@ -39,8 +40,9 @@ class Policy:
 
     `digest`: SHA-256 of the message in canonical form. `program`: what runs behind a bound request's own program, None
     if nothing does; in shadow mode it moves nothing and is counted. `forced`: the program without its gate, with which
-    a guard runs a prompt again from the start. `locked`: latents that bound callers neither edit nor read; `directions`
-    [n, d], of length 1: encoders and decoders of all locked rows. `watch`: rows counted in Prometheus.
+    a guard runs a prompt again from the start. `locked`: latents that bound callers neither edit nor read; `hidden`:
+    these, and latents parallel to a locked row, which no report ranks. `directions` [n, d], of length 1: encoders and
+    decoders of all locked rows. `watch`: rows counted in Prometheus.
     """
 
     message: policy_pb2.Policy
@@ -49,6 +51,7 @@ class Policy:
     forced: Compiled | None = None
     guards: tuple[Guard, ...] = ()
     locked: LockedRows = NO_LOCKED_ROWS
+    hidden: LockedRows = NO_LOCKED_ROWS
     directions: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     watch: tuple[Watched, ...] = ()
 
@@ -128,11 +131,9 @@ def compile_policy(message: policy_pb2.Policy, registry: Registry, folder: Path,
         raise PolicyInvalid(source or f"policy {message.name!r}", problems.found)
     policy = Policy(message, digest_of_message(message), program, forced, guards, watch=watch)
     named = [*locked_rows, *touched_rows(policy)]
-    return replace(
-        policy,
-        locked=frozenset((row.bundle, row.latent) for row in named if row.bundle),
-        directions=row_directions(named, registry),
-    )
+    locked, directions = frozenset((r.bundle, r.latent) for r in named if r.bundle), row_directions(named, registry)
+    hidden = locked | parallel_latents(directions, registry)
+    return replace(policy, locked=locked, hidden=hidden, directions=directions)
 
 
 def problems_of(message: policy_pb2.Policy, registry: Registry, folder: Path) -> list[Problem]:

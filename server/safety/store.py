@@ -186,7 +186,10 @@ class PolicyStore:
         return standing(self.engine, message, self.folder or Path())
 
     async def reload(self) -> None:
-        """Read the folder again. A file that is wrong is refused by name, and what it put in force before stays."""
+        """Read the folder again. A file that is wrong is refused by name, and what it put in force before stays.
+
+        It may have had another name then: so while one is refused, no file that is gone takes its policy with it.
+        """
         if self.folder is None:
             return
         if not self.folder.is_dir():
@@ -194,20 +197,22 @@ class PolicyStore:
             return
         paths = program_files(self.folder)
         former = {name for _, name in self.files.values()}
+        gone = {path: state for path, state in self.files.items() if path not in paths}
         self.files = {path: state for path, state in self.files.items() if path in paths}
-        for path in paths:
-            await self.reload_file(path)
+        if not all([await self.reload_file(path) for path in paths]):
+            found = {name for _, name in self.files.values()}
+            self.files |= {path: state for path, state in gone.items() if state[1] not in found}
         for name in former - {name for _, name in self.files.values()}:
             if name in self.in_force:
                 await self.remove(name, str(self.folder))
 
-    async def reload_file(self, path: Path) -> None:
-        """Read one file again, unless it has not changed since it was last put in force."""
+    async def reload_file(self, path: Path) -> bool:
+        """Read one file again, unless it has not changed since it was last put in force; return whether it is right."""
         former, others = self.files.get(path), {name for other, (_, name) in self.files.items() if other != path}
         try:
             content = await asyncio.to_thread(path.read_bytes)
             if former and content == former[0]:
-                return
+                return True
             message = read_policy(path)
             if message.name in others:
                 raise PolicyInvalid(
@@ -217,10 +222,11 @@ class PolicyStore:
             policy = await self.apply(message, str(path))
         except (UserError, OSError) as error:
             self.tell(Change("refused", str(path), None, str(error)))
-            return
+            return False
         self.files[path] = content, policy.name
         if policy is before:
             self.tell(Change("unchanged", str(path), policy))
+        return True
 
     async def watch_folder(self, interval_s: float) -> None:
         """Reload once a change of the folder has been there for one interval: until then a file may be half written."""

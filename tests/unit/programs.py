@@ -17,9 +17,9 @@ LAYOUT = Layout((SITE, OTHER, EARLY), rows=4, slots=2, window=8, sequence_sites=
 MAXIMA, NORMS = np.array([4.0, 0.0, 2.0, 8.0, 1.0, 1.0], "<f4"), np.array([1.0, 1.0, 2.0, 1.0, 0.0, 1.0], "<f4")
 
 
-def vectors_of(latent: int) -> Floats:
-    """Encoder and decoder of a latent, which are equal here; those of two latents are orthogonal to each other."""
-    return np.eye(WIDTH, dtype="<f4")[[latent, latent]]
+def vectors_of(latents: int | slice) -> list[Floats]:
+    """Encoder and decoder of latents, which are equal here; those of two latents are orthogonal to each other."""
+    return 2 * [np.eye(6, WIDTH, dtype="<f4")[latents]]
 
 
 def dictionary(name: str, site: str, sha256: str = "ab") -> Dictionary:

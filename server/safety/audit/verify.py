@@ -1,5 +1,6 @@
 """Read the files of an audit log, and verify that they are the whole chain that was written with a key."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,8 @@ from rudder.sae_models.errors import UserError
 from rudder.server.safety.audit import chain
 from rudder.server.safety.audit.chain import Head, Line
 
-PATTERN = "audit-[0-9][0-9][0-9][0-9][0-9][0-9]*.jsonl"
+# As `Place.file` writes it.
+NAME = re.compile(r"audit-([0-9]{6}|[1-9][0-9]{6,17})\.jsonl")
 FIRST_NUMBER = 1
 HEAD = "head.json"
 
@@ -38,8 +40,8 @@ class Place:
         return self.folder / f"audit-{number:06}.jsonl"
 
     def files(self) -> list[Path]:
-        """Return the files of the log that exist, in order."""
-        return sorted(self.folder.glob(PATTERN), key=number_of)
+        """Return the files of the log that exist, in order. Others, whatever they are called, are none of it."""
+        return sorted((path for path in self.folder.glob("audit-*") if NAME.fullmatch(path.name)), key=number_of)
 
 
 def number_of(path: Path) -> int:
@@ -156,7 +158,8 @@ def end_before(files: list[Path]) -> End:
     number = number_of(files[-1])
     if len(files) == 1:
         return End(0, chain.ROOT, number, 0)
-    line = chain.parse_line(files[-2].read_bytes().splitlines(keepends=True)[-1])
+    *_, last = files[-2].read_bytes().splitlines(keepends=True) or [b""]
+    line = chain.parse_line(last)
     entry = chain.entry_of(line) if line else None
     if line is None or entry is None or not isinstance(entry.get("sequence"), int):
         raise Tampered(str(files[-2]), "its last line is not an entry")

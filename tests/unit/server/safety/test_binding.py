@@ -1,5 +1,6 @@
 """What policies forbid a caller that they bind: sites, rows, rights, fields, and how several of them combine."""
 
+import re
 from itertools import product
 from math import inf
 from typing import Any
@@ -177,6 +178,24 @@ def test_reader_of_guards_reads_locked_rows_and_still_edits_none() -> None:
     assert binding.hidden == frozenset()
     assert Binding((bound(program=editing(5, DICTIONARY_SITE)),)).hidden == {(BUNDLE, 5)}
     assert refusal(along(latent(5)), low) == ("ROW_LOCKED", f"{FIELD}.sites[0].edits[0].row")
+
+
+@pytest.mark.parametrize(("cosine", "hidden"), [(1.0, True), (-0.51, True), (0.49, False)])
+def test_latents_parallel_to_a_locked_row_are_not_among_the_strongest(cosine: float, hidden: bool) -> None:
+    """A report may not name them either."""
+    score = {"terms": [{"site": SITES[0], "row": {"probe": {"weights": tilted(3, cosine)}}, "weight": 1}]}
+    guard = {"name": "g", "action": "GUARD_ACTION_COUNT", "score": score, "level": 1}
+    low = bound(guards=[guard])
+    report = [json_format.ParseDict(reading(3), inference_pb2.SiteFeature())]
+    assert ((BUNDLE, 3) in Binding((low,)).hidden) == hidden
+    assert (BUNDLE, 2) not in Binding((low,)).hidden
+    if hidden:
+        with pytest.raises(ProgramError, match="parallel") as caught:
+            Binding((low,)).check_report(report, REGISTRY, "report.features")
+        # Whoever can climb to a larger cosine finds the guard's direction.
+        assert not re.search(r"0\.51|1\.00", str(caught.value))
+    else:
+        Binding((low,)).check_report(report, REGISTRY, "report.features")
 
 
 def tilted(index: int, cosine: float) -> list[float]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -11,12 +12,16 @@ from google.protobuf import json_format
 
 from rudder.sae_models.errors import UserError
 from rudder.server.cli import main
+from rudder.server.engine import adapter
+from rudder.server.engine.engine import Engine
 from rudder.server.safety import certificate as certificates
+from rudder.server.safety import certify
 from rudder.server.safety.certificate import Acts, Case, Certificate, Evaluation, Fingerprint, Text
 from rudder.server.safety.problems import PolicyInvalid
 from rudder.server.safety.store import PolicyStore
 from rudder.v1 import policy_pb2, program_pb2
-from tests.unit.policies import HoldingEngine, editing, latent, message
+from tests.unit.policies import REGISTRY, HoldingEngine, editing, latent, message
+from tests.unit.policies import policy as compiled_policy
 from tests.unit.programs import SITE
 
 NOW = Fingerprint(policy="p", model="m", bundles={"b": "1"}, engine={"dtype": "float32", "vllm": "0.32.0"})
@@ -305,3 +310,47 @@ def test_command_prints_parts_and_returns_whether_they_pass(
         output = capsys.readouterr().out
         assert f"forget version 3: {made.result}" in output
         assert "2 of 100 texts" in output
+
+
+class Tokenizer:
+    """A vocabulary and a chat template."""
+
+    def __init__(self, vocabulary: dict[str, int], chat_template: str | None) -> None:
+        self.vocabulary, self.chat_template = vocabulary, chat_template
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.vocabulary
+
+
+def fingerprint_with(*tokenizer: Any) -> Fingerprint:
+    """The fingerprint of a policy where only the tokenizer may differ."""
+    engine: Any = HoldingEngine()
+    engine.llm, engine.bundles, engine.model = None, {}, SimpleNamespace(sha256="ab")
+    engine.encoding_digest = vars(Engine)["encoding_digest"].func(SimpleNamespace(tokenizer=Tokenizer(*tokenizer)))
+    return certificates.fingerprint(engine, message())
+
+
+def test_another_tokenizer_or_chat_template_makes_a_certificate_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "numerics", lambda _: {})
+    now = fingerprint_with({"a": 0}, "x")
+    made = msgspec.structs.replace(certificate(RECORDED), fingerprint=now)
+    assert certificates.status_of(made, fingerprint_with({"a": 0}, "x")) == "PASS"
+    for other in (({"a": 1}, "x"), ({"a": 0}, "y"), ({"a": 0}, None)):
+        assert certificates.status_of(made, fingerprint_with(*other)) == "STALE"
+
+
+async def test_evaluation_whose_texts_were_taken_out_certifies_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certificates, "fingerprint", lambda *_: NOW)
+    bound = compiled_policy("forget", program=editing())
+    certificates.write_evaluation(certificates.evaluation_path(tmp_path, "forget"), evaluation([]))
+    with pytest.raises(UserError, match="texts: "):
+        await certify.rerun(NoEngine(), bound, tmp_path, 0.0)  # type: ignore[arg-type]
+
+
+class NoEngine:
+    """Runs no text: there is none."""
+
+    admission = SimpleNamespace(running=1)
+    registry = REGISTRY

@@ -222,6 +222,21 @@ async def test_bad_file_keeps_the_old_policy_and_says_so(
     assert in_force(store) == {"low": 2, "high": 1}
 
 
+async def test_file_that_is_renamed_and_wrong_keeps_its_policy(tmp_path: Path) -> None:
+    store, _ = store_of(tmp_path)
+    low, high = write(tmp_path, "low", program=editing(5)), write(tmp_path, "high", name="high")
+    await store.reload()
+    low.rename(tmp_path / "other.yaml")
+    write(tmp_path, "other", version=0)
+    for _ in range(2):
+        await store.reload()
+        assert in_force(store) == {"low": 1, "high": 1}
+    write(tmp_path, "other", version=2, program=editing(3))
+    high.unlink()
+    await store.reload()
+    assert in_force(store) == {"low": 2}
+
+
 async def test_folder_that_is_gone_keeps_every_policy(tmp_path: Path) -> None:
     store, engine = store_of(tmp_path / "policies")
     (tmp_path / "policies").mkdir()

@@ -124,9 +124,9 @@ async def test_explanation_of_another_caller_needs_a_role() -> None:
     serving = await serving_with(FULL)
     request = policy_pb2.ExplainRequest(caller="bob", roles=["observe"])
     assert list(policies.explain(serving, ADMINISTRATOR, request).statements) == ["No policy binds this caller."]
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(CredentialError) as caught:
         policies.explain(serving, USER, request)
-    assert caught.value.reason == "NOT_ALLOWED"
+    assert caught.value.reason == "ROLE_MISSING"
 
 
 async def test_explanations_do_not_remember_other_callers_for_ever() -> None:

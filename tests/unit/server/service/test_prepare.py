@@ -132,6 +132,17 @@ async def test_forbidden_field_is_refused_in_every_method(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+async def test_forbidden_reports_of_prompts_are_refused_in_inspect_too(kind: Any) -> None:
+    """It reports them without being asked."""
+    binding = Binding((policy(forbiddenFields=["report.prompt"]),))
+    inspects = kind is inference_pb2.InspectRequest
+    request = request_of(kind, report={} if inspects else {"prompt": True})
+    assert await refused(serving_of(), request, binding) == ("POLICY_FORBIDS", "report.prompt")
+    if not inspects:
+        assert (await prepare(serving_of(), ANONYMOUS, request_of(kind), binding)).calls
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 async def test_locked_rows_are_not_reported(kind: Any) -> None:
     report = {"features": [{"site": SITE, "row": feature(3)}, {"site": SITE, "row": feature(5)}]}
     assert await refused(serving_of(), request_of(kind, report=report), POLICY) == (

@@ -223,3 +223,17 @@ def test_running_log_is_verified_up_to_its_last_whole_line(tmp_path: Path) -> No
     log.write(b'{"kind":"call","requ')
     result = verify(log.place, KEY)
     assert (result.entries, result.anchored, result.closed, result.torn) == (4, 3, False, True)
+
+
+@pytest.mark.parametrize("name", ["audit-000001a.jsonl", "audit-00001.jsonl", "audit-000001_0.jsonl"])
+def test_file_of_another_name_is_none_of_the_log(log: Place, name: str) -> None:
+    """Whoever can only add files keeps no server from starting."""
+    (log.folder / name).write_bytes(b"x")
+    assert verify(log, KEY).entries == ENTRIES + 1
+    open_log(log.folder).close()
+
+
+def test_server_does_not_go_on_behind_an_empty_file(log: Place) -> None:
+    log.files()[-2].write_bytes(b"")
+    with pytest.raises(UserError, match="its last line is not an entry"):
+        open_log(log.folder)
