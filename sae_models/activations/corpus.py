@@ -60,6 +60,15 @@ class Document:
         return zlib.crc32(f"{self.book}/{self.module}".encode()) % FOLDS
 
 
+class Definition(NamedTuple):
+    """An entry of a glossary; `module` is the section that prints it."""
+
+    book: str
+    module: str
+    term: str
+    meaning: str
+
+
 @dataclass(frozen=True)
 class ContextRule:
     """How a text becomes model inputs, and which positions an SAE is trained and measured on.
@@ -165,6 +174,23 @@ def read(path: Path) -> list[Document]:
     if not documents:
         raise CorpusError(f"corpus: {path} holds no text")
     return documents
+
+
+def read_definitions(path: Path) -> list[Definition]:
+    """Read the glossaries of a corpus in JSON lines, also of records without text.
+
+    Raise CorpusError if the corpus cannot be read, or has no entry [term, meaning].
+    """
+    entries = [
+        Definition(str(record.get("book") or ""), str(record.get("module") or ""), *entry)
+        for record in json_records(path)
+        if isinstance(record, dict)
+        for entry in record.get("glossary") or ()
+        if len(entry) == 2 and all(isinstance(part, str) and part for part in entry)
+    ]
+    if not entries:
+        raise CorpusError(f"corpus: {path} has no glossary of [term, meaning]")
+    return entries
 
 
 def sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""A linear detector of a topic on the residual stream, and a CUSUM alarm (Page 1954) over its score."""
+"""A linear detector of a topic on the residual stream, and statistics of its score: CUSUM (Page 1954), window mean."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rudder.sae_models import edit as formula
-from rudder.sae_models.operations import STATISTICS
+from rudder.sae_models.operations import STATISTICS, TOKEN
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,21 @@ def cusum(score: Tensor, drift: float) -> Tensor:
     ones = torch.ones_like(u)
     _, shift, floor = formula.scan(ones, u + p["offset"], p["floor"] * ones, start, steps)
     return torch.maximum(floor, shift).reshape(score.shape)
+
+
+def window_mean(score: Tensor, counted: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Return the mean of the last `window` scores of counted tokens, and their count so far, both [n, length].
+
+    By the same function as the server; score and counted [n, length].
+    """
+    texts, length = score.shape
+    count = counted.long().cumsum(1)
+    start = (torch.arange(texts) * length)[:, None].expand_as(count)
+    metadata = {"entry": counted.long(), "slot": torch.zeros_like(count), "start": start, "count": count}
+    token = torch.stack([metadata.get(name, torch.zeros_like(count)).reshape(-1) for name in TOKEN])
+    ring = torch.zeros(1, window, dtype=torch.float64)
+    windows = torch.full((texts * length,), window)
+    return formula.window_mean(score.double().reshape(-1), ring, token, windows).reshape(score.shape), count
 
 
 def level_for(highest: Tensor, false_alarms: float) -> float:

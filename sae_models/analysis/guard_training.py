@@ -25,7 +25,6 @@ from rudder.sae_models.analysis.guard import (
     TokenModelFile,
     probe_of,
     probe_score,
-    rounded,
 )
 from rudder.sae_models.analysis.guard_figures import Clustered, Figure, auroc, figure, highest, recall_at, share
 from rudder.sae_models.analysis.probe_training import (
@@ -129,7 +128,7 @@ def calibrated(name: str, score: Score, benign: Sequence[Floats], decay: float, 
 
 def guard_of(name: str, score: Score, decay: float, level: float) -> Guard:
     """Return a guard that stops what exceeds its level."""
-    return Guard(name, score, MovingAverage(decay), rounded(level), BOTH_PHASES, STOP, HOLD_BACK)
+    return Guard(name, score, MovingAverage(decay), level, BOTH_PHASES, STOP, HOLD_BACK)
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ class TrainingSettings:
 
     window: int = 16
     temperature: float = 1.0
-    epochs: int = 12
+    epochs: int = 20
     batch: int = 32
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-2
     weight_decay: float = 1e-2
 
 

@@ -4,7 +4,7 @@ Supports the part of message Program (proto/rudder/v1) that the shipped programs
 blend, and a gate read at that site. Other fields in a file are an error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -135,13 +135,17 @@ def read(path: Path) -> Program:
 
 def write(path: Path, message: Message) -> None:
     """Write a program or a guard to a YAML file: lists of numbers on one line, equal probes once, with YAML anchors."""
-    content = _share_probes(msgspec.to_builtins(message), {})
+    content = share_probes(msgspec.to_builtins(message))
     text = yaml.safe_dump(content, sort_keys=False, width=110, default_flow_style=None, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
 
 
-def _share_probes(value: Any, probes: dict[str, Any]) -> Any:
+def share_probes(content: Any) -> Any:
     """Return a copy in which equal probes are the same object, which PyYAML writes once and refers to by alias."""
+    return _share_probes(content, {})
+
+
+def _share_probes(value: Any, probes: dict[str, Any]) -> Any:
     if isinstance(value, list | tuple):
         return [_share_probes(item, probes) for item in value]
     if not isinstance(value, dict):
@@ -158,18 +162,30 @@ def apply(program: Program, bundle: Bundle, x: Tensor, counted: Tensor | None = 
     """
     site, flat = program.sites[0], x.reshape(-1, x.shape[-1])
     counted = torch.ones(x.shape[:-1], dtype=torch.bool) if counted is None else counted
-    is_open = gate_open(program.gate, bundle, x, counted).reshape(-1)
+    is_open = gate_open(program.gate, bundle, x, counted)
     parts = [row_of(edit.row, bundle) for edit in site.edits]
     if site.blend:
         mean = bundle.statistics.mean[None]
         parts.append(Rows(torch.zeros_like(mean), torch.zeros(1), torch.zeros(1), mean))
     rows = concatenate(parts)
     columns = [edit_column(edit) for edit in site.edits] + [operations.IDENTITY_EDIT] * bool(site.blend)
-    edits = torch.tensor(columns).T.expand(len(flat), -1, -1)
     blend = {"weight": site.blend.weight, "blend_row": len(site.edits)} if site.blend else {}
     gain = gain_of([edit.row for edit in site.edits], bundle, flat, blend=bool(site.blend))
+    return displace(x, rows, torch.tensor(columns).T, blend, is_open, gain)
+
+
+def displace(
+    x: Tensor, rows: Rows, columns: Tensor, entry: Mapping[str, float], is_open: Tensor, gain: Tensor | None = None
+) -> Effect:
+    """Apply edits of rows to residuals x [batch, length, d] where is_open [batch, length].
+
+    columns [len(EDIT), rows]: the parameters of each row's edit; `entry`: those of ENTRY that are not the identity;
+    gain [batch * length, rows] as in `activations`.
+    """
+    flat = x.reshape(-1, x.shape[-1])
     f = activations(flat, rows, gain)
-    move, moved = formula.edit(flat, f, rows.decoder, edits, entries(len(flat), blend), is_open, gain)
+    edits = columns.expand(len(flat), -1, -1)
+    move, moved = formula.edit(flat, f, rows.decoder, edits, entries(len(flat), entry), is_open.reshape(-1), gain)
     return Effect((flat + move).reshape(x.shape), moved.any(-1).reshape(x.shape[:-1]))
 
 
@@ -189,10 +205,10 @@ def gate_open(gate: Gate | None, bundle: Bundle, x: Tensor, counted: Tensor) -> 
     return is_open
 
 
-def entries(tokens: int, parameters: dict[str, float]) -> Tensor:
+def entries(tokens: int, parameters: Mapping[str, float]) -> Tensor:
     """Return the same entry parameters for every token, [tokens, len(ENTRY)]."""
     identity = dict(zip(operations.ENTRY, operations.IDENTITY_ENTRY, strict=True))
-    return torch.tensor([*(identity | parameters).values()], dtype=torch.float64).expand(tokens, -1)
+    return torch.tensor([*(identity | dict(parameters)).values()], dtype=torch.float64).expand(tokens, -1)
 
 
 def edit_column(edit: Edit) -> tuple[float, ...]:

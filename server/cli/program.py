@@ -9,10 +9,11 @@ from rich.table import Table
 
 from rudder.sae_models.activations import corpus, harvest
 from rudder.sae_models.activations.hooks import parse_site
-from rudder.sae_models.analysis import derive, unlearning
+from rudder.sae_models.analysis import derive
 from rudder.sae_models.analysis import program as programs
 from rudder.sae_models.analysis.derive import Material
 from rudder.sae_models.analysis.shipped import SHIPPED
+from rudder.sae_models.analysis.unlearning import books
 from rudder.sae_models.bundle import bundle
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.evaluation import splicing as metrics
@@ -89,7 +90,7 @@ def print_losses(options: argparse.Namespace) -> None:
     windows = derive.sample_windows(source, corpus.HELD_OUT_FOLDS, dict.fromkeys(source.books, options.windows))
     model = harvest.load_model(options.model)
     plain, of_twin = metrics.losses(model, windows), metrics.losses(twin, windows) if twin else None
-    losses = unlearning.losses_by_book(
+    losses = books.losses_by_book(
         model, source.trunk, source.bundle, program, windows, source.documents, plain, of_twin
     )
     table = Table(title=f"{program.name}: nats per token on held-out sections")

@@ -12,8 +12,8 @@ from rudder.server.identity.authenticator import Credentials
 from rudder.server.identity.watched_file import WatchedFile
 
 AUTHORIZATION = "authorization"
-# Names of a peer in `auth_context`, the best first: RFC 9525 prefers alternative names to the common name.
-ALTERNATIVE_NAMES, COMMON_NAME = "x509_subject_alternative_name", "x509_common_name"
+# Names of a peer in `auth_context`, by their kind: each kind is vouched for by rules of its own.
+URIS, DNS_NAMES, COMMON_NAME = "peer_uri", "peer_dns", "x509_common_name"
 SPIFFE = "spiffe://"
 
 
@@ -25,11 +25,20 @@ def credentials_of(context: Context) -> Credentials:
 
 
 def certificate_names(context: Context) -> tuple[str, ...]:
-    """Return the names in the client's certificate, which TLS has verified: SPIFFE URIs, others, the common name."""
+    """Return the names in the client's certificate, which TLS has verified: SPIFFE URIs, then DNS names.
+
+    The common name, which is free text, counts only where there is neither (RFC 9525), and no other kind of name passes
+    for a SPIFFE URI.
+    """
     peer: Mapping[str, Iterable[bytes]] = context.auth_context()
-    alternative = [name.decode(errors="replace") for name in peer.get(ALTERNATIVE_NAMES, ())]
-    common = [name.decode(errors="replace") for name in peer.get(COMMON_NAME, ())]
-    return tuple(sorted(alternative, key=lambda name: not name.startswith(SPIFFE)) + common)
+    uris, dns, common = (
+        [name.decode(errors="replace") for name in peer.get(kind, ())] for kind in (URIS, DNS_NAMES, COMMON_NAME)
+    )
+    others = dns or ([] if uris else common)
+    return (
+        *(name for name in uris if name.startswith(SPIFFE)),
+        *(name for name in others if not name.startswith(SPIFFE)),
+    )
 
 
 def server_credentials(tls: Tls, failed: Callable[[str], None]) -> grpc.ServerCredentials | None:

@@ -1,19 +1,21 @@
 """Callers by their client certificate: a file that maps the names in certificates to callers."""
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import msgspec
 import yaml
+from msgspec import Meta
 
 from rudder.server.caller import NO_QUOTAS, Caller, Quotas
 from rudder.server.identity.errors import CredentialError
-from rudder.server.identity.tokens import Name, check_roles
+from rudder.server.identity.tokens import Name, check_names, check_roles
 
 
 class CertificateEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a certificate stands for. `name`: its SPIFFE URI, else a DNS name, else the common name."""
 
-    name: str
+    name: Annotated[str, Meta(min_length=1)]
     caller: Name
     roles: tuple[str, ...]
     tenant: Name | None = None
@@ -35,8 +37,13 @@ def parse(content: bytes) -> Certificates:
         file = msgspec.convert(yaml.safe_load(content) or {}, CertificateFile)
     except (yaml.YAMLError, msgspec.ValidationError) as error:
         raise ValueError(str(error)) from error
+    names = [entry.name for entry in file.certificates]
     for number, entry in enumerate(file.certificates):
-        check_roles(entry.roles, f"certificates[{number}].roles")
+        field = f"certificates[{number}]"
+        if names.index(entry.name) != number:
+            raise ValueError(f"{field}.name: {entry.name!r} is there twice")
+        check_roles(entry.roles, f"{field}.roles")
+        check_names(entry.caller, entry.tenant, field)
     return {entry.name: entry for entry in file.certificates}
 
 

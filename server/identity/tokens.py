@@ -19,6 +19,8 @@ from rudder.server.identity.errors import CredentialError
 PREFIX = "rudder."
 TOKEN = re.compile(r"rudder\.([0-9a-f]{16})\.([A-Za-z0-9_-]{43})", re.ASCII)
 SECRET_BYTES = 32
+# What the callers and tenants of JSON web tokens begin with: no file names one of them.
+WEB_CALLER, WEB_TENANT = "jwt:", "jwt-tenant:"
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[!-~]+$")]
 
 
@@ -85,8 +87,7 @@ def read(content: bytes) -> TokenFile:
 def check(entry: TokenEntry, field: str) -> None:
     """Raise ValueError where an entry cannot be meant so."""
     check_roles(entry.roles, f"{field}.roles")
-    if ANONYMOUS.tenant in (entry.caller, entry.tenant):
-        raise ValueError(f"{field}: {ANONYMOUS.tenant!r} is the name of callers without credentials")
+    check_names(entry.caller, entry.tenant, field)
     if entry.expires and entry.expires.tzinfo is None:
         raise ValueError(f"{field}.expires: has no time zone")
 
@@ -96,6 +97,15 @@ def check_roles(roles: Iterable[str], field: str) -> None:
     unknown = [role for role in roles if role not in ROLES]
     if unknown:
         raise ValueError(f"{field}: {unknown[0]!r} is not one of {', '.join(sorted(ROLES))}")
+
+
+def check_names(caller: str, tenant: str | None, field: str) -> None:
+    """Raise ValueError if caller or tenant has a name of those that no file names."""
+    for name in (caller, tenant or caller):
+        if name == ANONYMOUS.tenant:
+            raise ValueError(f"{field}: {name!r} is the name of callers without credentials")
+        if name.startswith((WEB_CALLER, WEB_TENANT)):
+            raise ValueError(f"{field}: {name!r} is a name of callers with JSON web tokens")
 
 
 def create(

@@ -11,6 +11,7 @@ import jwt
 
 from rudder.server.caller import ROLES, Caller
 from rudder.server.identity.errors import CredentialError
+from rudder.server.identity.tokens import WEB_CALLER, WEB_TENANT
 
 MAX_TOKEN_BYTES = 8192
 LEEWAY_S = 30
@@ -85,18 +86,20 @@ def verified_claims(token: str, keys: Keys, provider: Provider) -> dict[str, Any
         )  # fmt: skip
     except jwt.ExpiredSignatureError as error:
         raise CredentialError("the token has expired", "TOKEN_EXPIRED") from error
-    except (jwt.PyJWTError, ValueError) as error:
+    except (jwt.PyJWTError, ValueError, RecursionError) as error:
         # Its text may quote the token.
         raise CredentialError(f"the token is not valid: {type(error).__name__}") from error
     return claims
 
 
 def caller_of(claims: Mapping[str, Any], provider: Provider) -> Caller:
-    """Return the caller of verified claims. Roles that Rudder does not know belong to other services."""
+    """Return the caller of verified claims. Roles that Rudder does not know belong to other services.
+
+    A subject without a tenant is alone, also if a tenant has its name.
+    """
     roles = claims.get(provider.roles_claim, ())
     roles = roles.split() if isinstance(roles, str) else roles
     known = frozenset(role for role in roles if role in ROLES) if isinstance(roles, list | tuple) else frozenset()
     tenant = claims.get(provider.tenant_claim)
-    return Caller(
-        f"jwt:{claims['sub']}", f"jwt:{tenant if isinstance(tenant, str) and tenant else claims['sub']}", known
-    )
+    caller = f"{WEB_CALLER}{claims['sub']}"
+    return Caller(caller, f"{WEB_TENANT}{tenant}" if isinstance(tenant, str) and tenant else caller, known)

@@ -71,9 +71,12 @@ class QuotaLedger:
             return None
         now, buckets = self.clock(), self.of(caller).buckets
         bucket = buckets.get(name)
-        if bucket is None or bucket.rate != rate:
+        if bucket is None:
             bucket = buckets[name] = Bucket(rate, rate, now)
         bucket.refill(now)
+        # Another token of the same caller may have another rate: what was used is used, whatever the rate.
+        bucket.left += rate - bucket.rate
+        bucket.rate = rate
         return bucket
 
     def of(self, caller: Caller) -> Usage:

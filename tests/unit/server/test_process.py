@@ -72,7 +72,7 @@ async def start(*_):
     print("starting", flush=True)
     await asyncio.to_thread(time.sleep, 60)
 
-serve.start_engine = start
+serve.start_with_policies = start
 raise SystemExit(command.run(config.load(overrides={"listen.port": "0", "listen.metrics_port": "0"})))
 """
 

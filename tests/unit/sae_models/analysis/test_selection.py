@@ -11,10 +11,11 @@ from rudder.sae_models import PRETRAINED
 from rudder.sae_models.activations import corpus, harvest
 from rudder.sae_models.activations.corpus import Document
 from rudder.sae_models.activations.hooks import parse_site
-from rudder.sae_models.analysis import derive, detector, selection, unlearning
+from rudder.sae_models.analysis import derive, detector, selection
 from rudder.sae_models.analysis import program as p
 from rudder.sae_models.analysis.program import Program
 from rudder.sae_models.analysis.shipped import SHIPPED
+from rudder.sae_models.analysis.unlearning import books
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.bundle.bundle import Bundle, Statistics
 from rudder.sae_models.evaluation import splicing as metrics
@@ -189,7 +190,7 @@ def test_forget_touches_the_topic_and_spares_the_rest(material: derive.Material)
     model = harvest.load_model(TEXTBOOK_LM)
     windows = derive.sample_windows(material, corpus.HELD_OUT_FOLDS, dict.fromkeys(TOPICS, 3))
     plain = metrics.losses(model, windows)
-    topic_loss, *others = unlearning.losses_by_book(
+    topic_loss, *others = books.losses_by_book(
         model, material.trunk, material.bundle, program, windows, material.documents, plain
     )
     assert [topic_loss.book, *sorted(other.book for other in others)] == ["microbes", "economics", "history"]
@@ -199,7 +200,7 @@ def test_forget_touches_the_topic_and_spares_the_rest(material: derive.Material)
 
 
 def test_gap_is_the_rise_as_a_share_of_the_twins_deficit() -> None:
-    loss = unlearning.BookLoss("microbiology", 100, plain=3.0, edited=4.0, touched=0.5)
+    loss = books.BookLoss("microbiology", 100, plain=3.0, edited=4.0, touched=0.5)
     assert loss.gap is None
     assert loss._replace(twin=3.5).gap == pytest.approx(2.0)
     assert loss._replace(twin=3.15).gap is None, "two trainings differ by as much"

@@ -295,10 +295,12 @@ async def test_client_certificate_is_the_caller(tmp_path: Path) -> None:
         with pytest.raises(RudderError) as caught:
             await client.inspect([5])
         assert caught.value.reason == "ROLE_MISSING"
-    async with door.client(pair=door.authority.issue("x", "spiffe://acme/other")) as client:
-        with pytest.raises(RudderError) as caught:
-            await client.complete([5], max_tokens=1)
-        assert caught.value.reason == "UNAUTHENTICATED"
+    # A common name is free text.
+    for other in (("x", "spiffe://acme/other"), ("spiffe://acme/app",)):
+        async with door.client(pair=door.authority.issue(*other)) as client:
+            with pytest.raises(RudderError) as caught:
+                await client.complete([5], max_tokens=1)
+            assert caught.value.reason == "UNAUTHENTICATED"
     for pair in (None, Authority.create().issue("x", "spiffe://acme/app")):
         async with door.client(pair=pair) as client:
             with pytest.raises(RudderError) as caught:

@@ -69,6 +69,9 @@ def test_expired_token_says_so_only_to_who_has_the_secret() -> None:
         ("[", "while parsing"),
         (entry("caller: a, roles: [root]"), r"tokens\[0\].roles"),
         (entry("caller: anonymous, roles: []"), r"tokens\[0\]"),
+        (entry("caller: a, tenant: anonymous, roles: []"), r"tokens\[0\]"),
+        (entry("caller: 'jwt:alice', roles: []"), r"tokens\[0\]"),
+        (entry("caller: a, tenant: 'jwt-tenant:acme', roles: []"), r"tokens\[0\]"),
         (entry("caller: a, role: []"), "role"),
     ],
 )

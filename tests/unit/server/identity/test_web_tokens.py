@@ -62,7 +62,7 @@ def without_kid() -> str:
 
 def test_right_token_is_the_caller_with_the_roles_that_are_known() -> None:
     caller = WebTokens(PROVIDER).caller(signed(tenant="acme"), KEYS)
-    assert (caller.id, caller.tenant, caller.roles) == ("jwt:alice", "jwt:acme", frozenset({"generate"}))
+    assert (caller.id, caller.tenant, caller.roles) == ("jwt:alice", "jwt-tenant:acme", frozenset({"generate"}))
     assert WebTokens(PROVIDER).caller(signed(roles="steer observe"), KEYS).roles == {"steer", "observe"}
     assert WebTokens(PROVIDER).caller(signed(roles=None), KEYS).roles == frozenset()
 
@@ -138,3 +138,15 @@ def test_verified_token_is_verified_again_with_other_keys() -> None:
 def test_file_of_keys_that_is_wrong(content: bytes, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         web_tokens.parse_keys(content)
+
+
+def test_subject_is_not_among_the_callers_of_a_tenant_of_its_name() -> None:
+    alone, member = (WebTokens(PROVIDER).caller(token, KEYS) for token in (signed(sub="acme"), signed(tenant="acme")))
+    assert alone.tenant != member.tenant
+
+
+def test_header_that_is_nested_too_deeply_is_no_token() -> None:
+    header = base64.urlsafe_b64encode(b"[" * 6000).decode()
+    with pytest.raises(CredentialError) as caught:
+        WebTokens(PROVIDER).caller(f"{header}.e30.e30", KEYS)
+    assert caught.value.reason == "UNAUTHENTICATED"

@@ -57,6 +57,31 @@ def test_callers_have_buckets_of_their_own_and_none_without_a_quota() -> None:
     ledger.require(caller("c"), "requests", "QUOTA_REQUESTS")
 
 
+def test_two_tokens_of_a_caller_with_other_rates_share_what_is_used() -> None:
+    ledger = QuotaLedger(Clock())
+    low, high = caller(requests=2), caller(requests=3)
+    used: list[Caller] = []
+
+    def use_up() -> None:
+        for limited in (low, high) * 5:
+            ledger.require(limited, "requests", "QUOTA_REQUESTS")
+            ledger.charge(limited, "requests", 1)
+            used.append(limited)
+
+    with pytest.raises(Refusal):
+        use_up()
+    assert len(used) <= 3
+
+
+def test_debt_outlasts_a_change_of_the_rate() -> None:
+    clock = Clock()
+    ledger = QuotaLedger(clock)
+    ledger.charge(caller(generated_tokens=60), "generated_tokens", 180)
+    with pytest.raises(Refusal) as caught:
+        ledger.require(caller(generated_tokens=120), "generated_tokens", "QUOTA_TOKENS")
+    assert caught.value.retry_after_s == pytest.approx(30.5)
+
+
 def test_streams_at_once() -> None:
     ledger, limited = QuotaLedger(Clock()), caller(streams=2)
     with ledger.streaming(limited, 2):
