@@ -18,8 +18,8 @@ NOT_BUILT = {
     "A10": "a search over a thousand programs: this one tries two dozen",
     "A12": "answers of an earlier turn, generated under another policy, as prompt of the next one",
     "A16": "grammars that allow nothing but continuations about the topic",
-    "A17": "a term among k samples: without the policy, eight samples have it for two of seventy questions, too few to"
-    " tell; beam search: the contract has none",
+    "A17": "a term among eight samples: without the policy two of seventy questions have it, too few to tell;"
+    " beam search: the contract has none",
     "A18": "speculative decoding: the server has no drafter",
     "A20": "lost telemetry: tests/unit/server/safety/test_loss.py",
     "A25": "translation: the demo model knows one language",

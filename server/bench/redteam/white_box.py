@@ -18,7 +18,7 @@ from rudder.server.bench.redteam.target import Target
 MODEL = PRETRAINED / "textbook-lm"
 # Number of the hidden state behind the layer of the policy's site.
 HIDDEN = 3
-PREFIX, STEPS, RATE, PROMPTS = 16, 80, 0.02, 8
+PREFIX, STEPS, RATE, PROMPTS = 16, 60, 0.03, 5
 # Weight of the guard's score in the objective, and how far below the guard's level it is pushed.
 PRESSURE, MARGIN = 2.0, 0.5
 # Nats a token that the prefix may cost the term.
