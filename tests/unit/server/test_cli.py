@@ -55,8 +55,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (
             [
-                "serve", "--listen.host", "0.0.0.0", "--listen.port", "0", "--listen.metrics_port", "0",
-                "--listen.allow_plaintext", "true",
+                "serve",
+                "--listen.host",
+                "0.0.0.0",
+                "--listen.port",
+                "0",
+                "--listen.metrics_port",
+                "0",
+                "--listen.allow_plaintext",
+                "true",
             ],
             "identity.tokens: 0.0.0.0 is reached from other machines",
         ),
