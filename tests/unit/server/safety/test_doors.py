@@ -19,6 +19,8 @@ COMMANDS = {
     "engine/answers.py",
     "bench/sides.py",
     "bench/cost.py",
+    "bench/redteam/engine.py",
+    "bench/redteam/programs.py",
     "safety/evaluation.py",
 }
 # What gives a request to vLLM, and what names it.

@@ -6,15 +6,17 @@ import pytest
 
 from rudder.server.caller import ANONYMOUS
 from rudder.server.program.compile import compile_program
+from rudder.server.safety.binding import Binding
 from rudder.server.service.attestation import attestation_of
 from rudder.server.service.errors import Refusal
 from rudder.server.service.prepare import prepare
 from rudder.server.service.record import ChoiceRecord
 from rudder.server.service.topics import program_of, resolve_topic
 from rudder.v1 import inference_pb2
-from tests.unit.programs import OTHER, REGISTRY, feature
+from tests.unit.policies import latent, policy
+from tests.unit.programs import OTHER, REGISTRY, SITE
 from tests.unit.reference import BUNDLE
-from tests.unit.server.service.test_prepare import KINDS, UP, named, refused, request_of, serving_of
+from tests.unit.server.service.test_prepare import KINDS, UP, refused, request_of, serving_of
 from tests.unit.topics import SERVED
 
 
@@ -80,7 +82,8 @@ async def test_every_method_runs_the_program_of_a_topic_and_attests_it(kind: Any
     job = await prepare(serving(), ANONYMOUS, request_of(kind, steering={"topic": {"topic": "night sky"}}))
     expected = resolve(topic="astronomy")
     assert job.program_digest == compile_program(program_of(expected), REGISTRY).digest
-    record: Any = type("Record", (), {"program_digest": "", "policy_digest": "", "request_id": "", "topic": job.topic})
+    fields = {"program_digest": "", "policy_digest": "", "request_id": "", "topic": job.topic, "policies": ()}
+    record: Any = type("Record", (), fields)
     assert attestation_of(record, ChoiceRecord(), "e1").topic == expected
 
 
@@ -88,14 +91,20 @@ async def test_other_requests_attest_no_topic() -> None:
     assert (await prepare(serving(), ANONYMOUS, request_of(steering={"name": "ok"}))).topic is None
 
 
+def moving(site: str) -> dict[str, Any]:
+    """A program that moves the residuals of a site."""
+    return {"sites": [{"site": site, "edits": [UP]}]}
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 async def test_a_topic_obeys_the_policy(kind: Any) -> None:
     request = request_of(kind, steering={"topic": {"topic": "astronomy"}})
-    locked = serving(policy=named({"row": feature(3), "set": 3.0}))
-    assert await refused(locked, request) == ("ROW_LOCKED", "steering.topic.sites[0].edits[1].row")
-    before = serving(policy=named(UP, site="layers.0.resid_post"))
-    assert await refused(before, request) == ("POLICY_FORBIDS", "steering.topic.sites[0].site")
-    assert (await prepare(serving(policy=named(UP, site=OTHER)), ANONYMOUS, request)).calls
+    locked = Binding((policy(locked=[{"site": SITE, "row": latent(3)}]),))
+    assert await refused(serving(), request, locked) == ("ROW_LOCKED", "steering.topic.sites[0].edits[1].row")
+    before = Binding((policy(program=moving("layers.0.resid_post")),))
+    assert await refused(serving(), request, before) == ("POLICY_FORBIDS", "steering.topic.sites[0].site")
+    elsewhere = Binding((policy(program=moving(OTHER)),))
+    assert (await prepare(serving(), ANONYMOUS, request, elsewhere)).calls
 
 
 @pytest.mark.parametrize(
