@@ -57,11 +57,11 @@ async def rerun(engine: Engine, policy: Policy, folder: Path, max_flips: float) 
     path = certificates.evaluation_path(folder, policy.name)
     evaluation, digest = certificates.read_evaluation(path)
     now = certificates.fingerprint(engine, policy.message)
+    hint = "record it again: rudder policy certify --record --texts FILE"
     if evaluation.fingerprint.policy != now.policy:
-        hint = "record it again: rudder policy certify --record --texts FILE"
         raise UserError(f"{path}: STALE: it was recorded with another program, guards or bundles of the policy; {hint}")
-    # As when it was recorded: one without texts would pass whatever the policy does.
-    certificates.require_exercised(evaluation.cases)
+    if not evaluation.cases:
+        raise UserError(f"{path}: has no texts, so that any policy would pass; {hint}")
     acts = await evaluate(engine, policy, [case.text for case in evaluation.cases])
     certificate = certificates.certified(policy.name, evaluation, digest, now, acts, max_flips)
     certificates.write_certificate(folder, certificate)
