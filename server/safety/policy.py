@@ -32,6 +32,9 @@ from rudder.server.safety.problems import PolicyInvalid, Problem, Problems
 from rudder.v1 import policy_pb2, program_pb2
 
 SHADOW = policy_pb2.POLICY_MODE_SHADOW
+# What a bound caller's program may add at a site, as a share of ||x||, where a policy says nothing else. Beside an edit
+# near the limit of the bank a policy's own edit would not fit, and would be rejected.
+MAX_DISPLACEMENT = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +75,8 @@ class Policy:
 
     @property
     def max_displacement(self) -> float:
-        """Bound of what a bound caller's program adds at a site, as a share of ||x||; inf without one."""
-        return self.message.max_displacement if self.message.HasField("max_displacement") else inf
+        """Bound of what a bound caller's program adds at a site, as a share of ||x||."""
+        return self.message.max_displacement if self.message.HasField("max_displacement") else MAX_DISPLACEMENT
 
     @cached_property
     def programs(self) -> tuple[Compiled, ...]:

@@ -26,7 +26,7 @@ from rudder.server.safety.binding import (
     stages_needed,
     stages_of,
 )
-from rudder.server.safety.policy import Policy
+from rudder.server.safety.policy import MAX_DISPLACEMENT, Policy
 from rudder.v1 import inference_pb2, program_pb2
 from tests.unit.policies import editing, latent, message, policy
 from tests.unit.programs import SITE as DICTIONARY_SITE
@@ -418,7 +418,7 @@ def test_policies_combine_to_the_strictest(parts: list[dict[str, Any]]) -> None:
         assert binding.limits.locked == {(BUNDLE, i) for part in parts for i in part["locked"]}
         assert binding.rights == frozenset.intersection(*(frozenset(part["rights"]) for part in parts))
         assert binding.forbidden.keys() == set().union(*(part["forbidden"] for part in parts))
-        assert binding.limits.max_displacement == min(part["cap"] or inf for part in parts)
+        assert binding.limits.max_displacement == min(part["cap"] or MAX_DISPLACEMENT for part in parts)
         edited = [SITES.index(part["edits"]) for part in parts if part["edits"]]
         expected = None if BEHIND in binding.rights else min(edited, default=None)
         assert binding.limits.last_site == expected

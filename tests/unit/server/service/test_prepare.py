@@ -57,6 +57,14 @@ def named(*edits: dict[str, Any], site: str = SITE) -> NamedProgram:
     return NamedProgram(message, compile_program(message, REGISTRY))
 
 
+def capped(edit: dict[str, Any], site: str = SITE) -> str:
+    """Return the digest of a program whose displacement is at most the norm of x: beyond the bank's limit, where a
+    caller's own edit could be, a policy's edit behind it would be rejected.
+    """
+    document = {"sites": [{"site": site, "edits": [edit], "maxDisplacement": 1.0}]}
+    return compile_program(json_format.ParseDict(document, program_pb2.Program()), REGISTRY).digest
+
+
 def serving_of(overrides: dict[str, str] | None = None) -> Serving:
     engine: Any = SimpleNamespace(
         model=SimpleNamespace(name="m", max_model_len=100, vocab_size=1000, bos_token_id=None),
@@ -108,13 +116,13 @@ async def test_bound_caller_without_rights_runs_programs_that_have_names(kind: A
         "steering.program",
     )
     job = await prepare(serving_of(), ANONYMOUS, request_of(kind, steering={"name": "ok"}), binding)
-    assert job.program_digest == named(UP).compiled.digest
+    assert job.program_digest == capped(UP)
 
 
 async def test_policy_may_leave_edits_behind_it_but_rows_stay_locked() -> None:
     serving, binding = serving_of(), Binding((policy(program=editing(5), rights={"edit_behind_policy": True}),))
     job = await prepare(serving, ANONYMOUS, request_of(steering={"name": "late"}), binding)
-    assert job.program_digest == serving.engine.programs["late"].compiled.digest
+    assert job.program_digest == capped(UP, OTHER)
     assert (await refused(serving, request_of(steering={"name": "locked"}), binding))[0] == "ROW_LOCKED"
 
 
