@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -198,6 +199,14 @@ class Listen(Section, frozen=True):
 def address_of(host: str, port: int) -> str:
     """Return `host:port`, with an IPv6 host in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address is reached from this machine alone. A name other than localhost may be any."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Tls(Section, frozen=True):

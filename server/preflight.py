@@ -6,7 +6,6 @@ What needs the weights is checked where they are loaded: `engine.start`, `bundle
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import msgspec
 
 from rudder.sae_models import PRETRAINED
 from rudder.sae_models.hookpoints import FORM, SITE, parse
-from rudder.server.config import Audit, Config, ConfigError, Engine, WatchedFeature
+from rudder.server.config import Audit, Config, ConfigError, Engine, WatchedFeature, is_loopback
 from rudder.server.identity.authenticator import authenticator_of
 from rudder.server.program.named import load_policies, load_programs
 
@@ -91,14 +90,6 @@ def check_door(config: Config) -> None:
     if not (config.identity.required or config.identity.allow_anonymous):
         problem = f"{host} is reached from other machines: name a file of tokens, or set identity.allow_anonymous"
         raise ConfigError("identity.tokens", problem)
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether an address is reached from this machine alone. A name other than localhost may be any."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def model_folder(config: Engine) -> Path:

@@ -1,8 +1,9 @@
 """Parsers that several commands share: fields of a configuration, the address of a server, a prompt, groups."""
 
 import argparse
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,21 @@ def command(name: str, description: str, examples: str = "", usage: str | None =
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def run_module(
+    package: str, modules: Mapping[str, str], argv: Sequence[str], description: str, examples: str, metavar: str
+) -> int:
+    """Run a subcommand of `rudder NAME` that is a module of `package` (rudder.server.cli.NAME); `modules`: its help."""
+    if argv and argv[0] in modules:
+        status: int | None = importlib.import_module(f"{package}.{argv[0]}").main(argv[1:])
+        return status or 0
+    parser = command(package.rpartition(".")[2], description, examples)
+    group = parser.add_subparsers(required=True, metavar=metavar)
+    for name, text in modules.items():
+        group.add_parser(name, help=text, add_help=False)
+    parser.parse_args(argv)
+    return 0
 
 
 def add_subcommand(group: Any, name: str, description: str, examples: str = "") -> argparse.ArgumentParser:

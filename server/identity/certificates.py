@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import msgspec
-import yaml
 from msgspec import Meta
 
 from rudder.server.caller import NO_QUOTAS, Caller, Quotas
 from rudder.server.identity.errors import CredentialError
-from rudder.server.identity.tokens import Name, check_names, check_roles
+from rudder.server.identity.tokens import Name, check_names, check_roles, converted
 
 
 class CertificateEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,10 +32,7 @@ Certificates = Mapping[str, CertificateEntry]
 
 def parse(content: bytes) -> Certificates:
     """Parse a file of callers by certificate. ValueError: it is not one."""
-    try:
-        file = msgspec.convert(yaml.safe_load(content) or {}, CertificateFile)
-    except (yaml.YAMLError, msgspec.ValidationError) as error:
-        raise ValueError(str(error)) from error
+    file = converted(content, CertificateFile)
     names = [entry.name for entry in file.certificates]
     for number, entry in enumerate(file.certificates):
         field = f"certificates[{number}]"

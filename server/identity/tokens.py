@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import yaml
@@ -16,6 +16,7 @@ from msgspec import Meta
 from rudder.server.caller import ANONYMOUS, NO_QUOTAS, ROLES, Caller, Quotas
 from rudder.server.identity.errors import CredentialError
 
+T = TypeVar("T")
 PREFIX = "rudder."
 TOKEN = re.compile(r"rudder\.([0-9a-f]{16})\.([A-Za-z0-9_-]{43})", re.ASCII)
 SECRET_BYTES = 32
@@ -71,10 +72,7 @@ def parse(content: bytes) -> Tokens:
 
 def read(content: bytes) -> TokenFile:
     """Parse a file of tokens as it is written."""
-    try:
-        file = msgspec.convert(yaml.safe_load(content) or {}, TokenFile)
-    except (yaml.YAMLError, msgspec.ValidationError) as error:
-        raise ValueError(str(error)) from error
+    file = converted(content, TokenFile)
     ids = [entry.id for entry in file.tokens]
     repeated = next((id_ for id_ in ids if ids.count(id_) > 1), None)
     if repeated:
@@ -82,6 +80,14 @@ def read(content: bytes) -> TokenFile:
     for number, entry in enumerate(file.tokens):
         check(entry, f"tokens[{number}]")
     return file
+
+
+def converted(content: bytes, kind: type[T]) -> T:
+    """Convert YAML to a struct. ValueError: it is not one, which names the field at fault."""
+    try:
+        return msgspec.convert(yaml.safe_load(content) or {}, kind)
+    except (yaml.YAMLError, msgspec.ValidationError) as error:
+        raise ValueError(str(error)) from error
 
 
 def check(entry: TokenEntry, field: str) -> None:

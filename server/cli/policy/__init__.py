@@ -1,9 +1,8 @@
 """`rudder policy`: the policies of a server and their files. One module of this package per command."""
 
-import importlib
 from collections.abc import Sequence
 
-from rudder.server.cli.arguments import command
+from rudder.server.cli.arguments import run_module
 
 EXAMPLES = """\
 examples:
@@ -25,13 +24,4 @@ POLICY_COMMANDS = {
 
 def main(argv: Sequence[str]) -> int:
     """Run a command."""
-    if argv and argv[0] in POLICY_COMMANDS:
-        module = importlib.import_module(f"rudder.server.cli.policy.{argv[0]}")
-        status: int | None = module.main(argv[1:])
-        return status or 0
-    parser = command("policy", "Write, check and apply policies.", EXAMPLES)
-    group = parser.add_subparsers(required=True, metavar="command")
-    for name, text in POLICY_COMMANDS.items():
-        group.add_parser(name, help=text, add_help=False)
-    parser.parse_args(argv)
-    return 0
+    return run_module(__name__, POLICY_COMMANDS, argv, "Write, check and apply policies.", EXAMPLES, "command")

@@ -3,7 +3,6 @@
 import hashlib
 import hmac
 import http.client
-import ipaddress
 import logging
 import queue
 import threading
@@ -14,7 +13,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_opener
 
-from rudder.server.config import ConfigError
+from rudder.server.config import ConfigError, is_loopback
 from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics
 
@@ -130,14 +129,6 @@ def signature(secret: bytes, body: bytes) -> str:
 def checked_url(url: str) -> str:
     """Return the URL. ConfigError: it is neither https nor http to this machine."""
     parts = urlsplit(url)
-    if not parts.hostname or not (parts.scheme == "https" or (parts.scheme == "http" and is_local(parts.hostname))):
+    if not parts.hostname or not (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname))):
         raise ConfigError("audit.webhook", f"must be https, or http to this machine, not {parts.scheme or url!r}")
     return url
-
-
-def is_local(host: str) -> bool:
-    """Whether a host name is this machine's."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
