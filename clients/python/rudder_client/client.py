@@ -86,15 +86,15 @@ class Client(wire.ForkGuard):
         options: wire.Options = (),
     ) -> None:  # fmt: skip
         settings = wire.options_for(address, options)
-        if credentials is None:
-            self.channel = grpc.insecure_channel(address, settings)
-        else:
-            self.channel = grpc.secure_channel(address, credentials, settings)
         self.timeout = timeout
         self.metadata = (
             *wire.metadata_of(metadata),
             *wire.authorization(token, address, secure=credentials is not None),
         )
+        if credentials is None:
+            self.channel = grpc.insecure_channel(address, settings)
+        else:
+            self.channel = grpc.secure_channel(address, credentials, settings)
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.catalogue = catalogue_pb2_grpc.FeatureServiceStub(self.channel)
         self.models = catalogue_pb2_grpc.ModelServiceStub(self.channel)

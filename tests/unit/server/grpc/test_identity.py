@@ -27,7 +27,7 @@ from rudder.server.identity import tokens, watched_file
 from rudder.server.identity.roles import METHODS
 from rudder.server.identity.tokens import TokenFile
 from rudder.v1 import catalogue_pb2, inference_pb2, policy_pb2
-from rudder_client import AsyncClient, Program, Report, RudderError
+from rudder_client import AsyncClient, Client, Program, Report, RudderError
 from rudder_client.errors import error_of
 from tests.unit.server.grpc.test_server import Fixture, access_fields
 
@@ -331,6 +331,11 @@ async def test_quotas_of_a_token_hold_at_the_door(tmp_path: Path) -> None:
     await door.stop()
 
 
-def test_token_does_not_leave_this_machine_without_tls() -> None:
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+def test_token_does_not_leave_this_machine_without_tls(
+    client: type[Client] | type[AsyncClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc, "insecure_channel", None)
+    monkeypatch.setattr(grpc.aio, "insecure_channel", None)
     with pytest.raises(ValueError, match="TLS"):
-        AsyncClient("server.example:50051", token="rudder.a.b")
+        client("server.example:50051", token="rudder.a.b")
