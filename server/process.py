@@ -92,8 +92,21 @@ def require_free(listen: Listen) -> None:
     if listen.port == listen.metrics_port != 0 and metrics_host == listen.host:
         raise ConfigError("listen.metrics_port", f"{listen.port} is listen.port too")
     require_bindable("listen.host", listen.host, "listen.port", listen.port)
+    if listen.http_port is not None:
+        require_http_port(listen, metrics_host)
     metrics_name = "metrics_host" if listen.metrics_host else "host"
     require_bindable(f"listen.{metrics_name}", metrics_host, "listen.metrics_port", listen.metrics_port)
+
+
+def require_http_port(listen: Listen, metrics_host: str) -> None:
+    """Raise ConfigError if the HTTP endpoint cannot listen on its port, or shares it with another."""
+    taken = {"listen.port": listen.port}
+    if metrics_host == listen.host:
+        taken["listen.metrics_port"] = listen.metrics_port
+    for field, port in taken.items():
+        if listen.http_port == port != 0:
+            raise ConfigError("listen.http_port", f"{port} is {field} too")
+    require_bindable("listen.host", listen.host, "listen.http_port", listen.http_port or 0)
 
 
 def require_bindable(host_field: str, host: str, port_field: str, port: int) -> None:

@@ -16,6 +16,7 @@ from rudder.server.config import Config
 from rudder.server.engine import adapter, selftest
 from rudder.server.engine.engine import Engine
 from rudder.server.grpc.server import GrpcDoor
+from rudder.server.http.server import HttpDoor
 from rudder.server.monitoring import logs
 from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics
@@ -85,6 +86,8 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     metrics_server, _ = start_http_server(config.listen.metrics_port, config.listen.metrics_host or config.listen.host)
     stack.callback(metrics_server.shutdown)
     doors: list[Door] = [GrpcDoor(serving)]
+    if config.listen.http_port is not None:
+        doors.append(HttpDoor(serving))
     addresses = {}
     for door in doors:
         stack.push_async_callback(door.stop, 0)
