@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from rudder.server.http.exchange import Exchange, Headers
+from rudder.server.http.errors import Headers
+from rudder.server.http.exchange import Exchange
 from rudder.server.http.extension import Rudder, extend
 from rudder.server.http.usage import TokenTexts
 from rudder.server.service import inference

@@ -1,9 +1,11 @@
 """An HTTP door over a scripted engine."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
+import msgspec
 from prometheus_client import CollectorRegistry
 
 from rudder.server import config
@@ -17,9 +19,9 @@ from tests.unit.server.service.test_prompt import TOKENIZER
 class Rig:
     """A scripted engine behind an HTTP door, and a client of it."""
 
-    def __init__(self, **overrides: str) -> None:
+    def __init__(self, max_model_len: int = 100, **overrides: str) -> None:
         self.engine, self.registry = ScriptedEngine(), CollectorRegistry()
-        self.engine.tokenizer = TOKENIZER
+        self.engine.tokenizer, self.engine.model.max_model_len = TOKENIZER, max_model_len
         loaded = config.load(overrides={"listen.port": "0", "listen.http_port": "0"} | overrides)
         self.serving = Serving.around(self.engine, loaded, Metrics.create(self.registry))  # type: ignore[arg-type]
         self.door = HttpDoor(self.serving)
@@ -35,6 +37,11 @@ class Rig:
         await self.client.aclose()
         await self.door.stop(0)
         self.serving.tokenizers.shutdown()
+
+    def serving_at(self, port: int) -> Serving:
+        """Return the same server, to listen on another port."""
+        listen = msgspec.structs.replace(self.serving.config.listen, http_port=port)
+        return replace(self.serving, config=msgspec.structs.replace(self.serving.config, listen=listen))
 
     def ended(self, method: str, outcome: str) -> float | None:
         return self.registry.get_sample_value("rudder_requests_total", {"method": method, "outcome": outcome})
