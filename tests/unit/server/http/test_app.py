@@ -140,8 +140,9 @@ async def test_without_a_valid_token_nobody_calls(
 
 async def test_roles_are_those_of_the_contract(guarded: tuple[Rig, dict[str, str]]) -> None:
     rig, issued = guarded
-    allowed = await rig.complete(max_tokens=1), await rig.post(
-        "/v1/completions", json.loads(COMPLETION), authorization=f"Bearer {issued['generate']}"
+    allowed = (
+        await rig.complete(max_tokens=1),
+        await rig.post("/v1/completions", json.loads(COMPLETION), authorization=f"Bearer {issued['generate']}"),
     )
     assert [response.status_code for response in allowed] == [401, 200]
     denied = await rig.post("/v1/completions", json.loads(COMPLETION), authorization=f"Bearer {issued['observe']}")
@@ -153,7 +154,9 @@ async def test_roles_are_those_of_the_contract(guarded: tuple[Rig, dict[str, str
     assert {STREAMED, WHOLE, MODELS_METHOD} <= METHODS.keys()
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example", "10.0.0.1", "", "[::2]:1"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "localhost.evil.example", "10.0.0.1", "", "[::2]:1"]
+)
 async def test_the_name_of_a_stranger_does_not_mean_this_machine(door: Rig, host: str) -> None:
     assert status(await raw(door, http("GET /v1/models HTTP/1.1", host=host))) == 421
     for own in ("localhost", "127.0.0.1:8000", "[::1]:8000"):
