@@ -249,8 +249,7 @@ async def test_a_client_that_goes_away_ends_its_call(
     body = json.dumps({"model": "m", "prompt": [5], "max_tokens": 9, "stream": streams}).encode()
     _, writer = await asyncio.open_connection("127.0.0.1", int(door.address.rpartition(":")[2]))
     writer.write(http("POST /v1/completions HTTP/1.1", "Content-Type: application/json", body=body))
-    await until(lambda: door.serving.calls)
-    await asyncio.sleep(0.1)
+    await until(lambda: door.registry.get_sample_value("rudder_stream_messages_total") == 2)
     writer.close()
     await until(lambda: access_fields(caplog))
     (line,) = access_fields(caplog)
@@ -303,8 +302,8 @@ async def test_calls_that_the_end_of_a_drain_cuts_off_say_so(door: Rig) -> None:
     door.engine.stall_after = 1
     streamed = asyncio.create_task(door.complete(max_tokens=9, stream=True))
     whole = asyncio.create_task(door.complete(max_tokens=9))
-    await until(lambda: len(door.serving.calls) == 2)
-    await asyncio.sleep(0.1)
+    await until(lambda: door.serving.pace.streams == 2)
+    await until(lambda: door.registry.get_sample_value("rudder_stream_messages_total") == 2)
     async with asyncio.timeout(10):
         await drain([door.door], door.serving, 0.1, asyncio.get_running_loop().create_future())
     response = await whole
