@@ -175,7 +175,7 @@ class ChatAnswer:
         choices = [await self.choice(choice) for choice in response.choices]
         head = self.head("chat.completion")
         rest = {"usage": usage_of(self.call.record), "rudder": answer_extension(response)}
-        return head | {"choices": choices, "service_tier": None, "system_fingerprint": None} | rest
+        return head | {"choices": choices, "service_tier": "default"} | rest
 
     async def choice(self, choice: inference_pb2.Choice) -> dict[str, Any]:
         """Return one choice of the whole answer."""
@@ -184,8 +184,8 @@ class ChatAnswer:
             "role": "assistant",
             "content": None if refused and not choice.text else choice.text,
             "refusal": (choice.refusal.text or REFUSED) if refused else None,
-            "annotations": None, "audio": None, "function_call": None, "reasoning": None,
-        }  # fmt: skip
+            "annotations": [],
+        }
         document = {
             "index": choice.index, "message": message, "logprobs": await self.logprobs(choice),
             "finish_reason": finish_reason(choice), "stop_reason": stop_reason(choice), "token_ids": None,

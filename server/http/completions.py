@@ -104,7 +104,7 @@ class CompletionAnswer:
         """Return the whole answer."""
         choices = [await self.choice(choice) for choice in response.choices]
         rest = {"usage": usage_of(self.call.record), "rudder": answer_extension(response)}
-        return self.head() | {"choices": choices, "service_tier": None, "system_fingerprint": None} | rest
+        return self.head() | {"choices": choices, "service_tier": "default"} | rest
 
     def failure(self, body: dict[str, Any]) -> bytes:
         """Return the end of a stream that fails: clients raise what `error` says."""
