@@ -88,7 +88,7 @@ async def respond(exchange: Exchange, call: Call, answer: Answer) -> None:
         raise invalid("model", f"no model {asked.model[:100]!r} is served, but {call.model!r}")
     if asked.stream:
         record.method = STREAMED
-        await stream(exchange, call, answer)
+        await respond_as_stream(exchange, call, answer)
         return
     request = asked.fill(inference_pb2.CompleteRequest())
     response = await inference.complete(call.serving, record, request, asked.default_max_tokens)
@@ -97,7 +97,7 @@ async def respond(exchange: Exchange, call: Call, answer: Answer) -> None:
     await exchange.answer(200, await answer.document(response), answer_headers(record))
 
 
-async def stream(exchange: Exchange, call: Call, answer: Answer) -> None:
+async def respond_as_stream(exchange: Exchange, call: Call, answer: Answer) -> None:
     """Answer with events as tokens come; nothing before the first token."""
 
     async def send(message: inference_pb2.GenerateResponse) -> None:
