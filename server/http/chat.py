@@ -8,7 +8,15 @@ from rudder.server.http.answers import DONE, REFUSED, Asked, Call, event
 from rudder.server.http.extension import answer_extension, choice_extension
 from rudder.server.http.fields import UInt32, convert, read
 from rudder.server.http.sampling import SAMPLING_NAMES, Sampled, as_json, sampling_of
-from rudder.server.http.usage import Choice, chat_logprobs, finish_reason, stop_reason, tokens_of, usage_of
+from rudder.server.http.usage import (
+    Choice,
+    chat_logprobs,
+    choice_usage,
+    finish_reason,
+    stop_reason,
+    tokens_of,
+    usage_of,
+)
 from rudder.server.service.errors import invalid
 from rudder.v1 import inference_pb2
 
@@ -128,7 +136,7 @@ class ChatAnswer:
         for delta in message.choices:
             chunk = self.chunk([await self.delta(delta)])
             if self.form.stream_options.continuous_usage_stats:
-                chunk["usage"] = usage_of(self.call.record)
+                chunk["usage"] = self.usage(delta.index)
             if extension := answer_extension(message):
                 chunk["rudder"] = extension
             chunks.append(chunk)
@@ -141,7 +149,14 @@ class ChatAnswer:
             {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
             for i in range(len(self.call.record.choices))
         ]
-        return [self.chunk([choice]) | {"prompt_token_ids": None, "prompt_text": None} for choice in choices]
+        rest: dict[str, Any] = {"prompt_token_ids": None, "prompt_text": None}
+        if self.form.stream_options.continuous_usage_stats:
+            rest = {"usage": self.usage(0, begun=False)} | rest
+        return [self.chunk([choice]) | rest for choice in choices]
+
+    def usage(self, index: int, begun: bool = True) -> dict[str, Any]:
+        """Return what a choice used so far."""
+        return choice_usage(self.call.record, index, begun) | {"completion_tokens_details": None}
 
     async def delta(self, delta: inference_pb2.ChoiceDelta) -> dict[str, Any]:
         """Return what a message adds to one choice."""

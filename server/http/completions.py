@@ -7,7 +7,15 @@ from rudder.server.http.chat import with_extension
 from rudder.server.http.extension import answer_extension
 from rudder.server.http.fields import UInt32, convert, read
 from rudder.server.http.sampling import SAMPLING_NAMES, Sampled, sampling_of
-from rudder.server.http.usage import Choice, completion_logprobs, finish_reason, stop_reason, tokens_of, usage_of
+from rudder.server.http.usage import (
+    Choice,
+    choice_usage,
+    completion_logprobs,
+    finish_reason,
+    stop_reason,
+    tokens_of,
+    usage_of,
+)
 from rudder.server.service.errors import invalid
 from rudder.server.service.limits import DEFAULT_MAX_TOKENS
 from rudder.v1 import inference_pb2
@@ -70,7 +78,7 @@ class CompletionAnswer:
         for delta in message.choices:
             chunk = self.head() | {"choices": [await self.choice(delta)]}
             if self.form.stream_options.continuous_usage_stats:
-                chunk["usage"] = usage_of(self.call.record)
+                chunk["usage"] = choice_usage(self.call.record, delta.index)
             if extension := answer_extension(message):
                 chunk["rudder"] = extension
             chunks.append(chunk)

@@ -45,6 +45,13 @@ def usage_of(record: CallRecord) -> dict[str, Any]:
     }
 
 
+def choice_usage(record: CallRecord, index: int, begun: bool = True) -> dict[str, Any]:
+    """Return what a choice used so far, as vLLM says it with every chunk; nothing generated before it has `begun`."""
+    generated = record.choices[index].generated_tokens if begun else 0
+    total = record.prompt_tokens + generated
+    return {"prompt_tokens": record.prompt_tokens, "total_tokens": total, "completion_tokens": generated}
+
+
 class TokenTexts:
     """Texts of tokens by themselves, each decoded once: at most one for each token id of the model."""
 
