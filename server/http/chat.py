@@ -195,7 +195,7 @@ class ChatAnswer:
     async def choice(self, choice: inference_pb2.Choice) -> dict[str, Any]:
         """Return one choice of the whole answer."""
         refused = choice.HasField("refusal")
-        message = {
+        message: dict[str, Any] = {
             "role": "assistant",
             "content": None if refused and not choice.text else choice.text,
             "refusal": (choice.refusal.text or REFUSED) if refused else None,

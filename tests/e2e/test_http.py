@@ -140,11 +140,12 @@ def test_a_policy_binds_this_door_too(openai_client: OpenAI, client: Client, mod
         openai_client.completions.create(**fields, extra_body={"rudder": {"program": SET}})
     assert locked.value.param
     assert locked.value.param.startswith("rudder.program")
-    for forged in (
+    forgeries: list[dict[str, Any]] = [
         {"vllm_xargs": {"rudder": "x"}}, {"extra_args": {}}, {"kv_transfer_params": {}}, {"request_id": "x"},
         {"priority": -1}, {"prompt_embeds": "AA"}, {"chat_template": "{{ 1 }}"}, {"n": 10**9},
         {"prompt": ["a"] * 100_000},
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for forged in forgeries:
         with pytest.raises(openai.BadRequestError) as refused:
             openai_client.completions.create(**fields, extra_body=forged)
         assert refused.value.param == next(iter(forged))

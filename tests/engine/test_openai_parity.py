@@ -78,8 +78,8 @@ def joined(documents: list[Any]) -> list[Any]:
     result: list[Any] = []
     for document in documents:
         choice = document["choices"][0] if document != "[DONE]" and document["choices"] else None
-        before = result[-1] if result and choice else None
-        if before and before["index"] == choice["index"] and "role" not in choice.get("delta", {}):
+        before: Any = result[-1] if result and choice else {}
+        if choice and before.get("index") == choice["index"] and "role" not in choice.get("delta", {}):
             add(before, choice)
         elif choice:
             result.append(json.loads(json.dumps(choice)))

@@ -10,13 +10,17 @@ from rudder.server.http.completions import CompletionRequest
 from rudder.server.http.fields import IGNORED, NEUTRAL, REFUSED
 from rudder.server.http.responses import ResponsesRequest
 
-FORMS = {"chat": ChatRequest, "completions": CompletionRequest, "responses": ResponsesRequest}
+FORMS: dict[str, type[msgspec.Struct]] = {
+    "chat": ChatRequest,
+    "completions": CompletionRequest,
+    "responses": ResponsesRequest,
+}
 HEAD = ("field", "chat", "completions", "responses")
 
 
-def names(form: type) -> set[str]:
+def names(form: type[msgspec.Struct]) -> set[str]:
     """Return the fields of a request that are taken."""
-    return {field.encode_name for field in msgspec.structs.fields(form)}  # type: ignore[arg-type]
+    return {field.encode_name for field in msgspec.structs.fields(form)}
 
 
 def rows() -> Iterator[tuple[str, ...]]:

@@ -1,6 +1,7 @@
 """An HTTP door over a scripted engine."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +16,16 @@ from rudder.server.service.serving import Serving
 from tests.unit.server.grpc.test_server import ScriptedEngine
 from tests.unit.server.service.test_prompt import TOKENIZER
 
+NOTHING: Mapping[str, str] = {}
+
 
 class Rig:
     """A scripted engine behind an HTTP door, and a client of it."""
 
-    def __init__(self, max_model_len: int = 100, **overrides: str) -> None:
+    def __init__(self, overrides: Mapping[str, str] = NOTHING, max_model_len: int = 100) -> None:
         self.engine, self.registry = ScriptedEngine(), CollectorRegistry()
         self.engine.tokenizer, self.engine.model.max_model_len = TOKENIZER, max_model_len
-        loaded = config.load(overrides={"listen.port": "0", "listen.http_port": "0"} | overrides)
+        loaded = config.load(overrides={"listen.port": "0", "listen.http_port": "0"} | dict(overrides))
         self.serving = Serving.around(self.engine, loaded, Metrics.create(self.registry))  # type: ignore[arg-type]
         self.door = HttpDoor(self.serving)
         self.address = ""

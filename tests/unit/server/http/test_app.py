@@ -112,7 +112,7 @@ async def guarded(tmp_path: Path) -> AsyncIterator[tuple[Rig, dict[str, str]]]:
         file = TokenFile((*file.tokens, entry))
     path = tmp_path / "tokens.yaml"
     path.write_bytes(tokens.write(file))
-    async with Rig(**{"identity.tokens": str(path)}) as rig:
+    async with Rig({"identity.tokens": str(path)}) as rig:
         yield rig, issued
 
 
@@ -196,7 +196,7 @@ async def test_what_is_no_json_object_is_refused(door: Rig, body: bytes) -> None
 
 
 async def test_a_body_beyond_the_limit_is_refused_unread() -> None:
-    async with Rig(**{"limits.max_message_bytes": "2000"}) as rig:
+    async with Rig({"limits.max_message_bytes": "2000"}) as rig:
         response = await rig.complete(stop=["s" * 3000])
         assert (response.status_code, response.json()["error"]["code"]) == (413, "MESSAGE_TOO_LARGE")
         assert rig.ended(WHOLE, "MESSAGE_TOO_LARGE") == 1
@@ -204,7 +204,7 @@ async def test_a_body_beyond_the_limit_is_refused_unread() -> None:
 
 
 async def test_requests_in_progress_share_the_budget_in_bytes() -> None:
-    async with Rig(**{"limits.max_pending_bytes": "1024"}) as rig:
+    async with Rig({"limits.max_pending_bytes": "1024"}) as rig:
         response = await rig.complete(stop=["s" * 1024])
         assert (response.status_code, response.json()["error"]["code"]) == (429, "QUEUE_FULL")
         assert response.headers["retry-after-ms"] == "1000"
@@ -213,7 +213,7 @@ async def test_requests_in_progress_share_the_budget_in_bytes() -> None:
 
 
 async def test_a_body_that_does_not_come_is_given_up() -> None:
-    async with Rig(**{"limits.write_timeout_s": "0.2"}) as rig:
+    async with Rig({"limits.write_timeout_s": "0.2"}) as rig:
         answer = await raw(
             rig, http("POST /v1/completions HTTP/1.1", "Content-Type: application/json", body=COMPLETION)[:-5]
         )
@@ -271,7 +271,7 @@ async def test_a_client_that_goes_away_before_its_body_is_there(door: Rig, caplo
 async def test_a_client_that_does_not_read_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "rudder")
     flags = {"limits.write_timeout_s": "0.3", "stream.message_budget_per_s": "1e9"}
-    async with Rig(max_model_len=10_000_000, **flags) as rig:
+    async with Rig(flags, max_model_len=10_000_000) as rig:
         connection = socket.create_connection(("127.0.0.1", int(rig.address.rpartition(":")[2])))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         body = json.dumps({"model": "m", "prompt": [5], "max_tokens": 1_000_000, "stream": True}).encode()

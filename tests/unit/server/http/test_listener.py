@@ -48,7 +48,7 @@ def client(authority: Authority, rig: Rig, folder: Path, *, spiffe: str | None =
 
 
 async def test_a_door_with_tls_serves_over_it_alone(tmp_path: Path, authority: Authority) -> None:
-    async with Rig(**write_pair(tmp_path, authority)) as rig:
+    async with Rig(write_pair(tmp_path, authority)) as rig:
         assert rig.address.startswith("https://")
         async with client(authority, rig, tmp_path) as connected:
             assert (await connected.get("/v1/models")).status_code == 200
@@ -60,7 +60,7 @@ async def test_a_certificate_that_changes_is_served_to_the_next_connection(
     tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watched_file, "CHECK_S", 0.0)
-    async with Rig(**write_pair(tmp_path, authority)) as rig:
+    async with Rig(write_pair(tmp_path, authority)) as rig:
         another = Authority.create()
         write_pair(tmp_path, another)
         async with client(another, rig, tmp_path) as connected:
@@ -77,7 +77,7 @@ async def test_callers_are_known_by_their_certificates(tmp_path: Path, authority
     fields = write_pair(tmp_path, authority) | {
         "tls.client_ca": str(tmp_path / "ca.pem"), "identity.certificates": str(tmp_path / "callers.yaml"),
     }  # fmt: skip
-    async with Rig(**fields) as rig:
+    async with Rig(fields) as rig:
         request = {"model": "m", "prompt": [5], "max_tokens": 1}
         async with client(authority, rig, tmp_path, spiffe="spiffe://example.org/app") as app:
             assert (await app.post("/v1/completions", json=request)).status_code == 200

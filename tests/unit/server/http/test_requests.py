@@ -22,7 +22,11 @@ REQUIRED: dict[Any, dict[str, Any]] = {
     read_completion: {"model": "m", "prompt": "cells"},
     read_response: {"model": "m", "input": "cells"},
 }
-FORMS = {read_chat: ChatRequest, read_completion: CompletionRequest, read_response: ResponsesRequest}
+FORMS: dict[Any, type[msgspec.Struct]] = {
+    read_chat: ChatRequest,
+    read_completion: CompletionRequest,
+    read_response: ResponsesRequest,
+}
 
 
 def asked(read: Any, **fields: Any) -> inference_pb2.GenerateRequest:
@@ -41,7 +45,7 @@ def refused(read: Any, **fields: Any) -> tuple[str, str]:
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 SCHEMA_TEXT = json.dumps(SCHEMA, separators=(",", ":"))
-SAMPLED = [
+SAMPLED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"max_tokens": 7}, {"max_tokens": 7}),
     ({"min_tokens": 2, "max_tokens": 7}, {"min_tokens": 2, "max_tokens": 7}),
     ({"temperature": 0}, {"temperature": 0.0}),
@@ -315,7 +319,7 @@ async def test_without_a_maximum_a_chat_may_fill_the_context() -> None:
         assert usage["total_tokens"] == 50
         assert (await rig.respond(max_output_tokens=None)).json()["usage"]["total_tokens"] == 50
         assert (await rig.complete()).json()["usage"]["completion_tokens"] == 16
-    async with Rig(**{"limits.max_tokens": "9"}) as rig:
+    async with Rig({"limits.max_tokens": "9"}) as rig:
         assert (await rig.chat(max_tokens=None)).json()["usage"]["completion_tokens"] == 9
 
 
