@@ -258,6 +258,24 @@ async def test_a_client_that_goes_away_ends_its_call(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+@pytest.mark.parametrize("streams", [True, False])
+async def test_the_end_of_an_answer_does_not_end_what_follows_it(
+    door: Rig, monkeypatch: pytest.MonkeyPatch, streams: bool
+) -> None:
+    """The entry of the audit log is waited for behind the answer, when the server says that the client has gone."""
+    written = asyncio.Event()
+
+    async def audit(*_: Any) -> None:
+        await asyncio.sleep(0.1)
+        written.set()
+
+    monkeypatch.setattr("rudder.server.service.call.audit", audit)
+    assert (await door.complete(max_tokens=2, stream=streams)).status_code == 200
+    async with asyncio.timeout(10):
+        await written.wait()
+    assert door.ended(STREAMED if streams else WHOLE, "OK") == 1
+
+
 async def test_a_client_that_goes_away_before_its_body_is_there(door: Rig, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "rudder")
     _, writer = await asyncio.open_connection("127.0.0.1", int(door.address.rpartition(":")[2]))
