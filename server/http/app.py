@@ -106,6 +106,7 @@ class App:
 
     async def generate(self, exchange: Exchange, record: CallRecord, endpoint: Callable[[Call, bytes], Answer]) -> None:
         """Read a request and answer it."""
+        exchange.require_size()
         with self.serving.pending.held(exchange.length):
             answer = endpoint(Call(self.serving, record, self.texts), await exchange.body())
             exchange.names, exchange.failure = answer.asked.names, answer.failure
@@ -122,9 +123,9 @@ async def refuse(exchange: Exchange, refusal: Refusal) -> None:
         elif exchange.failure and refusal.reason != "CLIENT_TOO_SLOW":
             await exchange.end(exchange.failure(body))
         else:
-            exchange.drop()
+            await exchange.drop()
     except Refusal:
-        exchange.drop()
+        await exchange.drop()
 
 
 def host_of(exchange: Exchange) -> str:
