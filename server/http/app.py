@@ -80,10 +80,10 @@ class App:
     ) -> None:
         """Run a call within `begin_call`, its refusals as errors of the API. A client that goes away ends it."""
         headers = [(name, value) for name, values in exchange.headers.items() for value in values]
+        # What is beyond the limit is never read: its announced length, of any size, is not charged to a quota.
+        size = min(exchange.length, 2 * exchange.limits.max_message_bytes)
         try:
-            async with begin_call(
-                self.serving, method, exchange.credentials, exchange.length, correlation_of(headers)
-            ) as record:
+            async with begin_call(self.serving, method, exchange.credentials, size, correlation_of(headers)) as record:
                 await behaviour(record)
         except Refusal as refusal:
             await refuse(exchange, refusal)

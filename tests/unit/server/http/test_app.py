@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rudder.server import config
+from rudder.server.caller import Quotas
 from rudder.server.config import ConfigError
 from rudder.server.engine.call import FinishReason
 from rudder.server.http import listener
@@ -204,6 +205,18 @@ async def test_a_body_beyond_the_limit_is_refused_unread() -> None:
         assert status(await raw(rig, line.replace(b"Content-Length: 0", b"Content-Length: 99999999999"))) == 413
         assert rig.ended(WHOLE, "MESSAGE_TOO_LARGE") == 2
         assert (await rig.complete(max_tokens=1)).status_code == 200
+
+
+async def test_a_length_that_is_announced_and_never_sent_uses_up_no_quota(tmp_path: Path) -> None:
+    token, entry = tokens.create("app", ["generate"], quotas=Quotas(request_bytes=20_000))
+    (tmp_path / "tokens.yaml").write_bytes(tokens.write(TokenFile((entry,))))
+    flags = {"limits.max_message_bytes": "2000", "identity.tokens": str(tmp_path / "tokens.yaml")}
+    async with Rig(flags) as rig:
+        authorized = f"Authorization: Bearer {token}"
+        line = http("POST /v1/completions HTTP/1.1", "Content-Type: application/json", authorized)
+        assert status(await raw(rig, line.replace(b"Content-Length: 0", b"Content-Length: 99999999999"))) == 413
+        headers = {"authorization": f"Bearer {token}"}
+        assert (await rig.post("/v1/completions", json.loads(COMPLETION), **headers)).status_code == 200
 
 
 async def test_requests_in_progress_share_the_budget_in_bytes() -> None:
