@@ -246,6 +246,22 @@ async def test_connections_without_a_request_are_closed(monkeypatch: pytest.Monk
         await until(lambda: not rig.door.listener.state.connections)
 
 
+async def test_the_time_for_a_request_ends_with_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "IDLE_S", 0.5)
+    async with Rig() as rig:
+        rig.engine.stall_after = 1
+        content = http("POST /v1/completions HTTP/1.1", "Content-Type: application/json", body=COMPLETION)
+        _, writer = await asyncio.open_connection("127.0.0.1", int(rig.address.rpartition(":")[2]))
+        for part in (content[:20], content[20:40], content[40:]):
+            writer.write(part)
+            await asyncio.sleep(0.05)
+        await until(lambda: rig.serving.calls)
+        await asyncio.sleep(0.7)
+        assert rig.serving.calls
+        writer.close()
+        await until(lambda: not rig.serving.calls)
+
+
 async def test_identifiers_of_a_call(door: Rig, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "rudder")
     response = await door.post("/v1/completions", json.loads(COMPLETION), **{"x-request-id": "order-7"})
