@@ -31,7 +31,8 @@ class Exchange:
     """A request and its answer.
 
     `started`: the answer has begun, so that its status is settled. `gone`: the client closed the connection before its
-    end. `names`: the request's own names of the contract's fields, and `failure`: what ends its stream, once it is read.
+    end. `names`: the request's own names of the contract's fields, and `failure`: what ends its stream; both
+    once it is read.
     """
 
     scope: MutableMapping[str, Any]
@@ -117,7 +118,7 @@ class Exchange:
     async def cancel_when_gone(self, task: "asyncio.Task[Any]") -> None:
         """Wait until the client has closed the connection.
 
-        A server says so too when the answer has ended; by then the block of `watched` has ended, without a wait between.
+        A server says so too when the answer has ended; by then, without a wait between, `watched` has ended.
         """
         while (await self.receive())["type"] != "http.disconnect":
             pass
