@@ -32,7 +32,7 @@ export async function show(view, rest) {
   });
   fill(view, h("h2", {}, "Features"), h("p", { class: "lead" }, "What the SAE has learnt: search labels, look at examples, pin what to steer by."), form,
     h("div", { class: "columns wide" }, found, detail));
-  if (!bundles.length) status.fail("This server has no SAE bundle.");
+  if (state.model && !bundles.length) status.fail("This server has no SAE bundle.");
   const [name, index] = rest;
   if (index) await open(name, Number(index));
   else if (last.query) form.requestSubmit();

@@ -7,10 +7,11 @@ export const FLUENT = 0.15;
 export const DOUBTFUL = 0.27;
 export const MAX_DOSE = 0.6;
 
-/** Return a number as text of three significant digits. */
+/** Return a number as text: a whole one as it is, another to three significant digits. */
 export function number(value) {
   if (value === undefined || value === null || Number.isNaN(Number(value))) return "not measured";
-  return Number(value).toLocaleString("en", { maximumSignificantDigits: 3 });
+  const rounding = Number.isInteger(Number(value)) ? {} : { maximumSignificantDigits: 3 };
+  return Number(value).toLocaleString("en", rounding);
 }
 
 /** Return a share as per cent. */

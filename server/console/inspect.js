@@ -27,7 +27,7 @@ export function show(view) {
   });
   fill(view, h("h2", {}, "Inspect"),
     h("p", { class: "lead" }, "Which features are active at each token? Choose features to colour the text; pin those to steer by."), form, result);
-  if (!state.model?.bundles.length) status.fail("This server has no SAE bundle: there are no features to see.");
+  if (state.model && !state.model.bundles.length) status.fail("This server has no SAE bundle: there are no features to see.");
 }
 
 async function inspect({ text, chat }, topK, result) {

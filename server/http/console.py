@@ -12,6 +12,7 @@ PREFIX = b"/console/"
 TYPES = {
     ".html": b"text/html; charset=utf-8",
     ".css": b"text/css; charset=utf-8",
+    ".svg": b"image/svg+xml",
     ".js": b"text/javascript; charset=utf-8",
 }
 # No script, style or connection but the server's own, and none that text could become.

@@ -30,9 +30,9 @@ class Disconnected(asyncio.CancelledError):
 class Exchange:
     """A request and its answer.
 
-    `started`: the answer has begun, so that its status is settled; `ended`: its last part is on its way. `gone`: the
-    client closed the connection before that. `names`: the request's own names of the contract's fields, and `failure`:
-    what ends its stream, once it is read.
+    `started`: the answer has begun, so that its status is settled. `gone`: the client closed the connection before its
+    end. `names`: the request's own names of the contract's fields, and `failure`: what ends its stream; both
+    once it is read.
     """
 
     scope: MutableMapping[str, Any]
@@ -40,7 +40,6 @@ class Exchange:
     send: Send
     limits: Limits
     started: bool = False
-    ended: bool = False
     gone: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
     failure: Callable[[dict[str, Any]], bytes] | None = None
@@ -76,11 +75,14 @@ class Exchange:
         declared = self.header("content-length") or "0"
         return int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else 0
 
-    async def body(self) -> bytes:
-        """Read the body. Raises Refusal if it is too large or slow, Disconnected if the connection closes."""
+    def require_size(self) -> None:
+        """Raise Refusal MESSAGE_TOO_LARGE if the body has more bytes than a request may have."""
         maximum = self.limits.max_message_bytes
         if self.length > maximum:
             raise Refusal("MESSAGE_TOO_LARGE", f"the request has {self.length} bytes, at most {maximum}")
+
+    async def body(self) -> bytes:
+        """Read the body. Raises Refusal if it is slow, Disconnected if the connection closes."""
         content = bytearray()
         try:
             async with asyncio.timeout(self.limits.write_timeout_s):
@@ -114,12 +116,14 @@ class Exchange:
             watching.cancel()
 
     async def cancel_when_gone(self, task: "asyncio.Task[Any]") -> None:
-        """Wait until the client has closed the connection. A server says so too when the answer has ended."""
+        """Wait until the client has closed the connection.
+
+        A server says so too when the answer has ended; by then, without a wait between, `watched` has ended.
+        """
         while (await self.receive())["type"] != "http.disconnect":
             pass
-        if not self.ended:
-            self.gone = True
-            task.cancel()
+        self.gone = True
+        task.cancel()
 
     async def start(self, status: int, headers: Headers) -> None:
         """Begin the answer."""
@@ -128,7 +132,6 @@ class Exchange:
 
     async def write(self, content: bytes, more: bool) -> None:
         """Write a part of the answer. Raises Refusal CLIENT_TOO_SLOW if the client does not take it in time."""
-        self.ended = not more
         try:
             async with asyncio.timeout(self.limits.write_timeout_s):
                 await self.send({"type": "http.response.body", "body": content, "more_body": more})
@@ -155,7 +158,9 @@ class Exchange:
         """End a stream of events."""
         await self.write(content, more=False)
 
-    def drop(self) -> None:
+    async def drop(self) -> None:
         """Close the connection at once, whatever the client has not read."""
         if self.transport:
             self.transport.abort()
+            # The connection learns of it in the next turn of the loop, and would call an answer without an end a fault.
+            await asyncio.sleep(0)

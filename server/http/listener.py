@@ -1,12 +1,12 @@
 """Connections of the HTTP door: TLS, the names in a client's certificate, and connections that send no request."""
 
 import asyncio
+import logging
 import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import h11
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
@@ -33,25 +33,27 @@ class Connection(H11Protocol):
         self.timeout_keep_alive_task = self.loop.call_later(IDLE_S, transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        """Take in bytes. The time for a request runs on until its headers are complete."""
+        """Take in bytes. The time for a request runs on until one is being answered: its headers are complete."""
         timer, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
+        if self.cycle is None or self.cycle.response_complete:
             self.timeout_keep_alive_task = timer
         elif timer:
             timer.cancel()
 
 
 class Listener:
-    """A listening socket and its connections."""
+    """A listening socket and its connections. `most`: connections beyond these get 503, without a reason."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, most: int | None = None) -> None:
         self.config = Config(
             app, http=Connection, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
             proxy_headers=False, server_header=False, date_header=False, timeout_keep_alive=IDLE_S,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES, limit_concurrency=most,
         )  # fmt: skip
         self.config.load()
+        # Bytes that are no request are the sender's fault, and would fill the log.
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         self.state = ServerState()
         self.server: asyncio.Server | None = None
 

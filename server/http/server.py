@@ -9,6 +9,8 @@ from rudder.server.monitoring.logs import fields
 from rudder.server.service.serving import Serving
 
 logger = logging.getLogger(__name__)
+# Beyond what queue and engine hold: Rudder refuses calls itself, as its refusals give reasons.
+SPARE_CONNECTIONS = 1024
 
 
 class HttpDoor:
@@ -17,10 +19,11 @@ class HttpDoor:
     name = "http"
 
     def __init__(self, serving: Serving) -> None:
-        self.listen = serving.config.listen
-        self.context = server_context(serving.config.tls, serving.metrics.reload_failed)
+        config = serving.config
+        self.listen = config.listen
+        self.context = server_context(config.tls, serving.metrics.reload_failed)
         self.app = App(serving)
-        self.listener = Listener(self.app)
+        self.listener = Listener(self.app, config.limits.queue + config.engine.max_num_seqs + SPARE_CONNECTIONS)
 
     async def start(self) -> str:
         """Listen, and return the URL that clients take as their base. Raises ConfigError if the port is taken."""

@@ -61,13 +61,12 @@ class Page:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = WAIT_S) -> Any:
-        """Wait until an expression is true, and return its value; fail with the page's text."""
-        deadline = time.monotonic() + seconds
-        while not (value := self.evaluate(condition)):
+    def wait(self, condition: str) -> None:
+        """Wait until an expression is true; fail with the page's text."""
+        deadline = time.monotonic() + WAIT_S
+        while not self.evaluate(f"Boolean({condition})"):
             assert time.monotonic() < deadline, f"never: {condition}\n{self.evaluate('document.body.innerText')}"
             time.sleep(0.05)
-        return value
 
     def open(self, url: str) -> None:
         """Open an address and wait until the console has drawn itself."""

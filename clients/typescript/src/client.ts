@@ -130,6 +130,8 @@ export class Client {
       }
     } finally {
       stopped.abort();
+      // The stream lets go of its deadline's timer, which would keep the process alive, once it is read again.
+      await stream.next().catch(() => undefined);
     }
   }
 

@@ -6,7 +6,7 @@ import { Client, finishReasonOf, isLocal, Program, RudderError } from "../src/in
 import type { Chunk } from "../src/index.js";
 
 const address = process.env["RUDDER_GRPC"]!;
-const client = new Client(address, { timeoutMs: 60_000 });
+const client = new Client(address, { timeoutMs: 600_000 });
 const openai = new OpenAI({ baseURL: process.env["RUDDER_HTTP"]!, apiKey: "none", maxRetries: 0 });
 const greedy = { maxTokens: 8, temperature: 0 };
 after(() => client.close());
@@ -37,8 +37,8 @@ test("a program steers, reports and is attested", async () => {
   );
   const { edits } = chunks.at(-1)!.message.attestation!;
   assert.deepEqual(edits.map(({ origin, site, operation }) => [origin, site, operation]), [
-    ["request", site, "set"],
-    ["request", site, "add"],
+    ["request", site, "set 40"],
+    ["request", site, "add 1"],
   ]);
   assert.ok(edits.every((edit) => edit.tokensTouched > 0));
   assert.notEqual(chunks.map((chunk) => chunk.text).join(""), plain.choices[0]!.text);

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rudder.server import config
+from rudder.server.caller import Quotas
 from rudder.server.config import ConfigError
 from rudder.server.engine.call import FinishReason
 from rudder.server.http import listener
@@ -183,6 +184,8 @@ async def test_a_body_has_a_length(door: Rig) -> None:
     lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     request = "\r\n".join([*lines, "Transfer-Encoding: chunked", "", "2", "{}", "0", "", ""]).encode()
     assert status(await raw(door, request)) == 411
+    both = request.replace(b"Transfer", b"Content-Length: 2\r\nTransfer")
+    assert status(await raw(door, both)) in (400, 411)
 
 
 @pytest.mark.parametrize(
@@ -200,8 +203,23 @@ async def test_a_body_beyond_the_limit_is_refused_unread() -> None:
     async with Rig({"limits.max_message_bytes": "2000"}) as rig:
         response = await rig.complete(stop=["s" * 3000])
         assert (response.status_code, response.json()["error"]["code"]) == (413, "MESSAGE_TOO_LARGE")
-        assert rig.ended(WHOLE, "MESSAGE_TOO_LARGE") == 1
+        # Also where it is more than all requests in progress may have: to try again would not help.
+        line = http("POST /v1/completions HTTP/1.1", "Content-Type: application/json")
+        assert status(await raw(rig, line.replace(b"Content-Length: 0", b"Content-Length: 99999999999"))) == 413
+        assert rig.ended(WHOLE, "MESSAGE_TOO_LARGE") == 2
         assert (await rig.complete(max_tokens=1)).status_code == 200
+
+
+async def test_a_length_that_is_announced_and_never_sent_uses_up_no_quota(tmp_path: Path) -> None:
+    token, entry = tokens.create("app", ["generate"], quotas=Quotas(request_bytes=20_000))
+    (tmp_path / "tokens.yaml").write_bytes(tokens.write(TokenFile((entry,))))
+    flags = {"limits.max_message_bytes": "2000", "identity.tokens": str(tmp_path / "tokens.yaml")}
+    async with Rig(flags) as rig:
+        authorized = f"Authorization: Bearer {token}"
+        line = http("POST /v1/completions HTTP/1.1", "Content-Type: application/json", authorized)
+        assert status(await raw(rig, line.replace(b"Content-Length: 0", b"Content-Length: 99999999999"))) == 413
+        headers = {"authorization": f"Bearer {token}"}
+        assert (await rig.post("/v1/completions", json.loads(COMPLETION), **headers)).status_code == 200
 
 
 async def test_requests_in_progress_share_the_budget_in_bytes() -> None:
@@ -229,6 +247,36 @@ async def test_connections_without_a_request_are_closed(monkeypatch: pytest.Monk
         assert await raw(rig, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n") == b""
         assert await raw(rig, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X: " + b"x" * 100_000) != b""
         await until(lambda: not rig.door.listener.state.connections)
+
+
+async def test_a_body_that_nobody_asked_for_holds_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "IDLE_S", 0.3)
+    async with Rig() as rig:
+        rig.door.listener.config.timeout_keep_alive = 0.3  # type: ignore[assignment]
+        _, writer = await asyncio.open_connection("127.0.0.1", int(rig.address.rpartition(":")[2]))
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
+        await until(lambda: rig.door.listener.state.connections)
+        async with asyncio.timeout(10):
+            while rig.door.listener.state.connections:
+                writer.write(b"x")
+                await asyncio.sleep(0.02)
+        writer.close()
+
+
+async def test_the_time_for_a_request_ends_with_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "IDLE_S", 0.5)
+    async with Rig() as rig:
+        rig.engine.stall_after = 1
+        content = http("POST /v1/completions HTTP/1.1", "Content-Type: application/json", body=COMPLETION)
+        _, writer = await asyncio.open_connection("127.0.0.1", int(rig.address.rpartition(":")[2]))
+        for part in (content[:20], content[20:40], content[40:]):
+            writer.write(part)
+            await asyncio.sleep(0.05)
+        await until(lambda: rig.serving.calls)
+        await asyncio.sleep(0.7)
+        assert rig.serving.calls
+        writer.close()
+        await until(lambda: not rig.serving.calls)
 
 
 async def test_identifiers_of_a_call(door: Rig, caplog: pytest.LogCaptureFixture) -> None:
@@ -259,6 +307,24 @@ async def test_a_client_that_goes_away_ends_its_call(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+@pytest.mark.parametrize("streams", [True, False])
+async def test_the_end_of_an_answer_does_not_end_what_follows_it(
+    door: Rig, monkeypatch: pytest.MonkeyPatch, streams: bool
+) -> None:
+    """The entry of the audit log is waited for behind the answer, when the server says that the client has gone."""
+    written = asyncio.Event()
+
+    async def audit(*_: Any) -> None:
+        await asyncio.sleep(0.1)
+        written.set()
+
+    monkeypatch.setattr("rudder.server.service.call.audit", audit)
+    assert (await door.complete(max_tokens=2, stream=streams)).status_code == 200
+    async with asyncio.timeout(10):
+        await written.wait()
+    assert door.ended(STREAMED if streams else WHOLE, "OK") == 1
+
+
 async def test_a_client_that_goes_away_before_its_body_is_there(door: Rig, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "rudder")
     _, writer = await asyncio.open_connection("127.0.0.1", int(door.address.rpartition(":")[2]))
@@ -281,6 +347,16 @@ async def test_a_client_that_does_not_read_is_cut_off(caplog: pytest.LogCaptureF
         assert [line["outcome"] for line in access_fields(caplog)] == ["CLIENT_TOO_SLOW"]
         await until(lambda: not rig.door.listener.state.connections)
         connection.close()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_connections_are_bounded(door: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert door.door.listener.config.limit_concurrency == 1024 + 128 + 1024
+    monkeypatch.setattr(door.door.listener.config, "limit_concurrency", 2)
+    held = [await asyncio.open_connection("127.0.0.1", int(door.address.rpartition(":")[2])) for _ in range(2)]
+    assert status(await raw(door, http("GET /v1/models HTTP/1.1"))) == 503
+    for _, writer in held:
+        writer.close()
 
 
 async def test_health_is_for_all_and_says_whether_to_call(guarded: tuple[Rig, dict[str, str]]) -> None:
