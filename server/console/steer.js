@@ -39,7 +39,8 @@ async function chooseBy(by, code, status) {
     option("program", "a program of the operator's", last.by === "program"));
   const panel = h("div", {});
   function update() {
-    fill(panel, { features: featurePanel, topic: topicPanel, program: () => programPanel(programs) }[last.by](code.update, update));
+    const panels = { features: () => featurePanel(code.update, update), topic: () => topicPanel(code.update), program: () => programPanel(programs, code.update) };
+    fill(panel, panels[last.by]());
     code.update();
   }
   fill(by, field("Steer by", choice), panel);
@@ -83,17 +84,15 @@ function topicPanel(changed) {
   return [h("div", { class: "row" }, field("Topic", topic), field("Strength", h("span", {}, strength, shown), "calibrated: all of this range is fluent, 1 is its end"))];
 }
 
-function programPanel(programs) {
-  return (changed) => {
-    if (!programs.length) return [h("p", { class: "empty" }, "The operator has no programs here.")];
-    const named = programs.filter((program) => !program.always);
-    last.program ||= named[0]?.name ?? "";
-    const about = h("p", { class: "quiet" });
-    const choice = h("select", { id: "program", onchange: () => update() }, named.map(({ name }) => option(name, name, name === last.program)));
-    const update = () => { last.program = choice.value; about.textContent = named.find(({ name }) => name === last.program)?.description ?? ""; changed(); };
-    update();
-    return [field("Program", choice), about];
-  };
+function programPanel(programs, changed) {
+  const named = programs.filter((program) => !program.always);
+  if (!named.length) return [h("p", { class: "empty" }, "The operator has no programs here.")];
+  last.program ||= named[0].name;
+  const about = h("p", { class: "quiet" });
+  const choice = h("select", { id: "program", onchange: () => update() }, named.map(({ name }) => option(name, name, name === last.program)));
+  const update = () => { last.program = choice.value; fill(about, named.find(({ name }) => name === last.program)?.description ?? ""); changed(); };
+  update();
+  return [field("Program", choice), about];
 }
 
 function steering() {
