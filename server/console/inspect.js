@@ -44,7 +44,9 @@ function present(answer, result) {
   const active = byPosition(answer.activations, texts.length);
   const ranked = pooled(active);
   const maxima = new Map(ranked.map(({ feature, max }) => [feature, max]));
-  let chosen = ranked.slice(0, 3).map(({ feature }) => feature);
+  // Features without a label say little: they come in last among those that colour the text at first.
+  const telling = [...ranked].sort((a, b) => Boolean(features[b.feature].label) - Boolean(features[a.feature].label));
+  let chosen = telling.slice(0, 3).map(({ feature }) => feature);
   const here = h("section", { class: "panel", id: "here", "aria-label": "The chosen token", "aria-live": "polite" });
   const { strip, select, paint } = tokenStrip(texts, (position) => { fill(here, atToken(position)); tint(); });
   const repaint = () => paint((i) => {

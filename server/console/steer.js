@@ -152,7 +152,7 @@ function refusalWords(refusal) {
 
 function showDifference({ text }, own, other) {
   if (own === other) return;
-  fill(text, wordDifference(own, other).map(({ word, same }) => (same ? word : h("u", {}, word))));
+  fill(text, wordDifference(own, other).map(({ word, same }) => (same ? [word] : [h("u", {}, word.trimEnd()), word.slice(word.trimEnd().length)])));
 }
 
 function codePanel() {

@@ -136,8 +136,10 @@ def test_inspect_shows_the_features_of_each_token(page: Page, console: Console) 
 
 
 def test_steer_compares_two_answers_and_says_what_ran(page: Page, console: Console) -> None:
-    inspect(page, SKY)
-    page.click("#pooled button.pin")
+    page.show("features")
+    page.write("#query", "planets")
+    page.click("form.ask button[type=submit]")
+    page.click("table button.pin")
     page.show("steer")
     page.write("#steer-text", "The history of")
     page.write(".slider input[type=number]", "0.25")

@@ -108,11 +108,12 @@ def test_every_route_of_the_http_door_is_a_method_of_the_contract() -> None:
     """Three routes ask the model through `respond`, which knows two methods, and one through Inspect; the others, and
     the console's files, compute nothing.
     """
-    assert set(app.ROUTES) - set(app.ENDPOINTS) - set(http_methods.METHODS) == {app.MODELS, app.HEALTH, http_methods.LIVE}
+    others = {app.MODELS, app.HEALTH, http_methods.LIVE}
+    assert set(app.ROUTES) - set(app.ENDPOINTS) - set(http_methods.METHODS) == others
     asking = {name for name in ("generate", "complete") if calls(SERVER / "http/answers.py", name)}
     assert asking == {"generate", "complete"}
-    others = [path for path in (SERVER / "http").glob("*.py") if path.name not in ("answers.py", "methods.py")]
-    assert not [path for path in others if "inference." in path.read_text().replace("inference_pb2.", "")]
+    paths = [path for path in (SERVER / "http").glob("*.py") if path.name not in ("answers.py", "methods.py")]
+    assert not [path for path in paths if "inference." in path.read_text().replace("inference_pb2.", "")]
     assert {name.rpartition(".")[2] for name in (answers.STREAMED, answers.WHOLE)} <= COMPUTED
 
 
