@@ -16,7 +16,7 @@ export function h(tag, properties = {}, ...children) {
     else if (name === "class" || name === "for" || name === "role" || name.includes("-")) element.setAttribute(name, value);
     else element[name] = value;
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false)
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false)
     .map((child) => (child instanceof Node ? child : shown(child))));
   return element;
 }
