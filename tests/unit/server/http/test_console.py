@@ -98,7 +98,8 @@ async def test_inspect_goes_through_the_hold_back(door: Rig) -> None:
     assert door.ended("InferenceService.Inspect", "OK") == 1
 
 
-async def test_each_method_needs_its_role(tmp_path: Path) -> None:
+async def test_each_method_needs_its_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "LIVE_S", 0.0)
     token, entry = tokens.create("someone", ["generate"])
     (tmp_path / "tokens.yaml").write_bytes(tokens.write(TokenFile((entry,))))
     async with Rig({"identity.tokens": str(tmp_path / "tokens.yaml")}) as rig:
