@@ -87,6 +87,20 @@ def empty_condition(
 length_bounded_condition = cpu_operator(condition_within_length, empty_condition)
 
 
+def write_stage(buffer: Tensor, stage: int, values: Tensor) -> None:
+    """Write values [T, ...] of this step's tokens to buffer [S, max tokens, ...], in place.
+
+    A compiled graph writes by index: where several stages assign to slices of one buffer, Inductor (PyTorch 2.13)
+    writes the whole buffer anew in every step, and on a CPU with AVX-512 does so in C++ that does not compile if the
+    values are masks.
+    """
+    if not torch.compiler.is_compiling():
+        buffer[stage, : len(values)].copy_(values)
+        return
+    tokens = torch.arange(len(values), device=buffer.device)
+    buffer.index_put_((torch.full_like(tokens, stage), tokens), values)
+
+
 def value_limit(layout: Layout, site: str, dtype: torch.dtype) -> float:
     """Return the limit on the values that leave a site of a model in `dtype`.
 
@@ -317,8 +331,8 @@ class SiteBank(nn.Module):
         move, edited, rejected = bounded_edit(
             x, f, self.decoder, edits, entry, is_open, gain, self.product(inner=True), self.limit
         )
-        self.edited[stage, :tokens].copy_(edited)
-        self.rejected[stage, :tokens].copy_(rejected)
+        write_stage(self.edited, stage, edited)
+        write_stage(self.rejected, stage, rejected)
         if stage == 0:
             self.activations[:tokens].copy_(f)
             self.before.index_copy_(0, columns["capture"], x)
@@ -352,10 +366,10 @@ class SiteBank(nn.Module):
             condition, state, alarms, score = self.condition(f, entry, token, *before)
             holds = holds & ((p["sequence"] == 0) | condition)
             for name, value in (("token_state", state), ("token_alarms", alarms), ("token_score", score)):
-                buffer = getattr(sequences, name)[stage, :tokens]
-                buffer.copy_(torch.where(here, value, buffer))
+                buffer = getattr(sequences, name)
+                write_stage(buffer, stage, torch.where(here, value, buffer[stage, :tokens]))
         is_open = torch.where(here, holds, sequences.is_open[stage, :tokens])
-        sequences.is_open[stage, :tokens].copy_(is_open)
+        write_stage(sequences.is_open, stage, is_open)
         return is_open
 
     def condition(
