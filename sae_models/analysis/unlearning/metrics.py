@@ -119,11 +119,15 @@ class Bar:
         figure = figures[self.metric]
         return figure.low >= self.low and figure.high <= self.high
 
-    def excess(self, value: float) -> float:
-        """Return by how much a value is outside, relative to the bound; infinity where it is not a number."""
+    def excess(self, value: float, plain: float) -> float:
+        """Return by how much a value is outside, relative to the bound; infinity where it is not a number.
+
+        `plain`: the plain model's figure. Where that is above the bound, no edit is asked for less.
+        """
         if value != value:
             return torch.inf
-        return max(0.0, (self.low - value) / abs(self.low), (value - self.high) / abs(self.high))
+        high = max(self.high, plain)
+        return max(0.0, (self.low - value) / abs(self.low), (value - high) / abs(high))
 
 
 BARS = (

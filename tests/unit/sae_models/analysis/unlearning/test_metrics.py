@@ -124,8 +124,10 @@ def test_a_bar_is_on_the_bounds_not_on_the_figure() -> None:
     assert bar.reached({"gibberish": Estimate(0.05, 0.0, 0.1)})
     assert not bar.reached({"gibberish": Estimate(0.05, 0.0, 0.11)})
     assert not bar.reached({"gibberish": Estimate(float("nan"), float("nan"), float("nan"))})
-    assert bar.excess(0.05) == 0
-    assert bar.excess(0.2) == pytest.approx(1)
+    assert bar.excess(0.05, plain=0.0) == 0
+    assert bar.excess(0.2, plain=0.0) == pytest.approx(1)
+    assert bar.excess(0.2, plain=0.3) == 0
+    assert bar.excess(0.6, plain=0.3) == pytest.approx(1)
 
 
 def test_each_bar_is_of_a_metric() -> None:
