@@ -217,6 +217,7 @@ def figures(measured: Measured, lengths: Sequence[int] = ()) -> dict[str, Any]:
         },
         "arms": {arm: evaluation.report_arm(measured, arm, lengths) for arm in ARMS},
         "cascade": evaluation.cascade(measured),
+        "either": evaluation.either(measured),
         "seeds": evaluation.seeds(measured),
         "residual_probe_less_tf_idf": asdict(evaluation.difference(measured, RESIDUAL, TEXT)),
     }
@@ -233,6 +234,9 @@ def print_arms(name: str, found: dict[str, Any]) -> None:
         under = [percent(each["padding"][padding]["of_unpadded"]) for padding in paddings]
         auroc = "{value:.4f} ({low:.4f} to {high:.4f})".format(**each["auroc"])
         table.add_row(arm, auroc, *shares, *under)
+    either = found["either"]
+    under = [percent(either["padding"][padding]["of_unpadded"]) for padding in paddings]
+    table.add_row("probe or token ids", "", "", percent(either["noticed"]), percent(either["false_alarms"]), *under)
     table.caption = "with 95 % intervals over sections; under padding: recall as a share of that without"
     out.print(table)
 

@@ -44,6 +44,8 @@ def test_kernels_of_a_site(sequence_sites: tuple[str, ...], most: int, monkeypat
 class TwoStages(torch.nn.Module):
     """Two stages that write masks of their tokens to one buffer."""
 
+    edited: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("edited", torch.zeros(2, MAX_TOKENS, 32, dtype=torch.bool))
