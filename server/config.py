@@ -37,9 +37,10 @@ class Engine(Section, frozen=True):
     model: Annotated[str, Meta(min_length=1, description="folder or Hugging Face name of the language model")] = str(
         PRETRAINED / "textbook-lm"
     )
-    bundles: Annotated[tuple[str, ...], Meta(description="folders of the SAE bundles to serve")] = (
-        str(PRETRAINED / "textbook-lm-layers.2"),
-    )
+    bundles: Annotated[
+        tuple[str, ...],
+        Meta(description="folders of the SAE bundles to serve; the first of a site is meant where none is named"),
+    ] = (str(PRETRAINED / "textbook-lm-layers.2"),)
     sites: Annotated[
         tuple[str, ...], Meta(description="sites to hook besides those of the bundles, such as layers.3.mlp_out")
     ] = ()

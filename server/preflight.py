@@ -170,11 +170,9 @@ def bundle_facts(path: str) -> BundleFacts:
 
 
 def check_sites(config: Config, bundles: Sequence[BundleFacts], shape: ModelShape) -> None:
-    """Raise ConfigError unless there is a site, every site is in the model, and no two bundles share one."""
-    for field, values in (("name", [b.name for b in bundles]), ("site", [b.sites[:1] for b in bundles])):
-        if len(set(values)) < len(values):
-            problem = "have the same name" if field == "name" else "are for the same site"
-            raise ConfigError("engine.bundles", f"two bundles {problem}")
+    """Raise ConfigError unless there is a site, every site is in the model, and no two bundles share a name."""
+    if len({bundle.name for bundle in bundles}) < len(bundles):
+        raise ConfigError("engine.bundles", "two bundles have the same name")
     sites = list(sites_of(config, bundles))
     if not sites:
         raise ConfigError("engine.bundles", "is empty, and so is engine.sites: name a bundle or a site to hook")

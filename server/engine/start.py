@@ -185,14 +185,11 @@ def pinned_feature(feature: program_pb2.Feature, served: dict[str, Bundle]) -> P
 
 
 def load_bundles(config: Config) -> dict[str, Bundle]:
-    """Load the configured bundles, by name."""
+    """Load the configured bundles, by name. The first of a site is the one that is meant where none is named."""
     loaded = [bundles.load(Path(path)) for path in config.engine.bundles]
     names = [bundle.manifest.name for bundle in loaded]
     if len(set(names)) < len(names):
         raise ConfigError("engine.bundles", "two bundles have the same name")
-    sites = [bundle.manifest.site for bundle in loaded]
-    if len(set(sites)) < len(sites):
-        raise ConfigError("engine.bundles", "two bundles are for the same site")
     return dict(zip(names, loaded, strict=True))
 
 

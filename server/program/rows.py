@@ -129,7 +129,7 @@ def resolve_feature(feature: program_pb2.Feature, site: str, registry: Registry,
 
 
 def find_dictionary(name: str, site: str, registry: Registry, field: str) -> Dictionary:
-    """Return the dictionary `name`; without a name, the only one at the site."""
+    """Return the dictionary `name`; without a name, the first that is served at the site."""
     if name:
         require(name in registry.dictionaries, field, f"no bundle {name!r} is served", "FEATURE_UNKNOWN")
         dictionary = registry.dictionaries[name]
@@ -137,7 +137,6 @@ def find_dictionary(name: str, site: str, registry: Registry, field: str) -> Dic
         return dictionary
     candidates = [d for d in registry.dictionaries.values() if d.site == site]
     require(candidates, field, f"no bundle is served at {site}", "FEATURE_UNKNOWN")
-    require(len(candidates) == 1, field, f"one of {', '.join(d.name for d in candidates)} must be named")
     return candidates[0]
 
 

@@ -196,7 +196,8 @@ def top_k_sites(serving: Serving, report: inference_pb2.Report) -> tuple[str, ..
             raise invalid(f"report.sites[{i}]", f"no bundle is served at {site!r}", "SITE_UNKNOWN")
     if not report.top_k:
         return ()
-    sites = tuple(dict.fromkeys(report.sites)) or tuple(b.manifest.site for b in serving.engine.bundles.values())
+    served = (bundle.manifest.site for bundle in serving.engine.bundles.values())
+    sites = tuple(dict.fromkeys(report.sites)) or tuple(dict.fromkeys(served))
     if not sites:
         raise invalid("report.top_k", "no bundle is served")
     return sites

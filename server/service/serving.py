@@ -114,7 +114,7 @@ def requested_bundle(engine: Engine, name: str) -> Bundle:
 
 
 def bundle_at_site(engine: Engine, site: str) -> str | None:
-    """Return the name of the bundle at a site."""
+    """Return the name of the first bundle of a site, whose dictionary is read where the strongest latents are asked."""
     return next((name for name, bundle in engine.bundles.items() if bundle.manifest.site == site), None)
 
 

@@ -61,9 +61,10 @@ class SteeringWorker:
         device = self.model_runner.device
         self.bundles = {name: load_bundle(name, path, device) for name, path, _ in layout.bundles}
         whole = {path: site for site, path, _ in layout.dictionaries}
-        dictionaries = {
-            whole[path]: {name: self.bundles[name].sae} for name, path, _ in layout.bundles if path in whole
-        }
+        dictionaries: dict[str, dict[str, SAE]] = {}
+        for name, path, _ in layout.bundles:
+            if path in whole:
+                dictionaries.setdefault(whole[path], {})[name] = self.bundles[name].sae
         width, tokens = config.model_config.get_hidden_size(), runners.padded_tokens(config)
         banks = build_banks(layout, width, tokens, device, dictionaries, config.model_config.dtype)
         numbers = layer_numbers(layout.sites, layers)
@@ -82,9 +83,11 @@ class SteeringWorker:
         )  # fmt: skip
 
     def serve_bundle(self, name: str, bundle: bundles.Bundle) -> None:
-        """Make a bundle's latents available as rows and its dictionary as a whole."""
+        """Make a bundle's latents available as rows; if it is the first of its site, its dictionary as a whole, too."""
         self.driver.load_sae(name, bundle.sae)
         sites = [self.driver.layout.sites.index(site) for site in bundle.manifest.sites]
+        if sites[0] in self.reader.dictionaries:
+            return
         screen = prepare_screening(bundle.sae)
         self.reader.dictionaries[sites[0]] = Readable(screen, sites)
         copies = 0 if isinstance(screen, SAE) else tensor_bytes(screen)
