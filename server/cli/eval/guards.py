@@ -166,17 +166,17 @@ def harmful(options: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     found = figures(measured)
     if options.guards:
-        write_guards(options.guards, "harmful-request", fitted, found)
+        write_guards(options.guards, "harmful-request", fitted, found, prompts=True)
     return found
 
 
-def write_guards(folder: Path, name: str, fitted: Fitted, found: dict[str, Any]) -> None:
+def write_guards(folder: Path, name: str, fitted: Fitted, found: dict[str, Any], prompts: bool = False) -> None:
     """Write the guards that were measured: that of the probe, and that of the token model with its model."""
     folder.mkdir(parents=True, exist_ok=True)
     tokens = f"{name}-token-ids"
     scores = {name: fitted.probe, tokens: guard_training.save_tokens(folder / f"{tokens}.safetensors", fitted.tokens)}
     for (each, score), arm in zip(scores.items(), (RESIDUAL, TOKENS), strict=True):
-        guard = guard_training.guard_of(each, score, guard_training.DECAY, found["arms"][arm]["level"])
+        guard = guard_training.guard_of(each, score, guard_training.DECAY, found["arms"][arm]["level"], prompts)
         messages.write(folder / f"{each}.yaml", guard)
 
 
