@@ -178,6 +178,13 @@ class Listen(Section, frozen=True):
         Meta(description="address of the Prometheus endpoint, which has neither TLS nor credentials; null: host"),
     ] = None
     metrics_port: Annotated[Port, Meta(description="port of the Prometheus endpoint; 0: any free port")] = 9464
+    health_port: Annotated[
+        Port | None,
+        Meta(
+            description="port on host of gRPC health checks alone, for probes: without TLS or credentials; 0: any free"
+            " port; null: none, health is served on port"
+        ),
+    ] = None
     allow_plaintext: Annotated[
         bool, Meta(description="listen without TLS on an address that is not this machine alone")
     ] = False

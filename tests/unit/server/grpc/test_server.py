@@ -179,6 +179,16 @@ async def test_draining_server_refuses_calls_and_says_so(doors: Fixture) -> None
     assert error_of(caught.value).reason == "DRAINING"
 
 
+@pytest.mark.parametrize("healthy", [True, False])
+async def test_a_door_is_alive_as_long_as_its_engine(doors: Fixture, healthy: bool) -> None:
+    """While it drains too: what is not alive is killed in the middle of its streams."""
+    health: Any = health_pb2_grpc.HealthStub(doors.channels[0])
+    doors.engine.healthy = healthy
+    await doors.doors[0].set_serving(False)
+    good = health_pb2.HealthCheckResponse.SERVING if healthy else health_pb2.HealthCheckResponse.NOT_SERVING
+    assert (await health.Check(health_pb2.HealthCheckRequest(service="liveness"))).status == good
+
+
 async def test_second_stop_aborts_calls_within_the_grace_of_the_first(doors: Fixture) -> None:
     doors.engine.stall_after = 1
     call = doors.stub().Generate(generate(9))
