@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from rudder_client import Client
 
-READY_S, TOKENS = 300.0, 900
+READY_S, TOKENS = 300.0, 400
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.k8s.caller import TOKENS
 from tests.k8s.manifests import REPOSITORY, Object, config_map, pods, server_config, server_of
 from tests.k8s.sandbox import Sandbox
 
@@ -167,9 +168,9 @@ def test_pod_becomes_ready_serves_and_lets_a_stream_end_when_it_is_told_to_stop(
         log = (tmp_path / "log").read_text()
         assert seen["answer"]
         # The stream ended whole, and in its middle the pod said that it takes no more, and that it is alive.
-        assert seen["tokens"] == 900, log[-4000:]
+        assert seen["tokens"] == TOKENS, log[-4000:]
         assert seen["drained"]["alive"] is True
-        assert 0 < seen["drained"]["tokens"] < 900
+        assert 0 < seen["drained"]["tokens"] < TOKENS
         assert pod_process.wait(60) == 0
 
 
