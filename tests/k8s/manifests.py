@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -91,14 +92,20 @@ def mounted_files(name: str, pod: Object) -> dict[str, str]:
     }
 
 
+@cache
+def parser_of_serve() -> ArgumentParser:
+    """Return the parser of `rudder serve`."""
+    parser = command("serve", "")
+    parser.add_argument("--config", type=Path)
+    add_fields(parser, Config)
+    return parser
+
+
 def server_config(name: str, pod: Object, folder: Path) -> Config:
     """Read the configuration of a pod as `rudder serve` reads it: unknown flags and fields are errors."""
     arguments = [argument.replace("$(LWS_WORKER_INDEX)", "1") for argument in server_of(pod)["args"]]
     assert arguments[0] == "serve"
-    parser = command("serve", "", "", None)
-    parser.add_argument("--config", type=Path)
-    add_fields(parser, Config)
-    args, fields = parse_fields(parser, arguments[1:])
+    args, fields = parse_fields(parser_of_serve(), arguments[1:])
     file = folder / "config.yaml"
     file.write_text(mounted_files(name, pod)[str(args.config)])
     return config.load(file, fields)

@@ -1,7 +1,7 @@
 """Start a process as a container runtime does: `python sandbox.py SPEC`, in namespaces of its own, as root.
 
-SPEC is a JSON file (`Sandbox`). The root is built of read-only binds and then made read only itself; only the folders in
-`writable` are written. The process becomes the user `user`, without capabilities, in a network of its own.
+SPEC is a JSON file (`Sandbox`). The root is built of read-only binds and then made read only itself; only the folders
+in `writable` are written. The process becomes the user `user`, without capabilities, in a network of its own.
 """
 
 import fcntl
@@ -21,7 +21,7 @@ DEVICES = ("null", "zero", "full", "random", "urandom")
 
 
 class Sandbox(TypedDict):
-    """`read_only`: source of each path in the root; `links`: target of each symbolic link; `writable`: bytes of each."""
+    """`read_only`: source of each path in the root; `links`: target of each link; `writable`: bytes of each folder."""
 
     root: str
     read_only: dict[str, str]

@@ -136,9 +136,7 @@ def validator(version: str, kind: str) -> Draft202012Validator:
 def predictor(version: str) -> Schema:
     """Return the schema of KServe's predictor."""
     pod = definitions(version)["$defs"]["io.k8s.api.core.v1.PodSpec"]
-    properties = {
-        name: {"$ref": f"{CORE}io.k8s.api.core.v1.PodSpec/properties/{name}"} for name in pod["properties"]
-    }
+    properties = {name: {"$ref": f"{CORE}io.k8s.api.core.v1.PodSpec/properties/{name}"} for name in pod["properties"]}
     return struct({}, **properties, **PREDICTOR_FIELDS)
 
 

@@ -1,4 +1,4 @@
-"""What manifests say of the server is what the server does: flags, fields, ports, probes, metrics, times, labels, files."""
+"""What manifests say of the server is what it does: flags, fields, ports, probes, metrics, times, labels, files."""
 
 import hashlib
 import re
@@ -108,7 +108,7 @@ def test_probes_ask_the_health_port_what_it_answers(name: str, tmp_path: Path) -
 
 
 def test_probe_budgets(name: str) -> None:
-    """A large model has half an hour to load; a busy server a minute to answer; a draining one leaves within seconds."""
+    """A large model has half an hour to load; a busy server a minute to answer; a draining one is left in seconds."""
     for _, pod in pods(name):
         container = server_of(pod)
         budget = {

@@ -1,4 +1,4 @@
-"""What k8s/ renders: valid for the oldest and the newest Kubernetes, and within the restricted profile of Pod Security."""
+"""What k8s/ renders: valid for the oldest and the newest Kubernetes, and within the restricted Pod Security profile."""
 
 import copy
 import os
@@ -19,7 +19,11 @@ MISSPELT: dict[str, tuple[tuple[str | int, ...], str, str]] = {
     "Service": (("spec", "ports", 0), "targetPort", "targetport"),
     "NetworkPolicy": (("spec",), "policyTypes", "policyType"),
     "PodDisruptionBudget": (("spec",), "maxUnavailable", "maxUnavailible"),
-    "HorizontalPodAutoscaler": (("spec", "behavior", "scaleDown"), "stabilizationWindowSeconds", "stabilisationSeconds"),
+    "HorizontalPodAutoscaler": (
+        ("spec", "behavior", "scaleDown"),
+        "stabilizationWindowSeconds",
+        "stabilisationSeconds",
+    ),
     "ServiceMonitor": (("spec", "endpoints", 0), "scrapeTimeout", "scrape_timeout"),
     "ScaledObject": (("spec", "triggers", 0, "metadata"), "threshold", "treshold"),
 }
@@ -143,9 +147,7 @@ def test_several_pods_have_a_disruption_budget_and_a_single_one_has_none(name: s
 def test_network_policies_deny_what_none_names() -> None:
     policies = {item["metadata"]["name"]: item["spec"] for item in objects("one-gpu", "NetworkPolicy")}
     assert policies["rudder-default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
-    allowed = {
-        port["port"] for spec in policies.values() for rule in spec.get("ingress", ()) for port in rule["ports"]
-    }
+    allowed = {port["port"] for spec in policies.values() for rule in spec.get("ingress", ()) for port in rule["ports"]}
     # Health is for the kubelet alone, which comes from the node.
     assert allowed == {"grpc", "metrics"}
     assert all(rule["from"] for spec in policies.values() for rule in spec.get("ingress", ()))

@@ -52,7 +52,7 @@ def sandbox_of(name: str, pod: Object, folder: Path) -> Sandbox:
     return {
         "root": str(made(folder / "root")),
         "read_only": read_only,
-        "links": {f"/{link}": os.readlink(f"/{link}") for link in LINKS if Path("/", link).is_symlink()},
+        "links": {f"/{link}": str(Path("/", link).readlink()) for link in LINKS if Path("/", link).is_symlink()},
         "writable": writable,
         "user": pod["securityContext"]["runAsUser"],
         "environment": environment_of(container),
@@ -117,7 +117,7 @@ def mounted(folder: Path, files: dict[str, str]) -> Path:
 
 @contextmanager
 def started(sandbox: Sandbox, folder: Path) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
-    """Start a pod; yield the process that ends as it does, and the id of its first one. What is left of it is killed."""
+    """Start a pod; yield the process that ends as it does, and the id of its first one. Kill what is left of it."""
     spec, log = folder / "sandbox.json", folder / "log"
     spec.write_text(json.dumps(sandbox))
     command = ["unshare", *NAMESPACES, sys.executable, str(REPOSITORY / "tests" / "k8s" / "sandbox.py"), str(spec)]
@@ -158,7 +158,9 @@ def test_pod_becomes_ready_serves_and_lets_a_stream_end_when_it_is_told_to_stop(
         command = ["nsenter", f"--net=/proc/{pid}/ns/net", sys.executable, "-m", "tests.k8s.caller"]
         ports = [str(config.listen.port), str(probes[0]["port"]), *(probe["service"] for probe in probes)]
         environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'clients' / 'python'}"}
-        caller = subprocess.Popen([*command, *ports], stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY)
+        caller = subprocess.Popen(
+            [*command, *ports], stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY
+        )
         assert caller.stdout is not None
         assert caller.stdout.readline() == "streaming\n", (tmp_path / "log").read_text()[-6000:]
         assert_unprivileged(pid)

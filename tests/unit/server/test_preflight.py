@@ -74,6 +74,8 @@ def test_shipped_configuration_passes() -> None:
         ({"engine.model": str(PRETRAINED)}, "engine.model: no config.json in "),
         ({"engine.revision": "main"}, "engine.revision: "),
         ({"engine.model": "no-such/model", "engine.revision": "main"}, "engine.model: 'no-such/model' is neither"),
+        ({"engine.node_rank": "1"}, "engine.node_rank: is 1, of 1 machines from 0"),
+        ({"engine.nodes": "2"}, "engine.tensor_parallel_size: 1 devices cannot be spread over 2 machines evenly"),
         ({"programs.folder": "nowhere"}, "programs.folder: 'nowhere' is not a folder"),
         ({"policies.folder": "nowhere"}, "policies.folder: 'nowhere' is not a folder"),
         ({"policies.folder": str(PRETRAINED / "programs")}, f"{PRETRAINED}/programs/"),

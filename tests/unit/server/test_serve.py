@@ -96,9 +96,8 @@ async def test_signal_drains_doors_then_stops_the_engine(engine: FakeEngine, mon
     assert engine.stops == 1
 
 
-async def test_probes_are_answered_until_the_drain_has_ended(
-    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("engine")
+async def test_probes_are_answered_until_the_drain_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     listen = config.Listen(port=0, metrics_port=0, health_port=free_port(), accept_s=0)
     answers = []
 

@@ -1,8 +1,8 @@
 """Policies in force: replaced, refused, removed and read again, with the rows of those that calls still use held."""
 
 import asyncio
-import os
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
