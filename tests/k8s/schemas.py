@@ -89,7 +89,7 @@ LEADER_WORKER_SET = struct(
     ),
 )
 # The predictor is a PodSpec with these fields besides.
-PREDICTOR_FIELDS = {"minReplicas": COUNT, "maxReplicas": COUNT, "timeout": COUNT}
+PREDICTOR_FIELDS = {"minReplicas": COUNT, "maxReplicas": COUNT, "labels": LABELS}
 CUSTOM: dict[str, Schema] = {
     "monitoring.coreos.com/v1 ServiceMonitor": SERVICE_MONITOR,
     "monitoring.coreos.com/v1 PrometheusRule": struct(
