@@ -1,5 +1,7 @@
 """Health of the server, over gRPC: on the door itself, and on a port of its own for probes that cannot do TLS."""
 
+from typing import Any
+
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
@@ -39,7 +41,7 @@ class Health:
         await self.servicer.set(LIVENESS, status(alive))
 
 
-def status(good: bool) -> "health_pb2.HealthCheckResponse.ServingStatus":
+def status(good: bool) -> Any:
     """Return SERVING or NOT_SERVING."""
     return health_pb2.HealthCheckResponse.SERVING if good else health_pb2.HealthCheckResponse.NOT_SERVING
 

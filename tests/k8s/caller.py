@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -19,7 +20,7 @@ READY_S, TOKENS = 300.0, 400
 def main() -> None:
     port, health_port, readiness, liveness = sys.argv[1:]
     with grpc.insecure_channel(f"127.0.0.1:{health_port}") as channel, Client(f"127.0.0.1:{port}") as client:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
 
         def serving(name: str) -> bool:
             request = health_pb2.HealthCheckRequest(service=name)

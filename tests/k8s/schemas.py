@@ -123,7 +123,7 @@ def names(version: str) -> dict[str, str]:
 
 
 @cache
-def validator(version: str, kind: str) -> Draft202012Validator:
+def validator(version: str, kind: str) -> Any:
     """Return the validator of a kind, given as `apiVersion kind`. KeyError: there is no such kind."""
     registry = Resource.from_contents(definitions(version)) @ Registry()
     if kind == "serving.kserve.io/v1beta1 InferenceService":

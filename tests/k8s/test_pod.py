@@ -90,7 +90,8 @@ def environment_of(container: Object) -> dict[str, str]:
 
 def dockerfile_environment() -> str:
     """Return the last ENV of the Dockerfile: that of the image."""
-    return re.findall(r"^ENV (.*)$", (REPOSITORY / "k8s" / "Dockerfile").read_text(), re.MULTILINE)[-1]
+    last: str = re.findall(r"^ENV (.*)$", (REPOSITORY / "k8s" / "Dockerfile").read_text(), re.MULTILINE)[-1]
+    return last
 
 
 def from_field(container: Object, entry: Object) -> str:

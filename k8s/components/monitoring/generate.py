@@ -1,7 +1,7 @@
 """Wrap rules/ and dashboards/ for Kubernetes: `python k8s/components/monitoring/generate.py`.
 
-The files there are Prometheus' and Grafana's own, as their tools read them. Written are prometheusrules.yaml, in which the
-operator wants the rules, and kustomization.yaml, which makes a ConfigMap of each dashboard. A test holds both to the files.
+The files there are Prometheus' and Grafana's own, as their tools read them. Written are prometheusrules.yaml, in which
+the operator wants the rules, and kustomization.yaml, which makes a ConfigMap of each dashboard. A test holds both to them.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ import yaml
 
 FOLDER = Path(__file__).parent
 HEADER = "# Written by generate.py from rules/ and dashboards/.\n"
-ABOUT = "# For the Prometheus operator, and for Grafana's sidecar, which looks for ConfigMaps with the label grafana_dashboard.\n"
+ABOUT = "# For the Prometheus operator, and Grafana's sidecar, which looks for the label grafana_dashboard.\n"
 
 
 def main() -> None:

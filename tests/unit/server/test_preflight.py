@@ -210,9 +210,9 @@ def test_host_that_is_none_is_named(host: str) -> None:
 def test_ports_must_differ_and_be_free() -> None:
     with pytest.raises(ConfigError, match=r"^listen\.metrics_port: 5 is listen\.port too"):
         require_free(Listen(port=5, metrics_port=5))
-    for ports in ({"port": 5, "metrics_port": 0}, {"port": 0, "metrics_port": 5}):
+    for port, metrics_port in ((5, 0), (0, 5)):
         with pytest.raises(ConfigError, match=r"^listen\.health_port: 5 is listen\.(metrics_)?port too"):
-            require_free(Listen(health_port=5, **ports))
+            require_free(Listen(port=port, metrics_port=metrics_port, health_port=5))
     with socket.socket(socket.AF_INET6) as other:
         other.bind(("::1", 0))
         other.listen()
