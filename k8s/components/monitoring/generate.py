@@ -1,7 +1,7 @@
 """Wrap rules/ and dashboards/ for Kubernetes: `python k8s/components/monitoring/generate.py`.
 
 The files there are Prometheus' and Grafana's own, as their tools read them. Written are prometheusrules.yaml, in which
-the operator wants the rules, and kustomization.yaml, which makes a ConfigMap of each dashboard. A test holds both to them.
+the operator wants the rules, and kustomization.yaml, which makes a ConfigMap of each dashboard. A test compares them.
 """
 
 from pathlib import Path

@@ -51,10 +51,9 @@ async def test_a_server_whose_engine_has_died_is_not_alive(state: Health, channe
 
 
 async def test_it_serves_health_alone(channel: grpc.aio.Channel) -> None:
-    for call in (
-        catalogue_pb2_grpc.ModelServiceStub(channel).Get(catalogue_pb2.ModelServiceGetRequest(), timeout=20),
-        channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")(iter([b""])).read(),  # type: ignore[arg-type],
-    ):
+    reflect: Any = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+    models: Any = catalogue_pb2_grpc.ModelServiceStub(channel)
+    for call in (models.Get(catalogue_pb2.ModelServiceGetRequest(), timeout=20), reflect(iter([b""])).read()):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call
         assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
