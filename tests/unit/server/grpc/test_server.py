@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -136,6 +137,7 @@ async def test_stream_carries_identifiers(doors: Fixture, caplog: pytest.LogCapt
     assert [len(message.choices[0].token_ids) for message in messages] == [1] * 4
     assert [message.request_id for message in messages] == [trailers["rudder-request-id"], "", "", ""]
     assert trailers["rudder-program-digest"] == ""
+    assert re.fullmatch("[0-9a-f]{32}", trailers["rudder-routing-key"])
     (line,) = access_fields(caplog)
     assert (line["correlation_id"], line["trace_id"], line["caller"]) == ("order-7", TRACE_ID, "anonymous")
     assert line["request_id"] == trailers["rudder-request-id"]
