@@ -319,7 +319,7 @@ def run_follower(config: Config, layout: Layout) -> None:
 
     Raises EngineStartError.
     """
-    # Not imported by a server: it is one of the engine process.
+    # It belongs to the engine process, which a server does not import.
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
