@@ -25,6 +25,7 @@ from tests.k8s.sandbox import Sandbox
 
 # What an image of Debian has; `/bin` and its like are links into /usr.
 SYSTEM = ("/usr", "/sys", "/etc/passwd", "/etc/group", "/etc/hosts", "/etc/nsswitch.conf", "/etc/ld.so.cache")
+PACKAGES = ("rudder", "server", "sae_models", "clients")
 LINKS = ("bin", "sbin", "lib", "lib64")
 UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
 NAMESPACES = ("--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child")
@@ -72,8 +73,8 @@ def image() -> Iterator[tuple[str, str]]:
         if Path(path).exists():
             yield path, path
     yield INSTALLED, sys.prefix
-    # Scripts name the interpreter's place; the packages are in the repository.
-    for path in (sys.prefix, sys.base_prefix, str(REPOSITORY)):
+    # Scripts name the interpreter's place; the packages are in the repository, whose folder may be root's alone.
+    for path in (sys.prefix, sys.base_prefix, *(str(REPOSITORY / name) for name in PACKAGES)):
         if not Path(path).is_relative_to("/usr"):
             yield path, path
 

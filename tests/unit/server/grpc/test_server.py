@@ -23,6 +23,7 @@ from rudder.server.monitoring.metrics import Metrics
 from rudder.server.serve import drain
 from rudder.server.service.serving import Serving
 from rudder.v1 import inference_pb2, inference_pb2_grpc
+from rudder_client import REPLICAS, AsyncClient, RudderError
 from rudder_client.errors import error_of
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -76,10 +77,12 @@ class Fixture:
         loaded = config.load(overrides={"listen.port": "0"} | overrides)
         self.serving = Serving.around(self.engine, loaded, Metrics.create(self.registry))  # type: ignore[arg-type]
         self.doors = [GrpcDoor(self.serving), GrpcDoor(self.serving)]
+        self.addresses: list[str] = []
         self.channels: list[grpc.aio.Channel] = []
 
     async def start(self) -> None:
-        self.channels = [grpc.aio.insecure_channel(await door.start()) for door in self.doors]
+        self.addresses = [await door.start() for door in self.doors]
+        self.channels = [grpc.aio.insecure_channel(address) for address in self.addresses]
 
     async def stop(self) -> None:
         for channel, door in zip(self.channels, self.doors, strict=True):
@@ -229,6 +232,24 @@ async def test_calls_that_the_end_of_a_drain_cuts_off_say_so(doors: Fixture, sec
         assert (error.code, error.reason) == ("UNAVAILABLE", "DRAINING")
     assert (doors.ended("Generate", "DRAINING"), doors.ended("Complete", "DRAINING")) == (1, 1)
     assert not doors.serving.calls
+
+
+async def test_client_of_replicas_calls_those_that_are_ready(doors: Fixture) -> None:
+    for door in doors.doors:
+        await door.set_serving(True)
+    async with AsyncClient(f"ipv4:{','.join(doors.addresses)}", timeout=60, options=REPLICAS) as client:
+
+        async def complete(times: int) -> set[str]:
+            return {(await client.complete([5, 6], max_tokens=2)).text for _ in range(times)}
+
+        assert await complete(6) == {"xx"}
+        await doors.doors[0].stop(0)
+        assert await complete(6) == {"xx"}
+        # It would take calls, but says that it should get none.
+        await doors.doors[1].set_serving(False)
+        with pytest.raises(RudderError) as caught:
+            await complete(10_000)
+        assert caught.value.code == "UNAVAILABLE"
 
 
 async def test_port_in_use_is_a_configuration_error() -> None:
