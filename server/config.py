@@ -24,6 +24,8 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 # Name of a claim of a JSON web token.
 CLAIM = r"^[A-Za-z][A-Za-z0-9_.:/-]*$"
+# A host name or an IP address.
+HOST = r"^[A-Za-z0-9.:_-]+$"
 BankSize = Annotated[int, Meta(ge=1, le=1 << 16)]
 
 
@@ -95,6 +97,16 @@ class Engine(Section, frozen=True):
         ),
     ] = False
     tensor_parallel_size: Annotated[Positive, Meta(description="number of tensor-parallel devices")] = 1
+    nodes: Annotated[Positive, Meta(description="machines that the tensor-parallel devices are spread over")] = 1
+    node_rank: Annotated[
+        NonNegative, Meta(description="number of this machine among them; 0 serves calls, the others follow it")
+    ] = 0
+    leader_address: Annotated[
+        str, Meta(pattern=HOST, description="address of machine 0, for the others; on machine 0, its own")
+    ] = "127.0.0.1"
+    leader_port: Annotated[
+        Annotated[int, Meta(ge=1, le=65535)], Meta(description="port of machine 0 where the devices meet")
+    ] = 29501
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="device that runs the model")] = "auto"
 
 
@@ -179,6 +191,13 @@ class Listen(Section, frozen=True):
         Meta(description="address of the Prometheus endpoint, which has neither TLS nor credentials; null: host"),
     ] = None
     metrics_port: Annotated[Port, Meta(description="port of the Prometheus endpoint; 0: any free port")] = 9464
+    health_port: Annotated[
+        Port | None,
+        Meta(
+            description="port on host of gRPC health checks alone, for probes: without TLS or credentials; 0: any free"
+            " port; null: none, health is served on port"
+        ),
+    ] = None
     allow_plaintext: Annotated[
         bool, Meta(description="listen without TLS on an address that is not this machine alone")
     ] = False

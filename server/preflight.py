@@ -50,11 +50,21 @@ def check(config: Config) -> Config:
     shape = model_shape(Path(config.engine.model), config.engine.load_format)
     bundles = [bundle_facts(path) for path in config.engine.bundles]
     check_sites(config, bundles, shape)
+    check_nodes(config.engine)
     check_watched(config.watch, {bundle.name: bundle for bundle in bundles})
     check_folders(config)
     check_door(config)
     check_audit(config.audit)
     return config
+
+
+def check_nodes(engine: Engine) -> None:
+    """Raise ConfigError unless the devices can be spread over the machines, and this is one of them."""
+    if engine.node_rank >= engine.nodes:
+        raise ConfigError("engine.node_rank", f"is {engine.node_rank}, of {engine.nodes} machines from 0")
+    if engine.tensor_parallel_size % engine.nodes:
+        problem = f"{engine.tensor_parallel_size} devices cannot be spread over {engine.nodes} machines evenly"
+        raise ConfigError("engine.tensor_parallel_size", problem)
 
 
 def check_audit(audit: Audit) -> None:

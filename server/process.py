@@ -92,8 +92,18 @@ def require_free(listen: Listen) -> None:
     if listen.port == listen.metrics_port != 0 and metrics_host == listen.host:
         raise ConfigError("listen.metrics_port", f"{listen.port} is listen.port too")
     require_bindable("listen.host", listen.host, "listen.port", listen.port)
+    if listen.health_port is not None:
+        require_other(listen, listen.health_port)
+        require_bindable("listen.host", listen.host, "listen.health_port", listen.health_port)
     metrics_name = "metrics_host" if listen.metrics_host else "host"
     require_bindable(f"listen.{metrics_name}", metrics_host, "listen.metrics_port", listen.metrics_port)
+
+
+def require_other(listen: Listen, health_port: int) -> None:
+    """Raise ConfigError if another listener of this server has the port of health checks."""
+    for name in ("port", "metrics_port"):
+        if health_port == getattr(listen, name) != 0:
+            raise ConfigError("listen.health_port", f"{health_port} is listen.{name} too")
 
 
 def require_bindable(host_field: str, host: str, port_field: str, port: int) -> None:

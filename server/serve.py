@@ -15,6 +15,7 @@ from rudder.server import config as configuration
 from rudder.server.config import Config
 from rudder.server.engine import adapter, selftest
 from rudder.server.engine.engine import Engine
+from rudder.server.grpc.health import HealthListener
 from rudder.server.grpc.server import GrpcDoor
 from rudder.server.monitoring import logs
 from rudder.server.monitoring.logs import fields
@@ -84,11 +85,17 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     stack.callback(gc.unfreeze)
     metrics_server, _ = start_http_server(config.listen.metrics_port, config.listen.metrics_host or config.listen.host)
     stack.callback(metrics_server.shutdown)
-    doors: list[Door] = [GrpcDoor(serving)]
+    grpc_door = GrpcDoor(serving)
+    doors: list[Door] = [grpc_door]
     addresses = {}
     for door in doors:
         stack.push_async_callback(door.stop, 0)
         addresses[door.name] = await door.start()
+    if config.listen.health_port is not None:
+        # No door: it answers until the drain has ended.
+        probes = HealthListener(grpc_door.health, config.listen)
+        stack.push_async_callback(probes.stop)
+        addresses["health"] = await probes.start(config.listen.health_port)
     reload_policies(policies, config, stack)
     await set_serving(doors, engine.healthy)
     metrics_address = config.listen.metrics_address(metrics_server.server_port)

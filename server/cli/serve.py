@@ -55,9 +55,12 @@ def run(config: configuration.Config) -> int:
 
     import asyncio
 
+    from rudder.server.follow import follow
     from rudder.server.serve import serve
 
     async def run_then_leave() -> int:
+        if config.engine.node_rank:
+            leave(await follow(config))
         status = await serve(config)
         if status > FIRST_SIGNAL_STATUS:
             leave(status)

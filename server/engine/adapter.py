@@ -144,6 +144,10 @@ def engine_args(config: Config, layout: Layout) -> AsyncEngineArgs:
         max_num_batched_tokens=engine.max_num_batched_tokens,
         enforce_eager=engine.enforce_eager,
         tensor_parallel_size=engine.tensor_parallel_size,
+        nnodes=engine.nodes,
+        node_rank=engine.node_rank,
+        master_addr=engine.leader_address,
+        master_port=engine.leader_port,
         distributed_executor_backend=f"{WORKER_PACKAGE}.executor.InEngineProcess" if in_engine else None,
         enable_prefix_caching=True,
         enable_chunked_prefill=True,
@@ -307,6 +311,23 @@ def start_engine_process(args: AsyncEngineArgs, *, plain: bool = False) -> Async
     except UserError:
         raise
     except ValueError as error:
+        raise EngineStartError(f"vLLM: {error}") from error
+
+
+def run_follower(config: Config, layout: Layout) -> None:
+    """Run the ranks of this machine, whose steps machine 0 directs. Blocks until one of them ends.
+
+    Raises EngineStartError.
+    """
+    # It belongs to the engine process, which a server does not import.
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    try:
+        resolved = engine_args(config, layout).create_engine_config(UsageContext.ENGINE_CONTEXT, headless=True)
+        check_supported(resolved)
+        MultiprocExecutor(resolved, monitor_workers=False).start_worker_monitor(inline=True)
+    except (RuntimeError, ValueError) as error:
         raise EngineStartError(f"vLLM: {error}") from error
 
 

@@ -1,6 +1,7 @@
 """Start an engine from a configuration: everything is checked against the model that vLLM loaded."""
 
 import asyncio
+import json
 import logging
 import multiprocessing
 from collections.abc import Callable, Sequence, Set
@@ -25,6 +26,7 @@ from rudder.server.engine.admission import Admission
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.ledger import PINNED_HANDLE
 from rudder.server.engine.telemetry.hub import Hub
+from rudder.server.engine.traced import code_digest
 from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics, PinnedFeature
 from rudder.server.program import wire
@@ -151,7 +153,11 @@ def check_bos(bundle: Bundle, adds_bos: bool) -> None:
 
 
 async def connect_telemetry(engine: Engine) -> None:
-    """Open the telemetry channel. Raises BundleError if the workers loaded other bundles than the server."""
+    """Open the telemetry channel.
+
+    Raises BundleError if the workers loaded other bundles than the server, ConfigError if they have other banks.
+    """
+    await require_same_banks(engine)
     address = f"{engine.folder.name}/telemetry"
     engine.hub.bind(address)
     for loaded in await adapter.call_workers(engine.llm, "rudder_bundles"):
@@ -159,6 +165,14 @@ async def connect_telemetry(engine: Engine) -> None:
             raise bundles.BundleError("bundles: a worker loaded another bundle than the server")
     await adapter.call_workers(engine.llm, "rudder_connect", address, engine.hub.key)
     engine.hub.channel.accept()
+
+
+async def require_same_banks(engine: Engine) -> None:
+    """Raise ConfigError if a machine was started with another configuration: its banks would differ silently."""
+    expected = json.dumps(engine.registry.layout.additional_config(code_digest()), sort_keys=True)
+    if any(found != expected for found in await adapter.call_workers(engine.llm, "rudder_layout")):
+        problem = "a machine has another configuration of the bank, other bundles, or another version of Rudder"
+        raise ConfigError("engine.nodes", problem)
 
 
 async def pin_features(engine: Engine, features: Sequence[tuple[str, program_pb2.Row]]) -> None:

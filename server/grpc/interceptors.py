@@ -109,8 +109,9 @@ def deadline_of(context: Context) -> float | None:
 
 
 def trailers_of(record: CallRecord) -> tuple[tuple[str, str], ...]:
-    """Return what a successful call's trailers say: its request id, and its program's digest if it runs one."""
+    """Return what a successful call's trailers say: its request id; of a generation, its program and routing key."""
     trailers = [("rudder-request-id", record.request_id)]
     if record.choices:
         trailers.append(("rudder-program-digest", record.program_digest))
+        trailers.append(("rudder-routing-key", record.routing_key))
     return tuple(trailers)

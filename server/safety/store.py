@@ -22,8 +22,8 @@ from rudder.v1 import policy_pb2
 
 # Bindings that are remembered, by caller.
 MAX_BINDINGS = 1024
-# Of a file: when it was changed, and its size; None where it cannot be read.
-Signature = tuple[int, int] | None
+# Of a file: which one it is, when it was changed, and its size; None where it cannot be read.
+Signature = tuple[int, int, int] | None
 Outcome = Literal["applied", "unchanged", "removed", "refused"]
 
 logger = logging.getLogger(__name__)
@@ -261,7 +261,8 @@ def signature(path: Path) -> Signature:
         stat = path.stat()
     except OSError:
         return None
-    return stat.st_mtime_ns, stat.st_size
+    # A link may come to name another file of the same time and size.
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def mode_of(policy: Policy) -> str:

@@ -138,6 +138,11 @@ class CallRecord:
     audited: bool = False
 
     @property
+    def routing_key(self) -> str:
+        """What calls have in common that may share a prefix cache, for routers: 32 hex digits, and no secret."""
+        return hashlib.sha256(f"{self.caller.tenant}\0{self.program_digest}".encode()).hexdigest()[:32]
+
+    @property
     def policies(self) -> tuple[Policy, ...]:
         """The policies that bind the call, in the order in which they apply."""
         return self.binding.policies

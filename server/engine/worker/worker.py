@@ -1,5 +1,6 @@
 """vLLM's worker with banks in its model. vLLM loads it by `worker_cls`; none of vLLM's files is changed."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -128,6 +129,10 @@ class SteeringWorker:
                 self.driver.admit(new.req_id, handle, wire.decode(payload))
         handles = map(handle_of, scheduler_output.finished_req_ids)
         return [handle for handle in handles if handle is not None]
+
+    def rudder_layout(self) -> str:
+        """Return the layout of the banks, and the digest of the code, as JSON."""
+        return json.dumps(self.vllm_config.additional_config, sort_keys=True)
 
     def rudder_bundles(self) -> dict[str, str]:
         """The SHA-256 of each bundle that was loaded with the model, which the server compares with its own."""

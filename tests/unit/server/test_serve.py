@@ -8,11 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from rudder.server import config, serve
 from rudder.server.engine import selftest
+from rudder.server.grpc.health import Health
+from rudder.server.process import free_port
 from rudder.server.safety.store import PolicyStore
 
 
@@ -90,6 +94,30 @@ async def test_signal_drains_doors_then_stops_the_engine(engine: FakeEngine, mon
     assert await run(monkeypatch, door) == 0
     assert door.events[:4] == [True, False, 7 + serve.FAILED_ANSWERS_S, 0]
     assert engine.stops == 1
+
+
+@pytest.mark.usefixtures("engine")
+async def test_probes_are_answered_until_the_drain_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    listen = config.Listen(port=0, metrics_port=0, health_port=free_port(), accept_s=0)
+    answers = []
+
+    class Probed(FakeDoor):
+        health = Health(())
+
+        async def set_serving(self, serving: bool) -> None:
+            await self.health.set(serving, alive=True)
+
+        async def stop(self, grace_s: float) -> None:
+            if grace_s:
+                async with grpc.aio.insecure_channel(listen.address(listen.health_port or 0)) as channel:
+                    stub: Any = health_pb2_grpc.HealthStub(channel)
+                    for name in ("readiness", "liveness"):
+                        answer = await stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=20)
+                        answers.append(answer.status)
+
+    monkeypatch.setattr(serve, "GrpcDoor", lambda _: Probed())
+    assert await serve.serve(config.Config(listen=listen)) == 0
+    assert answers == [health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVING]
 
 
 async def test_dead_engine_ends_the_server_with_status_1(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

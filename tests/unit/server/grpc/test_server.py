@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -22,6 +23,7 @@ from rudder.server.monitoring.metrics import Metrics
 from rudder.server.serve import drain
 from rudder.server.service.serving import Serving
 from rudder.v1 import inference_pb2, inference_pb2_grpc
+from rudder_client import REPLICAS, AsyncClient, RudderError
 from rudder_client.errors import error_of
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -75,10 +77,12 @@ class Fixture:
         loaded = config.load(overrides={"listen.port": "0"} | overrides)
         self.serving = Serving.around(self.engine, loaded, Metrics.create(self.registry))  # type: ignore[arg-type]
         self.doors = [GrpcDoor(self.serving), GrpcDoor(self.serving)]
+        self.addresses: list[str] = []
         self.channels: list[grpc.aio.Channel] = []
 
     async def start(self) -> None:
-        self.channels = [grpc.aio.insecure_channel(await door.start()) for door in self.doors]
+        self.addresses = [await door.start() for door in self.doors]
+        self.channels = [grpc.aio.insecure_channel(address) for address in self.addresses]
 
     async def stop(self) -> None:
         for channel, door in zip(self.channels, self.doors, strict=True):
@@ -136,6 +140,7 @@ async def test_stream_carries_identifiers(doors: Fixture, caplog: pytest.LogCapt
     assert [len(message.choices[0].token_ids) for message in messages] == [1] * 4
     assert [message.request_id for message in messages] == [trailers["rudder-request-id"], "", "", ""]
     assert trailers["rudder-program-digest"] == ""
+    assert re.fullmatch("[0-9a-f]{32}", trailers["rudder-routing-key"])
     (line,) = access_fields(caplog)
     assert (line["correlation_id"], line["trace_id"], line["caller"]) == ("order-7", TRACE_ID, "anonymous")
     assert line["request_id"] == trailers["rudder-request-id"]
@@ -179,6 +184,16 @@ async def test_draining_server_refuses_calls_and_says_so(doors: Fixture) -> None
     assert error_of(caught.value).reason == "DRAINING"
 
 
+@pytest.mark.parametrize("healthy", [True, False])
+async def test_a_door_is_alive_as_long_as_its_engine(doors: Fixture, healthy: bool) -> None:
+    """While it drains too: what is not alive is killed in the middle of its streams."""
+    health: Any = health_pb2_grpc.HealthStub(doors.channels[0])
+    doors.engine.healthy = healthy
+    await doors.doors[0].set_serving(False)
+    good = health_pb2.HealthCheckResponse.SERVING if healthy else health_pb2.HealthCheckResponse.NOT_SERVING
+    assert (await health.Check(health_pb2.HealthCheckRequest(service="liveness"))).status == good
+
+
 async def test_second_stop_aborts_calls_within_the_grace_of_the_first(doors: Fixture) -> None:
     doors.engine.stall_after = 1
     call = doors.stub().Generate(generate(9))
@@ -217,6 +232,24 @@ async def test_calls_that_the_end_of_a_drain_cuts_off_say_so(doors: Fixture, sec
         assert (error.code, error.reason) == ("UNAVAILABLE", "DRAINING")
     assert (doors.ended("Generate", "DRAINING"), doors.ended("Complete", "DRAINING")) == (1, 1)
     assert not doors.serving.calls
+
+
+async def test_client_of_replicas_calls_those_that_are_ready(doors: Fixture) -> None:
+    for door in doors.doors:
+        await door.set_serving(True)
+    async with AsyncClient(f"ipv4:{','.join(doors.addresses)}", timeout=60, options=REPLICAS) as client:
+
+        async def complete(times: int) -> set[str]:
+            return {(await client.complete([5, 6], max_tokens=2)).text for _ in range(times)}
+
+        assert await complete(6) == {"xx"}
+        await doors.doors[0].stop(0)
+        assert await complete(6) == {"xx"}
+        # It would take calls, but says that it should get none.
+        await doors.doors[1].set_serving(False)
+        with pytest.raises(RudderError) as caught:
+            await complete(10_000)
+        assert caught.value.code == "UNAVAILABLE"
 
 
 async def test_port_in_use_is_a_configuration_error() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -271,6 +272,41 @@ async def test_changed_file_is_read_once_it_rests(tmp_path: Path, monkeypatch: p
         await store.watch_folder(0.5)
     assert versions == [1, 1, 1, 1, 5, 5, 5]
     assert store.in_force["low"].program
+
+
+def swap(folder: Path, number: int, **changes: object) -> None:
+    """Replace a mounted folder's files as the kubelet does: in a new folder, to which one link is moved."""
+    data = folder / f"..{number}"
+    data.mkdir()
+    os.utime(write(data, "low", **changes), (1, 1))
+    (folder / "..tmp").symlink_to(data.name)
+    (folder / "..tmp").replace(folder / "..data")
+    if not (folder / "low.yaml").is_symlink():
+        (folder / "low.yaml").symlink_to("..data/low.yaml")
+
+
+async def test_swapped_folder_of_a_config_map_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the new file has the time and the size of the old one, as tools that copy times leave it."""
+    store, _ = store_of(tmp_path)
+    swap(tmp_path, 1)
+    await store.reload()
+    versions: list[int] = []
+    ticks = iter(range(3))
+
+    async def tick(_: float) -> None:
+        versions.append(in_force(store)["low"])
+        match next(ticks, None):
+            case 0:
+                swap(tmp_path, 2, version=2)
+            case None:
+                raise asyncio.CancelledError
+
+    monkeypatch.setattr(asyncio, "sleep", tick)
+    with pytest.raises(asyncio.CancelledError):
+        await store.watch_folder(0.5)
+    # The link names the file of before until the link to its folder moves; `..data` is no policy itself.
+    assert versions == [1, 1, 2, 2]
+    assert list(store.files) == [tmp_path / "low.yaml"]
 
 
 async def test_bindings_are_remembered_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

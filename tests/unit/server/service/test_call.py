@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from rudder.server.caller import ANONYMOUS
+from rudder.server.caller import ANONYMOUS, Caller
 from rudder.server.engine.call import FinishReason, GateOutcome, Outcome
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.identity.authenticator import Authenticator, Credentials
@@ -263,3 +263,11 @@ async def test_cancelled_call_stays_cancelled_and_counts_its_edits(
 
 def test_request_ids_differ() -> None:
     assert len({CallRecord(METHOD, ANONYMOUS, CORRELATION).request_id for _ in range(100)}) == 100
+
+
+def test_routing_key_is_of_the_tenant_and_the_program() -> None:
+    def key(tenant: str, digest: str) -> str:
+        return CallRecord(METHOD, Caller("id", tenant, frozenset()), CORRELATION, program_digest=digest).routing_key
+
+    assert key("a", "x") == key("a", "x")
+    assert len({key("a", "x"), key("b", "x"), key("a", "y"), key("a", "")}) == 4
