@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from prometheus_client import REGISTRY, start_http_server
 
+from rudder.server import __version__
 from rudder.server import config as configuration
 from rudder.server.config import Config
 from rudder.server.engine import adapter, selftest
@@ -77,6 +78,7 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     engine, policies = await until_signal(start_tested_engine(config, metrics, stack), stop)
     if trail:
         audit_changes(trail, policies)
+    metrics.built(__version__, adapter.VLLM_VERSION, engine.model.name)
     serving = Serving.around(engine, config, metrics, policies, trail)
     stack.callback(serving.tokenizers.shutdown)
     # Everything so far lives as long as the process: keep the garbage collector from walking it again and again.

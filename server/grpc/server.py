@@ -38,8 +38,8 @@ class GrpcDoor:
 
     def __init__(self, serving: Serving) -> None:
         config = serving.config
-        self.listen = config.listen
-        self.credentials = server_credentials(config.tls, serving.metrics.reload_failed)
+        self.listen, self.metrics = config.listen, serving.metrics
+        self.credentials = server_credentials(config.tls, serving.metrics)
         self.server = grpc.aio.server(
             interceptors=[CallInterceptor(serving)],
             options=options(config.limits),
@@ -70,6 +70,7 @@ class GrpcDoor:
 
     async def set_serving(self, serving: bool) -> None:
         """Set the health of the server and of each of its services."""
+        self.metrics.set_ready(serving)
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in HEALTH_NAMES:
             await self.health.set(name, status)

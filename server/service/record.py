@@ -149,6 +149,15 @@ class CallRecord:
         return hashlib.sha256(digests.encode()).hexdigest() if digests else ""
 
     @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens of the prompt, those of them that the prefix cache had, and those generated in all choices."""
+        return {
+            "prompt": self.prompt_tokens,
+            "cached": max((choice.cached_tokens for choice in self.choices), default=0),
+            "generated": sum(choice.generated_tokens for choice in self.choices),
+        }
+
+    @property
     def elapsed_s(self) -> float:
         """Seconds since the call began."""
         return time.monotonic() - self.started
@@ -164,7 +173,10 @@ class CallRecord:
 
 def export(record: CallRecord, metrics: Metrics) -> None:
     """Count a closed record."""
-    metrics.request_ended(record.method, record.outcome, record.total_s)
+    caller, trace_id = record.caller.id, record.correlation.trace_id
+    metrics.request_ended(record.method, record.outcome, record.total_s, caller, trace_id)
+    for kind, tokens in record.tokens.items() if record.choices else ():
+        metrics.caller_tokens(caller, kind, tokens)
     shadows = {policy.name for policy in record.policies if policy.shadow}
     for edit in (edit for choice in record.choices for edit in choice.edits):
         origin = "shadow" if edit.policy in shadows else edit.origin
@@ -172,6 +184,8 @@ def export(record: CallRecord, metrics: Metrics) -> None:
         if edit.tokens_rejected:
             metrics.edit_rejected(edit.site, origin, edit.policy, edit.tokens_rejected)
     for choice in record.choices:
+        if choice.queued_s is not None:
+            metrics.request_queued(choice.queued_s)
         for verdict in choice.verdicts:
             metrics.guard_held(verdict.policy, verdict.rule, verdict.action, "shadow" if verdict.shadow else "enforce")
         for benign in choice.findings.benign:
@@ -182,9 +196,7 @@ def log(record: CallRecord) -> None:
     """Write the access-log line of a closed record: identifiers, numbers and names of fields, never a client's text."""
     choices = record.choices
     tokens = {
-        "prompt_tokens": record.prompt_tokens,
-        "cached_tokens": max((choice.cached_tokens for choice in choices), default=0),
-        "generated_tokens": sum(choice.generated_tokens for choice in choices),
+        **{f"{kind}_tokens": count for kind, count in record.tokens.items()},
         "edited_tokens": sum(edit.tokens_touched for choice in choices for edit in choice.edits),
         "finish": [choice.finish_reason or "none" for choice in choices],
     }

@@ -89,11 +89,13 @@ def observe_message(serving: Serving, record: CallRecord, stream: Stream, tokens
     first = not stream.messages
     stream.sent(tokens)
     serving.metrics.stream_message(tokens)
+    trace_id = record.correlation.trace_id
     if first:
-        serving.metrics.first_token(stream.seconds_per_token * max(tokens, 1))
-        record.first_token_s = record.first_token_s or record.elapsed_s
+        elapsed_s = record.elapsed_s
+        serving.metrics.first_token(elapsed_s, trace_id)
+        record.first_token_s = record.first_token_s or elapsed_s
     else:
-        serving.metrics.inter_token(stream.seconds_per_token, tokens)
+        serving.metrics.inter_token(stream.seconds_per_token, tokens, trace_id)
 
 
 async def run_whole(serving: Serving, job: Job, record: CallRecord) -> list[inference_pb2.ChoiceDelta]:

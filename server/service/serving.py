@@ -77,7 +77,7 @@ class Serving:
         """Read what calls need from the engine's model and bundles. Without `policies`, none is in force."""
         bounds = bounds_of(config.limits, engine.model.max_model_len, engine.model.vocab_size)
         labels = {name: latent_labels(bundle) for name, bundle in engine.bundles.items()}
-        pending = ByteBudget(config.limits.max_pending_bytes, metrics.pending_bytes.set)
+        pending = ByteBudget(config.limits.max_pending_bytes, metrics.set_pending_bytes)
         tokenizers = Tokenizers(lambda: engine.tokenizer)
         authenticator = authenticator_of(config.identity, metrics.reload_failed)
         store = policies or PolicyStore(engine, allow_uncertified=config.policies.allow_uncertified)
