@@ -9,7 +9,7 @@ import time
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
-from prometheus_client import REGISTRY, start_http_server
+from prometheus_client import REGISTRY
 
 from rudder.server import __version__
 from rudder.server import config as configuration
@@ -18,6 +18,7 @@ from rudder.server.engine import adapter, selftest
 from rudder.server.engine.engine import Engine
 from rudder.server.grpc.server import GrpcDoor
 from rudder.server.monitoring import logs
+from rudder.server.monitoring.exposition import serve_metrics
 from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.process import Interrupted, busy_message, stop_signals, until_signal
@@ -84,7 +85,8 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     # Everything so far lives as long as the process: keep the garbage collector from walking it again and again.
     gc.freeze()
     stack.callback(gc.unfreeze)
-    metrics_server, _ = start_http_server(config.listen.metrics_port, config.listen.metrics_host or config.listen.host)
+    metrics_host = config.listen.metrics_host or config.listen.host
+    metrics_server = serve_metrics(REGISTRY, config.listen.metrics_port, metrics_host)
     stack.callback(metrics_server.shutdown)
     doors: list[Door] = [GrpcDoor(serving)]
     addresses = {}

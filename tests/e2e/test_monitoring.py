@@ -1,0 +1,137 @@
+"""A real Prometheus scrapes a real server under mixed traffic: every panel and every rule has data.
+
+Each panel loses it with its metric. `make prometheus` installs Prometheus.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from rudder.server.monitoring.series import TABLE
+from tests.monitoring import files, rig
+from tests.monitoring.files import Panel, all_panels, expanded
+from tests.monitoring.prometheus import binary
+from tests.monitoring.rig import JOB, Rig
+from tests.monitoring.traffic import WORKERS
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(binary("prometheus") is None, reason="no prometheus: `make prometheus` installs it"),
+]
+# Dropped on their way to the job `partial`: one that panels show, one that rules record, and one of vLLM.
+DROPPED = ("rudder_guard_benign_score", "rudder_time_to_first_token_seconds", "vllm:kv_cache_usage_perc")
+PATIENCE_S = 120
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Wait for a condition to hold and return what it returned; a busy machine only takes longer."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.5)
+    return found
+
+
+def values(running: Rig, query: str, **variables: str) -> list[float]:
+    """Present values of a query that are numbers. Rates are over 20 scrapes."""
+    found = running.prometheus.query(expanded(query, interval="20s", **variables))
+    return [value for _, value in found if value == value]
+
+
+def empty(running: Rig, panel: Panel, **variables: str) -> bool:
+    """Whether a query of a panel has no data."""
+    return not all(values(running, query, **variables) for query, _ in panel.queries)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """All of it, once a policy file was refused and every kind of call was made often enough."""
+    with rig.running(tmp_path_factory.mktemp("monitoring"), {"partial": DROPPED}) as started:
+        (started.policies / "broken.yaml").write_text("name: [")
+        until(lambda: not [p for p in all_panels() if empty(started, p, job=JOB)], "panels have data")
+        yield started
+
+
+@pytest.mark.parametrize("panel", all_panels(), ids=lambda panel: f"{panel.dashboard}: {panel.title}")
+def test_panel_has_data_of_the_replica_and_of_none_other(running: Rig, panel: Panel) -> None:
+    replica = running.prometheus.query("rudder_ready")[0][0]["instance"]
+    until(lambda: not empty(running, panel, job=JOB, replica=replica), panel.title)
+    assert not any(values(running, query, job="another") for query, _ in panel.queries)
+
+
+@pytest.mark.parametrize("panel", all_panels(), ids=lambda panel: f"{panel.dashboard}: {panel.title}")
+def test_panel_has_no_data_without_its_metrics(running: Rig, panel: Panel) -> None:
+    for query, _ in panel.queries:
+        for name in files.names_in(query):
+            assert values(running, query.replace(name, "removed"), job=JOB) == [], name
+
+
+def test_panels_of_dropped_metrics_are_those_that_are_empty(running: Rig) -> None:
+    """The metrics are missing from what is scraped, so that also what rules record of them is."""
+    recorded = {rule["record"]: files.names_in(rule["expr"]) for rule in files.all_rules() if "record" in rule}
+
+    def sources(name: str) -> set[str]:
+        return {name}.union(*(sources(source) for source in recorded.get(name, ())))
+
+    def dropped(panel: Panel) -> bool:
+        names = {source for name in panel.metrics for source in sources(name)}
+        return any(name.startswith(prefix) for name in names for prefix in DROPPED)
+
+    expected = {panel.title for panel in all_panels() if dropped(panel)}
+    assert len(expected) >= 6
+    until(
+        lambda: {panel.title for panel in all_panels() if empty(running, panel, job="partial")} == expected,
+        f"exactly these are empty: {expected}",
+    )
+
+
+def test_every_recording_rule_has_data_and_no_rule_fails(running: Rig) -> None:
+    for name in files.recorded():
+        assert values(running, f'{name}{{job="{JOB}"}}'), name
+    groups = running.prometheus.get("rules")["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert len(rules) == len(files.all_rules())
+    assert [rule["name"] for rule in rules if rule["health"] != "ok"] == []
+
+
+def test_alert_of_a_refused_policy_fires_and_those_of_an_engine_in_trouble_do_not(running: Rig) -> None:
+    def firing() -> set[str]:
+        found = running.prometheus.query(f'ALERTS{{alertstate="firing", job="{JOB}"}}')
+        return {labels["alertname"] for labels, _ in found}
+
+    until(lambda: "RudderPolicyRefused" in firing(), "the alert fires")
+    assert not firing() & {"RudderNotReady", "RudderEngineStalled", "RudderVerdictLost", "RudderAuditFailing"}
+
+
+def test_every_series_of_the_table_was_scraped(running: Rig) -> None:
+    """But for those of events that the traffic does not bring about."""
+    rare = {"rudder_tls_certificate_expiry_timestamp_seconds", "rudder_series_limit_hits", "rudder_retried_requests"}
+    missing = {each.name for each in TABLE if not values(running, f'{each.exported[0]}{{job="{JOB}"}}')}
+    assert missing == rare
+
+
+def test_counters_agree(running: Rig) -> None:
+    """Calls by outcome and by caller are the same calls, in each scrape."""
+    callers = running.prometheus.query(f'sum by (caller) (rudder_caller_tokens_total{{job="{JOB}", kind="generated"}})')
+    assert {labels["caller"] for labels, _ in callers} >= {"chat-app", "search", "research"}
+    query = 'sum(rudder_caller_requests_total{job="rudder"}) - sum(rudder_requests_total{job="rudder"})'
+    ((_, difference),) = running.prometheus.query(query)
+    # A scrape reads one family after the other.
+    assert abs(difference) <= WORKERS
+
+
+def test_exemplars_lead_from_a_bucket_to_a_trace(running: Rig) -> None:
+    """A call with a traceparent leaves its trace id at the bucket of its latency."""
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    client = running.traffic.clients["research"]
+    client.metadata = (*client.metadata, ("traceparent", f"00-{trace}-00f067aa0ba902b7-01"))
+
+    def found() -> bool:
+        client.complete("The", max_tokens=1)
+        query, now = "rudder_time_to_first_token_seconds_bucket", time.time()
+        answer = running.prometheus.get("query_exemplars", query=query, start=now - 60, end=now + 1)
+        return any(e["labels"].get("trace_id") == trace for series in answer for e in series["exemplars"])
+
+    until(found, "an exemplar has the trace id")
