@@ -20,7 +20,8 @@ from rudder.server.grpc.server import GrpcDoor
 from rudder.server.monitoring import logs
 from rudder.server.monitoring.exposition import serve_metrics
 from rudder.server.monitoring.logs import fields
-from rudder.server.monitoring.metrics import Metrics
+from rudder.server.monitoring.metrics import LATENCY_BOUNDS, TOKEN_BOUNDS, Metrics
+from rudder.server.monitoring.spans import Spans
 from rudder.server.process import Interrupted, busy_message, stop_signals, until_signal
 from rudder.server.safety.audit.trail import Trail, open_trail
 from rudder.server.safety.start import start_with_policies
@@ -74,7 +75,7 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     """Start, serve and drain, with the clean-up of each part on `stack`; return whether the engine died."""
     stop = stop_signals()
     log_start(config)
-    metrics = Metrics.create(REGISTRY)
+    metrics = metrics_of(config.monitoring)
     trail = await open_audit(config, metrics, stack)
     engine, policies = await until_signal(start_tested_engine(config, metrics, stack), stop)
     if trail:
@@ -82,6 +83,9 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     metrics.built(__version__, adapter.VLLM_VERSION, engine.model.name)
     serving = Serving.around(engine, config, metrics, policies, trail)
     stack.callback(serving.tokenizers.shutdown)
+    if config.monitoring.traces_endpoint:
+        serving.spans = Spans(config.monitoring.traces_endpoint, config.monitoring.traces_share, __version__)
+        stack.callback(serving.spans.close)
     # Everything so far lives as long as the process: keep the garbage collector from walking it again and again.
     gc.freeze()
     stack.callback(gc.unfreeze)
@@ -99,6 +103,16 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     logger.info("serving", extra=fields(model=engine.model.name, **addresses, metrics=metrics_address))
     await serve_until_stopped(doors, serving, stop)
     return not engine.healthy
+
+
+def metrics_of(monitoring: configuration.Monitoring) -> Metrics:
+    """Return the series of this process."""
+    return Metrics.create(
+        REGISTRY,
+        max_series=monitoring.max_series,
+        latency_bounds=monitoring.latency_bounds_s or LATENCY_BOUNDS,
+        token_bounds=monitoring.token_bounds_s or TOKEN_BOUNDS,
+    )
 
 
 async def open_audit(config: Config, metrics: Metrics, stack: AsyncExitStack) -> Trail | None:

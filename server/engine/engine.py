@@ -227,7 +227,7 @@ class Engine:
         try:
             sampling = engine_sampling(call, request)
             cache_salt = salt(self.secret, call, by_id=bool(self.exclusion.tokens))
-            queue = await add_request(self.llm, request_id, call.prompt_ids, cache_salt, sampling)
+            queue = await add_request(self.llm, request_id, call.prompt_ids, cache_salt, sampling, call.trace_headers)
             self.queues[handle] = queue
             if self.hub.closed:
                 raise await self.end_of_telemetry()

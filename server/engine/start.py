@@ -25,8 +25,8 @@ from rudder.server.engine.admission import Admission
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.ledger import PINNED_HANDLE
 from rudder.server.engine.telemetry.hub import Hub
-from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.collectors import PinnedFeature
+from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.program import wire
 from rudder.server.program.compile import compile_program

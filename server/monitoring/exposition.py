@@ -33,9 +33,9 @@ class MetricsServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, registry: CollectorRegistry, port: int, host: str) -> None:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        self.address_family, self.registry = family, registry
-        super().__init__(address[:2], Handler)
+        self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        self.registry = registry
+        super().__init__((host, port), Handler)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -45,7 +45,7 @@ class Handler(BaseHTTPRequestHandler):
     # Of a client that sends nothing.
     timeout = 30
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         """Send all series, compressed where the scraper takes that."""
         if urlsplit(self.path).path not in PATHS:
             self.send_error(404)

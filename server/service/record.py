@@ -12,6 +12,7 @@ from rudder.server.caller import Caller
 from rudder.server.engine.call import Call, Outcome
 from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics
+from rudder.server.monitoring.spans import CallSpan
 from rudder.server.monitoring.traces import Correlation
 from rudder.server.program.compile import NOTHING, Compiled
 from rudder.server.safety.binding import UNBOUND, Binding
@@ -54,7 +55,8 @@ class ChoiceRecord:
     """One choice. `finish_reason` is vLLM's: `abort` if the choice is abandoned; empty while it runs or waits.
 
     `tokens_seen`: tokens that went through the model; `queued_s`: seconds that it waited for the bank,
-    None if it never entered it. `findings`: of the guards of the policies that bind the call.
+    None if it never entered it. `findings`: of the guards of the policies that bind the call. `started_s`,
+    `first_token_s`: seconds since the call began.
     """
 
     generated_tokens: int = 0
@@ -65,6 +67,8 @@ class ChoiceRecord:
     edits: Sequence[EditRecord] = ()
     gates: Sequence[GateRecord] = ()
     findings: Findings = field(default_factory=Findings)
+    started_s: float = 0.0
+    first_token_s: float | None = None
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
@@ -117,7 +121,7 @@ class CallRecord:
 
     `binding`: the policies that bind it, as when it began. `topic`: what the request's topic stood for. `outcome`: OK,
     a key of `errors.REASONS`, CANCELLED or DEADLINE_EXCEEDED; empty while the call runs. `audited`: its audit entry
-    was handed over.
+    was handed over. `span`: of the call, if the server traces.
     """
 
     method: str
@@ -136,6 +140,12 @@ class CallRecord:
     refused_fields: Sequence[str] = ()
     error_id: str = ""
     audited: bool = False
+    span: CallSpan | None = None
+
+    @property
+    def trace_id(self) -> str:
+        """The trace of the call: its client's, or the one that began here; empty where there is none."""
+        return self.correlation.trace_id or (self.span.trace_id if self.span else "")
 
     @property
     def policies(self) -> tuple[Policy, ...]:
@@ -173,8 +183,8 @@ class CallRecord:
 
 def export(record: CallRecord, metrics: Metrics) -> None:
     """Count a closed record."""
-    caller, trace_id = record.caller.id, record.correlation.trace_id
-    metrics.request_ended(record.method, record.outcome, record.total_s, caller, trace_id)
+    caller = record.caller.id
+    metrics.request_ended(record.method, record.outcome, record.total_s, caller, record.trace_id)
     for kind, tokens in record.tokens.items() if record.choices else ():
         metrics.caller_tokens(caller, kind, tokens)
     shadows = {policy.name for policy in record.policies if policy.shadow}
@@ -207,7 +217,7 @@ def log(record: CallRecord) -> None:
             outcome=record.outcome,
             request_id=record.request_id,
             correlation_id=record.correlation.correlation_id,
-            trace_id=record.correlation.trace_id,
+            trace_id=record.trace_id,
             caller=record.caller.id,
             refused_fields=record.refused_fields[:MAX_LOGGED_FIELDS] or None,
             error_id=record.error_id,

@@ -12,6 +12,7 @@ from rudder.server.config import Config
 from rudder.server.engine.engine import Engine
 from rudder.server.identity.authenticator import Authenticator, authenticator_of
 from rudder.server.monitoring.metrics import Metrics
+from rudder.server.monitoring.spans import Spans
 from rudder.server.program.cache import ByteCache
 from rudder.server.program.watch import Watched
 from rudder.server.safety.audit.trail import Trail
@@ -45,7 +46,7 @@ class Serving:
     `labels`: of each bundle's latents; `pending`: bytes of the requests in progress; `policies`: those in force;
     `authenticator`: makes callers of credentials. `draining`: new calls are refused; `watched`: cache of compiled
     reports. `calls`: tasks of the calls in progress; `aborted`: they were cancelled. `audit`: the audit log, if there
-    is one.
+    is one. `spans`: what sends spans, if the server has a collector.
     """
 
     config: Config
@@ -64,6 +65,7 @@ class Serving:
     calls: set["asyncio.Task[Any]"] = field(default_factory=set)
     aborted: bool = False
     audit: Trail | None = None
+    spans: Spans | None = None
 
     @classmethod
     def around(

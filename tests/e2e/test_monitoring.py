@@ -3,6 +3,7 @@
 Each panel loses it with its metric. `make prometheus` installs Prometheus.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 
 from rudder.server.monitoring.series import TABLE
+from rudder_client import Client
 from tests.monitoring import files, rig
+from tests.monitoring.collector import Received
 from tests.monitoring.files import Panel, all_panels, expanded
 from tests.monitoring.prometheus import binary
 from tests.monitoring.rig import JOB, Rig
@@ -135,3 +138,27 @@ def test_exemplars_lead_from_a_bucket_to_a_trace(running: Rig) -> None:
         return any(e["labels"].get("trace_id") == trace for series in answer for e in series["exemplars"])
 
     until(found, "an exemplar has the trace id")
+
+
+def test_spans_lead_from_the_client_through_the_server_into_the_engine(running: Rig) -> None:
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with Client(running.server.address, token=running.traffic.tokens["chat-app"], timeout=60) as client:
+        client.metadata = (*client.metadata, ("traceparent", f"00-{trace}-{parent}-01"))
+        client.complete("The federal government", max_tokens=8)
+
+    def found() -> dict[str, Received] | None:
+        spans = {span.name: span for span in running.collector.spans if span.trace == trace}
+        return spans if {"rudder.request", "llm_request"} <= spans.keys() else None
+
+    spans = until(found, "spans of Rudder and of vLLM arrive")
+    request = spans["rudder.request"]
+    assert request.parent == parent
+    assert {name: span.parent for name, span in spans.items() if span is not request} == dict.fromkeys(
+        ("queue", "prefill", "decode", "llm_request"), request.span
+    )
+    assert request.attributes["rudder.caller"] == "chat-app"
+    assert request.attributes["rudder.policy"] == ["no-microbiology@1", "trial@1"]
+    text = str([span for span in running.collector.spans if span.trace == trace])
+    assert "federal" not in text
+    line = json.loads(running.server.log_line(trace))
+    assert (line["message"], line["caller"], line["trace_id"]) == ("call ended", "chat-app", trace)

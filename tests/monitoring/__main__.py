@@ -35,7 +35,8 @@ def say(running: rig.Rig) -> None:
     """Print where to look."""
     prometheus = f"http://{running.prometheus.address}"
     dashboards = ", ".join(str(path.relative_to(ROOT)) for path in DASHBOARDS)
-    print(f"""
+    print(
+        f"""
 Prometheus   {prometheus}/graph?g0.expr=rudder_saturation&g0.tab=0
 alerts       {prometheus}/alerts
 rules        {prometheus}/rules
@@ -44,7 +45,9 @@ gRPC         {running.server.address}
 log          {running.server.log}
 dashboards   import these into a Grafana whose data source is {prometheus}:
              {dashboards}
-Ctrl-C ends all of it.""", flush=True)
+Ctrl-C ends all of it.""",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
@@ -52,7 +52,14 @@ def policy(bundle_sha256: str, name: str, **fields: object) -> dict[str, object]
         "hold_back": 4,
     }
     program = {"sites": [{"site": SITE, "edits": [{"row": row(HAZARD), "cap": 60.0}]}]}
-    return {"name": name, "version": 1, "bundles": {BUNDLE: bundle_sha256}, "program": program, "guards": [guard], **fields}
+    return {
+        "name": name,
+        "version": 1,
+        "bundles": {BUNDLE: bundle_sha256},
+        "program": program,
+        "guards": [guard],
+        **fields,
+    }
 
 
 def write_policies(folder: Path, bundle_sha256: str) -> None:
@@ -88,6 +95,7 @@ class Traffic:
     """
 
     def __init__(self, address: str, tokens: dict[str, str]) -> None:
+        self.tokens = tokens
         self.clients = {caller: Client(address, token=token, timeout=60) for caller, token in tokens.items()}
         self.stranger = Client(address, timeout=60)
         self.calls = 0
@@ -147,10 +155,8 @@ class Traffic:
         for kind in itertools.cycle(kinds):
             if ended.wait(chance.expovariate(20)):
                 return
-            try:
+            with suppress(RudderError):
                 kind(chance)
-            except RudderError:
-                pass
             self.calls += 1
 
 

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from rudder.server.monitoring import metrics, series, table
 from rudder.server.monitoring.exposition import exposed
+from rudder.server.monitoring.families import Values
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.monitoring.series import TABLE
 from tests.monitoring import files
@@ -147,7 +148,7 @@ def test_promtool_accepts_the_names() -> None:
     fill(Metrics.create(registry))
     result = tool("check", "metrics", text=exposed(registry)[1])
     assert result == (0, "")
-    registry.register(metrics.Values(series.Series("x", "rudder_ms", "counter", ""), 9, print))
+    registry.register(Values(series.Series("x", "rudder_ms", "counter", ""), 9, print))
     assert tool("check", "metrics", text=exposed(registry)[1])[0] != 0
 
 
