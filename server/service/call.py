@@ -68,7 +68,8 @@ async def begin_call(
         audit_abandoned(serving, record)
         records.export(record, serving.metrics)
         records.log(record)
-        trace(record, serving.engine.model.name)
+        if record.span:
+            trace(record, serving.engine.model.name)
 
 
 def admit(serving: Serving, record: CallRecord, credentials: Credentials, request_bytes: int) -> None:

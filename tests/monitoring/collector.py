@@ -78,7 +78,7 @@ def value(message: Any) -> Any:
 def running() -> Iterator[Collector]:
     """Run a collector."""
     server, collector = grpc.server(ThreadPoolExecutor(2)), Collector()
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
     collector.port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     yield collector

@@ -49,7 +49,10 @@ def flags(folder: Path, collector: Collector) -> dict[str, str]:
 
 @contextmanager
 def running(folder: Path, without: Mapping[str, tuple[str, ...]] | None = None, interval: str = "1s") -> Iterator[Rig]:
-    """Run all of them, a collector of traces first. `without`: further jobs that scrape the same server and drop these metrics."""
+    """Run all of them, a collector of traces first.
+
+    `without`: further jobs that scrape the same server and drop these metrics.
+    """
     made = traffic.write_tokens(folder / "tokens.yaml")
     with collecting.running() as collector, servers.running(folder, **flags(folder, collector)) as server:
         address = f"127.0.0.1:{server.metrics_port}"
