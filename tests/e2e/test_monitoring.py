@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from rudder.server.monitoring.series import TABLE
-from rudder_client import Client
+from rudder_client import Client, Program, RudderError
 from tests.monitoring import files, rig
 from tests.monitoring.collector import Received
 from tests.monitoring.files import Panel, all_panels, expanded
 from tests.monitoring.prometheus import binary
 from tests.monitoring.rig import JOB, Rig
-from tests.monitoring.traffic import WORKERS
+from tests.monitoring.traffic import SITE, WATCHED, WORKERS
 
 pytestmark = [
     pytest.mark.e2e,
@@ -123,6 +123,40 @@ def test_counters_agree(running: Rig) -> None:
     ((_, difference),) = running.prometheus.query(query)
     # A scrape reads one family after the other.
     assert abs(difference) <= WORKERS
+
+
+def test_counters_are_the_sums_of_what_clients_got(running: Rig) -> None:
+    """Of calls that ended well, were cancelled or were refused; the log line of each agrees."""
+    program = Program().at(SITE).add(WATCHED[0], 1.0)
+    prompt = generated = edited = 0
+    with Client(running.server.address, token=running.traffic.tokens["counted"], timeout=60) as client:
+        for length in range(1, 13):
+            answer = client.complete("The cell", max_tokens=length, n=2, ignore_eos=True, steer=program)
+            prompt += answer.choices[0].usage.prompt_tokens if answer.choices[0].usage else 0
+            generated += sum(len(choice.token_ids) for choice in answer.choices)
+            edited += sum(e.tokens_touched for c in answer.choices if c.attestation for e in c.attestation.edits)
+            with pytest.raises(RudderError):
+                client.complete("The cell", max_tokens=-1)
+        for _ in range(4):
+            with client.generate("The cell", max_tokens=200, ignore_eos=True) as chunks:
+                next(chunks)
+    lines = until(lambda: log_lines(running, "counted", 28), "every call has its line")
+    cancelled = [line for line in lines if line["outcome"] == "CANCELLED"]
+    assert len(cancelled) == 4
+    prompt += sum(line["prompt_tokens"] for line in cancelled)
+    generated += sum(line["generated_tokens"] for line in cancelled)
+    assert edited == sum(line.get("edited_tokens", 0) for line in lines) > 0
+    metric = running.server.metric
+    assert metric("rudder_caller_requests_total", caller="counted") == 28
+    assert metric("rudder_caller_tokens_total", caller="counted", kind="prompt") == prompt
+    assert metric("rudder_caller_tokens_total", caller="counted", kind="generated") == generated
+
+
+def log_lines(running: Rig, caller: str, calls: int) -> list[dict[str, Any]]:
+    """The access log of a caller, once it has lines of so many calls."""
+    lines = [json.loads(line) for line in running.server.log.read_text().splitlines() if '"rudder.access"' in line]
+    found = [line for line in lines if line.get("caller") == caller]
+    return found if len(found) == calls else []
 
 
 def test_exemplars_lead_from_a_bucket_to_a_trace(running: Rig) -> None:

@@ -19,6 +19,8 @@ CALLERS = {
     "chat-app": ("generate",),
     "search": ("generate",),
     "research": ("generate", "steer", "raw", "observe"),
+    # Makes no calls here: a test counts its own.
+    "counted": ("generate", "steer"),
     "operator": ("operate", "administer", "observe"),
 }
 BUNDLE, SITE = "textbook-lm-layers.2", "layers.2.resid_post"

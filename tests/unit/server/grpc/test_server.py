@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
 from rudder.server import config
 from rudder.server.config import ConfigError
@@ -260,3 +260,16 @@ async def test_requests_in_progress_have_a_budget_in_bytes() -> None:
             await asyncio.sleep(0.01)
     assert fixture.registry.get_sample_value("rudder_pending_request_bytes") == 0
     await fixture.stop()
+
+
+async def test_methods_headers_and_names_of_strangers_leave_no_series(doors: Fixture) -> None:
+    before = {sample.name for family in doors.registry.collect() for sample in family.samples}
+    lines = len(generate_latest(doors.registry).splitlines())
+    for number in range(100):
+        for path in (f"/rudder.v1.InferenceService/M{number}", f"/rudder.v1.S{number}/Generate", f"/{number}"):
+            unknown: Any = doors.channels[0].unary_unary(path)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await unknown(b"", metadata=((f"x-{number}", "y"), ("authorization", path)))
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert {sample.name for family in doors.registry.collect() for sample in family.samples} == before
+    assert len(generate_latest(doors.registry).splitlines()) == lines

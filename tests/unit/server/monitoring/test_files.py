@@ -1,5 +1,6 @@
 """Dashboards, rules and docs name what the server exports; Prometheus's own tools accept them."""
 
+import json
 import re
 import subprocess
 from collections import Counter
@@ -78,6 +79,38 @@ def test_dashboard_is_complete(path: Path) -> None:
             assert re.findall(r"\[(?!\$__rate_interval)", query) == [], panel.title
     overlaps = Counter(cell for body in document["panels"] for cell in cells(body["gridPos"]))
     assert max(overlaps.values()) == 1
+
+
+def lost(path: str, ours: Any, theirs: Any) -> list[str]:
+    """What Grafana's own model of a dashboard does not keep."""
+    if isinstance(ours, dict):
+        return [
+            place
+            for key, value in ours.items()
+            for place in (lost(f"{path}.{key}", value, theirs[key]) if key in theirs else [f"{path}.{key}"])
+        ]
+    if isinstance(ours, list) and len(ours) == len(theirs):
+        pairs = enumerate(zip(ours, theirs, strict=True))
+        return [place for i, pair in pairs for place in lost(f"{path}[{i}]", *pair)]
+    return [] if ours == theirs else [path]
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_dashboard_survives_grafana_s_own_model(path: Path) -> None:
+    pytest.importorskip("grafana_foundation_sdk", reason="`make lint` installs it")
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.cog.plugins import register_default_plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    def kept(document: dict[str, Any]) -> list[str]:
+        theirs = json.loads(JSONEncoder(sort_keys=True).encode(Dashboard.from_json(document)))
+        return lost("", document, theirs)
+
+    register_default_plugins()
+    document = json.loads(path.read_text())
+    assert kept(document) == []
+    document["panels"][0]["gridPosition"] = {}
+    assert kept(document) == [".panels[0].gridPosition"]
 
 
 def cells(place: dict[str, int]) -> list[tuple[int, int]]:
