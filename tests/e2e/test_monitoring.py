@@ -4,8 +4,15 @@ Each panel loses it with its metric. `make prometheus` installs Prometheus.
 """
 
 import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +22,7 @@ from rudder_client import Client, Program, RudderError
 from tests.monitoring import files, rig
 from tests.monitoring.collector import Received
 from tests.monitoring.files import Panel, all_panels, expanded
-from tests.monitoring.prometheus import binary
+from tests.monitoring.prometheus import Prometheus, binary
 from tests.monitoring.rig import JOB, Rig
 from tests.monitoring.traffic import SITE, WATCHED, WORKERS
 
@@ -196,3 +203,27 @@ def test_spans_lead_from_the_client_through_the_server_into_the_engine(running: 
     assert "federal" not in text
     line = json.loads(running.server.log_line(trace))
     assert (line["message"], line["caller"], line["trace_id"]) == ("call ended", "chat-app", trace)
+
+
+@pytest.mark.long
+def test_make_monitoring_says_where_to_look_and_ends_with_ctrl_c(tmp_path: Path) -> None:
+    """Its own process group, as in a terminal; nothing of it is left running."""
+    log = tmp_path / "output.txt"
+    command = [sys.executable, "-u", "-m", "tests.monitoring"]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, cwd=files.ROOT, stdout=out, stderr=out, start_new_session=True)
+    try:
+        until(lambda: "Ctrl-C ends all of it" in log.read_text() or process.poll() is not None, "it says where to look")
+        text = log.read_text()
+        (address,) = re.findall(r"^alerts +http://(\S+)/alerts$", text, re.MULTILINE)
+        until(lambda: Prometheus(address).query("rudder_ready") != [], "the server is scraped")
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(120) == 0, log.read_text()
+    finally:
+        process.kill()
+    assert log.read_text().endswith("\nstopped\n")
+    with pytest.raises(OSError, match="refused"):
+        Prometheus(address).query("rudder_ready")
+    (server,) = re.findall(r"^gRPC +127.0.0.1:(\d+)$", text, re.MULTILINE)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", int(server))) != 0

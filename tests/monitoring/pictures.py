@@ -41,9 +41,8 @@ def shown(value: float, unit: str) -> str:
     if unit == "percentunit":
         return f"{100 * value:.3g} %"
     if unit == "bytes":
-        return f"{value / 2**20:.3g} MiB"
-    short = next((f"{value / size:.3g}{name}" for size, name in ((1e6, "M"), (1e4, "k")) if abs(value) >= size), "")
-    return (short or f"{value:.3g}") + ("/s" if unit == "reqps" else "")
+        return f"{value / 2**20:.3g} MiB" if value >= 2**20 else f"{value / 2**10:.3g} KiB"
+    return (f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}") + ("/s" if unit == "reqps" else "")
 
 
 def legend(template: str, labels: Mapping[str, str]) -> str:
@@ -66,7 +65,7 @@ def series_of(prometheus: Prometheus, panel: Panel, begin: float, end: float) ->
 def draw_lines(axes: Axes, panel: Panel, found: Sequence[Series], begin: float, end: float) -> None:
     """Draw a panel of time series, stacked if it says so."""
     stacked = bool(panel.body["fieldConfig"]["defaults"]["custom"].get("stacking"))
-    grid = np.arange(begin, end, STEP_S)
+    grid = np.arange(begin, min([end, *(times[-1] for _, times, _ in found)]), STEP_S)
     base = np.zeros(len(grid))
     colors = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
     for number, (name, times, values) in enumerate(found):
@@ -86,11 +85,17 @@ def draw_lines(axes: Axes, panel: Panel, found: Sequence[Series], begin: float, 
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, panel.unit)))
     axes.xaxis.set_major_formatter(DateFormatter("%H:%M:%S"))  # type: ignore[no-untyped-call]
     axes.grid(color="#e6e8ef", linewidth=0.6)
-    columns = 1 if max((len(name) for name, _, _ in found), default=0) > 22 else 3
+    axes.set_axisbelow(True)
     axes.legend(
-        loc="upper left", bbox_to_anchor=(-0.01, -0.13), ncols=columns, frameon=False, labelcolor=INK,
+        loc="upper left", bbox_to_anchor=(-0.01, -0.13), ncols=columns_of(panel, found), frameon=False, labelcolor=INK,
         handlelength=1.1, columnspacing=1.2, labelspacing=0.25, borderpad=0,
     )  # fmt: skip
+
+
+def columns_of(panel: Panel, found: Sequence[Series]) -> int:
+    """Return how many columns of the legend fit below a panel: characters of its width over those of an entry."""
+    longest = max((len(name) for name, _, _ in found), default=0)
+    return max(1, min(4, int(10 * panel.body["gridPos"]["w"] / (longest + 16))))
 
 
 def dates(times: np.ndarray) -> Any:
@@ -148,8 +153,7 @@ def draw(figure: Figure, path: Path, prometheus: Prometheus, begin: float, end: 
         left, right, above, below = (1.25, 0.35, 1.0, 2.3) if lines else (0.2, 0.2, 0.8, 0.1)
         found = [] if panel.kind == "table" else series_of(prometheus, panel, begin, end)
         if lines:
-            many = max((len(name) for name, _, _ in found), default=0) > 22
-            below = 0.95 + 0.46 * (min(len(found), MAX_LEGEND) if many else math.ceil(min(len(found), MAX_LEGEND) / 3))
+            below = 0.95 + 0.46 * math.ceil(min(len(found), MAX_LEGEND) / columns_of(panel, found))
         box = (
             (place["x"] + left) / 24,
             top - (place["h"] - below) / total,
@@ -157,7 +161,12 @@ def draw(figure: Figure, path: Path, prometheus: Prometheus, begin: float, end: 
             (place["h"] - above - below) / total,
         )
         axes = figure.add_axes(box)
-        figure.text((place["x"] + 0.25) / 24, top - 0.5 / total, panel.title, fontsize=8, color=INK, va="center")
+        number = panel.kind == "stat"
+        across = place["x"] + (place["w"] / 2 if number else 0.25)
+        figure.text(
+            across / 24, top - 0.5 / total, panel.title,
+            fontsize=8, color=INK, va="center", ha="center" if number else "left",
+        )  # fmt: skip
         if lines:
             draw_lines(axes, panel, found, begin, end)
         elif panel.kind == "stat":
