@@ -19,6 +19,9 @@ TEST := $(VENV)/.test-$(call hash,requirements/cpu.txt requirements/torch.txt re
 # One thread each: threads of two processes that wait for one another on two cores take many times as long.
 TWO_AT_ONCE := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PY) -m pytest -n 2 --dist loadfile
 
+# `prometheus` and `promtool`: see requirements/prometheus.sh.
+PROMETHEUS := build/prometheus/.made
+
 PROTOS := $(wildcard proto/rudder/v1/*.proto)
 PROTOC := $(PY) -m grpc_tools.protoc -Iproto
 BUF := $(VENV)/bin/buf
@@ -30,7 +33,7 @@ MODEL ?= auto
 COVERAGE := $(if $(CI),--cov --cov-report=)
 
 .PHONY: help venv demo serve test test-long lint types proto proto-check proto-image unit manifests coverage engine-test redteam e2e conformance gpu gpu-rehearsal architectures \
-	long wheels install-check lock clean
+	long wheels install-check lock clean prometheus monitoring metrics-table monitoring-pictures
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' Makefile | expand -t 16
@@ -47,7 +50,7 @@ test: lint types proto-check unit manifests engine-test redteam e2e conformance 
 
 test-long: test long install-check gpu-rehearsal ## the same, the tests marked long, the demo from installed wheels, and a rehearsal of the GPU card
 
-long: $(TEST) ## the tests marked long
+long: $(TEST) $(PROMETHEUS) ## the tests marked long
 	$(TWO_AT_ONCE) -m long tests
 
 lint: $(TEST) ## ruff, and the import contracts of pyproject.toml
@@ -58,7 +61,7 @@ lint: $(TEST) ## ruff, and the import contracts of pyproject.toml
 types: $(TEST) ## mypy
 	$(PY) -m mypy
 
-unit: $(TEST) ## tests of parts, in seconds
+unit: $(TEST) $(PROMETHEUS) ## tests of parts, in seconds
 	$(TWO_AT_ONCE) $(COVERAGE) tests/unit
 
 manifests: $(TEST) $(KUSTOMIZE) ## tests of what k8s/ renders, of the image's file, and of the pod as it is started
@@ -73,7 +76,7 @@ engine-test: $(TEST) ## tests against a vLLM engine
 redteam: $(TEST) ## attacks on a server that policies protect, each with a control
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PY) -m pytest tests/redteam
 
-e2e: $(TEST) ## tests against a server process
+e2e: $(TEST) $(PROMETHEUS) ## tests against a server process
 	$(TWO_AT_ONCE) tests/e2e
 
 conformance: $(CONFORMANCE) ## tests against the libraries whose formats are read
@@ -87,6 +90,17 @@ gpu-rehearsal: $(TEST) ## the same command on a CPU, with tiny models
 
 architectures: $(TEST) ## rewrite docs/architectures.md from the cases of the parity tests
 	$(PY) -m tests.engine.architectures
+
+prometheus: $(PROMETHEUS) ## put Prometheus and its promtool into build/prometheus
+
+monitoring: $(TEST) $(PROMETHEUS) ## a server under mixed traffic, and a real Prometheus that scrapes it, until Ctrl-C
+	@OMP_NUM_THREADS=1 $(PY) -m tests.monitoring
+
+metrics-table: $(TEST) ## rewrite the table of docs/monitoring.md from the code
+	$(PY) -m rudder.server.monitoring.table docs/monitoring.md
+
+monitoring-pictures: $(TEST) $(PROMETHEUS) ## draw the dashboards of docs/monitoring anew, from some minutes of traffic
+	OMP_NUM_THREADS=1 $(PY) -m tests.monitoring.pictures docs/monitoring
 
 proto: $(TEST) ## regenerate the Python code of the contract
 	$(call generate,clients/python)
@@ -129,6 +143,10 @@ BUILT = build *.egg-info clients/python/build clients/python/*.egg-info sae_mode
 define generate
 $(PROTOC) --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 endef
+
+$(PROMETHEUS): requirements/prometheus.sh
+	@requirements/prometheus.sh build/prometheus
+	@touch $@
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit("Rudder needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'

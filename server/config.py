@@ -351,6 +351,36 @@ class Logs(Section, frozen=True):
     ] = "info"
 
 
+Bounds = Annotated[tuple[Annotated[float, Meta(gt=0, le=MAX_SECONDS)], ...], Meta(min_length=1, max_length=64)]
+
+
+class Monitoring(Section, frozen=True):
+    """Metrics and traces."""
+
+    max_series: Annotated[
+        int, Meta(ge=100, le=100_000, description="series of one metric; what is beyond is counted under `_other`")
+    ] = 2000
+    latency_bounds_s: Annotated[
+        Bounds | None,
+        Meta(
+            description="bounds of the buckets of latencies, vLLM's too; null: 1 ms to 60 s. Alerts need 2.5 among them"
+        ),
+    ] = None
+    token_bounds_s: Annotated[
+        Bounds | None,
+        Meta(description="bounds of the buckets of times between tokens, vLLM's too; null: 0.5 ms to 60 s"),
+    ] = None
+    traces_endpoint: Annotated[
+        Annotated[str, Meta(pattern="^http://[^/]+$")] | None,
+        Meta(
+            description="OpenTelemetry collector that takes OTLP over gRPC, such as http://localhost:4317; null: none"
+        ),
+    ] = None
+    traces_share: Annotated[
+        Share, Meta(description="share of the calls that are traced, of those whose clients made no choice")
+    ] = 1.0
+
+
 class Config(Section, frozen=True):
     """Configuration of a server. The defaults serve the shipped model and bundle."""
 
@@ -359,7 +389,8 @@ class Config(Section, frozen=True):
     policies: Policies = Policies()
     audit: Audit = Audit()
     watch: Annotated[
-        tuple[WatchedFeature, ...], Meta(description="latents counted in Prometheus over all requests")
+        tuple[WatchedFeature, ...],
+        Meta(max_length=256, description="latents counted in Prometheus over all requests"),
     ] = ()
     listen: Listen = Listen()
     tls: Tls = Tls()
@@ -368,6 +399,7 @@ class Config(Section, frozen=True):
     prompt: Prompt = Prompt()
     stream: Stream = Stream()
     logs: Logs = Logs()
+    monitoring: Monitoring = Monitoring()
 
 
 def load(path: Path | None = None, overrides: Mapping[str, str] | None = None) -> Config:

@@ -6,6 +6,7 @@ What needs the weights is checked where they are loaded: `engine.start`, `bundle
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import msgspec
 
 from rudder.sae_models import PRETRAINED
 from rudder.sae_models.hookpoints import FORM, SITE, parse
-from rudder.server.config import Audit, Config, ConfigError, Engine, WatchedFeature, is_loopback
+from rudder.server.config import Audit, Config, ConfigError, Engine, Monitoring, WatchedFeature, is_loopback
 from rudder.server.identity.authenticator import authenticator_of
 from rudder.server.program.named import load_policies, load_programs
 
@@ -55,6 +56,7 @@ def check(config: Config) -> Config:
     check_folders(config)
     check_door(config)
     check_audit(config.audit)
+    check_monitoring(config.monitoring)
     return config
 
 
@@ -65,6 +67,14 @@ def check_nodes(engine: Engine) -> None:
     if engine.tensor_parallel_size % engine.nodes:
         problem = f"{engine.tensor_parallel_size} devices cannot be spread over {engine.nodes} machines evenly"
         raise ConfigError("engine.tensor_parallel_size", problem)
+
+
+def check_monitoring(monitoring: Monitoring) -> None:
+    """Raise ConfigError if the bounds of buckets do not increase."""
+    for field in ("latency_bounds_s", "token_bounds_s"):
+        bounds = getattr(monitoring, field) or ()
+        if any(after <= before for before, after in pairwise(bounds)):
+            raise ConfigError(f"monitoring.{field}", "each bound must be above the one before")
 
 
 def check_audit(audit: Audit) -> None:

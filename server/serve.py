@@ -9,8 +9,9 @@ import time
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
-from prometheus_client import REGISTRY, start_http_server
+from prometheus_client import REGISTRY
 
+from rudder.server import __version__
 from rudder.server import config as configuration
 from rudder.server.config import Config
 from rudder.server.engine import adapter, selftest
@@ -18,8 +19,10 @@ from rudder.server.engine.engine import Engine
 from rudder.server.grpc.health import HealthListener
 from rudder.server.grpc.server import GrpcDoor
 from rudder.server.monitoring import logs
+from rudder.server.monitoring.exposition import serve_metrics
 from rudder.server.monitoring.logs import fields
-from rudder.server.monitoring.metrics import Metrics
+from rudder.server.monitoring.metrics import LATENCY_BOUNDS, TOKEN_BOUNDS, Metrics
+from rudder.server.monitoring.spans import Spans
 from rudder.server.process import Interrupted, busy_message, stop_signals, until_signal
 from rudder.server.safety.audit.trail import Trail, open_trail
 from rudder.server.safety.start import start_with_policies
@@ -73,17 +76,22 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     """Start, serve and drain, with the clean-up of each part on `stack`; return whether the engine died."""
     stop = stop_signals()
     log_start(config)
-    metrics = Metrics.create(REGISTRY)
+    metrics = metrics_of(config.monitoring)
     trail = await open_audit(config, metrics, stack)
     engine, policies = await until_signal(start_tested_engine(config, metrics, stack), stop)
     if trail:
         audit_changes(trail, policies)
+    metrics.built(__version__, adapter.VLLM_VERSION, engine.model.name)
     serving = Serving.around(engine, config, metrics, policies, trail)
     stack.callback(serving.tokenizers.shutdown)
+    if config.monitoring.traces_endpoint:
+        serving.spans = Spans(config.monitoring.traces_endpoint, config.monitoring.traces_share, __version__)
+        stack.callback(serving.spans.close)
     # Everything so far lives as long as the process: keep the garbage collector from walking it again and again.
     gc.freeze()
     stack.callback(gc.unfreeze)
-    metrics_server, _ = start_http_server(config.listen.metrics_port, config.listen.metrics_host or config.listen.host)
+    metrics_host = config.listen.metrics_host or config.listen.host
+    metrics_server = serve_metrics(REGISTRY, config.listen.metrics_port, metrics_host)
     stack.callback(metrics_server.shutdown)
     grpc_door = GrpcDoor(serving)
     doors: list[Door] = [grpc_door]
@@ -102,6 +110,16 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     logger.info("serving", extra=fields(model=engine.model.name, **addresses, metrics=metrics_address))
     await serve_until_stopped(doors, serving, stop)
     return not engine.healthy
+
+
+def metrics_of(monitoring: configuration.Monitoring) -> Metrics:
+    """Return the series of this process."""
+    return Metrics.create(
+        REGISTRY,
+        max_series=monitoring.max_series,
+        latency_bounds=monitoring.latency_bounds_s or LATENCY_BOUNDS,
+        token_bounds=monitoring.token_bounds_s or TOKEN_BOUNDS,
+    )
 
 
 async def open_audit(config: Config, metrics: Metrics, stack: AsyncExitStack) -> Trail | None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rudder.sae_models.errors import UserError
 from rudder.server.cli.arguments import add_subcommand, command, integer
 from rudder.server.cli.output import err, out
-from rudder.server.monitoring.metrics import printable
+from rudder.server.monitoring.collectors import printable
 from rudder.server.safety.audit import chain
 from rudder.server.safety.audit.verify import Place, Tampered, Verified, lines, verify
 

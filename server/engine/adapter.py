@@ -3,6 +3,7 @@
 Another engine generation changes this file and nothing else in the server process.
 """
 
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -36,12 +37,13 @@ from vllm.v1.worker.gpu.sample import bad_words, logit_bias
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.precision import fast_precision
-from rudder.server.config import Config, ConfigError, Limits
+from rudder.server.config import Config, ConfigError, Limits, Monitoring
 from rudder.server.engine.parent import Target, text_of
 from rudder.server.engine.sockets import socket_folder
 from rudder.server.engine.supported import check_supported
 from rudder.server.engine.traced import code_digest
 from rudder.server.monitoring.logs import fields
+from rudder.server.monitoring.metrics import LATENCY_BOUNDS, TOKEN_BOUNDS
 from rudder.server.program.layout import Layout
 
 __all__ = [
@@ -156,8 +158,19 @@ def engine_args(config: Config, layout: Layout) -> AsyncEngineArgs:
         disable_log_stats=False,
         tokenizer_revision=engine.revision,
         seed=engine.seed,
+        **observability(config.monitoring),
         **values,
     )
+
+
+def observability(monitoring: Monitoring) -> dict[str, Any]:
+    """Return vLLM's arguments for its own histograms and spans, as far as this vLLM has them."""
+    latency = list(monitoring.latency_bounds_s or LATENCY_BOUNDS)
+    token = list(monitoring.token_bounds_s or TOKEN_BOUNDS)
+    buckets = {"request_latency": latency, "time_to_first_token": latency, "inter_token_latency": token}
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    arguments = {"custom_histogram_buckets": buckets, "otlp_traces_endpoint": monitoring.traces_endpoint}
+    return {name: value for name, value in arguments.items() if name in known}
 
 
 # A character has up to four bytes, and a token at least one.
@@ -409,7 +422,12 @@ def model_name(folder: Path) -> str:
 
 
 async def add_request(
-    llm: AsyncLLM, request_id: str, prompt_ids: tuple[int, ...], cache_salt: str, sampling: SamplingParams
+    llm: AsyncLLM,
+    request_id: str,
+    prompt_ids: tuple[int, ...],
+    cache_salt: str,
+    sampling: SamplingParams,
+    trace_headers: tuple[tuple[str, str], ...] = (),
 ) -> RequestOutputCollector:
     """Submit a request and return the queue of its outputs.
 
@@ -417,8 +435,9 @@ async def add_request(
     refuses the request, such as a grammar that does not compile.
     """
     prompt = TokensPrompt(prompt_token_ids=list(prompt_ids), cache_salt=cache_salt)
+    traced: dict[str, Any] = {"trace_headers": dict(trace_headers)} if trace_headers else {}
     try:
-        return await llm.add_request(request_id, prompt, sampling)
+        return await llm.add_request(request_id, prompt, sampling, **traced)
     # The compilers of grammars raise either, and name no parameter.
     except (ValueError, VLLMValidationError) as error:
         if getattr(error, "parameter", None) or not sampling.structured_outputs:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import ceil, inf
 
 from rudder.server.engine.ledger import Key, Ledger, ordered_rows
-from rudder.server.monitoring.metrics import BankUsage, SiteUsage
+from rudder.server.monitoring.collectors import BankUsage, SiteUsage
 from rudder.server.program import wire
 from rudder.server.program.layout import Layout
 
@@ -254,15 +254,22 @@ class Admission:
     def usage(self) -> BankUsage:
         """Snapshot of what is held and who waits, for another thread: every container is copied or measured at once."""
         ledger, layout = self.ledger, self.ledger.layout
-        used = [(site, ledger.rows_used(number)) for number, site in enumerate(layout.sites)]
+        reserved = self.reserved_rows
+        rows = [
+            SiteUsage(site, used, layout.rows - used, len(reserved.get(number, ())))
+            for number, site in enumerate(layout.sites)
+            for used in [ledger.rows_used(number)]
+        ]
         slots_used = ledger.slots_used
         queued_in_engine = self.queued_in_engine
         return BankUsage(
-            rows=[SiteUsage(site, rows, layout.rows - rows) for site, rows in used],
+            rows=rows,
             slots_used=slots_used,
             slots_free=layout.slots - slots_used,
             running_choices=len(self.callers) - queued_in_engine,
             waiting_choices=len(self.waiting) + queued_in_engine,
+            max_running=self.running,
+            max_waiting=self.limit,
         )
 
     def fail(self, error: Exception) -> None:

@@ -27,7 +27,8 @@ class Call:
     that are left out of the top k, for each of `top_k_sites`. `top_k_prompt`: report the top-k latents of prompt tokens
     too; with top_k 0 it only makes the prompt run whole, whatever the prefix cache holds, so that its edits are
     counted. `capture`: return the residuals of all tokens at all sites. `answer`: the last so many of `prompt_ids` are
-    no prompt but the answer so far: tokens of the phase of generated tokens.
+    no prompt but the answer so far: tokens of the phase of generated tokens. `trace_headers`: with which vLLM's own
+    span joins the call's trace.
     """
 
     prompt_ids: tuple[int, ...]
@@ -44,6 +45,7 @@ class Call:
     cache_salt: str = ""
     capture: bool = False
     answer: int = 0
+    trace_headers: tuple[tuple[str, str], ...] = ()
 
     @property
     def prompt_tokens(self) -> int:

@@ -110,6 +110,8 @@ class Engine:
         """Receive telemetry until it is lost, then fail every call, with the loss as its reason."""
         await self.hub.listen()
         error = await self.end_of_telemetry()
+        if isinstance(error, TelemetryLost):
+            self.metrics.telemetry_lost()
         self.admission.fail(error)
         for queue in self.queues.values():
             # In place of any output that waits there.
@@ -225,7 +227,7 @@ class Engine:
         try:
             sampling = engine_sampling(call, request)
             cache_salt = salt(self.secret, call, by_id=bool(self.exclusion.tokens))
-            queue = await add_request(self.llm, request_id, call.prompt_ids, cache_salt, sampling)
+            queue = await add_request(self.llm, request_id, call.prompt_ids, cache_salt, sampling, call.trace_headers)
             self.queues[handle] = queue
             if self.hub.closed:
                 raise await self.end_of_telemetry()
@@ -288,9 +290,11 @@ class Engine:
 
         Raises TelemetryLost after TELEMETRY_TIMEOUT_S, or what `require_alive` raises.
         """
-        deadline = time.monotonic() + TELEMETRY_TIMEOUT_S
+        started = time.monotonic()
+        deadline = started + TELEMETRY_TIMEOUT_S
         self.hub.receive()
         if inbox.covered >= position:
+            self.metrics.telemetry_waited(0.0)
             return
         with self.hub.awaited():
             while inbox.covered < position:
@@ -300,6 +304,7 @@ class Engine:
                 if remaining <= 0:
                     raise TelemetryLost(f"no telemetry for position {inbox.covered}")
                 await wait_for_event(self.hub.arrived, min(remaining, 1.0))
+        self.metrics.telemetry_waited(time.monotonic() - started)
 
     async def ensure_released(self, handle: int, inbox: Inbox, request_id: str) -> None:
         """Release a request's rows and slot, also if it never reached the worker."""

@@ -27,8 +27,9 @@ from rudder.server.engine.engine import Engine
 from rudder.server.engine.ledger import PINNED_HANDLE
 from rudder.server.engine.telemetry.hub import Hub
 from rudder.server.engine.traced import code_digest
+from rudder.server.monitoring.collectors import PinnedFeature
 from rudder.server.monitoring.logs import fields
-from rudder.server.monitoring.metrics import Metrics, PinnedFeature
+from rudder.server.monitoring.metrics import Metrics
 from rudder.server.program import wire
 from rudder.server.program.compile import compile_program
 from rudder.server.program.exclusion import Exclusion

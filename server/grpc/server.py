@@ -37,8 +37,8 @@ class GrpcDoor:
 
     def __init__(self, serving: Serving) -> None:
         config = serving.config
-        self.listen, self.engine = config.listen, serving.engine
-        self.credentials = server_credentials(config.tls, serving.metrics.reload_failed)
+        self.listen, self.engine, self.metrics = config.listen, serving.engine, serving.metrics
+        self.credentials = server_credentials(config.tls, serving.metrics)
         self.server = grpc.aio.server(
             interceptors=[CallInterceptor(serving)],
             options=options(config.limits),
@@ -69,6 +69,7 @@ class GrpcDoor:
 
     async def set_serving(self, serving: bool) -> None:
         """Set the health of the server and of each of its services. It is alive as long as its engine is."""
+        self.metrics.set_ready(serving)
         await self.health.set(serving, self.engine.healthy)
 
     async def stop(self, grace_s: float) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 
+import grpc
 from google.protobuf.message import Message
 
 from rudder.server import config
@@ -18,6 +19,9 @@ from rudder.v1 import (
     policy_pb2,
     policy_pb2_grpc,
 )
+
+# How long gRPC may take to cancel the handler of a call whose client is gone.
+CANCELLATION_S = 1.0
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -124,3 +128,7 @@ async def send(context: Context, message: Message, limits: config.Limits) -> Non
     except TimeoutError as error:
         problem = f"a message lay unread for {limits.write_timeout_s:g} s"
         raise Refusal("CLIENT_TOO_SLOW", problem) from error
+    except grpc.aio.InternalError:
+        # The client is gone, and the cancellation of this task is on its way: that says so, and an error would not.
+        await asyncio.sleep(CANCELLATION_S)
+        raise

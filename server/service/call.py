@@ -14,6 +14,7 @@ from rudder.server.service.auditing import audit, audit_abandoned, audit_refused
 from rudder.server.service.errors import Refusal, refusal_of
 from rudder.server.service.record import CallRecord
 from rudder.server.service.serving import Serving
+from rudder.server.service.tracing import trace
 
 # The client's own timer cancels the call a moment before this process would.
 DEADLINE_SLACK_S = 0.05
@@ -37,7 +38,8 @@ async def begin_call(
     and if a policy binds it, it has an entry in the audit log: for that the end of the call waits where the
     configuration says so.
     """
-    record = CallRecord(method, ANONYMOUS, correlation)
+    span = serving.spans.begin(correlation.traceparent) if serving.spans else None
+    record = CallRecord(method, ANONYMOUS, correlation, span=span)
     task = asyncio.current_task()
     assert task
     serving.calls.add(task)
@@ -66,6 +68,8 @@ async def begin_call(
         audit_abandoned(serving, record)
         records.export(record, serving.metrics)
         records.log(record)
+        if record.span:
+            trace(record, serving.engine.model.name)
 
 
 def admit(serving: Serving, record: CallRecord, credentials: Credentials, request_bytes: int) -> None:

@@ -5,6 +5,7 @@ import datetime
 import ipaddress
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,6 +253,9 @@ async def test_revoked_token_and_new_one_take_effect_without_a_restart(
         assert (await client.complete([5], max_tokens=1)).choices[0].token_ids == (1,)
     failures = door.fixture.registry.get_sample_value("rudder_reload_failures_total", {"what": "identity.tokens"})
     assert failures
+    expiry = door.fixture.registry.get_sample_value("rudder_tls_certificate_expiry_timestamp_seconds")
+    certificate = x509.load_pem_x509_certificate((door.folder / "server.pem").read_bytes())
+    assert expiry == certificate.not_valid_after_utc.timestamp() > time.time()
 
 
 async def test_new_certificate_serves_new_handshakes_and_running_streams_go_on(

@@ -12,12 +12,13 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
 from rudder.server import config
 from rudder.server.config import ConfigError
 from rudder.server.engine.call import Call, FinishReason, Outcome, Output
 from rudder.server.engine.telemetry.hub import no_features
+from rudder.server.grpc import servicers
 from rudder.server.grpc.server import GrpcDoor
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.serve import drain
@@ -176,7 +177,9 @@ async def test_draining_server_refuses_calls_and_says_so(doors: Fixture) -> None
     health: Any = health_pb2_grpc.HealthStub(doors.channels[0])
     request = health_pb2.HealthCheckRequest()
     assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert doors.registry.get_sample_value("rudder_ready") == 0
     await doors.doors[0].set_serving(True)
+    assert doors.registry.get_sample_value("rudder_ready") == 1
     assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
     doors.serving.draining = True
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -293,3 +296,34 @@ async def test_requests_in_progress_have_a_budget_in_bytes() -> None:
             await asyncio.sleep(0.01)
     assert fixture.registry.get_sample_value("rudder_pending_request_bytes") == 0
     await fixture.stop()
+
+
+async def test_methods_headers_and_names_of_strangers_leave_no_series(doors: Fixture) -> None:
+    before = {sample.name for family in doors.registry.collect() for sample in family.samples}
+    lines = len(generate_latest(doors.registry).splitlines())
+    for number in range(100):
+        for path in (f"/rudder.v1.InferenceService/M{number}", f"/rudder.v1.S{number}/Generate", f"/{number}"):
+            unknown: Any = doors.channels[0].unary_unary(path)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await unknown(b"", metadata=((f"x-{number}", "y"), ("authorization", path)))
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert {sample.name for family in doors.registry.collect() for sample in family.samples} == before
+    assert len(generate_latest(doors.registry).splitlines()) == lines
+
+
+async def test_write_to_a_client_that_is_gone_waits_for_the_cancellation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC may fail the write before it cancels the handler: such a call is CANCELLED, not an internal error."""
+
+    async def failed(_: Any) -> None:
+        raise grpc.aio.InternalError("gone")
+
+    context: Any = SimpleNamespace(write=failed)
+    task = asyncio.create_task(servicers.send(context, inference_pb2.GenerateResponse(), config.Limits()))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    # An error that no cancellation follows stays one.
+    monkeypatch.setattr(servicers, "CANCELLATION_S", 0.0)
+    with pytest.raises(grpc.aio.InternalError):
+        await servicers.send(context, inference_pb2.GenerateResponse(), config.Limits())

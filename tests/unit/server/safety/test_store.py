@@ -13,6 +13,7 @@ import yaml
 from google.protobuf import json_format
 
 from rudder.server.caller import ANONYMOUS
+from rudder.server.monitoring import series
 from rudder.server.safety import store as stores
 from rudder.server.safety.problems import PolicyInvalid
 from rudder.server.safety.store import PolicyStore
@@ -37,8 +38,8 @@ def in_force(store: PolicyStore) -> dict[str, int]:
 
 
 def outcomes(engine: HoldingEngine) -> dict[str, float]:
-    (family,) = engine.metrics.policy_changes.collect()
-    return {s.labels["outcome"]: s.value for s in family.samples if s.name.endswith("_total")}
+    (family,) = engine.metrics.values[series.POLICY_CHANGES].collect()
+    return {s.labels["outcome"]: s.value for s in family.samples if s.value}
 
 
 async def test_new_version_takes_the_place_of_the_old_one_and_frees_its_rows() -> None:
@@ -153,7 +154,7 @@ async def test_listeners_metrics_and_log_hear_of_changes(caplog: pytest.LogCaptu
 
 
 def exported(engine: HoldingEngine) -> set[tuple[str, str, str]]:
-    (family,) = engine.metrics.policies.collect()
+    (family,) = engine.metrics.values[series.POLICIES].collect()
     return {(s.labels["policy"], s.labels["version"], s.labels["mode"]) for s in family.samples}
 
 

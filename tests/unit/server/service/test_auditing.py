@@ -49,6 +49,7 @@ class Server:
         self.serving: Any = SimpleNamespace(
             engine=engine, draining=False, metrics=self.metrics, calls=set(), aborted=False, policies=policies,
             audit=trail, authenticator=SimpleNamespace(caller=lambda _: ANNA), quotas=QuotaLedger(),
+            spans=None,
         )  # fmt: skip
 
     def begin(self, method: str = METHOD) -> Any:

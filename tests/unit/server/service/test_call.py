@@ -49,6 +49,7 @@ class Server:
             authenticator=Authenticator(),
             quotas=QuotaLedger(),
             audit=None,
+            spans=None,
         )
 
     def begin(self, deadline: float | None = None) -> Any:
