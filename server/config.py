@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from rudder.sae_models import PRETRAINED, settings
 from rudder.sae_models.settings import ConfigError as ConfigError
+from rudder.server.caller import NO_QUOTAS, Quotas
 
 # What the contract and vLLM can count.
 MAX_COUNT, MAX_BYTES = (1 << 31) - 1, 1 << 50
@@ -221,6 +222,16 @@ class Tls(Section, frozen=True):
     ] = None
 
 
+class RoleQuotas(Section, frozen=True):
+    """Quotas of callers whose token or certificate names none."""
+
+    role: Annotated[
+        Literal["generate", "steer", "raw", "observe", "operate", "administer"] | None,
+        Meta(description="of callers that have this role; null: of all callers"),
+    ] = None
+    quotas: Annotated[Quotas, Meta(description="caps a minute, but for streams and rows, which are at once")] = NO_QUOTAS
+
+
 class Identity(Section, frozen=True):
     """Who may call. With any source of callers every call needs credentials; without one, every caller may do all."""
 
@@ -242,6 +253,10 @@ class Identity(Section, frozen=True):
     tenant_claim: Annotated[str, Meta(pattern=CLAIM, description="claim with the caller's tenant; without it, sub")] = (
         "tenant"
     )
+    quotas: Annotated[
+        tuple[RoleQuotas, ...],
+        Meta(description="quotas of callers whose token or certificate names none: the first entry that fits them"),
+    ] = ()
     allow_anonymous: Annotated[
         bool, Meta(description="serve without credentials on an address that is not this machine alone")
     ] = False
