@@ -13,9 +13,9 @@ Rate = Annotated[float, Meta(gt=0, le=MAX_RATE)]
 
 
 class Quotas(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Caps on what one caller uses of one server: per minute, but for `streams` and `rows`, which are at once; None: no cap.
+    """Caps on what one caller uses of one server, per minute but for `streams` and `rows`, which are at once.
 
-    `rows`: row places of the bank, counted once for each call that names them.
+    None: no cap. `rows`: row places of the bank, counted once for each call that names them.
     """
 
     requests: Rate | None = None
@@ -54,7 +54,7 @@ class Caller:
 
 
 def alone(caller: str) -> str:
-    """Return the tenant of a caller that no file gives one. It is no tenant that a file can name: those have no space."""
+    """Return the tenant of a caller that no file gives one. No file can name it: names have no space."""
     return f"caller {caller}"
 
 

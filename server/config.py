@@ -94,6 +94,20 @@ class Engine(Section, frozen=True):
             " but times and counts of cached tokens show each of them what prompts the others have sent"
         ),
     ] = False
+    start_timeout_s: Annotated[
+        Seconds, Meta(description="seconds after which an engine that has not started is killed, and the start fails")
+    ] = 1800.0
+    stall_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=MAX_SECONDS,
+            description="seconds in which an engine with work makes no progress before it is not ready",
+        ),
+    ] = 30.0
+    stall_kill_s: Annotated[
+        float, Meta(gt=0, le=MAX_SECONDS, description="seconds without progress after which the engine counts as dead")
+    ] = 120.0
     tensor_parallel_size: Annotated[Positive, Meta(description="number of tensor-parallel devices")] = 1
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="device that runs the model")] = "auto"
 
@@ -229,7 +243,9 @@ class RoleQuotas(Section, frozen=True):
         Literal["generate", "steer", "raw", "observe", "operate", "administer"] | None,
         Meta(description="of callers that have this role; null: of all callers"),
     ] = None
-    quotas: Annotated[Quotas, Meta(description="caps a minute, but for streams and rows, which are at once")] = NO_QUOTAS
+    quotas: Annotated[Quotas, Meta(description="caps a minute, but for streams and rows, which are at once")] = (
+        NO_QUOTAS
+    )
 
 
 class Identity(Section, frozen=True):
@@ -363,6 +379,9 @@ class Config(Section, frozen=True):
     prompt: Prompt = Prompt()
     stream: Stream = Stream()
     logs: Logs = Logs()
+    allow_unsafe: Annotated[
+        tuple[str, ...], Meta(description="what the server starts in spite of: names that a refused start has given")
+    ] = ()
 
 
 def load(path: Path | None = None, overrides: Mapping[str, str] | None = None) -> Config:

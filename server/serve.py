@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from prometheus_client import REGISTRY, start_http_server
 
 from rudder.server import config as configuration
+from rudder.server import unsafe
 from rudder.server.config import Config
 from rudder.server.engine import adapter, selftest
 from rudder.server.engine.engine import Engine
@@ -73,6 +74,7 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     stop = stop_signals()
     log_start(config)
     metrics = Metrics.create(REGISTRY)
+    note_unsafe(config, metrics)
     trail = await open_audit(config, metrics, stack)
     engine, policies = await until_signal(start_tested_engine(config, metrics, stack), stop)
     if trail:
@@ -95,6 +97,13 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     logger.info("serving", extra=fields(model=engine.model.name, **addresses, metrics=metrics_address))
     await serve_until_stopped(doors, serving, stop)
     return not engine.healthy
+
+
+def note_unsafe(config: Config, metrics: Metrics) -> None:
+    """Log and export what the server starts in spite of."""
+    for name in unsafe.check(config):
+        logger.warning("the server starts in spite of what is unsafe", extra=fields(allowed=name))
+        metrics.unsafe.labels(name).set(1)
 
 
 async def open_audit(config: Config, metrics: Metrics, stack: AsyncExitStack) -> Trail | None:
@@ -140,8 +149,7 @@ async def serve_until_stopped(doors: list[Door], serving: Serving, stop: "asynci
     A second signal aborts them.
     """
     first_signal = asyncio.ensure_future(stop.get())
-    while not first_signal.done() and serving.engine.healthy:
-        await asyncio.wait([first_signal], timeout=HEALTH_CHECK_S)
+    await serve_while_healthy(doors, serving.engine, first_signal)
     await set_serving(doors, False)
     second_signal = asyncio.ensure_future(stop.get())
     listen, healthy = serving.config.listen, serving.engine.healthy
@@ -158,6 +166,16 @@ async def serve_until_stopped(doors: list[Door], serving: Serving, stop: "asynci
     await drain(doors, serving, 0 if second_signal.done() else grace_s, second_signal)
     for task in (first_signal, second_signal):
         task.cancel()
+
+
+async def serve_while_healthy(doors: list[Door], engine: Engine, until: "asyncio.Future[signal.Signals]") -> None:
+    """Wait for a signal or the engine's death. While the engine is stalled, the doors say NOT_SERVING."""
+    stalled = False
+    while not until.done() and engine.healthy:
+        if engine.stalled != stalled:
+            stalled = engine.stalled
+            await set_serving(doors, not stalled)
+        await asyncio.wait([until], timeout=HEALTH_CHECK_S)
 
 
 async def drain(doors: list[Door], serving: Serving, grace_s: float, abort: "asyncio.Future[signal.Signals]") -> None:

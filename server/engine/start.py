@@ -70,17 +70,27 @@ async def start_engine(
         llm.shutdown()
         raise
     engine.spawn(engine.listen())
+    engine.spawn(engine.watch_progress(config.engine.stall_s, config.engine.stall_kill_s))
     # vLLM reads its environment variables for every token of every request; its own processes cache them, too.
     adapter.enable_envs_cache()
     return engine
 
 
 async def start_llm(config: Config, layout: Layout) -> AsyncLLM:
-    """Start vLLM in a thread, so that health checks and signals are served meanwhile."""
+    """Start vLLM in a thread, so that health checks and signals are served meanwhile.
+
+    Raises EngineStartError, also if it has not started after `engine.start_timeout_s`.
+    """
     others = set(multiprocessing.active_children())
     starting = asyncio.get_running_loop().run_in_executor(None, adapter.start_llm, config, layout)
+    timeout_s = config.engine.start_timeout_s
     try:
-        return await asyncio.shield(starting)
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.shield(starting)
+    except TimeoutError:
+        await abandon(starting, others)
+        problem = f"the engine did not start within engine.start_timeout_s, {timeout_s:g} s"
+        raise adapter.EngineStartError(problem) from None
     except asyncio.CancelledError:
         await abandon(starting, others)
         raise

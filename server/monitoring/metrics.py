@@ -195,6 +195,8 @@ class Metrics:
     policies: Gauge
     policy_changes: Counter
     pending_bytes: Gauge
+    engine_stalled: Gauge
+    unsafe: Gauge
     reload_failures: Counter
     audit_entries: Counter
     audit_webhook_entries: Counter
@@ -253,6 +255,12 @@ class Metrics:
             ),
             pending_bytes=Gauge(
                 "rudder_pending_request_bytes", "Bytes of the request messages of calls in progress.", registry=registry
+            ),
+            unsafe=Gauge(
+                "rudder_unsafe", "1 for each entry of allow_unsafe that the server needs.", ["what"], registry=registry
+            ),
+            engine_stalled=Gauge(
+                "rudder_engine_stalled", "1 while the engine has work and makes no progress.", registry=registry
             ),
             reload_failures=Counter(
                 "rudder_reload_failures", "Changed files that are not in force, since they cannot be read.",

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from rudder.server import failpoints
 from rudder.server.caller import ANONYMOUS
 from rudder.server.identity.authenticator import Credentials
 from rudder.server.identity.roles import require_method
@@ -37,11 +38,12 @@ async def begin_call(
     and if a policy binds it, it has an entry in the audit log: for that the end of the call waits where the
     configuration says so.
     """
-    record = CallRecord(method, ANONYMOUS, correlation)
+    record = CallRecord(method, ANONYMOUS, correlation, request_bytes=request_bytes)
     task = asyncio.current_task()
     assert task
     serving.calls.add(task)
     try:
+        failpoints.hit("call")
         require_open(serving)
         admit(serving, record, credentials, request_bytes)
         require_auditable(serving, record)
@@ -95,5 +97,7 @@ def require_open(serving: Serving) -> None:
     if serving.draining:
         raise Refusal("DRAINING", "the server is shutting down")
     serving.engine.require_alive()
+    if serving.engine.stalled:
+        raise Refusal("ENGINE_STALLED", "the engine makes no progress")
     if not serving.engine.healthy:
         raise Refusal("ENGINE_DEAD", "the engine has died")

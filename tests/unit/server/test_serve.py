@@ -24,7 +24,7 @@ class FakeEngine:
         self.registry = SimpleNamespace(layout=SimpleNamespace(sites=()))
         self.bundles: dict[str, Any] = {}
         self.programs: dict[str, Any] = {}
-        self.epoch, self.healthy, self.hub = "e", True, SimpleNamespace(lost=None)
+        self.epoch, self.healthy, self.stalled, self.hub = "e", True, False, SimpleNamespace(lost=None)
         self.stops = 0
 
     async def stop(self) -> None:

@@ -38,7 +38,7 @@ class Server:
     def __init__(self, caplog: pytest.LogCaptureFixture, healthy: bool = True, draining: bool = False) -> None:
         self.registry, self.caplog = CollectorRegistry(), caplog
         metrics = Metrics.create(self.registry)
-        engine = SimpleNamespace(healthy=healthy, require_alive=lambda: None, metrics=metrics)
+        engine = SimpleNamespace(healthy=healthy, stalled=False, require_alive=lambda: None, metrics=metrics)
         self.serving: Any = SimpleNamespace(
             engine=engine,
             draining=draining,
@@ -234,7 +234,7 @@ async def test_call_that_begins_after_a_loss_of_telemetry_is_refused_with_that_r
     def lost() -> None:
         raise TelemetryLost("a gap")
 
-    server.serving.engine = SimpleNamespace(healthy=False, require_alive=lost)
+    server.serving.engine = SimpleNamespace(healthy=False, stalled=False, require_alive=lost)
     with pytest.raises(Refusal) as caught:
         async with server.begin():
             pytest.fail("the call ran")

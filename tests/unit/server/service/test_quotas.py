@@ -91,7 +91,7 @@ def nothing() -> Demand:
 
 @pytest.mark.parametrize(("name", "reason"), [("streams", "QUOTA_STREAMS"), ("rows", "QUOTA_ROWS")])
 def test_what_is_held_at_once_is_bounded_and_given_back(name: str, reason: str) -> None:
-    ledger, limited = QuotaLedger(Clock()), caller(**{name: 2})
+    ledger, limited = QuotaLedger(Clock()), caller(**{name: 2.0})
 
     def demand(amount: int) -> Demand:
         return replace(nothing(), **{name: amount})
@@ -100,7 +100,7 @@ def test_what_is_held_at_once_is_bounded_and_given_back(name: str, reason: str) 
         with pytest.raises(Refusal) as caught, ledger.reserved(limited, demand(1), nothing):
             pass
         assert (caught.value.reason, caught.value.retry_after_s) == (reason, 1.0)
-        with ledger.reserved(caller("b", **{name: 2}), demand(2), nothing):
+        with ledger.reserved(caller("b", **{name: 2.0}), demand(2), nothing):
             assert ledger.held(name) == 4
     with pytest.raises(KeyError), ledger.reserved(limited, demand(2), nothing):
         raise KeyError
