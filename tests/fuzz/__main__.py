@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -49,6 +50,8 @@ def note(messages: int) -> None:
 def main() -> int:
     """Run what was asked for."""
     args = parsed()
+    # A line for each call would be most of the work.
+    logging.getLogger("rudder").setLevel(logging.CRITICAL)
     serving = process.serving_without_engine()
     known = process.known_values(serving)
     results: dict[str, Any] = {"seed": args.seed, "corpus": len(corpus())}

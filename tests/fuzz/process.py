@@ -5,7 +5,6 @@ classes of its parameters.
 """
 
 import asyncio
-import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
@@ -183,7 +182,6 @@ async def outcome_of(serving: Serving, case: Case) -> str:
 
 async def run(serving: Serving, cases: Iterable[Case], on_progress: Callable[[int], None] = lambda _: None) -> Result:
     """Give every case to a server; nothing may end INTERNAL, take longer than SLOW_S, or leave something held."""
-    logging.getLogger("rudder").setLevel(logging.CRITICAL)
     result, began = Result(), time.monotonic()
     for case in cases:
         started = time.monotonic()
