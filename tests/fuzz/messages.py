@@ -87,7 +87,7 @@ class Messages:
 
     def fill_map(self, value: Any, field: FieldDescriptor) -> None:
         """Set some entries of a map of scalars."""
-        key, item = (field.message_type.fields_by_name[name] for name in ("key", "value"))
+        key, item = (entry_of(field).fields_by_name[name] for name in ("key", "value"))
         if item.message_type is None:
             for _ in range(self.random.choice(COUNTS)):
                 value[self.scalar(key)] = self.scalar(item)
@@ -101,6 +101,12 @@ class Messages:
             return self.random.choice([*(value.number for value in field.enum_type.values), 99])
         value = self.random.choice(NUMBERS[field.type])
         return min(max(value, -3.4e38), 3.4e38) if is_finite_float(field, value) else value
+
+
+def entry_of(field: FieldDescriptor) -> Descriptor:
+    """Return the message of an entry of a map."""
+    assert field.message_type
+    return field.message_type
 
 
 def is_map(field: FieldDescriptor) -> bool:

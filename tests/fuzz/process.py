@@ -79,7 +79,7 @@ def serving_without_engine(loaded: Config | None = None) -> Serving:
     programs = start.compile_folder(checked.programs.folder, registry, "program")
     admission, metrics = Admission(layout, checked.limits.queue, running=checked.engine.max_num_seqs), Metrics.create()
     engine = Engine(
-        llm, facts, registry, served, programs, admission, Hub(lambda _: None, admission.release), metrics,  # type: ignore[arg-type]
+        llm, facts, registry, served, programs, admission, Hub(lambda _: None, admission.release), metrics,
         concepts=start.load_concepts(served), self_tested=True,
     )  # fmt: skip
     return Serving.around(engine, checked, metrics)

@@ -69,7 +69,7 @@ async def run(address: str, cases: Iterable[Case]) -> Result:
         result.seconds = time.monotonic() - began
         result.held = await held_when_idle(client)
         assert await probe(client) == before, "the probe has other tokens than before"
-        health = health_pb2_grpc.HealthStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)
         status = (await health.Check(health_pb2.HealthCheckRequest())).status
         assert status == health_pb2.HealthCheckResponse.SERVING
     return result

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator
 from itertools import islice
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -85,7 +86,7 @@ def test_every_method_has_a_handler() -> None:
 def test_drawn_messages_reach_every_field() -> None:
     messages, seen = Messages(Random(3), {}), set()
     for _ in range(300):
-        message = messages.draw(inference_pb2.GenerateRequest)
+        message: Any = messages.draw(inference_pb2.GenerateRequest)
         seen |= {field.name for field, _ in message.ListFields()}
         if message.HasField("sampling"):
             seen |= {field.name for field, _ in message.sampling.ListFields()}

@@ -26,7 +26,6 @@ class Stalling:
     """What `watch_progress` needs of an engine."""
 
     watch_progress, note_stall, give_up, fail = Engine.watch_progress, Engine.note_stall, Engine.give_up, Engine.fail
-    dead = Engine.dead
 
     def __init__(self) -> None:
         self.llm: Any = SimpleNamespace(errored=False)
@@ -37,6 +36,11 @@ class Stalling:
         self.gauge: list[bool] = []
         self.metrics: Any = SimpleNamespace(engine_stalled=SimpleNamespace(set=self.gauge.append))
         self.stalled = self.given_up = False
+
+    @property
+    def dead(self) -> bool:
+        """As of an engine."""
+        return self.given_up or bool(self.llm.errored)
 
 
 async def until(condition: Any) -> None:

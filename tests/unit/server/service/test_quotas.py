@@ -85,13 +85,18 @@ def test_debt_outlasts_a_change_of_the_rate() -> None:
     assert caught.value.retry_after_s == pytest.approx(30.5)
 
 
+def capped(caller_id: str, name: str) -> Caller:
+    """A caller that may hold two of something at once."""
+    return replace(caller(caller_id), quotas=Quotas(**{name: 2}))
+
+
 def nothing() -> Demand:
     return Demand(0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(("name", "reason"), [("streams", "QUOTA_STREAMS"), ("rows", "QUOTA_ROWS")])
 def test_what_is_held_at_once_is_bounded_and_given_back(name: str, reason: str) -> None:
-    ledger, limited = QuotaLedger(Clock()), caller(**{name: 2.0})
+    ledger, limited = QuotaLedger(Clock()), capped("a", name)
 
     def demand(amount: int) -> Demand:
         return replace(nothing(), **{name: amount})
@@ -100,7 +105,7 @@ def test_what_is_held_at_once_is_bounded_and_given_back(name: str, reason: str) 
         with pytest.raises(Refusal) as caught, ledger.reserved(limited, demand(1), nothing):
             pass
         assert (caught.value.reason, caught.value.retry_after_s) == (reason, 1.0)
-        with ledger.reserved(caller("b", **{name: 2.0}), demand(2), nothing):
+        with ledger.reserved(capped("b", name), demand(2), nothing):
             assert ledger.held(name) == 4
     with pytest.raises(KeyError), ledger.reserved(limited, demand(2), nothing):
         raise KeyError
