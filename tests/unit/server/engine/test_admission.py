@@ -397,7 +397,7 @@ async def test_a_full_queue_refuses_whoever_has_most_in_it() -> None:
     few = begin(admission, 6, PLAIN, "few")
     await settle()
     with pytest.raises(QueueFull):
-        await flood[5]
+        await asyncio.wait_for(flood[5], 5)
     assert not few.done()
     for handle in range(5):
         admission.release(handle)

@@ -46,7 +46,7 @@ def test_services_and_their_messages() -> None:
             for kind, suffix in ((method.input_type, "Request"), (method.output_type, "Response")):
                 assert kind.name in (f"{method.name}{suffix}", f"{service.name}{method.name}{suffix}")
                 used.append(kind.name)
-    assert len(set(used)) == len(used) == 28
+    assert len(set(used)) == len(used) == 30
 
 
 def test_a_choice_is_the_sum_of_its_deltas() -> None:
