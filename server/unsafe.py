@@ -123,8 +123,13 @@ def writable_folders(config: Config) -> Iterator[Finding]:
     folders = {f"{section}.folder": getattr(config, section).folder for section in FOLDERS}
     folders["VLLM_CACHE_ROOT"] = os.environ.get("VLLM_CACHE_ROOT", str(Path.home() / ".cache" / "vllm"))
     for name, folder in folders.items():
-        if folder and Path(folder).is_dir() and Path(folder).stat().st_mode & stat.S_IWOTH:
+        if folder and Path(folder).is_dir() and writable_by_everybody(Path(folder)):
             yield Finding("writable_folder", f"{name}: everybody may write to {folder}")
+
+
+def writable_by_everybody(folder: Path) -> bool:
+    """Return whether everybody may write to a folder. Nobody may where it is mounted read-only, whatever its mode."""
+    return bool(folder.stat().st_mode & stat.S_IWOTH) and not os.statvfs(folder).f_flag & os.ST_RDONLY
 
 
 def engine_version() -> str:

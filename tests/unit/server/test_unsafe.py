@@ -1,5 +1,6 @@
 """A server does not start with what is unsafe, unless it is allowed by name."""
 
+import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -66,6 +67,14 @@ def test_a_folder_that_everybody_may_write_to(field: str, tmp_path: Path) -> Non
     refused("writable_folder", field, **{field: str(folder)})
     folder.chmod(0o755)
     assert unsafe.check(config.load(overrides={field: str(folder)})) == ()
+
+
+def test_a_folder_that_is_mounted_read_only_is_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a ConfigMap, whose mode lets everybody write."""
+    tmp_path.chmod(0o777)
+    overrides = {"policies.folder": str(tmp_path)}
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
+    assert unsafe.check(config.load(overrides=overrides)) == ()
 
 
 def test_the_cache_of_the_engine_is_code(tmp_path: Path) -> None:
