@@ -102,6 +102,21 @@ async def test_dead_engine_ends_the_server_with_status_1(engine: FakeEngine, mon
     assert engine.stops == 1
 
 
+async def test_doors_say_not_serving_while_the_engine_is_stalled(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "HEALTH_CHECK_S", 0.001)
+    door, engine.stalled = FakeDoor(), True
+    until: asyncio.Future[signal.Signals] = asyncio.get_running_loop().create_future()
+    watching = asyncio.ensure_future(serve.serve_while_healthy([door], engine, until))  # type: ignore[arg-type,list-item]
+    await asyncio.sleep(0.02)
+    engine.stalled = False
+    await asyncio.sleep(0.02)
+    until.set_result(signal.SIGTERM)
+    await asyncio.wait_for(watching, 5)
+    assert door.events == [False, True]
+
+
 async def test_failed_self_test_stops_the_engine(
     engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
