@@ -12,9 +12,11 @@ import msgspec
 from rudder.server.failpoints import VARIABLE
 from tests.e2e.conftest import running
 from tests.soak.soak import soak
+from tests.soak.traffic import MAX_MESSAGE_BYTES
 
 # Each call leaves this behind with --leak: the positive control, which must fail.
 LEAK_BYTES = 64 << 10
+KV_CACHE_BYTES = 64 << 20
 
 
 def parsed() -> argparse.Namespace:
@@ -30,7 +32,11 @@ def parsed() -> argparse.Namespace:
 def main() -> int:
     """Run the soak."""
     args = parsed()
-    flags = {"limits.write_timeout_s": "30", "limits.queue": "1024"}
+    flags = {
+        "limits.write_timeout_s": "30", "limits.queue": "1024", "limits.max_message_bytes": str(MAX_MESSAGE_BYTES),
+        # A large cache would grow for the whole run: its pages are the process's only once they are written.
+        "engine.kv_cache_memory_bytes": str(KV_CACHE_BYTES),
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         if args.leak:
             faults = Path(folder) / "faults.json"

@@ -18,6 +18,7 @@ SAMPLE_S = 1.0
 MAX_SLOPE_MIB = 1.0
 # The first part of a run fills caches, whose size is bounded.
 WARM_UP = 0.4
+WINDOWS = 20
 BASELINE = ("tasks", "threads", "open_files")
 # What may be there more than at the beginning: connections that are about to close, threads of a pool.
 SPARE = 8
@@ -84,15 +85,24 @@ async def soak(address: str, process: int, seconds: float, clients: int) -> Resu
     return judged(seconds, clients, seen, samples, held, before, after)
 
 
+def floors(samples: list[Sample]) -> list[Sample]:
+    """Return the least of each window. What a request holds for a moment is above it; what is never freed raises it."""
+    size = max(len(samples) // WINDOWS, 1)
+    windows = [samples[at : at + size] for at in range(0, len(samples), size)]
+    return [
+        Sample(window[0].seconds, min(s.server_mib for s in window), min(s.engine_mib for s in window))
+        for window in windows
+    ]
+
+
 def judged(
     seconds: float, clients: int, seen: Counter[tuple[str, str]], samples: list[Sample], held: dict[str, float],
     before: dict[str, float], after: dict[str, float],
 ) -> Result:  # fmt: skip
     """Return the result, with everything that is wrong in it."""
-    warm = [s for s in samples if s.seconds >= WARM_UP * seconds]
-    minutes = [s.seconds / 60 for s in warm]
-    server = slope_of([*zip(minutes, (s.server_mib for s in warm), strict=True)])
-    engine = slope_of([*zip(minutes, (s.engine_mib for s in warm), strict=True)])
+    warm = floors([s for s in samples if s.seconds >= WARM_UP * seconds])
+    server = slope_of([(s.seconds / 60, s.server_mib) for s in warm])
+    engine = slope_of([(s.seconds / 60, s.engine_mib) for s in warm])
     problems = [f"{name} grew by {slope.value:.2f} MiB a minute, at least {slope.low:.2f}"
                 for name, slope in (("server", server), ("engine", engine)) if slope.low > MAX_SLOPE_MIB]  # fmt: skip
     problems += [f"{name}: {value:g} held" for name, value in held.items() if value]

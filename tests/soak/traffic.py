@@ -14,7 +14,8 @@ from rudder_client import AsyncClient, Program, RudderError
 PROMPT = "The cells of the body"
 SITE = "layers.2.resid_post"
 TOKENS = 48
-TOO_LARGE = "x" * (5 << 20)
+MAX_MESSAGE_BYTES = 1 << 20
+TOO_LARGE = "x" * (MAX_MESSAGE_BYTES + 1)
 # How often each kind of client comes.
 SHARES = {"good": 8, "steered": 6, "slow": 2, "cancelled": 4, "late": 3, "wrong": 3, "large": 1}
 # What each kind may be told; a cancelled one hears nothing. All of them may be refused because the queue is full.
