@@ -18,6 +18,7 @@ import pytest
 from rudder.server.failpoints import VARIABLE
 from rudder_client import AsyncClient, Client, RudderError
 from tests.e2e.conftest import FLAGS, Running, running
+from tests.e2e.test_process import write_policy
 from tests.fuzz.wire import held_when_idle, probe
 from tests.soak.soak import children_of
 from tests.soak.traffic import PROMPT, client_after_client, unexpected
@@ -149,14 +150,10 @@ class Faulty:
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
-    """A server with a policy that binds everybody, an audit log that fails closed, and a file of faults."""
+    """A server with a policy that holds everybody's answers back, an audit log that fails closed, and a file of faults."""
     folder = tmp_path_factory.mktemp("chaos")
     (folder / "faults.json").write_text("{}")
-    (folder / "policies").mkdir()
-    policy = {"name": "watched", "version": 1, "binds": {"all": True}, "rights": {"edit_latents": True}}
-    guard = {"name": "never", "level": 1e9, "action": "GUARD_ACTION_STOP", "hold_back": 2}
-    guard |= {"score": {"terms": [{"site": "layers.2.resid_post", "row": {"feature": {"index": 7}}, "weight": 1}]}}
-    (folder / "policies" / "watched.yaml").write_text(json.dumps(policy | {"guards": [guard], "refusal": "No."}))
+    write_policy(folder / "policies")
     subprocess.run([sys.executable, "-m", "rudder.server", "audit", "key", str(folder / "key")], check=True)
     flags = {
         "policies.folder": str(folder / "policies"), "policies.reload_s": "1", "audit.folder": str(folder / "audit"),
