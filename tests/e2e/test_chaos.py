@@ -150,7 +150,7 @@ class Faulty:
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
-    """A server with a policy that holds everybody's answers back, an audit log that fails closed, and a file of faults."""
+    """A server with a policy that holds answers back, an audit log that fails closed, and a file of faults."""
     folder = tmp_path_factory.mktemp("chaos")
     (folder / "faults.json").write_text("{}")
     write_policy(folder / "policies")
