@@ -33,7 +33,7 @@ MODEL ?= auto
 COVERAGE := $(if $(CI),--cov --cov-report=)
 
 .PHONY: help venv demo serve test test-long lint types proto proto-check proto-image unit manifests coverage engine-test redteam e2e conformance gpu gpu-rehearsal architectures \
-	long wheels install-check lock clean prometheus monitoring metrics-table monitoring-pictures
+	long fuzz soak sbom wheels install-check lock clean prometheus monitoring metrics-table monitoring-pictures
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' Makefile | expand -t 16
@@ -81,6 +81,16 @@ e2e: $(TEST) $(PROMETHEUS) ## tests against a server process
 
 conformance: $(CONFORMANCE) ## tests against the libraries whose formats are read
 	.venv-conformance/bin/python -m pytest tests/conformance
+
+fuzz: $(TEST) ## random and broken messages, in the process and on the wire; FLAGS="--messages 1000000 --wire 20000 --seed 2"
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PY) -m tests.fuzz $(FLAGS)
+
+soak: $(TEST) ## clients of all kinds for 20 minutes, and what grows meanwhile; FLAGS="--seconds 120 --clients 64"
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PY) -m tests.soak $(FLAGS)
+
+sbom: ## the bill of materials (CycloneDX) of all pinned packages: build/sbom.json
+	@mkdir -p build
+	$(PYTHON) requirements/sbom.py cpu.txt torch.txt test.txt conformance.txt lock.txt > build/sbom.json
 
 gpu: ## run everything that needs a GPU: tests/gpu/card.sh; STEPS="bench train" runs only these
 	tests/gpu/card.sh $(STEPS)

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from rudder.sae_models import PRETRAINED, settings
 from rudder.sae_models.settings import ConfigError as ConfigError
+from rudder.server.caller import NO_QUOTAS, Quotas
 
 # What the contract and vLLM can count.
 MAX_COUNT, MAX_BYTES = (1 << 31) - 1, 1 << 50
@@ -96,6 +97,20 @@ class Engine(Section, frozen=True):
             " but times and counts of cached tokens show each of them what prompts the others have sent"
         ),
     ] = False
+    start_timeout_s: Annotated[
+        Seconds, Meta(description="seconds after which an engine that has not started is killed, and the start fails")
+    ] = 1800.0
+    stall_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=MAX_SECONDS,
+            description="seconds in which an engine with work makes no progress before it is not ready",
+        ),
+    ] = 30.0
+    stall_kill_s: Annotated[
+        float, Meta(gt=0, le=MAX_SECONDS, description="seconds without progress after which the engine counts as dead")
+    ] = 120.0
     tensor_parallel_size: Annotated[Positive, Meta(description="number of tensor-parallel devices")] = 1
     nodes: Annotated[Positive, Meta(description="machines that the tensor-parallel devices are spread over")] = 1
     node_rank: Annotated[
@@ -241,6 +256,18 @@ class Tls(Section, frozen=True):
     ] = None
 
 
+class RoleQuotas(Section, frozen=True):
+    """Quotas of callers whose token or certificate names none."""
+
+    role: Annotated[
+        Literal["generate", "steer", "raw", "observe", "operate", "administer"] | None,
+        Meta(description="of callers that have this role; null: of all callers"),
+    ] = None
+    quotas: Annotated[Quotas, Meta(description="caps a minute, but for streams and rows, which are at once")] = (
+        NO_QUOTAS
+    )
+
+
 class Identity(Section, frozen=True):
     """Who may call. With any source of callers every call needs credentials; without one, every caller may do all."""
 
@@ -262,6 +289,10 @@ class Identity(Section, frozen=True):
     tenant_claim: Annotated[str, Meta(pattern=CLAIM, description="claim with the caller's tenant; without it, sub")] = (
         "tenant"
     )
+    quotas: Annotated[
+        tuple[RoleQuotas, ...],
+        Meta(description="quotas of callers whose token or certificate names none: the first entry that fits them"),
+    ] = ()
     allow_anonymous: Annotated[
         bool, Meta(description="serve without credentials on an address that is not this machine alone")
     ] = False
@@ -400,6 +431,9 @@ class Config(Section, frozen=True):
     stream: Stream = Stream()
     logs: Logs = Logs()
     monitoring: Monitoring = Monitoring()
+    allow_unsafe: Annotated[
+        tuple[str, ...], Meta(description="what the server starts in spite of: names that a refused start has given")
+    ] = ()
 
 
 def load(path: Path | None = None, overrides: Mapping[str, str] | None = None) -> Config:

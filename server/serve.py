@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from prometheus_client import REGISTRY
 
-from rudder.server import __version__
+from rudder.server import __version__, unsafe
 from rudder.server import config as configuration
 from rudder.server.config import Config
 from rudder.server.engine import adapter, selftest
@@ -77,6 +77,7 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     stop = stop_signals()
     log_start(config)
     metrics = metrics_of(config.monitoring)
+    note_unsafe(config, metrics)
     trail = await open_audit(config, metrics, stack)
     engine, policies = await until_signal(start_tested_engine(config, metrics, stack), stop)
     if trail:
@@ -122,6 +123,13 @@ def metrics_of(monitoring: configuration.Monitoring) -> Metrics:
     )
 
 
+def note_unsafe(config: Config, metrics: Metrics) -> None:
+    """Log and export what the server starts in spite of."""
+    for name in unsafe.check(config):
+        logger.warning("the server starts in spite of what is unsafe", extra=fields(allowed=name))
+        metrics.allowed_unsafe(name)
+
+
 async def open_audit(config: Config, metrics: Metrics, stack: AsyncExitStack) -> Trail | None:
     """Open the audit log of the configuration, to be closed by `stack` after all else; warn if it has none."""
     trail = await asyncio.to_thread(open_trail, config.audit, metrics)
@@ -165,8 +173,7 @@ async def serve_until_stopped(doors: list[Door], serving: Serving, stop: "asynci
     A second signal aborts them.
     """
     first_signal = asyncio.ensure_future(stop.get())
-    while not first_signal.done() and serving.engine.healthy:
-        await asyncio.wait([first_signal], timeout=HEALTH_CHECK_S)
+    await serve_while_healthy(doors, serving.engine, first_signal)
     await set_serving(doors, False)
     second_signal = asyncio.ensure_future(stop.get())
     listen, healthy = serving.config.listen, serving.engine.healthy
@@ -183,6 +190,16 @@ async def serve_until_stopped(doors: list[Door], serving: Serving, stop: "asynci
     await drain(doors, serving, 0 if second_signal.done() else grace_s, second_signal)
     for task in (first_signal, second_signal):
         task.cancel()
+
+
+async def serve_while_healthy(doors: list[Door], engine: Engine, until: "asyncio.Future[signal.Signals]") -> None:
+    """Wait for a signal or the engine's death. While the engine is stalled, the doors say NOT_SERVING."""
+    stalled = False
+    while not until.done() and engine.healthy:
+        if engine.stalled != stalled:
+            stalled = engine.stalled
+            await set_serving(doors, not stalled)
+        await asyncio.wait([until], timeout=HEALTH_CHECK_S)
 
 
 async def drain(doors: list[Door], serving: Serving, grace_s: float, abort: "asyncio.Future[signal.Signals]") -> None:

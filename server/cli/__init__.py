@@ -26,6 +26,7 @@ COMMANDS = {
     "program": "derive and evaluate the programs of a bundle",
     "token": "create, list and revoke the tokens of callers",
     "policy": "write, check and apply policies",
+    "debug": "look into a running server",
     "audit": "verify and show the audit log",
     "eval": "measure what steering, policies and guards do",
     "probe": "train the scores of guards",

@@ -47,11 +47,13 @@ def main(argv: Sequence[str]) -> int:
 
 def run(config: configuration.Config) -> int:
     """Check the configuration and the ports, then import vLLM and serve."""
+    from rudder.server import unsafe
     from rudder.server.preflight import check
     from rudder.server.process import FIRST_SIGNAL_STATUS, leave, require_free
 
     require_free(config.listen)
     config = check(config)
+    unsafe.check(config)
 
     import asyncio
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import vllm
+from prometheus_client import REGISTRY
 from tokenizers.decoders import DecodeStream
 from vllm import SamplingParams, envs
 from vllm.config import VllmConfig
@@ -68,6 +69,7 @@ __all__ = [
     "model_facts",
     "numerics",
     "resolve",
+    "scheduler_gauges",
     "start_engine_process",
     "start_llm",
 ]
@@ -419,6 +421,23 @@ def model_name(folder: Path) -> str:
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")
     return folder.name
+
+
+# What vLLM's scheduler reports with each step, by the name in the ledger.
+GAUGES = {
+    "vllm:num_requests_running": "vllm_running",
+    "vllm:num_requests_waiting": "vllm_waiting",
+    "vllm:kv_cache_usage_perc": "kv_cache_share",
+}
+
+
+def scheduler_gauges() -> dict[str, float]:
+    """Return what vLLM's scheduler holds, as it last reported: requests, and the share of KV blocks in use."""
+    samples = (sample for family in REGISTRY.collect() for sample in family.samples if sample.name in GAUGES)
+    totals = dict.fromkeys(GAUGES.values(), 0.0)
+    for sample in samples:
+        totals[GAUGES[sample.name]] += sample.value
+    return totals
 
 
 async def add_request(

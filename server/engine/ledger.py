@@ -120,6 +120,11 @@ class Ledger:
         return next((place + 1 for place in reversed(range(self.layout.rows)) if place not in free), 0)
 
     @property
+    def capture_used(self) -> float:
+        """Capture tokens in use; 0 where they are not bounded."""
+        return self.layout.capture_tokens - self.capture_free if self.layout.capture_tokens else 0
+
+    @property
     def slots_used(self) -> int:
         """Slots in use."""
         return self.layout.slots - len(self.free_slots)

@@ -4,10 +4,15 @@ import asyncio
 import json
 import logging
 import multiprocessing
+import threading
+import time
 from collections.abc import Callable, Sequence, Set
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -38,6 +43,10 @@ from rudder.server.program.named import NamedProgram, load_programs
 from rudder.server.program.rows import Dictionary, Registry, check_capacity
 from rudder.server.program.watch import compile_watch, merge_watched
 from rudder.v1 import program_pb2
+
+T = TypeVar("T")
+# Time for vLLM to notice that its engine process was killed.
+ABANDON_S = 30.0
 
 logger = logging.getLogger(__name__)
 
@@ -73,29 +82,62 @@ async def start_engine(
         llm.shutdown()
         raise
     engine.spawn(engine.listen())
+    engine.spawn(engine.watch_progress(config.engine.stall_s, config.engine.stall_kill_s))
     # vLLM reads its environment variables for every token of every request; its own processes cache them, too.
     adapter.enable_envs_cache()
     return engine
 
 
 async def start_llm(config: Config, layout: Layout) -> AsyncLLM:
-    """Start vLLM in a thread, so that health checks and signals are served meanwhile."""
+    """Start vLLM in a thread, so that health checks and signals are served meanwhile.
+
+    Raises EngineStartError, also if it has not started after `engine.start_timeout_s`.
+    """
     others = set(multiprocessing.active_children())
-    starting = asyncio.get_running_loop().run_in_executor(None, adapter.start_llm, config, layout)
+    starting = in_lasting_thread(partial(adapter.start_llm, config, layout))
+    timeout_s = config.engine.start_timeout_s
     try:
-        return await asyncio.shield(starting)
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.shield(starting)
+    except TimeoutError:
+        await abandon(starting, others)
+        problem = f"the engine did not start within engine.start_timeout_s, {timeout_s:g} s"
+        raise adapter.EngineStartError(problem) from None
     except asyncio.CancelledError:
         await abandon(starting, others)
         raise
 
 
+def in_lasting_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
+    """Run `work` in a thread that nothing waits for and that never ends: the kernel ends a process with the thread that
+    started it.
+    """
+    result: Future[T] = Future()
+    # Whoever waits may be cancelled; the work goes on.
+    result.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+        threading.Event().wait()
+
+    threading.Thread(target=run, name="engine-start", daemon=True).start()
+    return asyncio.wrap_future(result)
+
+
 async def abandon(starting: "asyncio.Future[AsyncLLM]", others: Set[BaseProcess]) -> None:
-    """End a start of vLLM: its thread cannot be cancelled, but fails without its process, which is not of `others`."""
-    while not starting.done():
+    """End a start of vLLM: its thread cannot be cancelled, but fails without its process, which is not of `others`.
+
+    A thread that does not end for ABANDON_S is left behind.
+    """
+    deadline = time.monotonic() + ABANDON_S
+    while not starting.done() and time.monotonic() < deadline:
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
         await asyncio.wait([starting], timeout=0.1)
-    if not starting.exception():
+    if starting.done() and not starting.exception():
         starting.result().shutdown()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from rudder.server import failpoints
 from rudder.server.grpc.credentials import credentials_of
 from rudder.server.grpc.status import Context, abort
 from rudder.server.identity.errors import CredentialError
@@ -85,6 +86,7 @@ def surrounded(behaviour: Behaviour, method: str, deserialize: Callable[[bytes],
                 RECORD.set(record)
                 require_size(request, serving.config.limits.max_message_bytes)
                 with serving.pending.held(len(request)):
+                    failpoints.hit("decode")
                     response = await behaviour(deserialize(request), context)
                 context.set_trailing_metadata(trailers_of(record))
                 return response

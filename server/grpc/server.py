@@ -8,11 +8,19 @@ from rudder.server.config import ConfigError
 from rudder.server.grpc.credentials import server_credentials
 from rudder.server.grpc.health import SERVICE_NAME, Health
 from rudder.server.grpc.interceptors import CallInterceptor
-from rudder.server.grpc.servicers import FeatureServicer, InferenceServicer, ModelServicer, PolicyServicer
+from rudder.server.grpc.servicers import (
+    DebugServicer,
+    FeatureServicer,
+    InferenceServicer,
+    ModelServicer,
+    PolicyServicer,
+)
 from rudder.server.service.serving import Serving
 from rudder.v1 import (
     catalogue_pb2,
     catalogue_pb2_grpc,
+    debug_pb2,
+    debug_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
     policy_pb2,
@@ -24,6 +32,7 @@ SERVICES = (
     catalogue_pb2.DESCRIPTOR.services_by_name["FeatureService"].full_name,
     catalogue_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
     policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name,
+    debug_pb2.DESCRIPTOR.services_by_name["DebugService"].full_name,
 )
 LONGEST_REQUEST_S = 3600
 # Calls beyond what queue and engine hold: Rudder refuses them itself, as its refusals give reasons and gRPC's do not.
@@ -48,6 +57,7 @@ class GrpcDoor:
         catalogue_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(serving), self.server)
         catalogue_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(serving), self.server)
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyServicer(serving), self.server)
+        debug_pb2_grpc.add_DebugServiceServicer_to_server(DebugServicer(serving), self.server)
         self.health = Health(SERVICES)
         self.health.add_to(self.server)
         reflection.enable_server_reflection((*SERVICES, SERVICE_NAME, reflection.SERVICE_NAME), self.server)

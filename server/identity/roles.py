@@ -24,6 +24,7 @@ METHODS: Mapping[str, frozenset[str]] = {
     "PolicyService.Validate": frozenset({"administer"}),
     "PolicyService.Apply": frozenset({"administer"}),
     "PolicyService.Explain": ANY,
+    "DebugService.GetLedger": frozenset({"administer"}),
     "ServerReflection.ServerReflectionInfo": frozenset({"observe"}),
 }
 

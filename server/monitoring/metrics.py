@@ -40,7 +40,7 @@ class Metrics:
             each: Histogram(each, max_series, hit, bounds[each.buckets]) for each in own if each.kind == "histogram"
         }
         self.bank, self.features, self.guards = Bank(), Features(), Guards()
-        for gauge in (series.PENDING_BYTES, series.AUDIT_FAILING, series.READY):
+        for gauge in (series.PENDING_BYTES, series.AUDIT_FAILING, series.READY, series.STALLED):
             self.values[gauge].set(0)
 
     @classmethod
@@ -186,6 +186,14 @@ class Metrics:
     def set_ready(self, ready: bool) -> None:
         """Export what health checks say."""
         self.values[series.READY].set(ready)
+
+    def set_stalled(self, stalled: bool) -> None:
+        """Export whether the engine makes no progress though it has work."""
+        self.values[series.STALLED].set(stalled)
+
+    def allowed_unsafe(self, name: str) -> None:
+        """Export what the server starts in spite of."""
+        self.values[series.UNSAFE].set(1, name)
 
     def self_test_failed(self) -> None:
         """Count a failed self-test."""

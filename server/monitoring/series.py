@@ -272,6 +272,9 @@ ENGINE = (
         "Time that an output of the engine waited for the worker's report on it.",
         buckets="token",
     ),
+    STALLED := Series(
+        "Bank and queue", "rudder_engine_stalled", "gauge", "1 while the engine has work and makes no progress."
+    ),
     TELEMETRY_LOST := Series(
         "Bank and queue",
         "rudder_telemetry_lost",
@@ -280,6 +283,13 @@ ENGINE = (
     ),
 )
 SERVER = (
+    UNSAFE := Series(
+        "Server",
+        "rudder_unsafe",
+        "gauge",
+        "1 for each entry of allow_unsafe that the server needs.",
+        (Label("what", "names of `allow_unsafe`"),),
+    ),
     READY := Series("Server", "rudder_ready", "gauge", "1 while health checks say SERVING."),
     BUILD_INFO := Series(
         "Server",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from rudder.sae_models.errors import UserError
+from rudder.server import failpoints
 from rudder.server.caller import Caller
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.ledger import PINNED_HANDLE, BankFull
@@ -210,6 +211,7 @@ class PolicyStore:
         """Read one file again, unless it has not changed since it was last put in force; return whether it is right."""
         former, others = self.files.get(path), {name for other, (_, name) in self.files.items() if other != path}
         try:
+            failpoints.hit("policy.reload")
             content = await asyncio.to_thread(path.read_bytes)
             if former and content == former[0]:
                 return True

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from rudder.server import failpoints
 from rudder.server.caller import ANONYMOUS
 from rudder.server.identity.authenticator import Credentials
 from rudder.server.identity.roles import require_method
@@ -39,11 +40,12 @@ async def begin_call(
     configuration says so.
     """
     span = serving.spans.begin(correlation.traceparent) if serving.spans else None
-    record = CallRecord(method, ANONYMOUS, correlation, span=span)
+    record = CallRecord(method, ANONYMOUS, correlation, span=span, request_bytes=request_bytes)
     task = asyncio.current_task()
     assert task
     serving.calls.add(task)
     try:
+        failpoints.hit("call")
         require_open(serving)
         admit(serving, record, credentials, request_bytes)
         require_auditable(serving, record)
@@ -99,5 +101,7 @@ def require_open(serving: Serving) -> None:
     if serving.draining:
         raise Refusal("DRAINING", "the server is shutting down")
     serving.engine.require_alive()
+    if serving.engine.stalled:
+        raise Refusal("ENGINE_STALLED", "the engine makes no progress")
     if not serving.engine.healthy:
         raise Refusal("ENGINE_DEAD", "the engine has died")

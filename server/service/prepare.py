@@ -60,7 +60,6 @@ async def prepare(serving: Serving, caller: Caller, request: Request, binding: B
     binding.check_report(request.report.features, serving.engine.registry, "report.features")
     sites = top_k_sites(serving, request.report)
     ids = await tokenised(serving, caller, request.prompt, binding)
-    serving.quotas.charge(caller, "prompt_tokens", len(ids))
     report = request.report
     reads_prompt = report.prompt or isinstance(request, inference_pb2.InspectRequest)
     call = Call(

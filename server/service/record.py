@@ -120,14 +120,15 @@ class CallRecord:
     """One call. Times are of `time.monotonic`, durations in seconds.
 
     `binding`: the policies that bind it, as when it began. `topic`: what the request's topic stood for. `outcome`: OK,
-    a key of `errors.REASONS`, CANCELLED or DEADLINE_EXCEEDED; empty while the call runs. `audited`: its audit entry
-    was handed over. `span`: of the call, if the server traces.
+    a key of `errors.REASONS`, CANCELLED or DEADLINE_EXCEEDED; empty while the call runs. `request_bytes`: of its
+    message. `audited`: its audit entry was handed over. `span`: of the call, if the server traces.
     """
 
     method: str
     caller: Caller
     correlation: Correlation
     request_id: str = field(default_factory=lambda: secrets.token_hex(12))
+    request_bytes: int = 0
     started: float = field(default_factory=time.monotonic)
     program_digest: str = ""
     binding: Binding = UNBOUND

@@ -14,6 +14,7 @@ from rudder.server.service.deltas import Choice, delta_of, finish
 from rudder.server.service.errors import Refusal
 from rudder.server.service.pace import Stream
 from rudder.server.service.prepare import Job
+from rudder.server.service.quotas import Demand, demand_of
 from rudder.server.service.record import CallRecord, ChoiceRecord
 from rudder.server.service.serving import Serving
 from rudder.v1 import inference_pb2
@@ -35,8 +36,15 @@ async def run(serving: Serving, job: Job, record: CallRecord, emit: Emit) -> Non
             serving.engine.require_alive()
             await emit(delta)
 
-    with serving.quotas.streaming(record.caller, len(job.calls)):
+    with serving.quotas.reserved(record.caller, demand_of(job.calls), lambda: used_of(record)):
         await run_choices(serving, job, record, emit_alone)
+
+
+def used_of(record: CallRecord) -> Demand:
+    """Return what a call has used of its caller's quotas: prompts of choices that entered the engine, and answers."""
+    entered = sum(choice.queued_s is not None for choice in record.choices)
+    generated = sum(choice.generated_tokens for choice in record.choices)
+    return Demand(len(record.choices), 0, entered * record.prompt_tokens, generated)
 
 
 async def run_choices(serving: Serving, job: Job, record: CallRecord, emit: Emit) -> None:
@@ -74,7 +82,6 @@ async def run_choice(
         async with aclosing(outputs):
             async for output in outputs:
                 choice.record.generated_tokens += len(output.token_ids)
-                serving.quotas.charge(record.caller, "generated_tokens", len(output.token_ids))
                 delta = await delta_of(job, choice, output)
                 if output.outcome:
                     end(output.outcome)

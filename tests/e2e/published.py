@@ -56,6 +56,6 @@ def write_topics(folder: Path, sections: int = 30, words: int = 600) -> dict[str
     ]
     texts = [{"text": text(book, 60)} for book in ("microbiology", "us-history") * 20]
     files = {"CORPUS": folder / "topics.jsonl", "TEXTS": folder / "texts.jsonl"}
-    for file, lines in zip(files.values(), (documents, texts), strict=True):
-        file.write_text("\n".join(map(json.dumps, lines)))
+    for file, lines in (("CORPUS", documents), ("TEXTS", texts)):
+        files[file].write_text("\n".join(json.dumps(line) for line in lines))
     return files

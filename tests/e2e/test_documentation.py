@@ -25,7 +25,17 @@ INLINE = re.compile(rf"`(?:\.venv/bin/)?rudder ((?:{COMMANDS})\b[^`]*)`")
 # Names in commands of what is the reader's.
 PLACEHOLDERS = re.compile(r"\b(FOLDER_OR_REPO|MODEL|TEXT|BUNDLE|POLICY\.yaml|LOG|KEY|CORPUS|TEXTS|PRETRAINED)\b")
 # Commands that ask the server of the tests.
-ASKING = ("generate", "inspect", "features", "model", "policy list", "policy get", "policy apply", "policy explain")
+ASKING = (
+    "generate",
+    "inspect",
+    "features",
+    "model",
+    "policy list",
+    "policy get",
+    "policy apply",
+    "policy explain",
+    "debug",
+)
 
 
 # The policy of docs/policies.md, which its commands apply.

@@ -350,6 +350,8 @@ class Hub:
         self.run: Run | None = None
         self.arrived = asyncio.Event()
         self.waiters = 0
+        # Frames taken in: the engine's progress.
+        self.frames = 0
         self.lost: TelemetryLost | None = None
         self.ended = asyncio.Event()
 
@@ -415,6 +417,7 @@ class Hub:
 
     def take(self, frame: Frame) -> None:
         """Take in a frame. Its columns are read when a request needs them."""
+        self.frames += 1
         for capture in frame.captures:
             if inbox := self.inboxes.get(capture.handle):
                 inbox.captures.append(capture)

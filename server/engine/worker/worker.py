@@ -17,6 +17,7 @@ from rudder.sae_models.hookpoints import parse
 from rudder.sae_models.operations import TOKEN
 from rudder.sae_models.sae import SAE
 from rudder.sae_models.sparse.screening import prepare_screening
+from rudder.server import failpoints
 from rudder.server.engine.ledger import PINNED_HANDLE
 from rudder.server.engine.parent import end_with_parent
 from rudder.server.engine.telemetry.channel import Sender
@@ -117,6 +118,7 @@ class SteeringWorker:
 
     def update_requests(self, scheduler_output: "SchedulerOutput") -> list[int]:
         """Release finished requests and admit new ones; return the handles released."""
+        failpoints.hit("engine.step")
         # Sorted: all ranks must give the same row places to the same requests, and this is a set.
         for request_id in sorted(scheduler_output.finished_req_ids):
             self.driver.finish(request_id)
@@ -165,6 +167,10 @@ class SteeringWorker:
         if self.outbox:
             self.outbox.send(self.outbox.frames)
         return handle in self.driver.ledger.leases
+
+    def rudder_leases(self) -> int:
+        """Return the number of requests that hold something, without what is held for pinned features and policies."""
+        return sum(handle > PINNED_HANDLE for handle in self.driver.ledger.leases)
 
     def rudder_witness(self, boundaries: tuple[int, ...]) -> dict[tuple[int, int], bytes]:
         """Record the residual stream in front of these layers from now on, the model running eagerly; with none, stop.

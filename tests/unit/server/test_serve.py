@@ -28,7 +28,7 @@ class FakeEngine:
         self.registry = SimpleNamespace(layout=SimpleNamespace(sites=()))
         self.bundles: dict[str, Any] = {}
         self.programs: dict[str, Any] = {}
-        self.epoch, self.healthy, self.hub = "e", True, SimpleNamespace(lost=None)
+        self.epoch, self.healthy, self.stalled, self.hub = "e", True, False, SimpleNamespace(lost=None)
         self.stops = 0
 
     async def stop(self) -> None:
@@ -128,6 +128,21 @@ async def test_dead_engine_ends_the_server_with_status_1(engine: FakeEngine, mon
     # Calls fail by themselves, and their answers leave before the door closes.
     assert door.events[:4] == [False, False, 2 * serve.FAILED_ANSWERS_S, 0]
     assert engine.stops == 1
+
+
+async def test_doors_say_not_serving_while_the_engine_is_stalled(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "HEALTH_CHECK_S", 0.001)
+    door, engine.stalled = FakeDoor(), True
+    until: asyncio.Future[signal.Signals] = asyncio.get_running_loop().create_future()
+    watching = asyncio.ensure_future(serve.serve_while_healthy([door], engine, until))  # type: ignore[arg-type,list-item]
+    await asyncio.sleep(0.02)
+    engine.stalled = False
+    await asyncio.sleep(0.02)
+    until.set_result(signal.SIGTERM)
+    await asyncio.wait_for(watching, 5)
+    assert door.events == [False, True]
 
 
 async def test_failed_self_test_stops_the_engine(

@@ -27,12 +27,12 @@ from rudder.server.grpc.server import SERVICES
 from rudder.server.identity import tokens, watched_file
 from rudder.server.identity.roles import METHODS
 from rudder.server.identity.tokens import TokenFile
-from rudder.v1 import catalogue_pb2, inference_pb2, policy_pb2
+from rudder.v1 import catalogue_pb2, debug_pb2, inference_pb2, policy_pb2
 from rudder_client import AsyncClient, Client, Program, Report, RudderError
 from rudder_client.errors import error_of
 from tests.unit.server.grpc.test_server import Fixture, access_fields
 
-FILES = (inference_pb2.DESCRIPTOR, catalogue_pb2.DESCRIPTOR, policy_pb2.DESCRIPTOR)
+FILES = (inference_pb2.DESCRIPTOR, catalogue_pb2.DESCRIPTOR, policy_pb2.DESCRIPTOR, debug_pb2.DESCRIPTOR)
 CONTRACT = [method for file in FILES for service in file.services_by_name.values() for method in service.methods]
 ALLOWED_NAMES = sorted(ROLES)
 

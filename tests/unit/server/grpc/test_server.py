@@ -39,7 +39,7 @@ class ScriptedEngine:
         self.bundles: dict[str, Any] = {}
         self.registry: Any = None
         self.programs: dict[str, Any] = {}
-        self.tokenizer, self.epoch, self.healthy = None, "e1", True
+        self.tokenizer, self.epoch, self.healthy, self.stalled = None, "e1", True, False
         self.stall_after: int | None = None
         self.finish_reason = FinishReason.LENGTH
 

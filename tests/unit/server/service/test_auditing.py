@@ -45,7 +45,7 @@ class Server:
         assert trail
         self.trail: Trail = trail
         policies = SimpleNamespace(binding=lambda _: binding, acquire=lambda _: None, release=lambda _: None)
-        engine = SimpleNamespace(healthy=True, require_alive=lambda: None)
+        engine = SimpleNamespace(healthy=True, stalled=False, require_alive=lambda: None)
         self.serving: Any = SimpleNamespace(
             engine=engine, draining=False, metrics=self.metrics, calls=set(), aborted=False, policies=policies,
             audit=trail, authenticator=SimpleNamespace(caller=lambda _: ANNA), quotas=QuotaLedger(),

@@ -35,10 +35,12 @@ CORRELATION = Correlation("order 7", "4bf92f3577b34da6a3ce929d0e0e4736")
 class Server:
     """What `begin_call` reads of a Serving, its registry, and its log."""
 
-    def __init__(self, caplog: pytest.LogCaptureFixture, healthy: bool = True, draining: bool = False) -> None:
+    def __init__(
+        self, caplog: pytest.LogCaptureFixture, healthy: bool = True, draining: bool = False, stalled: bool = False
+    ) -> None:
         self.registry, self.caplog = CollectorRegistry(), caplog
         metrics = Metrics.create(self.registry)
-        engine = SimpleNamespace(healthy=healthy, require_alive=lambda: None, metrics=metrics)
+        engine = SimpleNamespace(healthy=healthy, stalled=stalled, require_alive=lambda: None, metrics=metrics)
         self.serving: Any = SimpleNamespace(
             engine=engine,
             draining=draining,
@@ -190,7 +192,10 @@ async def test_unexpected_exception_becomes_an_internal_error(server: Server) ->
     assert server.log_line()["error_id"] == caught.value.error_id != ""
 
 
-@pytest.mark.parametrize(("state", "reason"), [({"draining": True}, "DRAINING"), ({"healthy": False}, "ENGINE_DEAD")])
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [({"draining": True}, "DRAINING"), ({"healthy": False}, "ENGINE_DEAD"), ({"stalled": True}, "ENGINE_STALLED")],
+)
 async def test_server_that_takes_no_calls_refuses_them(
     caplog: pytest.LogCaptureFixture, state: dict[str, bool], reason: str
 ) -> None:
@@ -235,7 +240,7 @@ async def test_call_that_begins_after_a_loss_of_telemetry_is_refused_with_that_r
     def lost() -> None:
         raise TelemetryLost("a gap")
 
-    server.serving.engine = SimpleNamespace(healthy=False, require_alive=lost)
+    server.serving.engine = SimpleNamespace(healthy=False, stalled=False, require_alive=lost)
     with pytest.raises(Refusal) as caught:
         async with server.begin():
             pytest.fail("the call ran")

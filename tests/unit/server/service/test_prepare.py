@@ -68,7 +68,7 @@ def capped(edit: dict[str, Any], site: str = SITE) -> str:
 def serving_of(overrides: dict[str, str] | None = None) -> Serving:
     engine: Any = SimpleNamespace(
         model=SimpleNamespace(name="m", max_model_len=100, vocab_size=1000, bos_token_id=None),
-        bundles={}, registry=REGISTRY, tokenizer=OneTokenPerWord(), epoch="e1", healthy=True,
+        bundles={}, registry=REGISTRY, tokenizer=OneTokenPerWord(), epoch="e1", healthy=True, stalled=False,
         programs={"late": named(UP, site=OTHER), "locked": named({"row": feature(5), "ablate": True}), "ok": named(UP)},
     )  # fmt: skip
     return Serving.around(engine, configuration.load(None, overrides), Metrics.create())
