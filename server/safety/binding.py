@@ -107,6 +107,14 @@ class Binding:
         return frozenset().union(*(policy.hidden for policy in self.enforced))
 
     @property
+    def reads_by_probes(self) -> bool:
+        """Whether probes of its own tell a caller nothing that it may not read.
+
+        None need be parallel to a locked row: of a few that are not, some combination is.
+        """
+        return self.limits.reads_locked or self.limits.directions is None or not len(self.limits.directions)
+
+    @property
     def reads_scores(self) -> bool:
         """Whether refusals and annotations say the scores of guards."""
         return "read_guards" in self.rights
@@ -129,7 +137,9 @@ class Binding:
     def compile_own(self, program: program_pb2.Program, registry: Registry, field: str) -> Compiled:
         """Compile a caller's own program within rights and limits. Raises ProgramError likewise."""
         self.require_rights(program, field)
-        return compile_program(program, registry, limits=self.limits, field=field)
+        compiled = compile_program(program, registry, limits=self.limits, field=field)
+        self.limits.check_writes(compiled, registry, f"{field}.sites")
+        return compiled
 
     def require_rights(self, message: Message, field: str) -> None:
         """Raise ProgramError POLICY_FORBIDS if a latent, vector or probe in a message needs a right not given."""
@@ -142,6 +152,9 @@ class Binding:
             right, rows = RIGHT_OF_ROW.get(type(part), ("", ""))
             allowed = not right or right in self.rights
             require(allowed, path, f"{self.binder} binds this caller, which may not use {rows}", "POLICY_FORBIDS")
+            blind = self.reads_by_probes or not isinstance(part, program_pb2.Probe)
+            together = "which may not use probes of its own: together they read what guards read (read_guards)"
+            require(blind, path, f"{self.binder} binds this caller, {together}", "POLICY_FORBIDS")
 
     def check_report(self, features: Sequence[inference_pb2.SiteFeature], registry: Registry, field: str) -> None:
         """Raise ProgramError if a report reads a locked row, or has probes without the right to them."""
