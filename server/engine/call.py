@@ -17,6 +17,9 @@ from rudder.server.program import wire
 from rudder.server.program.compile import Compiled
 from rudder.server.program.watch import Watched
 
+# Several times the latents that an SAE has active at a token; each of them is ranked and sent for every token.
+MAX_HIDDEN = 256
+
 
 @dataclass(frozen=True)
 class Call:
@@ -52,8 +55,12 @@ class Call:
 
     @property
     def ranked(self) -> int:
-        """Latents to rank at each token: so many more than the top k that the hidden ones among them leave k."""
-        return self.top_k + max(map(len, self.hidden), default=0) if self.top_k else 0
+        """Latents to rank at each token: so many more than the top k that the hidden ones among them leave k.
+
+        At most MAX_HIDDEN more: a report has fewer than k only where more hidden latents than that are active at a
+        token, of an SAE with so many active ones.
+        """
+        return self.top_k + min(max(map(len, self.hidden), default=0), MAX_HIDDEN) if self.top_k else 0
 
     @property
     def reads_prompt(self) -> bool:
