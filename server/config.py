@@ -116,6 +116,13 @@ class Policies(Section, frozen=True):
     reload_s: Annotated[
         Seconds, Meta(description="seconds between two looks for changed files; 0: reload on SIGHUP alone")
     ] = 0.0
+    state: Annotated[
+        str | None,
+        Meta(
+            description="file that remembers the versions of policies over restarts: none may be missing or older at"
+            " the next start; null: policies.json beside the audit log, and without one none"
+        ),
+    ] = None
     allow_apply: Annotated[
         bool, Meta(description="PolicyService.Apply may change policies over a door that authenticates nobody")
     ] = False

@@ -35,13 +35,14 @@ async def open_door(target: Target, document: policies.Document | None) -> Async
     store, door = target.serving.policies, GrpcDoor(target.serving)
     address = await door.start()
     if document is not None:
-        await store.apply(policies.policy(target.bundle_sha256, **document), "red team")
+        versioned = document | {"version": next(policies.VERSIONS)}
+        await store.apply(policies.policy(target.bundle_sha256, **versioned), "red team")
     async with grpc.aio.insecure_channel(address) as channel:
         try:
             yield channel
         finally:
             if document is not None:
-                await store.remove(policies.NAME, "red team")
+                await store.apply(policies.removal(), "red team")
             await door.stop(0)
 
 

@@ -182,7 +182,7 @@ async def test_calls_that_no_policy_binds_run_on_a_full_disk(serve: Serve) -> No
 
 async def test_error_of_a_call_stays_on_a_full_disk(serve: Serve) -> None:
     server = serve()
-    with ExitStack() as disk, pytest.raises(Refusal, match="is empty") as caught:
+    with ExitStack() as disk, pytest.raises(Refusal, match="is empty") as caught:  # noqa: PT012
         async with server.begin():
             disk.enter_context(full_beyond(server.trail.log.place.file(1).stat().st_size))
             raise invalid("prompt.text", "is empty")
