@@ -126,6 +126,13 @@ class Policies(Section, frozen=True):
     allow_apply: Annotated[
         bool, Meta(description="PolicyService.Apply may change policies over a door that authenticates nobody")
     ] = False
+    certificate_key: Annotated[
+        str | None,
+        Meta(
+            description="file with the key that seals certificates, as `rudder audit key FILE` writes; none without its"
+            " seal counts. null: they have none"
+        ),
+    ] = None
     allow_uncertified: Annotated[
         bool,
         Meta(description="serve policies that `rudder policy certify` has not passed with this configuration"),

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from msgspec import structs
@@ -16,6 +15,8 @@ from rudder.server.program import wire
 from rudder.server.program.errors import ProgramError
 from rudder.server.program.named import load_policies, program_files
 from rudder.server.program.rows import Registry, check_capacity
+from rudder.server.safety import certificate as certificates
+from rudder.server.safety.audit.chain import read_key
 from rudder.server.safety.binding import stages_needed
 from rudder.server.safety.memory import Memory
 from rudder.server.safety.policy import Policy, compile_policy, digest_of_message
@@ -45,9 +46,16 @@ async def start_with_policies(config: Config, metrics: Metrics | None = None) ->
     check_memory(memory, read)
     standing = {path: message for path, message in read.items() if not memory.removes(message)}
     messages = {path: message for path, message in standing.items() if not message.removed}
-    engine = await start_engine(with_stages(config, messages), metrics, partial(check_policies, standing))
+    key = certificate_key(config)
+
+    def check(registry: Registry) -> None:
+        check_policies(standing, registry)
+        if not config.policies.allow_uncertified:
+            check_certificates(messages, registry, key)
+
+    engine = await start_engine(with_stages(config, messages), metrics, check)
     try:
-        store = PolicyStore(engine, folder, config.policies.allow_uncertified, memory)
+        store = PolicyStore(engine, folder, config.policies.allow_uncertified, memory, key)
         watched = [(feature.site, feature.row) for message in messages.values() for feature in message.watch]
         if watched:
             await pin_features(engine, distinct([*watched_rows(config, engine.bundles), *watched]))
@@ -108,6 +116,26 @@ def check_policies(messages: Messages, registry: Registry) -> None:
     if problems:
         raise PolicyInvalid("policies.folder", problems)
     check_rows(compiled, registry)
+
+
+def check_certificates(messages: Messages, registry: Registry, key: bytes | None) -> None:
+    """Raise PolicyInvalid if certificates of these policies are missing or of others, as far as that is known yet."""
+    bundles = {known.name: known.sha256 for known in registry.dictionaries.values()}
+    problems = [
+        Problem(f"{path}: {field}", text)
+        for path, message in messages.items()
+        if certificates.needs_certificate(message)
+        for field, text in certificates.objections(
+            *certificates.standing_before_start(message, path.parent, key, bundles)
+        )
+    ]
+    if problems:
+        raise PolicyInvalid("policies.folder", problems)
+
+
+def certificate_key(config: Config) -> bytes | None:
+    """Return the key of the seal that certificates must have; None: they need none."""
+    return read_key(Path(config.policies.certificate_key)) if config.policies.certificate_key else None
 
 
 def check_rows(policies: Iterable[Policy], registry: Registry) -> None:

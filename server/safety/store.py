@@ -14,8 +14,9 @@ from rudder.server.engine.engine import Engine
 from rudder.server.engine.ledger import PINNED_HANDLE, BankFull
 from rudder.server.monitoring.logs import fields
 from rudder.server.program.named import program_files, read_policy
+from rudder.server.safety import certificate as certificates
 from rudder.server.safety.binding import Binding, binding_policies, stages_needed
-from rudder.server.safety.certificate import Status, needs_certificate, standing
+from rudder.server.safety.certificate import Status, needs_certificate
 from rudder.server.safety.memory import Memory
 from rudder.server.safety.policy import Policy, compile_policy
 from rudder.server.safety.problems import PolicyInvalid, Problem
@@ -48,13 +49,15 @@ class PolicyStore:
 
     A call keeps the policies that bound it when it began. The rows of a policy are held before it is in force, and
     until the last call that it bound has ended. `files`: what each file of the folder held when it was last read, and
-    the name of the policy that it put in force. `memory`: what has been in force. `listeners` are told of every change.
+    the name of the policy that it put in force. `memory`: what has been in force. `certificate_key`: of the
+    seal that certificates must have. `listeners` are told of every change.
     """
 
     engine: Engine
     folder: Path | None = None
     allow_uncertified: bool = False
     memory: Memory = field(default_factory=Memory)
+    certificate_key: bytes | None = None
     in_force: Mapping[str, Policy] = field(default_factory=dict)
     handles: dict[Policy, int] = field(default_factory=dict)
     running: Counter[Policy] = field(default_factory=Counter)
@@ -183,13 +186,11 @@ class PolicyStore:
         """Return why a policy may act otherwise on this engine than where its evaluation was recorded."""
         if self.allow_uncertified or not needs_certificate(message):
             return []
-        status, problem = self.certificate(message)
-        hint = "run `rudder policy certify FILE` with this server's configuration, or set policies.allow_uncertified"
-        return [] if status == "PASS" else [Problem("certificate", f"{status}: {problem}; {hint}")]
+        return certificates.objections(*self.certificate(message))
 
     def certificate(self, message: policy_pb2.Policy) -> tuple[Status, str]:
         """Return what the certificate beside a policy is worth here, and why it is no PASS."""
-        return standing(self.engine, message, self.folder or Path())
+        return certificates.standing(self.engine, message, self.folder or Path(), self.certificate_key)
 
     async def reload(self) -> None:
         """Read the folder again. A file that is wrong is refused by name, and what it put in force before stays.
