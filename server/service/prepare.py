@@ -17,7 +17,7 @@ from rudder.server.service import limits
 from rudder.server.service.authorisation import authorise_fields
 from rudder.server.service.columns import FeatureTable
 from rudder.server.service.errors import invalid
-from rudder.server.service.prompt import prompt_ids, written_ids
+from rudder.server.service.prompt import ReadIds, read_ids, written_ids
 from rudder.server.service.sampling import sampling_of
 from rudder.server.service.serving import Serving, bundle_at_site, feature_info
 from rudder.server.service.topics import program_of, resolve_topic
@@ -26,6 +26,8 @@ from rudder.v1 import inference_pb2
 Request = inference_pb2.GenerateRequest | inference_pb2.CompleteRequest | inference_pb2.InspectRequest
 # A log-probability and a token id.
 LOGPROB_BYTES = 9
+# Of the longest prompt, how much a prompt that is truncated may have had.
+TRUNCATED = 4
 
 
 @dataclass(frozen=True)
@@ -126,19 +128,19 @@ def requested_program(
 async def tokenised(
     serving: Serving, caller: Caller, prompt: inference_pb2.Prompt, binding: Binding
 ) -> tuple[int, ...]:
-    """Return the token ids of a prompt. Those that a bound caller gives must be what the tokenizer writes.
+    """Return the token ids of a prompt. Those that a bound caller gives, or cuts, must be what the tokenizer writes.
 
     Other ids of the same text may not look like it to a guard.
     """
     chars = await require_possible_length(prompt, serving)
-    raw = tuple(prompt.token_ids.ids) if binding.enforced else ()
 
-    def work(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        ids = prompt_ids(prompt, tokenizer, serving.bounds, serving.config.prompt)
-        return ids, written_ids(raw, tokenizer) if raw else ()
+    def work(tokenizer: Any) -> tuple[ReadIds, tuple[int, ...]]:
+        read = read_ids(prompt, tokenizer, serving.bounds, serving.config.prompt)
+        unwritten = binding.enforced and (read.cut or prompt.WhichOneof("prompt") == "token_ids")
+        return read, written_ids(read.ids, tokenizer) if unwritten else read.ids
 
-    ids, written = await serving.in_tokenizer_thread(caller, chars, work)
-    binding.check_token_ids("prompt.token_ids", raw, written)
+    (ids, cut), written = await serving.in_tokenizer_thread(caller, chars, work)
+    binding.check_token_ids("prompt.truncate_prompt_tokens" if cut else "prompt.token_ids", ids, written)
     return ids
 
 
@@ -158,10 +160,12 @@ async def require_possible_length(prompt: inference_pb2.Prompt, serving: Serving
     texts = [message.content.strip() for message in prompt.chat.messages if message.role != "assistant"]
     chars = len(prompt.text) + sum(map(len, texts))
     tokens = serving.bounds.limits.max_prompt_tokens or 0
+    before = ""
+    if prompt.HasField("truncate_prompt_tokens"):
+        tokens, before = TRUNCATED * tokens, " before it is truncated"
     # One more token for a BOS that the text spells itself.
-    whole = not prompt.HasField("truncate_prompt_tokens")
-    if whole and chars > tokens and chars > await serving.tokenizers.max_chars(tokens + 1):
-        problem = f"has {chars} characters, which are more than the {tokens} tokens that a prompt may have"
+    if chars > tokens and chars > await serving.tokenizers.max_chars(tokens + 1):
+        problem = f"has {chars} characters, which are more than the {tokens} tokens that a prompt may have{before}"
         raise invalid(f"prompt.{prompt.WhichOneof('prompt')}", problem)
     return chars + sum(len(message.content) for message in prompt.chat.messages if message.role == "assistant")
 
