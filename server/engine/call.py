@@ -30,7 +30,8 @@ class Call:
     that are left out of the top k, for each of `top_k_sites`. `top_k_prompt`: report the top-k latents of prompt tokens
     too; with top_k 0 it only makes the prompt run whole, whatever the prefix cache holds, so that its edits are
     counted. `capture`: return the residuals of all tokens at all sites. `answer`: the last so many of `prompt_ids` are
-    no prompt but the answer so far: tokens of the phase of generated tokens.
+    no prompt but the answer so far: tokens of the phase of generated tokens. `enforced`: the first so many of
+    `policies` must edit what they are to edit, or the call ends.
     """
 
     prompt_ids: tuple[int, ...]
@@ -47,6 +48,7 @@ class Call:
     cache_salt: str = ""
     capture: bool = False
     answer: int = 0
+    enforced: int = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -66,6 +68,13 @@ class Call:
     def reads_prompt(self) -> bool:
         """Whether all prompt tokens must run, since activations or latents are reported there."""
         return self.top_k_prompt or any(watched.prompt for watched in (*self.watch, *self.guard))
+
+
+class PolicyNotApplied(Exception):
+    """An edit of an enforced policy was rejected: its token kept a residual that is not finite, or would have become so."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__(f"an edit of a policy could not be applied at token {position}")
 
 
 class FinishReason(StrEnum):

@@ -107,6 +107,11 @@ class Binding:
         return frozenset().union(*(policy.hidden for policy in self.enforced))
 
     @property
+    def stages_enforced(self) -> int:
+        """How many of the stages, the first ones, must apply: those of policies in shadow mode come last."""
+        return sum(bool(policy.programs) for policy in self.enforced)
+
+    @property
     def reads_by_probes(self) -> bool:
         """Whether probes of its own tell a caller nothing that it may not read.
 

@@ -70,6 +70,7 @@ async def prepare(serving: Serving, caller: Caller, request: Request, binding: B
         sampling=sampling_of(inference_pb2.Sampling(max_tokens=1), 0, 0),
         compiled=program,
         policies=stages_of(binding.policies),
+        enforced=binding.stages_enforced,
         watch=watched_rows(serving, report, reads_prompt),
         top_k=report.top_k,
         top_k_sites=sites,

@@ -43,6 +43,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_QUOTA_STREAMS: _ClassVar[Reason]
     REASON_TOPIC_UNKNOWN: _ClassVar[Reason]
     REASON_TOPIC_INERT: _ClassVar[Reason]
+    REASON_POLICY_NOT_APPLIED: _ClassVar[Reason]
 REASON_UNSPECIFIED: Reason
 REASON_FIELD_INVALID: Reason
 REASON_FEATURE_UNKNOWN: Reason
@@ -73,6 +74,7 @@ REASON_QUOTA_TOKENS: Reason
 REASON_QUOTA_STREAMS: Reason
 REASON_TOPIC_UNKNOWN: Reason
 REASON_TOPIC_INERT: Reason
+REASON_POLICY_NOT_APPLIED: Reason
 
 class ErrorStatus(_message.Message):
     __slots__ = ("code", "message", "details")

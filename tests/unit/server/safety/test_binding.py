@@ -141,6 +141,12 @@ def reading(index: int) -> dict[str, Any]:
     return {"site": DICTIONARY_SITE, "row": {"feature": {"index": index}}}
 
 
+def test_enforced_policies_with_a_program_must_apply() -> None:
+    shadow, low = bound("a", program=editing(5), mode="POLICY_MODE_SHADOW"), bound("b", program=editing(3))
+    assert Binding(binding_policies([shadow, low, bound("c")], ANONYMOUS)).stages_enforced == 1
+    assert UNBOUND.stages_enforced == 0
+
+
 def test_latents_that_gate_guards_and_operator_name_are_locked() -> None:
     gate = {
         "site": DICTIONARY_SITE,
