@@ -113,6 +113,13 @@ class Policies(Section, frozen=True):
         Annotated[int, Meta(ge=0, le=16)],
         Meta(description="policies with a program that can run in one call, at least; more, if those of the folder do"),
     ] = 0
+    rows: Annotated[
+        NonNegative,
+        Meta(
+            description="row places of each site that only policies use, so that no request stands in the way of one"
+            " that is put in force while the server runs; twice what they need lets each be replaced"
+        ),
+    ] = 0
     reload_s: Annotated[
         Seconds, Meta(description="seconds between two looks for changed files; 0: reload on SIGHUP alone")
     ] = 0.0

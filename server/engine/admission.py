@@ -6,9 +6,10 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from math import ceil, inf
 
-from rudder.server.engine.ledger import Key, Ledger, ordered_rows
+from rudder.server.engine.ledger import PINNED_HANDLE, Key, Ledger, ordered_rows
 from rudder.server.monitoring.metrics import BankUsage, SiteUsage
 from rudder.server.program import wire
 from rudder.server.program.layout import Layout
@@ -59,7 +60,8 @@ class Admission:
 
     `limit`: choices that may wait, for the bank or in vLLM's own queue. `running`: choices that vLLM runs at once.
     `caller_share`: of slots, capture tokens and a site's row places; a caller gets no more than this while another
-    waits. `max_wait_s`: seconds that a request may wait for the bank; None: no bound.
+    waits. `max_wait_s`: seconds that a request may wait for the bank; None: no bound. `policy_rows`: row places of each
+    site that only policies use.
     """
 
     def __init__(
@@ -70,9 +72,10 @@ class Admission:
         running: float = inf,
         caller_share: float = 1.0,
         max_wait_s: float | None = None,
+        policy_rows: int = 0,
     ) -> None:
         self.ledger, self.limit, self.running = Ledger(layout), limit, running
-        self.caller_share, self.max_wait_s = caller_share, max_wait_s
+        self.caller_share, self.max_wait_s, self.policy_rows = caller_share, max_wait_s, policy_rows
         # By handle; all of them together; and their rows by site number.
         self.reservations: dict[int, frozenset[Key]] = {}
         self.reserved: frozenset[Key] = frozenset()
@@ -83,6 +86,7 @@ class Admission:
         # Rows of each admitted request that count for its caller: those that were not reserved when it was admitted.
         self.counted: dict[int, tuple[Key, ...]] = {}
         self.holdings: dict[str, Holdings] = {}
+        self.set_reservations({})
 
     @property
     def queued(self) -> int:
@@ -112,6 +116,9 @@ class Admission:
         self.reserved = frozenset().union(*reservations.values())
         sites = {site for site, _ in self.reserved}
         self.reserved_rows = {at: frozenset(row for site, row in self.reserved if site == at) for at in sites}
+        of_policies = Counter(at for at, _ in {*chain(*(r for h, r in reservations.items() if h != PINNED_HANDLE))})
+        kept = range(len(self.ledger.layout.sites)) if self.policy_rows else ()
+        self.ledger.kept = {site: max(0, self.policy_rows - of_policies[site]) for site in kept}
 
     async def acquire(self, handle: int, request: wire.Request, caller: str = "") -> None:
         """Wait until the bank has room. Raises QueueFull if too many wait or this one has waited too long, and the
@@ -216,7 +223,8 @@ class Admission:
 
     def shared_places(self, site: int) -> int:
         """Return the row places at site number `site` that are not reserved."""
-        return self.ledger.layout.rows - sum(at == site for at, _ in self.reserved)
+        held = sum(at == site for at, _ in self.reserved)
+        return self.ledger.layout.rows - held - self.ledger.kept.get(site, 0)
 
     def lease(self, handle: int, waiter: Waiter) -> None:
         """Lease what a request needs, which is free, and note it for its caller."""

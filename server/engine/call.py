@@ -71,7 +71,7 @@ class Call:
 
 
 class PolicyNotApplied(Exception):
-    """An edit of an enforced policy was rejected: its token kept a residual that is not finite, or would have become so."""
+    """An edit of an enforced policy was rejected: the token's residual is not finite, or would not have stayed so."""
 
     def __init__(self, position: int) -> None:
         super().__init__(f"an edit of a policy could not be applied at token {position}")

@@ -187,8 +187,8 @@ class Engine:
             excluded=self.excluded(call),
         )
         field_at_fault = "report.features" if call.watch else "steering"
-        reserved = self.admission.reserved_rows
-        check_capacity(request.stages, self.registry, field_at_fault, reserved, self.registry.request_share)
+        reserved, kept = self.admission.reserved_rows, self.admission.ledger.kept
+        check_capacity(request.stages, self.registry, field_at_fault, reserved, self.registry.request_share, kept)
         check_capture(request, self.registry, "report.top_k")
         return request, columns
 

@@ -200,6 +200,7 @@ class Metrics:
     audit_webhook_entries: Counter
     audit_failing: Gauge
     verdicts: Counter
+    shadow_refusals: Counter
     hold_back_seconds: BulkHistogram
     bank: BankCollector
     guards: GuardCollector
@@ -273,6 +274,11 @@ class Metrics:
                 "rudder_guard_verdicts", "Choices in which a guard held; enforced, or in shadow mode.",
                 ["policy", "rule", "action", "mode"], registry=registry,
             ),
+            shadow_refusals=Counter(
+                "rudder_policy_shadow_refusals",
+                "Calls that a policy in shadow mode would have refused before they ran.",
+                ["policy", "reason"], registry=registry,
+            ),
             hold_back_seconds=BulkHistogram(
                 "rudder_hold_back_seconds", "Time that a token waited for its verdict.", INTER_TOKEN_SECONDS, registry
             ),
@@ -319,6 +325,10 @@ class Metrics:
     def policy_changed(self, outcome: str) -> None:
         """Count what became of a policy that was read or applied."""
         self.policy_changes.labels(outcome).inc()
+
+    def shadow_refused(self, policy: str, reason: str) -> None:
+        """Count a call that a policy in shadow mode would have refused before it ran."""
+        self.shadow_refusals.labels(policy, reason).inc()
 
     def guard_held(self, policy: str, rule: str, action: str, mode: str) -> None:
         """Count a choice in which a guard held."""

@@ -61,16 +61,23 @@ def stages_needed(messages: Collection[policy_pb2.Policy]) -> int:
 class Binding:
     """What binds a caller. `policies`: in the order in which they apply; those in shadow mode forbid nothing.
 
-    `named`: programs of the operator, as compiled within these limits.
+    `named`: programs of the operator, as compiled within these limits. `trial`: policies in shadow mode forbid, too: of
+    such a binding only what it would refuse is counted.
     """
 
     policies: tuple[Policy, ...] = ()
     named: dict[str, Compiled] = field(default_factory=dict)
+    trial: bool = False
 
     @cached_property
     def enforced(self) -> tuple[Policy, ...]:
         """The policies that are not in shadow mode."""
-        return tuple(policy for policy in self.policies if not policy.shadow)
+        return tuple(policy for policy in self.policies if self.trial or not policy.shadow)
+
+    @cached_property
+    def trials(self) -> "tuple[Binding, ...]":
+        """For each policy in shadow mode, what it would forbid if it were enforced."""
+        return tuple(Binding((policy,), trial=True) for policy in self.policies if policy.shadow)
 
     @cached_property
     def rights(self) -> frozenset[str]:

@@ -68,7 +68,7 @@ class Judge:
     def take(self, features: Features) -> None:
         """Take in features of the next positions.
 
-        Raises TelemetryLost if there are others between, or a guard's row could not be read: its residual is not finite.
+        Raises TelemetryLost if there are others between, or a guard's row could not be read: x is not finite there.
         """
         if not len(features.activations):
             return

@@ -10,6 +10,7 @@ from rudder.server.engine.adapter import check_bad_words
 from rudder.server.engine.call import Call
 from rudder.server.program.cache import rows_size
 from rudder.server.program.compile import Compiled
+from rudder.server.program.errors import ProgramError
 from rudder.server.program.watch import Watched, compile_watch
 from rudder.server.safety.binding import UNBOUND, Binding, stages_of
 from rudder.server.safety.holdback import tokens_beyond
@@ -61,6 +62,7 @@ async def prepare(serving: Serving, caller: Caller, request: Request, binding: B
     program = requested_program(serving, request.steering, topic, binding)
     binding.check_report(request.report.features, serving.engine.registry, "report.features")
     sites = top_k_sites(serving, request.report)
+    count_trials(serving, request, topic, binding)
     ids = await tokenised(serving, caller, request.prompt, binding)
     serving.quotas.charge(caller, "prompt_tokens", len(ids))
     report = request.report
@@ -93,6 +95,19 @@ async def prepare(serving: Serving, caller: Caller, request: Request, binding: B
     choices = range(sampling.n or 1)
     calls = tuple(replace(call, sampling=sampling_of(sampling, choice, interval)) for choice in choices)
     return Job(calls, report, table, topic=topic)
+
+
+def count_trials(
+    serving: Serving, request: Request, topic: inference_pb2.ResolvedTopic | None, binding: Binding
+) -> None:
+    """Count what policies in shadow mode would refuse of a request that is not refused."""
+    for trial in binding.trials:
+        try:
+            trial.check_fields(request)
+            requested_program(serving, request.steering, topic, trial)
+            trial.check_report(request.report.features, serving.engine.registry, "report.features")
+        except ProgramError as error:
+            serving.metrics.shadow_refused(trial.policies[0].name, error.reason)
 
 
 def requested_topic(serving: Serving, steering: inference_pb2.Steering) -> inference_pb2.ResolvedTopic | None:
@@ -137,11 +152,13 @@ async def tokenised(
 
     def work(tokenizer: Any) -> tuple[ReadIds, tuple[int, ...]]:
         read = read_ids(prompt, tokenizer, serving.bounds, serving.config.prompt)
-        unwritten = binding.enforced and (read.cut or prompt.WhichOneof("prompt") == "token_ids")
+        unwritten = binding.policies and (read.cut or prompt.WhichOneof("prompt") == "token_ids")
         return read, written_ids(read.ids, tokenizer) if unwritten else read.ids
 
     (ids, cut), written = await serving.in_tokenizer_thread(caller, chars, work)
     binding.check_token_ids("prompt.truncate_prompt_tokens" if cut else "prompt.token_ids", ids, written)
+    for trial in binding.trials if ids != written else ():
+        serving.metrics.shadow_refused(trial.policies[0].name, "POLICY_FORBIDS")
     return ids
 
 

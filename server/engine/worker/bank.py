@@ -158,9 +158,9 @@ class SiteBank(nn.Module):
 
     encoder, decoder [K, d], bias, threshold [K]: the rows. edits [S, E, len(EDIT), K] and entries [S, E, len(ENTRY)].
     token [len(TOKEN), max tokens]: shared by all sites. extent []: one more than the highest row place in use.
-    activations [max tokens, K] before any edit, NaN of a token that is not finite; edited, rejected [S, max tokens, K]: rows that edited a token, and
-    rows whose edit was rejected with all others of the token; before, after [capture tokens, d]: residuals around the
-    edits. limit: on the values that leave the site.
+    activations [max tokens, K] before any edit, NaN of a token that is not finite; edited, rejected [S, max tokens, K]:
+    rows that edited a token, and rows whose edit was rejected with all others of the token; before, after
+    [capture tokens, d]: residuals around the edits. limit: on the values that leave the site.
     """
 
     encoder: Tensor

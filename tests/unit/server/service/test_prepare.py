@@ -338,3 +338,26 @@ async def test_guarded_answer_leaves_room_for_the_token_that_judges_its_last_one
     assert await refused(serving, longer, GUARDED) == ("FIELD_INVALID", "prompt")
     inspected = await prepare(serving, ANONYMOUS, request_of(inference_pb2.InspectRequest, "a " * 99), GUARDED)
     assert inspected.inspects
+
+
+TRIED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "field": ({"forbiddenFields": ["sampling.n"]}, {"sampling": {"n": 2}}, "POLICY_FORBIDS"),
+    "program": ({}, {"steering": {"program": {"sites": [{"site": SITE, "edits": [UP]}]}}}, "POLICY_FORBIDS"),
+    "named": ({"locked": [{"site": SITE, "row": latent(5)}]}, {"steering": {"name": "locked"}}, "ROW_LOCKED"),
+    "report": ({}, {"report": {"features": [{"site": SITE, "row": PROBE}]}}, "POLICY_FORBIDS"),
+    "ids": ({}, {"prompt": {"tokenIds": {"ids": [1, 2]}}}, "POLICY_FORBIDS"),
+    "nothing": ({}, {}, ""),
+}
+
+
+@pytest.mark.parametrize("case", TRIED)
+async def test_policy_in_shadow_mode_counts_what_it_would_refuse_and_refuses_nothing(case: str) -> None:
+    fields, asked, reason = TRIED[case]
+    serving, request = serving_of(), request_of(**asked)
+    shadow = Binding((policy("shadow", mode="POLICY_MODE_SHADOW", **fields),))
+    assert (await prepare(serving, ANONYMOUS, request, shadow)).calls
+    (family,) = serving.metrics.shadow_refusals.collect()
+    counted = [(s.labels, s.value) for s in family.samples if s.name.endswith("_total")]
+    assert counted == ([({"policy": "shadow", "reason": reason}, 1)] if reason else [])
+    if reason:
+        assert (await refused(serving, request, Binding((policy(**fields),))))[0] == reason
