@@ -141,12 +141,33 @@ class Policies(Section, frozen=True):
         Annotated[int, Meta(ge=0, le=16)],
         Meta(description="policies with a program that can run in one call, at least; more, if those of the folder do"),
     ] = 0
+    rows: Annotated[
+        NonNegative,
+        Meta(
+            description="row places of each site that only policies use, so that no request stands in the way of one"
+            " that is put in force while the server runs; twice what they need lets each be replaced"
+        ),
+    ] = 0
     reload_s: Annotated[
         Seconds, Meta(description="seconds between two looks for changed files; 0: reload on SIGHUP alone")
     ] = 0.0
+    state: Annotated[
+        str | None,
+        Meta(
+            description="file that remembers the versions of policies over restarts: none may be missing or older at"
+            " the next start; null: policies.json beside the audit log, and without one none"
+        ),
+    ] = None
     allow_apply: Annotated[
         bool, Meta(description="PolicyService.Apply may change policies over a door that authenticates nobody")
     ] = False
+    certificate_key: Annotated[
+        str | None,
+        Meta(
+            description="file with the key that seals certificates, as `rudder audit key FILE` writes; none without its"
+            " seal counts. null: they have none"
+        ),
+    ] = None
     allow_uncertified: Annotated[
         bool,
         Meta(description="serve policies that `rudder policy certify` has not passed with this configuration"),

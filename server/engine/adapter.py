@@ -371,8 +371,8 @@ async def call_workers(llm: AsyncLLM, method: str, *args: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The served model. `sha256`: of its files, empty for a hub name or random weights. `vocab_size`: width of the
-    logits.
+    """The served model. `sha256`: of its weights, empty for a hub name or random weights. `vocab_size`: width of the
+    logits. `settings`: digest of its other files: configuration, tokenizer, chat template.
     """
 
     name: str
@@ -382,6 +382,7 @@ class ModelFacts:
     max_model_len: int
     vocab_size: int
     bos_token_id: int | None
+    settings: str = ""
 
 
 def model_facts(llm: AsyncLLM, load_format: str) -> ModelFacts:
@@ -396,6 +397,7 @@ def model_facts(llm: AsyncLLM, load_format: str) -> ModelFacts:
         max_model_len=model.max_model_len,
         vocab_size=model.get_vocab_size(),
         bos_token_id=llm.get_tokenizer().bos_token_id,
+        settings=bundles.settings_sha256(folder),
     )
 
 

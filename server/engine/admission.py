@@ -6,10 +6,10 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from math import ceil, inf
 
-from rudder.server.engine.ledger import Key, Ledger, ordered_rows
+from rudder.server.engine.ledger import PINNED_HANDLE, Key, Ledger, ordered_rows
 from rudder.server.engine.turns import Turns
 from rudder.server.monitoring.collectors import BankUsage, SiteUsage
 from rudder.server.program import wire
@@ -78,7 +78,7 @@ class Admission:
     `limit`: choices that may wait, here or in vLLM's own queue; where they are more, the last one of the longest queue
     is refused. `running`: choices that vLLM runs at once. `caller_share`: of slots, capture tokens and a site's row
     places; a caller gets no more than this while another waits. `max_wait_s`: seconds that a request may wait; None:
-    no bound.
+    no bound. `policy_rows`: row places of each site that only policies use.
     """
 
     def __init__(
@@ -89,9 +89,10 @@ class Admission:
         running: float = inf,
         caller_share: float = 1.0,
         max_wait_s: float | None = None,
+        policy_rows: int = 0,
     ) -> None:
         self.ledger, self.limit, self.running = Ledger(layout), limit, running
-        self.caller_share, self.max_wait_s = caller_share, max_wait_s
+        self.caller_share, self.max_wait_s, self.policy_rows = caller_share, max_wait_s, policy_rows
         # By handle; all of them together; and their rows by site number.
         self.reservations: dict[int, frozenset[Key]] = {}
         self.reserved: frozenset[Key] = frozenset()
@@ -105,6 +106,7 @@ class Admission:
         # Rows of each admitted request that count for its caller: those that were not reserved when it was admitted.
         self.counted: dict[int, tuple[Key, ...]] = {}
         self.holdings: dict[str, Holdings] = {}
+        self.set_reservations({})
 
     @property
     def waiting(self) -> int:
@@ -145,6 +147,9 @@ class Admission:
         self.reserved = frozenset().union(*reservations.values())
         sites = {site for site, _ in self.reserved}
         self.reserved_rows = {at: frozenset(row for site, row in self.reserved if site == at) for at in sites}
+        of_policies = Counter(at for at, _ in {*chain(*(r for h, r in reservations.items() if h != PINNED_HANDLE))})
+        kept = range(len(self.ledger.layout.sites)) if self.policy_rows else ()
+        self.ledger.kept = {site: max(0, self.policy_rows - of_policies[site]) for site in kept}
 
     async def acquire(self, handle: int, request: wire.Request, caller: str = "") -> None:
         """Wait until bank and engine have room. Raises QueueFull if too many wait or this one has waited too long, and
@@ -289,7 +294,8 @@ class Admission:
 
     def shared_places(self, site: int) -> int:
         """Return the row places at site number `site` that are not reserved."""
-        return self.ledger.layout.rows - sum(at == site for at, _ in self.reserved)
+        held = sum(at == site for at, _ in self.reserved)
+        return self.ledger.layout.rows - held - self.ledger.kept.get(site, 0)
 
     def lease(self, waiter: Waiter) -> None:
         """Lease what a request needs, which is free, and note it for its caller."""

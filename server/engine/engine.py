@@ -30,7 +30,16 @@ from rudder.server.engine.adapter import (
     scheduler_gauges,
 )
 from rudder.server.engine.admission import Admission
-from rudder.server.engine.call import Call, FinishReason, GateOutcome, Outcome, Output, engine_sampling, salt
+from rudder.server.engine.call import (
+    Call,
+    FinishReason,
+    GateOutcome,
+    Outcome,
+    Output,
+    PolicyNotApplied,
+    engine_sampling,
+    salt,
+)
 from rudder.server.engine.ledger import PINNED_HANDLE
 from rudder.server.engine.report import views_of
 from rudder.server.engine.sockets import socket_folder
@@ -228,8 +237,8 @@ class Engine:
             excluded=self.excluded(call),
         )
         field_at_fault = "report.features" if call.watch else "steering"
-        reserved = self.admission.reserved_rows
-        check_capacity(request.stages, self.registry, field_at_fault, reserved, self.registry.request_share)
+        reserved, kept = self.admission.reserved_rows, self.admission.ledger.kept
+        check_capacity(request.stages, self.registry, field_at_fault, reserved, self.registry.request_share, kept)
         check_capture(request, self.registry, "report.top_k")
         return request, columns
 
@@ -267,7 +276,7 @@ class Engine:
         """Run a call. Closing or cancelling the iterator aborts it in the engine at once.
 
         `on_abandoned` receives the outcome so far of a call that was closed or failed before its last output. Raises
-        QueueFull, TelemetryLost, EngineDeadError, ProgramError (more rows than a bank has places).
+        QueueFull, TelemetryLost, EngineDeadError, PolicyNotApplied, ProgramError (more rows than a bank has places).
         """
         self.require_alive()
         handle = next(self.handles)
@@ -298,7 +307,8 @@ class Engine:
                 end = end_of_run(call, generated)
                 ended = bool(choice.finish_reason)
                 # What guards read decides whether these tokens leave.
-                features = await self.features_before(end, inbox, wait=ended or bool(call.guard))
+                features = await self.features_before(end, inbox, wait=ended or bool(call.guard or call.enforced))
+                require_applied(call, inbox, end)
                 if ended:
                     outcome = replace(
                         outcome_before(end, call, inbox, generated, cached, queued_s),
@@ -387,6 +397,15 @@ class Engine:
                 return
         if self.dead:
             self.admission.fail(EngineDeadError())
+
+
+def require_applied(call: Call, inbox: Inbox, end: int) -> None:
+    """Raise PolicyNotApplied if an edit of an enforced policy was rejected at a position before `end`."""
+    own = len(call.compiled.edits) if call.compiled else 0
+    edits = sum(len(policy.edits) for policy in call.policies[: call.enforced])
+    position = inbox.first_rejected(range(own, own + edits), end)
+    if position is not None:
+        raise PolicyNotApplied(position)
 
 
 def exclusion_of(contexts: Iterable[Context]) -> Exclusion:

@@ -177,6 +177,7 @@ def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], confi
         running=config.engine.max_num_seqs,
         caller_share=limits.caller_share,
         max_wait_s=limits.max_wait_s,
+        policy_rows=min(config.policies.rows, config.engine.rows - 1),
     )
     metrics.watch_admission(admission.usage)
     hub = Hub(metrics.feature_totals, admission.release)

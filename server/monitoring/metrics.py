@@ -121,6 +121,10 @@ class Metrics:
         """Count what became of a policy that was read or applied."""
         self.add(series.POLICY_CHANGES, 1, outcome)
 
+    def shadow_refused(self, policy: str, reason: str) -> None:
+        """Count a call that a policy in shadow mode would have refused before it ran."""
+        self.add(series.SHADOW_REFUSALS, 1, policy, reason)
+
     def guard_held(self, policy: str, rule: str, action: str, mode: str) -> None:
         """Count a choice in which a guard held."""
         self.add(series.VERDICTS, 1, policy, rule, action, mode)

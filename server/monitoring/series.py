@@ -144,6 +144,13 @@ SAFETY = (
         "Choices in which a guard held; enforced, or in shadow mode.",
         (POLICY, RULE, Label("action", "actions of guards"), Label("mode", "`enforce`, `shadow`")),
     ),
+    SHADOW_REFUSALS := Series(
+        "Policies and guards",
+        "rudder_policy_shadow_refusals",
+        "counter",
+        "Calls that a policy in shadow mode would have refused before they ran.",
+        (POLICY, Label("reason", "reasons of errors")),
+    ),
     VERDICTS_LOST := Series(
         "Policies and guards", "rudder_verdicts_lost", "counter", "Calls that ended since a verdict was lost."
     ),

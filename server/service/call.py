@@ -11,7 +11,7 @@ from rudder.server.identity.authenticator import Credentials
 from rudder.server.identity.roles import require_method
 from rudder.server.monitoring.traces import Correlation
 from rudder.server.service import record as records
-from rudder.server.service.auditing import audit, audit_abandoned, audit_refused, require_auditable
+from rudder.server.service.auditing import audit, audit_abandoned, audit_opening, audit_refused
 from rudder.server.service.errors import Refusal, refusal_of
 from rudder.server.service.record import CallRecord
 from rudder.server.service.serving import Serving
@@ -36,8 +36,8 @@ async def begin_call(
 
     Raises Refusal, with the request id in it, for every exception of the call, if the server takes no calls, and if it
     ends before the call. A call that its client cancelled stays cancelled. In each case it is counted and logged once,
-    and if a policy binds it, it has an entry in the audit log: for that the end of the call waits where the
-    configuration says so.
+    and if a policy binds it, it has two entries in the audit log, of its beginning and of its end: these wait for them
+    where the configuration says so.
     """
     span = serving.spans.begin(correlation.traceparent) if serving.spans else None
     record = CallRecord(method, ANONYMOUS, correlation, span=span, request_bytes=request_bytes)
@@ -48,7 +48,7 @@ async def begin_call(
         failpoints.hit("call")
         require_open(serving)
         admit(serving, record, credentials, request_bytes)
-        require_auditable(serving, record)
+        await audit_opening(serving, record)
         yield record
         record.end("OK")
         await audit(serving, record)

@@ -172,9 +172,9 @@ class SiteBank(nn.Module):
 
     encoder, decoder [K, d], bias, threshold [K]: the rows. edits [S, E, len(EDIT), K] and entries [S, E, len(ENTRY)].
     token [len(TOKEN), max tokens]: shared by all sites. extent []: one more than the highest row place in use.
-    activations [max tokens, K] before any edit; edited, rejected [S, max tokens, K]: rows that edited a token, and
-    rows whose edit was rejected with all others of the token; before, after [capture tokens, d]: residuals around the
-    edits. limit: on the values that leave the site.
+    activations [max tokens, K] before any edit, NaN of a token that is not finite; edited, rejected [S, max tokens, K]:
+    rows that edited a token, and rows whose edit was rejected with all others of the token; before, after
+    [capture tokens, d]: residuals around the edits. limit: on the values that leave the site.
     """
 
     encoder: Tensor
@@ -324,17 +324,19 @@ class SiteBank(nn.Module):
         columns = by_name(token, TOKEN, 0)
         gains = self.gains(x)
         gain = None if gains is None else gains[:, self.normalisation]
-        f = self.encode(x, gain)
+        read = self.encode(x, gain)
+        # What cannot be read is reported as such.
+        f = torch.where(read.isnan(), 0.0, read)
         entry = self.entries[stage, columns["entry"]]
         edits = self.edits[stage, columns["entry"]]
         is_open = self.gate(stage, f, edits, entry, token)
         move, edited, rejected = bounded_edit(
-            x, f, self.decoder, edits, entry, is_open, gain, self.product(inner=True), self.limit
+            x, read, self.decoder, edits, entry, is_open, gain, self.product(inner=True), self.limit
         )
         write_stage(self.edited, stage, edited)
         write_stage(self.rejected, stage, rejected)
         if stage == 0:
-            self.activations[:tokens].copy_(f)
+            self.activations[:tokens].copy_(read)
             self.before.index_copy_(0, columns["capture"], x)
         if stage == self.stages - 1:
             self.after.index_copy_(0, columns["capture"], x + move)

@@ -45,6 +45,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_TOPIC_INERT: _ClassVar[Reason]
     REASON_QUOTA_ROWS: _ClassVar[Reason]
     REASON_ENGINE_STALLED: _ClassVar[Reason]
+    REASON_POLICY_NOT_APPLIED: _ClassVar[Reason]
 REASON_UNSPECIFIED: Reason
 REASON_FIELD_INVALID: Reason
 REASON_FEATURE_UNKNOWN: Reason
@@ -77,6 +78,7 @@ REASON_TOPIC_UNKNOWN: Reason
 REASON_TOPIC_INERT: Reason
 REASON_QUOTA_ROWS: Reason
 REASON_ENGINE_STALLED: Reason
+REASON_POLICY_NOT_APPLIED: Reason
 
 class ErrorStatus(_message.Message):
     __slots__ = ("code", "message", "details")

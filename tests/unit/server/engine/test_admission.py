@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rudder.server.engine.admission import MAX_BYPASSES, Admission, QueueFull
-from rudder.server.engine.ledger import Ledger
+from rudder.server.engine.ledger import PINNED_HANDLE, BankFull, Ledger
 from rudder.server.engine.turns import QUANTUM
 from rudder.server.program import wire
+from rudder.server.program.errors import ProgramError
 from rudder.server.program.layout import Layout
+from rudder.server.program.rows import Registry, check_capacity
 
 SITE = "layers.0.resid_post"
 
@@ -431,3 +433,34 @@ async def test_what_needs_no_bank_passes_those_that_wait_for_it() -> None:
     assert not any(task.done() for task in blocked)
     admission.fail(RuntimeError("end"))
     await asyncio.gather(*blocked, return_exceptions=True)
+
+
+async def test_places_that_policies_keep_are_theirs_however_full_the_bank_is() -> None:
+    layout = Layout((SITE,), rows=10, slots=8)
+    admission = Admission(layout, limit=8, max_wait_s=0.01, policy_rows=4)
+    await admission.acquire(1, needing(6, 0))
+    with pytest.raises(QueueFull, match="rows"):
+        await admission.acquire(2, needing(1, 50))
+    # One policy, and then its next version beside it.
+    admission.reserve(-1, needing(2, 100, edits=False))
+    admission.reserve(-2, needing(2, 200, edits=False))
+    with pytest.raises(BankFull):
+        admission.reserve(-3, needing(1, 300, edits=False))
+    admission.unreserve(-1)
+    with pytest.raises(QueueFull, match="rows"):
+        await admission.acquire(3, needing(1, 50))
+    admission.release(1)
+    await admission.acquire(4, needing(6, 60))
+    # Rows of pinned features are none of a policy's.
+    admission.release(4)
+    admission.reserve(PINNED_HANDLE, needing(3, 400, edits=False))
+    assert admission.ledger.kept == {0: 2}
+    assert admission.shared_places(0) == 10 - 5 - 2
+
+
+def test_request_that_needs_what_policies_keep_is_refused_at_once() -> None:
+    registry = Registry(Layout((SITE,), rows=10, slots=8), 8, {})
+    sites = needing(7, 0).stages
+    check_capacity(sites, registry, "steering")
+    with pytest.raises(ProgramError, match=r"7 distinct rows at .*, which has 6 places"):
+        check_capacity(sites, registry, "steering", kept={0: 4})
