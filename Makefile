@@ -33,7 +33,7 @@ MODEL ?= auto
 COVERAGE := $(if $(CI),--cov --cov-report=)
 
 .PHONY: help venv demo serve test test-long lint types proto proto-check proto-image unit manifests coverage engine-test redteam e2e conformance gpu gpu-rehearsal architectures \
-	long fuzz soak sbom wheels install-check lock clean prometheus monitoring metrics-table monitoring-pictures
+	long typescript fuzz soak sbom wheels install-check lock clean prometheus monitoring metrics-table monitoring-pictures
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' Makefile | expand -t 16
@@ -124,6 +124,9 @@ proto-check: $(TEST) ## the contract: naming, no breaking change since the last 
 
 proto-image: $(TEST) ## at a release: record the contract that proto-check compares with
 	$(PROTOC) --include_imports --descriptor_set_out=proto/rudder.binpb $(PROTOS)
+
+typescript: $(TEST) ## build the TypeScript client into clients/typescript/dist
+	cd clients/typescript && npm ci --silent --no-audit --no-fund && PYTHON=$(abspath $(PY)) npm run --silent build
 
 wheels: $(CPU) ## build rudder-server, rudder-client and rudder-pretrained into build/wheels
 	@rm -rf $(BUILT)

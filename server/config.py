@@ -222,6 +222,10 @@ class Listen(Section, frozen=True):
 
     host: Annotated[str, Meta(min_length=1, description="address to listen on")] = "127.0.0.1"
     port: Annotated[Port, Meta(description="port of the gRPC services; 0: any free port")] = 50051
+    http_port: Annotated[
+        Port | None,
+        Meta(description="port of the OpenAI-compatible HTTP endpoint, at host; null: none; 0: any free port"),
+    ] = None
     metrics_host: Annotated[
         Annotated[str, Meta(min_length=1)] | None,
         Meta(description="address of the Prometheus endpoint, which has neither TLS nor credentials; null: host"),

@@ -88,22 +88,16 @@ def free_port() -> int:
 
 def require_free(listen: Listen) -> None:
     """Raise ConfigError if the server cannot listen on its ports: better now than after the engine's start."""
-    metrics_host = listen.metrics_host or listen.host
-    if listen.port == listen.metrics_port != 0 and metrics_host == listen.host:
-        raise ConfigError("listen.metrics_port", f"{listen.port} is listen.port too")
-    require_bindable("listen.host", listen.host, "listen.port", listen.port)
-    if listen.health_port is not None:
-        require_other(listen, listen.health_port)
-        require_bindable("listen.host", listen.host, "listen.health_port", listen.health_port)
-    metrics_name = "metrics_host" if listen.metrics_host else "host"
-    require_bindable(f"listen.{metrics_name}", metrics_host, "listen.metrics_port", listen.metrics_port)
-
-
-def require_other(listen: Listen, health_port: int) -> None:
-    """Raise ConfigError if another listener of this server has the port of health checks."""
-    for name in ("port", "metrics_port"):
-        if health_port == getattr(listen, name) != 0:
-            raise ConfigError("listen.health_port", f"{health_port} is listen.{name} too")
+    hosts = {"port": "host", "metrics_port": "metrics_host" if listen.metrics_host else "host"}
+    hosts |= {field: "host" for field in ("health_port", "http_port") if getattr(listen, field) is not None}
+    taken = dict[tuple[str, int], str]()
+    for field, host_field in hosts.items():
+        host, port = getattr(listen, host_field), getattr(listen, field)
+        if port and (host, port) in taken:
+            raise ConfigError(f"listen.{field}", f"{port} is {taken[host, port]} too")
+        taken[host, port] = f"listen.{field}"
+    for field, host_field in hosts.items():
+        require_bindable(f"listen.{host_field}", getattr(listen, host_field), f"listen.{field}", getattr(listen, field))
 
 
 def require_bindable(host_field: str, host: str, port_field: str, port: int) -> None:

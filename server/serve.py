@@ -18,6 +18,7 @@ from rudder.server.engine import adapter, selftest
 from rudder.server.engine.engine import Engine
 from rudder.server.grpc.health import HealthListener
 from rudder.server.grpc.server import GrpcDoor
+from rudder.server.http.server import HttpDoor
 from rudder.server.monitoring import logs
 from rudder.server.monitoring.exposition import serve_metrics
 from rudder.server.monitoring.logs import fields
@@ -96,6 +97,8 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     stack.callback(metrics_server.shutdown)
     grpc_door = GrpcDoor(serving)
     doors: list[Door] = [grpc_door]
+    if config.listen.http_port is not None:
+        doors.append(HttpDoor(serving))
     addresses = {}
     for door in doors:
         stack.push_async_callback(door.stop, 0)

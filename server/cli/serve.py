@@ -23,17 +23,20 @@ Fields have the names and the YAML syntax of the configuration file (`rudder con
 text may also be separated by commas.
 """
 
+# With `--model`, which is for a first look, the OpenAI-compatible endpoint is there too.
+HTTP = {"listen.http_port": "8000"}
+
 
 def main(argv: Sequence[str]) -> int:
     """Start a server and run it until SIGTERM or SIGINT."""
     parser = command("serve", "Start a server.", EXAMPLES, "rudder serve [--config FILE] [--section.field VALUE ...]")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the configuration")
-    model_help = "sets engine.model, engine.bundles, engine.enforce_eager and programs.folder"
+    model_help = "sets engine.model, engine.bundles, engine.enforce_eager, programs.folder and listen.http_port"
     parser.add_argument("--model", choices=served.NAMES, help=f"{model_help}; {served.HELP}")
     add_fields(parser, configuration.Config)
     args, fields = parse_fields(parser, argv)
     if args.model:
-        fields = served.fields_of(args.model, lambda line: err.print(escape(line))) | fields
+        fields = served.fields_of(args.model, lambda line: err.print(escape(line))) | HTTP | fields
     config = configuration.load(args.config, fields)
     try:
         return run(config)

@@ -9,13 +9,13 @@ import grpc
 from rudder.server.config import ConfigError, Tls
 from rudder.server.grpc.status import Context
 from rudder.server.identity.authenticator import Credentials
+from rudder.server.identity.certificates import ranked_names
 from rudder.server.identity.watched_file import WatchedFile
 from rudder.server.monitoring.metrics import Metrics
 
 AUTHORIZATION = "authorization"
-# Names of a peer in `auth_context`, by their kind: each kind is vouched for by rules of its own.
+# Names of a peer in `auth_context`, by their kind.
 URIS, DNS_NAMES, COMMON_NAME = "peer_uri", "peer_dns", "x509_common_name"
-SPIFFE = "spiffe://"
 
 
 def credentials_of(context: Context) -> Credentials:
@@ -26,20 +26,12 @@ def credentials_of(context: Context) -> Credentials:
 
 
 def certificate_names(context: Context) -> tuple[str, ...]:
-    """Return the names in the client's certificate, which TLS has verified: SPIFFE URIs, then DNS names.
-
-    The common name, which is free text, counts only where there is neither (RFC 9525), and no other kind of name passes
-    for a SPIFFE URI.
-    """
+    """Return the names in the client's certificate, which TLS has verified, best first."""
     peer: Mapping[str, Iterable[bytes]] = context.auth_context()
     uris, dns, common = (
         [name.decode(errors="replace") for name in peer.get(kind, ())] for kind in (URIS, DNS_NAMES, COMMON_NAME)
     )
-    others = dns or ([] if uris else common)
-    return (
-        *(name for name in uris if name.startswith(SPIFFE)),
-        *(name for name in others if not name.startswith(SPIFFE)),
-    )
+    return ranked_names(uris, dns, common)
 
 
 def server_credentials(tls: Tls, metrics: Metrics) -> grpc.ServerCredentials | None:

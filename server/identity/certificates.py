@@ -10,6 +10,8 @@ from rudder.server.caller import NO_QUOTAS, Caller, Quotas, alone
 from rudder.server.identity.errors import CredentialError
 from rudder.server.identity.tokens import Name, check_names, check_roles, converted
 
+SPIFFE = "spiffe://"
+
 
 class CertificateEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a certificate stands for. `name`: its SPIFFE URI, else a DNS name, else the common name."""
@@ -41,6 +43,19 @@ def parse(content: bytes) -> Certificates:
         check_roles(entry.roles, f"{field}.roles")
         check_names(entry.caller, entry.tenant, field)
     return {entry.name: entry for entry in file.certificates}
+
+
+def ranked_names(uris: Sequence[str], dns: Sequence[str], common: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of a certificate, best first: SPIFFE URIs, then DNS names.
+
+    The common name, which is free text, counts only where there is neither (RFC 9525), and no other kind of name passes
+    for a SPIFFE URI: each kind is vouched for by rules of its own.
+    """
+    others = dns or ([] if uris else common)
+    return (
+        *(name for name in uris if name.startswith(SPIFFE)),
+        *(name for name in others if not name.startswith(SPIFFE)),
+    )
 
 
 def caller(names: Sequence[str], certificates: Certificates) -> Caller:

@@ -15,9 +15,18 @@ from rudder.v1 import inference_pb2
 Send = Callable[[inference_pb2.GenerateResponse], Awaitable[None]]
 
 
-async def generate(serving: Serving, record: CallRecord, request: inference_pb2.GenerateRequest, send: Send) -> None:
-    """Send deltas as they come; nothing before the first token, so that a client can retry elsewhere until then."""
-    job = await prepare(serving, record.caller, request, record.binding)
+async def generate(
+    serving: Serving,
+    record: CallRecord,
+    request: inference_pb2.GenerateRequest,
+    send: Send,
+    default_max_tokens: int | None = limits.DEFAULT_MAX_TOKENS,
+) -> None:
+    """Send deltas as they come; nothing before the first token, so that a client can retry elsewhere until then.
+
+    `default_max_tokens`: see `prepare`.
+    """
+    job = await prepare(serving, record.caller, request, record.binding, default_max_tokens)
     request_id = record.request_id
 
     async def emit(delta: inference_pb2.ChoiceDelta) -> None:
@@ -30,10 +39,13 @@ async def generate(serving: Serving, record: CallRecord, request: inference_pb2.
 
 
 async def complete(
-    serving: Serving, record: CallRecord, request: inference_pb2.CompleteRequest
+    serving: Serving,
+    record: CallRecord,
+    request: inference_pb2.CompleteRequest,
+    default_max_tokens: int | None = limits.DEFAULT_MAX_TOKENS,
 ) -> inference_pb2.CompleteResponse:
     """Return the same choices in one message."""
-    job = await prepare(serving, record.caller, request, record.binding)
+    job = await prepare(serving, record.caller, request, record.binding, default_max_tokens)
     choices = await run_whole(serving, job, record)
     response = inference_pb2.CompleteResponse(
         request_id=record.request_id, features=job.features.take(), choices=map(choice_of, choices)

@@ -51,8 +51,17 @@ class Job:
         return program.digest if program else ""
 
 
-async def prepare(serving: Serving, caller: Caller, request: Request, binding: Binding = UNBOUND) -> Job:
-    """Check a request of `caller`, whom `binding` binds, and compile it. Raises Refusal or ProgramError."""
+async def prepare(
+    serving: Serving,
+    caller: Caller,
+    request: Request,
+    binding: Binding = UNBOUND,
+    default_max_tokens: int | None = limits.DEFAULT_MAX_TOKENS,
+) -> Job:
+    """Check a request of `caller`, whom `binding` binds, and compile it. Raises Refusal or ProgramError.
+
+    `default_max_tokens`: for a request that sets none; None: as many as are allowed and fit beside the prompt.
+    """
     limits.check(request, serving.bounds)
     authorise_fields(caller, request)
     serving.quotas.require(caller, "prompt_tokens", "QUOTA_TOKENS")
@@ -85,7 +94,8 @@ async def prepare(serving: Serving, caller: Caller, request: Request, binding: B
         return Job((call,), report, table, inspects=True, topic=topic)
     interval = request.stream_interval if isinstance(request, inference_pb2.GenerateRequest) else 0
     beyond = tokens_beyond(binding.policies)
-    sampling = with_max_tokens(request.sampling, len(ids), serving.engine.model.max_model_len - beyond)
+    default = default_max_tokens or serving.bounds.limits.max_tokens or limits.DEFAULT_MAX_TOKENS
+    sampling = with_max_tokens(request.sampling, len(ids), serving.engine.model.max_model_len - beyond, default)
     require_room_for_logprobs(sampling, len(ids), serving.bounds.limits.max_reply_bytes)
     first = sampling_of(sampling, 0, interval)
     if sampling.bad_words:
@@ -224,7 +234,9 @@ def top_k_sites(serving: Serving, report: inference_pb2.Report) -> tuple[str, ..
     return sites
 
 
-def with_max_tokens(sampling: inference_pb2.Sampling, prompt: int, max_model_len: int) -> inference_pb2.Sampling:
+def with_max_tokens(
+    sampling: inference_pb2.Sampling, prompt: int, max_model_len: int, default: int = limits.DEFAULT_MAX_TOKENS
+) -> inference_pb2.Sampling:
     """Return the sampling with max_tokens set. A requested value must fit beside the prompt; the default shrinks."""
     room = max_model_len - prompt
     if room < 1:
@@ -232,7 +244,7 @@ def with_max_tokens(sampling: inference_pb2.Sampling, prompt: int, max_model_len
     result = inference_pb2.Sampling()
     result.CopyFrom(sampling)
     if not sampling.HasField("max_tokens"):
-        result.max_tokens = min(limits.DEFAULT_MAX_TOKENS, room)
+        result.max_tokens = min(default, room)
     if result.max_tokens > room:
         problem = (
             f"{sampling.max_tokens} with a prompt of {prompt} tokens is more than the {max_model_len} that the model"

@@ -40,10 +40,15 @@ class Running:
     port: int
     metrics_port: int
     log: Path
+    http_port: int
 
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
+
+    @property
+    def http(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}/v1"
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of the samples with these labels."""
@@ -86,13 +91,15 @@ def running(folder: Path, module: str = "rudder.server", **flags: str) -> Iterat
 
     It has a process group of its own, to which a test can send signals.
     """
-    ports = {"listen.port": str(free_port()), "listen.metrics_port": str(free_port())}
+    names = ("listen.port", "listen.metrics_port", "listen.http_port")
+    ports = {name: str(free_port()) for name in names}
     arguments = [f"--{name}={value}" for name, value in {**FLAGS, **ports, **flags}.items()]
     log = folder / "server.log"
     with log.open("wb") as out:
         command = [sys.executable, "-m", module, "serve", *arguments]
         process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
-    server = Running(process, int(ports["listen.port"]), int(ports["listen.metrics_port"]), log)
+    port, metrics_port, http_port = (int(ports[name]) for name in names)
+    server = Running(process, port, metrics_port, log, http_port)
     try:
         wait_serving(server)
         yield server

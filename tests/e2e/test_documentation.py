@@ -24,6 +24,8 @@ COMMANDS = "generate|inspect|features|policy list|policy explain|model(?! get| c
 INLINE = re.compile(rf"`(?:\.venv/bin/)?rudder ((?:{COMMANDS})\b[^`]*)`")
 # Names in commands of what is the reader's.
 PLACEHOLDERS = re.compile(r"\b(FOLDER_OR_REPO|MODEL|TEXT|BUNDLE|POLICY\.yaml|LOG|KEY|CORPUS|TEXTS|PRETRAINED)\b")
+# Where the documents' programs find the OpenAI-compatible endpoint.
+HTTP = "http://localhost:8000/v1"
 # Commands that ask the server of the tests.
 ASKING = (
     "generate",
@@ -72,7 +74,7 @@ def rudder(command: str, server: Running) -> list[str]:
 
 @pytest.mark.parametrize("block", runnable("python"), ids=named)
 def test_program_runs(block: Block, server: Running, tmp_path: Path) -> None:
-    text = block.text.replace("localhost:50051", server.address)
+    text = block.text.replace("localhost:50051", server.address).replace(HTTP, server.http)
     assert run([sys.executable, "-c", text], tmp_path)
 
 
@@ -118,6 +120,8 @@ def test_commands_run(block: Block, names: dict[str, Path], server: Running, tmp
             flags = dict(zip([word.removeprefix("--") for word in words[1::2]], words[2::2], strict=True))
             with running(tmp_path, **flags | {"watch": "[]"}) as started:
                 assert started.process.poll() is None
+        elif program == "curl":
+            run(["curl", "-sSf", *(word.replace(HTTP, server.http) for word in words)], tmp_path)
         else:
             assert program == "rudder", f"{named(block)}: no test runs {program}"
             asks = any(" ".join(words).startswith(command) for command in ASKING)

@@ -33,6 +33,8 @@ PLANTED = [
     ("program", "rudder.server.program.wire", "rudder.sae_models.sparse.operations"),
     ("program", "rudder.server.program.wire", "grpc"),
     ("transport", "rudder.server.service.pace", "grpc"),
+    ("server", "rudder.server.grpc.status", "rudder.server.http.errors"),
+    ("server", "rudder.server.http.errors", "rudder.server.grpc.status"),
     ("sae-models", "rudder.sae_models.sae", "rudder.sae_models.formats.load"),
     ("sae-models", "rudder.sae_models.bundle.manifest", "rudder.sae_models.evaluation.splicing"),
     ("sae-models", "rudder.sae_models.training.trainer", "rudder.sae_models.analysis.compare"),

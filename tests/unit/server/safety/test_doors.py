@@ -9,6 +9,7 @@ from google.protobuf import descriptor_pool
 
 import rudder.server
 from rudder.server.grpc.server import SERVICES
+from rudder.server.http import answers, app
 from rudder.server.service import inference
 
 SERVER = Path(rudder.server.__file__).parent
@@ -70,10 +71,43 @@ def test_every_method_goes_through_the_hold_back_or_computes_nothing(service: st
         assert bool({"run", "run_whole"} & set(function.__code__.co_names)) == computed
 
 
-def test_every_door_serves_the_same_functions() -> None:
+# Each door, and the file in which its calls begin.
+DOORS = {"grpc": "grpc/interceptors.py", "http": "http/app.py"}
+# What a door may take of the layers below the service: who calls, and nothing of what guards and engine do.
+ALLOWED_BELOW = ("service", "identity", "monitoring", "config")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the parts of the server that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        yield from (name.split(".")[2] for name in names if name.startswith("rudder.server."))
+
+
+def test_every_call_of_a_door_begins_in_one_place() -> None:
+    assert callers("begin_call") == set(DOORS.values())
+    served = (SERVER / "serve.py").read_text()
+    assert {name for name in DOORS if f"rudder.server.{name}.server import" in served} == set(DOORS)
+    assert served.count("Door(serving)") == len(DOORS)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_serves_the_same_functions(door: str) -> None:
     """A door calls functions of server/service, and no engine."""
-    doors = [path for folder in ("grpc", "openai", "http") for path in (SERVER / folder).rglob("*.py")]
-    assert doors
-    for path in doors:
+    paths = list((SERVER / door).rglob("*.py"))
+    assert paths
+    for path in paths:
         names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         assert not {"llm", "add_request", "hub"} & names, path
+        assert set(imports(path)) <= {door, *ALLOWED_BELOW}, path
+
+
+def test_every_route_of_the_http_door_is_a_method_of_the_contract() -> None:
+    """Three routes ask the model, through `respond`, which knows two methods; the others compute nothing."""
+    assert set(app.ROUTES) - set(app.ENDPOINTS) == {app.MODELS, app.HEALTH}
+    asking = {name for name in ("generate", "complete") if calls(SERVER / "http/answers.py", name)}
+    assert asking == {"generate", "complete"}
+    others = [path for path in (SERVER / "http").glob("*.py") if path.name != "answers.py"]
+    assert not [path for path in others if "service.inference" in path.read_text()]
+    assert {name.rpartition(".")[2] for name in (answers.STREAMED, answers.WHOLE)} <= COMPUTED

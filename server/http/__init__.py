@@ -1,0 +1,1 @@
+"""The HTTP door: the OpenAI API over the functions of service."""

@@ -1,0 +1,35 @@
+"""The HTTP door: the listener, its TLS and its life."""
+
+from rudder.server.config import ConfigError
+from rudder.server.http.app import App
+from rudder.server.http.listener import Listener, server_context
+from rudder.server.service.serving import Serving
+
+
+class HttpDoor:
+    """Serves the OpenAI API over HTTP/1.1. Until `set_serving`, `/health` says that it does not."""
+
+    name = "http"
+
+    def __init__(self, serving: Serving) -> None:
+        self.listen = serving.config.listen
+        self.context = server_context(serving.config.tls, serving.metrics.reload_failed)
+        self.app = App(serving)
+        self.listener = Listener(self.app)
+
+    async def start(self) -> str:
+        """Listen, and return the URL that clients take as their base. Raises ConfigError if the port is taken."""
+        address = self.listen.address(self.listen.http_port or 0)
+        try:
+            port = await self.listener.start(self.listen.host, self.listen.http_port or 0, self.context)
+        except OSError as error:
+            raise ConfigError("listen.http_port", f"cannot listen on {address}: {error.strerror}") from error
+        return f"{'https' if self.context else 'http'}://{self.listen.address(port)}/v1"
+
+    async def set_serving(self, serving: bool) -> None:
+        """Set what `/health` says."""
+        self.app.healthy = serving
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more calls, and abort those that still run after `grace_s`."""
+        await self.listener.stop(grace_s)
