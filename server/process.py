@@ -88,16 +88,25 @@ def free_port() -> int:
 
 def require_free(listen: Listen) -> None:
     """Raise ConfigError if the server cannot listen on its ports: better now than after the engine's start."""
-    hosts = {"port": "host", "metrics_port": "metrics_host" if listen.metrics_host else "host"}
-    hosts |= {field: "host" for field in ("health_port", "http_port") if getattr(listen, field) is not None}
-    taken = dict[tuple[str, int], str]()
-    for field, host_field in hosts.items():
-        host, port = getattr(listen, host_field), getattr(listen, field)
-        if port and (host, port) in taken:
-            raise ConfigError(f"listen.{field}", f"{port} is {taken[host, port]} too")
-        taken[host, port] = f"listen.{field}"
-    for field, host_field in hosts.items():
+    require_distinct(listen)
+    for field, host_field in ports(listen).items():
         require_bindable(f"listen.{host_field}", getattr(listen, host_field), f"listen.{field}", getattr(listen, field))
+
+
+def require_distinct(listen: Listen) -> None:
+    """Raise ConfigError if two listeners of this server have the same address."""
+    taken = dict[tuple[str, int], str]()
+    for field, host_field in ports(listen).items():
+        address = getattr(listen, host_field), getattr(listen, field)
+        if address[1] and address in taken:
+            raise ConfigError(f"listen.{field}", f"{address[1]} is {taken[address]} too")
+        taken[address] = f"listen.{field}"
+
+
+def ports(listen: Listen) -> dict[str, str]:
+    """Return the field of each port that the server listens on, with the field of its host."""
+    hosts = {"port": "host", "metrics_port": "metrics_host" if listen.metrics_host else "host"}
+    return hosts | {field: "host" for field in ("health_port", "http_port") if getattr(listen, field) is not None}
 
 
 def require_bindable(host_field: str, host: str, port_field: str, port: int) -> None:

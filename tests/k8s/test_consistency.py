@@ -14,7 +14,7 @@ from rudder.server import __version__, serve
 from rudder.server.config import Config
 from rudder.server.grpc.health import LIVENESS, READINESS
 from rudder.server.preflight import check_audit, check_door
-from rudder.server.process import require_other
+from rudder.server.process import require_distinct
 from tests.k8s.manifests import (
     K8S,
     OVERLAYS,
@@ -58,7 +58,7 @@ def test_the_server_accepts_the_door_that_pods_open(name: str, tmp_path: Path) -
         check_door(config)
         check_audit(config.audit)
         assert config.listen.health_port is not None
-        require_other(config.listen, config.listen.health_port)
+        require_distinct(config.listen)
 
 
 def with_secrets(config: Config, pod: Object, folder: Path) -> Config:
