@@ -34,9 +34,11 @@ class Compared:
         return self.plain.ratio(column, counted, books) - self.method.ratio(column, counted, books)
 
     def drops(self, column: str, counted: str, books: Collection[str]) -> Tensor:
-        """Return `drop` of each book that was measured [1 + B, books]."""
+        """Return `drop` of each book that was measured [1 + B, books]; if none was, one column of NaN."""
         measured = [book for book in sorted(books) if self.plain.sum(counted, [book])[0] > 0]
-        return torch.stack([self.drop(column, counted, [book]) for book in measured], 1)
+        return torch.stack(
+            [self.drop(column, counted, [book]) for book in measured] or [self.drop(column, counted, ())], 1
+        )
 
     def forget(self, numerator: str, denominator: str) -> Tensor:
         """Return a ratio of the method on the topic."""
