@@ -105,11 +105,17 @@ def parser_of_serve() -> ArgumentParser:
     return parser
 
 
-def server_config(name: str, pod: Object, folder: Path) -> Config:
-    """Read the configuration of a pod as `rudder serve` reads it: unknown flags and fields are errors."""
-    arguments = [VARIABLE.sub(lambda found: OF_A_FOLLOWER[found[1]], argument) for argument in server_of(pod)["args"]]
+def fields_of(container: Object) -> tuple[Path, dict[str, str]]:
+    """Return the file of the configuration that a server's container names, and the fields of its other flags."""
+    arguments = [VARIABLE.sub(lambda found: OF_A_FOLLOWER[found[1]], argument) for argument in container["args"]]
     assert arguments[0] == "serve"
     args, fields = parse_fields(parser_of_serve(), arguments[1:])
+    return args.config, fields
+
+
+def server_config(name: str, pod: Object, folder: Path) -> Config:
+    """Read the configuration of a pod as `rudder serve` reads it: unknown flags and fields are errors."""
+    path, fields = fields_of(server_of(pod))
     file = folder / "config.yaml"
-    file.write_text(mounted_files(name, pod)[str(args.config)])
+    file.write_text(mounted_files(name, pod)[str(path)])
     return config.load(file, fields)

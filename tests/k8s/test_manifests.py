@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.k8s.manifests import K8S, OVERLAYS, Object, kustomize, objects, overlay, pods, rendered, server_of
+from rudder.server import config
+from tests.k8s.manifests import K8S, OVERLAYS, Object, fields_of, kustomize, objects, overlay, pods, rendered, server_of
 from tests.k8s.schemas import VERSIONS, problems
 
 CONTAINER = ("spec", "template", "spec", "containers", 0)
@@ -164,6 +165,9 @@ def test_every_component_can_be_added_to_the_base(component: str, tmp_path: Path
     items = rendered(tmp_path)
     assert items != plain
     assert [problem for item in items for problem in problems(item, VERSIONS[1])] == []
+    (deployment,) = [item for item in items if item["kind"] == "Deployment"]
+    _, fields = fields_of(server_of(deployment["spec"]["template"]["spec"]))
+    config.load(None, fields)
 
 
 def test_rendering_needs_a_kustomize_that_both_generations_understand() -> None:
