@@ -25,7 +25,7 @@ from tests.monitoring import files, rig
 from tests.monitoring.files import DASHBOARDS, Panel, expanded
 from tests.monitoring.prometheus import Prometheus
 
-SECONDS, STEP_S, WINDOW = 240, 2.0, "20s"
+SECONDS, STEP_S, WINDOW = 180, 2.0, "20s"
 CELL = 0.56, 0.32
 MAX_LEGEND, MAX_ROWS, MAX_CHARS = 8, 8, 44
 INK, FAINT, PAPER = "#1f2430", "#7a8194", "#ffffff"
