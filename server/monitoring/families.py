@@ -52,9 +52,11 @@ class Family(Collector, Generic[V]):
 
     def key(self, labels: Key) -> Key:
         """Return the series to count under: the last one that may be has `_other` in every label."""
+        if labels in self.values:
+            return labels
         if len(labels) != len(self.series.labels):
             raise ValueError(f"{self.series.name} has the labels {self.series.label_names}, got {labels}")
-        if labels in self.values or len(self.values) < self.cap - 1 or not labels:
+        if len(self.values) < self.cap - 1 or not labels:
             return labels
         self.hit(self.series.name)
         if not self.warned:

@@ -25,8 +25,9 @@ from tests.monitoring import files, rig
 from tests.monitoring.files import DASHBOARDS, Panel, expanded
 from tests.monitoring.prometheus import Prometheus
 
-SECONDS, STEP_S, WINDOW = 240, 2.0, "20s"
-CELL = 0.56, 0.32
+SECONDS, STEP_S, WINDOW = 180, 2.0, "20s"
+# Inches of a cell of the grid, and cells above it.
+CELL, MARGIN = (0.56, 0.32), 1.5
 MAX_LEGEND, MAX_ROWS, MAX_CHARS = 8, 8, 44
 INK, FAINT, PAPER = "#1f2430", "#7a8194", "#ffffff"
 Series = tuple[str, np.ndarray, np.ndarray]
@@ -137,43 +138,45 @@ def draw_table(axes: Axes, panel: Panel, prometheus: Prometheus) -> None:
 
 def draw(figure: Figure, path: Path, prometheus: Prometheus, begin: float, end: float) -> None:
     """Draw a dashboard."""
-    document = files.dashboard(path)
-    height = max(body["gridPos"]["y"] + body["gridPos"]["h"] for body in document["panels"])
-    panels = iter(files.panels(path))
-    # A margin above for the title, of the height of one cell and a half.
-    total = height + 1.5
+    document, panels = files.dashboard(path), iter(files.panels(path))
+    total = height_of(path)
     for body in document["panels"]:
-        place = body["gridPos"]
-        top = 1 - (place["y"] + 1.5) / total
+        top = 1 - (body["gridPos"]["y"] + MARGIN) / total
         if body["type"] == "row":
             figure.text(0.006, top - 0.55 / total, body["title"], fontsize=10, color=INK, weight="bold", va="center")
-            continue
-        panel = next(panels)
-        lines = panel.kind == "timeseries"
-        left, right, above, below = (1.25, 0.35, 1.0, 2.3) if lines else (0.2, 0.2, 0.8, 0.1)
-        found = [] if panel.kind == "table" else series_of(prometheus, panel, begin, end)
-        if lines:
-            below = 0.95 + 0.46 * math.ceil(min(len(found), MAX_LEGEND) / columns_of(panel, found))
-        box = (
-            (place["x"] + left) / 24,
-            top - (place["h"] - below) / total,
-            (place["w"] - left - right) / 24,
-            (place["h"] - above - below) / total,
-        )
-        axes = figure.add_axes(box)
-        number = panel.kind == "stat"
-        across = place["x"] + (place["w"] / 2 if number else 0.25)
-        figure.text(
-            across / 24, top - 0.5 / total, panel.title,
-            fontsize=8, color=INK, va="center", ha="center" if number else "left",
-        )  # fmt: skip
-        if lines:
-            draw_lines(axes, panel, found, begin, end)
-        elif panel.kind == "stat":
-            draw_figure(axes, panel, found)
         else:
-            draw_table(axes, panel, prometheus)
+            draw_panel(figure, next(panels), prometheus, top, total, (begin, end))
     figure.text(0.006, 1 - 0.75 / total, document["title"], fontsize=13, color=INK, weight="bold", va="center")
+
+
+def height_of(path: Path) -> float:
+    """Return the height of a dashboard in cells, with a margin above for its title."""
+    places = [body["gridPos"] for body in files.dashboard(path)["panels"]]
+    cells: int = max(place["y"] + place["h"] for place in places)
+    return MARGIN + cells
+
+
+def draw_panel(
+    figure: Figure, panel: Panel, prometheus: Prometheus, top: float, total: float, span: tuple[float, float]
+) -> None:
+    """Draw a panel whose upper edge is at `top` of a figure that is `total` cells high."""
+    place, found = panel.body["gridPos"], [] if panel.kind == "table" else series_of(prometheus, panel, *span)
+    centred = panel.kind == "stat"
+    across = place["x"] + (place["w"] / 2 if centred else 0.25)
+    align = "center" if centred else "left"
+    figure.text(across / 24, top - 0.5 / total, panel.title, fontsize=8, color=INK, va="center", ha=align)
+    left, right, above, below = 0.2, 0.2, 0.8, 0.1
+    if panel.kind == "timeseries":
+        left, right, above = 1.25, 0.35, 1.0
+        below = 0.95 + 0.46 * math.ceil(min(len(found), MAX_LEGEND) / columns_of(panel, found))
+    width, height = place["w"] - left - right, place["h"] - above - below
+    axes = figure.add_axes(((place["x"] + left) / 24, top - (place["h"] - below) / total, width / 24, height / total))
+    if panel.kind == "timeseries":
+        draw_lines(axes, panel, found, *span)
+    elif panel.kind == "stat":
+        draw_figure(axes, panel, found)
+    else:
+        draw_table(axes, panel, prometheus)
 
 
 def save_all(prometheus: Prometheus, folder: Path, begin: float, end: float) -> None:
@@ -184,9 +187,7 @@ def save_all(prometheus: Prometheus, folder: Path, begin: float, end: float) -> 
     }  # fmt: skip
     with mpl.rc_context(style):
         for path in DASHBOARDS:
-            panels = files.dashboard(path)["panels"]
-            height = max(body["gridPos"]["y"] + body["gridPos"]["h"] for body in panels) + 1.5
-            figure = Figure(figsize=(24 * CELL[0], height * CELL[1]), dpi=100)
+            figure = Figure(figsize=(24 * CELL[0], height_of(path) * CELL[1]), dpi=100)
             draw(figure, path, prometheus, begin, end)
             save(figure, folder / f"{path.stem}.png")
 

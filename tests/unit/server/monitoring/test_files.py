@@ -203,6 +203,15 @@ def test_promtool_accepts_the_rules(tmp_path: Path) -> None:
     assert tool("check", "rules", str(wrong))[0] != 0
 
 
+@promtool
+def test_promtool_accepts_the_configuration_of_the_document(tmp_path: Path) -> None:
+    text = DOCUMENT.read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "prometheus.yml").write_text(text)
+    assert tool("check", "config", str(tmp_path / "prometheus.yml"))[0] != 0
+    (tmp_path / "rules").symlink_to(RULES.parent)
+    assert tool("check", "config", str(tmp_path / "prometheus.yml")) == (0, "")
+
+
 def tool(*arguments: str, text: bytes = b"") -> tuple[int, str]:
     """Run promtool; return its status and what it says on stderr."""
     command = binary("promtool")
