@@ -105,8 +105,12 @@ def judged(
     warm = floors([s for s in samples if s.seconds >= WARM_UP * seconds])
     server = slope_of([(s.seconds / 60, s.server_mib) for s in warm])
     engine = slope_of([(s.seconds / 60, s.engine_mib) for s in warm])
-    problems = [f"{name} grew by {slope.value:.2f} MiB a minute, at least {slope.low:.2f}"
-                for name, slope in (("server", server), ("engine", engine)) if slope.low > MAX_SLOPE_MIB]  # fmt: skip
+    judged_slopes = {"server": server} | ({"engine": engine} if seconds >= ENGINE_WARM_UP_S else {})
+    problems = [
+        f"{name} grew by {slope.value:.2f} MiB a minute, at least {slope.low:.2f}"
+        for name, slope in judged_slopes.items()
+        if slope.low > MAX_SLOPE_MIB
+    ]
     problems += [f"{name}: {value:g} held" for name, value in held.items() if value]
     problems += [
         f"{name}: {after[name]:g}, {before[name]:g} before" for name in BASELINE if after[name] > before[name] + SPARE
