@@ -108,7 +108,7 @@ async def test_doors_say_not_serving_while_the_engine_is_stalled(
     monkeypatch.setattr(serve, "HEALTH_CHECK_S", 0.001)
     door, engine.stalled = FakeDoor(), True
     until: asyncio.Future[signal.Signals] = asyncio.get_running_loop().create_future()
-    watching = asyncio.ensure_future(serve.serve_while_healthy([door], engine, until))  # type: ignore[arg-type,list-item]
+    watching = asyncio.ensure_future(serve.serve_while_healthy([door], engine, until))  # type: ignore[arg-type]
     await asyncio.sleep(0.02)
     engine.stalled = False
     await asyncio.sleep(0.02)
