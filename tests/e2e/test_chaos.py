@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from rudder.server.failpoints import VARIABLE
@@ -20,8 +21,8 @@ from rudder_client import AsyncClient, Client, RudderError
 from tests.e2e.conftest import FLAGS, Running, running
 from tests.e2e.test_process import write_policy
 from tests.fuzz.wire import held_when_idle, probe
-from tests.soak.soak import children_of
-from tests.soak.traffic import PROMPT, client_after_client, unexpected
+from tests.soak.soak import Result, children_of, soak
+from tests.soak.traffic import MAX_MESSAGE_BYTES, PROMPT, client_after_client, unexpected
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 # Seeds that failed once are added here, and so run for ever.
@@ -35,6 +36,8 @@ FAULTS = {
 PLANTED = {"INTERNAL", "UNAVAILABLE"}
 # For a machine that does much else.
 SLACK_S = 20.0
+SOAK_S, LEAKING_S = 90.0, 40.0
+BUILD = Path(__file__).parents[2] / "build"
 
 
 def engine_of(server: Running) -> int:
@@ -158,6 +161,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
     flags = {
         "policies.folder": str(folder / "policies"), "policies.reload_s": "1", "audit.folder": str(folder / "audit"),
         "audit.key_file": str(folder / "key"), "allow_unsafe": "failpoints", "limits.write_timeout_s": "30",
+        "limits.max_message_bytes": str(MAX_MESSAGE_BYTES), "engine.kv_cache_memory_bytes": str(64 << 20),
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, str(folder / "faults.json"))
@@ -223,6 +227,26 @@ async def test_swallowed_abort_is_found_by_the_ledger(faulty: Faulty) -> None:
             assert bool(held["worker_leases"]) is planted
         faulty.plant()
         assert not any((await held_when_idle(client, 60.0)).values())
+
+
+async def test_soak_of_random_clients_grows_nothing_and_leaves_nothing(faulty: Faulty) -> None:
+    result = await soak(faulty.server.address, faulty.server.process.pid, SOAK_S, 48)
+    report("soak", result)
+    assert result.problems == []
+
+
+async def test_soak_of_random_clients_finds_a_planted_leak(faulty: Faulty) -> None:
+    faulty.plant(call={"action": "leak", "bytes": 64 << 10})
+    result = await soak(faulty.server.address, faulty.server.process.pid, LEAKING_S, 48)
+    faulty.plant()
+    report("soak-leak", result)
+    assert any(problem.startswith("server grew by") for problem in result.problems)
+
+
+def report(name: str, result: Result) -> None:
+    """Leave a result behind."""
+    BUILD.mkdir(exist_ok=True)
+    (BUILD / f"{name}.json").write_text(json.dumps(msgspec.to_builtins(result), indent=1) + "\n")
 
 
 def test_engine_that_hangs_during_the_start_ends_the_start(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def test_problems_are_named() -> None:
     fine = {("good", "OK"): 5, ("late", "DEADLINE_EXCEEDED"): 2, ("good", "QUEUE_FULL"): 1}
     assert result(fine).problems == []
     assert "server grew by 4.9" in result(fine, slope=5).problems[0]
+    assert len(result(fine, slope=5).problems) == 1
     assert result(fine, held=2).problems == ["leases: 2 held"]
     assert result(fine, files=40).problems == ["open_files: 40, 10 before"]
     assert result({("good", "INTERNAL"): 3}).problems == ["good INTERNAL: 3 times"]
