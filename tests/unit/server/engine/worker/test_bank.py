@@ -208,7 +208,7 @@ def test_token_that_is_not_finite_is_read_as_such_and_its_edits_are_rejected(val
     site = wire.Site(0, rows, (wire.Edit(0, shift=1.0),), watch=(1, 2))
     for handle, name in enumerate(("broken", "other")):
         driver.admit(name, handle, wire.Request(TOKENS, TOKENS, False, ((site,),), watch_prompt=True))
-    whole = np.ones((len(LAYOUT.sites), TOKENS, WIDTH), np.float32)
+    whole = np.ones((len(LAYOUT.sites), TOKENS, WIDTH))
     broken = whole.copy()
     broken[0, 2, 0] = value
     moves = run_step(driver, [("broken", 0, TOKENS), ("other", 0, TOKENS)], {"broken": broken, "other": whole})
