@@ -30,6 +30,7 @@ COMMANDS = {
     "audit": "verify and show the audit log",
     "eval": "measure what steering, policies and guards do",
     "probe": "train the scores of guards",
+    "classify": "train and measure classifiers of texts by latents",
     "steer": "calibrate steering towards topics",
     "bench": "run benchmarks",
     "demo": "start a server, run the client's tour, stop the server",
