@@ -11,6 +11,7 @@ examples:
   rudder bench engine --starts 5 --pairs 2 --json engine.json
   rudder bench engine --cases idle,64_programs
   rudder bench load --peers PEERS --json load.json
+  rudder bench http --streams 64 --json http.json
   rudder bench train --peers-python PEERS/bin/python --json train.json
 """
 
@@ -21,11 +22,14 @@ def main(argv: Sequence[str]) -> None:
     group = parser.add_subparsers(required=True, metavar="benchmark", dest="benchmark")
     group.add_parser("engine", help="Rudder against plain vLLM", add_help=False)
     group.add_parser("load", help="Rudder against stock vLLM's own servers", add_help=False)
+    group.add_parser("http", help="the HTTP door against vLLM's own app", add_help=False)
     group.add_parser("train", help="the trainer against other SAE libraries", add_help=False)
     if argv[:1] == ["engine"]:
         bench_engine(argv[1:])
     elif argv[:1] == ["load"]:
         bench_load(argv[1:])
+    elif argv[:1] == ["http"]:
+        bench_http(argv[1:])
     elif argv[:1] == ["train"]:
         from rudder.sae_models.bench import train
 
@@ -62,3 +66,14 @@ def bench_load(argv: Sequence[str]) -> None:
     add_fields(parser, Offered)
     args, fields = parse_fields(parser, argv)
     run.run(settings.load(Offered, overrides=fields), args.peers, args.json)
+
+
+def bench_http(argv: Sequence[str]) -> None:
+    """Compare the HTTP door with vLLM's own app."""
+    from rudder.server.bench import http
+
+    parser = command("bench http", str(http.__doc__), EXAMPLES, "rudder bench http [--json FILE] [--field VALUE ...]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    add_fields(parser, http.HttpLoad)
+    args, fields = parse_fields(parser, argv)
+    http.run(settings.load(http.HttpLoad, overrides=fields), args.json)

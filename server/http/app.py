@@ -80,10 +80,10 @@ class App:
     ) -> None:
         """Run a call within `begin_call`, its refusals as errors of the API. A client that goes away ends it."""
         headers = [(name, value) for name, values in exchange.headers.items() for value in values]
+        # What is beyond the limit is never read: its announced length, of any size, is not charged to a quota.
+        size = min(exchange.length, 2 * exchange.limits.max_message_bytes)
         try:
-            async with begin_call(
-                self.serving, method, exchange.credentials, exchange.length, correlation_of(headers)
-            ) as record:
+            async with begin_call(self.serving, method, exchange.credentials, size, correlation_of(headers)) as record:
                 await behaviour(record)
         except Refusal as refusal:
             await refuse(exchange, refusal)
@@ -106,6 +106,7 @@ class App:
 
     async def generate(self, exchange: Exchange, record: CallRecord, endpoint: Callable[[Call, bytes], Answer]) -> None:
         """Read a request and answer it."""
+        exchange.require_size()
         with self.serving.pending.held(exchange.length):
             answer = endpoint(Call(self.serving, record, self.texts), await exchange.body())
             exchange.names, exchange.failure = answer.asked.names, answer.failure
@@ -122,9 +123,9 @@ async def refuse(exchange: Exchange, refusal: Refusal) -> None:
         elif exchange.failure and refusal.reason != "CLIENT_TOO_SLOW":
             await exchange.end(exchange.failure(body))
         else:
-            exchange.drop()
+            await exchange.drop()
     except Refusal:
-        exchange.drop()
+        await exchange.drop()
 
 
 def host_of(exchange: Exchange) -> str:

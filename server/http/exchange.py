@@ -76,11 +76,14 @@ class Exchange:
         declared = self.header("content-length") or "0"
         return int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else 0
 
-    async def body(self) -> bytes:
-        """Read the body. Raises Refusal if it is too large or slow, Disconnected if the connection closes."""
+    def require_size(self) -> None:
+        """Raise Refusal MESSAGE_TOO_LARGE if the body has more bytes than a request may have."""
         maximum = self.limits.max_message_bytes
         if self.length > maximum:
             raise Refusal("MESSAGE_TOO_LARGE", f"the request has {self.length} bytes, at most {maximum}")
+
+    async def body(self) -> bytes:
+        """Read the body. Raises Refusal if it is slow, Disconnected if the connection closes."""
         content = bytearray()
         try:
             async with asyncio.timeout(self.limits.write_timeout_s):
@@ -153,7 +156,9 @@ class Exchange:
         """End a stream of events."""
         await self.write(content, more=False)
 
-    def drop(self) -> None:
+    async def drop(self) -> None:
         """Close the connection at once, whatever the client has not read."""
         if self.transport:
             self.transport.abort()
+            # The connection learns of it in the next turn of the loop, and would call an answer without an end a fault.
+            await asyncio.sleep(0)

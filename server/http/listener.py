@@ -1,6 +1,7 @@
 """Connections of the HTTP door: TLS, the names in a client's certificate, and connections that send no request."""
 
 import asyncio
+import logging
 import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,15 +44,17 @@ class Connection(H11Protocol):
 
 
 class Listener:
-    """A listening socket and its connections."""
+    """A listening socket and its connections. `most`: connections beyond these get 503, without a reason."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, most: int | None = None) -> None:
         self.config = Config(
             app, http=Connection, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
             proxy_headers=False, server_header=False, date_header=False, timeout_keep_alive=IDLE_S,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES, limit_concurrency=most,
         )  # fmt: skip
         self.config.load()
+        # Bytes that are no request are the sender's fault, and would fill the log.
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         self.state = ServerState()
         self.server: asyncio.Server | None = None
 

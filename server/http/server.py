@@ -5,6 +5,9 @@ from rudder.server.http.app import App
 from rudder.server.http.listener import Listener, server_context
 from rudder.server.service.serving import Serving
 
+# Beyond what queue and engine hold: Rudder refuses calls itself, as its refusals give reasons.
+SPARE_CONNECTIONS = 1024
+
 
 class HttpDoor:
     """Serves the OpenAI API over HTTP/1.1. Until `set_serving`, `/health` says that it does not."""
@@ -12,10 +15,11 @@ class HttpDoor:
     name = "http"
 
     def __init__(self, serving: Serving) -> None:
-        self.listen = serving.config.listen
-        self.context = server_context(serving.config.tls, serving.metrics.reload_failed)
+        config = serving.config
+        self.listen = config.listen
+        self.context = server_context(config.tls, serving.metrics.reload_failed)
         self.app = App(serving)
-        self.listener = Listener(self.app)
+        self.listener = Listener(self.app, config.limits.queue + config.engine.max_num_seqs + SPARE_CONNECTIONS)
 
     async def start(self) -> str:
         """Listen, and return the URL that clients take as their base. Raises ConfigError if the port is taken."""

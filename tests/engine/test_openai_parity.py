@@ -8,13 +8,10 @@ import httpx
 import pytest
 import pytest_asyncio
 from prometheus_client import CollectorRegistry
-from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from rudder.sae_models import PRETRAINED
 from rudder.server import config as configuration
+from rudder.server.bench.http import stock_app
 from rudder.server.engine.engine import Engine
 from rudder.server.http.app import App
 from rudder.server.monitoring.metrics import Metrics
@@ -43,12 +40,7 @@ COMPLETIONS: list[dict[str, Any]] = [
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def apps(engine: Engine) -> AsyncIterator[tuple[httpx.AsyncClient, httpx.AsyncClient]]:
     """Clients of vLLM's app and of the door."""
-    folder = str(PRETRAINED / "textbook-lm")
-    flags = ["--model", folder, "--served-model-name", engine.model.name, "--enable-prompt-tokens-details"]
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
-    args.model = folder
-    stock = build_app(args, ("generate",), engine.llm.model_config)
-    await init_app_state(engine.llm, stock.state, args, ("generate",))
+    stock = await stock_app(engine, str(PRETRAINED / "textbook-lm"))
     config = configuration.load(overrides={"stream.message_budget_per_s": "1e9"})
     serving = Serving.around(engine, config, Metrics.create(CollectorRegistry()))
     served: list[Any] = [stock, App(serving)]

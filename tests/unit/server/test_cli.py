@@ -13,7 +13,7 @@ from rudder.sae_models.training import config as training
 from rudder.sae_models.training import report
 from rudder.server import cli
 from rudder.server import config as configuration
-from rudder.server.cli import generate
+from rudder.server.cli import generate, serve
 
 MODEL, BUNDLE = str(PRETRAINED / "textbook-lm"), str(PRETRAINED / "textbook-lm-layers.2")
 CLOSED = "--address=localhost:1"
@@ -258,3 +258,17 @@ def test_a_chat_has_defaults_of_its_own() -> None:
     assert sampling() == {}
     assert sampling("--chat") == generate.CHAT
     assert sampling("--chat", "--temperature", "0", "--seed", "1") == {**generate.CHAT, "temperature": 0.0, "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "port"),
+    [([], None), (["--model", "small"], 8000), (["--model", "small", "--listen.http_port", "9"], 9),
+     (["--model", "small", "--listen.http_port", "null"], None)],
+)  # fmt: skip
+def test_a_first_look_has_the_http_endpoint(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], port: int | None
+) -> None:
+    served: list[configuration.Config] = []
+    monkeypatch.setattr(serve, "run", served.append)
+    serve.main(arguments)
+    assert [config.listen.http_port for config in served] == [port]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rudder.server import config
+from rudder.server.caller import Quotas
 from rudder.server.config import ConfigError
 from rudder.server.engine.call import FinishReason
 from rudder.server.http import listener
@@ -199,8 +200,23 @@ async def test_a_body_beyond_the_limit_is_refused_unread() -> None:
     async with Rig({"limits.max_message_bytes": "2000"}) as rig:
         response = await rig.complete(stop=["s" * 3000])
         assert (response.status_code, response.json()["error"]["code"]) == (413, "MESSAGE_TOO_LARGE")
-        assert rig.ended(WHOLE, "MESSAGE_TOO_LARGE") == 1
+        # Also where it is more than all requests in progress may have: to try again would not help.
+        line = http("POST /v1/completions HTTP/1.1", "Content-Type: application/json")
+        assert status(await raw(rig, line.replace(b"Content-Length: 0", b"Content-Length: 99999999999"))) == 413
+        assert rig.ended(WHOLE, "MESSAGE_TOO_LARGE") == 2
         assert (await rig.complete(max_tokens=1)).status_code == 200
+
+
+async def test_a_length_that_is_announced_and_never_sent_uses_up_no_quota(tmp_path: Path) -> None:
+    token, entry = tokens.create("app", ["generate"], quotas=Quotas(request_bytes=20_000))
+    (tmp_path / "tokens.yaml").write_bytes(tokens.write(TokenFile((entry,))))
+    flags = {"limits.max_message_bytes": "2000", "identity.tokens": str(tmp_path / "tokens.yaml")}
+    async with Rig(flags) as rig:
+        authorized = f"Authorization: Bearer {token}"
+        line = http("POST /v1/completions HTTP/1.1", "Content-Type: application/json", authorized)
+        assert status(await raw(rig, line.replace(b"Content-Length: 0", b"Content-Length: 99999999999"))) == 413
+        headers = {"authorization": f"Bearer {token}"}
+        assert (await rig.post("/v1/completions", json.loads(COMPLETION), **headers)).status_code == 200
 
 
 async def test_requests_in_progress_share_the_budget_in_bytes() -> None:
@@ -298,6 +314,16 @@ async def test_a_client_that_does_not_read_is_cut_off(caplog: pytest.LogCaptureF
         assert [line["outcome"] for line in access_fields(caplog)] == ["CLIENT_TOO_SLOW"]
         await until(lambda: not rig.door.listener.state.connections)
         connection.close()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_connections_are_bounded(door: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert door.door.listener.config.limit_concurrency == 1024 + 128 + 1024
+    monkeypatch.setattr(door.door.listener.config, "limit_concurrency", 2)
+    held = [await asyncio.open_connection("127.0.0.1", int(door.address.rpartition(":")[2])) for _ in range(2)]
+    assert status(await raw(door, http("GET /v1/models HTTP/1.1"))) == 503
+    for _, writer in held:
+        writer.close()
 
 
 async def test_health_is_for_all_and_says_whether_to_call(guarded: tuple[Rig, dict[str, str]]) -> None:
