@@ -108,7 +108,12 @@ def emptied(server: Running) -> Iterator[None]:
 
 @pytest.mark.usefixtures("emptied")
 @pytest.mark.parametrize(
-    "block", [*runnable("sh"), *(pytest.param(run, marks=pytest.mark.long) for run in long_runs())], ids=named
+    "block",
+    [
+        *runnable("sh"),
+        *(pytest.param(block, marks=(pytest.mark.long, pytest.mark.timeout(1800))) for block in long_runs()),
+    ],
+    ids=named,
 )
 def test_commands_run(block: Block, names: dict[str, Path], server: Running, tmp_path: Path) -> None:
     """In their order: a later one may read what an earlier one wrote."""
