@@ -110,12 +110,12 @@ class Engine:
         """Receive telemetry until it is lost, then fail every call, with the loss as its reason."""
         await self.hub.listen()
         error = await self.end_of_telemetry()
-        if isinstance(error, TelemetryLost):
-            self.metrics.telemetry_lost()
         self.admission.fail(error)
         for queue in self.queues.values():
             # In place of any output that waits there.
             queue.put(error)
+        if isinstance(error, TelemetryLost):
+            self.metrics.telemetry_lost()
 
     async def end_of_telemetry(self) -> TelemetryLost | EngineDeadError:
         """Return why telemetry ended: it is lost, or the engine process has died."""
