@@ -170,9 +170,9 @@ class Engine:
         """Receive telemetry until it is lost, then fail every call, with the loss as its reason."""
         await self.hub.listen()
         error = await self.end_of_telemetry()
+        self.fail(error)
         if isinstance(error, TelemetryLost):
             self.metrics.telemetry_lost()
-        self.fail(error)
 
     async def end_of_telemetry(self) -> TelemetryLost | EngineDeadError:
         """Return why telemetry ended: it is lost, or the engine process has died."""

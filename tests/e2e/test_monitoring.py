@@ -119,7 +119,7 @@ def test_every_series_of_the_table_was_scraped(running: Rig) -> None:
     """But for those of events that the traffic does not bring about."""
     rare = {"rudder_tls_certificate_expiry_timestamp_seconds", "rudder_series_limit_hits", "rudder_retried_requests"}
     missing = {each.name for each in TABLE if not values(running, f'{each.exported[0]}{{job="{JOB}"}}')}
-    assert missing == rare
+    assert missing <= rare
 
 
 def test_counters_agree(running: Rig) -> None:
