@@ -36,7 +36,7 @@ FAULTS = {
 PLANTED = {"INTERNAL", "UNAVAILABLE"}
 # For a machine that does much else.
 SLACK_S = 20.0
-SOAK_S, LEAKING_S = 90.0, 40.0
+SOAK_S, LEAKING_S = 60.0, 30.0
 BUILD = Path(__file__).parents[2] / "build"
 
 
@@ -95,7 +95,7 @@ async def test_killed_engine_gives_every_client_a_status_and_ends_the_server(tmp
 
 
 async def test_stopped_engine_is_noticed_recovers_and_is_given_up(tmp_path: Path) -> None:
-    with running(tmp_path, **{"engine.stall_s": "5", "engine.stall_kill_s": "55"}) as server:
+    with running(tmp_path, **{"engine.stall_s": "5", "engine.stall_kill_s": "35"}) as server:
         engine = engine_of(server)
         async with AsyncClient(server.address) as client:
             before = await probe(client)
@@ -198,7 +198,7 @@ async def test_random_faults_under_random_traffic(faulty: Faulty, seed: int) -> 
         before = await probe(client)
         faulty.plant(**faults)
         seen: Counter[tuple[str, str]] = Counter()
-        until = time.monotonic() + 4
+        until = time.monotonic() + 3
         await asyncio.gather(*(client_after_client(faulty.server.address, until, seen) for _ in range(24)))
         faulty.plant()
         surprising = {what for what in unexpected(seen) if what.split()[1] not in PLANTED}
@@ -257,7 +257,7 @@ def report(name: str, result: Result) -> None:
     (BUILD / f"{name}.json").write_text(json.dumps(msgspec.to_builtins(result), indent=1) + "\n")
 
 
-def test_engine_that_hangs_during_the_start_ends_the_start(tmp_path: Path) -> None:
+def test_engine_that_is_never_fully_up_ends_the_start(tmp_path: Path) -> None:
     flags = {**FLAGS, "engine.start_timeout_s": "2", "listen.port": "0", "listen.metrics_port": "0"}
     command = [sys.executable, "-m", "rudder.server", "serve", *(f"--{name}={value}" for name, value in flags.items())]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
@@ -273,10 +273,11 @@ def test_failpoints_are_refused_outside_tests(tmp_path: Path, monkeypatch: pytes
     assert "allow_unsafe" in result.stderr
 
 
-def test_ledger_command(server: Running) -> None:
-    with Client(server.address) as client:
+def test_ledger_command_prints_the_full_ledger(faulty: Faulty) -> None:
+    address = faulty.server.address
+    with Client(address) as client:
         client.complete(PROMPT, max_tokens=2)
-    command = [sys.executable, "-m", "rudder.server", "debug", "ledger", "--wait", "20", "--address", server.address]
+    command = [sys.executable, "-m", "rudder.server", "debug", "ledger", "--wait", "20", "--address", address]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stdout
     assert "worker_leases" in result.stdout
