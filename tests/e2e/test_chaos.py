@@ -30,13 +30,13 @@ SEEDS = [1, 2, 3, 4]
 FAULTS = {
     "call": ("error",), "decode": ("error",), "admit.before": ("error", "delay"), "admit.after": ("error", "delay"),
     "first_token": ("error", "delay"), "verdict": ("error", "delay"), "stream.write": ("error", "delay"),
-    "abort": ("delay",), "audit.write": ("enospc",), "policy.reload": ("error",),
+    "abort": ("delay",), "audit.write": ("enospc",), "policy.reload": ("enospc",),
 }  # fmt: skip
 # What a client may be told besides, where a fault is planted.
 PLANTED = {"INTERNAL", "UNAVAILABLE"}
 # For a machine that does much else.
 SLACK_S = 20.0
-SOAK_S, LEAKING_S = 90.0, 40.0
+SOAK_S, LEAKING_S = 60.0, 30.0
 BUILD = Path(__file__).parents[2] / "build"
 
 
@@ -95,13 +95,13 @@ async def test_killed_engine_gives_every_client_a_status_and_ends_the_server(tmp
 
 
 async def test_stopped_engine_is_noticed_recovers_and_is_given_up(tmp_path: Path) -> None:
-    with running(tmp_path, **{"engine.stall_s": "2", "engine.stall_kill_s": "25"}) as server:
+    with running(tmp_path, **{"engine.stall_s": "5", "engine.stall_kill_s": "35"}) as server:
         engine = engine_of(server)
         async with AsyncClient(server.address) as client:
             before = await probe(client)
-            ends = await ends_after(client, 16, 5.0, lambda: os.kill(engine, signal.SIGSTOP))
+            ends = await ends_after(client, 16, 10.0, lambda: os.kill(engine, signal.SIGSTOP))
             assert {code for code, *_ in ends} <= {"DEADLINE_EXCEEDED", "OK"}
-            assert max(seconds for *_, seconds in ends) < 5 + SLACK_S
+            assert max(seconds for *_, seconds in ends) < 10 + SLACK_S
             server.log_line("the engine makes no progress", 10)
             with pytest.raises(RudderError):
                 await client.wait_ready(timeout=1)
@@ -113,7 +113,8 @@ async def test_stopped_engine_is_noticed_recovers_and_is_given_up(tmp_path: Path
             assert not any((await held_when_idle(client)).values())
             assert await probe(client) == before
             counts = [log_lines(server, f"the engine makes {what}") for what in ("no progress", "progress again")]
-            assert counts == [1, 1]
+            # Once for each stall, of which a busy machine may have had others.
+            assert counts[0] == counts[1] >= 1
             ends = await ends_after(client, 16, None, lambda: os.kill(engine, signal.SIGSTOP))
             assert {end[:2] for end in ends} <= {("UNAVAILABLE", "ENGINE_DEAD"), ("OK", "")}
         assert server.process.wait(30 + SLACK_S) == 1
@@ -169,6 +170,15 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
             yield Faulty(server, folder / "faults.json")
 
 
+async def recovered(client: AsyncClient) -> None:
+    """Wait until calls are served again: the audit log tries its disk once a second."""
+    for _ in range(100):
+        if (await end_of(client, 30.0, 8))[0] == "OK":
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError("calls are not served again")
+
+
 def drawn_faults(seed: int) -> dict[str, dict[str, Any]]:
     """Return one to three faults."""
     drawing = random.Random(seed)
@@ -188,13 +198,14 @@ async def test_random_faults_under_random_traffic(faulty: Faulty, seed: int) -> 
         before = await probe(client)
         faulty.plant(**faults)
         seen: Counter[tuple[str, str]] = Counter()
-        until = time.monotonic() + 4
+        until = time.monotonic() + 3
         await asyncio.gather(*(client_after_client(faulty.server.address, until, seen) for _ in range(24)))
         faulty.plant()
         surprising = {what for what in unexpected(seen) if what.split()[1] not in PLANTED}
         assert not surprising
         assert sum(seen.values()) > 20
         assert not any((await held_when_idle(client)).values())
+        await recovered(client)
         assert await probe(client) == before
         await client.wait_ready(timeout=5)
 
@@ -206,10 +217,7 @@ async def test_full_disk_refuses_bound_calls_until_there_is_room(faulty: Faulty)
         ends = await asyncio.gather(*(end_of(client, 30.0, 8) for _ in range(16)))
         assert {end[:2] for end in ends} == {("UNAVAILABLE", "AUDIT_FAILED")}
         faulty.plant()
-        for _ in range(100):
-            if (await end_of(client, 30.0, 8))[0] == "OK":
-                break
-            await asyncio.sleep(0.1)
+        await recovered(client)
         assert await probe(client) == before
         assert not any((await held_when_idle(client)).values())
 
@@ -249,7 +257,7 @@ def report(name: str, result: Result) -> None:
     (BUILD / f"{name}.json").write_text(json.dumps(msgspec.to_builtins(result), indent=1) + "\n")
 
 
-def test_engine_that_hangs_during_the_start_ends_the_start(tmp_path: Path) -> None:
+def test_engine_that_is_never_fully_up_ends_the_start(tmp_path: Path) -> None:
     flags = {**FLAGS, "engine.start_timeout_s": "2", "listen.port": "0", "listen.metrics_port": "0"}
     command = [sys.executable, "-m", "rudder.server", "serve", *(f"--{name}={value}" for name, value in flags.items())]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
@@ -265,10 +273,11 @@ def test_failpoints_are_refused_outside_tests(tmp_path: Path, monkeypatch: pytes
     assert "allow_unsafe" in result.stderr
 
 
-def test_ledger_command(server: Running) -> None:
-    with Client(server.address) as client:
+def test_ledger_command_prints_the_full_ledger(faulty: Faulty) -> None:
+    address = faulty.server.address
+    with Client(address) as client:
         client.complete(PROMPT, max_tokens=2)
-    command = [sys.executable, "-m", "rudder.server", "debug", "ledger", "--wait", "20", "--address", server.address]
+    command = [sys.executable, "-m", "rudder.server", "debug", "ledger", "--wait", "20", "--address", address]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stdout
     assert "worker_leases" in result.stdout
