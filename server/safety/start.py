@@ -59,15 +59,21 @@ async def start_with_policies(config: Config, metrics: Metrics | None = None) ->
         watched = [(feature.site, feature.row) for message in messages.values() for feature in message.watch]
         if watched:
             await pin_features(engine, distinct([*watched_rows(config, engine.bundles), *watched]))
-        for path, message in messages.items():
-            await store.apply(message, str(path))
-        for path, message in read.items():
-            settle(store, message, str(path))
-            store.files[path] = contents.get(path, b""), message.name
+        await put_in_force(store, read, messages)
     except BaseException:
         await engine.stop()
         raise
+    store.files = {path: (contents.get(path, b""), message.name) for path, message in read.items()}
     return engine, store
+
+
+async def put_in_force(store: PolicyStore, read: Messages, messages: Messages) -> None:
+    """Put these policies of those that were read in force, and settle the others."""
+    for path, message in messages.items():
+        await store.apply(message, str(path))
+    for path, message in read.items():
+        if path not in messages:
+            settle(store, message, str(path))
 
 
 def check_memory(memory: Memory, messages: Messages) -> None:
@@ -85,10 +91,10 @@ def check_memory(memory: Memory, messages: Messages) -> None:
 
 
 def settle(store: PolicyStore, message: policy_pb2.Policy, source: str) -> None:
-    """Remember a removal that a file asks for, and say that a policy stays removed though it has a file."""
+    """Remember a removal that a file asks for; say that a policy which was removed stays so though it has a file."""
     if message.removed:
         store.remember(Policy(message, digest_of_message(message)), source)
-    elif store.memory.removes(message):
+    else:
         store.tell(
             Change("refused", source, None, f"{message.name}: was removed: raise its version to put it in force")
         )

@@ -14,7 +14,7 @@ from rudder.sae_models.errors import UserError
 from rudder.sae_models.statistics import Floats
 
 LATENTS, WIDTH = 8, 16
-IDENTITY = {"name": "topic", "bundle": "b", "bundle_sha256": "ab", "model_sha256": "m"}
+IDENTITY: dict[str, Any] = {"name": "topic", "bundle": "b", "bundle_sha256": "ab", "model_sha256": "m"}
 
 
 def dictionary() -> Any:
@@ -38,9 +38,9 @@ def texts(count: int, seed: int) -> tuple[Floats, Any]:
 
 
 def trained(forbidden: tuple[int, ...] = (), **settings: Any) -> Classifier:
-    return classify.train(
-        *texts(600, 0), *texts(400, 1), dictionary(), forbidden, Settings(latents=3, **settings), **IDENTITY
-    )
+    (values, label), (tune, tune_label) = texts(600, 0), texts(400, 1)
+    chosen = Settings(latents=3, **settings)
+    return classify.train(values, label, tune, tune_label, dictionary(), forbidden, chosen, **IDENTITY)
 
 
 @pytest.mark.parametrize("kind", ["logistic", "tree"])
