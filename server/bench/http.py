@@ -115,12 +115,12 @@ def client(port: int, model: str, load: HttpLoad, pair: int) -> Run:
 
 async def all_streams(port: int, model: str, load: HttpLoad, pair: int) -> Run:
     """Run all streams at once."""
-    streams = (stream(port, model, load, load.streams * pair + number) for number in range(load.streams))
+    streams = (timed(port, model, load, load.streams * pair + number) for number in range(load.streams))
     times = await asyncio.gather(*streams)
     return Run(*(1e3 * statistics.median(values) for values in zip(*times, strict=True)))
 
 
-async def stream(port: int, model: str, load: HttpLoad, number: int) -> tuple[float, float]:
+async def timed(port: int, model: str, load: HttpLoad, number: int) -> tuple[float, float]:
     """Read one stream; return the seconds to its first event and to its end."""
     prompt = [1, *((7 * number + 13 * i) % 8000 + 2 for i in range(16))]
     fields = {"model": model, "prompt": prompt, "max_tokens": load.tokens, "temperature": 0, "ignore_eos": True}

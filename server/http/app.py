@@ -73,7 +73,9 @@ class App:
             return 415, "content-type: must be application/json"
         if "content-encoding" in exchange.headers:
             return 415, "content-encoding: must not be set"
-        return None if exchange.length else (411, "content-length: must be set")
+        if not exchange.length or "transfer-encoding" in exchange.headers:
+            return 411, "content-length: must be set, and no transfer-encoding"
+        return None
 
     async def surrounded(
         self, exchange: Exchange, method: str, behaviour: Callable[[CallRecord], Awaitable[None]]

@@ -30,9 +30,9 @@ class Disconnected(asyncio.CancelledError):
 class Exchange:
     """A request and its answer.
 
-    `started`: the answer has begun, so that its status is settled; `ended`: its last part is on its way. `gone`: the
-    client closed the connection before that. `names`: the request's own names of the contract's fields, and `failure`:
-    what ends its stream, once it is read.
+    `started`: the answer has begun, so that its status is settled. `gone`: the client closed the connection before its
+    end. `names`: the request's own names of the contract's fields, and `failure`: what ends its stream; both
+    once it is read.
     """
 
     scope: MutableMapping[str, Any]
@@ -40,7 +40,6 @@ class Exchange:
     send: Send
     limits: Limits
     started: bool = False
-    ended: bool = False
     gone: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
     failure: Callable[[dict[str, Any]], bytes] | None = None
@@ -117,12 +116,14 @@ class Exchange:
             watching.cancel()
 
     async def cancel_when_gone(self, task: "asyncio.Task[Any]") -> None:
-        """Wait until the client has closed the connection. A server says so too when the answer has ended."""
+        """Wait until the client has closed the connection.
+
+        A server says so too when the answer has ended; by then, without a wait between, `watched` has ended.
+        """
         while (await self.receive())["type"] != "http.disconnect":
             pass
-        if not self.ended:
-            self.gone = True
-            task.cancel()
+        self.gone = True
+        task.cancel()
 
     async def start(self, status: int, headers: Headers) -> None:
         """Begin the answer."""
@@ -131,7 +132,6 @@ class Exchange:
 
     async def write(self, content: bytes, more: bool) -> None:
         """Write a part of the answer. Raises Refusal CLIENT_TOO_SLOW if the client does not take it in time."""
-        self.ended = not more
         try:
             async with asyncio.timeout(self.limits.write_timeout_s):
                 await self.send({"type": "http.response.body", "body": content, "more_body": more})

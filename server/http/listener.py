@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import h11
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
@@ -34,10 +33,10 @@ class Connection(H11Protocol):
         self.timeout_keep_alive_task = self.loop.call_later(IDLE_S, transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        """Take in bytes. The time for a request runs on until its headers are complete."""
+        """Take in bytes. The time for a request runs on until one is being answered: its headers are complete."""
         timer, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
+        if self.cycle is None or self.cycle.response_complete:
             self.timeout_keep_alive_task = timer
         elif timer:
             timer.cancel()

@@ -183,6 +183,8 @@ async def test_a_body_has_a_length(door: Rig) -> None:
     lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     request = "\r\n".join([*lines, "Transfer-Encoding: chunked", "", "2", "{}", "0", "", ""]).encode()
     assert status(await raw(door, request)) == 411
+    both = request.replace(b"Transfer", b"Content-Length: 2\r\nTransfer")
+    assert status(await raw(door, both)) in (400, 411)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +246,36 @@ async def test_connections_without_a_request_are_closed(monkeypatch: pytest.Monk
         assert await raw(rig, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n") == b""
         assert await raw(rig, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X: " + b"x" * 100_000) != b""
         await until(lambda: not rig.door.listener.state.connections)
+
+
+async def test_a_body_that_nobody_asked_for_holds_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "IDLE_S", 0.3)
+    async with Rig() as rig:
+        rig.door.listener.config.timeout_keep_alive = 0.3  # type: ignore[assignment]
+        _, writer = await asyncio.open_connection("127.0.0.1", int(rig.address.rpartition(":")[2]))
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
+        await until(lambda: rig.door.listener.state.connections)
+        async with asyncio.timeout(10):
+            while rig.door.listener.state.connections:
+                writer.write(b"x")
+                await asyncio.sleep(0.02)
+        writer.close()
+
+
+async def test_the_time_for_a_request_ends_with_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "IDLE_S", 0.5)
+    async with Rig() as rig:
+        rig.engine.stall_after = 1
+        content = http("POST /v1/completions HTTP/1.1", "Content-Type: application/json", body=COMPLETION)
+        _, writer = await asyncio.open_connection("127.0.0.1", int(rig.address.rpartition(":")[2]))
+        for part in (content[:20], content[20:40], content[40:]):
+            writer.write(part)
+            await asyncio.sleep(0.05)
+        await until(lambda: rig.serving.calls)
+        await asyncio.sleep(0.7)
+        assert rig.serving.calls
+        writer.close()
+        await until(lambda: not rig.serving.calls)
 
 
 async def test_identifiers_of_a_call(door: Rig, caplog: pytest.LogCaptureFixture) -> None:
