@@ -32,7 +32,7 @@ MODEL ?= auto
 # CI measures the coverage of the unit tests: see `make coverage`.
 COVERAGE := $(if $(CI),--cov --cov-report=)
 
-.PHONY: help venv demo serve test test-long lint types proto proto-check proto-image unit manifests coverage engine-test redteam e2e conformance gpu gpu-rehearsal architectures \
+.PHONY: help venv demo console serve test test-long lint types proto proto-check proto-image unit manifests coverage engine-test redteam e2e conformance gpu gpu-rehearsal architectures \
 	long typescript fuzz soak sbom wheels install-check lock clean prometheus monitoring metrics-table monitoring-pictures
 
 help: ## list the targets
@@ -42,6 +42,9 @@ venv: $(CPU) ## create .venv with the pinned CPU stack
 
 demo: $(CPU) ## start a server, take the tour of it, stop it; MODEL=small: of a toy that needs no download
 	@$(PY) -m rudder.server demo --model $(MODEL)
+
+console: $(CPU) ## start the demo server and open its console in the browser; MODEL=small: of the toy
+	@$(PY) -m rudder.server console --model $(MODEL)
 
 serve: $(CPU) ## start the same server and stay; MODEL=small, FLAGS="--listen.port 50052 …"
 	@$(PY) -m rudder.server serve --model $(MODEL) $(FLAGS)

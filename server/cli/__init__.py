@@ -34,6 +34,7 @@ COMMANDS = {
     "steer": "calibrate steering towards topics",
     "bench": "run benchmarks",
     "demo": "start a server, run the client's tour, stop the server",
+    "console": "start a server and open its console in the browser",
 }
 EXAMPLES = """\
 examples:

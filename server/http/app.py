@@ -9,8 +9,10 @@ from rudder.server.config import is_loopback
 from rudder.server.http.answers import WHOLE, Answer, Call, answer_headers, respond
 from rudder.server.http.chat import ChatAnswer
 from rudder.server.http.completions import CompletionAnswer
+from rudder.server.http.console import FOLDER, pages_of
 from rudder.server.http.errors import error_body, refusal_body, refusal_headers
 from rudder.server.http.exchange import Exchange, Receive, Send
+from rudder.server.http.methods import LIVE, LIVE_METHOD, METHODS, answer_live, answer_method
 from rudder.server.http.responses import ResponseAnswer
 from rudder.server.http.usage import TokenTexts
 from rudder.server.monitoring.traces import correlation_of
@@ -25,8 +27,8 @@ ENDPOINTS: Mapping[bytes, Callable[[Call, bytes], Answer]] = {
     b"/v1/completions": CompletionAnswer,
     b"/v1/responses": ResponseAnswer,
 }
-# Everything that is served: a path, byte for byte as it was sent, and its one HTTP method.
-ROUTES: Mapping[bytes, str] = dict.fromkeys(ENDPOINTS, "POST") | {MODELS: "GET", HEALTH: "GET"}
+# The API: a path, byte for byte as it was sent, and its one HTTP method. Beside it there are the console's files.
+ROUTES: Mapping[bytes, str] = dict.fromkeys((*ENDPOINTS, *METHODS, LIVE), "POST") | {MODELS: "GET", HEALTH: "GET"}
 
 
 class App:
@@ -34,7 +36,7 @@ class App:
 
     def __init__(self, serving: Serving) -> None:
         self.serving, self.healthy, self.texts = serving, False, TokenTexts()
-        self.created = int(time.time())
+        self.created, self.pages = int(time.time()), pages_of(FOLDER)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -42,18 +44,32 @@ class App:
             return
         exchange = Exchange(scope, receive, send, self.serving.config.limits)
         route, method = scope["raw_path"].partition(b"?")[0], scope["method"]
-        if route not in ROUTES:
+        expected = "GET" if route in self.pages else ROUTES.get(route)
+        if expected is None:
             await exchange.answer(404, error_body(404, "there is no such path", "NOT_FOUND"), [])
-        elif method != ROUTES[route]:
-            allow = [(b"allow", ROUTES[route].encode())]
-            await exchange.answer(405, error_body(405, f"the method is {ROUTES[route]}", "METHOD_NOT_ALLOWED"), allow)
+        elif method != expected:
+            allow = [(b"allow", expected.encode())]
+            await exchange.answer(405, error_body(405, f"the method is {expected}", "METHOD_NOT_ALLOWED"), allow)
         elif route == HEALTH:
             status = 200 if self.healthy else 503
             await exchange.answer(status, {"status": "serving" if self.healthy else "not serving"}, [])
         elif problem := self.problem(exchange, method):
             await exchange.answer(problem[0], error_body(*problem, "FIELD_INVALID"), [(b"connection", b"close")])
-        elif route == MODELS:
+        elif page := self.pages.get(route):
+            await exchange.send_whole(page.status, page.content, page.headers)
+        else:
+            await self.call(exchange, route)
+
+    async def call(self, exchange: Exchange, route: bytes) -> None:
+        """Run a call of the API."""
+        if route == MODELS:
             await self.surrounded(exchange, MODELS_METHOD, lambda record: self.models(exchange, record))
+        elif route == LIVE:
+            await self.surrounded(exchange, LIVE_METHOD, lambda record: answer_live(exchange, self.serving, record))
+        elif method := METHODS.get(route):
+            await self.surrounded(
+                exchange, method.name, lambda record: answer_method(exchange, self.serving, record, method)
+            )
         else:
             endpoint = ENDPOINTS[route]
             await self.surrounded(exchange, WHOLE, lambda record: self.generate(exchange, record, endpoint))

@@ -141,9 +141,11 @@ class Exchange:
 
     async def answer(self, status: int, document: Any, headers: Headers) -> None:
         """Answer with a JSON document."""
-        content = msgspec.json.encode(document)
-        length = (b"content-length", str(len(content)).encode())
-        await self.start(status, [*JSON, length, *headers])
+        await self.send_whole(status, msgspec.json.encode(document), [*JSON, *headers])
+
+    async def send_whole(self, status: int, content: bytes, headers: Headers) -> None:
+        """Answer with these bytes."""
+        await self.start(status, [(b"content-length", str(len(content)).encode()), *headers])
         await self.write(content, more=False)
 
     async def event(self, content: bytes, headers: Headers) -> None:

@@ -89,14 +89,20 @@ PLACE = re.compile(r" - at `(?:key in )?\$\.?(?P<path>[^`]*)`$")
 AT_FAULT = re.compile(r"(?:unknown|(?P<missing>missing required)) field `(?P<name>[^`]*)`")
 
 
-def read(body: bytes, form: type[T]) -> T:
-    """Read the JSON body of a request. Raises Refusal, which names the field."""
+def document_of(body: bytes) -> dict[str, Any]:
+    """Read the JSON object of a body. Raises Refusal."""
     try:
         document = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise Refusal("FIELD_INVALID", f"the body is not JSON: {error or 'too deep'}") from error
     if not isinstance(document, dict):
         raise Refusal("FIELD_INVALID", "the body is not a JSON object")
+    return document
+
+
+def read(body: bytes, form: type[T]) -> T:
+    """Read the JSON body of a request. Raises Refusal, which names the field."""
+    document = document_of(body)
     taken = {field.encode_name for field in msgspec.structs.fields(form)}  # type: ignore[arg-type]
     return convert({name: value for name, value in document.items() if is_taken(name, value, taken)}, form)
 

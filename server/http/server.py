@@ -1,10 +1,14 @@
 """The HTTP door: the listener, its TLS and its life."""
 
+import logging
+
 from rudder.server.config import ConfigError
 from rudder.server.http.app import App
 from rudder.server.http.listener import Listener, server_context
+from rudder.server.monitoring.logs import fields
 from rudder.server.service.serving import Serving
 
+logger = logging.getLogger(__name__)
 # Beyond what queue and engine hold: Rudder refuses calls itself, as its refusals give reasons.
 SPARE_CONNECTIONS = 1024
 
@@ -28,7 +32,9 @@ class HttpDoor:
             port = await self.listener.start(self.listen.host, self.listen.http_port or 0, self.context)
         except OSError as error:
             raise ConfigError("listen.http_port", f"cannot listen on {address}: {error.strerror}") from error
-        return f"{'https' if self.context else 'http'}://{self.listen.address(port)}/v1"
+        base = f"{'https' if self.context else 'http'}://{self.listen.address(port)}"
+        logger.info("the console listens", extra=fields(url=f"{base}/console/"))
+        return f"{base}/v1"
 
     async def set_serving(self, serving: bool) -> None:
         """Set what `/health` says."""

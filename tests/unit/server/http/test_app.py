@@ -17,6 +17,7 @@ from rudder.server.engine.call import FinishReason
 from rudder.server.http import listener
 from rudder.server.http.answers import STREAMED, WHOLE
 from rudder.server.http.app import ENDPOINTS, MODELS_METHOD, ROUTES
+from rudder.server.http.methods import LIVE_METHOD
 from rudder.server.http.server import HttpDoor
 from rudder.server.identity import tokens
 from rudder.server.identity.roles import METHODS
@@ -152,7 +153,7 @@ async def test_roles_are_those_of_the_contract(guarded: tuple[Rig, dict[str, str
     assert [entry["id"] for entry in models.json()["data"]] == ["m"]
     # A stream is known as such once its body is read, which is after the role was required.
     assert METHODS[STREAMED] == METHODS[WHOLE]
-    assert {STREAMED, WHOLE, MODELS_METHOD} <= METHODS.keys()
+    assert {STREAMED, WHOLE, MODELS_METHOD, LIVE_METHOD} <= METHODS.keys()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from google.protobuf import descriptor_pool
 import rudder.server
 from rudder.server.grpc.server import SERVICES
 from rudder.server.http import answers, app
+from rudder.server.http import methods as http_methods
 from rudder.server.service import inference
 
 SERVER = Path(rudder.server.__file__).parent
@@ -104,10 +105,27 @@ def test_every_door_serves_the_same_functions(door: str) -> None:
 
 
 def test_every_route_of_the_http_door_is_a_method_of_the_contract() -> None:
-    """Three routes ask the model, through `respond`, which knows two methods; the others compute nothing."""
-    assert set(app.ROUTES) - set(app.ENDPOINTS) == {app.MODELS, app.HEALTH}
+    """Three routes ask the model through `respond`, which knows two methods, and one through Inspect; the others, and
+    the console's files, compute nothing.
+    """
+    assert set(app.ROUTES) - set(app.ENDPOINTS) - set(http_methods.METHODS) == {app.MODELS, app.HEALTH, app.LIVE}
     asking = {name for name in ("generate", "complete") if calls(SERVER / "http/answers.py", name)}
     assert asking == {"generate", "complete"}
-    others = [path for path in (SERVER / "http").glob("*.py") if path.name != "answers.py"]
-    assert not [path for path in others if "service.inference" in path.read_text()]
+    others = [path for path in (SERVER / "http").glob("*.py") if path.name not in ("answers.py", "methods.py")]
+    assert not [path for path in others if "inference." in path.read_text().replace("inference_pb2.", "")]
     assert {name.rpartition(".")[2] for name in (answers.STREAMED, answers.WHOLE)} <= COMPUTED
+
+
+def test_methods_of_the_contract_are_the_same_functions_at_the_http_door() -> None:
+    """Each has its gRPC path, its own request, and the name by which roles know it; none changes anything."""
+    contract = {f"{service}.{method}" for service, method in methods()}
+    for method in http_methods.ALL:
+        service, _, name = method.name.partition(".")
+        assert method.name in contract
+        full = next(found for found in SERVICES if found.rpartition(".")[2] == service)
+        described = descriptor_pool.Default().FindServiceByName(full).methods_by_name[name]
+        assert method.path.decode() == f"/{full}/{name}"
+        assert method.request.DESCRIPTOR.full_name == described.input_type.full_name
+    assert "PolicyService.Apply" not in {method.name for method in http_methods.ALL}
+    computed = {method.behaviour for method in http_methods.ALL if method.name.startswith("InferenceService.")}
+    assert computed == {inference.inspect, inference.tokenize}
