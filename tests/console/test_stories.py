@@ -209,7 +209,7 @@ def test_features_are_found_read_and_pinned(page: Page, console: Console) -> Non
     page.wait("document.querySelector('#detail .contexts')")
     with Client(console.server.address, token=console.token) as client:
         bundle = client.model().bundles[0].name
-        found = client.search(bundle, "planets", limit=1)[0]
+        found = client.search("planets", bundle=bundle, limit=1)[0]
     assert page.text("#detail h3").startswith(f"#{found.index} {found.label}")
     assert page.evaluate("document.querySelectorAll('#detail mark').length") > 2
     page.click("#detail h3 button.pin")

@@ -12,7 +12,7 @@ from rudder.server.http import methods
 from rudder.server.http.console import FOLDER, TYPES
 from rudder.server.identity import tokens
 from rudder.server.identity.tokens import TokenFile
-from rudder.server.monitoring.metrics import BankUsage, FeatureTotals, Pinned, PinnedFeature, SiteUsage
+from rudder.server.monitoring.collectors import BankUsage, FeatureTotals, Pinned, PinnedFeature, SiteUsage
 from tests.unit.server.http.rig import Rig, events
 from tests.unit.server.http.test_app import http, raw, status
 
@@ -114,7 +114,9 @@ async def test_live_figures_come_until_the_server_drains(door: Rig, monkeypatch:
     monkeypatch.setattr(methods, "LIVE_INTERVAL_S", 0.01)
     bank = door.serving.metrics.bank
     bank.usage = lambda: BankUsage([SiteUsage("s", 1, 3)], 1, 7, 2, 5)
-    bank.pinned = Pinned([PinnedFeature("b", "s", 4, "<b>")], [0], [FeatureTotals(2, 8, 3.0, 2.0)])
+    door.serving.metrics.features.pinned = Pinned(
+        [PinnedFeature("b", "s", 4, "<b>")], [0], [FeatureTotals(2, 8, 3.0, 2.0)]
+    )
     await door.complete(max_tokens=1)
     async with door.client.stream("POST", LIVE, json={}) as response:
         lines = response.aiter_lines()

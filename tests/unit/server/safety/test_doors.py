@@ -108,7 +108,11 @@ def test_every_route_of_the_http_door_is_a_method_of_the_contract() -> None:
     """Three routes ask the model through `respond`, which knows two methods, and one through Inspect; the others, and
     the console's files, compute nothing.
     """
-    assert set(app.ROUTES) - set(app.ENDPOINTS) - set(http_methods.METHODS) == {app.MODELS, app.HEALTH, app.LIVE}
+    assert set(app.ROUTES) - set(app.ENDPOINTS) - set(http_methods.METHODS) == {
+        app.MODELS,
+        app.HEALTH,
+        http_methods.LIVE,
+    }
     asking = {name for name in ("generate", "complete") if calls(SERVER / "http/answers.py", name)}
     assert asking == {"generate", "complete"}
     others = [path for path in (SERVER / "http").glob("*.py") if path.name not in ("answers.py", "methods.py")]
