@@ -39,7 +39,7 @@ PLANTED = {"INTERNAL", "UNAVAILABLE"}
 SLACK_S = 20.0
 # Streams of a thousand tokens that vLLM runs at once: one that it queues would have no lease to find.
 FITTING = 5
-SOAK_S, LEAKING_S = 60.0, 30.0
+SOAK_S, LEAKING_S = 120.0, 40.0
 BUILD = Path(__file__).parents[2] / "build"
 
 
