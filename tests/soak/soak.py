@@ -19,7 +19,7 @@ MAX_SLOPE_MIB = 1.0
 # The first part of a run fills caches, whose size is bounded.
 WARM_UP = 0.4
 WINDOWS = 20
-# For some minutes the engine's memory grows with every shape of batch that it sees for the first time.
+# In its first minutes the engine's memory grows, ever more slowly; why is not known.
 ENGINE_WARM_UP_S = 600
 BASELINE = ("tasks", "threads", "open_files")
 # What may be there more than at the beginning: connections that are about to close, threads of a pool.
