@@ -143,7 +143,7 @@ def test_counters_are_the_sums_of_what_clients_got(running: Rig) -> None:
             generated += sum(len(choice.token_ids) for choice in answer.choices)
             edited += sum(e.tokens_touched for c in answer.choices if c.attestation for e in c.attestation.edits)
             with pytest.raises(RudderError):
-                client.complete("The cell", max_tokens=-1)
+                client.complete("The cell", temperature=-1.0)
         for _ in range(4):
             with client.generate("The cell", max_tokens=200, ignore_eos=True) as chunks:
                 next(chunks)

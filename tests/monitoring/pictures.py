@@ -198,7 +198,7 @@ def save(figure: Figure, path: Path) -> None:
 
     figure.savefig(path)
     with Image.open(path) as image:
-        image.convert("RGB").quantize(64).save(path, optimize=True)
+        image.convert("RGB").quantize(32, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main(arguments: Sequence[str]) -> None:
