@@ -40,7 +40,7 @@ export async function show(view, rest) {
 
 function list(found, features, open) {
   if (!features.length) { fill(found, h("p", { class: "empty" }, "No feature has these words in its label. Try others.")); return; }
-  fill(found, table(`${features.length} features`, ["feature", "frequency", "label's score", ""], features.map((feature) => [
+  fill(found, table(`${features.length} features`, ["feature", "frequency", "label's score", "steer by it"], features.map((feature) => [
     h("button", { type: "button", class: "link", onclick: () => open(feature.bundle, feature.index) }, featureName(feature)),
     percent(feature.frequency), number(feature.label_score), pinButton(feature)])));
 }

@@ -59,7 +59,12 @@ export function colour(active, chosen, maxima) {
 /** Return CSS for a colour; faint activations stay visible. */
 export function css({ hue, share }) {
   const [red, green, blue] = HUES[hue];
-  return `rgb(${red} ${green} ${blue} / ${(0.12 + 0.6 * share).toFixed(3)})`;
+  return `rgb(${red} ${green} ${blue} / ${(0.12 + 0.48 * share).toFixed(3)})`;
+}
+
+/** Return CSS for a chosen feature itself. */
+export function solid(hue) {
+  return `rgb(${HUES[hue % HUES.length].join(" ")})`;
 }
 
 /** Return a program that adds pinned features, each by its dose in norms of the residual stream. */
@@ -87,7 +92,7 @@ export function expectation(dose) {
 }
 
 function editWords(edit, seen) {
-  const who = edit.origin === "policy" ? `policy ${edit.policy}` : "this request";
+  const who = edit.origin === "policy" ? `Policy ${edit.policy}` : "This request";
   const what = `${who}: ${edit.operation} on ${edit.row} at ${edit.site}`;
   const lost = edit.tokens_rejected ? `; rejected at ${edit.tokens_rejected}` : "";
   if (!edit.tokens_touched) return { ok: false, text: `${what} did NOT run: 0 of ${seen} tokens touched${lost}.` };
@@ -98,7 +103,7 @@ function policyWords(policy) {
   const mode = policy.shadow ? "in shadow: it counted and changed nothing" : "in force";
   const verdicts = policy.verdicts ?? [];
   const held = verdicts.map((v) => `rule ${v.rule} held at token ${v.position}${v.score === undefined ? "" : ` (${number(v.score)})`}`);
-  return { ok: !verdicts.length, text: `policy ${policy.name}, version ${policy.version}, ${mode}; ${held.join(", ") || "no guard held"}.` };
+  return { ok: !verdicts.length, text: `Policy ${policy.name}, version ${policy.version}, ${mode}; ${held.join(", ") || "no guard held"}.` };
 }
 
 /** Return what an attestation says, in sentences `{ok, text}`; what did not run is not ok. */
@@ -110,11 +115,11 @@ export function attestationWords(attestation) {
     lines.unshift({ ok: true, text: "This request edited nothing: the answer is not steered by it." });
   }
   for (const gate of gates) {
-    lines.push({ ok: gate.open_tokens > 0, text: `gate of ${gate.policy ? `policy ${gate.policy}` : "this request"} at ${gate.site} was open at ${gate.open_tokens} of ${seen} tokens.` });
+    lines.push({ ok: gate.open_tokens > 0, text: `Gate of ${gate.policy ? `policy ${gate.policy}` : "this request"} at ${gate.site} was open at ${gate.open_tokens} of ${seen} tokens.` });
   }
   if (attestation.topic) {
     const topic = attestation.topic;
-    lines.push({ ok: true, text: `topic ${topic.concept}: strength ${number(topic.strength)} of the largest fluent dose, ${number(topic.dose)} residual norms.` });
+    lines.push({ ok: true, text: `Topic ${topic.concept}: strength ${number(topic.strength)} of the largest fluent dose, ${number(topic.dose)} residual norms.` });
   }
   lines.push(...policies.map(policyWords));
   if (!policies.length) lines.push({ ok: true, text: "No policy bound this call." });
@@ -149,7 +154,17 @@ export function generationRequest({ model, chat, text, maxTokens, temperature, s
   return { path: chat ? "/v1/chat/completions" : "/v1/completions", body: rudder ? { ...body, rudder } : body };
 }
 
-const pythonValue = (value) => JSON.stringify(value, null, 4).replace(/\btrue\b(?=,?$)/gm, "True").replace(/\bnull\b(?=,?$)/gm, "None").replace(/\bfalse\b(?=,?$)/gm, "False");
+/** Return a JSON value as Python. */
+function python(value, indent = "") {
+  const inner = `${indent}    `;
+  if (value === null || value === undefined) return "None";
+  if (typeof value === "boolean") return value ? "True" : "False";
+  if (typeof value !== "object") return JSON.stringify(value).replace(/[\u2028\u2029]/g, (c) => `\\u${c.charCodeAt(0).toString(16)}`);
+  const [open, close] = Array.isArray(value) ? "[]" : "{}";
+  const entries = Array.isArray(value) ? value.map((entry) => python(entry, inner))
+    : Object.entries(value).map(([name, entry]) => `${JSON.stringify(name)}: ${python(entry, inner)}`);
+  return entries.length ? `${open}\n${entries.map((entry) => `${inner}${entry},\n`).join("")}${indent}${close}` : open + close;
+}
 
 /** Return a request as code: `python`, `curl` or `yaml`, a policy with the same program on the bundles that are served. */
 export function asCode(kind, { path, body }, origin, bundles = []) {
@@ -166,9 +181,9 @@ export function asCode(kind, { path, body }, origin, bundles = []) {
   }
   const { rudder, ...rest } = body;
   const method = path.includes("chat") ? "chat.completions" : "completions";
-  const shownFields = Object.entries(rest).map(([name, value]) => `    ${name}=${pythonValue(value).replaceAll("\n", "\n    ")},`);
-  const extra = rudder ? [`    extra_body={"rudder": ${pythonValue(rudder).replaceAll("\n", "\n    ")}},`] : [];
+  const fields = Object.entries(rest).map(([name, value]) => `    ${name}=${python(value, "    ")},`);
+  const extra = rudder ? [`    extra_body=${python({ rudder }, "    ")},`] : [];
   const text = method === "completions" ? "text" : "message.content";
   return ["from openai import OpenAI", "", `client = OpenAI(base_url="${origin}/v1", api_key="none")`,
-    `answer = client.${method}.create(`, ...shownFields, ...extra, ")", `print(answer.choices[0].${text})`, ""].join("\n");
+    `answer = client.${method}.create(`, ...fields, ...extra, ")", `print(answer.choices[0].${text})`, ""].join("\n");
 }

@@ -2,7 +2,7 @@
 
 import { call } from "/console/api.js";
 import { field, fill, h, onSubmit, statusLine } from "/console/dom.js";
-import { byPosition, colour, css, HUES, number, pooled } from "/console/figures.js";
+import { byPosition, colour, number, pooled, solid } from "/console/figures.js";
 import { attestation, featureName, pinButton, tokenStrip } from "/console/parts.js";
 import { noteAnswer, state } from "/console/state.js";
 
@@ -20,6 +20,7 @@ export function show(view) {
     field("As a user's message", chat), field("Strongest per token", count), h("button", { type: "submit" }, "Inspect")), status.line);
   onSubmit(form, status, async () => {
     last = { text: text.value, chat: chat.checked };
+    fill(result);
     if (!last.text) throw new Error("There is no text: write some.");
     status.say("The model reads the text…");
     await inspect(last, Number(count.value), result);
@@ -45,22 +46,29 @@ function present(answer, result) {
   const maxima = new Map(ranked.map(({ feature, max }) => [feature, max]));
   let chosen = ranked.slice(0, 3).map(({ feature }) => feature);
   const here = h("section", { class: "panel", id: "here", "aria-label": "The chosen token", "aria-live": "polite" });
-  const { strip, select, paint } = tokenStrip(texts, (position) => fill(here, atToken(position)));
+  const { strip, select, paint } = tokenStrip(texts, (position) => { fill(here, atToken(position)); tint(); });
   const repaint = () => paint((i) => {
     const found = colour(active[i], chosen, maxima);
     return found && { ...found, name: features[found.feature]?.index };
   });
+  let swatches = [];
+  const tint = () => {
+    swatches = swatches.filter(({ input }) => input.isConnected);
+    for (const { feature, input } of swatches) {
+      const hue = chosen.indexOf(feature);
+      input.checked = hue >= 0;
+      input.style.setProperty("accent-color", hue < 0 ? "auto" : solid(hue));
+    }
+    repaint();
+  };
   const choose = (feature, on) => {
     chosen = on ? [...chosen, feature] : chosen.filter((other) => other !== feature);
-    repaint();
-    fill(list, rows());
+    tint();
   };
   function line(feature, words) {
-    const hue = chosen.indexOf(feature);
-    const swatch = h("input", { type: "checkbox", checked: hue >= 0, "aria-label": `Colour feature ${features[feature].index}`,
-      onchange: (event) => choose(feature, event.target.checked) });
-    if (hue >= 0) swatch.style.setProperty("accent-color", css({ hue: hue % HUES.length, share: 1 }).replace(" / 0.720", ""));
-    return h("li", {}, swatch, featureName(features[feature]), h("span", { class: "value" }, words), pinButton(features[feature]));
+    const input = h("input", { type: "checkbox", "aria-label": `Colour feature ${features[feature].index}`, onchange: () => choose(feature, input.checked) });
+    swatches.push({ feature, input });
+    return h("li", {}, input, featureName(features[feature]), h("span", { class: "value" }, words), pinButton(features[feature]));
   }
   function rows() {
     return ranked.slice(0, MOST).map(({ feature, max, tokens }) => line(feature, `max ${number(max)} · ${tokens} tokens`));
@@ -73,9 +81,7 @@ function present(answer, result) {
   }
   const list = h("ol", { class: "features", id: "pooled" });
   fill(list, rows());
-  repaint();
-  fill(here, h("p", { class: "empty" }, "Choose a token: click it, or use the arrow keys in the text."));
-  const whole = h("section", { class: "panel", "aria-label": "The whole text" }, h("h3", {}, "Strongest in the whole text"),
+  const whole = h("section", { class: "panel", "aria-label": "The whole text" }, h("h3", {}, "Strongest in the whole text"), h("p", { class: "quiet" }, "Click tokens, or move along them with the arrow keys."),
     ranked.length ? list : h("p", { class: "empty" }, "No feature is active in this text."));
   fill(result, strip, h("div", { class: "columns" }, whole, here), attestation(answer.attestation));
   select(ranked[0]?.at ?? 0);

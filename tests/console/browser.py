@@ -75,9 +75,12 @@ class Page:
         self.wait("document.body?.dataset.ready === 'yes'")
 
     def show(self, view: str) -> None:
-        """Change the view by its link."""
+        """Change the view by its link, and wait until it has drawn itself."""
+        if self.evaluate(f"location.hash === '#{view}'"):
+            return
+        self.evaluate("document.querySelector('main > div').dataset.old = 'yes'")
         self.click(f'#views a[href="#{view}"]')
-        self.wait(f"document.querySelector('.view-{view} h2')")
+        self.wait(f"document.querySelector('.view-{view}:not([data-old]) h2')")
 
     def text(self, selector: str) -> str:
         """Return the text of the first element."""
@@ -96,11 +99,11 @@ class Page:
             self.send("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 
     def write(self, selector: str, text: str) -> None:
-        """Replace the text of a field by typing."""
+        """Replace the text of a field by typing, and leave the field."""
         self.wait(f"document.querySelector({json.dumps(selector)})")
         self.evaluate(f"((e) => {{ e.focus(); e.select(); }})(document.querySelector({json.dumps(selector)}))")
         self.send("Input.insertText", text=text)
-        self.evaluate(f"document.querySelector({json.dumps(selector)}).dispatchEvent(new Event('change'))")
+        self.evaluate("document.activeElement.blur()")
 
     def press(self, key: str, control: bool = False) -> None:
         """Press a key."""

@@ -30,7 +30,7 @@ PICTURES = Path(__file__).parents[2] / "build" / "console"
 SITE = "layers.2.resid_post"
 ROLES = ("generate", "steer", "raw", "observe", "operate", "administer")
 SKY = "The telescope showed the moons of Jupiter. Banks lend money, and prices rose."
-HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script> \u202edesrever\u202c ' + "x" * 3000
+HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script> \u202edesrever\u202c ' + "x" * 400
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def inspect(page: Page, text: str) -> None:
     page.show("inspect")
     page.write("#text", text)
     page.click("form.ask button[type=submit]")
-    page.wait("document.querySelector('.tokens') && !document.querySelector('form.ask button[type=submit]').disabled")
+    page.wait("document.querySelector('.tokens')")
 
 
 def request_id(page: Page, selector: str) -> str:
@@ -131,7 +131,8 @@ def test_inspect_shows_the_features_of_each_token(page: Page, console: Console) 
     assert len(pins) == 1
     record = console.record(request_id(page, ".result"))
     assert (record["method"], record["outcome"], record["caller"]) == ("InferenceService.Inspect", "OK", "operator")
-    assert console.calls("InferenceService.Inspect") == before + 2
+    assert console.calls("InferenceService.Inspect") == before + 1
+    page.evaluate("window.scrollTo(0, 0)")
     page.picture(PICTURES / "inspect.png")
 
 
@@ -183,7 +184,7 @@ def test_steer_by_a_topic_and_by_a_program(page: Page, console: Console) -> None
     page.write("#topic", "astronomy")
     page.click("form.ask button[type=submit]")
     page.wait("document.querySelectorAll('.below .attestation').length === 2")
-    assert "topic astronomy: strength 1" in page.text(".columns .panel:nth-child(2) .attestation")
+    assert "Topic astronomy: strength 1" in page.text(".columns .panel:nth-child(2) .attestation")
     choose(page, "#steer-by", "program")
     choose(page, "#program", "less-history")
     page.click("form.ask button[type=submit]")
@@ -235,7 +236,7 @@ def guarded(console: Console) -> Iterator[policy_pb2.Policy]:
         document = {
             "name": "guard",
             "version": 1,
-            "description": "<u>stops</u>",
+            "description": "<u>stops</u> " + "w" * 10_000,
             "binds": {"all": True},
             "bundles": bundles,
             "guards": [guard],
@@ -265,6 +266,7 @@ def test_safety_shows_policies_and_what_they_did(page: Page, console: Console) -
     record = console.record(refused)
     assert (record["outcome"], "guard@1" in record["policies"]) == ("POLICY_REFUSED", True)
     assert console.server.metric("rudder_guard_verdicts_total", policy="guard", rule="long<b>") >= 2
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.picture(PICTURES / "safety.png")
 
 

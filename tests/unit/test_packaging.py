@@ -53,9 +53,10 @@ def sources(folder: str, *patterns: str) -> set[str]:
 
 def test_server_wheel_has_all_code_of_its_two_packages_and_nothing_else(wheels: dict[str, Path]) -> None:
     folders = ("server", "sae_models")
-    expected = {f"rudder/{folder}/{file}" for folder in folders for file in sources(folder, "*.py", "py.typed")}
+    patterns = ("*.py", "py.typed", "console/*")
+    expected = {f"rudder/{folder}/{file}" for folder in folders for file in sources(folder, *patterns)}
     assert contents(wheels["rudder-server"]) == expected
-    assert {"rudder/server/py.typed", "rudder/sae_models/py.typed"} <= expected
+    assert {"rudder/server/py.typed", "rudder/sae_models/py.typed", "rudder/server/console/app.js"} <= expected
 
 
 def test_client_wheel_has_the_client_and_the_generated_code(wheels: dict[str, Path]) -> None:
