@@ -98,8 +98,8 @@ def test_nonsense_is_one_line_or_nothing(field: str, monkeypatch: pytest.MonkeyP
                 require_free(config.listen)
         except UserError:
             refused += 1
-    # vLLM knows the methods of quantisation.
-    assert refused > 1 or field == "engine.quantization"
+    # vLLM knows the methods of quantisation. A file may be made by the server, or be there once it starts.
+    assert refused > 1 or field in ("engine.quantization", "policies.state", "policies.certificate_key")
 
 
 def test_each_check_ends_before_vllm_would_be_imported() -> None:

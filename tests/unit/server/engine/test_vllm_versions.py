@@ -117,7 +117,9 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, str]]:
             yield from ((node.module, alias.name) for alias in node.names)
 
 
-USED = {pair for path in SERVER.rglob("*.py") for pair in imports(ast.parse(path.read_text(encoding="utf-8")))}
+# Of the stock servers that it measures, no other version is asked for.
+FILES = [path for path in SERVER.rglob("*.py") if path != SERVER / "bench/http.py"]
+USED = {pair for path in FILES for pair in imports(ast.parse(path.read_text(encoding="utf-8")))}
 
 
 def test_server_imports_only_what_both_versions_have() -> None:

@@ -125,7 +125,7 @@ async def test_live_figures_come_until_the_server_drains(door: Rig, monkeypatch:
         async for _ in lines:
             pass
     assert (figures["running"], figures["waiting"], figures["slots"]) == (2, 5, {"used": 1, "free": 7})
-    assert figures["rows"] == [{"site": "s", "used": 1, "free": 3}]
+    assert figures["rows"] == [{"site": "s", "used": 1, "free": 3, "reserved": 0}]
     (feature,) = figures["features"]
     assert (feature["index"], feature["label"], feature["active_tokens"]) == (4, "<b>", 2)
     assert figures["calls"] == {"OK": 1}
