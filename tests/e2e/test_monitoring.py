@@ -118,6 +118,7 @@ def test_alert_of_a_refused_policy_fires_and_those_of_an_engine_in_trouble_do_no
 def test_every_series_of_the_table_was_scraped(running: Rig) -> None:
     """But for those of events that the traffic does not bring about."""
     rare = {"rudder_tls_certificate_expiry_timestamp_seconds", "rudder_series_limit_hits", "rudder_retried_requests"}
+    rare |= {"rudder_policy_shadow_refusals", "rudder_unsafe"}
     missing = {each.name for each in TABLE if not values(running, f'{each.exported[0]}{{job="{JOB}"}}')}
     assert missing <= rare
 
