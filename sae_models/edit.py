@@ -12,6 +12,7 @@ tokens, d width, K rows.
 """
 
 from collections.abc import Callable, Sequence
+from math import inf
 
 import torch
 from torch import Tensor
@@ -76,9 +77,12 @@ def bounded_edit(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Like `edit`, with a limit on the values of x'; also return which edits of each token were rejected, bool [T, K].
 
-    A token is edited by all of its edits or, if x' is not finite or has a value beyond `limit`, by none.
+    A token is edited by all of its edits or, if x' is not finite or has a value beyond `limit`, by none. Where x is not
+    finite itself, which shows as NaN in f, all edits that the token has count as rejected, whatever they would ask for.
     """
     p = by_name(edits, EDIT)
+    unread = f.isnan()
+    f = torch.where(unread, 0.0, f)
     q = by_name(entry_group(entry, DISPLACEMENT).float(), DISPLACEMENT)
     norm = norms(x)
     unit = norm.float() if gain is None else norm.float() * gain
@@ -94,10 +98,12 @@ def bounded_edit(
     move = y - x
     move = move * (q["cap"][:, None] * norm / norms(move)).clamp_max(1.0).float()
     places = torch.arange(f.shape[1], device=f.device)
-    requested = (delta != 0) | ((places == blend_row[:, None]) & (weight > 0))
+    blended = places == blend_row[:, None]
+    requested = (delta != 0) | (blended & (weight > 0))
+    lost = unread & ((p["above"] < inf) | (blended & (q["weight"] > 0)[:, None]))
     # False also for NaN.
     within = ((x + move).abs().amax(1) <= limit)[:, None]
-    return torch.where(within, move, 0.0), requested & within, requested & ~within
+    return torch.where(within, move, 0.0), requested & within & ~lost, requested & ~within | lost
 
 
 def scan(decay: Tensor, shift: Tensor, floor: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -285,8 +285,11 @@ def activations(
 
 
 def jump_relu(z: Tensor, threshold: Tensor) -> Tensor:
-    """Return z [..., n] where it exceeds its threshold [n], else 0. Strictly, as in every published format."""
-    return torch.where(z > threshold, z, 0.0)
+    """Return z [..., n] where it exceeds its threshold [n], else 0. Strictly, as in every published format.
+
+    NaN stays NaN: whoever reads an activation must not take what cannot be read for a row that is not active.
+    """
+    return torch.where(z <= threshold, 0.0, z)
 
 
 def gain(x: Tensor, normalisation: Normalisation, epsilon: float = LAYER_NORM_EPSILON) -> Tensor:

@@ -13,13 +13,17 @@ Rate = Annotated[float, Meta(gt=0, le=MAX_RATE)]
 
 
 class Quotas(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Caps on what one caller uses of one server, per minute but for `streams`, which run at once; None: no cap."""
+    """Caps on what one caller uses of one server, per minute but for `streams` and `rows`, which are at once.
+
+    None: no cap. `rows`: row places of the bank, counted once for each call that names them.
+    """
 
     requests: Rate | None = None
     request_bytes: Rate | None = None
     prompt_tokens: Rate | None = None
     generated_tokens: Rate | None = None
     streams: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
+    rows: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
 
 
 NO_QUOTAS = Quotas()
@@ -47,6 +51,11 @@ class Caller:
     def share_key(self) -> str:
         """What is shared fairly is shared among these."""
         return f"{self.tenant} {self.id} {self.origin}"
+
+
+def alone(caller: str) -> str:
+    """Return the tenant of a caller that no file gives one. No file can name it: names have no space."""
+    return f"caller {caller}"
 
 
 # A caller without credentials, where the server asks for none.

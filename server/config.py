@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from rudder.sae_models import PRETRAINED, settings
 from rudder.sae_models.settings import ConfigError as ConfigError
+from rudder.server.caller import NO_QUOTAS, Quotas
 
 # What the contract and vLLM can count.
 MAX_COUNT, MAX_BYTES = (1 << 31) - 1, 1 << 50
@@ -24,6 +25,8 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 # Name of a claim of a JSON web token.
 CLAIM = r"^[A-Za-z][A-Za-z0-9_.:/-]*$"
+# A host name or an IP address.
+HOST = r"^[A-Za-z0-9.:_-]+$"
 BankSize = Annotated[int, Meta(ge=1, le=1 << 16)]
 
 
@@ -37,9 +40,10 @@ class Engine(Section, frozen=True):
     model: Annotated[str, Meta(min_length=1, description="folder or Hugging Face name of the language model")] = str(
         PRETRAINED / "textbook-lm"
     )
-    bundles: Annotated[tuple[str, ...], Meta(description="folders of the SAE bundles to serve")] = (
-        str(PRETRAINED / "textbook-lm-layers.2"),
-    )
+    bundles: Annotated[
+        tuple[str, ...],
+        Meta(description="folders of the SAE bundles to serve; the first of a site is meant where none is named"),
+    ] = (str(PRETRAINED / "textbook-lm-layers.2"),)
     sites: Annotated[
         tuple[str, ...], Meta(description="sites to hook besides those of the bundles, such as layers.3.mlp_out")
     ] = ()
@@ -93,7 +97,31 @@ class Engine(Section, frozen=True):
             " but times and counts of cached tokens show each of them what prompts the others have sent"
         ),
     ] = False
+    start_timeout_s: Annotated[
+        Seconds, Meta(description="seconds after which an engine that has not started is killed, and the start fails")
+    ] = 1800.0
+    stall_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=MAX_SECONDS,
+            description="seconds in which an engine with work makes no progress before it is not ready",
+        ),
+    ] = 30.0
+    stall_kill_s: Annotated[
+        float, Meta(gt=0, le=MAX_SECONDS, description="seconds without progress after which the engine counts as dead")
+    ] = 120.0
     tensor_parallel_size: Annotated[Positive, Meta(description="number of tensor-parallel devices")] = 1
+    nodes: Annotated[Positive, Meta(description="machines that the tensor-parallel devices are spread over")] = 1
+    node_rank: Annotated[
+        NonNegative, Meta(description="number of this machine among them; 0 serves calls, the others follow it")
+    ] = 0
+    leader_address: Annotated[
+        str, Meta(pattern=HOST, description="address of machine 0, for the others; on machine 0, its own")
+    ] = "127.0.0.1"
+    leader_port: Annotated[
+        Annotated[int, Meta(ge=1, le=65535)], Meta(description="port of machine 0 where the devices meet")
+    ] = 29501
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="device that runs the model")] = "auto"
 
 
@@ -113,12 +141,33 @@ class Policies(Section, frozen=True):
         Annotated[int, Meta(ge=0, le=16)],
         Meta(description="policies with a program that can run in one call, at least; more, if those of the folder do"),
     ] = 0
+    rows: Annotated[
+        NonNegative,
+        Meta(
+            description="row places of each site that only policies use, so that no request stands in the way of one"
+            " that is put in force while the server runs; twice what they need lets each be replaced"
+        ),
+    ] = 0
     reload_s: Annotated[
         Seconds, Meta(description="seconds between two looks for changed files; 0: reload on SIGHUP alone")
     ] = 0.0
+    state: Annotated[
+        str | None,
+        Meta(
+            description="file that remembers the versions of policies over restarts: none may be missing or older at"
+            " the next start; null: policies.json beside the audit log, and without one none"
+        ),
+    ] = None
     allow_apply: Annotated[
         bool, Meta(description="PolicyService.Apply may change policies over a door that authenticates nobody")
     ] = False
+    certificate_key: Annotated[
+        str | None,
+        Meta(
+            description="file with the key that seals certificates, as `rudder audit key FILE` writes; none without its"
+            " seal counts. null: they have none"
+        ),
+    ] = None
     allow_uncertified: Annotated[
         bool,
         Meta(description="serve policies that `rudder policy certify` has not passed with this configuration"),
@@ -182,6 +231,13 @@ class Listen(Section, frozen=True):
         Meta(description="address of the Prometheus endpoint, which has neither TLS nor credentials; null: host"),
     ] = None
     metrics_port: Annotated[Port, Meta(description="port of the Prometheus endpoint; 0: any free port")] = 9464
+    health_port: Annotated[
+        Port | None,
+        Meta(
+            description="port on host of gRPC health checks alone, for probes: without TLS or credentials; 0: any free"
+            " port; null: none, health is served on port"
+        ),
+    ] = None
     allow_plaintext: Annotated[
         bool, Meta(description="listen without TLS on an address that is not this machine alone")
     ] = False
@@ -225,6 +281,18 @@ class Tls(Section, frozen=True):
     ] = None
 
 
+class RoleQuotas(Section, frozen=True):
+    """Quotas of callers whose token or certificate names none."""
+
+    role: Annotated[
+        Literal["generate", "steer", "raw", "observe", "operate", "administer"] | None,
+        Meta(description="of callers that have this role; null: of all callers"),
+    ] = None
+    quotas: Annotated[Quotas, Meta(description="caps a minute, but for streams and rows, which are at once")] = (
+        NO_QUOTAS
+    )
+
+
 class Identity(Section, frozen=True):
     """Who may call. With any source of callers every call needs credentials; without one, every caller may do all."""
 
@@ -246,6 +314,10 @@ class Identity(Section, frozen=True):
     tenant_claim: Annotated[str, Meta(pattern=CLAIM, description="claim with the caller's tenant; without it, sub")] = (
         "tenant"
     )
+    quotas: Annotated[
+        tuple[RoleQuotas, ...],
+        Meta(description="quotas of callers whose token or certificate names none: the first entry that fits them"),
+    ] = ()
     allow_anonymous: Annotated[
         bool, Meta(description="serve without credentials on an address that is not this machine alone")
     ] = False
@@ -335,6 +407,36 @@ class Logs(Section, frozen=True):
     ] = "info"
 
 
+Bounds = Annotated[tuple[Annotated[float, Meta(gt=0, le=MAX_SECONDS)], ...], Meta(min_length=1, max_length=64)]
+
+
+class Monitoring(Section, frozen=True):
+    """Metrics and traces."""
+
+    max_series: Annotated[
+        int, Meta(ge=100, le=100_000, description="series of one metric; what is beyond is counted under `_other`")
+    ] = 2000
+    latency_bounds_s: Annotated[
+        Bounds | None,
+        Meta(
+            description="bounds of the buckets of latencies, vLLM's too; null: 1 ms to 60 s. Alerts need 2.5 among them"
+        ),
+    ] = None
+    token_bounds_s: Annotated[
+        Bounds | None,
+        Meta(description="bounds of the buckets of times between tokens, vLLM's too; null: 0.5 ms to 60 s"),
+    ] = None
+    traces_endpoint: Annotated[
+        Annotated[str, Meta(pattern="^http://[^/]+$")] | None,
+        Meta(
+            description="OpenTelemetry collector that takes OTLP over gRPC, such as http://localhost:4317; null: none"
+        ),
+    ] = None
+    traces_share: Annotated[
+        Share, Meta(description="share of the calls that are traced, of those whose clients made no choice")
+    ] = 1.0
+
+
 class Config(Section, frozen=True):
     """Configuration of a server. The defaults serve the shipped model and bundle."""
 
@@ -343,7 +445,8 @@ class Config(Section, frozen=True):
     policies: Policies = Policies()
     audit: Audit = Audit()
     watch: Annotated[
-        tuple[WatchedFeature, ...], Meta(description="latents counted in Prometheus over all requests")
+        tuple[WatchedFeature, ...],
+        Meta(max_length=256, description="latents counted in Prometheus over all requests"),
     ] = ()
     listen: Listen = Listen()
     tls: Tls = Tls()
@@ -352,6 +455,10 @@ class Config(Section, frozen=True):
     prompt: Prompt = Prompt()
     stream: Stream = Stream()
     logs: Logs = Logs()
+    monitoring: Monitoring = Monitoring()
+    allow_unsafe: Annotated[
+        tuple[str, ...], Meta(description="what the server starts in spite of: names that a refused start has given")
+    ] = ()
 
 
 def load(path: Path | None = None, overrides: Mapping[str, str] | None = None) -> Config:

@@ -6,6 +6,7 @@ What needs the weights is checked where they are loaded: `engine.start`, `bundle
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import msgspec
 
 from rudder.sae_models import PRETRAINED
 from rudder.sae_models.hookpoints import FORM, SITE, parse
-from rudder.server.config import Audit, Config, ConfigError, Engine, WatchedFeature, is_loopback
+from rudder.server.config import Audit, Config, ConfigError, Engine, Monitoring, WatchedFeature, is_loopback
 from rudder.server.identity.authenticator import authenticator_of
 from rudder.server.program.named import load_policies, load_programs
 
@@ -50,11 +51,30 @@ def check(config: Config) -> Config:
     shape = model_shape(Path(config.engine.model), config.engine.load_format)
     bundles = [bundle_facts(path) for path in config.engine.bundles]
     check_sites(config, bundles, shape)
+    check_nodes(config.engine)
     check_watched(config.watch, {bundle.name: bundle for bundle in bundles})
     check_folders(config)
     check_door(config)
     check_audit(config.audit)
+    check_monitoring(config.monitoring)
     return config
+
+
+def check_nodes(engine: Engine) -> None:
+    """Raise ConfigError unless the devices can be spread over the machines, and this is one of them."""
+    if engine.node_rank >= engine.nodes:
+        raise ConfigError("engine.node_rank", f"is {engine.node_rank}, of {engine.nodes} machines from 0")
+    if engine.tensor_parallel_size % engine.nodes:
+        problem = f"{engine.tensor_parallel_size} devices cannot be spread over {engine.nodes} machines evenly"
+        raise ConfigError("engine.tensor_parallel_size", problem)
+
+
+def check_monitoring(monitoring: Monitoring) -> None:
+    """Raise ConfigError if the bounds of buckets do not increase."""
+    for field in ("latency_bounds_s", "token_bounds_s"):
+        bounds = getattr(monitoring, field) or ()
+        if any(after <= before for before, after in pairwise(bounds)):
+            raise ConfigError(f"monitoring.{field}", "each bound must be above the one before")
 
 
 def check_audit(audit: Audit) -> None:
@@ -170,11 +190,9 @@ def bundle_facts(path: str) -> BundleFacts:
 
 
 def check_sites(config: Config, bundles: Sequence[BundleFacts], shape: ModelShape) -> None:
-    """Raise ConfigError unless there is a site, every site is in the model, and no two bundles share one."""
-    for field, values in (("name", [b.name for b in bundles]), ("site", [b.sites[:1] for b in bundles])):
-        if len(set(values)) < len(values):
-            problem = "have the same name" if field == "name" else "are for the same site"
-            raise ConfigError("engine.bundles", f"two bundles {problem}")
+    """Raise ConfigError unless there is a site, every site is in the model, and no two bundles share a name."""
+    if len({bundle.name for bundle in bundles}) < len(bundles):
+        raise ConfigError("engine.bundles", "two bundles have the same name")
     sites = list(sites_of(config, bundles))
     if not sites:
         raise ConfigError("engine.bundles", "is empty, and so is engine.sites: name a bundle or a site to hook")

@@ -88,25 +88,25 @@ def free_port() -> int:
 
 def require_free(listen: Listen) -> None:
     """Raise ConfigError if the server cannot listen on its ports: better now than after the engine's start."""
-    metrics_host = listen.metrics_host or listen.host
-    if listen.port == listen.metrics_port != 0 and metrics_host == listen.host:
-        raise ConfigError("listen.metrics_port", f"{listen.port} is listen.port too")
-    require_bindable("listen.host", listen.host, "listen.port", listen.port)
-    if listen.http_port is not None:
-        require_http_port(listen, metrics_host)
-    metrics_name = "metrics_host" if listen.metrics_host else "host"
-    require_bindable(f"listen.{metrics_name}", metrics_host, "listen.metrics_port", listen.metrics_port)
+    require_distinct(listen)
+    for field, host_field in ports(listen).items():
+        require_bindable(f"listen.{host_field}", getattr(listen, host_field), f"listen.{field}", getattr(listen, field))
 
 
-def require_http_port(listen: Listen, metrics_host: str) -> None:
-    """Raise ConfigError if the HTTP endpoint cannot listen on its port, or shares it with another."""
-    taken = {"listen.port": listen.port}
-    if metrics_host == listen.host:
-        taken["listen.metrics_port"] = listen.metrics_port
-    for field, port in taken.items():
-        if listen.http_port == port != 0:
-            raise ConfigError("listen.http_port", f"{port} is {field} too")
-    require_bindable("listen.host", listen.host, "listen.http_port", listen.http_port or 0)
+def require_distinct(listen: Listen) -> None:
+    """Raise ConfigError if two listeners of this server have the same address."""
+    taken = dict[tuple[str, int], str]()
+    for field, host_field in ports(listen).items():
+        address = getattr(listen, host_field), getattr(listen, field)
+        if address[1] and address in taken:
+            raise ConfigError(f"listen.{field}", f"{address[1]} is {taken[address]} too")
+        taken[address] = f"listen.{field}"
+
+
+def ports(listen: Listen) -> dict[str, str]:
+    """Return the field of each port that the server listens on, with the field of its host."""
+    hosts = {"port": "host", "metrics_port": "metrics_host" if listen.metrics_host else "host"}
+    return hosts | {field: "host" for field in ("health_port", "http_port") if getattr(listen, field) is not None}
 
 
 def require_bindable(host_field: str, host: str, port_field: str, port: int) -> None:

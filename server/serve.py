@@ -9,17 +9,21 @@ import time
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
-from prometheus_client import REGISTRY, start_http_server
+from prometheus_client import REGISTRY
 
+from rudder.server import __version__, unsafe
 from rudder.server import config as configuration
 from rudder.server.config import Config
 from rudder.server.engine import adapter, selftest
 from rudder.server.engine.engine import Engine
+from rudder.server.grpc.health import HealthListener
 from rudder.server.grpc.server import GrpcDoor
 from rudder.server.http.server import HttpDoor
 from rudder.server.monitoring import logs
+from rudder.server.monitoring.exposition import serve_metrics
 from rudder.server.monitoring.logs import fields
-from rudder.server.monitoring.metrics import Metrics
+from rudder.server.monitoring.metrics import LATENCY_BOUNDS, TOKEN_BOUNDS, Metrics
+from rudder.server.monitoring.spans import Spans
 from rudder.server.process import Interrupted, busy_message, stop_signals, until_signal
 from rudder.server.safety.audit.trail import Trail, open_trail
 from rudder.server.safety.start import start_with_policies
@@ -73,31 +77,60 @@ async def run_server(config: Config, stack: AsyncExitStack) -> bool:
     """Start, serve and drain, with the clean-up of each part on `stack`; return whether the engine died."""
     stop = stop_signals()
     log_start(config)
-    metrics = Metrics.create(REGISTRY)
+    metrics = metrics_of(config.monitoring)
+    note_unsafe(config, metrics)
     trail = await open_audit(config, metrics, stack)
     engine, policies = await until_signal(start_tested_engine(config, metrics, stack), stop)
     if trail:
         audit_changes(trail, policies)
+    metrics.built(__version__, adapter.VLLM_VERSION, engine.model.name)
     serving = Serving.around(engine, config, metrics, policies, trail)
     stack.callback(serving.tokenizers.shutdown)
+    if config.monitoring.traces_endpoint:
+        serving.spans = Spans(config.monitoring.traces_endpoint, config.monitoring.traces_share, __version__)
+        stack.callback(serving.spans.close)
     # Everything so far lives as long as the process: keep the garbage collector from walking it again and again.
     gc.freeze()
     stack.callback(gc.unfreeze)
-    metrics_server, _ = start_http_server(config.listen.metrics_port, config.listen.metrics_host or config.listen.host)
+    metrics_host = config.listen.metrics_host or config.listen.host
+    metrics_server = serve_metrics(REGISTRY, config.listen.metrics_port, metrics_host)
     stack.callback(metrics_server.shutdown)
-    doors: list[Door] = [GrpcDoor(serving)]
+    grpc_door = GrpcDoor(serving)
+    doors: list[Door] = [grpc_door]
     if config.listen.http_port is not None:
         doors.append(HttpDoor(serving))
     addresses = {}
     for door in doors:
         stack.push_async_callback(door.stop, 0)
         addresses[door.name] = await door.start()
+    if config.listen.health_port is not None:
+        # No door: it answers until the drain has ended.
+        probes = HealthListener(grpc_door.health, config.listen)
+        stack.push_async_callback(probes.stop)
+        addresses["health"] = await probes.start(config.listen.health_port)
     reload_policies(policies, config, stack)
     await set_serving(doors, engine.healthy)
     metrics_address = config.listen.metrics_address(metrics_server.server_port)
     logger.info("serving", extra=fields(model=engine.model.name, **addresses, metrics=metrics_address))
     await serve_until_stopped(doors, serving, stop)
     return not engine.healthy
+
+
+def metrics_of(monitoring: configuration.Monitoring) -> Metrics:
+    """Return the series of this process."""
+    return Metrics.create(
+        REGISTRY,
+        max_series=monitoring.max_series,
+        latency_bounds=monitoring.latency_bounds_s or LATENCY_BOUNDS,
+        token_bounds=monitoring.token_bounds_s or TOKEN_BOUNDS,
+    )
+
+
+def note_unsafe(config: Config, metrics: Metrics) -> None:
+    """Log and export what the server starts in spite of."""
+    for name in unsafe.check(config):
+        logger.warning("the server starts in spite of what is unsafe", extra=fields(allowed=name))
+        metrics.allowed_unsafe(name)
 
 
 async def open_audit(config: Config, metrics: Metrics, stack: AsyncExitStack) -> Trail | None:
@@ -143,8 +176,7 @@ async def serve_until_stopped(doors: list[Door], serving: Serving, stop: "asynci
     A second signal aborts them.
     """
     first_signal = asyncio.ensure_future(stop.get())
-    while not first_signal.done() and serving.engine.healthy:
-        await asyncio.wait([first_signal], timeout=HEALTH_CHECK_S)
+    await serve_while_healthy(doors, serving.engine, first_signal)
     await set_serving(doors, False)
     second_signal = asyncio.ensure_future(stop.get())
     listen, healthy = serving.config.listen, serving.engine.healthy
@@ -161,6 +193,16 @@ async def serve_until_stopped(doors: list[Door], serving: Serving, stop: "asynci
     await drain(doors, serving, 0 if second_signal.done() else grace_s, second_signal)
     for task in (first_signal, second_signal):
         task.cancel()
+
+
+async def serve_while_healthy(doors: list[Door], engine: Engine, until: "asyncio.Future[signal.Signals]") -> None:
+    """Wait for a signal or the engine's death. While the engine is stalled, the doors say NOT_SERVING."""
+    stalled = False
+    while not until.done() and engine.healthy:
+        if engine.stalled != stalled:
+            stalled = engine.stalled
+            await set_serving(doors, not stalled)
+        await asyncio.wait([until], timeout=HEALTH_CHECK_S)
 
 
 async def drain(doors: list[Door], serving: Serving, grace_s: float, abort: "asyncio.Future[signal.Signals]") -> None:

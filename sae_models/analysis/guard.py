@@ -11,6 +11,7 @@ from rudder.sae_models.statistics import Statistic
 # Numbers in files keep this many digits; levels are calibrated on what the file says.
 DIGITS = 6
 BOTH_PHASES, STOP = "PHASE_BOTH", "GUARD_ACTION_STOP"
+PROMPTS, REJECT = "PHASE_PROMPT", "GUARD_ACTION_REJECT"
 
 
 class ScoreTerm(Message, frozen=True):

@@ -18,6 +18,8 @@ from rudder.sae_models.analysis.conformal import conformal_level, upper_bound
 from rudder.sae_models.analysis.exchanges import Exchange, as_windows, counted_ids
 from rudder.sae_models.analysis.guard import (
     BOTH_PHASES,
+    PROMPTS,
+    REJECT,
     STOP,
     Guard,
     MovingAverage,
@@ -120,14 +122,22 @@ def save_tokens(path: Path, model: TokenModel) -> Score:
     return Score(token_model=TokenModelFile(path.name, token_model.save(path, model)))
 
 
-def calibrated(name: str, score: Score, benign: Sequence[Floats], decay: float, false_alarms: float) -> Guard:
+def calibrated(
+    name: str, score: Score, benign: Sequence[Floats], decay: float, false_alarms: float, prompts: bool = False
+) -> Guard:
     """Return a guard that this share of the exchanges like the benign ones sets off, by the scores of their tokens."""
     level = conformal_level(highest(benign, Statistic("moving_average", decay)), false_alarms)
-    return guard_of(name, score, decay, level)
+    return guard_of(name, score, decay, level, prompts)
 
 
-def guard_of(name: str, score: Score, decay: float, level: float) -> Guard:
-    """Return a guard that stops what exceeds its level."""
+def guard_of(name: str, score: Score, decay: float, level: float, prompts: bool = False) -> Guard:
+    """Return a guard that stops what exceeds its level.
+
+    `prompts`: trained and calibrated on requests without answers. It judges prompts alone, and rejects them: at an
+    answer's tokens its level has never been measured.
+    """
+    if prompts:
+        return Guard(name, score, MovingAverage(decay), level, PROMPTS, REJECT)
     return Guard(name, score, MovingAverage(decay), level, BOTH_PHASES, STOP, HOLD_BACK)
 
 

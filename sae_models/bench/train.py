@@ -272,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "activations": (
             f"synthetic: {ACTIVE_PER_TOKEN} of {DIRECTIONS} directions a token, Zipf law, log-normal strengths, noise"
         ),
-        "options": {name: str(value) for name, value in vars(options).items()},
+        # Where files lie says nothing of the measurement.
+        "options": {n: str(v) for n, v in vars(options).items() if n not in ("json", "peers_python")},
     }
     cases = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -66,6 +66,8 @@ FILES = frozenset({WEIGHTS, STATISTICS, CONFORMANCE, CATALOGUE})
 SHARD = re.compile(r"sae-(\d{5})-of-(\d{5})\.safetensors")
 MATRICES = frozenset({"encoder", "decoder", "skip"})
 
+# Suffixes of a checkpoint's files that decide what its weights do and which ids it reads.
+SETTINGS = frozenset({".json", ".jinja", ".txt", ".model"})
 MANIFEST_LIMIT = 1 << 20
 # Of a catalogue that is unpacked; that of a million latents has 2 GB.
 CATALOGUE_LIMIT = 1 << 32
@@ -185,6 +187,16 @@ def model_sha256(folder: Path) -> str:
         raise FileNotFoundError(f"model: no safetensors file in {folder}")
     with byte_progress(shards, f"hashing {folder.name}") as bar:
         return sha256_of(shards, bar)
+
+
+def settings_sha256(folder: Path) -> str:
+    """Return a digest of a checkpoint's files beside its weights: configuration, tokenizer, chat template.
+
+    Another config.json gives other numbers from the same weights. Empty if there is no such file.
+    """
+    found = sorted(path for path in folder.glob("*") if path.suffix in SETTINGS and path.is_file())
+    lines = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in found]
+    return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else ""
 
 
 def byte_progress(files: Sequence[Path], task: str) -> "tqdm[NoReturn]":

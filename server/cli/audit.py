@@ -12,7 +12,7 @@ from rich.table import Table
 from rudder.sae_models.errors import UserError
 from rudder.server.cli.arguments import add_subcommand, command, integer
 from rudder.server.cli.output import err, out
-from rudder.server.monitoring.metrics import printable
+from rudder.server.monitoring.collectors import printable
 from rudder.server.safety.audit import chain
 from rudder.server.safety.audit.verify import Place, Tampered, Verified, lines, verify
 
@@ -23,6 +23,8 @@ examples:
   rudder audit show LOG --policy forget-microbiology --rule topic
 """
 TAMPERED = 1
+# Calls without an end whose request ids `verify` prints.
+NAMED_CALLS = 10
 Entry = Mapping[str, Any]
 
 
@@ -86,6 +88,10 @@ def summary(result: Verified) -> str:
         parts.append("the server is running, or was killed: entries behind these could be missing")
     if result.torn:
         parts.append("the last line is not whole yet; a server that starts keeps such a line aside")
+    if calls := result.unended:
+        more = f" and {len(calls) - NAMED_CALLS} more" if len(calls) > NAMED_CALLS else ""
+        named = f"{', '.join(calls[:NAMED_CALLS])}{more}"
+        parts.append(f"{len(calls)} calls began and have no end: they run, or the server was killed in them: {named}")
     return "; ".join(parts)
 
 

@@ -59,6 +59,8 @@ def print_verdicts(chunk: Chunk) -> None:
     """Print the guards that held and let the choice go on."""
     for policy in chunk.attestation.policies if chunk.attestation else ():
         shadow = " (shadow)" if policy.shadow else ""
+        if policy.withheld:
+            err.print(f"[dim]{escape(policy.name)}: what it did is for readers of guards[/]")
         for verdict in policy.verdicts:
             if not (chunk.refusal and (policy.name, verdict.rule) == (chunk.refusal.policy, chunk.refusal.rule)):
                 rule = escape(f"{policy.name}{shadow}: rule {verdict.rule}")

@@ -133,7 +133,9 @@ def train_guard(options: argparse.Namespace) -> None:
     benign = [exchange for exchange in splits.tune if exchange.label <= 0.5]
     calibration = rig.scores({each: arm.scorer for each, arm in arms.items()}, benign, "calibrate")
     guards = [
-        guard_training.calibrated(each, arm.score, calibration[each], options.decay, options.false_alarms)
+        guard_training.calibrated(
+            each, arm.score, calibration[each], options.decay, options.false_alarms, prompts=options.corpus is None
+        )
         for each, arm in arms.items()
     ]
     figures, ranks = measure(rig, splits, arms, guards, seeds)

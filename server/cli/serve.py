@@ -50,17 +50,22 @@ def main(argv: Sequence[str]) -> int:
 
 def run(config: configuration.Config) -> int:
     """Check the configuration and the ports, then import vLLM and serve."""
+    from rudder.server import unsafe
     from rudder.server.preflight import check
     from rudder.server.process import FIRST_SIGNAL_STATUS, leave, require_free
 
     require_free(config.listen)
     config = check(config)
+    unsafe.check(config)
 
     import asyncio
 
+    from rudder.server.follow import follow
     from rudder.server.serve import serve
 
     async def run_then_leave() -> int:
+        if config.engine.node_rank:
+            leave(await follow(config))
         status = await serve(config)
         if status > FIRST_SIGNAL_STATUS:
             leave(status)

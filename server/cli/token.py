@@ -30,6 +30,7 @@ QUOTAS = {
     "prompt-tokens": "prompt tokens a minute",
     "generated-tokens": "generated tokens a minute",
     "streams": "streams at once",
+    "rows": "row places at once",
 }
 
 

@@ -3,6 +3,7 @@
 Another engine generation changes this file and nothing else in the server process.
 """
 
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import vllm
+from prometheus_client import REGISTRY
 from tokenizers.decoders import DecodeStream
 from vllm import SamplingParams, envs
 from vllm.config import VllmConfig
@@ -36,12 +38,13 @@ from vllm.v1.worker.gpu.sample import bad_words, logit_bias
 from rudder.sae_models.bundle import bundle as bundles
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.precision import fast_precision
-from rudder.server.config import Config, ConfigError, Limits
+from rudder.server.config import Config, ConfigError, Limits, Monitoring
 from rudder.server.engine.parent import Target, text_of
 from rudder.server.engine.sockets import socket_folder
 from rudder.server.engine.supported import check_supported
 from rudder.server.engine.traced import code_digest
 from rudder.server.monitoring.logs import fields
+from rudder.server.monitoring.metrics import LATENCY_BOUNDS, TOKEN_BOUNDS
 from rudder.server.program.layout import Layout
 
 __all__ = [
@@ -66,6 +69,7 @@ __all__ = [
     "model_facts",
     "numerics",
     "resolve",
+    "scheduler_gauges",
     "start_engine_process",
     "start_llm",
 ]
@@ -144,6 +148,10 @@ def engine_args(config: Config, layout: Layout) -> AsyncEngineArgs:
         max_num_batched_tokens=engine.max_num_batched_tokens,
         enforce_eager=engine.enforce_eager,
         tensor_parallel_size=engine.tensor_parallel_size,
+        nnodes=engine.nodes,
+        node_rank=engine.node_rank,
+        master_addr=engine.leader_address,
+        master_port=engine.leader_port,
         distributed_executor_backend=f"{WORKER_PACKAGE}.executor.InEngineProcess" if in_engine else None,
         enable_prefix_caching=True,
         enable_chunked_prefill=True,
@@ -152,8 +160,19 @@ def engine_args(config: Config, layout: Layout) -> AsyncEngineArgs:
         disable_log_stats=False,
         tokenizer_revision=engine.revision,
         seed=engine.seed,
+        **observability(config.monitoring),
         **values,
     )
+
+
+def observability(monitoring: Monitoring) -> dict[str, Any]:
+    """Return vLLM's arguments for its own histograms and spans, as far as this vLLM has them."""
+    latency = list(monitoring.latency_bounds_s or LATENCY_BOUNDS)
+    token = list(monitoring.token_bounds_s or TOKEN_BOUNDS)
+    buckets = {"request_latency": latency, "time_to_first_token": latency, "inter_token_latency": token}
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    arguments = {"custom_histogram_buckets": buckets, "otlp_traces_endpoint": monitoring.traces_endpoint}
+    return {name: value for name, value in arguments.items() if name in known}
 
 
 # A character has up to four bytes, and a token at least one.
@@ -310,6 +329,23 @@ def start_engine_process(args: AsyncEngineArgs, *, plain: bool = False) -> Async
         raise EngineStartError(f"vLLM: {error}") from error
 
 
+def run_follower(config: Config, layout: Layout) -> None:
+    """Run the ranks of this machine, whose steps machine 0 directs. Blocks until one of them ends.
+
+    Raises EngineStartError.
+    """
+    # It belongs to the engine process, which a server does not import.
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    try:
+        resolved = engine_args(config, layout).create_engine_config(UsageContext.ENGINE_CONTEXT, headless=True)
+        check_supported(resolved)
+        MultiprocExecutor(resolved, monitor_workers=False).start_worker_monitor(inline=True)
+    except (RuntimeError, ValueError) as error:
+        raise EngineStartError(f"vLLM: {error}") from error
+
+
 @contextmanager
 def target_of_engine_process(target: Target) -> Iterator[None]:
     """Let vLLM run `target` in the engine processes that it starts within the context."""
@@ -335,8 +371,8 @@ async def call_workers(llm: AsyncLLM, method: str, *args: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The served model. `sha256`: of its files, empty for a hub name or random weights. `vocab_size`: width of the
-    logits.
+    """The served model. `sha256`: of its weights, empty for a hub name or random weights. `vocab_size`: width of the
+    logits. `settings`: digest of its other files: configuration, tokenizer, chat template.
     """
 
     name: str
@@ -346,6 +382,7 @@ class ModelFacts:
     max_model_len: int
     vocab_size: int
     bos_token_id: int | None
+    settings: str = ""
 
 
 def model_facts(llm: AsyncLLM, load_format: str) -> ModelFacts:
@@ -360,6 +397,7 @@ def model_facts(llm: AsyncLLM, load_format: str) -> ModelFacts:
         max_model_len=model.max_model_len,
         vocab_size=model.get_vocab_size(),
         bos_token_id=llm.get_tokenizer().bos_token_id,
+        settings=bundles.settings_sha256(folder),
     )
 
 
@@ -387,8 +425,30 @@ def model_name(folder: Path) -> str:
     return folder.name
 
 
+# What vLLM's scheduler reports with each step, by the name in the ledger.
+GAUGES = {
+    "vllm:num_requests_running": "vllm_running",
+    "vllm:num_requests_waiting": "vllm_waiting",
+    "vllm:kv_cache_usage_perc": "kv_cache_share",
+}
+
+
+def scheduler_gauges() -> dict[str, float]:
+    """Return what vLLM's scheduler holds, as it last reported: requests, and the share of KV blocks in use."""
+    samples = (sample for family in REGISTRY.collect() for sample in family.samples if sample.name in GAUGES)
+    totals = dict.fromkeys(GAUGES.values(), 0.0)
+    for sample in samples:
+        totals[GAUGES[sample.name]] += sample.value
+    return totals
+
+
 async def add_request(
-    llm: AsyncLLM, request_id: str, prompt_ids: tuple[int, ...], cache_salt: str, sampling: SamplingParams
+    llm: AsyncLLM,
+    request_id: str,
+    prompt_ids: tuple[int, ...],
+    cache_salt: str,
+    sampling: SamplingParams,
+    trace_headers: tuple[tuple[str, str], ...] = (),
 ) -> RequestOutputCollector:
     """Submit a request and return the queue of its outputs.
 
@@ -396,8 +456,9 @@ async def add_request(
     refuses the request, such as a grammar that does not compile.
     """
     prompt = TokensPrompt(prompt_token_ids=list(prompt_ids), cache_salt=cache_salt)
+    traced: dict[str, Any] = {"trace_headers": dict(trace_headers)} if trace_headers else {}
     try:
-        return await llm.add_request(request_id, prompt, sampling)
+        return await llm.add_request(request_id, prompt, sampling, **traced)
     # The compilers of grammars raise either, and name no parameter.
     except (ValueError, VLLMValidationError) as error:
         if getattr(error, "parameter", None) or not sampling.structured_outputs:

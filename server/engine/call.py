@@ -17,6 +17,9 @@ from rudder.server.program import wire
 from rudder.server.program.compile import Compiled
 from rudder.server.program.watch import Watched
 
+# Several times the latents that an SAE has active at a token; each of them is ranked and sent for every token.
+MAX_HIDDEN = 256
+
 
 @dataclass(frozen=True)
 class Call:
@@ -27,7 +30,9 @@ class Call:
     that are left out of the top k, for each of `top_k_sites`. `top_k_prompt`: report the top-k latents of prompt tokens
     too; with top_k 0 it only makes the prompt run whole, whatever the prefix cache holds, so that its edits are
     counted. `capture`: return the residuals of all tokens at all sites. `answer`: the last so many of `prompt_ids` are
-    no prompt but the answer so far: tokens of the phase of generated tokens.
+    no prompt but the answer so far: tokens of the phase of generated tokens. `trace_headers`: with which vLLM's own
+    span joins the call's trace. `enforced`: the first so many of `policies` must edit what they are to edit, or the
+    call ends.
     """
 
     prompt_ids: tuple[int, ...]
@@ -44,6 +49,8 @@ class Call:
     cache_salt: str = ""
     capture: bool = False
     answer: int = 0
+    trace_headers: tuple[tuple[str, str], ...] = ()
+    enforced: int = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -52,13 +59,24 @@ class Call:
 
     @property
     def ranked(self) -> int:
-        """Latents to rank at each token: so many more than the top k that the hidden ones among them leave k."""
-        return self.top_k + max(map(len, self.hidden), default=0) if self.top_k else 0
+        """Latents to rank at each token: so many more than the top k that the hidden ones among them leave k.
+
+        At most MAX_HIDDEN more: a report has fewer than k only where more hidden latents than that are active at a
+        token, of an SAE with so many active ones.
+        """
+        return self.top_k + min(max(map(len, self.hidden), default=0), MAX_HIDDEN) if self.top_k else 0
 
     @property
     def reads_prompt(self) -> bool:
         """Whether all prompt tokens must run, since activations or latents are reported there."""
         return self.top_k_prompt or any(watched.prompt for watched in (*self.watch, *self.guard))
+
+
+class PolicyNotApplied(Exception):
+    """An edit of an enforced policy was rejected: the token's residual is not finite, or would not have stayed so."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__(f"an edit of a policy could not be applied at token {position}")
 
 
 class FinishReason(StrEnum):

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 import secrets
 import tempfile
 import time
@@ -17,6 +18,7 @@ from rudder.sae_models.bundle.bundle import Bundle
 from rudder.sae_models.bundle.manifest import Context
 from rudder.sae_models.concepts import Concepts
 from rudder.sae_models.token_model import vocabulary_sha256
+from rudder.server import failpoints
 from rudder.server.engine.adapter import (
     AsyncLLM,
     EngineDeadError,
@@ -25,14 +27,26 @@ from rudder.server.engine.adapter import (
     add_request,
     answer_text,
     eos_token_ids,
+    scheduler_gauges,
 )
 from rudder.server.engine.admission import Admission
-from rudder.server.engine.call import Call, FinishReason, GateOutcome, Outcome, Output, engine_sampling, salt
+from rudder.server.engine.call import (
+    Call,
+    FinishReason,
+    GateOutcome,
+    Outcome,
+    Output,
+    PolicyNotApplied,
+    engine_sampling,
+    salt,
+)
 from rudder.server.engine.ledger import PINNED_HANDLE
 from rudder.server.engine.report import views_of
 from rudder.server.engine.sockets import socket_folder
+from rudder.server.engine.stall import STALL_CHECK_S, Progress
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.engine.telemetry.hub import Features, Hub, Inbox, wait_for_event
+from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.program import wire
 from rudder.server.program.exclusion import Exclusion
@@ -40,6 +54,7 @@ from rudder.server.program.named import NamedProgram
 from rudder.server.program.rows import Registry, check_capacity, check_capture
 from rudder.server.program.watch import merge_watched
 
+logger = logging.getLogger(__name__)
 TELEMETRY_TIMEOUT_S = 30.0
 # How long vLLM may take to notice that the engine process has died, whose end of the channel closes at once.
 DEATH_CHECKS, DEATH_CHECK_S = 100, 0.02
@@ -51,7 +66,8 @@ class Engine:
     """A running vLLM engine with its bank, telemetry and admission; `start.start_engine` builds it.
 
     `concepts`: steering concepts by bundle. `epoch`: identifies this start. `self_tested`: `selftest.run` has passed.
-    `queues`: of the outputs of all calls in vLLM, by handle.
+    `queues`: of the outputs of all calls in vLLM, by handle. `stalled`: it has work, and has made no progress for a
+    while; `given_up`: for so long that it counts as dead.
     """
 
     llm: AsyncLLM
@@ -74,6 +90,8 @@ class Engine:
         default_factory=lambda: tempfile.TemporaryDirectory(prefix="rudder-", dir=socket_folder())
     )
     self_tested: bool = False
+    stalled: bool = False
+    given_up: bool = False
 
     @property
     def tokenizer(self) -> Any:
@@ -104,16 +122,57 @@ class Engine:
     @property
     def healthy(self) -> bool:
         """Whether the engine is self-tested and alive and no telemetry was lost."""
-        return self.self_tested and self.llm.is_running and not self.llm.errored and self.hub.lost is None
+        return self.self_tested and self.llm.is_running and not self.dead and self.hub.lost is None
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine process has died, or has made no progress for so long that it counts as dead."""
+        return self.given_up or bool(self.llm.errored)
+
+    async def watch_progress(self, stall_s: float, give_up_s: float) -> None:
+        """Note when requests are pending and the workers report no step for `stall_s`, and give the engine up after
+        `give_up_s`: then every call fails.
+        """
+        progress = Progress()
+        while not self.dead:
+            # What has arrived while this process was busy itself counts.
+            self.hub.receive()
+            pending = bool(self.admission.callers)
+            idle_s = progress.idle_s(self.hub.frames, time.monotonic(), pending=pending)
+            self.note_stall(idle_s >= stall_s, idle_s)
+            if idle_s >= give_up_s:
+                self.give_up()
+            await asyncio.sleep(STALL_CHECK_S)
+
+    def note_stall(self, stalled: bool, idle_s: float) -> None:
+        """Log the begin and the end of a stall."""
+        if stalled and not self.stalled:
+            running = len(self.admission.callers)
+            logger.error("the engine makes no progress", extra=fields(seconds=round(idle_s, 1), choices=running))
+        elif self.stalled and not stalled:
+            logger.info("the engine makes progress again")
+        self.stalled = stalled
+        self.metrics.set_stalled(stalled)
+
+    def give_up(self) -> None:
+        """Treat the engine as dead: fail every call."""
+        logger.error("the engine is given up: it counts as dead")
+        self.given_up = True
+        self.fail(EngineDeadError())
+
+    def fail(self, error: Exception) -> None:
+        """Raise `error` in every call, in place of any output that waits for it."""
+        self.admission.fail(error)
+        for queue in self.queues.values():
+            queue.put(error)
 
     async def listen(self) -> None:
         """Receive telemetry until it is lost, then fail every call, with the loss as its reason."""
         await self.hub.listen()
         error = await self.end_of_telemetry()
-        self.admission.fail(error)
-        for queue in self.queues.values():
-            # In place of any output that waits there.
-            queue.put(error)
+        self.fail(error)
+        if isinstance(error, TelemetryLost):
+            self.metrics.telemetry_lost()
 
     async def end_of_telemetry(self) -> TelemetryLost | EngineDeadError:
         """Return why telemetry ended: it is lost, or the engine process has died."""
@@ -178,8 +237,8 @@ class Engine:
             excluded=self.excluded(call),
         )
         field_at_fault = "report.features" if call.watch else "steering"
-        reserved = self.admission.reserved_rows
-        check_capacity(request.stages, self.registry, field_at_fault, reserved, self.registry.request_share)
+        reserved, kept = self.admission.reserved_rows, self.admission.ledger.kept
+        check_capacity(request.stages, self.registry, field_at_fault, reserved, self.registry.request_share, kept)
         check_capture(request, self.registry, "report.top_k")
         return request, columns
 
@@ -199,18 +258,25 @@ class Engine:
         """Return the positions of a call, in ascending order, that are not edited, evaluated by gates or counted."""
         return wire.with_bos(self.excluded(call), self.begins_with_bos(call))
 
+    async def held_by_vllm(self) -> dict[str, float]:
+        """Return what requests hold in the engine process: leases of the worker that has most, and of vLLM's scheduler
+        what it reported with its last step.
+        """
+        leases = await self.llm.collective_rpc("rudder_leases")
+        return {"worker_leases": max(leases, default=0), **scheduler_gauges()}
+
     def require_alive(self) -> None:
         """Raise TelemetryLost or EngineDeadError if no call can complete any more."""
         if self.hub.lost:
             raise self.hub.lost
-        if self.llm.errored:
+        if self.dead:
             raise EngineDeadError
 
     async def stream(self, call: Call, on_abandoned: Callable[[Outcome], None] | None = None) -> AsyncGenerator[Output]:
         """Run a call. Closing or cancelling the iterator aborts it in the engine at once.
 
         `on_abandoned` receives the outcome so far of a call that was closed or failed before its last output. Raises
-        QueueFull, TelemetryLost, EngineDeadError, ProgramError (more rows than a bank has places).
+        QueueFull, TelemetryLost, EngineDeadError, PolicyNotApplied, ProgramError (more rows than a bank has places).
         """
         self.require_alive()
         handle = next(self.handles)
@@ -223,14 +289,17 @@ class Engine:
         generated = cached = 0
         outcome: Outcome | None = None
         try:
+            await failpoints.pause("admit.after")
             sampling = engine_sampling(call, request)
             cache_salt = salt(self.secret, call, by_id=bool(self.exclusion.tokens))
-            queue = await add_request(self.llm, request_id, call.prompt_ids, cache_salt, sampling)
+            queue = await add_request(self.llm, request_id, call.prompt_ids, cache_salt, sampling, call.trace_headers)
             self.queues[handle] = queue
             if self.hub.closed:
                 raise await self.end_of_telemetry()
             while not ended:
                 out = queue.get_nowait() or await queue.get()
+                if not generated:
+                    await failpoints.pause("first_token")
                 choice = out.outputs[0]
                 position = len(call.prompt_ids) + generated
                 generated += len(choice.token_ids)
@@ -238,7 +307,8 @@ class Engine:
                 end = end_of_run(call, generated)
                 ended = bool(choice.finish_reason)
                 # What guards read decides whether these tokens leave.
-                features = await self.features_before(end, inbox, wait=ended or bool(call.guard))
+                features = await self.features_before(end, inbox, wait=ended or bool(call.guard or call.enforced))
+                require_applied(call, inbox, end)
                 if ended:
                     outcome = replace(
                         outcome_before(end, call, inbox, generated, cached, queued_s),
@@ -260,7 +330,12 @@ class Engine:
                 self.hub.receive()
                 on_abandoned(outcome_before(inbox.num_computed_tokens, call, inbox, generated, cached, queued_s))
             if queue and not ended:
-                await self.llm.abort(queue.request_id, internal=True)
+                await self.abort(queue.request_id, internal=True)
+
+    async def abort(self, request_id: str, *, internal: bool = False) -> None:
+        """End a request in vLLM."""
+        if not failpoints.hit("abort"):
+            await self.llm.abort(request_id, internal=internal)
 
     def outcome_without_run(self, call: Call) -> Outcome:
         """Return the outcome of a call that never reached the engine."""
@@ -270,6 +345,7 @@ class Engine:
     async def enter(self, handle: int, request: wire.Request, caller: str) -> tuple[Inbox, float]:
         """Wait for room in the bank; return the request's inbox and the seconds waited. Raises QueueFull."""
         started = time.monotonic()
+        await failpoints.pause("admit.before")
         with self.hub.awaited():
             await self.admission.acquire(handle, request, caller)
         return self.hub.open(handle, request), time.monotonic() - started
@@ -288,9 +364,12 @@ class Engine:
 
         Raises TelemetryLost after TELEMETRY_TIMEOUT_S, or what `require_alive` raises.
         """
-        deadline = time.monotonic() + TELEMETRY_TIMEOUT_S
+        started = time.monotonic()
+        deadline = started + TELEMETRY_TIMEOUT_S
+        await failpoints.pause("verdict")
         self.hub.receive()
         if inbox.covered >= position:
+            self.metrics.telemetry_waited(0.0)
             return
         with self.hub.awaited():
             while inbox.covered < position:
@@ -300,14 +379,15 @@ class Engine:
                 if remaining <= 0:
                     raise TelemetryLost(f"no telemetry for position {inbox.covered}")
                 await wait_for_event(self.hub.arrived, min(remaining, 1.0))
+        self.metrics.telemetry_waited(time.monotonic() - started)
 
     async def ensure_released(self, handle: int, inbox: Inbox, request_id: str) -> None:
         """Release a request's rows and slot, also if it never reached the worker."""
-        while not inbox.released.is_set() and not self.llm.errored:
+        while not inbox.released.is_set() and not self.dead:
             if await wait_for_event(inbox.released, RELEASE_TIMEOUT_S):
                 return
             # A call cancelled inside `add_request` may still run. The engine handles this abort before the RPC below.
-            await self.llm.abort(request_id)
+            await self.abort(request_id)
             held = await self.llm.collective_rpc("rudder_holds", args=(handle,))
             if not any(held):
                 # Frames that name the request may still be unread: they must be split while its inbox exists.
@@ -315,8 +395,17 @@ class Engine:
                 self.hub.inboxes.pop(handle, None)
                 self.admission.release(handle)
                 return
-        if self.llm.errored:
+        if self.dead:
             self.admission.fail(EngineDeadError())
+
+
+def require_applied(call: Call, inbox: Inbox, end: int) -> None:
+    """Raise PolicyNotApplied if an edit of an enforced policy was rejected at a position before `end`."""
+    own = len(call.compiled.edits) if call.compiled else 0
+    edits = sum(len(policy.edits) for policy in call.policies[: call.enforced])
+    position = inbox.first_rejected(range(own, own + edits), end)
+    if position is not None:
+        raise PolicyNotApplied(position)
 
 
 def exclusion_of(contexts: Iterable[Context]) -> Exclusion:

@@ -1,9 +1,10 @@
 """The ledger of row places and slots. The worker fills the bank by it; the server's admission mirrors it."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from types import MappingProxyType
 
 from rudder.server.program import wire
 from rudder.server.program.layout import Layout
@@ -11,6 +12,7 @@ from rudder.server.program.layout import Layout
 Key = tuple[int, wire.Row]
 # Handles of what is held without a request: of pinned features, and -1, -2, ... of policies. Requests begin at 1.
 PINNED_HANDLE = 0
+NOTHING_KEPT: Mapping[int, int] = MappingProxyType({})
 
 
 class BankFull(Exception):
@@ -39,7 +41,10 @@ class HeldRow:
 
 
 class Ledger:
-    """Slots, and reference-counted row places per site. The lowest free place goes first, so that all ranks agree."""
+    """Slots, and reference-counted row places per site. The lowest free place goes first, so that all ranks agree.
+
+    `kept`: free places, by site number, that requests leave for rows that are held without a request.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -48,19 +53,23 @@ class Ledger:
         self.held: dict[Key, HeldRow] = {}
         self.leases: dict[int, tuple[wire.Request, Lease]] = {}
         self.capture_free = layout.capture_tokens or inf
+        self.kept: Mapping[int, int] = {}
 
     def insufficient(self, request: wire.Request) -> str | None:
-        """Return the first resource of which `request` needs more than is free, if any."""
-        return self.insufficient_with(request, [key for key in ordered_rows(request) if key not in self.held])
+        """Return the first resource of which `request` needs more than is free for requests, if any."""
+        unfilled = [key for key in ordered_rows(request) if key not in self.held]
+        return self.insufficient_with(request, unfilled, self.kept)
 
-    def insufficient_with(self, request: wire.Request, unfilled: Sequence[Key]) -> str | None:
+    def insufficient_with(
+        self, request: wire.Request, unfilled: Sequence[Key], kept: Mapping[int, int] = NOTHING_KEPT
+    ) -> str | None:
         """Implement `insufficient`; `unfilled`: the request's rows that nothing holds yet."""
         if request.edits and not self.free_slots:
             return "slots"
         if request.reads and self.capture_cost(request) > self.capture_free:
             return "capture_tokens"
         sites = [site for site, _ in unfilled]
-        if any(sites.count(site) > len(self.free_rows[site]) for site in set(sites)):
+        if any(sites.count(site) > len(self.free_rows[site]) - kept.get(site, 0) for site in set(sites)):
             return "rows"
         return None
 
@@ -118,6 +127,11 @@ class Ledger:
         """Return one more than the highest row place in use at site number `site`; 0 if none is."""
         free = set(self.free_rows[site])
         return next((place + 1 for place in reversed(range(self.layout.rows)) if place not in free), 0)
+
+    @property
+    def capture_used(self) -> float:
+        """Capture tokens in use; 0 where they are not bounded."""
+        return self.layout.capture_tokens - self.capture_free if self.layout.capture_tokens else 0
 
     @property
     def slots_used(self) -> int:

@@ -18,6 +18,9 @@ from pkgutil import resolve_name
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+# Time for a process that has failed to end by itself. It waits for its threads, and one may wait for ever: then whoever
+# watches for its end would, too.
+LEAVE_S = 10.0
 CHECK_S = 0.5
 
 
@@ -39,7 +42,7 @@ def watch_parent(parent: int) -> None:
 
 
 class Target:
-    """A function to run in a process of `multiprocessing`, which ends with its parent.
+    """A function to run in a process of `multiprocessing`, which ends with its parent, and soon after an exception.
 
     `errors` receives the text of an exception that ends the function.
     """
@@ -49,11 +52,14 @@ class Target:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Run the function."""
-        if parent := parent_process():
+        parent = parent_process()
+        if parent:
             end_with_parent(parent.pid or os.getppid())
         try:
             self.function(*args, **kwargs)
         except Exception as error:
+            if parent:
+                leave_soon(LEAVE_S)
             # After the start, the parent no longer listens.
             with suppress(OSError):
                 if self.errors:
@@ -68,6 +74,13 @@ class Target:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # By name: pickle would refuse a function of vLLM that a target has replaced for the time of the start.
         self.__init__(resolve_name(state["name"]), state["errors"])  # type: ignore[misc]
+
+
+def leave_soon(seconds: float) -> None:
+    """Let this process end within so many seconds, whatever its threads do."""
+    timer = threading.Timer(seconds, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 def new_target(parent: int) -> Target:

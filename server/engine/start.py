@@ -1,12 +1,18 @@
 """Start an engine from a configuration: everything is checked against the model that vLLM loaded."""
 
 import asyncio
+import json
 import logging
 import multiprocessing
+import threading
+import time
 from collections.abc import Callable, Sequence, Set
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,8 +31,10 @@ from rudder.server.engine.admission import Admission
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.ledger import PINNED_HANDLE
 from rudder.server.engine.telemetry.hub import Hub
+from rudder.server.engine.traced import code_digest
+from rudder.server.monitoring.collectors import PinnedFeature
 from rudder.server.monitoring.logs import fields
-from rudder.server.monitoring.metrics import Metrics, PinnedFeature
+from rudder.server.monitoring.metrics import Metrics
 from rudder.server.program import wire
 from rudder.server.program.compile import compile_program
 from rudder.server.program.exclusion import Exclusion
@@ -35,6 +43,10 @@ from rudder.server.program.named import NamedProgram, load_programs
 from rudder.server.program.rows import Dictionary, Registry, check_capacity
 from rudder.server.program.watch import compile_watch, merge_watched
 from rudder.v1 import program_pb2
+
+T = TypeVar("T")
+# Time for vLLM to notice that its engine process was killed.
+ABANDON_S = 30.0
 
 logger = logging.getLogger(__name__)
 
@@ -70,29 +82,62 @@ async def start_engine(
         llm.shutdown()
         raise
     engine.spawn(engine.listen())
+    engine.spawn(engine.watch_progress(config.engine.stall_s, config.engine.stall_kill_s))
     # vLLM reads its environment variables for every token of every request; its own processes cache them, too.
     adapter.enable_envs_cache()
     return engine
 
 
 async def start_llm(config: Config, layout: Layout) -> AsyncLLM:
-    """Start vLLM in a thread, so that health checks and signals are served meanwhile."""
+    """Start vLLM in a thread, so that health checks and signals are served meanwhile.
+
+    Raises EngineStartError, also if it has not started after `engine.start_timeout_s`.
+    """
     others = set(multiprocessing.active_children())
-    starting = asyncio.get_running_loop().run_in_executor(None, adapter.start_llm, config, layout)
+    starting = in_lasting_thread(partial(adapter.start_llm, config, layout))
+    timeout_s = config.engine.start_timeout_s
     try:
-        return await asyncio.shield(starting)
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.shield(starting)
+    except TimeoutError:
+        await abandon(starting, others)
+        problem = f"the engine did not start within engine.start_timeout_s, {timeout_s:g} s"
+        raise adapter.EngineStartError(problem) from None
     except asyncio.CancelledError:
         await abandon(starting, others)
         raise
 
 
+def in_lasting_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
+    """Run `work` in a thread that nothing waits for and that never ends: the kernel ends a process with the thread that
+    started it.
+    """
+    result: Future[T] = Future()
+    # Whoever waits may be cancelled; the work goes on.
+    result.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+        threading.Event().wait()
+
+    threading.Thread(target=run, name="engine-start", daemon=True).start()
+    return asyncio.wrap_future(result)
+
+
 async def abandon(starting: "asyncio.Future[AsyncLLM]", others: Set[BaseProcess]) -> None:
-    """End a start of vLLM: its thread cannot be cancelled, but fails without its process, which is not of `others`."""
-    while not starting.done():
+    """End a start of vLLM: its thread cannot be cancelled, but fails without its process, which is not of `others`.
+
+    A thread that does not end for ABANDON_S is left behind.
+    """
+    deadline = time.monotonic() + ABANDON_S
+    while not starting.done() and time.monotonic() < deadline:
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
         await asyncio.wait([starting], timeout=0.1)
-    if not starting.exception():
+    if starting.done() and not starting.exception():
         starting.result().shutdown()
 
 
@@ -132,6 +177,7 @@ def build_engine(llm: AsyncLLM, layout: Layout, served: dict[str, Bundle], confi
         running=config.engine.max_num_seqs,
         caller_share=limits.caller_share,
         max_wait_s=limits.max_wait_s,
+        policy_rows=min(config.policies.rows, config.engine.rows - 1),
     )
     metrics.watch_admission(admission.usage)
     hub = Hub(metrics.feature_totals, admission.release)
@@ -151,7 +197,11 @@ def check_bos(bundle: Bundle, adds_bos: bool) -> None:
 
 
 async def connect_telemetry(engine: Engine) -> None:
-    """Open the telemetry channel. Raises BundleError if the workers loaded other bundles than the server."""
+    """Open the telemetry channel.
+
+    Raises BundleError if the workers loaded other bundles than the server, ConfigError if they have other banks.
+    """
+    await require_same_banks(engine)
     address = f"{engine.folder.name}/telemetry"
     engine.hub.bind(address)
     for loaded in await adapter.call_workers(engine.llm, "rudder_bundles"):
@@ -159,6 +209,14 @@ async def connect_telemetry(engine: Engine) -> None:
             raise bundles.BundleError("bundles: a worker loaded another bundle than the server")
     await adapter.call_workers(engine.llm, "rudder_connect", address, engine.hub.key)
     engine.hub.channel.accept()
+
+
+async def require_same_banks(engine: Engine) -> None:
+    """Raise ConfigError if a machine was started with another configuration: its banks would differ silently."""
+    expected = json.dumps(engine.registry.layout.additional_config(code_digest()), sort_keys=True)
+    if any(found != expected for found in await adapter.call_workers(engine.llm, "rudder_layout")):
+        problem = "a machine has another configuration of the bank, other bundles, or another version of Rudder"
+        raise ConfigError("engine.nodes", problem)
 
 
 async def pin_features(engine: Engine, features: Sequence[tuple[str, program_pb2.Row]]) -> None:
@@ -185,14 +243,11 @@ def pinned_feature(feature: program_pb2.Feature, served: dict[str, Bundle]) -> P
 
 
 def load_bundles(config: Config) -> dict[str, Bundle]:
-    """Load the configured bundles, by name."""
+    """Load the configured bundles, by name. The first of a site is the one that is meant where none is named."""
     loaded = [bundles.load(Path(path)) for path in config.engine.bundles]
     names = [bundle.manifest.name for bundle in loaded]
     if len(set(names)) < len(names):
         raise ConfigError("engine.bundles", "two bundles have the same name")
-    sites = [bundle.manifest.site for bundle in loaded]
-    if len(set(sites)) < len(sites):
-        raise ConfigError("engine.bundles", "two bundles are for the same site")
     return dict(zip(names, loaded, strict=True))
 
 

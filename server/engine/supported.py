@@ -17,7 +17,6 @@ SIZES_OF_ONE = (
     "data_parallel_size",
     "prefill_context_parallel_size",
     "decode_context_parallel_size",
-    "nnodes",
 )
 CHECKS: tuple[Check, ...] = (
     (

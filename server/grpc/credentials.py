@@ -1,6 +1,6 @@
 """TLS of the gRPC door, and the credentials that a call brings."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from rudder.server.grpc.status import Context
 from rudder.server.identity.authenticator import Credentials
 from rudder.server.identity.certificates import ranked_names
 from rudder.server.identity.watched_file import WatchedFile
+from rudder.server.monitoring.metrics import Metrics
 
 AUTHORIZATION = "authorization"
 # Names of a peer in `auth_context`, by their kind.
@@ -33,15 +34,21 @@ def certificate_names(context: Context) -> tuple[str, ...]:
     return ranked_names(uris, dns, common)
 
 
-def server_credentials(tls: Tls, failed: Callable[[str], None]) -> grpc.ServerCredentials | None:
+def server_credentials(tls: Tls, metrics: Metrics) -> grpc.ServerCredentials | None:
     """Return the door's TLS, which reads changed files at the next handshake; None without TLS. Raises ConfigError."""
     if tls.certificate is None:
         return None
     if tls.key is None:
         raise ConfigError("tls.key", "is missing: it belongs to tls.certificate")
+
+    def parse(certificate: bytes, key: bytes, client_ca: bytes | None = None) -> Any:
+        configuration = certificate_configuration(certificate, key, client_ca)
+        metrics.certificate_expires(expiry_of(certificate))
+        return configuration
+
     paths = [Path(tls.certificate), Path(tls.key), *([Path(tls.client_ca)] if tls.client_ca else [])]
     try:
-        pair = WatchedFile("tls.certificate", tuple(paths), certificate_configuration, failed)
+        pair = WatchedFile("tls.certificate", tuple(paths), parse, metrics.reload_failed)
     except (OSError, ValueError) as error:
         raise ConfigError("tls.certificate", str(error)) from error
     served = pair.content
@@ -55,6 +62,13 @@ def server_credentials(tls: Tls, failed: Callable[[str], None]) -> grpc.ServerCr
         return current
 
     return grpc.dynamic_ssl_server_credentials(pair.content, changed, require_client_authentication=bool(tls.client_ca))
+
+
+def expiry_of(certificate: bytes) -> float:
+    """Return when the first certificate of a PEM file expires, in Unix time."""
+    from cryptography.x509 import load_pem_x509_certificates
+
+    return load_pem_x509_certificates(certificate)[0].not_valid_after_utc.timestamp()
 
 
 def certificate_configuration(certificate: bytes, key: bytes, client_ca: bytes | None = None) -> Any:

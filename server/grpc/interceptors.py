@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from rudder.server import failpoints
 from rudder.server.grpc.credentials import credentials_of
 from rudder.server.grpc.status import Context, abort
 from rudder.server.identity.errors import CredentialError
@@ -85,6 +86,7 @@ def surrounded(behaviour: Behaviour, method: str, deserialize: Callable[[bytes],
                 RECORD.set(record)
                 require_size(request, serving.config.limits.max_message_bytes)
                 with serving.pending.held(len(request)):
+                    failpoints.hit("decode")
                     response = await behaviour(deserialize(request), context)
                 context.set_trailing_metadata(trailers_of(record))
                 return response
@@ -109,8 +111,9 @@ def deadline_of(context: Context) -> float | None:
 
 
 def trailers_of(record: CallRecord) -> tuple[tuple[str, str], ...]:
-    """Return what a successful call's trailers say: its request id, and its program's digest if it runs one."""
+    """Return what a successful call's trailers say: its request id; of a generation, its program and routing key."""
     trailers = [("rudder-request-id", record.request_id)]
     if record.choices:
         trailers.append(("rudder-program-digest", record.program_digest))
+        trailers.append(("rudder-routing-key", record.routing_key))
     return tuple(trailers)

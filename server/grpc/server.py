@@ -1,18 +1,26 @@
 """The gRPC door: a server with Rudder's services, health and reflection."""
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from rudder.server import config as configuration
 from rudder.server.config import ConfigError
 from rudder.server.grpc.credentials import server_credentials
+from rudder.server.grpc.health import SERVICE_NAME, Health
 from rudder.server.grpc.interceptors import CallInterceptor
-from rudder.server.grpc.servicers import FeatureServicer, InferenceServicer, ModelServicer, PolicyServicer
+from rudder.server.grpc.servicers import (
+    DebugServicer,
+    FeatureServicer,
+    InferenceServicer,
+    ModelServicer,
+    PolicyServicer,
+)
 from rudder.server.service.serving import Serving
 from rudder.v1 import (
     catalogue_pb2,
     catalogue_pb2_grpc,
+    debug_pb2,
+    debug_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
     policy_pb2,
@@ -24,8 +32,8 @@ SERVICES = (
     catalogue_pb2.DESCRIPTOR.services_by_name["FeatureService"].full_name,
     catalogue_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
     policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name,
+    debug_pb2.DESCRIPTOR.services_by_name["DebugService"].full_name,
 )
-HEALTH_NAMES = ("", "liveness", "readiness", *SERVICES)
 LONGEST_REQUEST_S = 3600
 # Calls beyond what queue and engine hold: Rudder refuses them itself, as its refusals give reasons and gRPC's do not.
 SPARE_CALLS = 1024
@@ -38,8 +46,8 @@ class GrpcDoor:
 
     def __init__(self, serving: Serving) -> None:
         config = serving.config
-        self.listen = config.listen
-        self.credentials = server_credentials(config.tls, serving.metrics.reload_failed)
+        self.listen, self.engine, self.metrics = config.listen, serving.engine, serving.metrics
+        self.credentials = server_credentials(config.tls, serving.metrics)
         self.server = grpc.aio.server(
             interceptors=[CallInterceptor(serving)],
             options=options(config.limits),
@@ -49,9 +57,10 @@ class GrpcDoor:
         catalogue_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(serving), self.server)
         catalogue_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(serving), self.server)
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyServicer(serving), self.server)
-        self.health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
+        debug_pb2_grpc.add_DebugServiceServicer_to_server(DebugServicer(serving), self.server)
+        self.health = Health(SERVICES)
+        self.health.add_to(self.server)
+        reflection.enable_server_reflection((*SERVICES, SERVICE_NAME, reflection.SERVICE_NAME), self.server)
 
     async def start(self) -> str:
         """Listen, and return the address. Raises ConfigError if the port cannot be bound."""
@@ -69,10 +78,9 @@ class GrpcDoor:
         return self.listen.address(port)
 
     async def set_serving(self, serving: bool) -> None:
-        """Set the health of the server and of each of its services."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in HEALTH_NAMES:
-            await self.health.set(name, status)
+        """Set the health of the server and of each of its services. It is alive as long as its engine is."""
+        self.metrics.set_ready(serving)
+        await self.health.set(serving, self.engine.healthy)
 
     async def stop(self, grace_s: float) -> None:
         """Take no more calls, and abort those that still run after `grace_s`."""

@@ -2,22 +2,28 @@
 
 import asyncio
 
+import grpc
 from google.protobuf.message import Message
 
-from rudder.server import config
+from rudder.server import config, failpoints
 from rudder.server.grpc.interceptors import RECORD
 from rudder.server.grpc.status import Context
-from rudder.server.service import catalogue, inference, model, policies
+from rudder.server.service import catalogue, inference, ledger, model, policies
 from rudder.server.service.errors import Refusal
 from rudder.server.service.serving import Serving
 from rudder.v1 import (
     catalogue_pb2,
     catalogue_pb2_grpc,
+    debug_pb2,
+    debug_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
     policy_pb2,
     policy_pb2_grpc,
 )
+
+# How long gRPC may take to cancel the handler of a call whose client is gone.
+CANCELLATION_S = 1.0
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -116,11 +122,27 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         return policies.explain(self.serving, RECORD.get().caller, request)
 
 
+class DebugServicer(debug_pb2_grpc.DebugServiceServicer):
+    """What an operator looks into."""
+
+    def __init__(self, serving: Serving) -> None:
+        self.serving = serving
+
+    async def GetLedger(self, _: debug_pb2.GetLedgerRequest, __: Context) -> debug_pb2.GetLedgerResponse:
+        """Return what calls hold of the server."""
+        return await ledger.get_ledger(self.serving, RECORD.get())
+
+
 async def send(context: Context, message: Message, limits: config.Limits) -> None:
     """Write one message of a stream. Raises Refusal CLIENT_TOO_SLOW if the client does not take it in time."""
     try:
         async with asyncio.timeout(limits.write_timeout_s):
+            await failpoints.pause("stream.write")
             await context.write(message)
     except TimeoutError as error:
         problem = f"a message lay unread for {limits.write_timeout_s:g} s"
         raise Refusal("CLIENT_TOO_SLOW", problem) from error
+    except grpc.aio.InternalError:
+        # The client is gone, and the cancellation of this task is on its way: that says so, and an error would not.
+        await asyncio.sleep(CANCELLATION_S)
+        raise

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from rudder.server.caller import ANONYMOUS, Caller
-from rudder.server.config import ConfigError, Identity
+from rudder.server.caller import ANONYMOUS, NO_QUOTAS, Caller, Quotas
+from rudder.server.config import ConfigError, Identity, RoleQuotas
 from rudder.server.identity import certificates, tokens, web_tokens
 from rudder.server.identity.certificates import Certificates
 from rudder.server.identity.errors import CredentialError
@@ -39,6 +39,7 @@ class Authenticator:
     keys: WatchedFile[Keys] | None = None
     web_tokens: WebTokens | None = None
     certificates: WatchedFile[Certificates] | None = None
+    quotas: tuple[RoleQuotas, ...] = ()
 
     @property
     def required(self) -> bool:
@@ -46,7 +47,20 @@ class Authenticator:
         return bool(self.tokens or self.keys or self.certificates)
 
     def caller(self, credentials: Credentials) -> Caller:
-        """Return the caller. Raises CredentialError."""
+        """Return the caller, with the quotas of the configuration where its credentials name none.
+
+        Raises CredentialError.
+        """
+        caller = self.authenticated(credentials)
+        return caller if caller.quotas != NO_QUOTAS else replace(caller, quotas=self.quotas_of(caller))
+
+    def quotas_of(self, caller: Caller) -> Quotas:
+        """Return the quotas of the first entry of the configuration that fits a caller."""
+        fitting = (entry.quotas for entry in self.quotas if entry.role is None or entry.role in caller.roles)
+        return next(fitting, NO_QUOTAS)
+
+    def authenticated(self, credentials: Credentials) -> Caller:
+        """Return the caller of these credentials. Raises CredentialError."""
         if not self.required:
             return replace(ANONYMOUS, origin=credentials.origin)
         if credentials.authorization:
@@ -88,6 +102,7 @@ def authenticator_of(config: Identity, failed: Callable[[str], None]) -> Authent
         watched("identity.jwks", config.jwks, web_tokens.parse_keys, failed),
         web,
         watched("identity.certificates", config.certificates, certificates.parse, failed),
+        config.quotas,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from rudder.server.caller import NO_QUOTAS, Caller, Quotas
+from rudder.server.caller import NO_QUOTAS, Caller, Quotas, alone
 from rudder.server.identity.errors import CredentialError
 from rudder.server.identity.tokens import Name, check_names, check_roles, converted
 
@@ -63,4 +63,4 @@ def caller(names: Sequence[str], certificates: Certificates) -> Caller:
     entry = next((certificates[name] for name in names if name in certificates), None)
     if entry is None:
         raise CredentialError("the client certificate is mapped to no caller")
-    return Caller(entry.caller, entry.tenant or entry.caller, frozenset(entry.roles), entry.quotas)
+    return Caller(entry.caller, entry.tenant or alone(entry.caller), frozenset(entry.roles), entry.quotas)

@@ -24,6 +24,7 @@ METHODS: Mapping[str, frozenset[str]] = {
     "PolicyService.Validate": frozenset({"administer"}),
     "PolicyService.Apply": frozenset({"administer"}),
     "PolicyService.Explain": ANY,
+    "DebugService.GetLedger": frozenset({"administer"}),
     # Of the HTTP door alone: load, watched features, how calls ended.
     "Live.Watch": frozenset({"observe", "operate", "administer"}),
     "ServerReflection.ServerReflectionInfo": frozenset({"observe"}),

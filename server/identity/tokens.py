@@ -13,7 +13,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from rudder.server.caller import ANONYMOUS, NO_QUOTAS, ROLES, Caller, Quotas
+from rudder.server.caller import ANONYMOUS, NO_QUOTAS, ROLES, Caller, Quotas, alone
 from rudder.server.identity.errors import CredentialError
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ class Tokens:
             raise CredentialError("the token is not one of this server's")
         if entry.expires and entry.expires <= datetime.now(UTC):
             raise CredentialError("the token has expired", "TOKEN_EXPIRED")
-        return Caller(entry.caller, entry.tenant or entry.caller, frozenset(entry.roles), entry.quotas)
+        return Caller(entry.caller, entry.tenant or alone(entry.caller), frozenset(entry.roles), entry.quotas)
 
 
 def parse(content: bytes) -> Tokens:

@@ -13,10 +13,14 @@ CORRELATION_ID = re.compile(r"[\x20-\x7e]{1,128}")
 
 @dataclass(frozen=True)
 class Correlation:
-    """The client's identifiers of a call; empty where it sent none, or none that is valid."""
+    """The client's identifiers of a call; empty where it sent none, or none that is valid.
+
+    `traceparent`: the header that names `trace_id`, and the client's span.
+    """
 
     correlation_id: str = ""
     trace_id: str = ""
+    traceparent: str = ""
 
 
 def correlation_of(headers: Iterable[tuple[str, str | bytes]]) -> Correlation:
@@ -27,8 +31,9 @@ def correlation_of(headers: Iterable[tuple[str, str | bytes]]) -> Correlation:
             values[name].append(value)
     correlation_ids = [value for value in values["x-request-id"] if CORRELATION_ID.fullmatch(value)]
     # Trace Context: with more than one traceparent, none counts.
-    trace_ids = [trace_id(value) for value in values["traceparent"]] if len(values["traceparent"]) == 1 else []
-    return Correlation(*(next(iter(ids), "") for ids in (correlation_ids, trace_ids)))
+    header = values["traceparent"][0] if len(values["traceparent"]) == 1 else ""
+    trace = trace_id(header)
+    return Correlation(next(iter(correlation_ids), ""), trace, header if trace else "")
 
 
 def trace_id(traceparent: str) -> str:

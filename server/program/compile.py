@@ -30,6 +30,7 @@ from rudder.server.program.rows import (
     row_directions,
     site_number,
 )
+from rudder.server.program.span import Doubles, basis, reaches, writes_of
 from rudder.v1 import program_pb2
 
 UNIT_NAMES = {
@@ -137,6 +138,20 @@ class EditLimits:
         # Not the cosine itself: step by step it would lead to the direction of a guard's probe.
         problem = f"{name} is parallel to a locked row (a cosine of less than {PARALLEL} may be)"
         require(cosines.max(initial=0) < PARALLEL, field, problem, "ROW_LOCKED")
+
+    @cached_property
+    def span(self) -> Doubles:
+        """Orthonormal basis [k, d] of what the locked rows span."""
+        return basis(np.zeros((0, 0)) if self.directions is None else self.directions)
+
+    def check_writes(self, compiled: Compiled, registry: Registry, field: str) -> None:
+        """Raise ProgramError ROW_LOCKED if what a program writes could add up to what locked rows span."""
+        if not len(self.span):
+            return
+        together = "taken together, what it adds lies along the locked rows (docs/policies.md has the bound)"
+        for phase in ("prompt", "generated"):
+            reached = reaches(writes_of(compiled.sites, registry, phase), self.span)
+            require(not reached, field, together, "ROW_LOCKED")
 
 
 NO_LIMITS = EditLimits()

@@ -20,6 +20,7 @@ LockedRows = frozenset[tuple[str, int]]
 NO_LOCKED_ROWS: LockedRows = frozenset()
 ReservedRows = Mapping[int, frozenset[wire.Row]]
 NO_RESERVED_ROWS: ReservedRows = MappingProxyType({})
+NO_KEPT_PLACES: Mapping[int, int] = MappingProxyType({})
 # Cosine from which two directions count as parallel: an edit along one moves the other.
 PARALLEL = 0.5
 # Latents that are compared at once.
@@ -129,7 +130,7 @@ def resolve_feature(feature: program_pb2.Feature, site: str, registry: Registry,
 
 
 def find_dictionary(name: str, site: str, registry: Registry, field: str) -> Dictionary:
-    """Return the dictionary `name`; without a name, the only one at the site."""
+    """Return the dictionary `name`; without a name, the first that is served at the site."""
     if name:
         require(name in registry.dictionaries, field, f"no bundle {name!r} is served", "FEATURE_UNKNOWN")
         dictionary = registry.dictionaries[name]
@@ -137,7 +138,6 @@ def find_dictionary(name: str, site: str, registry: Registry, field: str) -> Dic
         return dictionary
     candidates = [d for d in registry.dictionaries.values() if d.site == site]
     require(candidates, field, f"no bundle is served at {site}", "FEATURE_UNKNOWN")
-    require(len(candidates) == 1, field, f"one of {', '.join(d.name for d in candidates)} must be named")
     return candidates[0]
 
 
@@ -213,17 +213,19 @@ def check_capacity(
     field: str,
     reserved: ReservedRows = NO_RESERVED_ROWS,
     share: float = 1.0,
+    kept: Mapping[int, int] = NO_KEPT_PLACES,
 ) -> None:
     """Raise ProgramError if the stages need more distinct rows at a site than it has places beside those reserved.
 
     Such a request could never be admitted. `reserved`: rows by site number. `share`: of the places beside those, what
-    the stages may hold: one request must not hold all of them for as long as it likes.
+    the stages may hold: one request must not hold all of them for as long as it likes. `kept`: places by site number
+    that requests leave free.
     """
     needed: dict[int, set[wire.Row]] = {}
     for site in (site for stage in stages for site in stage):
         needed.setdefault(site.site, set()).update(site.rows)
-    places = registry.layout.rows
     for at, rows in needed.items():
+        places = registry.layout.rows - kept.get(at, 0)
         held = reserved.get(at, frozenset())
         # Not a union with `reserved`: policies may reserve many rows, and this runs for every call.
         total = len(held) + len(rows - held)

@@ -61,16 +61,23 @@ def stages_needed(messages: Collection[policy_pb2.Policy]) -> int:
 class Binding:
     """What binds a caller. `policies`: in the order in which they apply; those in shadow mode forbid nothing.
 
-    `named`: programs of the operator, as compiled within these limits.
+    `named`: programs of the operator, as compiled within these limits. `trial`: policies in shadow mode forbid, too: of
+    such a binding only what it would refuse is counted.
     """
 
     policies: tuple[Policy, ...] = ()
     named: dict[str, Compiled] = field(default_factory=dict)
+    trial: bool = False
 
     @cached_property
     def enforced(self) -> tuple[Policy, ...]:
         """The policies that are not in shadow mode."""
-        return tuple(policy for policy in self.policies if not policy.shadow)
+        return tuple(policy for policy in self.policies if self.trial or not policy.shadow)
+
+    @cached_property
+    def trials(self) -> "tuple[Binding, ...]":
+        """For each policy in shadow mode, what it would forbid if it were enforced."""
+        return tuple(Binding((policy,), trial=True) for policy in self.policies if policy.shadow)
 
     @cached_property
     def rights(self) -> frozenset[str]:
@@ -107,6 +114,19 @@ class Binding:
         return frozenset().union(*(policy.hidden for policy in self.enforced))
 
     @property
+    def stages_enforced(self) -> int:
+        """How many of the stages, the first ones, must apply: those of policies in shadow mode come last."""
+        return sum(bool(policy.programs) for policy in self.enforced)
+
+    @property
+    def reads_by_probes(self) -> bool:
+        """Whether probes of its own tell a caller nothing that it may not read.
+
+        None need be parallel to a locked row: of a few that are not, some combination is.
+        """
+        return self.limits.reads_locked or self.limits.directions is None or not len(self.limits.directions)
+
+    @property
     def reads_scores(self) -> bool:
         """Whether refusals and annotations say the scores of guards."""
         return "read_guards" in self.rights
@@ -129,7 +149,9 @@ class Binding:
     def compile_own(self, program: program_pb2.Program, registry: Registry, field: str) -> Compiled:
         """Compile a caller's own program within rights and limits. Raises ProgramError likewise."""
         self.require_rights(program, field)
-        return compile_program(program, registry, limits=self.limits, field=field)
+        compiled = compile_program(program, registry, limits=self.limits, field=field)
+        self.limits.check_writes(compiled, registry, f"{field}.sites")
+        return compiled
 
     def require_rights(self, message: Message, field: str) -> None:
         """Raise ProgramError POLICY_FORBIDS if a latent, vector or probe in a message needs a right not given."""
@@ -142,6 +164,9 @@ class Binding:
             right, rows = RIGHT_OF_ROW.get(type(part), ("", ""))
             allowed = not right or right in self.rights
             require(allowed, path, f"{self.binder} binds this caller, which may not use {rows}", "POLICY_FORBIDS")
+            blind = self.reads_by_probes or not isinstance(part, program_pb2.Probe)
+            together = "which may not use probes of its own: together they read what guards read (read_guards)"
+            require(blind, path, f"{self.binder} binds this caller, {together}", "POLICY_FORBIDS")
 
     def check_report(self, features: Sequence[inference_pb2.SiteFeature], registry: Registry, field: str) -> None:
         """Raise ProgramError if a report reads a locked row, or has probes without the right to them."""

@@ -7,8 +7,9 @@ stale.
 """
 
 import hashlib
+import hmac
 import lzma
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -20,6 +21,7 @@ from rudder.sae_models.files import write_atomically
 from rudder.server.engine import adapter
 from rudder.server.engine.engine import Engine
 from rudder.server.safety.policy import SHADOW, digest_of_message
+from rudder.server.safety.problems import Problem
 from rudder.v1 import policy_pb2
 
 T = TypeVar("T")
@@ -111,6 +113,19 @@ class Certificate(Section, frozen=True):
     evaluation: str
     fingerprint: Fingerprint
     parts: tuple[Part, ...]
+    # HMAC of the other fields under policies.certificate_key; empty without one.
+    seal: str = ""
+
+
+def seal_of(certificate: Certificate, key: bytes) -> str:
+    """Return the seal that a certificate must have."""
+    content = msgspec.json.encode(msgspec.structs.replace(certificate, seal=""), order="sorted")
+    return hmac.new(key, b"certificate" + content, hashlib.sha256).hexdigest()
+
+
+def sealed(certificate: Certificate, key: bytes | None) -> Certificate:
+    """Return a certificate with its seal, where there is a key."""
+    return msgspec.structs.replace(certificate, seal=seal_of(certificate, key)) if key else certificate
 
 
 def fingerprint(engine: Engine, message: policy_pb2.Policy) -> Fingerprint:
@@ -119,6 +134,7 @@ def fingerprint(engine: Engine, message: policy_pb2.Policy) -> Fingerprint:
     model = engine.model.sha256 or engine.model.name
     computing = adapter.numerics(engine.llm)
     computing |= {"bank": engine.registry.layout.backend, "tokenizer": engine.encoding_digest}
+    computing["model files"] = engine.model.settings
     return Fingerprint(policy=content_digest(message), model=model, bundles=bundles, engine=computing)
 
 
@@ -203,21 +219,50 @@ def require_exercised(cases: Sequence[Case]) -> None:
         raise UserError(f"texts: no edit touches a token of the {len(acts)} texts: add others")
 
 
-def standing(engine: Engine, message: policy_pb2.Policy, folder: Path) -> tuple[Status, str]:
-    """Return what the certificate beside a policy is worth on a running engine, and why it is no PASS."""
+def standing(engine: Engine, message: policy_pb2.Policy, folder: Path, key: bytes | None = None) -> tuple[Status, str]:
+    """Return what the certificate beside a policy is worth on a running engine, and why it is no PASS.
+
+    `key`: of the seal that it must have.
+    """
+    return worth(message, folder, key, lambda _: fingerprint(engine, message))
+
+
+def standing_before_start(
+    message: policy_pb2.Policy, folder: Path, key: bytes | None, bundles: Mapping[str, str]
+) -> tuple[Status, str]:
+    """Return likewise what can be told before there is an engine: what only it knows is taken to be unchanged.
+
+    `bundles`: those that will be served, with their hashes.
+    """
+    known = {"policy": content_digest(message), "bundles": dict(bundles)}
+    return worth(message, folder, key, lambda certified: msgspec.structs.replace(certified.fingerprint, **known))
+
+
+def worth(
+    message: policy_pb2.Policy, folder: Path, key: bytes | None, current: Callable[[Certificate], Fingerprint]
+) -> tuple[Status, str]:
+    """Implement `standing`; `current` returns the fingerprint to compare with."""
     try:
         certificate = read_certificate(folder, message.name)
     except UserError as error:
         return "NONE", str(error)
     if certificate is None:
         return "NONE", "it has no certificate"
-    now = fingerprint(engine, message)
+    if key and not hmac.compare_digest(seal_of(certificate, key), certificate.seal):
+        return "NONE", "its certificate was changed, or not written with policies.certificate_key"
+    now = current(certificate)
     status = status_of(certificate, now)
     if status == "STALE":
         changed = "; ".join(differences(certificate.fingerprint, now))
         return status, f"since its certificate of {certificate.date} something has changed: {changed}"
     parts = [f"{part.name}: {part.flips} of {part.texts} texts" for part in certificate.parts if part.result != "PASS"]
     return status, f"acts otherwise than recorded: {'; '.join(parts)}" if parts else ""
+
+
+def objections(status: Status, problem: str) -> list[Problem]:
+    """Return why a policy of this standing is not served."""
+    hint = "run `rudder policy certify FILE` with this server's configuration, or set policies.allow_uncertified"
+    return [] if status == "PASS" else [Problem("certificate", f"{status}: {problem}; {hint}")]
 
 
 def status_of(certificate: Certificate | None, now: Fingerprint) -> Status:

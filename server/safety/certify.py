@@ -12,7 +12,7 @@ from rudder.server.safety import certificate as certificates
 from rudder.server.safety.certificate import Case, Certificate, Evaluation, Text
 from rudder.server.safety.evaluation import evaluate
 from rudder.server.safety.policy import Policy, compile_policy
-from rudder.server.safety.start import with_stages
+from rudder.server.safety.start import certificate_key, with_stages
 
 
 async def certify(config: Config, path: Path, texts: Path | None, max_flips: float) -> Certificate:
@@ -20,7 +20,7 @@ async def certify(config: Config, path: Path, texts: Path | None, max_flips: flo
 
     Raises what `start_engine` raises, PolicyInvalid, UserError.
     """
-    message = read_policy(path)
+    message, key = read_policy(path), certificate_key(config)
     chosen = certificates.read_texts(texts) if texts else None
     if chosen is None:
         certificates.read_evaluation(certificates.evaluation_path(path.parent, message.name))
@@ -31,7 +31,7 @@ async def certify(config: Config, path: Path, texts: Path | None, max_flips: flo
             await engine.hold(policy.rows)
         if chosen is not None:
             await record(engine, policy, path.parent, chosen)
-        return await rerun(engine, policy, path.parent, max_flips)
+        return await rerun(engine, policy, path.parent, max_flips, key)
     finally:
         await engine.stop()
 
@@ -52,8 +52,13 @@ async def record(engine: Engine, policy: Policy, folder: Path, texts: Sequence[T
     return evaluation
 
 
-async def rerun(engine: Engine, policy: Policy, folder: Path, max_flips: float) -> Certificate:
-    """Run a policy's evaluation again, and write its certificate. UserError: it was recorded with another content."""
+async def rerun(
+    engine: Engine, policy: Policy, folder: Path, max_flips: float, key: bytes | None = None
+) -> Certificate:
+    """Run a policy's evaluation again, and write its certificate, sealed with the key.
+
+    UserError: it was recorded with another content.
+    """
     path = certificates.evaluation_path(folder, policy.name)
     evaluation, digest = certificates.read_evaluation(path)
     now = certificates.fingerprint(engine, policy.message)
@@ -63,6 +68,8 @@ async def rerun(engine: Engine, policy: Policy, folder: Path, max_flips: float) 
     if not evaluation.cases:
         raise UserError(f"{path}: has no texts, so that any policy would pass; {hint}")
     acts = await evaluate(engine, policy, [case.text for case in evaluation.cases])
-    certificate = certificates.certified(policy.name, evaluation, digest, now, acts, max_flips)
+    certificate = certificates.sealed(
+        certificates.certified(policy.name, evaluation, digest, now, acts, max_flips), key
+    )
     certificates.write_certificate(folder, certificate)
     return certificate

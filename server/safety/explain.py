@@ -62,6 +62,8 @@ def together(binding: Binding, registry: Registry) -> Iterator[str]:
     yield "This caller may run the server's programs that have names, within what follows."
     for right, text in RIGHT_TEXTS.items():
         yield f"It {'may' if right in binding.rights else 'may not'} {text}."
+    if "raw_vectors" in binding.rights and not binding.reads_by_probes:
+        yield "It may not use probes of its own: together they would read what guards read."
     if limits.first_site:
         yield (
             f"It may not edit before {sites[limits.first_site]}."

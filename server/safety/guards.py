@@ -6,6 +6,7 @@ from pathlib import Path
 from rudder.sae_models import token_model
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.token_model import TokenModel
+from rudder.server.preflight import is_file
 from rudder.server.program.compile import phases
 from rudder.server.program.errors import ProgramError, number, require
 from rudder.server.program.gates import checked_parameter
@@ -98,7 +99,7 @@ def model_of(score: policy_pb2.Score, registry: Registry, folder: Path, field: s
     require(
         file and Path(file).name == file, f"{field}.file", f"{file!r} is not the name of a file beside the policy's"
     )
-    require((folder / file).is_file(), f"{field}.file", f"{file!r} is not in the policy's folder")
+    require(is_file(str(folder / file)), f"{field}.file", f"{file!r} is not in the policy's folder")
     require(score.token_model.sha256, f"{field}.sha256", "is empty: a policy pins its token model")
     try:
         model = token_model.load(folder / file, score.token_model.sha256)

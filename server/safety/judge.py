@@ -66,12 +66,18 @@ class Judge:
         self.columns = [slice(*span) for span in pairwise(widths)]
 
     def take(self, features: Features) -> None:
-        """Take in features of the next positions. Raises TelemetryLost if there are others between."""
+        """Take in features of the next positions.
+
+        Raises TelemetryLost if there are others between, or a guard's row could not be read: x is not finite there.
+        """
         if not len(features.activations):
             return
         if features.first != self.next_features:
             raise TelemetryLost(f"features of position {features.first} came where {self.next_features} was due")
         self.next_features = features.end
+        if not np.isfinite(features.activations).all():
+            position = features.first + int(np.flatnonzero(~np.isfinite(features.activations).all(1))[0])
+            raise TelemetryLost(f"the residual of position {position} is not finite: no guard can judge it")
         rows = features.activations.tolist()
         for track, columns in zip(self.tracks, self.columns, strict=True):
             if track.guard.rows and not track.held:

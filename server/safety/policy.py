@@ -35,6 +35,8 @@ SHADOW = policy_pb2.POLICY_MODE_SHADOW
 # What a bound caller's program may add at a site, as a share of ||x||, where a policy says nothing else. Beside an edit
 # near the limit of the bank a policy's own edit would not fit, and would be rejected.
 MAX_DISPLACEMENT = 1.0
+# Fields that a removal may have.
+OF_REMOVALS = frozenset({"name", "description", "version", "removed"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +123,8 @@ def compile_policy(message: policy_pb2.Policy, registry: Registry, folder: Path,
     """
     problems = Problems()
     check_fields(message, registry, problems)
+    if message.removed and not problems.found:
+        return Policy(message, digest_of_message(message))
     check_bundles(message, registry, problems)
     guards = compile_guards(message, registry, folder, problems)
     locked_rows = locked_features(message, registry, problems)
@@ -167,6 +171,8 @@ def check_fields(message: policy_pb2.Policy, registry: Registry, problems: Probl
     problems.require(message.name, "name", "is empty")
     problems.require(len(message.name) <= longest, "name", f"has {len(message.name)} characters, at most {longest}")
     problems.require(message.version >= 1, "version", "must be at least 1")
+    for name in (part.name for part, _ in message.ListFields()) if message.removed else ():
+        problems.require(name in OF_REMOVALS, name, "is set: a removal has a name and a version")
     problems.require(message.mode in policy_pb2.PolicyMode.values(), "mode", f"{message.mode} is no mode")
     for number, path in enumerate(message.forbidden_fields):
         problems.require(is_request_field(path), f"forbidden_fields[{number}]", f"{path!r} is not a field of a request")

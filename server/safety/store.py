@@ -9,22 +9,28 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from rudder.sae_models.errors import UserError
+from rudder.server import failpoints
 from rudder.server.caller import Caller
 from rudder.server.engine.engine import Engine
 from rudder.server.engine.ledger import PINNED_HANDLE, BankFull
 from rudder.server.monitoring.logs import fields
 from rudder.server.program.named import program_files, read_policy
+from rudder.server.safety import certificate as certificates
 from rudder.server.safety.binding import Binding, binding_policies, stages_needed
-from rudder.server.safety.certificate import Status, needs_certificate, standing
-from rudder.server.safety.policy import Policy, compile_policy, digest_of_message
+from rudder.server.safety.certificate import Status, needs_certificate
+from rudder.server.safety.memory import Memory
+from rudder.server.safety.policy import Policy, compile_policy
 from rudder.server.safety.problems import PolicyInvalid, Problem
 from rudder.v1 import policy_pb2
 
 # Bindings that are remembered, by caller.
 MAX_BINDINGS = 1024
-# Of a file: when it was changed, and its size; None where it cannot be read.
-Signature = tuple[int, int] | None
+# Of a file: which one it is, when it was changed, and its size; None where it cannot be read.
+Signature = tuple[int, int, int] | None
 Outcome = Literal["applied", "unchanged", "removed", "refused"]
+NO_FILE = (
+    "no file has this policy any more, and it stays in force: a file with `removed: true` and a raised version ends it"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +50,15 @@ class PolicyStore:
 
     A call keeps the policies that bound it when it began. The rows of a policy are held before it is in force, and
     until the last call that it bound has ended. `files`: what each file of the folder held when it was last read, and
-    the name of the policy that it put in force. `listeners` are told of every change.
+    the name of the policy that it put in force. `memory`: what has been in force. `certificate_key`: of the
+    seal that certificates must have. `listeners` are told of every change.
     """
 
     engine: Engine
     folder: Path | None = None
     allow_uncertified: bool = False
+    memory: Memory = field(default_factory=Memory)
+    certificate_key: bytes | None = None
     in_force: Mapping[str, Policy] = field(default_factory=dict)
     handles: dict[Policy, int] = field(default_factory=dict)
     running: Counter[Policy] = field(default_factory=Counter)
@@ -87,9 +96,9 @@ class PolicyStore:
             self.engine.spawn(self.engine.drop(self.handles.pop(policy)))
 
     async def apply(self, message: policy_pb2.Policy, source: str) -> Policy:
-        """Put a policy in force in place of the one of its name. Whoever waits may leave; the change is made whole.
+        """Put a policy in force in place of the one of its name, or take that one out of force.
 
-        Raises PolicyInvalid, and nothing has changed.
+        Whoever waits may leave; the change is made whole. Raises PolicyInvalid, and nothing has changed.
         """
         change = asyncio.ensure_future(self.replace(message, source))
         self.changes.add(change)
@@ -106,11 +115,23 @@ class PolicyStore:
             if problems := self.objections(policy):
                 raise PolicyInvalid(source, problems)
             await self.hold(policy, source)
-            self.set_in_force({**self.in_force, policy.name: policy})
+            self.remember(policy, source)
+            removed = policy.message.removed
+            others = {name: other for name, other in self.in_force.items() if name != policy.name}
+            self.set_in_force(others if removed else {**self.in_force, policy.name: policy})
             if old:
                 self.retire(old)
-            self.tell(Change("applied", source, policy))
+            if old or not removed:
+                self.tell(Change("removed" if removed else "applied", source, policy))
             return policy
+
+    def remember(self, policy: Policy, source: str) -> None:
+        """Write down that a policy comes into force, or is removed. Raises PolicyInvalid if that cannot be written."""
+        try:
+            self.memory.note(policy, source)
+        except OSError as error:
+            self.retire(policy)
+            raise PolicyInvalid(source, [Problem("version", f"cannot be remembered: {error}")]) from error
 
     async def compile(self, message: policy_pb2.Policy, source: str) -> Policy:
         """Compile a policy in a thread, since weights are compared. Raises PolicyInvalid."""
@@ -137,14 +158,6 @@ class PolicyStore:
             except BankFull as full:
                 raise PolicyInvalid(source, [Problem("program", f"its rows cannot be held: {full}")]) from full
 
-    async def remove(self, name: str, source: str) -> None:
-        """Take a policy out of force."""
-        async with self.changing:
-            policy = self.in_force[name]
-            self.set_in_force({other: kept for other, kept in self.in_force.items() if other != name})
-            self.retire(policy)
-            self.tell(Change("removed", source, policy))
-
     def set_in_force(self, policies: Mapping[str, Policy]) -> None:
         """Replace all policies in force."""
         self.in_force = policies
@@ -153,10 +166,7 @@ class PolicyStore:
 
     def conflicts(self, message: policy_pb2.Policy) -> list[Problem]:
         """Return why a policy cannot follow the one of its name, or stand beside the others on this engine."""
-        problems, old = [], self.in_force.get(message.name)
-        if old and message.version <= old.version and digest_of_message(message) != old.digest:
-            problem = f"is {message.version}, and version {old.version} with another content is in force: raise it"
-            problems.append(Problem("version", problem))
+        problems = self.memory.objections(message)
         others = [other.message for name, other in self.in_force.items() if name != message.name]
         stages, needed = self.engine.registry.layout.stages - 1, stages_needed([*others, message])
         if needed > stages:
@@ -177,18 +187,16 @@ class PolicyStore:
         """Return why a policy may act otherwise on this engine than where its evaluation was recorded."""
         if self.allow_uncertified or not needs_certificate(message):
             return []
-        status, problem = self.certificate(message)
-        hint = "run `rudder policy certify FILE` with this server's configuration, or set policies.allow_uncertified"
-        return [] if status == "PASS" else [Problem("certificate", f"{status}: {problem}; {hint}")]
+        return certificates.objections(*self.certificate(message))
 
     def certificate(self, message: policy_pb2.Policy) -> tuple[Status, str]:
         """Return what the certificate beside a policy is worth here, and why it is no PASS."""
-        return standing(self.engine, message, self.folder or Path())
+        return certificates.standing(self.engine, message, self.folder or Path(), self.certificate_key)
 
     async def reload(self) -> None:
         """Read the folder again. A file that is wrong is refused by name, and what it put in force before stays.
 
-        It may have had another name then: so while one is refused, no file that is gone takes its policy with it.
+        So does a policy that no file has any more: only a removal takes it out of force.
         """
         if self.folder is None:
             return
@@ -196,23 +204,21 @@ class PolicyStore:
             self.tell(Change("refused", str(self.folder), None, "is not a folder: every policy stays as it is"))
             return
         paths = program_files(self.folder)
-        former = {name for _, name in self.files.values()}
-        gone = {path: state for path, state in self.files.items() if path not in paths}
         self.files = {path: state for path, state in self.files.items() if path in paths}
-        if not all([await self.reload_file(path) for path in paths]):
-            found = {name for _, name in self.files.values()}
-            self.files |= {path: state for path, state in gone.items() if state[1] not in found}
-        for name in former - {name for _, name in self.files.values()}:
+        for path in paths:
+            await self.reload_file(path)
+        for name in self.memory.missing({name for _, name in self.files.values()}):
             if name in self.in_force:
-                await self.remove(name, str(self.folder))
+                self.tell(Change("refused", str(self.folder), self.in_force[name], NO_FILE))
 
-    async def reload_file(self, path: Path) -> bool:
-        """Read one file again, unless it has not changed since it was last put in force; return whether it is right."""
+    async def reload_file(self, path: Path) -> None:
+        """Read one file again, unless it has not changed since it was last put in force."""
         former, others = self.files.get(path), {name for other, (_, name) in self.files.items() if other != path}
         try:
+            failpoints.hit("policy.reload")
             content = await asyncio.to_thread(path.read_bytes)
             if former and content == former[0]:
-                return True
+                return
             message = read_policy(path)
             if message.name in others:
                 raise PolicyInvalid(
@@ -222,11 +228,10 @@ class PolicyStore:
             policy = await self.apply(message, str(path))
         except (UserError, OSError) as error:
             self.tell(Change("refused", str(path), None, str(error)))
-            return False
+            return
         self.files[path] = content, policy.name
         if policy is before:
             self.tell(Change("unchanged", str(path), policy))
-        return True
 
     async def watch_folder(self, interval_s: float) -> None:
         """Reload once a change of the folder has been there for one interval: until then a file may be half written."""
@@ -261,7 +266,8 @@ def signature(path: Path) -> Signature:
         stat = path.stat()
     except OSError:
         return None
-    return stat.st_mtime_ns, stat.st_size
+    # A link may come to name another file of the same time and size.
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def mode_of(policy: Policy) -> str:

@@ -3,30 +3,24 @@
 from rudder.server.safety.guards import ACTIONS, COUNT
 from rudder.server.safety.policy import Policy
 from rudder.server.safety.verdicts import Refusing, Verdict
-from rudder.server.service.record import CallRecord, ChoiceRecord, GateRecord
+from rudder.server.service.record import CallRecord, ChoiceRecord
 from rudder.v1 import inference_pb2
 
 
 def attestation_of(call: CallRecord, choice: ChoiceRecord, engine_epoch: str) -> inference_pb2.Attestation:
     """Convert the record of a finished choice to an Attestation."""
+    shown = {"", *(policy.name for policy in call.policies if reads_scores(policy, call))}
     return inference_pb2.Attestation(
         program_digest=call.program_digest,
         policy_digest=call.policy_digest,
-        edits=[inference_pb2.EditCount(**edit._asdict()) for edit in choice.edits],
+        edits=[inference_pb2.EditCount(**edit._asdict()) for edit in choice.edits if edit.policy in shown],
         tokens_seen=choice.tokens_seen,
         engine_epoch=engine_epoch,
-        gates=[gate_count(gate, call) for gate in choice.gates],
+        gates=[inference_pb2.GateCount(**gate._asdict()) for gate in choice.gates if gate.policy in shown],
         request_id=call.request_id,
         policies=[applied_policy(policy, call, choice) for policy in call.policies],
         topic=call.topic,
     )
-
-
-def gate_count(gate: GateRecord, call: CallRecord) -> inference_pb2.GateCount:
-    """Convert what a gate did. The statistic of a policy's gate is a score, as that of a guard."""
-    policy = next((policy for policy in call.policies if policy.name == gate.policy), None)
-    hidden = gate.origin == "policy" and not (policy and reads_scores(policy, call))
-    return inference_pb2.GateCount(**(gate._asdict() | ({"statistic": None} if hidden else {})))
 
 
 def applied_policy(policy: Policy, call: CallRecord, choice: ChoiceRecord) -> inference_pb2.AppliedPolicy:
@@ -37,7 +31,12 @@ def applied_policy(policy: Policy, call: CallRecord, choice: ChoiceRecord) -> in
         if found.policy == policy.name and found.action != ACTIONS[COUNT]
     ]
     return inference_pb2.AppliedPolicy(
-        name=policy.name, version=policy.version, digest=policy.digest, shadow=policy.shadow, verdicts=verdicts
+        name=policy.name,
+        version=policy.version,
+        digest=policy.digest,
+        shadow=policy.shadow,
+        verdicts=verdicts,
+        withheld=not reads_scores(policy, call),
     )
 
 
@@ -60,5 +59,9 @@ def visible_score(verdict: Verdict, policy: Policy, call: CallRecord) -> float |
 
 
 def reads_scores(policy: Policy, call: CallRecord) -> bool:
-    """Return whether the caller may read the scores of a policy."""
+    """Return whether the caller may read the scores of a policy, and what its gate and its edits did.
+
+    At how many tokens a gate was open, and an edit changed something, tells as much as a score: texts can be searched
+    by it.
+    """
     return call.binding.reads_scores and policy.message.rights.read_guards

@@ -1,4 +1,4 @@
-"""The audit log's entries: one per call that a policy binds, one per change of a policy. None has a client's text."""
+"""The audit log's entries: two per call that a policy binds, one per change of a policy. None has a client's text."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,10 +13,14 @@ from rudder.server.service.serving import Serving
 Entry = Mapping[str, Any]
 
 
-def require_auditable(serving: Serving, record: CallRecord) -> None:
-    """Raise AuditFailed if a policy binds the call, and the log could not take its entry."""
+async def audit_opening(serving: Serving, record: CallRecord) -> None:
+    """Write that a call which a policy binds begins, before anything of it runs. Raises AuditFailed.
+
+    If the process is killed in the call, this is the only entry that it has.
+    """
     if serving.audit and record.policies:
         serving.audit.require_open()
+        await serving.audit.append({"kind": "opened", **identity_of(record)})
 
 
 async def audit(serving: Serving, record: CallRecord) -> None:
@@ -54,15 +58,22 @@ def entry_of(record: CallRecord) -> Entry:
     """Return the entry of a closed record."""
     return {
         "kind": "call",
+        **identity_of(record),
+        "program": record.program_digest,
+        "outcome": record.outcome,
+        "prompt_tokens": record.prompt_tokens,
+        "choices": [entry_of_choice(choice) for choice in record.choices],
+    }
+
+
+def identity_of(record: CallRecord) -> Entry:
+    """Return what is known of a call when it begins."""
+    return {
         "request_id": record.request_id,
         "caller": record.caller.id,
         "tenant": record.caller.tenant,
         "method": record.method,
         "policies": [entry_of_policy(policy) for policy in record.policies],
-        "program": record.program_digest,
-        "outcome": record.outcome,
-        "prompt_tokens": record.prompt_tokens,
-        "choices": [entry_of_choice(choice) for choice in record.choices],
     }
 
 

@@ -5,15 +5,17 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from rudder.server import failpoints
 from rudder.server.caller import ANONYMOUS
 from rudder.server.identity.authenticator import Credentials
 from rudder.server.identity.roles import require_method
 from rudder.server.monitoring.traces import Correlation
 from rudder.server.service import record as records
-from rudder.server.service.auditing import audit, audit_abandoned, audit_refused, require_auditable
+from rudder.server.service.auditing import audit, audit_abandoned, audit_opening, audit_refused
 from rudder.server.service.errors import Refusal, refusal_of
 from rudder.server.service.record import CallRecord
 from rudder.server.service.serving import Serving
+from rudder.server.service.tracing import trace
 
 # The client's own timer cancels the call a moment before this process would.
 DEADLINE_SLACK_S = 0.05
@@ -34,17 +36,19 @@ async def begin_call(
 
     Raises Refusal, with the request id in it, for every exception of the call, if the server takes no calls, and if it
     ends before the call. A call that its client cancelled stays cancelled. In each case it is counted and logged once,
-    and if a policy binds it, it has an entry in the audit log: for that the end of the call waits where the
-    configuration says so.
+    and if a policy binds it, it has two entries in the audit log, of its beginning and of its end: these wait for them
+    where the configuration says so.
     """
-    record = CallRecord(method, ANONYMOUS, correlation)
+    span = serving.spans.begin(correlation.traceparent) if serving.spans else None
+    record = CallRecord(method, ANONYMOUS, correlation, span=span, request_bytes=request_bytes)
     task = asyncio.current_task()
     assert task
     serving.calls.add(task)
     try:
+        failpoints.hit("call")
         require_open(serving)
         admit(serving, record, credentials, request_bytes)
-        require_auditable(serving, record)
+        await audit_opening(serving, record)
         yield record
         record.end("OK")
         await audit(serving, record)
@@ -66,6 +70,8 @@ async def begin_call(
         audit_abandoned(serving, record)
         records.export(record, serving.metrics)
         records.log(record)
+        if record.span:
+            trace(record, serving.engine.model.name)
 
 
 def admit(serving: Serving, record: CallRecord, credentials: Credentials, request_bytes: int) -> None:
@@ -95,5 +101,7 @@ def require_open(serving: Serving) -> None:
     if serving.draining:
         raise Refusal("DRAINING", "the server is shutting down")
     serving.engine.require_alive()
+    if serving.engine.stalled:
+        raise Refusal("ENGINE_STALLED", "the engine makes no progress")
     if not serving.engine.healthy:
         raise Refusal("ENGINE_DEAD", "the engine has died")

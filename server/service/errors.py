@@ -9,6 +9,7 @@ from google.protobuf.message import DecodeError
 
 from rudder.server.engine.adapter import EngineDeadError, VLLMClientError
 from rudder.server.engine.admission import QueueFull
+from rudder.server.engine.call import PolicyNotApplied
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.identity.errors import CredentialError
 from rudder.server.program.errors import ProgramError
@@ -32,6 +33,7 @@ REASONS: dict[str, Reason] = {
     "QUOTA_REQUESTS": Reason("RESOURCE_EXHAUSTED", 429),
     "QUOTA_TOKENS": Reason("RESOURCE_EXHAUSTED", 429),
     "QUOTA_STREAMS": Reason("RESOURCE_EXHAUSTED", 429),
+    "QUOTA_ROWS": Reason("RESOURCE_EXHAUSTED", 429),
     "FIELD_INVALID": Reason("INVALID_ARGUMENT", 400),
     "FEATURE_UNKNOWN": Reason("NOT_FOUND", 404),
     "SITE_UNKNOWN": Reason("NOT_FOUND", 404),
@@ -47,6 +49,7 @@ REASONS: dict[str, Reason] = {
     "MESSAGE_TOO_LARGE": Reason("RESOURCE_EXHAUSTED", 413),
     "DRAINING": Reason("UNAVAILABLE", 503),
     "ENGINE_DEAD": Reason("UNAVAILABLE", 503),
+    "ENGINE_STALLED": Reason("UNAVAILABLE", 503),
     "CLIENT_TOO_SLOW": Reason("DEADLINE_EXCEEDED", 408),
     "POLICY_UNKNOWN": Reason("NOT_FOUND", 404),
     "POLICY_INVALID": Reason("FAILED_PRECONDITION", 400),
@@ -54,6 +57,7 @@ REASONS: dict[str, Reason] = {
     "NOT_ALLOWED": Reason("PERMISSION_DENIED", 403),
     "VERDICT_LOST": Reason("UNAVAILABLE", 503),
     "AUDIT_FAILED": Reason("UNAVAILABLE", 503),
+    "POLICY_NOT_APPLIED": Reason("INTERNAL", 500),
     "INTERNAL": Reason("INTERNAL", 500),
 }
 # Reason by the resource that admission lacked.
@@ -143,6 +147,8 @@ def refusal_of(error: BaseException) -> Refusal:
             return Refusal(RESOURCE_REASONS[error.resource], str(error), retry_after_s=error.retry_after_s)
         case TelemetryLost():
             return Refusal("VERDICT_LOST", "the worker's report about this request was lost")
+        case PolicyNotApplied():
+            return Refusal("POLICY_NOT_APPLIED", str(error))
         case AuditFailed():
             return Refusal("AUDIT_FAILED", str(error))
         case EngineDeadError():

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rudder.server.monitoring.series import REQUESTS
 from rudder.server.service.serving import Serving
 
 
@@ -9,7 +10,7 @@ def figures(serving: Serving) -> dict[str, Any]:
     """Return a snapshot. `calls`: ended since the start, by outcome; totals of features are since the start too."""
     metrics = serving.metrics
     usage = metrics.bank.usage() if metrics.bank.usage else None
-    pinned = metrics.bank.pinned
+    pinned = metrics.features.pinned
     return {
         "running": usage.running_choices if usage else 0,
         "waiting": usage.waiting_choices if usage else 0,
@@ -32,7 +33,7 @@ def figures(serving: Serving) -> dict[str, Any]:
 def calls_by_outcome(serving: Serving) -> dict[str, int]:
     """Return how many calls of each outcome have ended."""
     result: dict[str, int] = {}
-    for family in serving.metrics.requests.collect():
+    for family in serving.metrics.values[REQUESTS].collect():
         for sample in family.samples:
             if sample.name.endswith("_total"):
                 outcome = sample.labels["outcome"]

@@ -5,6 +5,7 @@ from dataclasses import replace
 from rudder.server.caller import Caller
 from rudder.server.identity.roles import require_role
 from rudder.server.safety.explain import statements
+from rudder.server.safety.memory import CALLER
 from rudder.server.safety.policy import Policy, digest_of_message
 from rudder.server.service.errors import Refusal, invalid
 from rudder.server.service.serving import Serving
@@ -35,13 +36,16 @@ async def validate(serving: Serving, request: policy_pb2.ValidateRequest) -> pol
 
 
 async def apply(serving: Serving, caller: Caller, request: policy_pb2.ApplyRequest) -> policy_pb2.ApplyResponse:
-    """Put a policy in force. Raises PolicyInvalid, and Refusal NOT_ALLOWED at a door that authenticates nobody."""
+    """Put a policy in force, or take it out.
+
+    Raises PolicyInvalid, and Refusal NOT_ALLOWED at a door that authenticates nobody.
+    """
     if caller.anonymous and not serving.config.policies.allow_apply:
         problem = "this door authenticates nobody: change the files of policies.folder, or set policies.allow_apply"
         raise Refusal("NOT_ALLOWED", problem)
     if serving.audit:
         serving.audit.require_open()
-    policy = await serving.policies.apply(request.policy, f"caller {caller.id}")
+    policy = await serving.policies.apply(request.policy, f"{CALLER}{caller.id}")
     return policy_pb2.ApplyResponse(summary=summary_of(serving, policy))
 
 

@@ -10,6 +10,7 @@ from rudder.server.engine.adapter import check_bad_words
 from rudder.server.engine.call import Call
 from rudder.server.program.cache import rows_size
 from rudder.server.program.compile import Compiled
+from rudder.server.program.errors import ProgramError
 from rudder.server.program.watch import Watched, compile_watch
 from rudder.server.safety.binding import UNBOUND, Binding, stages_of
 from rudder.server.safety.holdback import tokens_beyond
@@ -17,7 +18,7 @@ from rudder.server.service import limits
 from rudder.server.service.authorisation import authorise_fields
 from rudder.server.service.columns import FeatureTable
 from rudder.server.service.errors import invalid
-from rudder.server.service.prompt import prompt_ids, written_ids
+from rudder.server.service.prompt import ReadIds, read_ids, written_ids
 from rudder.server.service.sampling import sampling_of
 from rudder.server.service.serving import Serving, bundle_at_site, feature_info
 from rudder.server.service.topics import program_of, resolve_topic
@@ -26,6 +27,8 @@ from rudder.v1 import inference_pb2
 Request = inference_pb2.GenerateRequest | inference_pb2.CompleteRequest | inference_pb2.InspectRequest
 # A log-probability and a token id.
 LOGPROB_BYTES = 9
+# Of the longest prompt, how much a prompt that is truncated may have had.
+TRUNCATED = 4
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ async def prepare(
     program = requested_program(serving, request.steering, topic, binding)
     binding.check_report(request.report.features, serving.engine.registry, "report.features")
     sites = top_k_sites(serving, request.report)
+    count_trials(serving, request, topic, binding)
     ids = await tokenised(serving, caller, request.prompt, binding)
-    serving.quotas.charge(caller, "prompt_tokens", len(ids))
     report = request.report
     reads_prompt = report.prompt or isinstance(request, inference_pb2.InspectRequest)
     call = Call(
@@ -77,6 +80,7 @@ async def prepare(
         sampling=sampling_of(inference_pb2.Sampling(max_tokens=1), 0, 0),
         compiled=program,
         policies=stages_of(binding.policies),
+        enforced=binding.stages_enforced,
         watch=watched_rows(serving, report, reads_prompt),
         top_k=report.top_k,
         top_k_sites=sites,
@@ -100,6 +104,19 @@ async def prepare(
     choices = range(sampling.n or 1)
     calls = tuple(replace(call, sampling=sampling_of(sampling, choice, interval)) for choice in choices)
     return Job(calls, report, table, topic=topic)
+
+
+def count_trials(
+    serving: Serving, request: Request, topic: inference_pb2.ResolvedTopic | None, binding: Binding
+) -> None:
+    """Count what policies in shadow mode would refuse of a request that is not refused."""
+    for trial in binding.trials:
+        try:
+            trial.check_fields(request)
+            requested_program(serving, request.steering, topic, trial)
+            trial.check_report(request.report.features, serving.engine.registry, "report.features")
+        except ProgramError as error:
+            serving.metrics.shadow_refused(trial.policies[0].name, error.reason)
 
 
 def requested_topic(serving: Serving, steering: inference_pb2.Steering) -> inference_pb2.ResolvedTopic | None:
@@ -136,19 +153,21 @@ def requested_program(
 async def tokenised(
     serving: Serving, caller: Caller, prompt: inference_pb2.Prompt, binding: Binding
 ) -> tuple[int, ...]:
-    """Return the token ids of a prompt. Those that a bound caller gives must be what the tokenizer writes.
+    """Return the token ids of a prompt. Those that a bound caller gives, or cuts, must be what the tokenizer writes.
 
     Other ids of the same text may not look like it to a guard.
     """
     chars = await require_possible_length(prompt, serving)
-    raw = tuple(prompt.token_ids.ids) if binding.enforced else ()
 
-    def work(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        ids = prompt_ids(prompt, tokenizer, serving.bounds, serving.config.prompt)
-        return ids, written_ids(raw, tokenizer) if raw else ()
+    def work(tokenizer: Any) -> tuple[ReadIds, tuple[int, ...]]:
+        read = read_ids(prompt, tokenizer, serving.bounds, serving.config.prompt)
+        unwritten = binding.policies and (read.cut or prompt.WhichOneof("prompt") == "token_ids")
+        return read, written_ids(read.ids, tokenizer) if unwritten else read.ids
 
-    ids, written = await serving.in_tokenizer_thread(caller, chars, work)
-    binding.check_token_ids("prompt.token_ids", raw, written)
+    (ids, cut), written = await serving.in_tokenizer_thread(caller, chars, work)
+    binding.check_token_ids("prompt.truncate_prompt_tokens" if cut else "prompt.token_ids", ids, written)
+    for trial in binding.trials if ids != written else ():
+        serving.metrics.shadow_refused(trial.policies[0].name, "POLICY_FORBIDS")
     return ids
 
 
@@ -168,10 +187,12 @@ async def require_possible_length(prompt: inference_pb2.Prompt, serving: Serving
     texts = [message.content.strip() for message in prompt.chat.messages if message.role != "assistant"]
     chars = len(prompt.text) + sum(map(len, texts))
     tokens = serving.bounds.limits.max_prompt_tokens or 0
+    before = ""
+    if prompt.HasField("truncate_prompt_tokens"):
+        tokens, before = TRUNCATED * tokens, " before it is truncated"
     # One more token for a BOS that the text spells itself.
-    whole = not prompt.HasField("truncate_prompt_tokens")
-    if whole and chars > tokens and chars > await serving.tokenizers.max_chars(tokens + 1):
-        problem = f"has {chars} characters, which are more than the {tokens} tokens that a prompt may have"
+    if chars > tokens and chars > await serving.tokenizers.max_chars(tokens + 1):
+        problem = f"has {chars} characters, which are more than the {tokens} tokens that a prompt may have{before}"
         raise invalid(f"prompt.{prompt.WhichOneof('prompt')}", problem)
     return chars + sum(len(message.content) for message in prompt.chat.messages if message.role == "assistant")
 
@@ -206,7 +227,8 @@ def top_k_sites(serving: Serving, report: inference_pb2.Report) -> tuple[str, ..
             raise invalid(f"report.sites[{i}]", f"no bundle is served at {site!r}", "SITE_UNKNOWN")
     if not report.top_k:
         return ()
-    sites = tuple(dict.fromkeys(report.sites)) or tuple(b.manifest.site for b in serving.engine.bundles.values())
+    served = (bundle.manifest.site for bundle in serving.engine.bundles.values())
+    sites = tuple(dict.fromkeys(report.sites)) or tuple(dict.fromkeys(served))
     if not sites:
         raise invalid("report.top_k", "no bundle is served")
     return sites

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import meta
 from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -32,20 +32,33 @@ def prompt_ids(
     of the client never becomes a special token. Raises Refusal FIELD_INVALID: no token, too many, a special token that
     is spelled where the rules or the tokenizer do not allow it, or a chat that the template rejects.
     """
+    return read_ids(prompt, tokenizer, bounds, rules).ids
+
+
+class ReadIds(NamedTuple):
+    """The token ids of a prompt that the model reads. `cut`: there were others before them."""
+
+    ids: tuple[int, ...]
+    cut: bool
+
+
+def read_ids(
+    prompt: inference_pb2.Prompt, tokenizer: Any, bounds: Bounds, rules: config.Prompt = DEFAULT_RULES
+) -> ReadIds:
+    """Implement `prompt_ids`."""
     kind = prompt.WhichOneof("prompt")
     match kind:
         case "text":
-            ids = text_ids(prompt.text, text_encoder(tokenizer), rules)
+            whole = text_ids(prompt.text, text_encoder(tokenizer), rules)
         case "chat":
-            ids = chat_ids(prompt.chat, text_encoder(tokenizer), rules)
+            whole = chat_ids(prompt.chat, text_encoder(tokenizer), rules)
         case _:
-            ids = tuple(prompt.token_ids.ids)
-    if prompt.HasField("truncate_prompt_tokens"):
-        ids = ids[-prompt.truncate_prompt_tokens :]
+            whole = tuple(prompt.token_ids.ids)
+    ids = whole[-prompt.truncate_prompt_tokens :] if prompt.HasField("truncate_prompt_tokens") else whole
     maximum = bounds.limits.max_prompt_tokens or 0
     if not 1 <= len(ids) <= maximum:
         raise invalid(f"prompt.{kind}", f"has {len(ids)} tokens, must have from 1 to {maximum}")
-    return ids
+    return ReadIds(ids, len(ids) < len(whole))
 
 
 def written_ids(ids: Sequence[int], tokenizer: Any) -> tuple[int, ...]:

@@ -1,20 +1,24 @@
-"""Quotas of callers: token buckets of one minute, per caller and per server process, and streams at once.
+"""Quotas of callers: token buckets of one minute, per caller and per server process, and what is held at once.
 
-A bucket may run into debt: what a call will generate is not known when it begins. A caller in debt waits until a
-minute's rate has paid for it; the streams that it has go on.
+A call is charged when it is admitted: its prompt for each choice, and all tokens that it may generate. What it did not
+use is given back at its end. A bucket may run into debt: a call that is larger than a minute's rate runs once the
+bucket is full.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rudder.server.caller import Caller
+from rudder.server.engine.call import Call
 from rudder.server.service.errors import Refusal
 
 MINUTE_S = 60.0
 # Callers that have been idle for a minute have full buckets: there is nothing to remember of them.
 MAX_IDLE = 4096
+# Quotas of what is held at once: the reason of their refusal.
+HELD = {"streams": "QUOTA_STREAMS", "rows": "QUOTA_ROWS"}
 
 
 @dataclass
@@ -37,10 +41,38 @@ class Bucket:
 
 @dataclass
 class Usage:
-    """What a caller uses: its buckets by the name of the quota, and its streams."""
+    """What a caller uses: its buckets by the name of the quota, and what it holds at once."""
 
     buckets: dict[str, Bucket] = field(default_factory=dict)
-    streams: int = 0
+    held: dict[str, int] = field(default_factory=lambda: dict.fromkeys(HELD, 0))
+
+
+@dataclass
+class Demand:
+    """What a call needs of its caller's quotas, or what it used of them. `streams`: its choices."""
+
+    streams: int
+    rows: int
+    prompt_tokens: int
+    generated_tokens: int
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """What is taken from buckets, by quota."""
+        return {"prompt_tokens": self.prompt_tokens, "generated_tokens": self.generated_tokens}
+
+
+def demand_of(calls: Sequence[Call]) -> Demand:
+    """Return what a call with these choices needs at most: its rows once, prompt and answer for each choice."""
+    rows = {(site.site, row) for site in (calls[0].compiled.sites if calls[0].compiled else ()) for row in site.rows}
+    rows |= {(watched.site, watched.row) for watched in calls[0].watch}
+    prompt, generated = (sum(tokens) for tokens in zip(*map(tokens_of, calls), strict=True))
+    return Demand(len(calls), len(rows), prompt, generated)
+
+
+def tokens_of(call: Call) -> tuple[int, int]:
+    """Return the tokens of the prompt, and the most that are generated."""
+    return len(call.prompt_ids), call.sampling.max_tokens or 0
 
 
 class QuotaLedger:
@@ -87,23 +119,50 @@ class QuotaLedger:
         return self.usage.setdefault(key, Usage())
 
     def forget_idle(self) -> None:
-        """Forget callers whose buckets are full again and who have no stream."""
+        """Forget callers whose buckets are full again and who hold nothing."""
         now = self.clock()
         for key, usage in list(self.usage.items()):
             for bucket in usage.buckets.values():
                 bucket.refill(now)
-            if not usage.streams and all(bucket.left >= bucket.rate for bucket in usage.buckets.values()):
+            if not any(usage.held.values()) and all(bucket.left >= bucket.rate for bucket in usage.buckets.values()):
                 del self.usage[key]
 
+    def held(self, name: str) -> int:
+        """Return what the calls of all callers hold of a quota of HELD."""
+        return sum(usage.held[name] for usage in self.usage.values())
+
     @contextmanager
-    def streaming(self, caller: Caller, streams: int) -> Iterator[None]:
-        """Within the block, count so many streams of the caller. Raises Refusal QUOTA_STREAMS if they are too many."""
-        usage, most = self.of(caller), caller.quotas.streams
-        if most is not None and usage.streams + streams > most:
-            problem = f"{caller.id} has {usage.streams} streams, and {most} may run at once"
-            raise Refusal("QUOTA_STREAMS", problem, retry_after_s=1.0)
-        usage.streams += streams
+    def reserved(self, caller: Caller, demand: Demand, used: Callable[[], Demand]) -> Iterator[None]:
+        """Within the block, hold what a call needs of its caller's quotas; then give back what it has not used.
+
+        Raises Refusal QUOTA_STREAMS, QUOTA_ROWS or QUOTA_TOKENS, and takes nothing, if one does not suffice.
+        """
+        usage, needed = self.of(caller), {name: getattr(demand, name) for name in HELD}
+        for name, amount in needed.items():
+            require_held(caller, usage, name, amount)
+        for name, amount in demand.tokens.items():
+            self.require(caller, name, "QUOTA_TOKENS", amount)
+        for name, amount in demand.tokens.items():
+            self.charge(caller, name, amount)
+        hold(usage, needed, 1)
         try:
             yield
         finally:
-            usage.streams -= streams
+            hold(usage, needed, -1)
+            for name, amount in used().tokens.items():
+                self.charge(caller, name, amount - demand.tokens[name])
+
+
+def hold(usage: Usage, amounts: dict[str, int], sign: int) -> None:
+    """Add to what a caller holds, or with `sign` -1 take it away."""
+    for name, amount in amounts.items():
+        usage.held[name] += sign * amount
+
+
+def require_held(caller: Caller, usage: Usage, name: str, amount: int) -> None:
+    """Raise the Refusal of a quota of HELD if the caller would hold more than it may."""
+    most: int | None = getattr(caller.quotas, name)
+    if most is not None and usage.held[name] + amount > most:
+        has = f"{caller.id} has {usage.held[name]} {name}, this call needs {amount}, and {most} may be held at once"
+        # One that never fits is not tried again.
+        raise Refusal(HELD[name], has, retry_after_s=1.0 if amount <= most else None)

@@ -12,6 +12,7 @@ from rudder.server.caller import Caller
 from rudder.server.engine.call import Call, Outcome
 from rudder.server.monitoring.logs import fields
 from rudder.server.monitoring.metrics import Metrics
+from rudder.server.monitoring.spans import CallSpan
 from rudder.server.monitoring.traces import Correlation
 from rudder.server.program.compile import NOTHING, Compiled
 from rudder.server.safety.binding import UNBOUND, Binding
@@ -54,7 +55,8 @@ class ChoiceRecord:
     """One choice. `finish_reason` is vLLM's: `abort` if the choice is abandoned; empty while it runs or waits.
 
     `tokens_seen`: tokens that went through the model; `queued_s`: seconds that it waited for the bank,
-    None if it never entered it. `findings`: of the guards of the policies that bind the call.
+    None if it never entered it. `findings`: of the guards of the policies that bind the call. `started_s`,
+    `first_token_s`: seconds since the call began.
     """
 
     generated_tokens: int = 0
@@ -65,6 +67,8 @@ class ChoiceRecord:
     edits: Sequence[EditRecord] = ()
     gates: Sequence[GateRecord] = ()
     findings: Findings = field(default_factory=Findings)
+    started_s: float = 0.0
+    first_token_s: float | None = None
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
@@ -116,14 +120,15 @@ class CallRecord:
     """One call. Times are of `time.monotonic`, durations in seconds.
 
     `binding`: the policies that bind it, as when it began. `topic`: what the request's topic stood for. `outcome`: OK,
-    a key of `errors.REASONS`, CANCELLED or DEADLINE_EXCEEDED; empty while the call runs. `audited`: its audit entry
-    was handed over.
+    a key of `errors.REASONS`, CANCELLED or DEADLINE_EXCEEDED; empty while the call runs. `request_bytes`: of its
+    message. `audited`: its audit entry was handed over. `span`: of the call, if the server traces.
     """
 
     method: str
     caller: Caller
     correlation: Correlation
     request_id: str = field(default_factory=lambda: secrets.token_hex(12))
+    request_bytes: int = 0
     started: float = field(default_factory=time.monotonic)
     program_digest: str = ""
     binding: Binding = UNBOUND
@@ -136,6 +141,17 @@ class CallRecord:
     refused_fields: Sequence[str] = ()
     error_id: str = ""
     audited: bool = False
+    span: CallSpan | None = None
+
+    @property
+    def trace_id(self) -> str:
+        """The trace of the call: its client's, or the one that began here; empty where there is none."""
+        return self.correlation.trace_id or (self.span.trace_id if self.span else "")
+
+    @property
+    def routing_key(self) -> str:
+        """What calls have in common that may share a prefix cache, for routers: 32 hex digits, and no secret."""
+        return hashlib.sha256(f"{self.caller.tenant}\0{self.program_digest}".encode()).hexdigest()[:32]
 
     @property
     def policies(self) -> tuple[Policy, ...]:
@@ -147,6 +163,15 @@ class CallRecord:
         """SHA-256 over the digests of the policies that bind the call; empty if none does."""
         digests = "".join(policy.digest for policy in self.policies)
         return hashlib.sha256(digests.encode()).hexdigest() if digests else ""
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens of the prompt, those of them that the prefix cache had, and those generated in all choices."""
+        return {
+            "prompt": self.prompt_tokens,
+            "cached": max((choice.cached_tokens for choice in self.choices), default=0),
+            "generated": sum(choice.generated_tokens for choice in self.choices),
+        }
 
     @property
     def elapsed_s(self) -> float:
@@ -164,7 +189,10 @@ class CallRecord:
 
 def export(record: CallRecord, metrics: Metrics) -> None:
     """Count a closed record."""
-    metrics.request_ended(record.method, record.outcome, record.total_s)
+    caller = record.caller.id
+    metrics.request_ended(record.method, record.outcome, record.total_s, caller, record.trace_id)
+    for kind, tokens in record.tokens.items() if record.choices else ():
+        metrics.caller_tokens(caller, kind, tokens)
     shadows = {policy.name for policy in record.policies if policy.shadow}
     for edit in (edit for choice in record.choices for edit in choice.edits):
         origin = "shadow" if edit.policy in shadows else edit.origin
@@ -172,6 +200,8 @@ def export(record: CallRecord, metrics: Metrics) -> None:
         if edit.tokens_rejected:
             metrics.edit_rejected(edit.site, origin, edit.policy, edit.tokens_rejected)
     for choice in record.choices:
+        if choice.queued_s is not None:
+            metrics.request_queued(choice.queued_s)
         for verdict in choice.verdicts:
             metrics.guard_held(verdict.policy, verdict.rule, verdict.action, "shadow" if verdict.shadow else "enforce")
         for benign in choice.findings.benign:
@@ -182,9 +212,7 @@ def log(record: CallRecord) -> None:
     """Write the access-log line of a closed record: identifiers, numbers and names of fields, never a client's text."""
     choices = record.choices
     tokens = {
-        "prompt_tokens": record.prompt_tokens,
-        "cached_tokens": max((choice.cached_tokens for choice in choices), default=0),
-        "generated_tokens": sum(choice.generated_tokens for choice in choices),
+        **{f"{kind}_tokens": count for kind, count in record.tokens.items()},
         "edited_tokens": sum(edit.tokens_touched for choice in choices for edit in choice.edits),
         "finish": [choice.finish_reason or "none" for choice in choices],
     }
@@ -195,7 +223,7 @@ def log(record: CallRecord) -> None:
             outcome=record.outcome,
             request_id=record.request_id,
             correlation_id=record.correlation.correlation_id,
-            trace_id=record.correlation.trace_id,
+            trace_id=record.trace_id,
             caller=record.caller.id,
             refused_fields=record.refused_fields[:MAX_LOGGED_FIELDS] or None,
             error_id=record.error_id,

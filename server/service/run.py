@@ -1,18 +1,20 @@
 """From a job to its deltas: all choices at once, at the pace of all streams."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 import numpy as np
 
-from rudder.server.engine.call import FinishReason, Outcome
+from rudder.server.engine.call import Call, FinishReason, Outcome
 from rudder.server.safety.holdback import released
 from rudder.server.safety.verdicts import Siblings
 from rudder.server.service.deltas import Choice, delta_of, finish
 from rudder.server.service.errors import Refusal
 from rudder.server.service.pace import Stream
 from rudder.server.service.prepare import Job
+from rudder.server.service.quotas import Demand, demand_of
 from rudder.server.service.record import CallRecord, ChoiceRecord
 from rudder.server.service.serving import Serving
 from rudder.v1 import inference_pb2
@@ -34,18 +36,33 @@ async def run(serving: Serving, job: Job, record: CallRecord, emit: Emit) -> Non
             serving.engine.require_alive()
             await emit(delta)
 
-    with serving.quotas.streaming(record.caller, len(job.calls)):
+    with serving.quotas.reserved(record.caller, demand_of(job.calls), lambda: used_of(record)):
         await run_choices(serving, job, record, emit_alone)
+
+
+def used_of(record: CallRecord) -> Demand:
+    """Return what a call has used of its caller's quotas: prompts of choices that entered the engine, and answers."""
+    entered = sum(choice.queued_s is not None for choice in record.choices)
+    generated = sum(choice.generated_tokens for choice in record.choices)
+    return Demand(len(record.choices), 0, entered * record.prompt_tokens, generated)
 
 
 async def run_choices(serving: Serving, job: Job, record: CallRecord, emit: Emit) -> None:
     """Run all choices of a job at once; one that fails ends the others."""
     siblings = Siblings()
     async with asyncio.TaskGroup() as tasks:
-        for index, (call, choice_record) in enumerate(zip(job.calls, record.choices, strict=True)):
+        for index, (call, choice_record) in enumerate(zip(traced(job.calls, record), record.choices, strict=True)):
             uncounted = np.array(serving.engine.uncounted(call), np.int64)
+            choice_record.started_s = record.elapsed_s
             choice = Choice(index, call, uncounted, choice_record)
             tasks.create_task(run_choice(serving, job, record, choice, siblings, emit))
+
+
+def traced(calls: Sequence[Call], record: CallRecord) -> Sequence[Call]:
+    """Return the engine calls with the headers by which vLLM's spans join the call's trace."""
+    if record.span is None:
+        return calls
+    return [replace(call, trace_headers=record.span.headers) for call in calls]
 
 
 async def run_choice(
@@ -65,14 +82,13 @@ async def run_choice(
         async with aclosing(outputs):
             async for output in outputs:
                 choice.record.generated_tokens += len(output.token_ids)
-                serving.quotas.charge(record.caller, "generated_tokens", len(output.token_ids))
                 delta = await delta_of(job, choice, output)
                 if output.outcome:
                     end(output.outcome)
                     require_completed(output.outcome, serving)
                     finish(delta, job, choice, record, output.outcome.stop_reason, serving.engine.epoch)
                 await emit(delta)
-                observe_message(serving, record, stream, len(output.token_ids))
+                observe_message(serving, record, choice.record, stream, len(output.token_ids))
                 await stream.wait_for_turn()
     finally:
         serving.pace.streams -= 1
@@ -84,16 +100,18 @@ def require_completed(outcome: Outcome, serving: Serving) -> None:
         raise Refusal("DRAINING" if serving.draining else "ENGINE_DEAD", "the engine aborted the call")
 
 
-def observe_message(serving: Serving, record: CallRecord, stream: Stream, tokens: int) -> None:
+def observe_message(serving: Serving, record: CallRecord, choice: ChoiceRecord, stream: Stream, tokens: int) -> None:
     """Count a message that was sent, and the time that its tokens took."""
     first = not stream.messages
     stream.sent(tokens)
     serving.metrics.stream_message(tokens)
+    trace_id = record.trace_id
     if first:
-        serving.metrics.first_token(stream.seconds_per_token * max(tokens, 1))
-        record.first_token_s = record.first_token_s or record.elapsed_s
+        elapsed_s = choice.first_token_s = record.elapsed_s
+        serving.metrics.first_token(elapsed_s, trace_id)
+        record.first_token_s = record.first_token_s or elapsed_s
     else:
-        serving.metrics.inter_token(stream.seconds_per_token, tokens)
+        serving.metrics.inter_token(stream.seconds_per_token, tokens, trace_id)
 
 
 async def run_whole(serving: Serving, job: Job, record: CallRecord) -> list[inference_pb2.ChoiceDelta]:

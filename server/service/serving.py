@@ -12,6 +12,7 @@ from rudder.server.config import Config
 from rudder.server.engine.engine import Engine
 from rudder.server.identity.authenticator import Authenticator, authenticator_of
 from rudder.server.monitoring.metrics import Metrics
+from rudder.server.monitoring.spans import Spans
 from rudder.server.program.cache import ByteCache
 from rudder.server.program.watch import Watched
 from rudder.server.safety.audit.trail import Trail
@@ -45,7 +46,7 @@ class Serving:
     `labels`: of each bundle's latents; `pending`: bytes of the requests in progress; `policies`: those in force;
     `authenticator`: makes callers of credentials. `draining`: new calls are refused; `watched`: cache of compiled
     reports. `calls`: tasks of the calls in progress; `aborted`: they were cancelled. `audit`: the audit log, if there
-    is one.
+    is one. `spans`: what sends spans, if the server has a collector.
     """
 
     config: Config
@@ -64,6 +65,7 @@ class Serving:
     calls: set["asyncio.Task[Any]"] = field(default_factory=set)
     aborted: bool = False
     audit: Trail | None = None
+    spans: Spans | None = None
 
     @classmethod
     def around(
@@ -77,7 +79,7 @@ class Serving:
         """Read what calls need from the engine's model and bundles. Without `policies`, none is in force."""
         bounds = bounds_of(config.limits, engine.model.max_model_len, engine.model.vocab_size)
         labels = {name: latent_labels(bundle) for name, bundle in engine.bundles.items()}
-        pending = ByteBudget(config.limits.max_pending_bytes, metrics.pending_bytes.set)
+        pending = ByteBudget(config.limits.max_pending_bytes, metrics.set_pending_bytes)
         tokenizers = Tokenizers(lambda: engine.tokenizer)
         authenticator = authenticator_of(config.identity, metrics.reload_failed)
         store = policies or PolicyStore(engine, allow_uncertified=config.policies.allow_uncertified)
@@ -114,7 +116,7 @@ def requested_bundle(engine: Engine, name: str) -> Bundle:
 
 
 def bundle_at_site(engine: Engine, site: str) -> str | None:
-    """Return the name of the bundle at a site."""
+    """Return the name of the first bundle of a site, whose dictionary is read where the strongest latents are asked."""
     return next((name for name, bundle in engine.bundles.items() if bundle.manifest.site == site), None)
 
 

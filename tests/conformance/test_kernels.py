@@ -78,7 +78,7 @@ class Pair:
         for one, other in zip(expected, ours, strict=True):
             used = int(one.extent)
             f = [bank.activations[:tokens, :used] for bank in (other, one)]
-            torch.testing.assert_close(*f, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(*f, rtol=1e-5, atol=1e-5, equal_nan=True)
             assert not other.activations[:, used:].any()
             for flags in ("edited", "rejected"):
                 assert torch.equal(getattr(other, flags)[:, :tokens], getattr(one, flags)[:, :tokens]), flags

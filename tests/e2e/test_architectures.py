@@ -183,8 +183,6 @@ def test_latents_are_edited_where_the_selection_keeps_them(
     assert 0 < touched < len(ids) - 1
 
 
-# Marked long though it is short: on a CPU with AVX-512 Inductor of PyTorch 2.13 writes a kernel here that does not
-# compile (a conditional over masks of two types), and vLLM does not notice that its engine process has failed.
 @pytest.mark.long
 def test_selection_and_normalisation_inside_the_compiled_graph(
     tmp_path: Path, paths: dict[str, Path], cases: dict[str, Case], inputs: dict[str, Tensor], ids: list[int]

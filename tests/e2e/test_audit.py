@@ -75,15 +75,15 @@ def test_policy_is_certified_served_and_on_record(folder: Path) -> None:
     with running(folder, **fields, **{"audit.fsync": "always"}) as server, Client(server.address) as client:
         for number in range(3):
             client.complete("The cell", max_tokens=number + 2, ignore_eos=True)
-        assert server.metric("rudder_audit_records_total", outcome="written") == 4
+        assert server.metric("rudder_audit_records_total", outcome="written") == 7
         assert server.metric("rudder_audit_failing") == 0
     verified = rudder(folder, "audit", "verify", str(log), "--key-file", key)
-    assert verified.stdout.startswith("whole: 5 entries in 1 files, 5 of them vouched for by the head"), verified
+    assert verified.stdout.startswith("whole: 8 entries in 1 files, 8 of them vouched for by the head"), verified
     assert "running" not in verified.stdout
     entries = [json.loads(line) for line in (log / "audit-000001.jsonl").read_text().splitlines()]
-    assert [entry["kind"] for entry in entries] == ["begin", "policy", "call", "call", "call"]
-    assert [entry["choices"][0]["generated_tokens"] for entry in entries[2:]] == [2, 3, 4]
-    assert all(entry["choices"][0]["edits"][0]["tokens"] for entry in entries[2:])
+    assert [entry["kind"] for entry in entries] == ["begin", "policy", *(["opened", "call"] * 3)]
+    assert [entry["choices"][0]["generated_tokens"] for entry in entries[3::2]] == [2, 3, 4]
+    assert all(entry["choices"][0]["edits"][0]["tokens"] for entry in entries[3::2])
     assert "The cell" not in (log / "audit-000001.jsonl").read_text()
     (log / "audit-000001.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
     assert rudder(folder, "audit", "verify", str(log), "--key-file", key).returncode == 1

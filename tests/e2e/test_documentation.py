@@ -23,28 +23,46 @@ pytestmark = pytest.mark.e2e
 COMMANDS = "generate|inspect|features|policy list|policy explain|model(?! get| convert| list)"
 INLINE = re.compile(rf"`(?:\.venv/bin/)?rudder ((?:{COMMANDS})\b[^`]*)`")
 # Names in commands of what is the reader's.
-PLACEHOLDERS = re.compile(r"\b(FOLDER_OR_REPO|MODEL|TEXT|BUNDLE|POLICY\.yaml|LOG|KEY)\b")
+PLACEHOLDERS = re.compile(r"\b(FOLDER_OR_REPO|MODEL|TEXT|BUNDLE|POLICY\.yaml|LOG|KEY|CORPUS|TEXTS|PRETRAINED)\b")
 # Where the documents' programs find the HTTP endpoint.
 HTTP = "http://localhost:8000"
 # Commands that ask the server of the tests.
-ASKING = ("generate", "inspect", "features", "model", "policy list", "policy get", "policy apply", "policy explain")
+ASKING = (
+    "generate",
+    "inspect",
+    "features",
+    "model",
+    "policy list",
+    "policy get",
+    "policy apply",
+    "policy explain",
+    "debug",
+)
 
 
 # The policy of docs/policies.md, which its commands apply.
 POLICY = next(block for block in blocks() if block.document == "policies.md" and block.words == ("yaml",))
 
 
-def runnable(language: str) -> list[Block]:
-    return [block for block in blocks() if block.words[:1] == (language,)]
-
-
 def named(block: Block) -> str:
     return f"{block.document}-{block.number}"
 
 
+def runnable(language: str) -> list[Block]:
+    """Return the blocks in a language, but those with the word `long` behind it, which take minutes."""
+    return [block for block in blocks() if block.words == (language,)]
+
+
+def long_runs() -> list[Block]:
+    """Return the long blocks of each document as one, since a later one reads what an earlier one wrote."""
+    long = [block for block in blocks() if block.words == ("sh", "long")]
+    documents = dict.fromkeys(block.document for block in long)
+    return [Block(name, 0, (), "".join(b.text for b in long if b.document == name)) for name in documents]
+
+
 def run(command: list[str], folder: Path) -> str:
     """Run a command in a folder; return its output, also that on stderr."""
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -67,6 +85,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     published.write(folder, latents=400)
     files = {"FOLDER_OR_REPO": folder / "whole", "TEXT": folder / "corpus.jsonl", "BUNDLE": folder / "bundle"}
     (folder / "policy.yaml").write_text(POLICY.text)
+    files |= published.write_topics(folder) | {"PRETRAINED": published.MODEL.parent}
     return files | {"MODEL": published.MODEL, "POLICY.yaml": folder / "policy.yaml"} | audited(folder)
 
 
@@ -88,7 +107,14 @@ def emptied(server: Running) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("emptied")
-@pytest.mark.parametrize("block", runnable("sh"), ids=named)
+@pytest.mark.parametrize(
+    "block",
+    [
+        *runnable("sh"),
+        *(pytest.param(block, marks=(pytest.mark.long, pytest.mark.timeout(1800))) for block in long_runs()),
+    ],
+    ids=named,
+)
 def test_commands_run(block: Block, names: dict[str, Path], server: Running, tmp_path: Path) -> None:
     """In their order: a later one may read what an earlier one wrote."""
     for line in filter(str.strip, block.text.replace("\\\n", " ").splitlines()):
@@ -117,5 +143,5 @@ def test_all_documents_have_been_read() -> None:
     languages = {block.words[:1] for block in blocks()}
     assert ("python",) in languages
     assert ("sh",) in languages
-    # A block without a language is a drawing or a formula; other languages have no runner yet.
-    assert languages <= {(), ("python",), ("sh",), ("yaml",)}
+    # A block without a language is a drawing or a formula, `console` needs a cluster; others have no runner yet.
+    assert languages <= {(), ("python",), ("sh",), ("yaml",), ("json",), ("console",)}

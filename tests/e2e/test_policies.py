@@ -33,12 +33,17 @@ def version(client: Client) -> Iterator[int]:
 
 def test_policy_binds_the_next_call(client: Client, server: Running, version: int) -> None:
     free = client.complete("The cell", max_tokens=4, temperature=0.0)
-    summary = client.apply(message(client, version=version, forbidden_fields=["sampling.n"]))
+    summary = client.apply(
+        message(client, version=version, forbidden_fields=["sampling.n"], rights={"read_guards": True})
+    )
     assert (summary.name, summary.version) == ("low", version)
     bound = client.complete("The cell", max_tokens=4, temperature=0.0)
     edits = bound.choices[0].attestation.edits if bound.choices[0].attestation else ()
     assert [(edit.origin, edit.site) for edit in edits] == [("policy", SITE)]
     assert all(edit.tokens_touched for edit in edits)
+    assert [p.withheld for p in (bound.choices[0].attestation.policies if bound.choices[0].attestation else ())] == [
+        False
+    ]
     assert not (free.choices[0].attestation and free.choices[0].attestation.edits)
     with pytest.raises(RudderError) as caught:
         client.complete("The cell", n=2)

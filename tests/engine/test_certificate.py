@@ -16,6 +16,7 @@ from rudder.server.safety.certify import record, rerun
 from rudder.server.safety.policy import Policy, compile_policy
 from rudder.server.safety.problems import PolicyInvalid
 from rudder.server.safety.store import PolicyStore
+from rudder.v1 import policy_pb2
 
 SITE = "layers.2.resid_post"
 TEXTS = [
@@ -58,6 +59,11 @@ def trigger(engine: Engine) -> int:
     return next((latent.index for latent in latents if "bacteri" in latent.label.lower()), latents[0].index)
 
 
+def removal(policy: Policy) -> policy_pb2.Policy:
+    """What takes a policy out of force."""
+    return policy_pb2.Policy(name=policy.name, version=policy.version + 1, removed=True)
+
+
 @pytest.fixture(scope="module")
 def policy(folder: Path, engine: Engine) -> Policy:
     return compile_policy(read_policy(folder / "forget.yaml"), engine.registry, folder)
@@ -80,7 +86,7 @@ async def test_same_engine_passes_and_its_policy_may_be_put_in_force(
     store = PolicyStore(engine, folder)
     assert store.certificate(policy.message) == ("PASS", "")
     assert await store.apply(policy.message, "test")
-    await store.remove("forget", "test")
+    await store.apply(removal(policy), "test")
 
 
 async def test_planted_flip_degrades_and_keeps_the_policy_out(
@@ -121,7 +127,7 @@ async def test_certificate_of_another_configuration_is_stale(
         await PolicyStore(engine, folder).apply(policy.message, "test")
     store = PolicyStore(engine, folder, allow_uncertified=True)
     await store.apply(policy.message, "test")
-    await store.remove("forget", "test")
+    await store.apply(removal(policy), "test")
 
 
 async def test_policy_without_a_certificate_is_refused(tmp_path: Path, policy: Policy, engine: Engine) -> None:

@@ -310,15 +310,13 @@ async def test_clamp_from_start_is_the_program_without_its_gate(engine: Engine) 
     clamps = guard(engine, 0, -1e9, action="GUARD_ACTION_CLAMP_FROM_START")
     one = request(logprobs=0)
     gated = (await generate(engine, one, policy(engine, program=FORCED | {"gate": never}))).choice()
-    forced = (await generate(engine, one, policy(engine, program=FORCED))).choice()
+    forced = await generate(engine, one, policy(engine, program=FORCED))
     answer = await generate(engine, one, policy(engine, clamps, program=FORCED | {"gate": never}))
     choice = answer.choice()
-    assert list(choice.token_ids) == list(forced.token_ids) != list(gated.token_ids)
-    assert [edit.tokens_touched for edit in choice.attestation.edits] == [
-        # The last token ran as well.
-        edit.tokens_touched
-        for edit in forced.attestation.edits
-    ]
+    assert list(choice.token_ids) == list(forced.choice().token_ids) != list(gated.token_ids)
+    touched = [[edit.tokens_touched for edit in a.record.choices[0].edits] for a in (answer, forced)]
+    # The last token ran as well.
+    assert touched[0] == touched[1] != []
     (applied,) = choice.attestation.policies
     assert [v.rule for v in applied.verdicts] == ["hazard"]
 

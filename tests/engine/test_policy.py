@@ -30,13 +30,18 @@ COUNTED = len(PROMPT) - 1
 SHADOW = "POLICY_MODE_SHADOW"
 
 
+def removal(name: str, version: int) -> policy_pb2.Policy:
+    """What takes a policy out of force."""
+    return policy_pb2.Policy(name=name, version=version, removed=True)
+
+
 @pytest_asyncio.fixture(loop_scope="session")
 async def store(engine: Engine) -> AsyncIterator[PolicyStore]:
     """The policies of the shared engine, of which none is in force before and after a test."""
     policies = PolicyStore(engine, allow_uncertified=True)
     yield policies
-    for name in list(policies.in_force):
-        await policies.remove(name, "test")
+    for policy in list(policies.in_force.values()):
+        await policies.apply(removal(policy.name, policy.version + 1), "test")
     async with asyncio.timeout(10):
         while engine.admission.ledger.leases:  # noqa: ASYNC110
             await asyncio.sleep(0.02)

@@ -13,7 +13,7 @@ from vllm import SamplingParams
 from rudder.server.caller import ANONYMOUS
 from rudder.server.engine import selftest
 from rudder.server.engine.admission import QueueFull
-from rudder.server.engine.call import Call, Outcome, Output
+from rudder.server.engine.call import Call, Outcome, Output, PolicyNotApplied
 from rudder.server.engine.engine import RELEASE_TIMEOUT_S, Engine
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.engine.telemetry.hub import Inbox, Span
@@ -114,6 +114,20 @@ async def test_overflow_does_not_reach_other_requests(engine: Engine, unit: pb.U
     assert [ids(outputs) for outputs in later] == alone
     assert all(outcome(outputs).rejected == () for outputs in later)
     await selftest.run(engine)
+
+
+async def test_rejected_edit_of_a_policy_ends_the_call(engine: Engine) -> None:
+    """Its token would go on without the policy. In shadow mode a policy only counts; a request's own is attested."""
+    hostile = overflowing(engine, 9e29, pb.UNIT_ABSOLUTE)
+    call = Call(prompt(engine, 20), greedy(4), push(engine, 0.1), policies=(push(engine, 0.1, 1), hostile))
+    for enforced in (0, 1):
+        counted = outcome(await run(engine, replace(call, enforced=enforced)))
+        assert counted.policy_rejected == ((0,), (22,))
+    # Before the first output: the prompt has rejected it.
+    with pytest.raises(PolicyNotApplied, match=r"at token 1$"):
+        await anext(engine.stream(replace(call, enforced=2)))
+    own = outcome(await run(engine, Call(prompt(engine, 20), greedy(4), hostile, (push(engine, 0.1),), enforced=1)))
+    assert own.rejected == (22,)
 
 
 async def test_program_has_the_same_effect_alone_and_in_a_batch(engine: Engine) -> None:

@@ -39,6 +39,11 @@ def message(name: str = "low", **fields: Any) -> policy_pb2.Policy:
     return json_format.ParseDict(document, policy_pb2.Policy())
 
 
+def removal(name: str = "low", version: int = 2) -> policy_pb2.Policy:
+    """What takes a policy out of force."""
+    return policy_pb2.Policy(name=name, version=version, removed=True)
+
+
 def policy(name: str = "low", registry: Registry = REGISTRY, **fields: Any) -> Policy:
     """A compiled policy."""
     return compile_policy(message(name, **fields), registry, Path())

@@ -9,6 +9,7 @@ with Client("localhost:50051") as client:
 """
 
 from rudder_client.aio import AsyncClient, AsyncStream
+from rudder_client.channel import REPLICAS
 from rudder_client.client import Client, Stream
 from rudder_client.errors import FieldViolation, RudderError
 from rudder_client.program import Feature, Probe, Program, Vector
@@ -35,6 +36,7 @@ from rudder_client.results import (
 )
 
 __all__ = [
+    "REPLICAS",
     "Activation",
     "AppliedPolicy",
     "AsyncClient",

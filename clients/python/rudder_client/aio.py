@@ -9,7 +9,15 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from rudder.v1 import catalogue_pb2, catalogue_pb2_grpc, inference_pb2_grpc, policy_pb2, policy_pb2_grpc
+from rudder.v1 import (
+    catalogue_pb2,
+    catalogue_pb2_grpc,
+    debug_pb2,
+    debug_pb2_grpc,
+    inference_pb2_grpc,
+    policy_pb2,
+    policy_pb2_grpc,
+)
 from rudder_client import channel as wire
 from rudder_client.errors import error_of, not_ready, translated
 from rudder_client.requests import (
@@ -80,7 +88,7 @@ class AsyncClient(wire.ForkGuard):
     None: without TLS. `metadata`: sent with every call, names in lower case. `options`: channel options of gRPC.
     """
 
-    FORK_ATTRIBUTES = ("channel", "inference", "catalogue", "models", "policy_service", "health")
+    FORK_ATTRIBUTES = ("channel", "inference", "catalogue", "models", "policy_service", "debug", "health")
 
     def __init__(
         self, address: str = "localhost:50051", *, timeout: float | None = None,
@@ -101,6 +109,7 @@ class AsyncClient(wire.ForkGuard):
         self.catalogue = catalogue_pb2_grpc.FeatureServiceStub(self.channel)
         self.models = catalogue_pb2_grpc.ModelServiceStub(self.channel)
         self.policy_service = policy_pb2_grpc.PolicyServiceStub(self.channel)
+        self.debug = debug_pb2_grpc.DebugServiceStub(self.channel)
         self.health = self.channel.unary_unary(wire.HEALTH_CHECK, wire.as_bytes, wire.as_bytes)
         self.guard_fork()
 
@@ -267,6 +276,14 @@ class AsyncClient(wire.ForkGuard):
         with translated():
             response: policy_pb2.ExplainResponse = await self.policy_service.Explain(
                 request, timeout=self.timeout, metadata=self.metadata
+            )
+        return response
+
+    async def ledger(self) -> debug_pb2.GetLedgerResponse:
+        """Return what calls hold of the server: without calls, all of `held` is 0. RudderError: it failed."""
+        with translated():
+            response: debug_pb2.GetLedgerResponse = await self.debug.GetLedger(
+                debug_pb2.GetLedgerRequest(), timeout=self.timeout, metadata=self.metadata
             )
         return response
 

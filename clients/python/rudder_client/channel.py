@@ -1,5 +1,6 @@
 """The gRPC channel of a client, its end in a forked process, and the health check without grpcio-health-checking."""
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,31 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
     # Reconnect quickly to a server that is starting.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+# Options of a client of several replicas behind one name, such as dns:///rudder:50051: calls go in turn to those that
+# are ready, and a call of which no answer has begun is tried on another when its replica ends.
+REPLICAS: tuple[tuple[str, Any], ...] = (
+    (
+        "grpc.service_config",
+        json.dumps(
+            {
+                "loadBalancingConfig": [{"round_robin": {}}],
+                "healthCheckConfig": {"serviceName": ""},
+                "methodConfig": [
+                    {
+                        "name": [{}],
+                        "retryPolicy": {
+                            "maxAttempts": 4,
+                            "initialBackoff": "0.1s",
+                            "maxBackoff": "2s",
+                            "backoffMultiplier": 2,
+                            "retryableStatusCodes": ["UNAVAILABLE"],
+                        },
+                    }
+                ],
+            }
+        ),
+    ),
 )
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 # Serialized grpc.health.v1.HealthCheckRequest for the whole server, and HealthCheckResponse with status SERVING.

@@ -35,7 +35,7 @@ Numbers = Sequence[float] | Array
 
 @dataclass(frozen=True)
 class Feature:
-    """A latent of a served SAE; `bundle` is optional where the site has one bundle."""
+    """A latent of a served SAE; without `bundle` of the first one served at the site."""
 
     index: int
     bundle: str = ""

@@ -112,7 +112,8 @@ class Verdict:
 class AppliedPolicy:
     """A policy that bound the call. `shadow`: it counted what it would have done, and changed nothing.
 
-    `verdicts`: of its guards that annotate, clamp, stop or reject.
+    `verdicts`: of its guards that annotate, clamp, stop or reject. `withheld`: what its edits and its gate did is left
+    out of the attestation, since the caller may not read guards.
     """
 
     name: str
@@ -120,6 +121,7 @@ class AppliedPolicy:
     digest: str
     shadow: bool
     verdicts: tuple[Verdict, ...] = ()
+    withheld: bool = False
 
 
 @dataclass(frozen=True)
@@ -347,6 +349,7 @@ def attestation_of(attestation: inference_pb2.Attestation) -> Attestation:
                 policy.digest,
                 policy.shadow,
                 tuple(Verdict(v.rule, v.position, score_of(v)) for v in policy.verdicts),
+                policy.withheld,
             )
             for policy in attestation.policies
         ),

@@ -34,9 +34,11 @@ class Compared:
         return self.plain.ratio(column, counted, books) - self.method.ratio(column, counted, books)
 
     def drops(self, column: str, counted: str, books: Collection[str]) -> Tensor:
-        """Return `drop` of each book that was measured [1 + B, books]."""
+        """Return `drop` of each book that was measured [1 + B, books]; if none was, one column of NaN."""
         measured = [book for book in sorted(books) if self.plain.sum(counted, [book])[0] > 0]
-        return torch.stack([self.drop(column, counted, [book]) for book in measured], 1)
+        return torch.stack(
+            [self.drop(column, counted, [book]) for book in measured] or [self.drop(column, counted, ())], 1
+        )
 
     def forget(self, numerator: str, denominator: str) -> Tensor:
         """Return a ratio of the method on the topic."""
@@ -119,11 +121,15 @@ class Bar:
         figure = figures[self.metric]
         return figure.low >= self.low and figure.high <= self.high
 
-    def excess(self, value: float) -> float:
-        """Return by how much a value is outside, relative to the bound; infinity where it is not a number."""
+    def excess(self, value: float, plain: float) -> float:
+        """Return by how much a value is outside, relative to the bound; infinity where it is not a number.
+
+        `plain`: the plain model's figure. Where that is above the bound, no edit is asked for less.
+        """
         if value != value:
             return torch.inf
-        return max(0.0, (self.low - value) / abs(self.low), (value - self.high) / abs(self.high))
+        high = max(self.high, plain)
+        return max(0.0, (self.low - value) / abs(self.low), (value - high) / abs(high))
 
 
 BARS = (

@@ -123,8 +123,10 @@ def formatting_share(fitted: Fitted, latents: list[int]) -> Tensor:
     active, formal = torch.zeros(len(latents)), torch.zeros(len(latents))
     for texts in texts_of(fitted.material, [fitted.select], fitted.material.split.topic.books):
         tokens = texts.windows.tokens
+        # Of a corpus without definitions, the second of the texts are none.
         plain = torch.tensor(
-            [not any(map(str.isalnum, tokenizer.decode([token]))) for token in tokens.flatten().tolist()]
+            [not any(map(str.isalnum, tokenizer.decode([token]))) for token in tokens.flatten().tolist()],
+            dtype=torch.bool,
         )
         form = plain.view_as(tokens) | (torch.arange(tokens.shape[1]) <= FIRST_TOKENS)
         f = fitted.material.rig.bundle.sae.encode(texts.x[texts.windows.counted])[:, latents] > 0

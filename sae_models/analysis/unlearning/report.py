@@ -37,7 +37,9 @@ TABLE = {
     "neighbour_tokens_touched": True,
     "tokens_touched": True,
 }
-PLOTTED = ("forget_loss_gap", "fluency_ratio")
+# Metrics of the plot, and the largest value on its axis.
+PLOTTED = {"forget_loss_gap": 3.0, "fluency_ratio": 30.0}
+MOST_POINTS_LOST = 40.0
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -182,24 +184,36 @@ def bars_text(report: Report) -> list[str]:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw forgetting and fluency against the cost on the neighbours, with the Pareto front of the latter, as PNG."""
-    figure = import_optional("matplotlib.figure", "the plot").Figure(figsize=(11, 5), layout="constrained")
+    """Draw forgetting and fluency against the cost on the neighbours as PNG, numbered as in the legend.
+
+    Shaded: where the bars are reached. A point beyond an axis stands at its edge, as a triangle.
+    """
+    figure = import_optional("matplotlib.figure", "the plot").Figure(figsize=(12, 5), layout="constrained")
     points = {**report.methods, **{n: f for n, f in report.controls.items() if "forget_cloze" in f}}
-    for axes, metric in zip(figure.subplots(1, 2), PLOTTED, strict=True):
-        at = {name: (100 * f["neighbour_top1_drop"].value, f[metric].value) for name, f in points.items()}
-        for name, (x, y) in at.items():
-            style = (
-                {"color": "#888888", "marker": "s"} if name in report.controls else {"color": "#1f77b4", "marker": "o"}
-            )
-            style |= {"color": "#d62728"} if name == report.chosen else {}
-            axes.scatter(x, y, **style, zorder=2)
-            axes.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    bars = {bar.metric: bar for bar in BARS}
+    left, right = figure.subplots(1, 2)
+    for axes, (metric, top) in zip((left, right), PLOTTED.items(), strict=True):
+        for number, (name, f) in enumerate(points.items(), 1):
+            x, y = 100 * f["neighbour_top1_drop"].value, f[metric].value
+            beyond = x > MOST_POINTS_LOST or y > top
+            x, y = min(x, MOST_POINTS_LOST), min(y, top)
+            color = "#d62728" if name == report.chosen else "#888888" if name in report.controls else "#1f77b4"
+            axes.scatter(x, y, color=color, marker="^" if beyond else "o", zorder=2, label=f"{number}  {name}", s=16)
+            offset = (5, 3) if number % 2 else (-11, -9)
+            axes.annotate(str(number), (x, y), xytext=offset, textcoords="offset points", fontsize=7, color=color)
+        axes.axhspan(max(bars[metric].low, 0), bars[metric].high, color="#2ca02c", alpha=0.08, lw=0)
+        axes.axvspan(0, 100 * bars["neighbour_top1_drop"].high, color="#2ca02c", alpha=0.08, lw=0)
         axes.set(xlabel="top-1 accuracy lost on the worse neighbour, points", ylabel=metric.replace("_", " "))
+        axes.set_xscale("symlog", linthresh=1)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-        if metric == "fluency_ratio":
-            axes.set_yscale("log")
-            axes.plot(*zip(*pareto(at.values()), strict=True), color="#bbbbbb", lw=1, zorder=1)
+    cost = [(100 * f["neighbour_top1_drop"].value, f["fluency_ratio"].value) for f in points.values()]
+    front = [point for point in pareto(cost) if point[0] <= MOST_POINTS_LOST]
+    right.plot(*zip(*front, strict=True), color="#bbbbbb", lw=1, zorder=1)
+    right.set_yscale("log")
+    left.set_xlim(-0.2)
+    right.set_xlim(-0.2)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
 
 

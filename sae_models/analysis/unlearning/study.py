@@ -188,8 +188,10 @@ def choose(bench: Bench, methods: Mapping[str, list[Outcome]], plain: Sums, twin
     """
     drawn = resamples(bench.material.split.books, 1, used=bench.material.used(range(FOLDS)))
     rank = dict[str, tuple[float, float]]()
+    bars = [bar for bar in BARS if bar.metric in TUNED_METRICS]
+    unedited = figures(drawn, plain, plain, twin, groups_of(bench.material))
     for name, outcomes in methods.items():
         measured = figures(drawn, pooled(o.tuned for o in outcomes), plain, twin, groups_of(bench.material))
-        excess = sum(bar.excess(measured[bar.metric].value) for bar in BARS if bar.metric in TUNED_METRICS)
+        excess = sum(bar.excess(measured[bar.metric].value, unedited[bar.metric].value) for bar in bars)
         rank[name] = (round(excess, 2), measured["fluency_ratio"].value)
     return min(rank, key=lambda name: rank[name])

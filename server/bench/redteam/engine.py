@@ -199,7 +199,9 @@ def preemptions() -> float:
 
 async def crowd_out(target: Target, guarded: bool) -> float:
     """Fill the bank with one's own rows, while others call: the share of their calls that the policy did not edit."""
-    document: policies.Document = {"program": policies.blend(), "rights": {"edit_latents": True}}
+    # What the policy did is told to readers of guards alone.
+    rights = {"edit_latents": True, "read_guards": True}
+    document: policies.Document = {"program": policies.blend(), "rights": rights}
     floods = [
         request_of(
             text_prompt("A virus"),

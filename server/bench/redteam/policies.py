@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from functools import cache
+from itertools import count
 from typing import Any
 
 from google.protobuf import json_format
@@ -20,6 +21,8 @@ HOLD_BACK = 4
 BLEND = 0.95
 REFUSAL = "This server does not answer questions about microbiology."
 Document = dict[str, Any]
+# Versions of policies that are put in force one after the other: they must rise.
+VERSIONS = count(100)
 
 
 @cache
@@ -57,6 +60,11 @@ def push(direction: Iterable[float]) -> Document:
     """Return a program that adds a constant vector: the edit that an attacker can take back."""
     row = {"vector": {"name": "push", "values": list(direction)}}
     return {"sites": [{"site": SITE, "edits": [{"row": row, "add": 1}]}]}
+
+
+def removal() -> policy_pb2.Policy:
+    """Return what takes the policy out of force."""
+    return policy_pb2.Policy(name=NAME, version=next(VERSIONS), removed=True)
 
 
 def policy(sha256: str, **fields: Any) -> policy_pb2.Policy:

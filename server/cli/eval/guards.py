@@ -166,17 +166,17 @@ def harmful(options: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     found = figures(measured)
     if options.guards:
-        write_guards(options.guards, "harmful-request", fitted, found)
+        write_guards(options.guards, "harmful-request", fitted, found, prompts=True)
     return found
 
 
-def write_guards(folder: Path, name: str, fitted: Fitted, found: dict[str, Any]) -> None:
+def write_guards(folder: Path, name: str, fitted: Fitted, found: dict[str, Any], prompts: bool = False) -> None:
     """Write the guards that were measured: that of the probe, and that of the token model with its model."""
     folder.mkdir(parents=True, exist_ok=True)
     tokens = f"{name}-token-ids"
     scores = {name: fitted.probe, tokens: guard_training.save_tokens(folder / f"{tokens}.safetensors", fitted.tokens)}
     for (each, score), arm in zip(scores.items(), (RESIDUAL, TOKENS), strict=True):
-        guard = guard_training.guard_of(each, score, guard_training.DECAY, found["arms"][arm]["level"])
+        guard = guard_training.guard_of(each, score, guard_training.DECAY, found["arms"][arm]["level"], prompts)
         messages.write(folder / f"{each}.yaml", guard)
 
 
@@ -217,6 +217,7 @@ def figures(measured: Measured, lengths: Sequence[int] = ()) -> dict[str, Any]:
         },
         "arms": {arm: evaluation.report_arm(measured, arm, lengths) for arm in ARMS},
         "cascade": evaluation.cascade(measured),
+        "either": evaluation.either(measured),
         "seeds": evaluation.seeds(measured),
         "residual_probe_less_tf_idf": asdict(evaluation.difference(measured, RESIDUAL, TEXT)),
     }
@@ -233,6 +234,9 @@ def print_arms(name: str, found: dict[str, Any]) -> None:
         under = [percent(each["padding"][padding]["of_unpadded"]) for padding in paddings]
         auroc = "{value:.4f} ({low:.4f} to {high:.4f})".format(**each["auroc"])
         table.add_row(arm, auroc, *shares, *under)
+    either = found["either"]
+    under = [percent(either["padding"][padding]["of_unpadded"]) for padding in paddings]
+    table.add_row("probe or token ids", "", "", percent(either["noticed"]), percent(either["false_alarms"]), *under)
     table.caption = "with 95 % intervals over sections; under padding: recall as a share of that without"
     out.print(table)
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from queue import Queue
 
+from rudder.server import failpoints
 from rudder.server.engine.telemetry.frame import Frame, seal, unseal
 
 LENGTH = struct.Struct("<Q")
@@ -35,7 +36,8 @@ class Sender:
     def send(self, frame: Frame) -> None:
         """Send a frame. Raises BrokenPipeError: the server no longer reads."""
         try:
-            self.send_message(seal(frame, self.key))
+            if not failpoints.hit("telemetry.send"):
+                self.send_message(seal(frame, self.key))
         except OSError as error:
             logger.error("telemetry lost at frame %d: %s", frame.sequence, error)
             raise

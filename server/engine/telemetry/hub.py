@@ -304,6 +304,13 @@ class Inbox:
         within = positions < self.rejected.shape[1]
         self.rejected[edits[within], positions[within]] = True
 
+    def first_rejected(self, edits: range, end: int) -> int | None:
+        """Return the first position before `end` at which one of these edits was rejected, if there is one."""
+        if self.rejected is None or not edits:
+            return None
+        positions = np.flatnonzero(self.rejected[edits.start : edits.stop, : max(0, end)].any(0))
+        return int(positions[0]) if len(positions) else None
+
     def rejected_before(self, end: int) -> tuple[int, ...]:
         """Count the tokens at positions before `end` at which each edit was rejected."""
         if self.rejected is None:
@@ -350,6 +357,8 @@ class Hub:
         self.run: Run | None = None
         self.arrived = asyncio.Event()
         self.waiters = 0
+        # Frames taken in: the engine's progress.
+        self.frames = 0
         self.lost: TelemetryLost | None = None
         self.ended = asyncio.Event()
 
@@ -415,6 +424,7 @@ class Hub:
 
     def take(self, frame: Frame) -> None:
         """Take in a frame. Its columns are read when a request needs them."""
+        self.frames += 1
         for capture in frame.captures:
             if inbox := self.inboxes.get(capture.handle):
                 inbox.captures.append(capture)

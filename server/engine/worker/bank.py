@@ -87,6 +87,20 @@ def empty_condition(
 length_bounded_condition = cpu_operator(condition_within_length, empty_condition)
 
 
+def write_stage(buffer: Tensor, stage: int, values: Tensor) -> None:
+    """Write values [T, ...] of this step's tokens to buffer [S, max tokens, ...], in place.
+
+    A compiled graph writes by index: where several stages assign to slices of one buffer, Inductor (PyTorch 2.13)
+    writes the whole buffer anew in every step, and on a CPU with AVX-512 does so in C++ that does not compile if the
+    values are masks.
+    """
+    if not torch.compiler.is_compiling():
+        buffer[stage, : len(values)].copy_(values)
+        return
+    tokens = torch.arange(len(values), device=buffer.device)
+    buffer.index_put_((torch.full_like(tokens, stage), tokens), values)
+
+
 def value_limit(layout: Layout, site: str, dtype: torch.dtype) -> float:
     """Return the limit on the values that leave a site of a model in `dtype`.
 
@@ -158,9 +172,9 @@ class SiteBank(nn.Module):
 
     encoder, decoder [K, d], bias, threshold [K]: the rows. edits [S, E, len(EDIT), K] and entries [S, E, len(ENTRY)].
     token [len(TOKEN), max tokens]: shared by all sites. extent []: one more than the highest row place in use.
-    activations [max tokens, K] before any edit; edited, rejected [S, max tokens, K]: rows that edited a token, and
-    rows whose edit was rejected with all others of the token; before, after [capture tokens, d]: residuals around the
-    edits. limit: on the values that leave the site.
+    activations [max tokens, K] before any edit, NaN of a token that is not finite; edited, rejected [S, max tokens, K]:
+    rows that edited a token, and rows whose edit was rejected with all others of the token; before, after
+    [capture tokens, d]: residuals around the edits. limit: on the values that leave the site.
     """
 
     encoder: Tensor
@@ -310,17 +324,19 @@ class SiteBank(nn.Module):
         columns = by_name(token, TOKEN, 0)
         gains = self.gains(x)
         gain = None if gains is None else gains[:, self.normalisation]
-        f = self.encode(x, gain)
+        read = self.encode(x, gain)
+        # What cannot be read is reported as such.
+        f = torch.where(read.isnan(), 0.0, read)
         entry = self.entries[stage, columns["entry"]]
         edits = self.edits[stage, columns["entry"]]
         is_open = self.gate(stage, f, edits, entry, token)
         move, edited, rejected = bounded_edit(
-            x, f, self.decoder, edits, entry, is_open, gain, self.product(inner=True), self.limit
+            x, read, self.decoder, edits, entry, is_open, gain, self.product(inner=True), self.limit
         )
-        self.edited[stage, :tokens].copy_(edited)
-        self.rejected[stage, :tokens].copy_(rejected)
+        write_stage(self.edited, stage, edited)
+        write_stage(self.rejected, stage, rejected)
         if stage == 0:
-            self.activations[:tokens].copy_(f)
+            self.activations[:tokens].copy_(read)
             self.before.index_copy_(0, columns["capture"], x)
         if stage == self.stages - 1:
             self.after.index_copy_(0, columns["capture"], x + move)
@@ -352,10 +368,10 @@ class SiteBank(nn.Module):
             condition, state, alarms, score = self.condition(f, entry, token, *before)
             holds = holds & ((p["sequence"] == 0) | condition)
             for name, value in (("token_state", state), ("token_alarms", alarms), ("token_score", score)):
-                buffer = getattr(sequences, name)[stage, :tokens]
-                buffer.copy_(torch.where(here, value, buffer))
+                buffer = getattr(sequences, name)
+                write_stage(buffer, stage, torch.where(here, value, buffer[stage, :tokens]))
         is_open = torch.where(here, holds, sequences.is_open[stage, :tokens])
-        sequences.is_open[stage, :tokens].copy_(is_open)
+        write_stage(sequences.is_open, stage, is_open)
         return is_open
 
     def condition(

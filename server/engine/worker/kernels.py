@@ -76,18 +76,24 @@ def activation(
     partial, bias, threshold, gains, normalisation, encoded, column, t, places, inside, tokens, splits,
     ROWS: tl.constexpr, KINDS: tl.constexpr, LATENTS: tl.constexpr,
 ):  # fmt: skip
-    """Return activations f of row places at token t, 0 outside."""
+    """Return activations f of row places at token t, 0 outside; NaN where x is not finite."""
     z = places.to(tl.float32) * 0.0
     for split in range(splits):
         z += tl.load(partial + (split * tokens + t) * ROWS + places, mask=inside, other=0.0)
     if KINDS:
         z = z * gain_of(gains, normalisation, t, places, inside, KINDS)
     z = z + tl.load(bias + places, mask=inside, other=0.0)
-    f = tl.where(z > tl.load(threshold + places, mask=inside, other=float("inf")), z, 0.0)
+    f = tl.where(z <= tl.load(threshold + places, mask=inside, other=float("inf")), 0.0, z)
     if LATENTS:
         latent = tl.load(column + places, mask=inside, other=-1)
         f = tl.where(latent >= 0, tl.load(encoded + t * LATENTS + latent, mask=latent >= 0, other=0.0), f)
     return f
+
+
+@triton.jit
+def number(f):
+    """Return f as edits, gates and conditions take it: 0 where it is NaN."""
+    return tl.where(f == f, f, 0.0)
 
 
 @triton.jit(do_not_specialize=["tokens", "chunk"])
@@ -174,7 +180,7 @@ def conditions(
                     partial, bias, threshold, gains, normalisation, encoded, column, t, place, place < ROWS, tokens,
                     splits, ROWS, KINDS, LATENTS,
                 )  # fmt: skip
-                u = f.to(tl.float64)
+                u = number(f).to(tl.float64)
                 if tl.load(p + BINARISE) > 0:
                     u = (u > tl.load(p + BINARY)).to(tl.float64)
                 moved = tl.load(p + DECAY) * value + (tl.load(p + GAIN) * u + tl.load(p + OFFSET))
@@ -213,11 +219,15 @@ def edits(
     p = entries + (stage * entry_count + entry) * ENTRIES
     own = parameters + (stage * entry_count + entry) * EDITS * ROWS
     flags = (stage * max_tokens + t) * ROWS
+    weight = tl.load(p + WEIGHT).to(tl.float32)
+    blend_row = tl.load(p + BLEND_ROW).to(tl.int64)
+    blended = tl.where(weight > 0, blend_row, -1)
     triggered, eligible = 0, 0
     for first in range(0, ROWS, BLOCK_ROWS):
         places = first + tl.arange(0, BLOCK_ROWS)
         inside = places < ROWS
         f = tl.zeros([BLOCK_ROWS], tl.float32)
+        lost = tl.zeros([BLOCK_ROWS], tl.uint8)
         if first < used:
             # Behind the first stage, `products` may have left out a token of entry 0, whose f is not used.
             f = activation(
@@ -227,12 +237,13 @@ def edits(
             if entry > 0:
                 trigger = tl.load(own + TRIGGER * ROWS + places, mask=inside, other=float("inf"))
                 above = tl.load(own + ABOVE * ROWS + places, mask=inside, other=float("inf"))
-                triggered += tl.sum((f > trigger).to(tl.int32), 0)
-                eligible += tl.sum((f > above).to(tl.int32), 0)
+                triggered += tl.sum((number(f) > trigger).to(tl.int32), 0)
+                eligible += tl.sum((number(f) > above).to(tl.int32), 0)
+                lost = ((f != f) & ((above < float("inf")) | (places == blended))).to(tl.uint8)
         if FIRST:
             tl.store(activations + t * ROWS + places, f, mask=inside)
         tl.store(edited + flags + places, tl.zeros([BLOCK_ROWS], tl.uint8), mask=inside)
-        tl.store(rejected + flags + places, tl.zeros([BLOCK_ROWS], tl.uint8), mask=inside)
+        tl.store(rejected + flags + places, lost, mask=inside)
 
     opened = tl.load(is_open + stage * max_tokens + t) != 0
     if tl.load(p + GATED) > 0:
@@ -243,12 +254,9 @@ def edits(
     columns = tl.arange(0, BLOCK_WIDTH)
     present = columns < WIDTH
     displacement = tl.zeros([BLOCK_WIDTH], tl.float32)
-    weight = tl.load(p + WEIGHT).to(tl.float32)
     if (entry > 0) & opened & ((eligible > 0) | (weight != 0)):
         here = tl.load(x + t * WIDTH + columns, mask=present, other=0.0)
         norm = norm_of(here)
-        blend_row = tl.load(p + BLEND_ROW).to(tl.int64)
-        blended = tl.where(weight > 0, blend_row, -1)
         total = tl.zeros([BLOCK_WIDTH], tl.float32)
         for first in range(0, used, BLOCK_ROWS):
             places = first + tl.arange(0, BLOCK_ROWS)
@@ -257,6 +265,7 @@ def edits(
                 partial, bias, threshold, gains, normalisation, encoded, column, t, places, inside, tokens, splits,
                 ROWS, KINDS, LATENTS,
             )  # fmt: skip
+            f = number(f)
             gain = tl.full([BLOCK_ROWS], 1.0, tl.float32)
             if KINDS:
                 gain = gain_of(gains, normalisation, t, places, inside, KINDS)
@@ -298,6 +307,7 @@ def edits(
                 places = first + tl.arange(0, BLOCK_ROWS)
                 inside = (places < ROWS) & (places < used)
                 requested = tl.load(edited + flags + places, mask=inside, other=0)
+                requested = requested | tl.load(rejected + flags + places, mask=inside, other=0)
                 tl.store(rejected + flags + places, requested, mask=inside)
                 tl.store(edited + flags + places, tl.zeros([BLOCK_ROWS], tl.uint8), mask=inside)
     tl.store(move + t * WIDTH + columns, displacement, mask=present)

@@ -1,5 +1,6 @@
 """vLLM's worker with banks in its model. vLLM loads it by `worker_cls`; none of vLLM's files is changed."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -16,6 +17,7 @@ from rudder.sae_models.hookpoints import parse
 from rudder.sae_models.operations import TOKEN
 from rudder.sae_models.sae import SAE
 from rudder.sae_models.sparse.screening import prepare_screening
+from rudder.server import failpoints
 from rudder.server.engine.ledger import PINNED_HANDLE
 from rudder.server.engine.parent import end_with_parent
 from rudder.server.engine.telemetry.channel import Sender
@@ -61,9 +63,10 @@ class SteeringWorker:
         device = self.model_runner.device
         self.bundles = {name: load_bundle(name, path, device) for name, path, _ in layout.bundles}
         whole = {path: site for site, path, _ in layout.dictionaries}
-        dictionaries = {
-            whole[path]: {name: self.bundles[name].sae} for name, path, _ in layout.bundles if path in whole
-        }
+        dictionaries: dict[str, dict[str, SAE]] = {}
+        for name, path, _ in layout.bundles:
+            if path in whole:
+                dictionaries.setdefault(whole[path], {})[name] = self.bundles[name].sae
         width, tokens = config.model_config.get_hidden_size(), runners.padded_tokens(config)
         banks = build_banks(layout, width, tokens, device, dictionaries, config.model_config.dtype)
         numbers = layer_numbers(layout.sites, layers)
@@ -82,9 +85,11 @@ class SteeringWorker:
         )  # fmt: skip
 
     def serve_bundle(self, name: str, bundle: bundles.Bundle) -> None:
-        """Make a bundle's latents available as rows and its dictionary as a whole."""
+        """Make a bundle's latents available as rows; if it is the first of its site, its dictionary as a whole, too."""
         self.driver.load_sae(name, bundle.sae)
         sites = [self.driver.layout.sites.index(site) for site in bundle.manifest.sites]
+        if sites[0] in self.reader.dictionaries:
+            return
         screen = prepare_screening(bundle.sae)
         self.reader.dictionaries[sites[0]] = Readable(screen, sites)
         copies = 0 if isinstance(screen, SAE) else tensor_bytes(screen)
@@ -113,6 +118,7 @@ class SteeringWorker:
 
     def update_requests(self, scheduler_output: "SchedulerOutput") -> list[int]:
         """Release finished requests and admit new ones; return the handles released."""
+        failpoints.hit("engine.step")
         # Sorted: all ranks must give the same row places to the same requests, and this is a set.
         for request_id in sorted(scheduler_output.finished_req_ids):
             self.driver.finish(request_id)
@@ -125,6 +131,10 @@ class SteeringWorker:
                 self.driver.admit(new.req_id, handle, wire.decode(payload))
         handles = map(handle_of, scheduler_output.finished_req_ids)
         return [handle for handle in handles if handle is not None]
+
+    def rudder_layout(self) -> str:
+        """Return the layout of the banks, and the digest of the code, as JSON."""
+        return json.dumps(self.vllm_config.additional_config, sort_keys=True)
 
     def rudder_bundles(self) -> dict[str, str]:
         """The SHA-256 of each bundle that was loaded with the model, which the server compares with its own."""
@@ -157,6 +167,10 @@ class SteeringWorker:
         if self.outbox:
             self.outbox.send(self.outbox.frames)
         return handle in self.driver.ledger.leases
+
+    def rudder_leases(self) -> int:
+        """Return the number of requests that hold something, without what is held for pinned features and policies."""
+        return sum(handle > PINNED_HANDLE for handle in self.driver.ledger.leases)
 
     def rudder_witness(self, boundaries: tuple[int, ...]) -> dict[tuple[int, int], bytes]:
         """Record the residual stream in front of these layers from now on, the model running eagerly; with none, stop.

@@ -17,6 +17,7 @@ import msgspec
 
 from rudder.sae_models.errors import UserError
 from rudder.sae_models.files import lock_folder, naming_file_in_errors, write_atomically
+from rudder.server import failpoints
 from rudder.server.safety.audit import chain
 from rudder.server.safety.audit.chain import Head
 from rudder.server.safety.audit.verify import FIRST_NUMBER, End, Place, Tampered, recovered_end
@@ -81,6 +82,7 @@ class AuditLog:
         path = self.place.file(self.end.number)
         try:
             with naming_file_in_errors(path):
+                failpoints.hit("audit.write")
                 write_all(self.descriptor, content)
         except OSError:
             self.broken = True

@@ -161,7 +161,7 @@ class Trail:
         elif self.failing and not error:
             logger.info("the audit log can be written again", extra=fields(lost=self.lost))
         self.failing = error is not None
-        self.metrics.audit_failing.set(self.failing)
+        self.metrics.set_audit_failing(self.failing)
 
     def lose(self, entries: int) -> None:
         """Add to the number of lost entries that no entry has named yet."""

@@ -1,9 +1,10 @@
 """Read the files of an audit log, and verify that they are the whole chain that was written with a key."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rudder.sae_models.errors import UserError
 from rudder.server.safety.audit import chain
@@ -64,13 +65,34 @@ class End:
 
 @dataclass(frozen=True)
 class Verified:
-    """A log that is whole. `anchored`: entries that the head vouches for; those behind them could be missing."""
+    """A log that is whole. `anchored`: entries that the head vouches for; those behind them could be missing.
+
+    `unended`: request ids of calls that began and have no end, in the order in which they began: they run, or the
+    server was killed in them.
+    """
 
     entries: int
     anchored: int
     files: int
     closed: bool
     torn: bool
+    unended: tuple[str, ...] = ()
+
+
+class Calls:
+    """Calls that have begun and not ended, by request id."""
+
+    def __init__(self) -> None:
+        self.open: dict[str, None] = {}
+
+    def heed(self, entry: Mapping[str, Any]) -> None:
+        """Take in the next entry."""
+        request_id = str(entry.get("request_id"))
+        match entry.get("kind"):
+            case "opened":
+                self.open[request_id] = None
+            case "call":
+                self.open.pop(request_id, None)
 
 
 def verify(place: Place, key: bytes) -> Verified:
@@ -79,35 +101,36 @@ def verify(place: Place, key: bytes) -> Verified:
     head, files = chain.read_head(place.head), place.files()
     if not files and head is None:
         raise UserError(f"{place.folder}: holds no audit log")
-    end = walk(place, key, require_head(place, key, head), files)
+    calls = Calls()
+    end = walk(place, key, require_head(place, key, head), files, calls)
     assert head
-    return Verified(end.count, head.count, len(files), head.closed, end.torn)
+    return Verified(end.count, head.count, len(files), head.closed, end.torn, tuple(calls.open))
 
 
-def walk(place: Place, key: bytes, head: Head, files: list[Path]) -> End:
-    """Follow the chain through all files. Raises Tampered."""
+def walk(place: Place, key: bytes, head: Head, files: list[Path], calls: Calls) -> End:
+    """Follow the chain through all files; `calls` heeds their entries. Raises Tampered."""
     end = End(0, chain.ROOT, FIRST_NUMBER, 0)
     for number, path in enumerate(files, FIRST_NUMBER):
         if number_of(path) != number:
             raise Tampered(str(place.file(number)), "the file is missing")
-        end = scan(path, key, replace(end, number=number, size=0), head)
+        end = scan(path, key, replace(end, number=number, size=0), head, calls)
         if end.torn and path != files[-1]:
             raise Tampered(f"{path}:end", "its last line is not whole, and yet another file follows")
     require_reached(place, head, end)
     return end
 
 
-def scan(path: Path, key: bytes, end: End, head: Head) -> End:
+def scan(path: Path, key: bytes, end: End, head: Head, calls: Calls) -> End:
     """Follow the chain through one file from `end`; return its new end. Raises Tampered."""
     with path.open("rb") as file:
         for number, content in enumerate(file, 1):
             if not content.endswith(b"\n"):
                 return replace(end, torn=True)
-            end = follow(f"{path}:{number}", key, end, content, head)
+            end = follow(f"{path}:{number}", key, end, content, head, calls)
     return end
 
 
-def follow(place: str, key: bytes, end: End, content: bytes, head: Head) -> End:
+def follow(place: str, key: bytes, end: End, content: bytes, head: Head, calls: Calls) -> End:
     """Return the end of the chain behind one more line. Raises Tampered."""
     line, expected = chain.parse_line(content), end.count + 1
     entry = chain.entry_of(line) if line else None
@@ -122,6 +145,7 @@ def follow(place: str, key: bytes, end: End, content: bytes, head: Head) -> End:
         raise Tampered(place, f"entry {expected} is not the one that the head vouches for")
     if expected == 1 and entry.get("chain") != head.chain:
         raise Tampered(place, "the log is not the one that the head is of")
+    calls.heed(entry)
     return End(expected, line.mac, end.number, end.size + len(content))
 
 
@@ -148,7 +172,7 @@ def require_reached(place: Place, head: Head, end: End) -> None:
 def recovered_end(place: Place, key: bytes, head: Head | None) -> End:
     """Return where a log ends that is to be continued. Its last file and its head are verified. Raises Tampered."""
     head, files = require_head(place, key, head), place.files()
-    end = scan(files[-1], key, end_before(files), head) if files else End(0, chain.ROOT, FIRST_NUMBER, 0)
+    end = scan(files[-1], key, end_before(files), head, Calls()) if files else End(0, chain.ROOT, FIRST_NUMBER, 0)
     require_reached(place, head, end)
     return end
 

@@ -18,7 +18,7 @@ from rudder.sae_models.analysis.derive import Topic
 from rudder.sae_models.analysis.exchanges import TUNE
 from rudder.sae_models.token_model import vocabulary_sha256
 from rudder.server import cli
-from rudder.v1 import policy_pb2
+from rudder.v1 import policy_pb2, program_pb2
 from tests.unit.tiny import WORDS, save_corpus, save_model
 
 SITES = ["--site", "layers.1.resid_post", "--site", "layers.0.resid_post"]
@@ -86,7 +86,9 @@ def test_a_policy_from_prompts(folder: Path) -> None:
     assert train(folder, *prompts, "--token-model", str(folder / "tokens.safetensors")) == 0
     policy = ParseDict(yaml.safe_load(out.read_text()), policy_pb2.Policy())
     assert (policy.name, policy.version, policy.binds.all) == ("prompts", 1, True)
-    assert [guard.action for guard in policy.guards] == [policy_pb2.GUARD_ACTION_STOP] * 2
+    # Levels of requests say nothing about the tokens of answers.
+    assert [guard.phase for guard in policy.guards] == [program_pb2.PHASE_PROMPT] * 2
+    assert [guard.action for guard in policy.guards] == [policy_pb2.GUARD_ACTION_REJECT] * 2
     file = policy.guards[1].score.token_model
     model = token_model.load(folder / file.file, file.sha256)
     tokenizer = load_tokenizer(folder / "model")

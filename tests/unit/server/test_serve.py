@@ -8,11 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from rudder.server import config, serve
 from rudder.server.engine import selftest
+from rudder.server.grpc.health import Health
+from rudder.server.process import free_port
 from rudder.server.safety.store import PolicyStore
 
 
@@ -24,7 +28,7 @@ class FakeEngine:
         self.registry = SimpleNamespace(layout=SimpleNamespace(sites=()))
         self.bundles: dict[str, Any] = {}
         self.programs: dict[str, Any] = {}
-        self.epoch, self.healthy, self.hub = "e", True, SimpleNamespace(lost=None)
+        self.epoch, self.healthy, self.stalled, self.hub = "e", True, False, SimpleNamespace(lost=None)
         self.stops = 0
 
     async def stop(self) -> None:
@@ -92,6 +96,30 @@ async def test_signal_drains_doors_then_stops_the_engine(engine: FakeEngine, mon
     assert engine.stops == 1
 
 
+@pytest.mark.usefixtures("engine")
+async def test_probes_are_answered_until_the_drain_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    listen = config.Listen(port=0, metrics_port=0, health_port=free_port(), accept_s=0)
+    answers = []
+
+    class Probed(FakeDoor):
+        health = Health(())
+
+        async def set_serving(self, serving: bool) -> None:
+            await self.health.set(serving, alive=True)
+
+        async def stop(self, grace_s: float) -> None:
+            if grace_s:
+                async with grpc.aio.insecure_channel(listen.address(listen.health_port or 0)) as channel:
+                    stub: Any = health_pb2_grpc.HealthStub(channel)
+                    for name in ("readiness", "liveness"):
+                        answer = await stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=20)
+                        answers.append(answer.status)
+
+    monkeypatch.setattr(serve, "GrpcDoor", lambda _: Probed())
+    assert await serve.serve(config.Config(listen=listen)) == 0
+    assert answers == [health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVING]
+
+
 async def test_dead_engine_ends_the_server_with_status_1(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "stop_signals", asyncio.Queue)
     engine.healthy = False
@@ -100,6 +128,21 @@ async def test_dead_engine_ends_the_server_with_status_1(engine: FakeEngine, mon
     # Calls fail by themselves, and their answers leave before the door closes.
     assert door.events[:4] == [False, False, 2 * serve.FAILED_ANSWERS_S, 0]
     assert engine.stops == 1
+
+
+async def test_doors_say_not_serving_while_the_engine_is_stalled(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "HEALTH_CHECK_S", 0.001)
+    door, engine.stalled = FakeDoor(), True
+    until: asyncio.Future[signal.Signals] = asyncio.get_running_loop().create_future()
+    watching = asyncio.ensure_future(serve.serve_while_healthy([door], engine, until))  # type: ignore[arg-type]
+    await asyncio.sleep(0.02)
+    engine.stalled = False
+    await asyncio.sleep(0.02)
+    until.set_result(signal.SIGTERM)
+    await asyncio.wait_for(watching, 5)
+    assert door.events == [False, True]
 
 
 async def test_failed_self_test_stops_the_engine(

@@ -43,6 +43,9 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_QUOTA_STREAMS: _ClassVar[Reason]
     REASON_TOPIC_UNKNOWN: _ClassVar[Reason]
     REASON_TOPIC_INERT: _ClassVar[Reason]
+    REASON_QUOTA_ROWS: _ClassVar[Reason]
+    REASON_ENGINE_STALLED: _ClassVar[Reason]
+    REASON_POLICY_NOT_APPLIED: _ClassVar[Reason]
 REASON_UNSPECIFIED: Reason
 REASON_FIELD_INVALID: Reason
 REASON_FEATURE_UNKNOWN: Reason
@@ -73,6 +76,9 @@ REASON_QUOTA_TOKENS: Reason
 REASON_QUOTA_STREAMS: Reason
 REASON_TOPIC_UNKNOWN: Reason
 REASON_TOPIC_INERT: Reason
+REASON_QUOTA_ROWS: Reason
+REASON_ENGINE_STALLED: Reason
+REASON_POLICY_NOT_APPLIED: Reason
 
 class ErrorStatus(_message.Message):
     __slots__ = ("code", "message", "details")

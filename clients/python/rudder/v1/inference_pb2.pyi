@@ -481,18 +481,20 @@ class TopicRow(_message.Message):
     def __init__(self, index: _Optional[int] = ..., label: _Optional[str] = ..., dose: _Optional[float] = ..., output_score: _Optional[float] = ..., input_score: _Optional[float] = ...) -> None: ...
 
 class AppliedPolicy(_message.Message):
-    __slots__ = ("name", "version", "digest", "shadow", "verdicts")
+    __slots__ = ("name", "version", "digest", "shadow", "verdicts", "withheld")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SHADOW_FIELD_NUMBER: _ClassVar[int]
     VERDICTS_FIELD_NUMBER: _ClassVar[int]
+    WITHHELD_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     digest: str
     shadow: bool
     verdicts: _containers.RepeatedCompositeFieldContainer[Verdict]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., shadow: _Optional[bool] = ..., verdicts: _Optional[_Iterable[_Union[Verdict, _Mapping]]] = ...) -> None: ...
+    withheld: bool
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., shadow: _Optional[bool] = ..., verdicts: _Optional[_Iterable[_Union[Verdict, _Mapping]]] = ..., withheld: _Optional[bool] = ...) -> None: ...
 
 class Verdict(_message.Message):
     __slots__ = ("rule", "position", "score")

@@ -36,7 +36,7 @@ GUARD_ACTION_STOP: GuardAction
 GUARD_ACTION_REJECT: GuardAction
 
 class Policy(_message.Message):
-    __slots__ = ("name", "description", "version", "mode", "binds", "bundles", "program", "guards", "locked", "watch", "rights", "forbidden_fields", "max_displacement", "refusal")
+    __slots__ = ("name", "description", "version", "mode", "binds", "bundles", "program", "guards", "locked", "watch", "rights", "forbidden_fields", "max_displacement", "refusal", "removed")
     class BundlesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,7 @@ class Policy(_message.Message):
     FORBIDDEN_FIELDS_FIELD_NUMBER: _ClassVar[int]
     MAX_DISPLACEMENT_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
     name: str
     description: str
     version: int
@@ -72,7 +73,8 @@ class Policy(_message.Message):
     forbidden_fields: _containers.RepeatedScalarFieldContainer[str]
     max_displacement: float
     refusal: str
-    def __init__(self, name: _Optional[str] = ..., description: _Optional[str] = ..., version: _Optional[int] = ..., mode: _Optional[_Union[PolicyMode, str]] = ..., binds: _Optional[_Union[Binding, _Mapping]] = ..., bundles: _Optional[_Mapping[str, str]] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., guards: _Optional[_Iterable[_Union[Guard, _Mapping]]] = ..., locked: _Optional[_Iterable[_Union[_inference_pb2.SiteFeature, _Mapping]]] = ..., watch: _Optional[_Iterable[_Union[_inference_pb2.SiteFeature, _Mapping]]] = ..., rights: _Optional[_Union[Rights, _Mapping]] = ..., forbidden_fields: _Optional[_Iterable[str]] = ..., max_displacement: _Optional[float] = ..., refusal: _Optional[str] = ...) -> None: ...
+    removed: bool
+    def __init__(self, name: _Optional[str] = ..., description: _Optional[str] = ..., version: _Optional[int] = ..., mode: _Optional[_Union[PolicyMode, str]] = ..., binds: _Optional[_Union[Binding, _Mapping]] = ..., bundles: _Optional[_Mapping[str, str]] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., guards: _Optional[_Iterable[_Union[Guard, _Mapping]]] = ..., locked: _Optional[_Iterable[_Union[_inference_pb2.SiteFeature, _Mapping]]] = ..., watch: _Optional[_Iterable[_Union[_inference_pb2.SiteFeature, _Mapping]]] = ..., rights: _Optional[_Union[Rights, _Mapping]] = ..., forbidden_fields: _Optional[_Iterable[str]] = ..., max_displacement: _Optional[float] = ..., refusal: _Optional[str] = ..., removed: _Optional[bool] = ...) -> None: ...
 
 class Binding(_message.Message):
     __slots__ = ("all", "callers", "roles")

@@ -102,6 +102,19 @@ def test_a_cascade_judges_what_its_first_stage_passes_on(measured: Measured) -> 
     assert found["false_alarms"] == found["escalated"]
 
 
+def test_either_guard_is_enough_to_stop(measured: Measured) -> None:
+    found = evaluation.either(measured)
+    alone = [evaluation.report_arm(measured, arm) for arm in (RESIDUAL, TOKENS)]
+    for each in alone:
+        assert found["noticed"]["value"] >= each["noticed"]["value"]
+        assert found["padding"]["400"]["noticed"]["value"] >= each["padding"]["400"]["noticed"]["value"]
+    assert found["false_alarms"]["value"] <= sum(each["false_alarms"]["value"] for each in alone)
+    blind = [np.full(len(scores), -100.0) for scores in measured.padded["400"].scores[RESIDUAL]]
+    measured.padded["400"].scores[RESIDUAL] = blind  # type: ignore[index]
+    unseen = evaluation.either(measured)["padding"]["400"]["noticed"]
+    assert unseen["value"] == alone[1]["padding"]["400"]["noticed"]["value"]
+
+
 def test_padding_keeps_bos_in_front_and_the_excerpt_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rudder.sae_models.analysis.exchanges.leading_token", lambda _: 0)
     whole = exchange(0, 1.0, (0, 11, 12, 13, 14))

@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rudder.server.engine.admission import MAX_BYPASSES, Admission, QueueFull
-from rudder.server.engine.ledger import Ledger
+from rudder.server.engine.ledger import PINNED_HANDLE, BankFull, Ledger
+from rudder.server.engine.turns import QUANTUM
 from rudder.server.program import wire
+from rudder.server.program.errors import ProgramError
 from rudder.server.program.layout import Layout
+from rudder.server.program.rows import Registry, check_capacity
 
 SITE = "layers.0.resid_post"
 
@@ -27,7 +30,7 @@ async def full_bank(waiting: int) -> tuple[Admission, list["asyncio.Task[None]"]
     await admission.acquire(0, request_of(0))
     tasks = [asyncio.create_task(admission.acquire(number, request_of(number))) for number in range(1, 1 + waiting)]
     await asyncio.sleep(0)
-    assert len(admission.waiting) == waiting
+    assert admission.waiting == waiting
     return admission, tasks
 
 
@@ -38,7 +41,7 @@ async def test_waiter_cancelled_as_it_is_admitted_releases_its_lease() -> None:
     await asyncio.wait_for(second, 1)
     assert first.cancelled()
     admission.release(2)
-    assert (admission.ledger.rows_used(0), admission.ledger.slots_used, len(admission.waiting)) == (0, 0, 0)
+    assert (admission.ledger.rows_used(0), admission.ledger.slots_used, admission.waiting) == (0, 0, 0)
 
 
 async def test_fail_raises_in_every_waiter() -> None:
@@ -48,7 +51,7 @@ async def test_fail_raises_in_every_waiter() -> None:
     results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 1)
     assert [type(error) for error in results] == [RuntimeError, asyncio.CancelledError, RuntimeError]
     admission.release(0)
-    assert (admission.ledger.rows_used(0), admission.ledger.slots_used, len(admission.waiting)) == (0, 0, 0)
+    assert (admission.ledger.rows_used(0), admission.ledger.slots_used, admission.waiting) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("cancelled", [1, 2])
@@ -78,7 +81,7 @@ def begin(admission: Admission, handle: int, request: wire.Request, caller: str 
 def assert_empty(admission: Admission) -> None:
     ledger = admission.ledger
     assert (ledger.rows_used(0), ledger.slots_used, ledger.leases, ledger.held) == (0, 0, {}, {})
-    assert (admission.waiting, admission.waiting_by_caller, admission.callers, admission.holdings) == ({}, {}, {}, {})
+    assert (admission.queues, admission.turns.deficits, admission.callers, admission.holdings) == ({}, {}, {}, {})
     assert (admission.queued, admission.usage().running_choices) == (0, 0)
 
 
@@ -205,33 +208,38 @@ PLAIN = wire.Request(1, 4, True)
 @pytest.mark.parametrize("request_", [PLAIN, needing(1, 0), needing(2, 0, edits=False)])
 async def test_choices_beyond_what_the_engine_runs_are_queued_and_bounded(request_: wire.Request) -> None:
     admission = Admission(Layout((SITE,), rows=8, slots=64), limit=5, running=3)
-    for handle in range(1, 9):
-        await admission.acquire(handle, request_)
+    tasks = [begin(admission, handle, request_) for handle in range(1, 9)]
+    await settle()
     usage = admission.usage()
     assert (usage.running_choices, usage.waiting_choices) == (3, 5)
-    for _ in range(2):
+    # One more than the engine runs, to take a place that becomes free at once.
+    assert [task.done() for task in tasks] == [True] * 4 + [False] * 4
+    for handle in (9, 10):
         with pytest.raises(QueueFull) as caught:
-            await admission.acquire(9, PLAIN)
+            await admission.acquire(handle, PLAIN, "a")
         assert (caught.value.resource, caught.value.retry_after_s >= 1) == ("queue", True)
     admission.release(1)
-    await admission.acquire(9, PLAIN)
-    for handle in range(2, 10):
+    last = begin(admission, 11, PLAIN)
+    for handle in [*range(2, 9), 11]:
+        await settle()
         admission.release(handle)
+    await asyncio.gather(*tasks, last)
     assert_empty(admission)
 
 
 async def test_choices_that_wait_for_the_bank_and_for_the_engine_are_counted_together() -> None:
     admission = Admission(Layout((SITE,), rows=8, slots=64), limit=3, running=2)
-    for handle, request in enumerate([needing(8, 0), PLAIN, PLAIN, PLAIN], 1):
+    for handle, request in enumerate([needing(8, 0), PLAIN, PLAIN], 1):
         await admission.acquire(handle, request)
-    waiting = begin(admission, 5, needing(1, 20))
+    waiting = [begin(admission, 4, PLAIN), begin(admission, 5, needing(1, 20))]
     await settle()
     assert (admission.queued, admission.usage().waiting_choices, admission.usage().running_choices) == (3, 3, 2)
     for request in (needing(1, 30), PLAIN):
         with pytest.raises(QueueFull):
-            await admission.acquire(6, request)
+            await admission.acquire(6, request, "a")
     admission.release(1)
-    await asyncio.wait_for(waiting, 1)
+    admission.release(2)
+    await asyncio.wait_for(asyncio.gather(*waiting), 1)
 
 
 EVENTS = st.lists(
@@ -271,11 +279,13 @@ async def test_any_arrivals_and_cancellations(events: list[Any], share: float, r
     async def check() -> None:
         await mirror()
         assert admission.queued <= 20
-        assert sum(admission.waiting_by_caller.values()) == len(admission.waiting)
-        if admission.waiting:
-            first = next(iter(admission.waiting.values()))
-            assert admission.ledger.insufficient(first.request) or admission.over_share(first)
-        assert all(waiter.bypassed <= MAX_BYPASSES for waiter in admission.waiting.values())
+        assert all(admission.queues.values())
+        assert set(admission.turns.deficits) == set(admission.queues)
+        waiting = [waiter for queue in admission.queues.values() for waiter in queue.values()]
+        first = min(waiting, key=lambda waiter: waiter.handle, default=None)
+        if first and admission.room_in_engine:
+            assert admission.lacking(first) or admission.over_share(first)
+        assert all(waiter.bypassed <= MAX_BYPASSES for waiter in waiting)
 
     for number, (kind, *values) in enumerate(events, 1):
         if kind == "arrive":
@@ -336,3 +346,121 @@ async def test_room_that_a_reservation_leaves_admits_who_waits() -> None:
     assert admission.waiting
     admission.unreserve(-1)
     await asyncio.wait_for(waiting, 1)
+
+
+def sized(tokens: int) -> wire.Request:
+    """Build a request without a program that may run so many tokens."""
+    return wire.Request(1, tokens, True)
+
+
+async def admitted_order(admission: Admission, arrivals: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Let requests (caller, tokens) arrive while one runs; return the order in which they run, one at a time."""
+    await admission.acquire(0, PLAIN, "running")
+    await admission.acquire(1, PLAIN, "ahead")
+    tasks = {i: begin(admission, i, sized(tokens), caller) for i, (caller, tokens) in enumerate(arrivals, 2)}
+    await settle()
+    admission.release(1)
+    order: list[tuple[str, int]] = []
+    running = 0
+    while tasks:
+        await settle()
+        (done,) = (handle for handle, task in tasks.items() if task.done())
+        order.append(arrivals[done - 2])
+        del tasks[done]
+        admission.release(running)
+        running = done
+    admission.release(running)
+    assert_empty(admission)
+    return order
+
+
+async def test_a_caller_with_few_requests_does_not_wait_for_the_many_of_another() -> None:
+    admission = Admission(Layout((SITE,), rows=8, slots=64), limit=2000, running=1)
+    flood = [("many", 100)] * 1000 + [("few", 100)] * 2
+    order = await admitted_order(admission, flood)
+    assert [at for at, (caller, _) in enumerate(order) if caller == "few"] <= [6, 8]
+
+
+async def test_callers_share_the_engine_by_tokens_and_not_by_requests() -> None:
+    admission = Admission(Layout((SITE,), rows=8, slots=64), limit=2000, running=1)
+    order = await admitted_order(admission, [("short", 20)] * 300 + [("long", 600)] * 10)
+    ran = {"short": 0, "long": 0}
+    for caller, tokens in order:
+        ran[caller] += tokens
+        if ran["short"] < 6000 and ran["long"] < 6000:
+            assert abs(ran["short"] - ran["long"]) <= 600 + 2 * QUANTUM
+
+
+async def test_a_full_queue_refuses_whoever_has_most_in_it() -> None:
+    admission = Admission(Layout((SITE,), rows=8, slots=64), limit=5, running=1)
+    flood = [begin(admission, handle, PLAIN, "many") for handle in range(6)]
+    await settle()
+    assert admission.queued == 5
+    few = begin(admission, 6, PLAIN, "few")
+    await settle()
+    with pytest.raises(QueueFull):
+        await asyncio.wait_for(flood[5], 5)
+    assert not few.done()
+    for handle in range(5):
+        admission.release(handle)
+        await settle()
+    assert few.done()
+    admission.release(6)
+    await asyncio.gather(*flood[:5], few)
+    assert_empty(admission)
+
+
+async def test_deadline_that_passes_in_the_queue_ends_the_wait_and_leaves_nothing() -> None:
+    admission = Admission(Layout((SITE,), rows=8, slots=64), limit=5, running=1)
+    for handle in range(2):
+        await admission.acquire(handle, PLAIN)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await admission.acquire(2, PLAIN, "late")
+    for handle in range(2):
+        admission.release(handle)
+    assert_empty(admission)
+
+
+async def test_what_needs_no_bank_passes_those_that_wait_for_it() -> None:
+    admission = Admission(Layout((SITE,), rows=8, slots=64), limit=64, running=8)
+    await admission.acquire(1, needing(8, 0), "a")
+    blocked = [begin(admission, handle, needing(8, 10 * handle), "a") for handle in range(2, 40)]
+    await settle()
+    for handle in range(50, 50 + 2 * MAX_BYPASSES):
+        await asyncio.wait_for(admission.acquire(handle, PLAIN, "a"), 1)
+        admission.release(handle)
+    assert not any(task.done() for task in blocked)
+    admission.fail(RuntimeError("end"))
+    await asyncio.gather(*blocked, return_exceptions=True)
+
+
+async def test_places_that_policies_keep_are_theirs_however_full_the_bank_is() -> None:
+    layout = Layout((SITE,), rows=10, slots=8)
+    admission = Admission(layout, limit=8, max_wait_s=0.01, policy_rows=4)
+    await admission.acquire(1, needing(6, 0))
+    with pytest.raises(QueueFull, match="rows"):
+        await admission.acquire(2, needing(1, 50))
+    # One policy, and then its next version beside it.
+    admission.reserve(-1, needing(2, 100, edits=False))
+    admission.reserve(-2, needing(2, 200, edits=False))
+    with pytest.raises(BankFull):
+        admission.reserve(-3, needing(1, 300, edits=False))
+    admission.unreserve(-1)
+    with pytest.raises(QueueFull, match="rows"):
+        await admission.acquire(3, needing(1, 50))
+    admission.release(1)
+    await admission.acquire(4, needing(6, 60))
+    # Rows of pinned features are none of a policy's.
+    admission.release(4)
+    admission.reserve(PINNED_HANDLE, needing(3, 400, edits=False))
+    assert admission.ledger.kept == {0: 2}
+    assert admission.shared_places(0) == 10 - 5 - 2
+
+
+def test_request_that_needs_what_policies_keep_is_refused_at_once() -> None:
+    registry = Registry(Layout((SITE,), rows=10, slots=8), 8, {})
+    sites = needing(7, 0).stages
+    check_capacity(sites, registry, "steering")
+    with pytest.raises(ProgramError, match=r"7 distinct rows at .*, which has 6 places"):
+        check_capacity(sites, registry, "steering", kept={0: 4})

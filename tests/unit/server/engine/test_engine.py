@@ -19,6 +19,8 @@ from rudder.server.engine.engine import Engine
 from rudder.server.engine.telemetry.channel import Sender
 from rudder.server.engine.telemetry.frame import Frame, TelemetryLost
 from rudder.server.engine.telemetry.hub import POLL_S, Hub
+from rudder.server.monitoring import series
+from rudder.server.monitoring.metrics import Metrics
 from rudder.server.program import wire
 from rudder.server.program.exclusion import Exclusion
 from rudder.server.program.layout import Layout
@@ -65,7 +67,7 @@ class Rig:
             {},
             admission,
             hub,
-            SimpleNamespace(),  # type: ignore[arg-type]
+            Metrics.create(),
         )
         self.engine.self_tested = True
         hub.bind(f"{folder}/telemetry")
@@ -127,6 +129,7 @@ async def test_lost_telemetry_fails_all_calls_though_they_read_nothing(rig: Rig,
         rig.worker.socket.close()
     assert await errors_of(tasks) == {TelemetryLost}
     assert [len(received) for received in outputs] == [1] * 5
+    assert rig.engine.metrics.values[series.TELEMETRY_LOST].values == {(): 1.0}
     assert not rig.engine.healthy
     assert not rig.engine.queues
     with pytest.raises(TelemetryLost):

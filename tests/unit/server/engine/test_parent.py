@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from rudder.server.engine import parent
 from rudder.server.engine.parent import Target, text_of
 
 # A process with a child that would run for minutes; it prints the child's process id and waits.
@@ -97,3 +99,20 @@ def test_error_after_the_parent_stopped_listening_is_the_child_s_own() -> None:
 
 def test_text_of_an_error_without_message() -> None:
     assert text_of(MemoryError()) == "MemoryError"
+
+
+def fails_while_a_thread_waits() -> None:
+    """Raise, in a process whose end waits for a thread."""
+    threading.Thread(target=threading.Event().wait).start()
+    raise ValueError("no kernel")
+
+
+def test_a_process_that_fails_ends_though_its_threads_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parent, "LEAVE_S", 0.5)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    target = Target(fails_while_a_thread_waits, sender)
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 1
+    assert receiver.recv() == "ValueError: no kernel"

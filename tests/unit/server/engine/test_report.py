@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rudder.server.engine.adapter import SamplingParams
-from rudder.server.engine.call import Call
+from rudder.server.engine.call import MAX_HIDDEN, Call
 from rudder.server.engine.report import NO_FEATURES, views_of
 from rudder.server.engine.telemetry.hub import Features
 from rudder.server.program import wire
@@ -106,3 +106,17 @@ def test_hidden_latents_are_left_out_and_others_take_their_places(
                 (i, v) for i, v in zip(latents[token, site], values[token, site], strict=True) if i not in left_out
             ]
             assert list(zip(part.top_latents[token, site], part.top_values[token, site], strict=True)) == ranked[:k]
+
+
+@pytest.mark.parametrize("hidden", [3, 300, 40_000])
+def test_latents_that_a_policy_hides_widen_the_ranking_by_a_bound(hidden: int) -> None:
+    call = Call((0,), SamplingParams(), top_k=2, top_k_sites=("a",), hidden=(tuple(range(hidden)),))
+    assert call.ranked == 2 + min(hidden, MAX_HIDDEN) <= 2 + 256
+
+
+def test_latents_hidden_beyond_the_bound_leave_fewer_and_are_never_shown() -> None:
+    hidden = tuple(range(MAX_HIDDEN + 100))
+    call = Call((0,), SamplingParams(), top_k=2, top_k_sites=("a",), top_k_prompt=True, hidden=(hidden,))
+    latents = np.arange(call.ranked, dtype=np.int32).reshape(1, 1, -1)
+    features = Features(0, np.zeros((1, 0), np.float32), latents, np.ones(latents.shape, np.float32))
+    assert not views_of(call, ())[0].select(features).top_values.any()

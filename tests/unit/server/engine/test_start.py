@@ -1,6 +1,8 @@
 """The start of an engine: stages for policies, and cancellation."""
 
 import asyncio
+import multiprocessing
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +12,8 @@ import pytest
 
 from rudder.sae_models import concepts
 from rudder.sae_models.concepts import ConceptError
-from rudder.server.config import Config, Policies
-from rudder.server.engine import adapter
+from rudder.server.config import Config, Engine, Policies
+from rudder.server.engine import adapter, start
 from rudder.server.engine.start import check_bos, layout_of, load_concepts, start_llm
 from tests.unit.programs import REGISTRY, SITE
 from tests.unit.reference import BUNDLE
@@ -57,6 +59,28 @@ async def test_cancelled_start_shuts_vllm_down(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(asyncio.CancelledError):
         await task
     assert events == ["begin", "up", "down"]
+
+
+def hanging_process(*_: Any) -> Any:
+    """Start a process that never says that it is ready, and wait for it, as vLLM does."""
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    process.start()
+    process.join()
+    raise RuntimeError("Engine core initialization failed")
+
+
+def hanging_thread(*_: Any) -> Any:
+    """Hang without a process."""
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize("hang", [hanging_process, hanging_thread])
+async def test_start_that_hangs_ends_with_an_error(hang: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "start_llm", hang)
+    monkeypatch.setattr(start, "ABANDON_S", 0.2 if hang is hanging_thread else 30.0)
+    with pytest.raises(adapter.EngineStartError, match=r"within engine\.start_timeout_s, 0\.05 s"):
+        await asyncio.wait_for(start_llm(Config(engine=Engine(start_timeout_s=0.05)), LAYOUT), 20)
+    assert not [child for child in multiprocessing.active_children() if child.is_alive()]
 
 
 @pytest.mark.parametrize(

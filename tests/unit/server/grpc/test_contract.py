@@ -7,9 +7,11 @@ from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FileDescriptor
 from google.protobuf.message import Message
 
-from rudder.v1 import catalogue_pb2, error_pb2, inference_pb2, policy_pb2, program_pb2
+from rudder.v1 import catalogue_pb2, debug_pb2, error_pb2, inference_pb2, policy_pb2, program_pb2
 
-FILES = tuple(module.DESCRIPTOR for module in (catalogue_pb2, error_pb2, inference_pb2, policy_pb2, program_pb2))
+FILES = tuple(
+    module.DESCRIPTOR for module in (catalogue_pb2, debug_pb2, error_pb2, inference_pb2, policy_pb2, program_pb2)
+)
 MESSAGES = [message for file in FILES for message in file.message_types_by_name.values()]
 ENUMS = [enum for file in FILES for enum in file.enum_types_by_name.values()]
 SERVICES = [service for file in FILES for service in file.services_by_name.values()]
@@ -44,7 +46,7 @@ def test_services_and_their_messages() -> None:
             for kind, suffix in ((method.input_type, "Request"), (method.output_type, "Response")):
                 assert kind.name in (f"{method.name}{suffix}", f"{service.name}{method.name}{suffix}")
                 used.append(kind.name)
-    assert len(set(used)) == len(used) == 28
+    assert len(set(used)) == len(used) == 30
 
 
 def test_a_choice_is_the_sum_of_its_deltas() -> None:

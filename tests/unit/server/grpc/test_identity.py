@@ -5,6 +5,7 @@ import datetime
 import ipaddress
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,12 @@ from rudder.server.grpc.server import SERVICES
 from rudder.server.identity import tokens, watched_file
 from rudder.server.identity.roles import METHODS
 from rudder.server.identity.tokens import TokenFile
-from rudder.v1 import catalogue_pb2, inference_pb2, policy_pb2
+from rudder.v1 import catalogue_pb2, debug_pb2, inference_pb2, policy_pb2
 from rudder_client import AsyncClient, Client, Program, Report, RudderError
 from rudder_client.errors import error_of
 from tests.unit.server.grpc.test_server import Fixture, access_fields
 
-FILES = (inference_pb2.DESCRIPTOR, catalogue_pb2.DESCRIPTOR, policy_pb2.DESCRIPTOR)
+FILES = (inference_pb2.DESCRIPTOR, catalogue_pb2.DESCRIPTOR, policy_pb2.DESCRIPTOR, debug_pb2.DESCRIPTOR)
 CONTRACT = [method for file in FILES for service in file.services_by_name.values() for method in service.methods]
 ALLOWED_NAMES = sorted(ROLES)
 
@@ -253,6 +254,9 @@ async def test_revoked_token_and_new_one_take_effect_without_a_restart(
         assert (await client.complete([5], max_tokens=1)).choices[0].token_ids == (1,)
     failures = door.fixture.registry.get_sample_value("rudder_reload_failures_total", {"what": "identity.tokens"})
     assert failures
+    expiry = door.fixture.registry.get_sample_value("rudder_tls_certificate_expiry_timestamp_seconds")
+    certificate = x509.load_pem_x509_certificate((door.folder / "server.pem").read_bytes())
+    assert expiry == certificate.not_valid_after_utc.timestamp() > time.time()
 
 
 async def test_new_certificate_serves_new_handshakes_and_running_streams_go_on(

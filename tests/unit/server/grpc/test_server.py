@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -11,17 +12,19 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
 from rudder.server import config
 from rudder.server.config import ConfigError
 from rudder.server.engine.call import Call, FinishReason, Outcome, Output
 from rudder.server.engine.telemetry.hub import no_features
+from rudder.server.grpc import servicers
 from rudder.server.grpc.server import GrpcDoor
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.serve import drain
 from rudder.server.service.serving import Serving
 from rudder.v1 import inference_pb2, inference_pb2_grpc
+from rudder_client import REPLICAS, AsyncClient, RudderError
 from rudder_client.errors import error_of
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -36,7 +39,7 @@ class ScriptedEngine:
         self.bundles: dict[str, Any] = {}
         self.registry: Any = None
         self.programs: dict[str, Any] = {}
-        self.tokenizer, self.epoch, self.healthy = None, "e1", True
+        self.tokenizer, self.epoch, self.healthy, self.stalled = None, "e1", True, False
         self.stall_after: int | None = None
         self.finish_reason = FinishReason.LENGTH
 
@@ -75,10 +78,12 @@ class Fixture:
         loaded = config.load(overrides={"listen.port": "0"} | overrides)
         self.serving = Serving.around(self.engine, loaded, Metrics.create(self.registry))  # type: ignore[arg-type]
         self.doors = [GrpcDoor(self.serving), GrpcDoor(self.serving)]
+        self.addresses: list[str] = []
         self.channels: list[grpc.aio.Channel] = []
 
     async def start(self) -> None:
-        self.channels = [grpc.aio.insecure_channel(await door.start()) for door in self.doors]
+        self.addresses = [await door.start() for door in self.doors]
+        self.channels = [grpc.aio.insecure_channel(address) for address in self.addresses]
 
     async def stop(self) -> None:
         for channel, door in zip(self.channels, self.doors, strict=True):
@@ -136,6 +141,7 @@ async def test_stream_carries_identifiers(doors: Fixture, caplog: pytest.LogCapt
     assert [len(message.choices[0].token_ids) for message in messages] == [1] * 4
     assert [message.request_id for message in messages] == [trailers["rudder-request-id"], "", "", ""]
     assert trailers["rudder-program-digest"] == ""
+    assert re.fullmatch("[0-9a-f]{32}", trailers["rudder-routing-key"])
     (line,) = access_fields(caplog)
     assert (line["correlation_id"], line["trace_id"], line["caller"]) == ("order-7", TRACE_ID, "anonymous")
     assert line["request_id"] == trailers["rudder-request-id"]
@@ -171,12 +177,24 @@ async def test_draining_server_refuses_calls_and_says_so(doors: Fixture) -> None
     health: Any = health_pb2_grpc.HealthStub(doors.channels[0])
     request = health_pb2.HealthCheckRequest()
     assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert doors.registry.get_sample_value("rudder_ready") == 0
     await doors.doors[0].set_serving(True)
+    assert doors.registry.get_sample_value("rudder_ready") == 1
     assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
     doors.serving.draining = True
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await doors.stub().Complete(inference_pb2.CompleteRequest(prompt=prompt()))
     assert error_of(caught.value).reason == "DRAINING"
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+async def test_a_door_is_alive_as_long_as_its_engine(doors: Fixture, healthy: bool) -> None:
+    """While it drains too: what is not alive is killed in the middle of its streams."""
+    health: Any = health_pb2_grpc.HealthStub(doors.channels[0])
+    doors.engine.healthy = healthy
+    await doors.doors[0].set_serving(False)
+    good = health_pb2.HealthCheckResponse.SERVING if healthy else health_pb2.HealthCheckResponse.NOT_SERVING
+    assert (await health.Check(health_pb2.HealthCheckRequest(service="liveness"))).status == good
 
 
 async def test_second_stop_aborts_calls_within_the_grace_of_the_first(doors: Fixture) -> None:
@@ -217,6 +235,24 @@ async def test_calls_that_the_end_of_a_drain_cuts_off_say_so(doors: Fixture, sec
         assert (error.code, error.reason) == ("UNAVAILABLE", "DRAINING")
     assert (doors.ended("Generate", "DRAINING"), doors.ended("Complete", "DRAINING")) == (1, 1)
     assert not doors.serving.calls
+
+
+async def test_client_of_replicas_calls_those_that_are_ready(doors: Fixture) -> None:
+    for door in doors.doors:
+        await door.set_serving(True)
+    async with AsyncClient(f"ipv4:{','.join(doors.addresses)}", timeout=60, options=REPLICAS) as client:
+
+        async def complete(times: int) -> set[str]:
+            return {(await client.complete([5, 6], max_tokens=2)).text for _ in range(times)}
+
+        assert await complete(6) == {"xx"}
+        await doors.doors[0].stop(0)
+        assert await complete(6) == {"xx"}
+        # It would take calls, but says that it should get none.
+        await doors.doors[1].set_serving(False)
+        with pytest.raises(RudderError) as caught:
+            await complete(10_000)
+        assert caught.value.code == "UNAVAILABLE"
 
 
 async def test_port_in_use_is_a_configuration_error() -> None:
@@ -260,3 +296,34 @@ async def test_requests_in_progress_have_a_budget_in_bytes() -> None:
             await asyncio.sleep(0.01)
     assert fixture.registry.get_sample_value("rudder_pending_request_bytes") == 0
     await fixture.stop()
+
+
+async def test_methods_headers_and_names_of_strangers_leave_no_series(doors: Fixture) -> None:
+    before = {sample.name for family in doors.registry.collect() for sample in family.samples}
+    lines = len(generate_latest(doors.registry).splitlines())
+    for number in range(100):
+        for path in (f"/rudder.v1.InferenceService/M{number}", f"/rudder.v1.S{number}/Generate", f"/{number}"):
+            unknown: Any = doors.channels[0].unary_unary(path)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await unknown(b"", metadata=((f"x-{number}", "y"), ("authorization", path)))
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert {sample.name for family in doors.registry.collect() for sample in family.samples} == before
+    assert len(generate_latest(doors.registry).splitlines()) == lines
+
+
+async def test_write_to_a_client_that_is_gone_waits_for_the_cancellation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC may fail the write before it cancels the handler: such a call is CANCELLED, not an internal error."""
+
+    async def failed(_: Any) -> None:
+        raise grpc.aio.InternalError("gone")
+
+    context: Any = SimpleNamespace(write=failed)
+    task = asyncio.create_task(servicers.send(context, inference_pb2.GenerateResponse(), config.Limits()))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    # An error that no cancellation follows stays one.
+    monkeypatch.setattr(servicers, "CANCELLATION_S", 0.0)
+    with pytest.raises(grpc.aio.InternalError):
+        await servicers.send(context, inference_pb2.GenerateResponse(), config.Limits())

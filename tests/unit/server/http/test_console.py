@@ -12,7 +12,7 @@ from rudder.server.http import methods
 from rudder.server.http.console import FOLDER, TYPES
 from rudder.server.identity import tokens
 from rudder.server.identity.tokens import TokenFile
-from rudder.server.monitoring.metrics import BankUsage, FeatureTotals, Pinned, PinnedFeature, SiteUsage
+from rudder.server.monitoring.collectors import BankUsage, FeatureTotals, Pinned, PinnedFeature, SiteUsage
 from tests.unit.server.http.rig import Rig, events
 from tests.unit.server.http.test_app import http, raw, status
 
@@ -115,7 +115,9 @@ async def test_live_figures_come_until_the_server_drains(door: Rig, monkeypatch:
     monkeypatch.setattr(methods, "LIVE_INTERVAL_S", 0.01)
     bank = door.serving.metrics.bank
     bank.usage = lambda: BankUsage([SiteUsage("s", 1, 3)], 1, 7, 2, 5)
-    bank.pinned = Pinned([PinnedFeature("b", "s", 4, "<b>")], [0], [FeatureTotals(2, 8, 3.0, 2.0)])
+    door.serving.metrics.features.pinned = Pinned(
+        [PinnedFeature("b", "s", 4, "<b>")], [0], [FeatureTotals(2, 8, 3.0, 2.0)]
+    )
     await door.complete(max_tokens=1)
     async with door.client.stream("POST", LIVE, json={}) as response:
         lines = response.aiter_lines()
@@ -124,7 +126,7 @@ async def test_live_figures_come_until_the_server_drains(door: Rig, monkeypatch:
         async for _ in lines:
             pass
     assert (figures["running"], figures["waiting"], figures["slots"]) == (2, 5, {"used": 1, "free": 7})
-    assert figures["rows"] == [{"site": "s", "used": 1, "free": 3}]
+    assert figures["rows"] == [{"site": "s", "used": 1, "free": 3, "reserved": 0}]
     (feature,) = figures["features"]
     assert (feature["index"], feature["label"], feature["active_tokens"]) == (4, "<b>", 2)
     assert figures["calls"] == {"OK": 1}

@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 
 from rudder.server.caller import Quotas
@@ -28,7 +29,7 @@ def test_token_stands_for_its_caller_and_its_secret_is_not_stored() -> None:
 
 def test_without_a_tenant_a_caller_is_alone() -> None:
     token, entry = tokens.create("a", ["generate"])
-    assert file_of(entry).caller(token).tenant == "a"
+    assert file_of(entry).caller(token).tenant == "caller a"
 
 
 @pytest.mark.parametrize(
@@ -90,3 +91,12 @@ def test_id_that_is_there_twice_is_refused() -> None:
 def test_token_that_cannot_be_meant_is_not_created(caller: str, roles: list[str]) -> None:
     with pytest.raises(ValueError, match=r"."):
         tokens.create(caller, roles)
+
+
+def test_a_caller_without_a_tenant_shares_no_cache_with_a_tenant_of_its_name() -> None:
+    lone, member = tokens.create("acme", ["generate"]), tokens.create("other", ["generate"], tenant="acme")
+    callers = [file_of(entry).caller(token) for token, entry in (lone, member)]
+    assert callers[0].tenant != callers[1].tenant
+    # No file can name what stands for being alone.
+    with pytest.raises(msgspec.ValidationError):
+        tokens.create("mallory", ["generate"], tenant=callers[0].tenant)

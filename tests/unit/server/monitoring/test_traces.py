@@ -37,7 +37,7 @@ def test_invalid_traceparent_is_ignored(header: str) -> None:
 
 def test_both_identifiers_are_read_from_headers() -> None:
     headers = [("user-agent", "x"), ("x-request-id", "order 7"), ("traceparent", f"00-{TRACE}-{PARENT}-01")]
-    assert correlation_of(headers) == Correlation("order 7", TRACE)
+    assert correlation_of(headers) == Correlation("order 7", TRACE, f"00-{TRACE}-{PARENT}-01")
     assert correlation_of([]) == Correlation()
 
 

@@ -77,7 +77,6 @@ REFUSALS: list[Refusal] = [
     (editing(row=feature(6), add=1), f"{EDIT}.row.feature.index", "FEATURE_UNKNOWN"),
     (editing(row=feature(0, "unknown"), add=1), f"{EDIT}.row.feature.bundle", "FEATURE_UNKNOWN"),
     (editing(row=feature(0, "one"), add=1), f"{EDIT}.row.feature.bundle", "FIELD_INVALID"),
-    (at(OTHER, edits=[ADD]), f"{EDIT}.row.feature.bundle", "FIELD_INVALID"),
     (at(EARLY, edits=[ADD]), f"{EDIT}.row.feature.bundle", "FEATURE_UNKNOWN"),
     (editing(row=feature(5), add=1), f"{EDIT}.row", "ROW_LOCKED"),
     (editing(row=feature(4), add=1), f"{EDIT}.row", "FIELD_INVALID"),
@@ -211,3 +210,10 @@ def test_program_with_too_many_edits_is_refused() -> None:
     message.sites[0].edits.extend([program_pb2.Edit()] * 100_000)
     with pytest.raises(ProgramError, match="100000 edits"):
         compile_program(message, REGISTRY)
+
+
+def test_feature_without_a_bundle_is_of_the_first_that_is_served_at_the_site() -> None:
+    (first, *others) = [name for name, each in REGISTRY.dictionaries.items() if each.site == OTHER]
+    assert others
+    message = json_format.ParseDict(at(OTHER, edits=[ADD]), program_pb2.Program())
+    assert [row.bundle for site in compile_program(message, REGISTRY).sites for row in site.rows] == [first]

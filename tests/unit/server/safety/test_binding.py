@@ -17,6 +17,7 @@ from rudder.server.program.compile import NOTHING
 from rudder.server.program.errors import ProgramError
 from rudder.server.program.layout import Layout
 from rudder.server.program.rows import PARALLEL, Registry
+from rudder.server.program.span import basis, reaches
 from rudder.server.safety.binding import (
     ALL_RIGHTS,
     UNBOUND,
@@ -26,6 +27,7 @@ from rudder.server.safety.binding import (
     stages_needed,
     stages_of,
 )
+from rudder.server.safety.explain import statements
 from rudder.server.safety.policy import MAX_DISPLACEMENT, Policy
 from rudder.v1 import inference_pb2, program_pb2
 from tests.unit.policies import editing, latent, message, policy
@@ -139,6 +141,12 @@ def reading(index: int) -> dict[str, Any]:
     return {"site": DICTIONARY_SITE, "row": {"feature": {"index": index}}}
 
 
+def test_enforced_policies_with_a_program_must_apply() -> None:
+    shadow, low = bound("a", program=editing(5), mode="POLICY_MODE_SHADOW"), bound("b", program=editing(3))
+    assert Binding(binding_policies([shadow, low, bound("c")], ANONYMOUS)).stages_enforced == 1
+    assert UNBOUND.stages_enforced == 0
+
+
 def test_latents_that_gate_guards_and_operator_name_are_locked() -> None:
     gate = {
         "site": DICTIONARY_SITE,
@@ -210,21 +218,121 @@ def test_row_parallel_to_a_locked_one_is_locked(cosine: float, locked: bool) -> 
     assert abs(cosine) > PARALLEL or not locked
     low, values = bound(program=editing(5, DICTIONARY_SITE)), tilted(5, cosine)
     fault = "ROW_LOCKED" if locked else None
-    vector, probe = {"vector": {"values": values}}, {"probe": {"weights": values}}
+    vector = {"vector": {"values": values}}
     asked = [
         (along(vector), "sites[0].edits[0].row"),
         (program({"site": SITES[0], "blend": {"vector": {"values": values}, "weight": 1}}), "sites[0].blend.vector"),
-        (steering(DICTIONARY_SITE, {"row": latent(1), "add": 1.0},
-                  gate={"site": DICTIONARY_SITE, "any_of": [{"row": probe, "above": 0.0}]}), "gate.any_of[0].row"),
-    ]  # fmt: skip
+    ]
     for request, field in asked:
         assert refusal(request, low) == ((fault, f"{FIELD}.{field}") if fault else None)
-    report = [json_format.ParseDict({"site": SITES[0], "row": probe}, inference_pb2.SiteFeature())]
-    if locked:
-        with pytest.raises(ProgramError, match="parallel"):
-            Binding((low,)).check_report(report, REGISTRY, "report.features")
-    else:
+
+
+def probed(row: dict[str, Any]) -> program_pb2.Program:
+    gate = {"site": DICTIONARY_SITE, "any_of": [{"row": row, "above": 0.0}]}
+    return steering(DICTIONARY_SITE, {"row": latent(1), "add": 1.0}, gate=gate)
+
+
+@pytest.mark.parametrize("cosine", [1.0, 0.51, 0.49, 0.0])
+def test_probes_of_ones_own_are_for_readers_of_guards(cosine: float) -> None:
+    """Whatever their direction: a few that are parallel to nothing add up to the guard's."""
+    row = {"probe": {"weights": tilted(5, cosine)}}
+    report = [json_format.ParseDict({"site": SITES[0], "row": row}, inference_pb2.SiteFeature())]
+    low, nothing = bound(program=editing(5, DICTIONARY_SITE)), bound(program=None)
+    reader = bound(program=editing(5, DICTIONARY_SITE), rights=OWN | {"read_guards": True})
+    assert refusal(probed(row), low) == ("POLICY_FORBIDS", f"{FIELD}.gate.any_of[0].row.probe")
+    with pytest.raises(ProgramError, match="read_guards") as caught:
         Binding((low,)).check_report(report, REGISTRY, "report.features")
+    assert (caught.value.reason, caught.value.field) == ("POLICY_FORBIDS", "report.features[0].row.probe")
+    for policies in ((reader,), (nothing,)):
+        assert refusal(probed(row), *policies) is None
+        Binding(policies).check_report(report, REGISTRY, "report.features")
+    assert any("probes of its own" in line for line in statements(Binding((low,)), REGISTRY))
+    assert not any("may not use probes" in line for line in statements(Binding((reader,)), REGISTRY))
+
+
+def unit(*parts: tuple[int, float]) -> dict[str, Any]:
+    values = np.zeros(WIDTH)
+    for index, value in parts:
+        values[index] = value
+    return {"row": {"vector": {"values": [float(value) for value in values]}}, "add": 1.0}
+
+
+# Two halves of the direction of latent 5, each hidden behind another direction.
+HALVES = unit((5, 0.45), (WIDTH - 1, 1.0)), unit((5, 0.45), (WIDTH - 1, -1.0))
+GROUPS: dict[str, tuple[program_pb2.Program, bool]] = {
+    "one half": (steering(DICTIONARY_SITE, HALVES[0]), True),
+    "the other": (steering(DICTIONARY_SITE, HALVES[1]), True),
+    "both": (steering(DICTIONARY_SITE, *HALVES), False),
+    "one taken away": (steering(DICTIONARY_SITE, HALVES[0], HALVES[1] | {"add": -1.0}), False),
+    "at two sites": (program(*({"site": s, "edits": [e]} for s, e in zip(SITES[:2], HALVES, strict=True))), False),
+    "in two phases": (steering(DICTIONARY_SITE, HALVES[0] | {"phase": "PHASE_PROMPT"}, HALVES[1]), False),
+    "in two units": (steering(DICTIONARY_SITE, HALVES[0] | {"unit": "UNIT_RESIDUAL_NORM"}, HALVES[1]), False),
+    "as blends": (
+        program(
+            {"site": SITES[0], "edits": [HALVES[0]]},
+            {"site": SITES[1], "blend": HALVES[1]["row"] | {"weight": 0.5}},
+        ),
+        False,
+    ),
+    "nearly the same twice": (steering(DICTIONARY_SITE, unit((7, 1.0)), unit((7, 1.0), (5, 1e-3))), False),
+    "elsewhere": (steering(DICTIONARY_SITE, unit((7, 1.0)), unit((6, 1.0), (7, 1.0))), True),
+}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_vectors_that_together_reach_a_locked_row_are_refused(group: str) -> None:
+    asked, allowed = GROUPS[group]
+    low = bound(locked=[{"site": DICTIONARY_SITE, "row": latent(5)}])
+    assert refusal(asked, low) == (None if allowed else ("ROW_LOCKED", f"{FIELD}.sites"))
+    assert refusal(asked) is None
+
+
+def test_vector_between_locked_rows_is_refused_though_it_is_parallel_to_none() -> None:
+    locked = [{"site": DICTIONARY_SITE, "row": latent(index)} for index in range(6)]
+    between = steering(DICTIONARY_SITE, unit(*((index, 1.0) for index in range(6))))
+    assert refusal(between, bound(locked=locked[:1])) is None
+    assert refusal(between, bound(locked=locked)) == ("ROW_LOCKED", f"{FIELD}.sites")
+
+
+def test_random_vector_passes_however_many_rows_are_locked() -> None:
+    """The bound counts from what a random direction has in the span of so many rows."""
+    generator = np.random.default_rng(0)
+    locked = basis(generator.normal(size=(32, 128)))
+    passed = [not reaches(generator.normal(size=(1, 128)), locked) for _ in range(50)]
+    assert all(passed)
+    assert reaches(locked[:1] + 0.5 * locked[1:2], locked)
+    assert not reaches(np.zeros((1, 128)), locked)
+
+
+LATENTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "along": ({"add": 1.0}, {"add": 1.0}, False),
+    "against": ({"add": 1.0}, {"add": -1.0}, True),
+    "where active": ({"add": 1.0, "whenAbove": 0.5}, {"add": 1.0}, True),
+    "wherever": ({"add": 1.0, "whenAbove": -1.0}, {"add": 1.0}, False),
+    "scaled": ({"scale": 3.0}, {"scale": 3.0}, True),
+    "set": ({"set": 1.0}, {"floor": 1.0}, False),
+    "in other phases": (
+        {"add": 1.0, "phase": "PHASE_PROMPT"},
+        {"add": 1.0, "phase": "PHASE_GENERATED"},
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LATENTS)
+def test_latents_that_together_add_a_locked_direction_are_refused(case: str) -> None:
+    """Latents 1 and 2 are parallel to nothing locked; what both add is."""
+    first, second, allowed = LATENTS[case]
+    score = {"terms": [{"site": SITES[0], "row": {"probe": unit_between(1, 2, 3, 4, 5)}, "weight": 1}]}
+    guard = {"name": "g", "action": "GUARD_ACTION_COUNT", "score": score, "level": 1}
+    low = bound(guards=[guard], rights=OWN | {BEFORE: True})
+    edits = ({"row": latent(1)} | first, {"row": latent(2)} | second)
+    assert [refusal(steering(DICTIONARY_SITE, edit), low) for edit in edits] == [None, None]
+    assert refusal(steering(DICTIONARY_SITE, *edits), low) == (None if allowed else ("ROW_LOCKED", f"{FIELD}.sites"))
+
+
+def unit_between(*indices: int) -> dict[str, Any]:
+    return {"weights": [1.0 if index in indices else 0.0 for index in range(WIDTH)]}
 
 
 RIGHTS = {
@@ -235,9 +343,14 @@ RIGHTS = {
     ),
     "vectors": (
         {"raw_vectors": True},
-        {"latent": f"{FIELD}.sites[0].edits[0].row.feature", "vector": "", "probe": ""},
+        {
+            "latent": f"{FIELD}.sites[0].edits[0].row.feature",
+            "vector": "",
+            "probe": f"{FIELD}.gate.any_of[0].row.probe",
+        },
     ),
-    "both": (OWN, {"latent": "", "vector": "", "probe": ""}),
+    "both": (OWN, {"latent": "", "vector": "", "probe": f"{FIELD}.gate.any_of[0].row.probe"}),
+    "reading": (OWN | {"read_guards": True}, {"latent": "", "vector": "", "probe": ""}),
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from google.protobuf import json_format
 
+from rudder.sae_models.bundle.bundle import settings_sha256
 from rudder.sae_models.errors import UserError
 from rudder.server.cli import main
 from rudder.server.engine import adapter
@@ -18,6 +19,7 @@ from rudder.server.safety import certificate as certificates
 from rudder.server.safety import certify
 from rudder.server.safety.certificate import Acts, Case, Certificate, Evaluation, Fingerprint, Text
 from rudder.server.safety.problems import PolicyInvalid
+from rudder.server.safety.start import check_certificates
 from rudder.server.safety.store import PolicyStore
 from rudder.v1 import policy_pb2, program_pb2
 from tests.unit.policies import REGISTRY, HoldingEngine, editing, latent, message
@@ -322,10 +324,10 @@ class Tokenizer:
         return self.vocabulary
 
 
-def fingerprint_with(*tokenizer: Any) -> Fingerprint:
-    """The fingerprint of a policy where only the tokenizer may differ."""
+def fingerprint_with(*tokenizer: Any, settings: str = "s") -> Fingerprint:
+    """The fingerprint of a policy where only the tokenizer and the model's other files may differ."""
     engine: Any = HoldingEngine()
-    engine.llm, engine.bundles, engine.model = None, {}, SimpleNamespace(sha256="ab")
+    engine.llm, engine.bundles, engine.model = None, {}, SimpleNamespace(sha256="ab", settings=settings)
     engine.encoding_digest = vars(Engine)["encoding_digest"].func(SimpleNamespace(tokenizer=Tokenizer(*tokenizer)))
     return certificates.fingerprint(engine, message())
 
@@ -337,6 +339,92 @@ def test_another_tokenizer_or_chat_template_makes_a_certificate_stale(monkeypatc
     assert certificates.status_of(made, fingerprint_with({"a": 0}, "x")) == "PASS"
     for other in (({"a": 1}, "x"), ({"a": 0}, "y"), ({"a": 0}, None)):
         assert certificates.status_of(made, fingerprint_with(*other)) == "STALE"
+    changed = fingerprint_with({"a": 0}, "x", settings="t")
+    assert certificates.status_of(made, changed) == "STALE"
+    assert certificates.differences(now, changed) == ["model files was s, is t"]
+
+
+def test_files_beside_the_weights_of_a_model_are_part_of_the_fingerprint(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", "tokenizer.model", "README.md"):
+        (tmp_path / name).write_text(name)
+    before = settings_sha256(tmp_path)
+    (tmp_path / "README.md").write_text("another")
+    (tmp_path / "model.safetensors").write_text("hashed apart")
+    assert settings_sha256(tmp_path) == before
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", "tokenizer.model"):
+        (tmp_path / name).write_text(f"{name} ")
+        assert settings_sha256(tmp_path) != before
+        (tmp_path / name).write_text(name)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert settings_sha256(tmp_path) != before
+    assert settings_sha256(tmp_path / "none") == ""
+
+
+KEY, OTHER_KEY = bytes(range(32)), bytes(32)
+SEALED: dict[str, tuple[bytes | None, bytes | None, bool]] = {
+    "with the key": (KEY, KEY, True),
+    "with another": (OTHER_KEY, KEY, False),
+    "not sealed": (None, KEY, False),
+    "where none is asked for": (KEY, None, True),
+}
+
+
+@pytest.mark.parametrize("case", SEALED)
+def test_certificate_counts_with_the_seal_that_the_server_asks_for(case: str, tmp_path: Path) -> None:
+    made_with, asked, passes = SEALED[case]
+    bound = message("forget", program=editing(5))
+    known = msgspec.structs.replace(NOW, policy=certificates.content_digest(bound))
+    made = msgspec.structs.replace(certificate(RECORDED), fingerprint=known)
+    certificates.write_certificate(tmp_path, certificates.sealed(made, made_with))
+    status, problem = certificates.standing_before_start(bound, tmp_path, asked, NOW.bundles)
+    assert status == ("PASS" if passes else "NONE")
+    assert bool(problem) is not passes
+
+
+@pytest.mark.parametrize(
+    "change", [{"result": "PASS", "parts": ()}, {"policy": "other"}, {"max_flips": 1.0}, {"fingerprint": NOW}]
+)
+def test_every_field_of_a_certificate_is_sealed(change: dict[str, Any], tmp_path: Path) -> None:
+    bound = message("forget", program=editing(5))
+    known = msgspec.structs.replace(NOW, policy=certificates.content_digest(bound))
+    made = msgspec.structs.replace(certificate(replaced(t0=acts(1), t1=acts())), fingerprint=known)
+    sealed = certificates.sealed(made, KEY)
+    certificates.write_certificate(tmp_path, sealed)
+    assert certificates.standing_before_start(bound, tmp_path, KEY, NOW.bundles)[0] == "DEGRADED"
+    forged = msgspec.structs.replace(sealed, **change)
+    path = certificates.write_certificate(tmp_path, forged)
+    path.rename(tmp_path / "forget.certificate.json")
+    assert certificates.standing_before_start(bound, tmp_path, KEY, NOW.bundles)[0] == "NONE"
+
+
+def test_certificate_is_refused_before_an_engine_starts(tmp_path: Path) -> None:
+    """What only the engine knows is looked at once it runs."""
+    bundles = {known.name: known.sha256 for known in REGISTRY.dictionaries.values()}
+    bound = message("forget", program=editing(5))
+    known = msgspec.structs.replace(NOW, policy=certificates.content_digest(bound), bundles=bundles)
+    made = msgspec.structs.replace(certificate(RECORDED), fingerprint=known)
+    path = tmp_path / "forget.yaml"
+
+    def refusal(one: policy_pb2.Policy = bound, found: Certificate = made) -> str:
+        certificates.write_certificate(tmp_path, found)
+        try:
+            check_certificates({path: one}, REGISTRY, None)
+        except PolicyInvalid as invalid:
+            return str(invalid)
+        return ""
+
+    with pytest.raises(PolicyInvalid, match=rf"{path}: certificate: NONE: it has no certificate; run `rudder policy"):
+        check_certificates({path: bound}, REGISTRY, None)
+    assert refusal() == ""
+    assert "STALE: since its" in refusal(message("forget", program=editing(3)))
+    assert "something has changed: the bundles" in refusal(
+        found=msgspec.structs.replace(made, fingerprint=msgspec.structs.replace(known, bundles={}))
+    )
+    assert "DEGRADED" in refusal(
+        found=msgspec.structs.replace(certificate(replaced(t0=acts(1), t1=acts())), fingerprint=known)
+    )
+    shadow = message("forget", program=editing(3), mode="POLICY_MODE_SHADOW")
+    assert refusal(shadow) == ""
 
 
 async def test_evaluation_whose_texts_were_taken_out_certifies_nothing(

@@ -21,6 +21,7 @@ COMMANDS = {
     "engine/answers.py",
     "bench/sides.py",
     "bench/cost.py",
+    "bench/serving/client.py",
     "bench/redteam/engine.py",
     "bench/redteam/programs.py",
     "safety/evaluation.py",
@@ -34,6 +35,7 @@ STORED = {
     "FeatureService": {"List", "Get", "Search"},
     "ModelService": {"Get", "ListPrograms"},
     "PolicyService": {"List", "Get", "Validate", "Apply", "Explain"},
+    "DebugService": {"GetLedger"},
 }
 
 

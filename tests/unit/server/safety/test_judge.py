@@ -101,12 +101,20 @@ def test_guard_that_judges_the_answer_begins_with_it() -> None:
     assert held.statistic == pytest.approx(4.1)
 
 
-def test_score_that_is_not_finite_holds() -> None:
+def test_statistic_that_is_not_a_number_holds() -> None:
     judge = Judge([guard("moving_average", 0.1, level=1e9)], 2)
-    judge.take(features(0, [0.0], [float("nan")]))
+    judge.tracks[0].take(0, [0.0, float("nan")])
     held = judge.tracks[0].held
     assert held
     assert held.position == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_residual_that_is_not_finite_is_a_lost_verdict(value: float) -> None:
+    """Of what is not finite, -inf and the 0 of a row that is not active would let a token pass."""
+    judge = Judge([guard(rows=2)], 2)
+    with pytest.raises(TelemetryLost, match="the residual of position 1 is not finite"):
+        judge.take(features(0, [0.0, 0.0], [0.0, value], [0.0, 0.0]))
 
 
 @pytest.mark.parametrize("first", [1, 3])

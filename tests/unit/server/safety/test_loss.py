@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from rudder.server.engine import engine as engines
 from rudder.server.engine.adapter import EngineDeadError, SamplingParams
 from rudder.server.engine.call import Call
 from rudder.server.engine.telemetry.frame import Frame, TelemetryLost, seal
+from rudder.server.monitoring.metrics import Metrics
 from rudder.server.safety.holdback import released
 from rudder.server.safety.verdicts import Findings, Siblings
 from tests.unit.server.engine.test_engine import Rig, tokens
@@ -27,7 +27,7 @@ class Stream:
 
     def __init__(self, rig: Rig) -> None:
         self.rig, self.left, self.steps = rig, list[int](), 0
-        rig.engine.metrics = SimpleNamespace(held_back=lambda *_: None)  # type: ignore[assignment]
+        rig.engine.metrics = Metrics.create()
         self.findings = Findings()
         self.task = asyncio.create_task(self.read())
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ import yaml
 from google.protobuf import json_format
 
 from rudder.server.caller import ANONYMOUS
+from rudder.server.monitoring import series
 from rudder.server.safety import store as stores
 from rudder.server.safety.problems import PolicyInvalid
 from rudder.server.safety.store import PolicyStore
-from tests.unit.policies import HoldingEngine, editing, latent, message
+from tests.unit.policies import HoldingEngine, editing, latent, message, removal
 from tests.unit.programs import SITE
 
 
@@ -36,8 +38,8 @@ def in_force(store: PolicyStore) -> dict[str, int]:
 
 
 def outcomes(engine: HoldingEngine) -> dict[str, float]:
-    (family,) = engine.metrics.policy_changes.collect()
-    return {s.labels["outcome"]: s.value for s in family.samples if s.name.endswith("_total")}
+    (family,) = engine.metrics.values[series.POLICY_CHANGES].collect()
+    return {s.labels["outcome"]: s.value for s in family.samples if s.value}
 
 
 async def test_new_version_takes_the_place_of_the_old_one_and_frees_its_rows() -> None:
@@ -141,7 +143,7 @@ async def test_listeners_metrics_and_log_hear_of_changes(caplog: pytest.LogCaptu
     heard: list[stores.Change] = []
     store.listeners.append(heard.append)
     await store.apply(message(program=editing(5), mode="POLICY_MODE_SHADOW"), "test")
-    await store.remove("low", "test")
+    await store.apply(removal(), "test")
     assert [(change.outcome, change.source) for change in heard] == [("applied", "test"), ("removed", "test")]
     assert outcomes(engine) == {"applied": 1, "removed": 1}
     assert [record.getMessage() for record in caplog.records] == ["policy applied", "policy removed"]
@@ -152,7 +154,7 @@ async def test_listeners_metrics_and_log_hear_of_changes(caplog: pytest.LogCaptu
 
 
 def exported(engine: HoldingEngine) -> set[tuple[str, str, str]]:
-    (family,) = engine.metrics.policies.collect()
+    (family,) = engine.metrics.values[series.POLICIES].collect()
     return {(s.labels["policy"], s.labels["version"], s.labels["mode"]) for s in family.samples}
 
 
@@ -162,13 +164,14 @@ async def test_policies_in_force_are_exported() -> None:
     await store.apply(message("b", mode="POLICY_MODE_SHADOW"), "test")
     assert exported(engine) == {("a", "1", "enforce"), ("b", "1", "shadow")}
     await store.apply(message("a", version=4), "test")
-    await store.remove("b", "test")
+    await store.apply(removal("b"), "test")
     assert exported(engine) == {("a", "4", "enforce")}
 
 
 async def test_folder_is_read_again(tmp_path: Path) -> None:
     store, engine = store_of(tmp_path)
-    low, high = write(tmp_path, "low", program=editing(5)), write(tmp_path, "high", name="high")
+    write(tmp_path, "low", program=editing(5))
+    high = write(tmp_path, "high", name="high")
     await store.reload()
     assert in_force(store) == {"low": 1, "high": 1}
     await store.reload()
@@ -177,14 +180,73 @@ async def test_folder_is_read_again(tmp_path: Path) -> None:
     high.rename(tmp_path / "other.yaml")
     await store.reload()
     assert in_force(store) == {"low": 2, "high": 1}
-    low.unlink()
-    await store.reload()
-    assert in_force(store) == {"high": 1}
     # A policy that no file defines was applied over the wire, and stays.
-    await store.apply(message("wired"), "caller")
-    write(tmp_path, "other", name="renamed")
+    await store.apply(message("wired"), "caller anna")
+    assert outcomes(engine) == {"applied": 4, "unchanged": 1}
+
+
+async def test_policy_whose_file_is_gone_stays_in_force_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, engine = store_of(tmp_path)
+    low, high = write(tmp_path, "low", program=editing(5)), write(tmp_path, "high", name="high")
     await store.reload()
-    assert in_force(store) == {"wired": 1, "renamed": 1}
+    heard: list[stores.Change] = []
+    store.listeners.append(heard.append)
+    low.unlink()
+    write(tmp_path, "high", name="renamed")
+    await store.reload()
+    assert in_force(store) == {"low": 1, "high": 1, "renamed": 1}
+    refused = [change.policy.name for change in heard if change.outcome == "refused" and change.policy]
+    assert sorted(refused) == ["high", "low"]
+    assert "stays in force" in caplog.records[-1].__dict__["fields"]["problem"]
+    high.unlink()
+    await store.reload()
+    assert in_force(store) == {"low": 1, "high": 1, "renamed": 1}
+    assert outcomes(engine) == {"applied": 3, "refused": 2 + 3}
+
+
+async def test_policy_is_taken_out_of_force_by_a_removal_alone(tmp_path: Path) -> None:
+    store, engine = store_of(tmp_path)
+    path = write(tmp_path, "low", version=3, program=editing(5))
+    await store.reload()
+    heard: list[stores.Change] = []
+    store.listeners.append(heard.append)
+    for bad, problem in ((removal(version=3), "raise it"), (removal("other", 9), "no policy of this name")):
+        with pytest.raises(PolicyInvalid, match=problem):
+            await store.apply(bad, "caller anna")
+    with pytest.raises(PolicyInvalid, match="binds: is set: a removal has a name and a version"):
+        await store.apply(message(version=4, removed=True), "caller anna")
+    assert in_force(store) == {"low": 3}
+    path.write_text("name: low\nversion: 4\nremoved: true\n")
+    for _ in range(2):
+        await store.reload()
+        assert in_force(store) == {}
+    path.unlink()
+    await store.reload()
+    assert [(c.outcome, c.policy and c.policy.version) for c in heard] == [("removed", 4)]
+    assert engine.dropped == [-1]
+
+
+async def test_removed_policy_does_not_come_back_in_an_older_version(tmp_path: Path) -> None:
+    store, _ = store_of(tmp_path)
+    await store.apply(message(version=3, program=editing(5)), "caller anna")
+    await store.apply(removal(version=4), "caller anna")
+    for version in (1, 3, 4):
+        with pytest.raises(PolicyInvalid, match=f"is {version}, and version 4 has removed it: raise it"):
+            await store.apply(message(version=version), "caller anna")
+    await store.apply(removal(version=4), "caller anna")
+    await store.apply(message(version=5), "caller anna")
+    assert in_force(store) == {"low": 5}
+
+
+async def test_change_that_cannot_be_remembered_is_refused(tmp_path: Path) -> None:
+    store, engine = store_of()
+    (tmp_path / "state").mkdir()
+    store.memory.path = tmp_path / "state"
+    with pytest.raises(PolicyInvalid, match="version: cannot be remembered"):
+        await store.apply(message(program=editing(5)), "test")
+    assert (in_force(store), engine.dropped, list(engine.admission.reservations)) == ({}, [-1], [])
 
 
 BAD: dict[str, Callable[[Path], object]] = {
@@ -224,7 +286,8 @@ async def test_bad_file_keeps_the_old_policy_and_says_so(
 
 async def test_file_that_is_renamed_and_wrong_keeps_its_policy(tmp_path: Path) -> None:
     store, _ = store_of(tmp_path)
-    low, high = write(tmp_path, "low", program=editing(5)), write(tmp_path, "high", name="high")
+    low = write(tmp_path, "low", program=editing(5))
+    write(tmp_path, "high", name="high")
     await store.reload()
     low.rename(tmp_path / "other.yaml")
     write(tmp_path, "other", version=0)
@@ -232,9 +295,8 @@ async def test_file_that_is_renamed_and_wrong_keeps_its_policy(tmp_path: Path) -
         await store.reload()
         assert in_force(store) == {"low": 1, "high": 1}
     write(tmp_path, "other", version=2, program=editing(3))
-    high.unlink()
     await store.reload()
-    assert in_force(store) == {"low": 2}
+    assert in_force(store) == {"low": 2, "high": 1}
 
 
 async def test_folder_that_is_gone_keeps_every_policy(tmp_path: Path) -> None:
@@ -246,6 +308,10 @@ async def test_folder_that_is_gone_keeps_every_policy(tmp_path: Path) -> None:
     await store.reload()
     assert in_force(store) == {"low": 1}
     assert outcomes(engine) == {"applied": 1, "refused": 1}
+    (tmp_path / "policies").mkdir()
+    await store.reload()
+    assert in_force(store) == {"low": 1}
+    assert outcomes(engine) == {"applied": 1, "refused": 2}
 
 
 async def test_changed_file_is_read_once_it_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +337,41 @@ async def test_changed_file_is_read_once_it_rests(tmp_path: Path, monkeypatch: p
         await store.watch_folder(0.5)
     assert versions == [1, 1, 1, 1, 5, 5, 5]
     assert store.in_force["low"].program
+
+
+def swap(folder: Path, number: int, **changes: object) -> None:
+    """Replace a mounted folder's files as the kubelet does: in a new folder, to which one link is moved."""
+    data = folder / f"..{number}"
+    data.mkdir()
+    os.utime(write(data, "low", **changes), (1, 1))
+    (folder / "..tmp").symlink_to(data.name)
+    (folder / "..tmp").replace(folder / "..data")
+    if not (folder / "low.yaml").is_symlink():
+        (folder / "low.yaml").symlink_to("..data/low.yaml")
+
+
+async def test_swapped_folder_of_a_config_map_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the new file has the time and the size of the old one, as tools that copy times leave it."""
+    store, _ = store_of(tmp_path)
+    swap(tmp_path, 1)
+    await store.reload()
+    versions: list[int] = []
+    ticks = iter(range(3))
+
+    async def tick(_: float) -> None:
+        versions.append(in_force(store)["low"])
+        match next(ticks, None):
+            case 0:
+                swap(tmp_path, 2, version=2)
+            case None:
+                raise asyncio.CancelledError
+
+    monkeypatch.setattr(asyncio, "sleep", tick)
+    with pytest.raises(asyncio.CancelledError):
+        await store.watch_folder(0.5)
+    # The link names the file of before until the link to its folder moves; `..data` is no policy itself.
+    assert versions == [1, 1, 2, 2]
+    assert list(store.files) == [tmp_path / "low.yaml"]
 
 
 async def test_bindings_are_remembered_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from rudder.server.caller import Caller
+from rudder.server.cli.audit import summary
 from rudder.server.identity.authenticator import Credentials
 from rudder.server.monitoring.metrics import Metrics
 from rudder.server.monitoring.traces import Correlation
@@ -45,10 +47,11 @@ class Server:
         assert trail
         self.trail: Trail = trail
         policies = SimpleNamespace(binding=lambda _: binding, acquire=lambda _: None, release=lambda _: None)
-        engine = SimpleNamespace(healthy=True, require_alive=lambda: None)
+        engine = SimpleNamespace(healthy=True, stalled=False, require_alive=lambda: None)
         self.serving: Any = SimpleNamespace(
             engine=engine, draining=False, metrics=self.metrics, calls=set(), aborted=False, policies=policies,
             audit=trail, authenticator=SimpleNamespace(caller=lambda _: ANNA), quotas=QuotaLedger(),
+            spans=None,
         )  # fmt: skip
 
     def begin(self, method: str = METHOD) -> Any:
@@ -91,12 +94,16 @@ async def test_entry_says_what_ran_and_no_text(serve: Serve) -> None:
     server = serve()
     async with server.begin() as record:
         record.program_digest, record.prompt_tokens, record.choices = "p" * 64, 4, [choice()]
-    (entry,) = server.entries()
+    opened, entry = server.entries()
+    assert opened.pop("time").endswith("Z")
     assert entry.pop("time").endswith("Z")
-    assert entry == {
-        "sequence": 2, "kind": "call", "request_id": record.request_id, "caller": "anna", "tenant": "lab",
-        "method": METHOD, "outcome": "POLICY_REFUSED", "program": "p" * 64, "prompt_tokens": 4,
+    identity = {
+        "request_id": record.request_id, "caller": "anna", "tenant": "lab", "method": METHOD,
         "policies": [{"name": "forget", "version": 3, "digest": "d" * 64, "mode": "enforce"}],
+    }  # fmt: skip
+    assert opened == {"sequence": 2, "kind": "opened", **identity}
+    assert entry == {
+        "sequence": 3, "kind": "call", "outcome": "POLICY_REFUSED", "program": "p" * 64, "prompt_tokens": 4, **identity,
         "choices": [{
             "finish": "refused", "generated_tokens": 9, "tokens_seen": 12, "edited_tokens": 4,
             "verdicts": [{
@@ -126,37 +133,39 @@ async def test_refused_call_has_an_entry_without_what_was_wrong(serve: Serve) ->
     with pytest.raises(Refusal, match="a client's text"):
         async with server.begin():
             raise invalid("sampling.stop[0]", "a client's text")
-    (entry,) = server.entries()
+    _, entry = server.entries()
     assert entry["outcome"] == "FIELD_INVALID"
     assert "client" not in json.dumps(entry)
 
 
 async def test_cancelled_call_has_an_entry(serve: Serve) -> None:
-    server = serve()
+    server, runs = serve(), asyncio.Event()
 
     async def call() -> None:
         async with server.begin() as record:
             record.choices = [ChoiceRecord(generated_tokens=3, finish_reason="abort")]
+            runs.set()
             await asyncio.Event().wait()
 
     task = asyncio.create_task(call())
-    await asyncio.sleep(0)
+    await runs.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     server.trail.close()
-    (entry,) = server.entries()
+    _, entry = server.entries()
     assert (entry["outcome"], entry["choices"][0]["finish"]) == ("CANCELLED", "abort")
-    assert verify(server.trail.log.place, server.trail.log.key).entries == 2
+    found = verify(server.trail.log.place, server.trail.log.key)
+    assert (found.entries, found.unended) == (3, ())
     server.trail.close = lambda: None  # type: ignore[method-assign]
 
 
 async def test_running_call_does_not_end_ok_and_the_next_is_refused_on_a_full_disk(serve: Serve) -> None:
     server = serve()
-    with full_beyond(server.trail.log.place.file(1).stat().st_size):
+    with ExitStack() as disk:
         with pytest.raises(Refusal) as running:
             async with server.begin():
-                pass
+                disk.enter_context(full_beyond(server.trail.log.place.file(1).stat().st_size))
         with pytest.raises(Refusal) as later:
             async with server.begin():
                 pytest.fail("the call ran")
@@ -174,11 +183,9 @@ async def test_calls_that_no_policy_binds_run_on_a_full_disk(serve: Serve) -> No
 
 async def test_error_of_a_call_stays_on_a_full_disk(serve: Serve) -> None:
     server = serve()
-    with (
-        full_beyond(server.trail.log.place.file(1).stat().st_size),
-        pytest.raises(Refusal, match="is empty") as caught,
-    ):
+    with ExitStack() as disk, pytest.raises(Refusal, match="is empty") as caught:  # noqa: PT012
         async with server.begin():
+            disk.enter_context(full_beyond(server.trail.log.place.file(1).stat().st_size))
             raise invalid("prompt.text", "is empty")
     assert caught.value.reason == "FIELD_INVALID"
 
@@ -191,7 +198,30 @@ async def test_open_serves_on_a_full_disk_and_says_what_is_lost(serve: Serve) ->
                 pass
     async with server.begin():
         pass
-    assert [(entry["kind"], entry.get("entries")) for entry in server.entries()] == [("lost", 2), ("call", None)]
+    kinds = [(entry["kind"], entry.get("entries")) for entry in server.entries()]
+    assert kinds == [("lost", 4), ("opened", None), ("call", None)]
+
+
+async def test_call_whose_process_is_killed_has_the_entry_of_its_beginning(serve: Serve) -> None:
+    """What is read is a copy of the log as a killed server leaves it."""
+    server = serve()
+    async with server.begin():
+        pass
+    async with server.begin() as record, server.begin() as other:
+        server.trail.submit({"kind": "end"}).result()
+        place, key = server.trail.log.place, server.trail.log.key
+        assert verify(place, key).unended == (record.request_id, other.request_id)
+        said = summary(verify(place, key))
+        assert f"2 calls began and have no end: they run, or the server was killed in them: {record.request_id}" in said
+    assert verify(place, key).unended == ()
+
+
+async def test_call_does_not_begin_before_its_entry(serve: Serve) -> None:
+    server = serve()
+    with full_beyond(server.trail.log.place.file(1).stat().st_size), pytest.raises(Refusal) as caught:
+        async with server.begin():
+            pytest.fail("the call ran")
+    assert caught.value.reason == "AUDIT_FAILED"
 
 
 async def test_answer_waits_for_its_entry(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,8 +235,8 @@ async def test_answer_waits_for_its_entry(serve: Serve, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(AuditLog, "append", noted)
     async with server.begin():
-        assert written == []
-    assert written == [2]
+        assert written == [2]
+    assert written == [2, 3]
 
 
 def test_changes_of_policies_have_entries(serve: Serve) -> None:

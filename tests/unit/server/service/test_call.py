@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from rudder.server.caller import ANONYMOUS
+from rudder.server.caller import ANONYMOUS, Caller
 from rudder.server.engine.call import FinishReason, GateOutcome, Outcome
 from rudder.server.engine.telemetry.frame import TelemetryLost
 from rudder.server.identity.authenticator import Authenticator, Credentials
@@ -25,7 +25,7 @@ from rudder.server.service.attestation import attestation_of
 from rudder.server.service.call import begin_call
 from rudder.server.service.errors import Refusal, invalid
 from rudder.server.service.quotas import QuotaLedger
-from rudder.server.service.record import CallRecord, ChoiceRecord, GateRecord
+from rudder.server.service.record import CallRecord, ChoiceRecord, EditRecord, GateRecord
 from rudder.v1 import policy_pb2
 
 METHOD = "InferenceService.Complete"
@@ -35,10 +35,12 @@ CORRELATION = Correlation("order 7", "4bf92f3577b34da6a3ce929d0e0e4736")
 class Server:
     """What `begin_call` reads of a Serving, its registry, and its log."""
 
-    def __init__(self, caplog: pytest.LogCaptureFixture, healthy: bool = True, draining: bool = False) -> None:
+    def __init__(
+        self, caplog: pytest.LogCaptureFixture, healthy: bool = True, draining: bool = False, stalled: bool = False
+    ) -> None:
         self.registry, self.caplog = CollectorRegistry(), caplog
         metrics = Metrics.create(self.registry)
-        engine = SimpleNamespace(healthy=healthy, require_alive=lambda: None, metrics=metrics)
+        engine = SimpleNamespace(healthy=healthy, stalled=stalled, require_alive=lambda: None, metrics=metrics)
         self.serving: Any = SimpleNamespace(
             engine=engine,
             draining=draining,
@@ -49,6 +51,7 @@ class Server:
             authenticator=Authenticator(),
             quotas=QuotaLedger(),
             audit=None,
+            spans=None,
         )
 
     def begin(self, deadline: float | None = None) -> Any:
@@ -126,7 +129,8 @@ async def test_edits_in_shadow_mode_are_counted_apart(server: Server) -> None:
         ("low", 3, "digest low", False),
     ]
     edits = [(edit.origin, edit.policy, edit.tokens_touched) for edit in attested.edits]
-    assert edits == [("request", "", 6), ("policy", "quiet", 5)]
+    # That of a policy is for readers of guards.
+    assert edits == [("request", "", 6)]
 
 
 async def test_call_is_bound_by_the_policies_in_force_when_it_begins(server: Server) -> None:
@@ -189,7 +193,10 @@ async def test_unexpected_exception_becomes_an_internal_error(server: Server) ->
     assert server.log_line()["error_id"] == caught.value.error_id != ""
 
 
-@pytest.mark.parametrize(("state", "reason"), [({"draining": True}, "DRAINING"), ({"healthy": False}, "ENGINE_DEAD")])
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [({"draining": True}, "DRAINING"), ({"healthy": False}, "ENGINE_DEAD"), ({"stalled": True}, "ENGINE_STALLED")],
+)
 async def test_server_that_takes_no_calls_refuses_them(
     caplog: pytest.LogCaptureFixture, state: dict[str, bool], reason: str
 ) -> None:
@@ -211,30 +218,36 @@ def test_record_names_gates_by_the_program_that_has_them() -> None:
     choice.end(Outcome(FinishReason.STOP, None, 4, 3, 1, (), ((), ()), 6, (), gates=gates), run, (LOW, QUIET))
     call = CallRecord(METHOD, ANONYMOUS, CORRELATION)
     attestation = attestation_of(call, choice, "epoch")
+    assert choice.gates[1] == GateRecord("policy", "layers.0.resid_pre", 0, None, "quiet")
     assert [(g.origin, g.policy, g.site, g.open_tokens) for g in attestation.gates] == [
-        ("request", "", "layers.1.mlp_out", 4),
-        ("policy", "quiet", "layers.0.resid_pre", 0),
+        ("request", "", "layers.1.mlp_out", 4)
     ]
-    assert [g.HasField("statistic") for g in attestation.gates] == [True, False]
     assert (attestation.gates[0].statistic, attestation.request_id) == (0.5, call.request_id)
 
 
 @pytest.mark.parametrize("mode", [policy_pb2.POLICY_MODE_ENFORCE, policy_pb2.POLICY_MODE_SHADOW])
 @pytest.mark.parametrize("reads", [False, True])
-def test_statistic_of_a_policys_gate_is_for_readers_of_guards(mode: policy_pb2.PolicyMode, reads: bool) -> None:
+def test_what_a_policy_did_is_for_readers_of_guards(mode: policy_pb2.PolicyMode, reads: bool) -> None:
+    """Counts of a policy's gate and edits lead past it as scores do: they are absent, not zero, and that is said."""
     policy = policy_of("low", mode=mode, rights=policy_pb2.Rights(read_guards=reads))
     call = CallRecord(METHOD, ANONYMOUS, CORRELATION, binding=Binding((policy,)))
-    choice = ChoiceRecord(gates=[GateRecord("request", "a", 1, 2.5), GateRecord("policy", "b", 3, 4.5, "low")])
-    own, of_policy = attestation_of(call, choice, "epoch").gates
-    assert (own.statistic, of_policy.open_tokens) == (2.5, 3)
-    assert of_policy.HasField("statistic") is reads
+    choice = ChoiceRecord(
+        edits=[EditRecord("request", "a", "r", "add 1", 5), EditRecord("policy", "b", "r", "cap 0", 7, 2, "low")],
+        gates=[GateRecord("request", "a", 1, 2.5), GateRecord("policy", "b", 3, 4.5, "low")],
+    )
+    attestation = attestation_of(call, choice, "epoch")
+    edits = [(edit.policy, edit.tokens_touched, edit.tokens_rejected) for edit in attestation.edits]
+    gates = [(gate.policy, gate.open_tokens, gate.statistic) for gate in attestation.gates]
+    assert edits == [("", 5, 0), *([("low", 7, 2)] if reads else [])]
+    assert gates == [("", 1, 2.5), *([("low", 3, 4.5)] if reads else [])]
+    assert [applied.withheld for applied in attestation.policies] == [not reads]
 
 
 async def test_call_that_begins_after_a_loss_of_telemetry_is_refused_with_that_reason(server: Server) -> None:
     def lost() -> None:
         raise TelemetryLost("a gap")
 
-    server.serving.engine = SimpleNamespace(healthy=False, require_alive=lost)
+    server.serving.engine = SimpleNamespace(healthy=False, stalled=False, require_alive=lost)
     with pytest.raises(Refusal) as caught:
         async with server.begin():
             pytest.fail("the call ran")
@@ -263,3 +276,11 @@ async def test_cancelled_call_stays_cancelled_and_counts_its_edits(
 
 def test_request_ids_differ() -> None:
     assert len({CallRecord(METHOD, ANONYMOUS, CORRELATION).request_id for _ in range(100)}) == 100
+
+
+def test_routing_key_is_of_the_tenant_and_the_program() -> None:
+    def key(tenant: str, digest: str) -> str:
+        return CallRecord(METHOD, Caller("id", tenant, frozenset()), CORRELATION, program_digest=digest).routing_key
+
+    assert key("a", "x") == key("a", "x")
+    assert len({key("a", "x"), key("b", "x"), key("a", "y"), key("a", "")}) == 4

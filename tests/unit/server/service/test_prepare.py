@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 from google.protobuf import json_format
+from transformers import AutoTokenizer
 
+from rudder.sae_models import PRETRAINED
 from rudder.server import config as configuration
 from rudder.server.caller import ANONYMOUS, Caller
 from rudder.server.engine.call import Call, salt
 from rudder.server.monitoring.metrics import Metrics
+from rudder.server.monitoring.series import SHADOW_REFUSALS
 from rudder.server.program.compile import compile_program
 from rudder.server.program.named import NamedProgram
 from rudder.server.safety.binding import UNBOUND, Binding
@@ -68,7 +71,7 @@ def capped(edit: dict[str, Any], site: str = SITE) -> str:
 def serving_of(overrides: dict[str, str] | None = None) -> Serving:
     engine: Any = SimpleNamespace(
         model=SimpleNamespace(name="m", max_model_len=100, vocab_size=1000, bos_token_id=None),
-        bundles={}, registry=REGISTRY, tokenizer=OneTokenPerWord(), epoch="e1", healthy=True,
+        bundles={}, registry=REGISTRY, tokenizer=OneTokenPerWord(), epoch="e1", healthy=True, stalled=False,
         programs={"late": named(UP, site=OTHER), "locked": named({"row": feature(5), "ablate": True}), "ok": named(UP)},
     )  # fmt: skip
     return Serving.around(engine, configuration.load(None, overrides), Metrics.create())
@@ -179,6 +182,58 @@ async def test_token_ids_of_a_bound_caller_must_be_canonical(kind: Any) -> None:
     assert refusal == ("POLICY_FORBIDS", "prompt.token_ids")
 
 
+SHIPPED = AutoTokenizer.from_pretrained(PRETRAINED / "textbook-lm")
+CUT = "prompt.truncate_prompt_tokens"
+# Characters that the tokenizer has as bytes: a cut may begin inside of one.
+WORDS = "Staphylococcus and 病毒, archaebacteria 🦠"
+
+
+async def test_prompt_of_a_bound_caller_is_not_cut_into_ids_that_nobody_writes() -> None:
+    """What a guard judges is what the model reads: the text of the rest, in the ids that the tokenizer gives it."""
+    serving, binding, whole = serving_of(), Binding((policy(),)), tuple(SHIPPED.encode(WORDS))
+    serving.engine.tokenizer = SHIPPED  # type: ignore[misc]
+    serving.bounds = replace(serving.bounds, vocab_size=len(SHIPPED))
+    seen = {"canonical": 0, "split": 0}
+    for kept in range(1, len(whole) + 3):
+        ids = whole[-kept:]
+        start = 1 if ids[0] == SHIPPED.bos_token_id else 0
+        canonical = tuple(SHIPPED.encode(SHIPPED.decode(ids[start:]), add_special_tokens=False)) == ids[start:]
+        seen["canonical" if canonical else "split"] += 1
+        for prompt in ({"text": WORDS}, {"tokenIds": {"ids": whole}}):
+            request = request_of(prompt=prompt | {"truncatePromptTokens": kept})
+            assert (await prepare(serving, ANONYMOUS, request)).calls[0].prompt_ids == ids
+            if canonical:
+                assert (await prepare(serving, ANONYMOUS, request, binding)).calls[0].prompt_ids == ids
+            else:
+                assert await refused(serving, request, binding) == ("POLICY_FORBIDS", CUT)
+    assert min(seen.values()) > 1
+    request = request_of(prompt=chat_of(user=WORDS) | {"truncatePromptTokens": 90})
+    assert (await prepare(serving, ANONYMOUS, request, binding)).calls
+
+
+async def test_ids_that_are_cut_off_are_not_judged() -> None:
+    serving, binding = serving_of(), Binding((policy(),))
+    request = request_of(prompt={"tokenIds": {"ids": [7, 1, 1]}, "truncatePromptTokens": 2})
+    assert (await prepare(serving, ANONYMOUS, request, binding)).calls[0].prompt_ids == (1, 1)
+    request.prompt.truncate_prompt_tokens = 3
+    assert await refused(serving, request, binding) == ("POLICY_FORBIDS", "prompt.token_ids")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+async def test_prompt_that_is_truncated_has_a_bound_too(kind: Any) -> None:
+    """Four times that of others: to tokenise a megabyte for its last ten tokens takes a thread's time from others."""
+    serving = serving_of()
+    serving.tokenizers.chars_per_token = 5
+    longest = {"text": "x" * 1985, "truncatePromptTokens": 10}
+    assert (await prepare(serving, ANONYMOUS, request_of(kind, prompt=longest))).calls
+    used = serving.engine.tokenizer.used
+    assert await refused(serving, request_of(kind, prompt=longest | {"text": "x" * 1986})) == (
+        "FIELD_INVALID",
+        "prompt.text",
+    )
+    assert serving.engine.tokenizer.used == used
+
+
 async def salts(serving: Serving, caller: Caller, **fields: Any) -> set[str]:
     """Return the prefix-cache salts of two equal requests of each method."""
     calls: list[Call] = []
@@ -284,3 +339,26 @@ async def test_guarded_answer_leaves_room_for_the_token_that_judges_its_last_one
     assert await refused(serving, longer, GUARDED) == ("FIELD_INVALID", "prompt")
     inspected = await prepare(serving, ANONYMOUS, request_of(inference_pb2.InspectRequest, "a " * 99), GUARDED)
     assert inspected.inspects
+
+
+TRIED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "field": ({"forbiddenFields": ["sampling.n"]}, {"sampling": {"n": 2}}, "POLICY_FORBIDS"),
+    "program": ({}, {"steering": {"program": {"sites": [{"site": SITE, "edits": [UP]}]}}}, "POLICY_FORBIDS"),
+    "named": ({"locked": [{"site": SITE, "row": latent(5)}]}, {"steering": {"name": "locked"}}, "ROW_LOCKED"),
+    "report": ({}, {"report": {"features": [{"site": SITE, "row": PROBE}]}}, "POLICY_FORBIDS"),
+    "ids": ({}, {"prompt": {"tokenIds": {"ids": [1, 2]}}}, "POLICY_FORBIDS"),
+    "nothing": ({}, {}, ""),
+}
+
+
+@pytest.mark.parametrize("case", TRIED)
+async def test_policy_in_shadow_mode_counts_what_it_would_refuse_and_refuses_nothing(case: str) -> None:
+    fields, asked, reason = TRIED[case]
+    serving, request = serving_of(), request_of(**asked)
+    shadow = Binding((policy("shadow", mode="POLICY_MODE_SHADOW", **fields),))
+    assert (await prepare(serving, ANONYMOUS, request, shadow)).calls
+    (family,) = serving.metrics.values[SHADOW_REFUSALS].collect()
+    counted = [(s.labels, s.value) for s in family.samples if s.name.endswith("_total")]
+    assert counted == ([({"policy": "shadow", "reason": reason}, 1)] if reason else [])
+    if reason:
+        assert (await refused(serving, request, Binding((policy(**fields),))))[0] == reason

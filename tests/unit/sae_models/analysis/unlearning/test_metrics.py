@@ -1,6 +1,7 @@
 """Figures of a study and its bars, on simulated answers and losses."""
 
-from math import log
+from dataclasses import replace
+from math import isnan, log
 
 import pytest
 import torch
@@ -124,9 +125,21 @@ def test_a_bar_is_on_the_bounds_not_on_the_figure() -> None:
     assert bar.reached({"gibberish": Estimate(0.05, 0.0, 0.1)})
     assert not bar.reached({"gibberish": Estimate(0.05, 0.0, 0.11)})
     assert not bar.reached({"gibberish": Estimate(float("nan"), float("nan"), float("nan"))})
-    assert bar.excess(0.05) == 0
-    assert bar.excess(0.2) == pytest.approx(1)
+    assert bar.excess(0.05, plain=0.0) == 0
+    assert bar.excess(0.2, plain=0.0) == pytest.approx(1)
+    assert bar.excess(0.2, plain=0.3) == 0
+    assert bar.excess(0.6, plain=0.3) == pytest.approx(1)
 
 
 def test_each_bar_is_of_a_metric() -> None:
     assert {bar.metric for bar in BARS} <= {*METRICS}
+
+
+@pytest.mark.parametrize("group", ["neighbours", "far"])
+def test_group_without_a_measured_book_has_no_figure(drawn: Resamples, group: str) -> None:
+    """A corpus may have no neighbours, and a fold no text of them: that is no zero."""
+    result = figures(drawn, PLAIN, PLAIN, TWIN, replace(GROUPS, **{group: ()}))
+    name = {"neighbours": "neighbour_top1_drop", "far": "retain_top1_drop_worst"}[group]
+    assert isnan(result[name].value)
+    assert not next(bar for bar in BARS if bar.metric == name).reached(result)
+    assert result["forget_loss_gap"].value == 0

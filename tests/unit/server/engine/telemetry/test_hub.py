@@ -346,6 +346,8 @@ def test_rejected_edits_count_once_per_position() -> None:
     for sequence, records in enumerate(columns):
         hub.take(Frame(sequence, rejected=np.array(records, "<i8").tobytes()))
     assert [inbox.rejected_before(end) for end in (0, 1, 3, 9, 20)] == [(0, 0), (0, 1), (0, 3), (1, 3), (1, 3)]
+    first = [[inbox.first_rejected(edits, end) for end in (0, 1, 6)] for edits in (range(1), range(1, 2), range(0))]
+    assert first == [[None, None, 5], [None, 0, 0], [None, None, None]]
 
 
 def test_tokens_before_the_point_of_resumption_stay_counted() -> None:

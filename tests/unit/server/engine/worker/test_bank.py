@@ -197,3 +197,24 @@ def test_a_row_has_the_parameters_of_its_latent() -> None:
     places = driver.requests["r"].places(driver.requests["r"].request.stages[0][0])
     expected = driver.saes[BUNDLE].encode(torch.tensor(x[0], dtype=torch.float32))
     assert torch.equal(driver.banks[0].activations[:5, places], expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_token_that_is_not_finite_is_read_as_such_and_its_edits_are_rejected(value: float) -> None:
+    """A guard that read 0 there would let it pass. The other tokens, and other requests, are as without it."""
+    driver = make_driver(LAYOUT, toy_sae(Random(0)))
+    ones = np.ones(WIDTH, "<f4").tobytes()
+    rows = (wire.Row(decoder=ones), wire.Row(encoder=ones), wire.Row(BUNDLE, 0))
+    site = wire.Site(0, rows, (wire.Edit(0, shift=1.0),), watch=(1, 2))
+    for handle, name in enumerate(("broken", "other")):
+        driver.admit(name, handle, wire.Request(TOKENS, TOKENS, False, ((site,),), watch_prompt=True))
+    whole = np.ones((len(LAYOUT.sites), TOKENS, WIDTH))
+    broken = whole.copy()
+    broken[0, 2, 0] = value
+    moves = run_step(driver, [("broken", 0, TOKENS), ("other", 0, TOKENS)], {"broken": broken, "other": whole})
+    bank, finite = driver.banks[0], [token for token in range(2 * TOKENS) if token != 2]
+    assert not bank.activations[2, 1].isfinite()
+    assert bank.activations[finite][:, :3].isfinite().all()
+    assert bank.rejected[0, :, 0].nonzero()[:, 0].tolist() == [2]
+    assert not moves["broken"][0, 2].any()
+    assert all((moves["other"][0] == 1.0).all(1))

@@ -1,0 +1,1 @@
+"""`rudder bench load`: servers under the same load, by turns in one run."""
