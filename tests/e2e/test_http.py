@@ -132,7 +132,9 @@ def test_a_policy_binds_this_door_too(openai_client: OpenAI, client: Client, mod
     fields: Any = {"model": model, "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
     bound: Any = openai_client.completions.create(**fields).choices[0]
     assert bound.text == client.complete(PROMPT, max_tokens=4, temperature=0.0).choices[0].text
-    assert [edit["origin"] for edit in bound.rudder["attestation"]["edits"]] == ["policy"]
+    # What the policy's edits counted is for readers of guards.
+    (applied,) = bound.rudder["attestation"]["policies"]
+    assert (applied["withheld"], bound.rudder["attestation"]["edits"]) == (True, [])
     with pytest.raises(openai.PermissionDeniedError) as denied:
         openai_client.completions.create(**fields, n=2)
     assert (denied.value.code, denied.value.param) == ("POLICY_FORBIDS", "n")

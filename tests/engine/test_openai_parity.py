@@ -1,5 +1,6 @@
 """The HTTP door beside vLLM's own OpenAI app, over the same engine: the same documents, but for what Rudder adds."""
 
+import copy
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -66,18 +67,16 @@ def without(document: Any, *names: str) -> Any:
 
 
 def joined(documents: list[Any]) -> list[Any]:
-    """Join chunks of one choice that follow one another, as a server under load sends them: to compare contents."""
-    result: list[Any] = []
+    """Join the chunks of each choice, but for the one with its role, to compare contents: where a server cuts them, and
+    how those of choices interleave, is a matter of load.
+    """
+    result: dict[tuple[int, bool], Any] = {}
     for document in documents:
         choice = document["choices"][0] if document != "[DONE]" and document["choices"] else None
-        before: Any = result[-1] if result and choice else {}
-        if choice and before.get("index") == choice["index"] and "role" not in choice.get("delta", {}):
-            add(before, choice)
-        elif choice:
-            result.append(json.loads(json.dumps(choice)))
-        else:
-            result.append(without(document, "service_tier"))
-    return sorted((entry for entry in result if isinstance(entry, dict) and "index" in entry), key=lambda c: c["index"])
+        if choice:
+            key = choice["index"], "role" not in choice.get("delta", {})
+            add(result.setdefault(key, {}), choice)
+    return [result[key] for key in sorted(result)]
 
 
 def add(whole: Any, part: Any) -> None:
@@ -91,7 +90,7 @@ def add(whole: Any, part: Any) -> None:
             case dict(), dict():
                 add(whole[name], value)
             case _:
-                whole[name] = value
+                whole[name] = copy.deepcopy(value)
 
 
 def forms(document: Any) -> Any:
