@@ -52,7 +52,8 @@ def serving(name: str, subject: Subject, load: Load, peers: Path | None) -> Iter
     port = free_port()
     log = subject.folder / f"{name}.log"
     command = stock_command(name, subject, load, port) if name in STOCK else rudder_command(name, subject, load, port)
-    paths = [str(peers)] if peers else []
+    # Rudder does not start where vLLM would load a plugin, and the servicer brings one.
+    paths = [str(peers)] if peers and name == "vllm_grpc" else []
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "VLLM_LOGGING_LEVEL": "WARNING",
