@@ -390,11 +390,11 @@ class Stream(Section, frozen=True):
 
     message_budget_per_s: Annotated[
         Annotated[float, Meta(ge=1, le=1e9)] | None,
-        Meta(description="messages per second over all streams; above it tokens are combined; null: 100 for each core"),
+        Meta(description="messages per second over all streams; above it tokens are combined; null: 2000 a core"),
     ] = None
     max_flush_ms: Annotated[
         float, Meta(ge=0, le=1e9, description="maximum time that a token waits to be combined with the next")
-    ] = 400.0
+    ] = 50.0
 
 
 class Logs(Section, frozen=True):
