@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from rudder.server import config
 
-# A message costs tens of microseconds of a core. A budget of 100, which joined four tokens in each under load, gained 3 %
-# of throughput on a CPU and made the gaps between messages seven times as long.
+# A message costs tens of microseconds of a core. A budget of 100, which joined four tokens in each under load, gained
+# 3 % of throughput on a CPU and made the gaps between messages seven times as long.
 MESSAGES_PER_CORE = 2000
 # Seconds' worth of the budget that may be spent at once after an idle time.
 BURST_S = 0.25
