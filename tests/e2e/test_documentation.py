@@ -106,6 +106,13 @@ def emptied(server: Running) -> Iterator[None]:
             client.apply(policy_pb2.Policy(name=policy.name, version=policy.version + 1))
 
 
+def absolute(value: str, folder: Path) -> str:
+    """Return a value with the names of what earlier commands wrote into a folder as paths."""
+    for path in folder.iterdir():
+        value = re.sub(rf"(?<![\w/.-]){re.escape(path.name)}(?![\w/.-])", str(path), value)
+    return value
+
+
 @pytest.mark.usefixtures("emptied")
 @pytest.mark.parametrize(
     "block",
@@ -122,7 +129,8 @@ def test_commands_run(block: Block, names: dict[str, Path], server: Running, tmp
         if program == "make":
             run(["make", "--dry-run", *words], REPOSITORY)
         elif words[0] == "serve":
-            flags = dict(zip([word.removeprefix("--") for word in words[1::2]], words[2::2], strict=True))
+            values = [absolute(word, tmp_path) for word in words[2::2]]
+            flags = dict(zip([word.removeprefix("--") for word in words[1::2]], values, strict=True))
             with running(tmp_path, **flags | {"watch": "[]"}) as started:
                 assert started.process.poll() is None
         elif program == "curl":
