@@ -188,8 +188,7 @@ class Admission:
 
     def lacking(self, waiter: Waiter) -> str | None:
         """Return the first resource of the bank of which a request needs more than is free, if any."""
-        unfilled = [key for key in waiter.keys if key not in self.ledger.held]
-        return self.ledger.insufficient_with(waiter.request, unfilled, self.ledger.kept)
+        return self.ledger.insufficient(waiter.request, waiter.keys)
 
     def refuse_last(self, newcomer: Waiter) -> None:
         """Refuse the last one of the longest queue; of queues of one length, the newcomer's."""

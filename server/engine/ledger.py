@@ -55,15 +55,16 @@ class Ledger:
         self.capture_free = layout.capture_tokens or inf
         self.kept: Mapping[int, int] = {}
 
-    def insufficient(self, request: wire.Request) -> str | None:
-        """Return the first resource of which `request` needs more than is free for requests, if any."""
-        unfilled = [key for key in ordered_rows(request) if key not in self.held]
-        return self.insufficient_with(request, unfilled, self.kept)
+    def insufficient(self, request: wire.Request, keys: Sequence[Key] | None = None) -> str | None:
+        """Return the first resource of which `request` needs more than is free for requests, if any.
 
-    def insufficient_with(
-        self, request: wire.Request, unfilled: Sequence[Key], kept: Mapping[int, int] = NOTHING_KEPT
-    ) -> str | None:
-        """Implement `insufficient`; `unfilled`: the request's rows that nothing holds yet."""
+        `keys`: its `ordered_rows`, where the caller has them.
+        """
+        rows = ordered_rows(request) if keys is None else keys
+        return self.insufficient_with(request, [key for key in rows if key not in self.held], self.kept)
+
+    def insufficient_with(self, request: wire.Request, unfilled: Sequence[Key], kept: Mapping[int, int]) -> str | None:
+        """Implement `insufficient`; `unfilled`: the request's rows that nothing holds yet, `kept`: as of the ledger."""
         if request.edits and not self.free_slots:
             return "slots"
         if request.reads and self.capture_cost(request) > self.capture_free:
@@ -88,7 +89,7 @@ class Ledger:
         """Like `acquire`, but return the resource that is insufficient instead of raising."""
         keys = ordered_rows(request)
         unfilled = tuple(key for key in keys if key not in self.held)
-        if resource := self.insufficient_with(request, unfilled):
+        if resource := self.insufficient_with(request, unfilled, NOTHING_KEPT):
             return resource
         if request.reads:
             self.capture_free -= self.capture_cost(request)

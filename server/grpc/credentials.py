@@ -1,16 +1,15 @@
 """TLS of the gRPC door, and the credentials that a call brings."""
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import grpc
 
-from rudder.server.config import ConfigError, Tls
+from rudder.server.config import Tls
 from rudder.server.grpc.status import Context
 from rudder.server.identity.authenticator import Credentials
 from rudder.server.identity.certificates import ranked_names
-from rudder.server.identity.watched_file import WatchedFile
+from rudder.server.identity.watched_file import watched_pair
 from rudder.server.monitoring.metrics import Metrics
 
 AUTHORIZATION = "authorization"
@@ -36,21 +35,15 @@ def certificate_names(context: Context) -> tuple[str, ...]:
 
 def server_credentials(tls: Tls, metrics: Metrics) -> grpc.ServerCredentials | None:
     """Return the door's TLS, which reads changed files at the next handshake; None without TLS. Raises ConfigError."""
-    if tls.certificate is None:
-        return None
-    if tls.key is None:
-        raise ConfigError("tls.key", "is missing: it belongs to tls.certificate")
 
     def parse(certificate: bytes, key: bytes, client_ca: bytes | None = None) -> Any:
         configuration = certificate_configuration(certificate, key, client_ca)
         metrics.certificate_expires(expiry_of(certificate))
         return configuration
 
-    paths = [Path(tls.certificate), Path(tls.key), *([Path(tls.client_ca)] if tls.client_ca else [])]
-    try:
-        pair = WatchedFile("tls.certificate", tuple(paths), parse, metrics.reload_failed)
-    except (OSError, ValueError) as error:
-        raise ConfigError("tls.certificate", str(error)) from error
+    pair = watched_pair(tls, parse, metrics.reload_failed)
+    if pair is None:
+        return None
     served = pair.content
 
     def changed() -> Any:

@@ -4,16 +4,15 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from rudder.server.config import ConfigError, Tls
+from rudder.server.config import Tls
 from rudder.server.identity.certificates import ranked_names
-from rudder.server.identity.watched_file import WatchedFile
+from rudder.server.identity.watched_file import watched_pair
 
 MAX_HEADER_BYTES = 32 << 10
 # A connection must send the headers of a request within this time, the first one or the next.
@@ -84,15 +83,9 @@ class Listener:
 
 def server_context(tls: Tls, failed: Callable[[str], None]) -> ssl.SSLContext | None:
     """Return the door's TLS, which reads changed files at the next handshake; None without TLS. Raises ConfigError."""
-    if tls.certificate is None:
+    files = watched_pair(tls, lambda *_: context_of(tls), failed)
+    if files is None:
         return None
-    if tls.key is None:
-        raise ConfigError("tls.key", "is missing: it belongs to tls.certificate")
-    paths = [Path(tls.certificate), Path(tls.key), *([Path(tls.client_ca)] if tls.client_ca else [])]
-    try:
-        files = WatchedFile("tls.certificate", tuple(paths), lambda *_: context_of(tls), failed)
-    except (OSError, ValueError) as error:
-        raise ConfigError("tls.certificate", str(error)) from error
 
     def chosen(connection: ssl.SSLObject, _: str | None, __: ssl.SSLContext) -> None:
         connection.context = files.current()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from rudder.server.config import ConfigError, Tls
 from rudder.server.monitoring.logs import fields
 
 T = TypeVar("T")
@@ -62,3 +63,19 @@ class WatchedFile(Generic[T]):
         """Return what tells that a file has changed. A secret that is mounted as a volume is a link that moves."""
         stats = [path.stat() for path in self.paths]
         return tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
+
+
+def watched_pair(tls: Tls, parse: Callable[..., T], failed: Callable[[str], None]) -> WatchedFile[T] | None:
+    """Watch certificate, key and clients' authorities of a door, as `parse` takes them; None without TLS.
+
+    Raises ConfigError.
+    """
+    if tls.certificate is None:
+        return None
+    if tls.key is None:
+        raise ConfigError("tls.key", "is missing: it belongs to tls.certificate")
+    paths = [Path(tls.certificate), Path(tls.key), *([Path(tls.client_ca)] if tls.client_ca else [])]
+    try:
+        return WatchedFile("tls.certificate", tuple(paths), parse, failed)
+    except (OSError, ValueError) as error:
+        raise ConfigError("tls.certificate", str(error)) from error

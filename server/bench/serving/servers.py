@@ -81,19 +81,13 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def config_of(subject: Subject, load: Load) -> configuration.Config:
-    """Configure Rudder as the engine benchmark does; stock vLLM gets the same arguments."""
-    from rudder.server.bench import sides
-
-    return sides.config_of(subject, load)
-
-
 def stock_command(name: str, subject: Subject, load: Load, port: int) -> list[str]:
     """Return the command of one of vLLM's own servers, with the arguments that Rudder gives its engine."""
+    from rudder.server.bench import sides
     from rudder.server.engine.adapter import engine_args
     from rudder.server.program.layout import Layout
 
-    args = engine_args(config_of(subject, load), Layout(subject.sites))
+    args = engine_args(sides.config_of(subject, load), Layout(subject.sites))
     flags = {
         "model": args.model, "dtype": args.dtype, "load-format": args.load_format, "seed": args.seed,
         "max-model-len": args.max_model_len, "max-num-seqs": args.max_num_seqs,
@@ -111,8 +105,10 @@ def stock_command(name: str, subject: Subject, load: Load, port: int) -> list[st
 
 def rudder_command(name: str, subject: Subject, load: Load, port: int) -> list[str]:
     """Return the command of `rudder serve`, with a folder of one policy where `name` asks for it."""
+    from rudder.server.bench import sides
+
     config = msgspec.structs.replace(
-        config_of(subject, load), listen=configuration.Listen(port=port, metrics_port=free_port())
+        sides.config_of(subject, load), listen=configuration.Listen(port=port, metrics_port=free_port())
     )
     if name == "rudder_policy":
         folder = subject.folder / "policies"
